@@ -1,0 +1,1 @@
+"""IKEv2 SA synchronization for session resumption, a sidecar for unmodified strongSwan."""
