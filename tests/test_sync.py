@@ -1,0 +1,133 @@
+"""The IKE_SA_SYNC payload (bridge.ike.sync)."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.ike.message import MalformedMessage
+from bridge.ike.sync import Attribute, Sync, encode_child, proof_offset
+
+SPI = bytes.fromhex("0123456789abcdef")
+addresses = st.one_of(
+    st.integers(0, 2**32 - 1).map(lambda n: str(IPv4Address(n))),
+    st.integers(0, 2**128 - 1).map(lambda n: str(IPv6Address(n))),
+)
+once = st.dictionaries(
+    st.sampled_from([Attribute.PROOF, Attribute.SEALED_STUB, 5, 77, 65535]), st.binary(max_size=70), max_size=4
+).map(lambda found: [(int(kind), value) for kind, value in found.items()])
+children = st.lists(
+    st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)).map(lambda pair: encode_child(*pair)), max_size=3
+)
+lifetimes = st.lists(st.binary(min_size=4, max_size=4).map(lambda value: (int(Attribute.LIFETIME), value)), max_size=1)
+attributes = st.tuples(once, children, lifetimes).map(lambda parts: tuple(parts[0] + parts[1] + parts[2]))
+payloads = st.builds(Sync, st.booleans(), addresses, st.binary(min_size=8, max_size=8), attributes)
+
+
+def test_the_payload_is_laid_out_as_its_figure_shows() -> None:
+    sync = Sync(False, "192.0.2.1", SPI, ((Attribute.PROOF, b"\xaa\xbb"), encode_child(1, 0xC0010203)))
+    assert sync.encode().hex() == (
+        "00040000" + "0123456789abcdef" + "c0000201" + "00010002aabb" + "00020006" + "0001" + "c0010203"
+    )
+
+
+def test_the_direction_is_the_first_bit() -> None:
+    assert Sync(True, "192.0.2.1", SPI).encode()[0] == 0x80
+    assert Sync(False, "192.0.2.1", SPI).encode()[0] == 0x00
+
+
+def test_an_ipv6_address_has_16_octets() -> None:
+    body = Sync(False, "2001:db8::1", SPI).encode()
+    assert body[1] == 6
+    assert len(body) == 12 + 16
+
+
+@given(payloads)
+def test_every_payload_survives_the_round_trip(sync: Sync) -> None:
+    assert Sync.decode(sync.encode()) == sync
+
+
+@given(st.binary(max_size=120))
+def test_arbitrary_octets_raise_nothing_but_malformed_message(body: bytes) -> None:
+    with suppress(MalformedMessage):
+        Sync.decode(body)
+
+
+@given(payloads, st.data())
+def test_a_payload_with_any_octet_altered_raises_nothing_else(sync: Sync, data: st.DataObject) -> None:
+    body = bytearray(sync.encode())
+    body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(MalformedMessage):
+        Sync.decode(bytes(body))
+
+
+@given(payloads)
+def test_the_place_of_the_proof_is_that_of_its_value(sync: Sync) -> None:
+    body = sync.encode()
+    offset = proof_offset(body)
+    proof = sync.first(Attribute.PROOF)
+    assert (offset is None) == (proof is None)
+    if offset is not None and proof is not None:
+        assert body[offset : offset + len(proof)] == proof
+
+
+def test_reserved_octets_are_not_looked_at_and_unknown_attributes_skipped() -> None:
+    body = bytearray(Sync(False, "192.0.2.1", SPI, ((999, b"?"), (Attribute.PROOF, b"p"))).encode())
+    body[2:4] = b"\xff\xff"
+    sync = Sync.decode(bytes(body))
+    assert sync.first(Attribute.PROOF) == b"p"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        bytes.fromhex("00040000") + SPI,
+        bytes.fromhex("01040000") + SPI + bytes(4),
+        bytes.fromhex("00050000") + SPI + bytes(16),
+        bytes.fromhex("00060000") + SPI + bytes(4),
+        bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("0001"),
+        bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("00010002ff"),
+        bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("0001000100") * 2,
+        bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("0004000300000a"),
+        bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("00020004c0010203"),
+        bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("0002000800000001c0010203"),
+    ],
+    ids=[
+        "empty",
+        "no address",
+        "version 1",
+        "family 5",
+        "family 6 with 4 octets",
+        "attribute header cut",
+        "attribute cut",
+        "PROOF twice",
+        "LIFETIME of 3 octets",
+        "CHILD of 4 octets",
+        "CHILD of 8 octets",
+    ],
+)
+def test_what_breaks_the_layout_is_malformed(body: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        Sync.decode(body)
+
+
+def test_children_are_numbered_pairs() -> None:
+    sync = Sync(False, "192.0.2.1", SPI, (encode_child(0, 1), encode_child(5, 0xFFFFFFFF)))
+    assert sync.children == ((0, 1), (5, 0xFFFFFFFF))
+
+
+@pytest.mark.parametrize(("number", "spi"), [(2**16, 1), (0, 2**32), (-1, 1)])
+def test_a_child_that_does_not_fit_cannot_be_encoded(number: int, spi: int) -> None:
+    with pytest.raises(ValueError, match="16 bits"):
+        encode_child(number, spi)
+
+
+@pytest.mark.parametrize(("gateway", "spi"), [("gateway", SPI), ("192.0.2.1", SPI[:7])])
+def test_an_index_that_is_none_cannot_be_encoded(gateway: str, spi: bytes) -> None:
+    with pytest.raises(ValueError, match=r"address|octets"):
+        Sync(False, gateway, spi).encode()
