@@ -1,0 +1,184 @@
+"""The local charon as a whole: its HA channel, its VICI socket, its SAs, and keeping these in step."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from bridge.charon.channel import Channel, ChannelError
+from bridge.charon.extract import Listener, Tracker
+from bridge.charon.ha import HaError, version_for
+from bridge.charon.install import Installer
+from bridge.charon.sa import Sa
+from bridge.charon.segments import LandingChoice
+from bridge.charon.vici import ConnectionInfo, Event, SaInfo, Vici, ViciError
+from bridge.config import Ha
+
+log = structlog.get_logger()
+
+RECONCILE_SECONDS = 30.0
+"""between two comparisons with VICI's list, at least"""
+RECONCILE_SHARE = 100
+"""a comparison that took t seconds is followed by a pause of this many t, for list-sas walks all SAs"""
+IN_FLIGHT_SECONDS = 0.5
+"""what VICI lists may still be on its way over the HA channel for so long"""
+
+Recover = Callable[[list[SaInfo]], Awaitable[list[Sa] | None]]
+"""the SAs of a list whose keys are known elsewhere; None where that cannot be told now"""
+
+
+class Charon:
+    """One charon. `recover` may supply SAs whose keys are known from elsewhere (the bank), so that charon need not
+    be asked, which has it rekey their CHILD_SAs."""
+
+    def __init__(self, vici: str, ha: Ha, listener: Listener, recover: Recover | None = None) -> None:
+        self.tracker = Tracker(listener, wall=time.time, clock=time.monotonic)
+        self.channel = Channel(ha.listen, ha.charon, self.tracker.handle, receive_buffer=ha.receive_buffer)
+        self.landing = LandingChoice(ha.segments)
+        self.installer = Installer(self.channel, self.landing)
+        self.vici = Vici(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
+        self.release = ""
+        self.reconciled = asyncio.Event()
+        """set once the SAs that charon had when the sidecar came are known"""
+        self._recover = recover
+        self._inode: int | None = None
+        self._asked: set[bytes] = set()
+        self._due = asyncio.Event()
+        self._waited = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to listen; the HA channel is held from before, by `channel.open()`."""
+        self.channel.start()
+        self.vici.start()
+        self._task = asyncio.create_task(self._keep_in_step(), name="reconcile")
+
+    async def close(self) -> None:
+        """Let go of charon; its SAs stay."""
+        if self._task is not None:
+            self._task.cancel()
+        self.vici.close()
+        self.channel.close()
+
+    def ready(self) -> bool:
+        """Whether SAs can be installed now."""
+        return self.vici.connected and self.channel.ready()
+
+    def connection(self, name: str) -> ConnectionInfo | None:
+        """A configured connection by name; one that is not known makes the list be read again soon."""
+        found = self.tracker.connections.get(name)
+        if found is None:
+            self._due.set()
+        return found
+
+    def reconcile_soon(self) -> None:
+        """Compare with VICI's list as soon as the pace allows."""
+        self._due.set()
+
+    def _event(self, event: Event) -> None:
+        if event.kind == "ike-updown" and event.up and event.sa.connection not in self.tracker.connections:
+            self._due.set()
+        self.tracker.event(event)
+
+    def _connected(self, release: str) -> None:
+        self.release = release
+        try:
+            self.channel.version = version_for(release)
+        except HaError as error:
+            log.error("charon-release-unknown", release=release, reason=str(error))
+        end = self.channel.charon_socket()
+        if end is None:
+            log.error(
+                "ha-plugin-missing",
+                release=release,
+                mend="load charon's ha plugin: install libcharon-extra-plugins and the drop-in of strongswan-conf/, "
+                "then restart strongSwan",
+            )
+        elif self._inode not in (None, end.inode):
+            # another process than before: what it had it lost, and clients will resume from the stubs
+            log.warning("charon-restarted", sas_lost=sum(1 for _ in self.tracker.established()))
+            self.tracker.forget_all()
+            self._asked.clear()
+        self._inode = end.inode if end is not None else self._inode
+        log.info("charon-connected", release=release, ha_version=self.channel.version)
+        self._due.set()
+
+    def _disconnected(self) -> None:
+        log.warning("charon-disconnected", mend="restart strongSwan if it does not come back by itself")
+
+    async def _keep_in_step(self) -> None:
+        drops = 0
+        while True:
+            self._due.clear()
+            took = 0.0
+            if self.vici.connected:
+                began = time.monotonic()
+                try:
+                    await self.reconcile()
+                except (ViciError, ChannelError) as error:
+                    log.warning("reconcile-failed", reason=str(error))
+                except Exception:
+                    log.exception("reconcile-failed")
+                took = time.monotonic() - began - self._waited
+            if (dropped := self.channel.drops()) > drops:
+                log.warning("ha-datagrams-dropped", count=dropped - drops, mend="raise ha.receive_buffer")
+                drops = dropped
+                self._due.set()
+            await self._pause(max(0.2, took * RECONCILE_SHARE))
+
+    async def _pause(self, at_least: float) -> None:
+        await asyncio.sleep(at_least)
+        try:
+            async with asyncio.timeout(max(RECONCILE_SECONDS - at_least, 0)):
+                await self._due.wait()
+        except TimeoutError:
+            pass
+
+    async def reconcile(self) -> None:
+        """Compare with VICI: connections, lifetimes, SAs that ended unseen, SAs whose keys are missing."""
+        self._waited = 0.0
+        self.tracker.connections = await self.vici.list_connections()
+        missing = await self._compare()
+        if missing and self.channel.version is not None:
+            await asyncio.sleep(IN_FLIGHT_SECONDS)
+            self._waited = IN_FLIGHT_SECONDS
+            # what ended meanwhile, or while the first list was on its way, is not missing
+            missing = {spis: info for spis, info in (await self._compare()).items() if spis in missing}
+        if missing and self._recover is not None:
+            recovered = await self._recover(list(missing.values()))
+            if recovered is None:
+                # charon would have to rekey CHILD_SAs for what the bank may well have
+                self._due.set()
+                missing = {}
+            for sa in recovered or ():
+                if not self._known(sa.id.spis):
+                    self.tracker.adopt(sa)
+                missing.pop(sa.id.spis, None)
+        unasked = {spis: info for spis, info in missing.items() if spis not in self._asked}
+        if unasked and self.channel.ready():
+            segments = {self.landing.segment_of(info.remote.address) for info in unasked.values()}
+            log.info("resync", sas=len(unasked), segments=sorted(segments))
+            await self.installer.resync(segments)
+            await self.channel.drained()
+            self._asked |= unasked.keys()
+        self.landing.established = Counter(
+            self.landing.segment_of(sa.remote.address) for sa in self.tracker.established() if sa.remote
+        )
+        self.reconciled.set()
+
+    def _known(self, spis: bytes) -> bool:
+        sa = self.tracker.sas.get(spis)
+        return sa is not None and sa.up
+
+    async def _compare(self) -> dict[bytes, SaInfo]:
+        since = time.monotonic()
+        infos = await self.vici.list_sas()
+        end = self.channel.charon_socket()
+        if not self.vici.connected or end is None or end.inode != self._inode:
+            # another charon's list: nothing of it says that the SAs of the first one ended in order
+            raise ViciError("charon was restarted while it was asked, or has no ha plugin")
+        return self.tracker.reconcile(infos, since=since)

@@ -1,0 +1,359 @@
+"""HA messages and VICI reports of one charon, joined into its IKE_SAs. No I/O.
+
+HA messages bring the keys and what each SA is; VICI brings how long it lives and what HA leaves out (a client's own
+virtual IPs, moves to another address). Either may come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import structlog
+
+from bridge.charon.ha import Attr, HaMessage, IkeId, MessageType
+from bridge.charon.sa import Condition, Sa
+from bridge.charon.vici import ConnectionInfo, Event, SaInfo, expiry
+from bridge.ike.keys import derive_sk_d, skeyseed_initial, skeyseed_rekey
+from bridge.ike.transforms import Suite, UnsupportedSuite, check_resumable
+from bridge.stub import Child
+
+log = structlog.get_logger()
+
+NO_EXPIRY_SECONDS = 86_400
+"""how long the stub of an SA without rekey and reauth time lives; reconciliation renews it"""
+EARLY_MAX = 200_000
+"""reports of VICI's kept for SAs whose HA messages are still to come"""
+FIRST_MESSAGE_ID = 1
+"""what a rebuilt SA expects first; more means that a request verified"""
+HALF_OPEN_SECONDS = 60.0
+"""an SA that has keys but is not up after this long never will be"""
+
+
+class Listener(Protocol):
+    """What happens to the SAs. Called from `Tracker`'s methods, in order."""
+
+    def changed(self, sa: Sa) -> None:
+        """`sa` came up, was rekeyed, moved, or its CHILD_SAs or virtual IPs changed."""
+
+    def gone(self, sa: Sa) -> None:
+        """`sa` ended: deleted by either side, timed out, or replaced by its rekeyed successor."""
+
+    def verified(self, ike_id: IkeId) -> None:
+        """charon received a request on `ike_id` that verified under its keys."""
+
+    def down(self, sa: SaInfo) -> None:
+        """VICI says that an IKE_SA went down; its state is DELETING if one of the sides asked for that."""
+
+
+class Tracker:
+    """The IKE_SAs of one charon, by both SPIs.
+
+    `wall` gives Unix seconds, `clock` monotonic ones.
+    """
+
+    def __init__(self, listener: Listener, *, wall: Callable[[], float], clock: Callable[[], float]) -> None:
+        self.sas: dict[bytes, Sa] = {}
+        self.connections: dict[str, ConnectionInfo] = {}
+        self.unresumable = 0
+        self._listener = listener
+        self._wall = wall
+        self._clock = clock
+        self._early: dict[bytes, SaInfo] = {}
+        self._half_open: dict[bytes, Sa] = {}
+
+    # HA
+
+    def handle(self, message: HaMessage) -> None:
+        """Take in one message of charon's."""
+        ike_id: IkeId | None = message.first(Attr.IKE_ID)
+        if ike_id is None:
+            return
+        match message.type:
+            case MessageType.IKE_MID_RESPONDER:
+                self._verified(ike_id, message.first(Attr.MID, 0))
+            case MessageType.IKE_ADD:
+                self._add(ike_id, message)
+            case MessageType.IKE_UPDATE:
+                self._update(ike_id, message)
+            case MessageType.IKE_DELETE:
+                self._delete(ike_id)
+            case MessageType.CHILD_ADD:
+                self._child_add(ike_id, message)
+            case MessageType.CHILD_DELETE:
+                self._child_delete(ike_id, message)
+            case _:
+                pass
+
+    def _verified(self, ike_id: IkeId, next_id: int) -> None:
+        sa = self.sas.get(ike_id.spis)
+        if sa is not None and sa.unproven and next_id > FIRST_MESSAGE_ID:
+            sa.unproven = False
+            self._come_up(sa)
+            self._listener.changed(sa)
+        self._listener.verified(ike_id)
+
+    def _add(self, ike_id: IkeId, message: HaMessage) -> None:
+        if message.first(Attr.IKE_VERSION) != 2:
+            return
+        suite = Suite(
+            encr=message.first(Attr.ALG_ENCR, 0),
+            encr_len=message.first(Attr.ALG_ENCR_LEN, 0),
+            integ=message.first(Attr.ALG_INTEG, 0),
+            prf=message.first(Attr.ALG_PRF, 0),
+            group=message.first(Attr.ALG_KE, 0),
+            additional=_groups(message.first(Attr.ALG_ADD_KES, b"")),
+        )
+        known = self.sas.get(ike_id.spis)
+        if not suite.prf:
+            # a further key exchange of the same SA (RFC 9370) comes without its proposal
+            if known is None:
+                return
+            suite = known.suite
+        try:
+            check_resumable(suite)
+            sk_d, secret = self._keys(ike_id, suite, known, message)
+        except (UnsupportedSuite, ValueError) as error:
+            self.unresumable += 1
+            log.warning("sa-not-resumable", spi_i=ike_id.spi_i.hex(), spi_r=ike_id.spi_r.hex(), reason=str(error))
+            sk_d, secret, resumable = b"", None, False
+        else:
+            resumable = True
+        rekeyed: IkeId | None = message.first(Attr.IKE_REKEY_ID)
+        if known is not None:
+            # a resynchronisation repeats what is known; RFC 9370 updates the keys
+            known.sk_d, known.shared_secret, known.suite, known.resumable = sk_d, secret, suite, resumable
+            return
+        self._sweep()
+        sa = Sa(ike_id, suite, sk_d, secret, seen=self._clock(), resumable=resumable)
+        sa.rekeyed_from = self.sas.get(rekeyed.spis) if rekeyed else None
+        # a rebuilt SA, told again after the sidecar forgot it: perhaps nobody ever proved the keys
+        sa.unproven = message.first(Attr.OLD_SKD) is not None and rekeyed is None and not ike_id.initiator
+        self.sas[ike_id.spis] = sa
+        self._half_open[ike_id.spis] = sa
+
+    @staticmethod
+    def _keys(ike_id: IkeId, suite: Suite, known: Sa | None, message: HaMessage) -> tuple[bytes, bytes | None]:
+        """SK_d and the shared secret (RFC 7296 sections 2.14 and 2.18, RFC 9370 sections 2.2.2 and 2.2.4)."""
+        ni, nr = message.first(Attr.NONCE_I), message.first(Attr.NONCE_R)
+        secret: bytes = message.first(Attr.SECRET, b"")
+        additional: bytes = message.first(Attr.ADD_SECRET, b"")
+        old_sk_d: bytes | None = message.first(Attr.OLD_SKD)
+        old_prf: int = message.first(Attr.ALG_OLD_PRF, suite.prf)
+        if ni is None or nr is None:
+            raise ValueError("charon sent no nonces")
+        if old_sk_d is None and known is not None and message.first(Attr.ALG_PRF) is None:
+            old_sk_d, old_prf = known.sk_d, known.suite.prf
+        if old_sk_d is None:
+            seed = skeyseed_initial(suite.prf, secret, ni, nr)
+        else:
+            seed = skeyseed_rekey(old_prf, old_sk_d, secret, ni, nr, additional)
+        return derive_sk_d(suite, seed, ni, nr, ike_id.spi_i, ike_id.spi_r), secret or None
+
+    def _update(self, ike_id: IkeId, message: HaMessage) -> None:
+        sa = self.sas.get(ike_id.spis)
+        if sa is None:
+            return
+        for name, value in message.attributes:
+            match name:
+                case Attr.LOCAL_ID:
+                    sa.local_id = value
+                case Attr.REMOTE_ID:
+                    sa.remote_id = value
+                case Attr.REMOTE_EAP_ID:
+                    sa.eap_id = value
+                case Attr.LOCAL_ADDR:
+                    sa.local = value
+                case Attr.REMOTE_ADDR:
+                    sa.remote = value
+                case Attr.CONFIG_NAME:
+                    sa.connection = value
+        if conditions := message.all(Attr.CONDITIONS):
+            sa.conditions = conditions
+        if extensions := message.all(Attr.EXTENSIONS):
+            sa.extensions = extensions
+        if peers := message.all(Attr.PEER_ADDR):
+            sa.peer_addresses = peers
+        if vips := message.all(Attr.REMOTE_VIP):
+            sa.remote_vips = tuple(vip.address for vip in vips)
+        if vips := message.all(Attr.LOCAL_VIP):
+            sa.local_vips = tuple(vip.address for vip in vips)
+        if not sa.up and sa.connection and not sa.unproven:
+            self._come_up(sa)
+        if sa.up:
+            self._listener.changed(sa)
+
+    def _come_up(self, sa: Sa) -> None:
+        sa.up = True
+        self._half_open.pop(sa.id.spis, None)
+        if sa.has(Condition.PPK) and sa.resumable:
+            # charon mixes the PPK into SK_d behind the ha plugin's back (RFC 8784)
+            sa.resumable = False
+            self.unresumable += 1
+            log.warning(
+                "sa-not-resumable",
+                spi_i=sa.id.spi_i.hex(),
+                spi_r=sa.id.spi_r.hex(),
+                reason="it uses a post-quantum preshared key (RFC 8784), which charon's ha plugin does not carry",
+            )
+        if (old := sa.rekeyed_from) is not None:
+            # charon moves these to the new SA without a message
+            sa.children = dict(old.children)
+            sa.local_vips = sa.local_vips or old.local_vips
+            sa.remote_vips = sa.remote_vips or old.remote_vips
+            sa.eap_id = sa.eap_id or old.eap_id
+            sa.reauth_at = old.reauth_at
+            sa.rekeyed_from = None
+        now = int(self._wall())
+        sa.established = now
+        info = self._early.pop(sa.id.spis, None)
+        if info is not None:
+            self._take_info(sa, info)
+        else:
+            self._assume_lifetime(sa, now)
+
+    def _assume_lifetime(self, sa: Sa, now: int) -> None:
+        """Until VICI says better: what the connection is configured to, which jitter can only shorten."""
+        connection = self.connections.get(sa.connection)
+        lifetime = connection.lifetime if connection else 0
+        sa.rekey_at = now + connection.rekey_time if connection and connection.rekey_time else 0
+        sa.expires = now + (lifetime or NO_EXPIRY_SECONDS)
+
+    def _delete(self, ike_id: IkeId) -> None:
+        sa = self.sas.pop(ike_id.spis, None)
+        self._half_open.pop(ike_id.spis, None)
+        self._early.pop(ike_id.spis, None)
+        if sa is not None and sa.up:
+            self._listener.gone(sa)
+
+    def _child_add(self, ike_id: IkeId, message: HaMessage) -> None:
+        sa = self.sas.get(ike_id.spis)
+        if sa is None:
+            return
+        group: int = message.first(Attr.ALG_KE, 0)
+        child = Child(
+            name=message.first(Attr.CONFIG_NAME, ""),
+            mode=message.first(Attr.IPSEC_MODE, 0),
+            ipcomp=message.first(Attr.IPCOMP, 0),
+            encr=message.first(Attr.ALG_ENCR, 0),
+            encr_len=message.first(Attr.ALG_ENCR_LEN, 0),
+            integ=message.first(Attr.ALG_INTEG, 0),
+            esn=message.first(Attr.ESN, 0),
+            groups=tuple(number for number in (group, *_groups(message.first(Attr.ALG_ADD_KES, b""))) if number),
+            spi_in=message.first(Attr.INBOUND_SPI, 0),
+            spi_out=message.first(Attr.OUTBOUND_SPI, 0),
+            local_ts=message.all(Attr.LOCAL_TS),
+            remote_ts=message.all(Attr.REMOTE_TS),
+            initiator=bool(message.first(Attr.INITIATOR, 0)),
+        )
+        sa.children[child.spi_in] = child
+        if sa.up:
+            self._listener.changed(sa)
+
+    def _child_delete(self, ike_id: IkeId, message: HaMessage) -> None:
+        sa = self.sas.get(ike_id.spis)
+        spi = message.first(Attr.INBOUND_SPI, 0)
+        if sa is not None and sa.children.pop(spi, None) is not None and sa.up:
+            self._listener.changed(sa)
+
+    def _sweep(self) -> None:
+        """Forget handshakes that came to nothing; the oldest come first."""
+        limit = self._clock() - HALF_OPEN_SECONDS
+        while self._half_open:
+            spis, sa = next(iter(self._half_open.items()))
+            if sa.seen > limit:
+                return
+            del self._half_open[spis]
+            self.sas.pop(spis, None)
+
+    # VICI
+
+    def event(self, event: Event) -> None:
+        """Take in one VICI event."""
+        if event.kind == "ike-updown" and event.up is False:
+            self._early.pop(event.sa.spis, None)
+            self._listener.down(event.sa)
+            return
+        sa = self.sas.get(event.sa.spis)
+        if sa is not None and sa.up:
+            if self._take_info(sa, event.sa):
+                self._listener.changed(sa)
+        elif event.kind in ("ike-updown", "ike-rekey"):
+            if len(self._early) > EARLY_MAX:
+                self._early.clear()
+            self._early[event.sa.spis] = event.sa
+
+    def _take_info(self, sa: Sa, info: SaInfo) -> bool:
+        """Join what VICI says; whether that changed the stub by more than a second of jitter."""
+        if info.state != "ESTABLISHED":
+            return False
+        now = self._wall()
+        rekey_at, reauth_at, expires = expiry(info, self.connections.get(sa.connection), now)
+        if not expires:
+            # lives for ever: its stub is renewed in good time, not at every look
+            left = sa.expires - now
+            expires = sa.expires if left > NO_EXPIRY_SECONDS / 2 else int(now) + NO_EXPIRY_SECONDS
+        before = (sa.local, sa.remote, sa.local_vips, sa.remote_vips)
+        moved = abs(sa.expires - expires) > 2 or abs(sa.rekey_at - rekey_at) > 2 or abs(sa.reauth_at - reauth_at) > 2
+        if moved:
+            sa.rekey_at, sa.reauth_at, sa.expires = rekey_at, reauth_at, expires
+        sa.established = int(now) - info.established
+        sa.local, sa.remote = info.local, info.remote
+        sa.local_vips = info.local_vips or sa.local_vips
+        sa.remote_vips = info.remote_vips or sa.remote_vips
+        return moved or before != (sa.local, sa.remote, sa.local_vips, sa.remote_vips)
+
+    # what no message tells
+
+    def adopt(self, sa: Sa) -> None:
+        """An SA that the sidecar itself installed, or knew before it restarted: charon is silent about these."""
+        sa.seen = self._clock()
+        sa.adopted = True
+        self.sas[sa.id.spis] = sa
+
+    def forget(self, ike_id: IkeId) -> Sa | None:
+        """Drop an SA that the sidecar itself removes; nobody is told."""
+        self._half_open.pop(ike_id.spis, None)
+        return self.sas.pop(ike_id.spis, None)
+
+    def forget_all(self) -> None:
+        """charon died: its SAs are gone without a word, and their stubs are what clients resume from."""
+        self.sas.clear()
+        self._half_open.clear()
+        self._early.clear()
+
+    def established(self) -> Iterator[Sa]:
+        """All SAs that are up."""
+        # a copy: metrics are read in another thread
+        return (sa for sa in list(self.sas.values()) if sa.up)
+
+    def reconcile(self, infos: Iterable[SaInfo], *, since: float) -> dict[bytes, SaInfo]:
+        """Compare with a full list of VICI's that was asked for at `since` (clock seconds).
+
+        Updates lifetimes, ends SAs that charon no longer has, and returns those whose keys are missing here.
+        """
+        missing: dict[bytes, SaInfo] = {}
+        present: set[bytes] = set()
+        for info in infos:
+            present.add(info.spis)
+            if info.version != 2 or info.state != "ESTABLISHED":
+                continue
+            sa = self.sas.get(info.spis)
+            if sa is None or not (sa.up or sa.adopted):
+                missing[info.spis] = info
+                # for when the HA channel tells the rest
+                self._early[info.spis] = info
+            elif sa.up and self._take_info(sa, info):
+                self._listener.changed(sa)
+        for spis, sa in list(self.sas.items()):
+            if sa.up and spis not in present and sa.seen < since:
+                self._delete(sa.id)
+        return missing
+
+
+def _groups(raw: bytes) -> tuple[int, ...]:
+    """ALG_ADD_KES: 16-bit transform ids by place, zero for an unused one; nothing behind the last one used."""
+    ids = [int.from_bytes(raw[i : i + 2]) for i in range(0, len(raw), 2)]
+    while ids and not ids[-1]:
+        ids.pop()
+    return tuple(ids)

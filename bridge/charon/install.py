@@ -1,0 +1,200 @@
+"""Rebuilt IKE_SAs into an unmodified charon, over its HA channel.
+
+An SA is installed as the HA peer's, which leaves it PASSIVE, in a landing segment (`segments`); one toggle of that
+segment activates all that were installed into it; then each gets its peer's real address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from bridge.charon.channel import Channel
+from bridge.charon.ha import Attr, IkeId, MessageType, encode
+from bridge.charon.segments import LandingChoice, landing_addresses
+from bridge.ike.transforms import Suite
+from bridge.stub import Endpoint, Identity
+
+FIRST_MESSAGE_ID = 1
+"""the client's next request; IKE_SA_INIT with IKE_SA_SYNC was message 0"""
+
+FEW = 8
+"""SAs in a batch whose activation is not measured apart from their installation: that costs a client time"""
+
+Attributes = list[tuple[Attr, Any]]
+
+
+@dataclass(slots=True, frozen=True)
+class Install:
+    """All that charon is told of one rebuilt IKE_SA. `local` is this host, `id.initiator` whether it is the client."""
+
+    id: IkeId
+    suite: Suite
+    sk_d_old: bytes = field(repr=False)
+    nonce_i: bytes = field(repr=False)
+    nonce_r: bytes = field(repr=False)
+    local_id: Identity
+    remote_id: Identity
+    eap_id: Identity | None
+    local: Endpoint
+    remote: Endpoint
+    connection: str
+    conditions: tuple[int, ...]
+    extensions: tuple[int, ...]
+    local_vips: tuple[str, ...]
+    remote_vips: tuple[str, ...]
+
+
+def add_message(version: int, install: Install, landing: str) -> bytes:
+    """IKE_ADD: keys. charon derives as for a rekey; with an empty shared secret that is the draft's SKEYSEED
+    (draft-xu-ike-sa-sync-01 section 3.3)."""
+    suite = install.suite
+    attributes: Attributes = [
+        (Attr.IKE_VERSION, 2),
+        (Attr.IKE_ID, install.id),
+        (Attr.ALG_OLD_PRF, suite.prf),
+        (Attr.OLD_SKD, install.sk_d_old),
+        (Attr.ALG_ENCR, suite.encr),
+    ]
+    if suite.encr_len:
+        attributes.append((Attr.ALG_ENCR_LEN, suite.encr_len))
+    if suite.integ:
+        attributes.append((Attr.ALG_INTEG, suite.integ))
+    attributes += [
+        (Attr.ALG_PRF, suite.prf),
+        (Attr.ALG_KE, suite.group),
+        (Attr.NONCE_I, install.nonce_i),
+        (Attr.NONCE_R, install.nonce_r),
+        (Attr.SECRET, b""),
+        (Attr.REMOTE_ADDR, Endpoint(landing, install.remote.port)),
+    ]
+    return encode(version, MessageType.IKE_ADD, attributes)
+
+
+def update_message(version: int, install: Install, landing: str) -> bytes:
+    """IKE_UPDATE: who the peers are; makes the SA PASSIVE. charon wants IKE_ID first."""
+    attributes: Attributes = [
+        (Attr.IKE_ID, install.id),
+        (Attr.LOCAL_ID, install.local_id),
+        (Attr.REMOTE_ID, install.remote_id),
+    ]
+    if install.eap_id is not None:
+        attributes.append((Attr.REMOTE_EAP_ID, install.eap_id))
+    attributes += [
+        (Attr.LOCAL_ADDR, install.local),
+        (Attr.REMOTE_ADDR, Endpoint(landing, install.remote.port)),
+    ]
+    attributes += [(Attr.CONDITIONS, word) for word in install.conditions]
+    attributes += [(Attr.EXTENSIONS, word) for word in install.extensions]
+    attributes.append((Attr.CONFIG_NAME, install.connection))
+    attributes += [(Attr.LOCAL_VIP, Endpoint(vip, 0)) for vip in install.local_vips]
+    attributes += [(Attr.REMOTE_VIP, Endpoint(vip, 0)) for vip in install.remote_vips]
+    return encode(version, MessageType.IKE_UPDATE, attributes)
+
+
+def message_id_message(version: int, install: Install) -> bytes:
+    """The client's next request is number 1, the gateway's first is 0, where charon starts anyway."""
+    kind = MessageType.IKE_MID_INITIATOR if install.id.initiator else MessageType.IKE_MID_RESPONDER
+    return encode(version, kind, [(Attr.IKE_ID, install.id), (Attr.MID, FIRST_MESSAGE_ID)])
+
+
+def address_message(version: int, ike_id: IkeId, remote: Endpoint) -> bytes:
+    """IKE_UPDATE that only moves the SA to `remote`; charon applies it in any state."""
+    return encode(version, MessageType.IKE_UPDATE, [(Attr.IKE_ID, ike_id), (Attr.REMOTE_ADDR, remote)])
+
+
+def delete_message(version: int, ike_id: IkeId) -> bytes:
+    """IKE_DELETE: charon drops the SA in silence, no DELETE to the peer, no updown event."""
+    return encode(version, MessageType.IKE_DELETE, [(Attr.IKE_ID, ike_id)])
+
+
+def segment_message(version: int, kind: MessageType, segment: int) -> bytes:
+    """SEGMENT_TAKE, SEGMENT_DROP or RESYNC of one segment."""
+    return encode(version, kind, [(Attr.SEGMENT, segment)])
+
+
+class Installer:
+    """Installs batches into one charon, one after the other. Raises ChannelError when charon is not there."""
+
+    def __init__(self, channel: Channel, landing: LandingChoice) -> None:
+        self.toggles = 0
+        self.toggle_seconds = 0.0
+        """how long the last activation kept the SAs of its segment from answering, at most"""
+        self._channel = channel
+        self._landing = landing
+        self._addresses = landing_addresses(landing.count)
+        self._one_at_a_time = asyncio.Lock()
+
+    async def install(self, batch: Sequence[Install]) -> None:
+        """Install and activate all of `batch`; done when charon has them established.
+
+        Raises HaError, with nothing sent, where one of them does not fit the format; ChannelError.
+        """
+        clock = asyncio.get_running_loop().time
+        async with self._one_at_a_time:
+            segment = self._landing.next(clock())
+            # all of it before any is sent: what charon was told half it would derive other keys for
+            messages = list(self._installs(batch, segment))
+            began = clock()
+            await self._channel.send(messages)
+            if len(batch) > FEW:
+                await self._channel.drained()
+                began = clock()
+                await self._channel.send(self._toggle(segment))
+                await self._channel.drained()
+                self.toggle_seconds = clock() - began
+                await self._channel.send(self._addresses_of(batch))
+                await self._channel.drained()
+            else:
+                await self._channel.send(chain(self._toggle(segment), self._addresses_of(batch)))
+                await self._channel.drained()
+                self.toggle_seconds = clock() - began
+            self._landing.disturbed(segment, clock(), self.toggle_seconds)
+            self._landing.established.update(self._landing.segment_of(install.remote.address) for install in batch)
+            self.toggles += 1
+
+    async def turn(self) -> None:
+        """Wait until an activation costs running SAs no more than their share; what comes meanwhile can be
+        installed with it."""
+        wait = self._landing.wait(asyncio.get_running_loop().time())
+        if wait > 0:
+            await asyncio.sleep(wait)
+
+    def _installs(self, batch: Sequence[Install], segment: int) -> Iterator[bytes]:
+        version = self._channel.version
+        assert version is not None
+        landing = self._addresses[segment]
+        for install in batch:
+            yield add_message(version, install, landing)
+            yield update_message(version, install, landing)
+            yield message_id_message(version, install)
+
+    def _toggle(self, segment: int) -> Iterator[bytes]:
+        version = self._channel.version
+        assert version is not None
+        # charon takes no notice of a TAKE where the segment is not active yet
+        yield segment_message(version, MessageType.SEGMENT_TAKE, segment)
+        yield segment_message(version, MessageType.SEGMENT_DROP, segment)
+
+    def _addresses_of(self, batch: Sequence[Install]) -> Iterator[bytes]:
+        version = self._channel.version
+        assert version is not None
+        for install in batch:
+            yield address_message(version, install.id, install.remote)
+
+    async def delete(self, ike_ids: Sequence[IkeId]) -> None:
+        """Drop SAs in silence."""
+        version = self._channel.version
+        if version is not None and ike_ids:
+            await self._channel.send([delete_message(version, ike_id) for ike_id in ike_ids])
+
+    async def resync(self, segments: set[int]) -> None:
+        """Ask charon for everything about the SAs of these segments; it rekeys their CHILD_SAs afterwards."""
+        version = self._channel.version
+        if version is not None:
+            await self._channel.send(
+                [segment_message(version, MessageType.RESYNC, segment) for segment in sorted(segments)]
+            )

@@ -1,0 +1,139 @@
+"""One IKE_SA of the local charon, as the sidecar knows it: what HA messages and VICI say together, and its stub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntFlag
+
+from bridge.charon.ha import IkeId
+from bridge.ike.transforms import Suite
+from bridge.stub import Child, Endpoint, Identity, Index, Stub
+
+
+class Condition(IntFlag):
+    """charon's IKE_SA conditions (ike_condition_t) that matter here."""
+
+    NAT_ANY = 1 << 0
+    NAT_HERE = 1 << 1
+    NAT_THERE = 1 << 2
+    NAT_FAKE = 1 << 3
+    ORIGINAL_INITIATOR = 1 << 6
+    STALE = 1 << 7
+    REAUTHENTICATING = 1 << 10
+    REDIRECTED = 1 << 11
+    PPK = 1 << 13
+    PRIVATE = 1 << 31
+    """marks a second set of conditions with meanings of their own (strongSwan 6.0.2 on)"""
+
+
+@dataclass(slots=True, eq=False)
+class Sa:
+    """An IKE_SA. `local` is this host. Times in Unix seconds, 0 = never."""
+
+    id: IkeId
+    suite: Suite
+    sk_d: bytes = field(repr=False)
+    shared_secret: bytes | None = field(default=None, repr=False)
+    up: bool = False
+    seen: float = 0.0
+    """when the first message of it came, in the tracker's clock"""
+    rekeyed_from: Sa | None = field(default=None, repr=False)
+    local_id: Identity | None = None
+    remote_id: Identity | None = None
+    eap_id: Identity | None = None
+    local: Endpoint | None = None
+    remote: Endpoint | None = None
+    connection: str = ""
+    conditions: tuple[int, ...] = ()
+    extensions: tuple[int, ...] = ()
+    peer_addresses: tuple[Endpoint, ...] = ()
+    local_vips: tuple[str, ...] = ()
+    remote_vips: tuple[str, ...] = ()
+    children: dict[int, Child] = field(default_factory=dict)
+    """by inbound ESP SPI, oldest first"""
+    established: int = 0
+    rekey_at: int = 0
+    reauth_at: int = 0
+    expires: int = 0
+    revision: int = 0
+    resumable: bool = True
+    unproven: bool = False
+    """rebuilt by this gateway, told by charon again, and no request on it verified yet"""
+    published: Index | None = None
+    """the index that its stub was stored under last"""
+    adopted: bool = False
+    """its keys came from a stub, not from charon"""
+
+    @property
+    def local_spi(self) -> bytes:
+        return self.id.spi_i if self.id.initiator else self.id.spi_r
+
+    @property
+    def remote_spi(self) -> bytes:
+        return self.id.spi_r if self.id.initiator else self.id.spi_i
+
+    def has(self, condition: Condition) -> bool:
+        """Whether charon set `condition` on the SA."""
+        return any(word & condition and not word & Condition.PRIVATE for word in self.conditions)
+
+    def index_here(self, gateway: str | None = None) -> Index:
+        """The index of its stub where this host is the gateway (draft-xu-ike-sa-sync-01 section 3.2)."""
+        address = gateway or (self.local.address if self.local else "")
+        return Index(address, self.local_spi)
+
+    def index_there(self) -> Index:
+        """The same stub's index seen from the client: the gateway's address and SPI."""
+        return Index(self.remote.address if self.remote else "", self.remote_spi)
+
+    def stub(self, index: Index, *, with_secret: bool, expires: int) -> Stub:
+        """The stub of this SA as it is now. Raises ValueError while the SA is not up."""
+        if self.local is None or self.remote is None or self.local_id is None or self.remote_id is None:
+            raise ValueError("an IKE_SA that is not up has no stub")
+        return Stub(
+            index=index,
+            spi_i=self.id.spi_i,
+            spi_r=self.id.spi_r,
+            initiator=self.id.initiator,
+            local_id=self.local_id,
+            remote_id=self.remote_id,
+            eap_id=self.eap_id,
+            suite=self.suite,
+            sk_d=self.sk_d,
+            shared_secret=self.shared_secret if with_secret else None,
+            local=self.local,
+            remote=self.remote,
+            connection=self.connection,
+            local_vips=self.local_vips,
+            remote_vips=self.remote_vips,
+            conditions=self.conditions,
+            extensions=self.extensions,
+            peer_addresses=self.peer_addresses,
+            children=tuple(self.children.values()),
+            established=self.established,
+            rekey_at=self.rekey_at,
+            reauth_at=self.reauth_at,
+            expires=expires,
+            revision=self.revision,
+        )
+
+
+def new_conditions(conditions: tuple[int, ...], *, initiator: bool, nat_here: bool, nat_there: bool) -> tuple[int, ...]:
+    """The conditions for a rebuilt SA, from those of the old one.
+
+    The client is the initiator of what it resumes, whoever initiated the old SA. NAT found on the new path is added
+    to what was there: a NAT_ANY that charon faked (for UDP encapsulation) has to stay.
+    """
+    words = []
+    for word in conditions or (0,):
+        if word & Condition.PRIVATE:
+            words.append(word)
+            continue
+        word &= ~(Condition.ORIGINAL_INITIATOR | Condition.STALE | Condition.REAUTHENTICATING | Condition.REDIRECTED)
+        if initiator:
+            word |= Condition.ORIGINAL_INITIATOR
+        if nat_here:
+            word |= Condition.NAT_ANY | Condition.NAT_HERE
+        if nat_there:
+            word |= Condition.NAT_ANY | Condition.NAT_THERE
+        words.append(int(word))
+    return tuple(words)

@@ -1,0 +1,334 @@
+"""HA messages and VICI reports, joined into IKE_SAs (bridge.charon.extract), on what real charons sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bridge.charon.extract import HALF_OPEN_SECONDS, Tracker
+from bridge.charon.ha import Attr, HaMessage, IkeId, MessageType, decode
+from bridge.charon.sa import Condition, Sa, new_conditions
+from bridge.charon.vici import ConnectionInfo, Event, SaInfo
+from bridge.stub import Endpoint, Index
+from vectors_support import NAMES, SIDES, VECTORS, messages
+
+NOW = 1_800_000_000
+
+
+class Recorder:
+    """A Listener that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.news: list[tuple[str, Any]] = []
+
+    def changed(self, sa: Sa) -> None:
+        self.news.append(("changed", sa.id))
+
+    def gone(self, sa: Sa) -> None:
+        self.news.append(("gone", sa.id))
+
+    def verified(self, ike_id: IkeId) -> None:
+        self.news.append(("verified", ike_id))
+
+    def down(self, sa: SaInfo) -> None:
+        self.news.append(("down", sa.state))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tracker() -> tuple[Tracker, Recorder, Clock]:
+    recorder, clock = Recorder(), Clock()
+    return Tracker(recorder, wall=lambda: NOW, clock=clock), recorder, clock
+
+
+def feed(into: Tracker, vector: dict[str, Any], side: str, until: MessageType | None = None, count: int = 1) -> None:
+    """The vector's messages, up to and with the `count`th of type `until`."""
+    for octets in messages(vector, side):
+        message = decode(octets)
+        into.handle(message)
+        if message.type is until:
+            count -= 1
+            if not count:
+                return
+
+
+def info(sa: Sa, **changes: Any) -> SaInfo:
+    """What VICI would say of an SA."""
+    assert sa.local is not None
+    assert sa.remote is not None
+    said = SaInfo(
+        connection=sa.connection,
+        spi_i=sa.id.spi_i,
+        spi_r=sa.id.spi_r,
+        initiator=sa.id.initiator,
+        version=2,
+        state="ESTABLISHED",
+        local=sa.local,
+        remote=sa.remote,
+        local_vips=(),
+        remote_vips=sa.remote_vips,
+        established=0,
+        rekey=14000,
+        reauth=None,
+        children=(),
+    )
+    return said._replace(**changes)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("vector", VECTORS, ids=NAMES)
+def test_sk_d_is_what_charon_logged_first_and_after_the_rekey(vector: dict[str, Any], side: str) -> None:
+    known, _, _ = tracker()
+    feed(known, vector, side, MessageType.IKE_UPDATE)
+    [sa] = known.established()
+    assert sa.sk_d.hex() == vector["initial"]["sk_d"]
+    feed(known, vector, side)
+    [sa] = known.established()
+    assert sa.sk_d.hex() == vector["rekeyed"]["sk_d"]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("vector", VECTORS, ids=NAMES)
+def test_the_shared_secret_is_what_both_sides_agree_on(vector: dict[str, Any], side: str) -> None:
+    known, other = tracker()[0], tracker()[0]
+    feed(known, vector, side, MessageType.IKE_UPDATE)
+    feed(other, vector, SIDES[1 - SIDES.index(side)], MessageType.IKE_UPDATE)
+    assert next(known.established()).shared_secret == next(other.established()).shared_secret is not None
+
+
+def test_a_gateways_sa_has_all_that_a_stub_needs() -> None:
+    known, _, _ = tracker()
+    vector = VECTORS[0]
+    feed(known, vector, "gateway", MessageType.IKE_UPDATE, 2)
+    [sa] = known.established()
+    stub = sa.stub(sa.index_here(), with_secret=True, expires=NOW + 60)
+    assert stub.index == Index("192.168.50.1", sa.id.spi_r)
+    assert not stub.initiator
+    assert (stub.local_id.text, stub.remote_id.text) == ("gw0.example", "cl0.example")
+    assert stub.remote == Endpoint("192.168.50.10", 4500)
+    assert stub.connection == "g0"
+    assert stub.remote_vips == ("10.20.0.1",)
+    [child] = stub.children
+    assert child.name == "net"
+    assert (child.encr, child.encr_len, child.groups) == (20, 128, ())
+    assert [(ts.first, ts.last) for ts in child.local_ts] == [("10.10.0.0", "10.10.0.255")]
+    assert [(ts.first, ts.last) for ts in child.remote_ts] == [("10.20.0.1", "10.20.0.1")]
+
+
+def test_the_client_names_the_same_stub_as_the_gateway() -> None:
+    gateway, client = tracker()[0], tracker()[0]
+    feed(gateway, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
+    feed(client, VECTORS[0], "client", MessageType.IKE_UPDATE)
+    assert next(gateway.established()).index_here() == next(client.established()).index_there()
+
+
+def test_a_configured_address_stands_in_the_index() -> None:
+    known, _, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
+    assert next(known.established()).index_here("203.0.113.9").gateway == "203.0.113.9"
+
+
+def test_a_rekey_replaces_the_sa_and_keeps_children_and_virtual_ips() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE, 2)
+    [old] = known.established()
+    recorder.news.clear()
+    feed(known, VECTORS[0], "gateway")
+    [new] = known.established()
+    assert new.id != old.id
+    assert new.children == old.children
+    assert new.remote_vips == old.remote_vips
+    assert ("gone", old.id) in recorder.news
+    assert ("changed", new.id) in recorder.news
+
+
+def test_every_verified_request_is_reported() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    assert [kind for kind, _ in recorder.news].count("verified") == 2 + 1
+
+
+def test_a_delete_ends_the_sa() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    known.handle(HaMessage(3, MessageType.IKE_DELETE, [(Attr.IKE_ID, sa.id)]))
+    assert recorder.news[-1] == ("gone", sa.id)
+    assert not known.sas
+
+
+def test_a_closed_child_leaves_the_sa() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE, 2)
+    [sa] = known.established()
+    [spi] = sa.children
+    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, spi)]))
+    assert not sa.children
+    assert recorder.news[-1] == ("changed", sa.id)
+
+
+@pytest.mark.parametrize("vici_first", [True, False])
+def test_vici_tells_the_lifetime_whether_before_or_after_the_keys(vici_first: bool) -> None:
+    known, _, _ = tracker()
+    known.connections = {"g0": ConnectionInfo("g0", 14400, 0, ())}
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
+    [half_open] = known.sas.values()
+    said = SaInfo(
+        "g0",
+        half_open.id.spi_i,
+        half_open.id.spi_r,
+        False,
+        2,
+        "ESTABLISHED",
+        Endpoint("192.168.50.1", 4500),
+        Endpoint("192.168.50.10", 4500),
+        (),
+        (),
+        0,
+        13000,
+        None,
+        (),
+    )
+    if vici_first:
+        known.event(Event("ike-updown", said, True))
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
+    if not vici_first:
+        assert next(known.established()).expires == NOW + 14400 + 1440
+        known.event(Event("ike-updown", said, True))
+    [sa] = known.established()
+    assert sa.rekey_at == NOW + 13000
+    assert sa.expires == NOW + 13000 + 1440
+
+
+def test_a_move_that_vici_reports_changes_the_sa() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    recorder.news.clear()
+    known.event(Event("ike-update", info(sa, remote=Endpoint("198.51.100.7", 4500))))
+    assert sa.remote == Endpoint("198.51.100.7", 4500)
+    assert recorder.news == [("changed", sa.id)]
+
+
+def test_a_second_report_that_says_the_same_changes_nothing() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    known.event(Event("child-updown", info(sa), True))
+    recorder.news.clear()
+    known.event(Event("child-updown", info(sa), True))
+    assert not recorder.news
+
+
+def test_a_down_event_is_passed_on_with_its_state() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "client")
+    [sa] = known.established()
+    known.event(Event("ike-updown", info(sa, state="DELETING"), False))
+    assert recorder.news[-1] == ("down", "DELETING")
+
+
+def test_reconciliation_names_what_is_missing_and_ends_what_charon_no_longer_has() -> None:
+    known, recorder, clock = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    stranger = info(sa, spi_i=bytes(8), spi_r=bytes(8))
+    clock.now = 10.0
+    assert list(known.reconcile([stranger], since=5.0)) == [bytes(16)]
+    assert recorder.news[-1] == ("gone", sa.id)
+
+
+def test_reconciliation_spares_what_came_up_after_the_list_was_asked_for() -> None:
+    known, _, clock = tracker()
+    clock.now = 10.0
+    feed(known, VECTORS[0], "gateway")
+    known.reconcile([], since=5.0)
+    assert len(list(known.established())) == 1
+
+
+def test_a_resynchronisation_leaves_a_known_sa_up() -> None:
+    known, _, _ = tracker()
+    vector = VECTORS[0]
+    feed(known, vector, "gateway", MessageType.IKE_UPDATE, 2)
+    feed(known, vector, "gateway", MessageType.IKE_ADD)
+    [sa] = known.established()
+    assert sa.sk_d.hex() == vector["initial"]["sk_d"]
+    assert sa.remote_vips == ("10.20.0.1",)
+
+
+def test_handshakes_that_come_to_nothing_are_forgotten() -> None:
+    known, _, clock = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
+    clock.now = HALF_OPEN_SECONDS + 1
+    feed(known, VECTORS[1], "gateway", MessageType.IKE_ADD)
+    assert len(known.sas) == 1
+
+
+def test_an_unknown_prf_is_refused_by_name_and_never_half_served() -> None:
+    known, _, _ = tracker()
+    for octets in messages(VECTORS[0], "gateway"):
+        message = decode(octets)
+        attributes = [(name, 99 if name is Attr.ALG_PRF else value) for name, value in message.attributes]
+        known.handle(HaMessage(3, message.type, attributes))
+    assert known.unresumable
+    [sa] = known.established()
+    assert not sa.resumable
+    assert sa.sk_d == b""
+
+
+def test_a_session_with_a_postquantum_preshared_key_is_not_resumable() -> None:
+    known, _, _ = tracker()
+    for octets in messages(VECTORS[0], "gateway"):
+        message = decode(octets)
+        attributes = [
+            (name, value | Condition.PPK if name is Attr.CONDITIONS else value) for name, value in message.attributes
+        ]
+        known.handle(HaMessage(3, message.type, attributes))
+    assert not any(sa.resumable for sa in known.established())
+
+
+def test_after_a_crash_of_charon_nobody_is_told_that_its_sas_ended() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    recorder.news.clear()
+    known.forget_all()
+    assert not known.sas
+    assert not recorder.news
+
+
+def test_the_client_is_the_initiator_of_what_it_resumes() -> None:
+    old = (int(Condition.NAT_ANY | Condition.STALE | Condition.REDIRECTED), 1 << 31 | 4)
+    [word, private] = new_conditions(old, initiator=True, nat_here=False, nat_there=False)
+    assert word == Condition.NAT_ANY | Condition.ORIGINAL_INITIATOR
+    assert private == 1 << 31 | 4
+    [word, _] = new_conditions(
+        (word | Condition.ORIGINAL_INITIATOR, private), initiator=False, nat_here=False, nat_there=True
+    )
+    assert word == Condition.NAT_ANY | Condition.NAT_THERE
+
+
+def test_no_key_is_in_the_text_of_an_sa() -> None:
+    known, _, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    assert sa.sk_d.hex() not in repr(sa)
+    assert repr(sa.sk_d) not in repr(sa)
+
+
+def test_an_sa_that_the_sidecar_installed_is_never_asked_of_charon() -> None:
+    known, _, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    said = info(sa)
+    known.forget(sa.id)
+    sa.up = False  # not confirmed yet
+    known.adopt(sa)
+    assert known.reconcile([said], since=0.0) == {}
+    assert list(known.sas) == [sa.id.spis]
