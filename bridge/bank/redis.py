@@ -1,0 +1,367 @@
+"""A stub bank in Redis: a hash a stub, a sorted set a bucket (docs/protocol.md, redis/*.lua)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from functools import lru_cache
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from bridge.bank.interface import DOWNLOAD_BATCH, GatewaySign, Readable
+from bridge.bank.server import Script, Server
+from bridge.ike.transforms import Suite
+from bridge.seal import Keyring, SealError
+from bridge.stub import Index, Stub, StubError, printable
+from bridge.stubcodec import decode, encode
+
+log = structlog.get_logger()
+
+GET_TIMEOUT: Final = 0.25
+"""seconds a look-up may take: a client waits for it"""
+TIMEOUT: Final = 2.0
+"""seconds that anything else may take"""
+BUCKETS: Final = 256
+"""buckets of a gateway, one for each first octet of an SPI"""
+BUNDLE: Final = 512
+"""commands in one pipeline at most"""
+BUCKETS_AT_A_TIME: Final = 16
+"""buckets that one round trip reads: Redis is busy for some milliseconds where each holds 512 stubs"""
+HEX_KEY: Final = re.compile("[0-9a-f]{8}")
+REPORTED_MAX: Final = 10_000
+"""indexes remembered as reported unreadable"""
+
+HEARTBEAT: Final = "ike:gateway:"
+"""with a gateway's address behind it: there while the gateway lives; holds Unix seconds, a space, its keys' ids"""
+GATEWAYS: Final = "ike:gateways"
+"""sorted set: the addresses of gateways, by the time of their last heartbeat"""
+FORGET_GATEWAY: Final = 7 * 86_400
+"""seconds after which a gateway that was never heard of again is no longer named"""
+
+READABLE: Final = (
+    "id_i",
+    "id_r",
+    "spi_i",
+    "spi_r",
+    "proposal",
+    "connection",
+    "vips",
+    "established",
+    "expires",
+    "revision",
+)
+"""fields for people, in the order of redis/store.lua"""
+
+
+class RedisBank:
+    """StubBank in a Redis, by a URL that `bridge.bank.connect` takes. Connects when it is first used.
+
+    `get_timeout` and `timeout` in seconds. `wall` gives Unix seconds.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        keyring: Keyring,
+        *,
+        get_timeout: float = GET_TIMEOUT,
+        timeout: float = TIMEOUT,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.unreadable = 0
+        """stubs found that did not open"""
+        self._keyring = keyring
+        self._get_timeout = get_timeout
+        self._wall = wall
+        self._reported: set[Index] = set()
+        self._store, self._delete, self._fetch, self._reseal = scripts = [
+            Script(name) for name in ("store", "delete", "fetch", "reseal")
+        ]
+        self._redis = Server(url, timeout, scripts)
+
+    async def store(self, stubs: Sequence[Stub]) -> list[bool]:
+        """See StubBank. Stubs of one bucket are stored atomically, together."""
+        sealed = [self._keyring.seal(encode(stub), stub.index.key.encode()) for stub in stubs]
+
+        def arguments(positions: Sequence[int]) -> Iterable[Any]:
+            readable = [readable_fields(stubs[position]) for position in positions]
+            return (msgspec.msgpack.encode(readable), *(sealed[position] for position in positions))
+
+        return await self._by_bucket(self._store, [stub.index for stub in stubs], arguments)
+
+    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]:
+        """See StubBank. After a lost connection a repeated delete gives False for what the first one deleted."""
+
+        def revisions(positions: Sequence[int]) -> Iterable[Any]:
+            return [items[position][1] for position in positions]
+
+        return await self._by_bucket(self._delete, [index for index, _ in items], revisions)
+
+    async def get(self, indexes: Sequence[Index]) -> list[Stub | None]:
+        """See StubBank."""
+        found: list[Stub | None] = []
+        for first in range(0, len(indexes), BUNDLE):
+            bundle = indexes[first : first + BUNDLE]
+            with self._redis.reaching():
+                async with asyncio.timeout(self._get_timeout):
+                    replies = await self._redis.pipeline([("HGET", index.key, "sealed") for index in bundle])
+            found += [self._open(index, sealed) for index, sealed in zip(bundle, replies, strict=True)]
+        return found
+
+    async def download(self, gateway: str, batch: int = DOWNLOAD_BATCH) -> AsyncGenerator[list[Stub]]:
+        """See StubBank."""
+        buckets = [Index(gateway, bytes((octet,))).bucket for octet in range(BUCKETS)]
+        async with aclosing(self._walk(buckets, ("sealed",), batch)) as pages:
+            async for page in pages:
+                stubs = (self._open(index, values[0]) for index, values in page)
+                yield [stub for stub in stubs if stub is not None]
+
+    async def revisions(self, indexes: Sequence[Index]) -> list[int]:
+        """See StubBank."""
+        found: list[int] = []
+        for first in range(0, len(indexes), BUNDLE):
+            bundle = indexes[first : first + BUNDLE]
+            replies = await self._redis.pipeline([("HGET", index.key, "revision") for index in bundle])
+            found += [int(reply) if reply is not None and reply.isdigit() else 0 for reply in replies]
+        return found
+
+    async def ended(self, indexes: Sequence[Index]) -> list[bool]:
+        """See StubBank."""
+        commands = [("ZSCORE", index.gone, index.spi.hex()) for index in indexes]
+        return [reply is not None for reply in await self._redis.pipeline(commands)]
+
+    async def reseal(self, gateway: str) -> int:
+        """See StubBank."""
+        resealed = 0
+        buckets = [Index(gateway, bytes((octet,))).bucket for octet in range(BUCKETS)]
+        async with aclosing(self._walk(buckets, ("sealed",), DOWNLOAD_BATCH)) as pages:
+            async for page in pages:
+                old: dict[Index, bytes] = {}
+                new: list[bytes] = []
+                for index, (sealed, *_) in page:
+                    if sealed is None or self._keyring.is_current(sealed):
+                        continue
+                    place = index.key.encode()
+                    try:
+                        new.append(self._keyring.seal(self._keyring.open(sealed, place), place))
+                    except SealError as error:
+                        self._report(index, str(error))
+                    else:
+                        old[index] = sealed
+                pairs = list(zip(old.values(), new, strict=True))
+
+                def arguments(
+                    positions: Sequence[int], pairs: Sequence[tuple[bytes, bytes]] = pairs
+                ) -> Iterable[bytes]:
+                    return [octets for position in positions for octets in pairs[position]]
+
+                resealed += sum(await self._by_bucket(self._reseal, list(old), arguments))
+        return resealed
+
+    async def heartbeat(self, gateway: str, ttl: float) -> None:
+        """See StubBank. The heartbeat tells which keys the gateway has."""
+        keys = ",".join(key_id.hex() for key_id in self._keyring.ids)
+        now = int(self._wall())
+        await self._redis.pipeline(
+            [
+                ("SET", f"{HEARTBEAT}{gateway}", f"{now} {keys}", "PX", int(ttl * 1000)),
+                ("ZADD", GATEWAYS, now, gateway),
+                ("ZREMRANGEBYSCORE", GATEWAYS, "-inf", now - FORGET_GATEWAY),
+            ]
+        )
+
+    async def gateways(self) -> dict[str, GatewaySign]:
+        """See StubBank."""
+        names = [name.decode() for name in (await self._redis.pipeline([("ZRANGE", GATEWAYS, 0, -1)]))[0]]
+        beats = await self._redis.pipeline([("GET", f"{HEARTBEAT}{name}") for name in names]) if names else []
+        return {name: _sign(beat) for name, beat in zip(names, beats, strict=True)}
+
+    async def post(self, kind: str, gateway: str, value: str, ttl: float) -> None:
+        """See StubBank."""
+        await self._redis.pipeline([("SET", f"ike:{kind}:{gateway}", value, "PX", int(ttl * 1000))])
+
+    async def ping(self) -> float:
+        """See StubBank."""
+        began = time.monotonic()
+        with self._redis.reaching():
+            await self._redis.client.ping()
+        return time.monotonic() - began
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._redis.close()
+
+    # stubs
+
+    def _open(self, index: Index, sealed: bytes | None) -> Stub | None:
+        if sealed is None:
+            return None
+        try:
+            stub = decode(self._keyring.open(sealed, index.key.encode()))
+            if stub.index != index:
+                raise StubError(f"it is the stub of {stub.index}")
+        except (SealError, StubError) as error:
+            self._report(index, str(error))
+            return None
+        # an expiry that someone took from the key is still in the stub
+        return stub if stub.expires > self._wall() else None
+
+    def _report(self, index: Index, reason: str) -> None:
+        self.unreadable += 1
+        if index in self._reported:
+            return
+        if len(self._reported) >= REPORTED_MAX:
+            self._reported.clear()
+        self._reported.add(index)
+        log.warning("stub-unreadable", index=str(index), reason=reason)
+
+    # Redis
+
+    async def _by_bucket(
+        self, script: Script, indexes: Sequence[Index], arguments: Callable[[Sequence[int]], Iterable[Any]]
+    ) -> list[bool]:
+        """Run a script on each bucket of `indexes`; gives what it says of each index.
+
+        `arguments` gives those for the stubs at some positions, which are of one bucket.
+        """
+        buckets: dict[str, list[int]] = {}
+        for position, index in enumerate(indexes):
+            buckets.setdefault(index.bucket, []).append(position)
+        calls = [
+            script.call([bucket, *(indexes[position].key for position in positions)], arguments(positions))
+            for bucket, positions in buckets.items()
+        ]
+        outcome = [False] * len(indexes)
+        replies = await self._redis.pipeline(calls)
+        for positions, reply in zip(buckets.values(), replies, strict=True):
+            for position, done in zip(positions, reply, strict=True):
+                outcome[position] = bool(done)
+        return outcome
+
+    async def _walk(
+        self, buckets: Sequence[str], fields: Sequence[str], batch: int
+    ) -> AsyncGenerator[list[tuple[Index, list[bytes | None]]]]:
+        """The fields of all stubs in `buckets`, at most `batch` at a time. Redis works while the caller does."""
+        waiting = deque((bucket, b"0") for bucket in buckets)
+        # a stub may come twice while its bucket grows
+        seen: dict[str, set[bytes]] = {}
+
+        async def fetch() -> tuple[list[str], list[Any]]:
+            page = [waiting.popleft() for _ in range(min(BUCKETS_AT_A_TIME, len(waiting)))]
+            calls = [self._fetch.call((bucket,), (cursor, batch, *fields)) for bucket, cursor in page]
+            return [bucket for bucket, _ in page], await self._redis.pipeline(calls)
+
+        ahead = asyncio.create_task(fetch())
+        try:
+            while True:
+                page, replies = await ahead
+                for bucket, reply in zip(page, replies, strict=True):
+                    if reply[0] != b"0":
+                        waiting.append((bucket, reply[0]))
+                more = bool(waiting)
+                if more:
+                    ahead = asyncio.create_task(fetch())
+                rows = list(_rows(page, replies, len(fields), seen))
+                for first in range(0, len(rows), batch):
+                    yield rows[first : first + batch]
+                    # opening stubs is work: let others have their turn
+                    await asyncio.sleep(0)
+                if not more:
+                    return
+        finally:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
+
+    # last: from here on `list` is this method in the annotations of the class
+
+    async def list(self, gateway: str | None = None) -> AsyncGenerator[list[Readable]]:
+        """See StubBank."""
+        with self._redis.reaching():
+            pattern = f"ike:stubs:{{{'*' if gateway is None else gateway}/??}}"
+            # SCAN may name a key twice
+            buckets = {key.decode(): None async for key in self._redis.client.scan_iter(match=pattern, count=1000)}
+        async with aclosing(self._walk(list(buckets), READABLE, DOWNLOAD_BATCH)) as pages:
+            async for page in pages:
+                # a stub that expired while its bucket still names it has no fields
+                yield [_readable(index, values) for index, values in page if values[-1] is not None]
+
+
+def _rows(
+    buckets: Sequence[str], replies: Sequence[list[Any]], width: int, seen: dict[str, set[bytes]]
+) -> Iterator[tuple[Index, list[bytes | None]]]:
+    """The stubs in replies of redis/fetch.lua: index and `width` fields, each stub once."""
+    for bucket, reply in zip(buckets, replies, strict=True):
+        known = seen.setdefault(bucket, set()) if reply[0] != b"0" else seen.pop(bucket, set())
+        gateway = bucket[len("ike:stubs:{") :].rpartition("/")[0]
+        for position in range(1, len(reply), width + 1):
+            name: bytes = reply[position]
+            if name in known:
+                continue
+            known.add(name)
+            try:
+                index = Index(gateway, bytes.fromhex(name.decode()))
+            except ValueError:
+                continue  # not ours: a bucket's members are SPIs
+            yield index, reply[position + 1 : position + 1 + width]
+
+
+def _sign(beat: bytes | None) -> GatewaySign:
+    """What a heartbeat tells; one of a form that is not ours is a sign of life without keys."""
+    if beat is None:
+        return GatewaySign(False, frozenset())
+    keys = beat.partition(b" ")[2].decode(errors="replace").split(",")
+    return GatewaySign(True, frozenset(bytes.fromhex(key) for key in keys if HEX_KEY.fullmatch(key)))
+
+
+def readable_fields(stub: Stub) -> tuple[str, ...]:
+    """The values of READABLE for a stub; "" where there is none. The SPI that the key names is not repeated."""
+    local, remote = stub.local_id.text, stub.remote_id.text
+    return (
+        local if stub.initiator else remote,
+        remote if stub.initiator else local,
+        "" if stub.spi_i == stub.index.spi else stub.spi_i.hex(),
+        "" if stub.spi_r == stub.index.spi else stub.spi_r.hex(),
+        _proposal(stub.suite),
+        stub.connection,
+        " ".join(stub.remote_vips or stub.local_vips),
+        str(stub.established),
+        str(stub.expires),
+        str(stub.revision),
+    )
+
+
+@lru_cache(maxsize=256)
+def _proposal(suite: Suite) -> str:
+    """strongSwan's notation, the PRF left out where the integrity algorithm names it, as in swanctl.conf."""
+    parts = suite.name.split("/")
+    return "/".join(
+        part
+        for part in parts
+        if not (part.startswith("PRF_") and any(other.startswith(part.removeprefix("PRF_")) for other in parts))
+    )
+
+
+def _readable(index: Index, values: Sequence[bytes | None]) -> Readable:
+    texts = [printable((value or b"").decode(errors="backslashreplace")) for value in values]
+    id_i, id_r, spi_i, spi_r, proposal, connection, vips = texts[:7]
+    established, expires, revision = (int(text) if text.isdecimal() else 0 for text in texts[7:])
+    own = index.spi.hex()
+    return Readable(
+        index,
+        id_i,
+        id_r,
+        spi_i or own,
+        spi_r or own,
+        proposal,
+        connection,
+        tuple(vips.split()),
+        established,
+        expires,
+        revision,
+    )

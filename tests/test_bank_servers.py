@@ -1,0 +1,160 @@
+"""The bank's Redis as operators set it up: with users, by Sentinel, as a Cluster."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import redis
+from bank_support import GATEWAY, PATIENCE, RedisServer, downloaded, keyring, listed, stub_of
+from bridge import data
+from bridge.bank.connect import connect
+from bridge.bank.redis import RedisBank
+from bridge.seal import Keyring
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture
+def ring() -> Keyring:
+    return keyring()
+
+
+# users
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server with the shipped users, each with the password `secret`."""
+    users = data.path("redis/users.acl").read_text()
+    (tmp_path / "users.acl").write_text("".join(f"{line} >secret\n" for line in users.splitlines()))
+    settings = ("--aclfile", str(tmp_path / "users.acl"))
+    with RedisServer(tmp_path, *settings, username="gateway", password="secret") as server:
+        yield server
+
+
+async def test_a_gateway_needs_no_more_than_the_shipped_rights(guarded: RedisServer, ring: Keyring) -> None:
+    bank = RedisBank(f"unix://gateway:secret@{guarded.socket}", ring, get_timeout=5.0)
+    stub = stub_of()
+    await bank.ping()
+    await bank.store([stub])
+    assert await bank.get([stub.index]) == [stub]
+    assert await downloaded(bank) == [stub]
+    assert len(await listed(bank)) == 1
+    await bank.heartbeat(GATEWAY, 10)
+    assert await bank.delete([(stub.index, 1)]) == [True]
+    await bank.close()
+
+
+@pytest.mark.parametrize("user", ["gateway", "monitor"])
+@pytest.mark.parametrize("command", ["FLUSHALL", "CONFIG SET maxmemory 1", "SET other 1", "GET other", "KEYS *"])
+def test_the_shipped_users_may_do_nothing_else(guarded: RedisServer, user: str, command: str) -> None:
+    client = redis.Redis(unix_socket_path=str(guarded.socket), username=user, password="secret")
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        client.execute_command(*command.split())  # type: ignore[no-untyped-call]
+
+
+def test_a_monitor_changes_nothing(guarded: RedisServer) -> None:
+    client = redis.Redis(unix_socket_path=str(guarded.socket), username="monitor", password="secret")
+    assert client.hmget(stub_of().index.key, "id_i") == [None]
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        client.hset(stub_of().index.key, "id_i", "forged")
+
+
+# Sentinel and Cluster
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody uses, and whose cluster bus port is a valid one."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port: int = listener.getsockname()[1]
+        if port < 55_000:
+            return port
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[list[int]]:
+    """The ports of a Cluster of three primaries."""
+    ports = [free_port() for _ in range(3)]
+    with ExitStack() as stack:
+        clients = []
+        for port, bounds in zip(ports, ((0, 5460), (5461, 10922), (10923, 16383)), strict=True):
+            directory = tmp_path / str(port)
+            directory.mkdir()
+            node = stack.enter_context(RedisServer(directory, "--cluster-enabled", "yes", "--port", str(port)))
+            node.client.execute_command("CLUSTER ADDSLOTSRANGE", *bounds)
+            node.client.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
+            clients.append(node.client)
+        deadline = time.monotonic() + PATIENCE
+        while not all(whole(client) for client in clients):
+            assert time.monotonic() < deadline, "the Cluster does not form"
+            time.sleep(0.1)
+        yield ports
+
+
+def whole(client: Any) -> bool:
+    """Whether a node knows the other two and finds every slot served."""
+    info = client.execute_command("CLUSTER INFO")
+    return bool(info["cluster_known_nodes"] == "3" and info["cluster_state"] == "ok")
+
+
+async def test_a_cluster_is_a_bank_like_any_other(cluster: list[int], ring: Keyring) -> None:
+    hosts = ",".join(f"127.0.0.1:{port}" for port in cluster)
+    bank = RedisBank(f"redis+cluster://{hosts}", ring, get_timeout=5.0)
+    stubs = [stub_of() for _ in range(600)]
+    assert all(await bank.store(stubs))
+    assert await bank.get([stub.index for stub in stubs]) == stubs
+    assert len(await downloaded(bank)) == 600
+    assert len(await listed(bank)) == 600
+    assert all(redis.Redis(port=port).dbsize() for port in cluster)
+    for port in cluster:
+        redis.Redis(port=port).script_flush()
+    assert all(await bank.delete([(stub.index, 1) for stub in stubs]))
+    await bank.heartbeat(GATEWAY, 10)
+    assert await bank.ping() > 0
+    await bank.close()
+
+
+@pytest.fixture
+def sentinel(tmp_path: Path) -> Iterator[int]:
+    """The port of a Sentinel that watches a primary named `bank`."""
+    port, sentinel_port = free_port(), free_port()
+    watcher = tmp_path / "sentinel"
+    watcher.mkdir()
+    conf = watcher / "sentinel.conf"
+    conf.write_text(f"sentinel monitor bank 127.0.0.1 {port} 1\n")
+    settings = ("--port", str(sentinel_port), "--sentinel")
+    with RedisServer(tmp_path, "--port", str(port)), RedisServer(watcher, *settings, conf=conf):
+        yield sentinel_port
+
+
+async def test_sentinel_leads_to_the_primary(sentinel: int, ring: Keyring) -> None:
+    bank = RedisBank(f"redis+sentinel://127.0.0.1:{sentinel}/bank/0", ring, get_timeout=5.0)
+    stub = stub_of()
+    await bank.store([stub])
+    assert await bank.get([stub.index]) == [stub]
+    await bank.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://host",
+        "redis+sentinel://host",
+        "redis+sentinel://host/service/database",
+        "redis+cluster://host:port",
+        "redis+cluster://",
+    ],
+)
+def test_a_url_of_no_known_form_is_refused_without_repeating_it(url: str) -> None:
+    url = url.replace("://", "://user:pa55word@")
+    with pytest.raises(ValueError, match="URL") as caught:
+        connect(url, 1.0)
+    assert "pa55word" not in str(caught.value)
