@@ -1,0 +1,353 @@
+"""IKE requests are taken out of the kernel's way and put back, and everything else passes by."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.net import rules
+from bridge.net.datagram import address_text, parse_datagram, udp_datagram
+from bridge.net.intercept import Interceptor, InterceptUnavailable, Packet
+from net_support import FAMILIES, IKE_AUTH, RESPONSE, Wire, ike, inside, received, until, wire
+
+QUEUE = 4511
+MARKER = bytes(4)
+
+IPV4 = ("192.0.2.2", "192.0.2.1")
+IPV6 = ("2001:db8::2", "2001:db8::1")
+REQUEST = ike(size=200)
+
+
+def ipv4(udp: bytes, *, options: bytes = b"", fragment: int = 0, protocol: int = 17, total: int | None = None) -> bytes:
+    """RFC 791 section 3.1."""
+    header = 20 + len(options)
+    length = header + len(udp) if total is None else total
+    src, dst = (socket.inet_aton(address) for address in IPV4)
+    return (
+        struct.pack("!BBHHHBBH", 0x40 | header // 4, 0, length, 1, fragment, 64, protocol, 0)
+        + src
+        + dst
+        + options
+        + udp
+    )
+
+
+def ipv6(udp: bytes, *, extensions: bytes = b"", first: int = 17) -> bytes:
+    """RFC 8200 section 3; `first` is the type of the first extension header."""
+    src, dst = (socket.inet_pton(socket.AF_INET6, address) for address in IPV6)
+    return struct.pack("!IHBB", 6 << 28, len(extensions) + len(udp), first, 64) + src + dst + extensions + udp
+
+
+def udp(payload: bytes = REQUEST, *, sport: int = 500, dport: int = 500, marker: bool = False) -> bytes:
+    return udp_datagram(*IPV4[:1], sport, IPV4[1], dport, payload, marker)
+
+
+class TestParse:
+    def test_ipv4(self) -> None:
+        assert parse_datagram(ipv4(udp(sport=1234))) == (*with_ports(IPV4, 1234, 500), REQUEST, False)
+
+    def test_ipv6(self) -> None:
+        assert parse_datagram(ipv6(udp(sport=1234))) == (*with_ports(IPV6, 1234, 500), REQUEST, False)
+
+    def test_the_non_esp_marker_is_removed_on_port_4500(self) -> None:
+        packet = ipv4(udp(sport=1234, dport=4500, marker=True))
+        assert parse_datagram(packet) == (*with_ports(IPV4, 1234, 4500), REQUEST, True)
+
+    def test_ipv4_options_are_skipped(self) -> None:
+        parsed = parse_datagram(ipv4(udp(), options=b"\x94\x04\0\0" + bytes(36)))
+        assert parsed is not None
+        assert parsed.ike == REQUEST
+
+    @pytest.mark.parametrize("kind", [0, 43, 60], ids=["hop by hop", "routing", "destination options"])
+    def test_ipv6_extension_headers_are_skipped(self, kind: int) -> None:
+        options = bytes([60, 0]) + bytes(6) + bytes([17, 1]) + bytes(14)
+        parsed = parse_datagram(ipv6(udp(), extensions=options, first=kind))
+        assert parsed is not None
+        assert parsed.ike == REQUEST
+
+    def test_a_fragment_header_of_a_whole_packet_is_skipped(self) -> None:
+        parsed = parse_datagram(ipv6(udp(), extensions=bytes([17, 0, 0, 0]) + bytes(4), first=44))
+        assert parsed is not None
+        assert parsed.ike == REQUEST
+
+    def test_octets_behind_the_datagram_are_ignored(self) -> None:
+        parsed = parse_datagram(ipv4(udp()) + b"padding")
+        assert parsed is not None
+        assert parsed.ike == REQUEST
+
+    def test_answers_are_known_by_their_source_port(self) -> None:
+        packet = ipv4(udp(sport=4500, dport=1234, marker=True))
+        assert parse_datagram(packet) is None
+        assert parse_datagram(packet, answers=True) == (*with_ports(IPV4, 4500, 1234), REQUEST, True)
+
+    @pytest.mark.parametrize(
+        "packet",
+        [
+            pytest.param(b"", id="nothing"),
+            pytest.param(ipv4(udp(), protocol=6), id="TCP"),
+            pytest.param(ipv4(udp(dport=501)), id="another port"),
+            pytest.param(ipv4(udp(), fragment=0x2000), id="first fragment"),
+            pytest.param(ipv4(udp(), fragment=0x0010), id="later fragment"),
+            pytest.param(ipv4(udp(), total=500), id="cut packet"),
+            pytest.param(ipv4(udp()[:-1]), id="cut datagram"),
+            pytest.param(ipv4(udp(REQUEST[:27])), id="less than an IKE header"),
+            pytest.param(ipv4(udp(b"\xff", dport=4500)), id="NAT keepalive"),
+            pytest.param(ipv4(udp(dport=4500)), id="ESP"),
+            pytest.param(b"\x41" + ipv4(udp())[1:], id="IPv4 header length below 20"),
+            pytest.param(b"\x50" + ipv4(udp())[1:], id="neither IPv4 nor IPv6"),
+            pytest.param(ipv6(udp(), extensions=bytes([17, 0, 0, 1]) + bytes(4), first=44), id="first IPv6 fragment"),
+            pytest.param(ipv6(udp(), extensions=bytes([17, 0, 1, 0]) + bytes(4), first=44), id="later IPv6 fragment"),
+            pytest.param(ipv6(udp(), extensions=bytes([17, 255]) + bytes(6), first=60), id="extension beyond the end"),
+            pytest.param(ipv6(udp(), first=59), id="no next header"),
+            pytest.param(ipv6(udp())[:-1], id="cut IPv6 packet"),
+        ],
+    )
+    def test_anything_else_is_none(self, packet: bytes) -> None:
+        assert parse_datagram(packet) is None
+
+    @given(st.binary(max_size=200), st.booleans())
+    def test_arbitrary_octets_never_raise(self, packet: bytes, answers: bool) -> None:
+        parse_datagram(packet, answers=answers)
+
+    @given(
+        st.sampled_from([ipv4(udp()), ipv6(udp()), ipv6(udp(), extensions=bytes([17, 0]) + bytes(6), first=60)]),
+        st.data(),
+    )
+    def test_altered_and_cut_packets_never_raise(self, packet: bytes, data: st.DataObject) -> None:
+        altered = bytearray(packet)
+        for _ in range(data.draw(st.integers(1, 4))):
+            altered[data.draw(st.integers(0, 69))] = data.draw(st.integers(0, 255))
+        parse_datagram(bytes(altered[: data.draw(st.integers(0, len(altered)))]))
+
+    @given(st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)))
+    def test_addresses_have_their_canonical_text(self, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
+        assert address_text(address.packed) == str(address)
+
+    @pytest.mark.parametrize("text", ["::ffff:192.0.2.1", "::192.0.2.1", "::", "::1", "2001:db8::"])
+    def test_addresses_that_are_special_too(self, text: str) -> None:
+        address = ipaddress.ip_address(text)
+        assert address_text(address.packed) == str(address)
+
+
+def with_ports(addresses: tuple[str, str], sport: int, dport: int) -> tuple[str, int, str, int]:
+    return addresses[0], sport, addresses[1], dport
+
+
+@pytest.fixture(scope="module")
+def cable() -> Iterator[Wire]:
+    with wire() as made:
+        with inside(made.host.namespace):
+            rules.install(QUEUE)
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def sockets_closed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ports are free again for the next test."""
+    yield
+    if "cable" in request.fixturenames:
+        request.getfixturevalue("cable").close_sockets()
+
+
+class Seen:
+    """A handler that keeps the requests and does with each what it was told."""
+
+    def __init__(self) -> None:
+        self.packets: list[Packet] = []
+        self.batches: list[int] = []
+        self.decide: Callable[[Packet], None] = Packet.accept
+
+    def __call__(self, batch: list[Packet]) -> None:
+        self.packets.extend(batch)
+        self.batches.append(len(batch))
+        for packet in batch:
+            self.decide(packet)
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+@pytest_asyncio.fixture
+async def interceptor(cable: Wire, seen: Seen) -> AsyncIterator[Interceptor]:
+    made = Interceptor(QUEUE, seen)
+    with inside(cable.host.namespace):
+        made.start(asyncio.get_running_loop())
+    yield made
+    made.stop()
+
+
+def leave_undecided(packet: Packet) -> None:
+    """For `Seen.decide`."""
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("family", FAMILIES)
+class TestPackets:
+    async def test_an_accepted_request_reaches_charon(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        client.sendto(REQUEST, charon.getsockname())
+        assert await received(charon) == REQUEST
+        (packet,) = seen.packets
+        assert (packet.src, packet.sport) == (cable.peer.address(family), 500)
+        assert (packet.dst, packet.dport) == (cable.host.address(family), 500)
+        assert packet.ike == REQUEST
+        assert not packet.marker
+
+    async def test_a_request_on_port_4500_is_shown_without_its_marker(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        charon, client = cable.host.udp(family, 4500), cable.peer.udp(family, 4500)
+        client.sendto(MARKER + REQUEST, charon.getsockname())
+        assert await received(charon) == MARKER + REQUEST
+        (packet,) = seen.packets
+        assert packet.ike == REQUEST
+        assert packet.marker
+
+    async def test_a_dropped_request_never_reaches_charon(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        seen.decide = lambda packet: packet.drop() if packet.ike == REQUEST else packet.accept()
+        after = ike()
+        client.sendto(REQUEST, charon.getsockname())
+        client.sendto(after, charon.getsockname())
+        assert await received(charon) == after
+
+    async def test_a_second_decision_does_nothing(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        def both(packet: Packet) -> None:
+            packet.accept()
+            packet.drop()
+            packet.accept()
+
+        seen.decide = both
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        client.sendto(REQUEST, charon.getsockname())
+        assert await received(charon) == REQUEST
+
+    async def test_a_decision_can_come_later_and_out_of_order(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        seen.decide = leave_undecided
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        first, second = ike(), ike()
+        client.sendto(first, charon.getsockname())
+        client.sendto(second, charon.getsockname())
+        await until(lambda: len(seen.packets) == 2)
+        assert interceptor.stats().held == 2
+        for packet in reversed(seen.packets):
+            packet.accept()
+        assert [await received(charon), await received(charon)] == [second, first]
+        assert interceptor.stats().held == 0
+
+    async def test_other_traffic_never_enters_the_queue(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        for port, payload in [
+            (500, ike(IKE_AUTH)),
+            (500, ike(flags=RESPONSE)),
+            (4500, b"\xff"),
+            (4500, b"\xc0\0\0\1" + REQUEST),
+            (4500, MARKER + ike(IKE_AUTH)),
+        ]:
+            charon, client = cable.host.udp(family, port), cable.peer.udp(family, 0)
+            client.sendto(payload, charon.getsockname())
+            assert await received(charon) == payload
+            charon.close()
+        assert interceptor.stats().seen == 0
+
+    async def test_a_request_too_long_for_the_queue_reaches_charon(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        for size in (3400, 3500, 4000, 4096, 9000):
+            long = ike(size=size)
+            client.sendto(long, charon.getsockname())
+            assert await received(charon) == long
+        assert interceptor.stats().waiting == 0
+
+
+@pytest.mark.lab
+class TestFailOpen:
+    async def test_what_arrives_together_is_one_batch(self, cable: Wire, interceptor: Interceptor, seen: Seen) -> None:
+        charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+        for _ in range(100):
+            client.sendto(REQUEST, charon.getsockname())
+        await until(lambda: len(seen.packets) == 100)
+        assert seen.batches == [100]
+
+    async def test_a_request_passes_while_nobody_reads(self, cable: Wire) -> None:
+        charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+        client.sendto(REQUEST, charon.getsockname())
+        assert await received(charon) == REQUEST
+
+    async def test_a_request_passes_while_the_queue_is_full(self, cable: Wire, seen: Seen) -> None:
+        interceptor = Interceptor(QUEUE, seen, max_length=10)
+        seen.decide = leave_undecided
+        with inside(cable.host.namespace):
+            interceptor.start(asyncio.get_running_loop())
+        charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+        messages = [ike() for _ in range(30)]
+        for message in messages:
+            client.sendto(message, charon.getsockname())
+        passed = [await received(charon) for _ in range(20)]
+        await until(lambda: len(seen.packets) == 10)
+        assert passed == messages[10:]
+        assert interceptor.stats().drops == 0
+        interceptor.stop()
+        assert [await received(charon) for _ in range(10)] == messages[:10]
+
+    async def test_requests_pass_when_the_handler_fails(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen
+    ) -> None:
+        def fail(packet: Packet) -> None:
+            raise RuntimeError("a fault of ours")
+
+        seen.decide = fail
+        charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+        client.sendto(REQUEST, charon.getsockname())
+        assert await received(charon) == REQUEST
+
+    async def test_undecided_requests_reach_charon_at_the_end(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen
+    ) -> None:
+        seen.decide = leave_undecided
+        charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+        client.sendto(REQUEST, charon.getsockname())
+        await until(lambda: seen.packets)
+        unread = ike()
+        client.sendto(unread, charon.getsockname())
+        interceptor.stop()
+        assert {await received(charon), await received(charon)} == {REQUEST, unread}
+        seen.packets[0].drop()
+
+    async def test_it_can_start_again(self, cable: Wire, interceptor: Interceptor, seen: Seen) -> None:
+        interceptor.stop()
+        with inside(cable.host.namespace):
+            interceptor.start(asyncio.get_running_loop())
+        charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+        client.sendto(REQUEST, charon.getsockname())
+        assert await received(charon) == REQUEST
+        assert len(seen.packets) == 1
+
+    async def test_a_queue_that_is_taken_is_named(self, cable: Wire, interceptor: Interceptor, seen: Seen) -> None:
+        second = Interceptor(QUEUE, seen)
+        with (
+            inside(cable.host.namespace),
+            pytest.raises(InterceptUnavailable, match=rf"queue {QUEUE} is taken .* intercept\.queue"),
+        ):
+            second.start(asyncio.get_running_loop())
+        assert second.stats().waiting == 0

@@ -1,0 +1,258 @@
+"""Which packets the input rules queue, and that they come and go without a trace."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bridge.net import rules
+from net_support import FAMILIES, GET_STUB, IKE_AUTH, IKE_SA_INIT, INITIATOR, RESPONSE, Wire, ike, inside, wire
+
+QUEUE = 4510
+MARKER = bytes(4)
+
+
+@pytest.fixture(scope="module")
+def cable() -> Iterator[Wire]:
+    with wire() as made:
+        yield made
+
+
+@pytest.fixture
+def host(cable: Wire) -> Iterator[Wire]:
+    yield cable
+    with inside(cable.host.namespace):
+        rules.remove()
+
+
+def ruleset() -> str:
+    """All rules of the present network namespace, counters aside."""
+    saved = "".join(
+        subprocess.run([tool], capture_output=True, text=True, check=True).stdout
+        for tool in ("iptables-legacy-save", "ip6tables-legacy-save")
+    )
+    listed = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
+    return re.sub(r"#.*\n|\[\d+:\d+\]", "", saved) + listed
+
+
+def counted(text: str) -> int:
+    return sum(int(number) for number in re.findall(r"counter packets (\d+)", text))
+
+
+SHOWN = [
+    pytest.param(500, ike(IKE_SA_INIT), id="IKE_SA_INIT request"),
+    pytest.param(500, ike(GET_STUB), id="GET Stub request"),
+    pytest.param(4500, MARKER + ike(IKE_SA_INIT), id="IKE_SA_INIT request on port 4500"),
+    pytest.param(4500, MARKER + ike(GET_STUB, flags=0), id="GET Stub request of an original responder"),
+]
+NOT_SHOWN = [
+    pytest.param(500, ike(IKE_AUTH), id="IKE_AUTH request"),
+    pytest.param(500, ike(IKE_SA_INIT, flags=RESPONSE), id="IKE_SA_INIT response"),
+    pytest.param(500, ike(GET_STUB, flags=RESPONSE | INITIATOR), id="GET Stub response"),
+    pytest.param(500, MARKER + ike(IKE_SA_INIT), id="non-ESP marker on port 500"),
+    pytest.param(500, b"", id="empty datagram"),
+    pytest.param(4500, MARKER + ike(IKE_AUTH), id="IKE_AUTH request on port 4500"),
+    pytest.param(4500, ike(IKE_SA_INIT), id="ESP that looks like IKE_SA_INIT"),
+    pytest.param(4500, b"\xc0\0\0\1" + ike(IKE_SA_INIT), id="ESP that looks like IKE_SA_INIT after a marker"),
+    pytest.param(4500, b"\xff", id="NAT keepalive"),
+    pytest.param(501, ike(IKE_SA_INIT), id="another port"),
+]
+
+
+class Counting:
+    """The rules of one backend with a counter in place of the queue: what they match can be told on any kernel."""
+
+    def __init__(self, host: Wire, backend: str) -> None:
+        self._host, self._backend = host.host, backend
+
+    def set_up(self) -> None:
+        with inside(self._host.namespace):
+            if self._backend == "nftables":
+                text = rules.nftables_rules(QUEUE).replace(f"queue num {QUEUE} bypass", "counter")
+                self._feed(text, "nft", "-f", "-")
+            else:
+                for family in ("ip", "ip6"):
+                    text = rules.iptables_rules(QUEUE, "ip6" if family == "ip6" else "ip")
+                    self._feed(re.sub("-j NFQUEUE .*", "-j RETURN", text), f"{family}tables-restore", "--noflush")
+
+    def matched(self) -> int:
+        if self._backend == "nftables":
+            return counted(self._host.run("nft", "list", "table", "inet", rules.NAME))
+        listings = [
+            self._host.run(f"{family}tables", "-t", rules.TABLE, "-nvxL", rules.NAME) for family in ("ip", "ip6")
+        ]
+        return sum(int(line.split()[0]) for text in listings for line in text.splitlines() if "RETURN" in line)
+
+    @staticmethod
+    def _feed(text: str, *command: str) -> None:
+        subprocess.run(command, input=text, text=True, check=True)
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+@pytest.mark.parametrize("family", FAMILIES)
+class TestMatch:
+    def matched(self, host: Wire, backend: str, family: str, port: int, payload: bytes) -> int:
+        counting = Counting(host, backend)
+        counting.set_up()
+        charon = host.host.udp(family, port)
+        client = host.peer.udp(family, 0)
+        client.sendto(payload, (host.host.address(family), port))
+        assert charon.recv(65535) == payload
+        charon.close()
+        return counting.matched()
+
+    @pytest.mark.parametrize(("port", "payload"), SHOWN)
+    def test_request_is_shown(self, host: Wire, backend: str, family: str, port: int, payload: bytes) -> None:
+        assert self.matched(host, backend, family, port, payload) == 1
+
+    @pytest.mark.parametrize(("port", "payload"), NOT_SHOWN)
+    def test_anything_else_is_not(self, host: Wire, backend: str, family: str, port: int, payload: bytes) -> None:
+        assert self.matched(host, backend, family, port, payload) == 0
+
+
+@pytest.mark.lab
+class TestInstall:
+    def test_rules_are_present_once_installed(self, host: Wire) -> None:
+        with inside(host.host.namespace):
+            assert not rules.present()
+            rules.install(QUEUE)
+            assert rules.present()
+            assert rules.present(QUEUE)
+            assert not rules.present(QUEUE + 1)
+
+    def test_rules_leave_no_trace(self, host: Wire) -> None:
+        with inside(host.host.namespace):
+            before = ruleset()
+            rules.install(QUEUE)
+            assert ruleset() != before
+            rules.remove()
+            assert ruleset() == before
+
+    def test_rules_of_a_killed_sidecar_are_replaced(self, host: Wire) -> None:
+        with inside(host.host.namespace):
+            before = ruleset()
+            rules.install(QUEUE)
+            once = ruleset()
+            rules.install(QUEUE + 1)
+            rules.install(QUEUE)
+            assert ruleset() == once
+            rules.remove()
+            assert ruleset() == before
+
+    def test_removing_what_is_not_there_does_nothing(self, host: Wire) -> None:
+        with inside(host.host.namespace):
+            before = ruleset()
+            rules.remove()
+            assert ruleset() == before
+
+    def test_rules_of_others_in_the_same_table_stay(self, host: Wire) -> None:
+        theirs = ("-t", rules.TABLE, "-A", "INPUT", "-p", "udp", "--dport", "1", "-j", "ACCEPT")
+        host.host.run("iptables-nft", *theirs)
+        host.host.run("iptables-nft", "-t", rules.TABLE, "-N", "theirs")
+        with inside(host.host.namespace):
+            before = ruleset()
+            rules.install(QUEUE, backend="iptables")
+            rules.remove()
+            assert ruleset() == before
+        host.host.run("nft", "delete", "table", "ip", rules.TABLE)
+
+    def test_legacy_iptables_serve_where_the_others_cannot(self, host: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+        if shutil.which("iptables-legacy") is None:
+            pytest.skip("no iptables-legacy")
+        monkeypatch.setattr(rules, "_KINDS", ("-legacy",))
+        with inside(host.host.namespace):
+            rules.install(QUEUE, backend="iptables")
+            saved = [run_text(f"{family}tables-legacy-save") for family in ("ip", "ip6")]
+            assert all(text.count("NFQUEUE") == 2 for text in saved)
+            assert rules.present(QUEUE)
+            rules.remove()
+            saved = [run_text(f"{family}tables-legacy-save") for family in ("ip", "ip6")]
+            assert not any(rules.NAME in text for text in saved)
+
+    def test_looking_for_rules_registers_no_legacy_table(self, cable: Wire) -> None:
+        names = cable.peer.run("cat", "/proc/thread-self/net/ip_tables_names")
+        with inside(cable.peer.namespace):
+            rules.remove()
+            assert not rules.present()
+        assert cable.peer.run("cat", "/proc/thread-self/net/ip_tables_names") == names
+
+    def test_detecting_changes_nothing(self, host: Wire) -> None:
+        with inside(host.host.namespace):
+            before = ruleset()
+            backend = rules.detect()
+            assert ruleset() == before
+            assert rules.install(QUEUE) == backend
+
+    def test_both_families_are_covered(self, host: Wire) -> None:
+        with inside(host.host.namespace):
+            backend = rules.install(QUEUE)
+            if backend == "iptables":
+                for family in ("ip", "ip6"):
+                    assert run_text("nft", "list", "table", family, rules.TABLE).count(f"queue num {QUEUE} bypass") == 2
+
+    def test_a_host_that_can_do_neither_is_told_why(self, host: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rules, "_found", lambda tool: False)
+        with pytest.raises(rules.RulesError, match=r"nft is not installed; iptables is not installed.*rules: external"):
+            rules.install(QUEUE)
+
+    def test_a_backend_that_was_asked_for_is_the_only_one_tried(self, host: Wire) -> None:
+        with inside(host.host.namespace):
+            if nft_queue_works():
+                assert rules.install(QUEUE, backend="nftables") == "nftables"
+            else:
+                with pytest.raises(rules.RulesError, match="nft: "):
+                    rules.install(QUEUE, backend="nftables")
+                assert not rules.present()
+
+
+@pytest.mark.lab
+def test_nft_understands_the_rules_and_queues_with_bypass(host: Wire) -> None:
+    """nft shows the code it would load even where the kernel then lacks nft_queue."""
+    with inside(host.host.namespace):
+        done = subprocess.run(
+            ["nft", "--check", "--debug=netlink", "-f", "-"],
+            input=rules.nftables_rules(QUEUE),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.stdout.count(f"[ queue num {QUEUE} bypass ]") == 2
+    assert "syntax error" not in done.stderr
+
+
+def test_without_permission_the_error_says_so() -> None:
+    done = subprocess.run(
+        ["unshare", "--user", "--", sys.executable, "-c", UNPRIVILEGED],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(rules.__file__).parents[2],
+    )
+    if done.stderr.startswith("unshare:"):
+        pytest.skip("this host allows no user namespaces")
+    assert "Run as root" in done.stdout, done.stderr
+
+
+def run_text(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def nft_queue_works() -> bool:
+    command, text = ["nft", "--check", "-f", "-"], rules.nftables_rules(QUEUE)
+    return subprocess.run(command, input=text, text=True, capture_output=True, check=False).returncode == 0
+
+
+UNPRIVILEGED = """
+from bridge.net import rules
+try:
+    rules.install(4510)
+except rules.RulesError as error:
+    print(error)
+"""
