@@ -1,0 +1,289 @@
+"""The command line: `ike-sa-sync COMMAND`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bridge import control
+from bridge.config import ClientConfig, Config, ConfigError, GatewayConfig, load
+
+BAD_CONFIGURATION = 2
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def fail(text: object, code: int = 1) -> None:
+    """One line on stderr, and out."""
+    click.echo(f"ike-sa-sync: {text}", err=True)
+    sys.exit(code)
+
+
+def read_config(path: str, kind: type[Config]) -> Config:
+    """The configuration, or one line and exit 2."""
+    try:
+        return load(path, kind)
+    except ConfigError as error:
+        fail(error, BAD_CONFIGURATION)
+        raise  # not reached: fail() exits
+
+
+def read_any(path: str) -> GatewayConfig | ClientConfig:
+    """A configuration of either role: one with `gateways` is a client's."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raw = None  # load() names what is wrong
+    if isinstance(raw, dict) and "gateways" in raw:
+        return read_config(path, ClientConfig)
+    return read_config(path, GatewayConfig)
+
+
+def config_option(function: Function) -> Function:
+    """-c FILE."""
+    return click.option("-c", "--config", "path", required=True, metavar="FILE", help="Configuration file (YAML).")(
+        function
+    )
+
+
+def json_option(function: Function) -> Function:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(function)
+
+
+def print_json(value: Any) -> None:
+    """One value on stdout."""
+    click.echo(json.dumps(value, indent=None, sort_keys=False))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 3h 12m."""
+    left = int(seconds)
+    if left < 0:
+        return "expired"
+    for size, unit, lower, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if left >= size:
+            return f"{left // size}{unit} {left % size // lower}{name}"
+    return f"{left}s"
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A table in the one style of all commands."""
+    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def show(*tables: Table) -> None:
+    """Print tables; as wide as they are where nobody's terminal limits them, and in colour only on a terminal."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    for each in tables:
+        console.print(each)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ike-sa-sync", prog_name="ike-sa-sync")
+def cli() -> None:
+    """IKEv2 SA synchronization for session resumption (draft-xu-ike-sa-sync-01), beside an unmodified strongSwan.
+
+    When a VPN gateway dies or is drained, its IKE_SAs continue on another one, in one round trip.
+    """
+
+
+@cli.command()
+@config_option
+def gateway(path: str) -> None:
+    """Run the gateway's sidecar, in the foreground.
+
+    Stores a stub of every IKE_SA of the local charon in the bank, and answers clients that resume here.
+    """
+    config = read_config(path, GatewayConfig)
+    from bridge import daemon
+
+    _run(lambda: daemon.run_gateway(config))
+
+
+@cli.command()
+@config_option
+def client(path: str) -> None:
+    """Run the client's sidecar, in the foreground.
+
+    Moves the local charon's IKE_SA to another gateway when its own dies, or when `resume` asks for it.
+    """
+    config = read_config(path, ClientConfig)
+    from bridge import daemon
+
+    _run(lambda: daemon.run_client(config))
+
+
+def _run(main: Callable[[], None]) -> None:
+    from bridge.daemon import StartError
+
+    try:
+        main()
+    except (StartError, control.ControlError) as error:
+        fail(error)
+
+
+def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return asyncio.run(control.call(path, request))
+    except control.ControlError as error:
+        fail(error)
+        raise  # not reached: fail() exits
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@cli.command()
+@config_option
+@click.option("--connection", metavar="NAME", help="swanctl connection to move. [default: the first that is up]")
+@click.option("--to", metavar="ADDRESS", help="Gateway to move to. [default: the configured ones in order]")
+@json_option
+def resume(path: str, connection: str | None, to: str | None, as_json: bool) -> None:
+    """Move the client's session now.
+
+    Asks the running client sidecar, and waits for the outcome.
+
+    Exit code 0 when the session continues (resumed, or by an ordinary handshake: fallback), 1 when it does not.
+    """
+    config = read_config(path, ClientConfig)
+    outcome = _call(config.control, {"command": "resume", "connection": connection, "to": to})
+    if as_json:
+        print_json(outcome)
+    else:
+        _print_outcome(outcome)
+    sys.exit(1 if outcome["result"] == "failed" else 0)
+
+
+def _print_outcome(outcome: dict[str, Any]) -> None:
+    where = f"{outcome['connection']} at {outcome['gateway']}" if outcome["gateway"] else outcome["connection"] or ""
+    click.echo(f"{outcome['result']}: {where}")
+    if outcome["spi_i"]:
+        click.echo(f"  SPIs      {outcome['spi_i']}_i {outcome['spi_r']}_r")
+    if outcome["children"]:
+        click.echo(f"  CHILD_SAs {', '.join(outcome['children'])}")
+    if outcome["exchange_ms"] is not None:
+        click.echo(f"  answer    {outcome['exchange_ms']:.1f} ms")
+    if outcome["total_ms"] is not None:
+        click.echo(f"  total     {outcome['total_ms']:.1f} ms")
+    if outcome["reason"]:
+        click.echo(f"  reason    {outcome['reason']}")
+
+
+@cli.command()
+@config_option
+@json_option
+def status(path: str, as_json: bool) -> None:
+    """Show what the running sidecar knows.
+
+    IKE_SAs, unconfirmed ones, counters, and whether bank and charon answer.
+    """
+    config = read_any(path)
+    answer = _call(config.control, {"command": "status"})
+    if as_json:
+        print_json(answer)
+        return
+    charon = answer["charon"]
+    reach = f"reachable, release {charon['release']}" if charon["reachable"] else "NOT REACHABLE"
+    plugin = f"ha version {charon['ha_version']}" if charon["ha_plugin"] else "ha plugin MISSING"
+    click.echo(f"charon      {reach}, {plugin}")
+    if "bank" in answer:
+        bank = answer["bank"]
+        click.echo(
+            f"bank        {'reachable' if bank['reachable'] else 'NOT REACHABLE'}, "
+            f"{bank['stubs']} stubs, {bank['pending']} changes waiting"
+        )
+        click.echo(f"unconfirmed {answer['unconfirmed']}")
+    if answer.get("last"):
+        last = answer["last"]
+        click.echo(f"last move   {last['result']} {last['gateway'] or ''} {last['reason'] or ''}".rstrip())
+    _print_sas(answer["sas"], answer["time"])
+    counters = table("counter", "value")
+    for name, value in answer["counters"].items():
+        if value:
+            counters.add_row(name, f"{value:g}")
+    if counters.row_count:
+        show(counters)
+
+
+def _print_sas(rows: list[dict[str, Any]], now: int) -> None:
+    sas = table("connection", "peer", "identity", "virtual IPs", "CHILD_SAs", "expires in", "resumable")
+    for row in rows:
+        sas.add_row(
+            row["connection"],
+            row["remote"] or "",
+            row["remote_id"] or "",
+            " ".join(row["virtual_ips"]),
+            " ".join(row["children"]),
+            duration(row["expires"] - now),
+            "yes" if row["resumable"] else "no",
+        )
+    if rows:
+        show(sas)
+    else:
+        click.echo("no IKE_SA")
+
+
+@cli.command()
+@config_option
+@json_option
+def check(path: str, as_json: bool) -> None:
+    """Say whether this host is ready.
+
+    Each finding comes with its mend; exit code 1 when something fails.
+    """
+    config = read_any(path)
+    from bridge.check import Grade, run_checks
+
+    findings = asyncio.run(run_checks(config))
+    if as_json:
+        print_json([finding.as_dict() for finding in findings])
+    else:
+        report = table("", "check", "finding", "mend")
+        style = {Grade.OK: "[green]ok[/]", Grade.WARN: "[yellow]warn[/]", Grade.FAIL: "[red]FAIL[/]"}
+        for finding in findings:
+            report.add_row(style[finding.grade], finding.name, finding.text, finding.mend or "")
+        show(report)
+    sys.exit(1 if any(finding.grade is Grade.FAIL for finding in findings) else 0)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--add", is_flag=True, help="Put a new key in front of those in FILE: it seals, the old ones still open.")
+def keygen(file: str, add: bool) -> None:
+    """Write a new bank key to FILE (mode 0600). All gateways of one bank need the same file."""
+    from bridge.seal import SealError, generate
+
+    try:
+        key_id = generate(Path(file), add=add)
+    except (SealError, OSError) as error:
+        fail(error)
+        return
+    click.echo(f"{file}: key {key_id}{' added in front' if add else ''}")
+
+
+def main() -> None:
+    """Entry point of the `ike-sa-sync` script."""
+    from bridge.bench.cli import bench
+    from bridge.lab.cli import lab
+    from bridge.monitor import monitor
+    from bridge.stubs import stubs
+
+    cli.add_command(lab)
+    cli.add_command(bench)
+    cli.add_command(stubs)
+    cli.add_command(monitor)
+    cli(prog_name="ike-sa-sync")
+
+
+if __name__ == "__main__":
+    main()

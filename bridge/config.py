@@ -1,0 +1,215 @@
+"""The YAML configuration files of gateway and client, typed and validated.
+
+Every option and its default is in this file and nowhere else.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct, field
+
+Seconds = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+PortNumber = Annotated[int, Meta(ge=1, le=65535)]
+
+
+class ConfigError(Exception):
+    """A configuration file that cannot be used; the text names file, key and reason on one line."""
+
+
+class Ha(Struct, forbid_unknown_fields=True, frozen=True):
+    """The ends of charon's ha plugin: `local` and `remote` of charon.plugins.ha, seen from the sidecar."""
+
+    listen: str = "127.0.0.2"
+    charon: str = "127.0.0.1"
+    segments: Annotated[int, Meta(ge=1, le=16)] = 16
+    receive_buffer: Annotated[int, Meta(ge=65536)] = 16 * 1024 * 1024
+    """octets asked of the kernel for charon's datagrams"""
+
+
+class Bank(Struct, forbid_unknown_fields=True, frozen=True):
+    url: str | None = None
+    """redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; none: a private Redis"""
+    key_file: str = "/etc/ike-sa-sync/bank.key"
+    runtime: str = "/run/ike-sa-sync/redis"
+    """folder of the private Redis: socket and append-only file"""
+    get_timeout: Seconds = 0.25
+    """how long a request may wait for its stub before it goes to charon"""
+    pending: Count = 200_000
+    """stub changes kept in memory while the bank is away"""
+    cache: Count = 200_000
+    """stubs of failed gateways kept in memory"""
+
+
+class Sync(Struct, forbid_unknown_fields=True, frozen=True):
+    proof: Literal["required", "optional"] = "required"
+    confirm_timeout: Seconds = 10.0
+    """after this long without a verified message a rebuilt SA is removed"""
+    cookie_threshold: Annotated[int, Meta(ge=0)] = 100
+    """unconfirmed SAs from which on a request must carry a cookie; accepted, and without effect so far"""
+    max_unconfirmed: Count = 10_000
+    """unconfirmed SAs at most; what comes beyond goes to charon"""
+    lifetime: Annotated[int, Meta(ge=60)] | None = None
+    """seconds a stub lives at most; none: as long as its IKE_SA"""
+    shared_secret: bool = True
+    """whether stubs carry the Diffie-Hellman shared secret, as the draft has it"""
+
+
+class Intercept(Struct, forbid_unknown_fields=True, frozen=True):
+    rules: Literal["auto", "nftables", "iptables", "external"] = "auto"
+    queue: Annotated[int, Meta(ge=0, le=65535)] = 4510
+
+
+class Log(Struct, forbid_unknown_fields=True, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["logfmt", "json"] = "logfmt"
+
+
+class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
+    address: str | None = None
+    """this gateway's address in the index; none: the local address of each SA"""
+    vici: str = "/run/charon.vici"
+    ha: Ha = field(default_factory=Ha)
+    bank: Bank = field(default_factory=Bank)
+    sync: Sync = field(default_factory=Sync)
+    intercept: Intercept = field(default_factory=Intercept)
+    control: str = "/run/ike-sa-sync/gateway.sock"
+    metrics: str | None = "127.0.0.1:9470"
+    log: Log = field(default_factory=Log)
+
+
+class GatewayEntry(Struct, forbid_unknown_fields=True, frozen=True):
+    """One gateway the client may move to."""
+
+    address: str
+    connection: str
+    """the swanctl connection to it"""
+
+
+class Resume(Struct, forbid_unknown_fields=True, frozen=True):
+    """The client's timers."""
+
+    answer_timeout: Seconds = 4.0
+    """how long one gateway has to answer"""
+    retransmit: Seconds = 0.4
+    """the first retransmission; each further one waits 1.8 times as long"""
+    refusal_grace: Seconds = 0.4
+    """how long to listen on for a proven answer after an ordinary one"""
+    initiate_timeout: Seconds = 30.0
+    """how long charon has to bring up an SA or a CHILD_SA"""
+
+
+class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
+    vici: str = "/run/charon.vici"
+    ha: Ha = field(default_factory=Ha)
+    control: str = "/run/ike-sa-sync/client.sock"
+    gateways: Annotated[tuple[GatewayEntry, ...], Meta(min_length=1)] = ()
+    resume_on_down: bool = True
+    resume: Resume = field(default_factory=Resume)
+    metrics: str | None = None
+    log: Log = field(default_factory=Log)
+
+
+Config = TypeVar("Config", GatewayConfig, ClientConfig)
+
+
+def parse_host_port(text: str) -> tuple[str, int]:
+    """`host:port` (IPv6 in brackets) as a pair. Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ValueError(f"{text!r} is not ADDRESS:PORT")
+    return str(ip_address(host.strip("[]"))), int(port)
+
+
+def load(path: str | Path, kind: type[Config]) -> Config:
+    """Read and validate one file. Raises ConfigError, whose text fits one line."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}: is not YAML{where}: {getattr(error, 'problem', None) or 'unreadable'}") from error
+    try:
+        config = msgspec.convert({} if raw is None else raw, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_key_and_reason(str(error))}") from error
+    _check(path, config)
+    return _canonical(config)
+
+
+def canonical_address(text: str) -> str:
+    """An IP address as everything here writes and compares it. Raises ValueError."""
+    return str(ip_address(text))
+
+
+def _canonical(config: Config) -> Config:
+    if isinstance(config, GatewayConfig):
+        if config.address is None:
+            return config
+        return msgspec.structs.replace(config, address=canonical_address(config.address))
+    entries = tuple(
+        msgspec.structs.replace(entry, address=canonical_address(entry.address)) for entry in config.gateways
+    )
+    return msgspec.structs.replace(config, gateways=entries)
+
+
+def _key_and_reason(text: str) -> str:
+    """msgspec's "reason - at `$.bank.url`" as "bank.url: reason"."""
+    reason, _, where = text.partition(" - at `$")
+    key = where.rstrip("`").lstrip(".")
+    if reason.startswith("Object contains unknown field `"):
+        unknown = reason.split("`")[1]
+        return f"{key + '.' if key else ''}{unknown}: is not a known option"
+    return f"{key or 'file'}: {reason[:1].lower()}{reason[1:]}"
+
+
+def _check(path: str | Path, config: GatewayConfig | ClientConfig) -> None:
+    """What the types alone do not say."""
+    addresses = {"ha.listen": config.ha.listen, "ha.charon": config.ha.charon}
+    if isinstance(config, GatewayConfig):
+        if config.address is not None:
+            addresses["address"] = config.address
+        _check_url(path, config.bank.url)
+    else:
+        if not config.gateways:
+            raise ConfigError(f"{path}: gateways: at least one is needed, each with address and connection")
+        addresses |= {f"gateways[{n}].address": entry.address for n, entry in enumerate(config.gateways)}
+    for key, value in addresses.items():
+        try:
+            canonical_address(value)
+        except ValueError:
+            raise ConfigError(f"{path}: {key}: {value!r} is not an IP address") from None
+    if config.ha.listen == config.ha.charon:
+        raise ConfigError(f"{path}: ha.listen: must differ from ha.charon, which is charon's own end")
+    if config.metrics is not None:
+        try:
+            parse_host_port(config.metrics)
+        except ValueError as error:
+            raise ConfigError(f"{path}: metrics: {error}") from None
+
+
+_SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "redis+cluster://")
+
+
+def _check_url(path: str | Path, url: str | None) -> None:
+    if url is not None and not url.startswith(_SCHEMES):
+        # the URL may hold a password: not repeated
+        raise ConfigError(f"{path}: bank.url: must start with one of {', '.join(_SCHEMES)}")
+    if url is not None:
+        from bridge.bank.connect import connect
+
+        try:
+            connect(url, 1.0)  # which connects when it is first used
+        except ValueError as error:
+            # our own forms are named without the URL; of the others the library's text could quote it
+            form = str(error) if url.startswith("redis+") else "is not SCHEME://[USER:PASSWORD@]HOST[:PORT][/DATABASE]"
+            raise ConfigError(f"{path}: bank.url: {form}") from None

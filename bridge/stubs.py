@@ -1,0 +1,223 @@
+"""`ike-sa-sync stubs`: the bank, for people. Secrets are never shown."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from ipaddress import ip_address
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from bridge import cli, control
+from bridge.bank import open_bank
+from bridge.bank.interface import BankUnavailable, Readable, StubBank
+from bridge.config import GatewayConfig
+from bridge.seal import Keyring, SealError
+from bridge.stub import Index, Stub
+
+Result = TypeVar("Result")
+
+
+@click.group()
+def stubs() -> None:
+    """Look at the stubs in the bank, delete or download them."""
+
+
+def _with_bank(path: str, work: Callable[[StubBank], Coroutine[Any, Any, Result]]) -> Result:
+    config = cli.read_config(path, GatewayConfig)
+
+    async def main() -> Result:
+        bank = await open_bank(config.bank, Keyring.load(config.bank.key_file))
+        try:
+            return await work(bank)
+        finally:
+            await bank.close()
+
+    try:
+        return asyncio.run(main())
+    except (BankUnavailable, SealError, OSError) as error:
+        cli.fail(error)
+        raise  # not reached: fail() exits
+
+
+@stubs.command("list")
+@cli.config_option
+@click.option("--gateway", metavar="ADDRESS", help="Only this gateway's stubs.")
+@cli.json_option
+def list_(path: str, gateway: str | None, as_json: bool) -> None:
+    """List the stubs, by their readable fields (which nothing else believes)."""
+
+    async def work(bank: StubBank) -> list[Readable]:
+        return [row async for rows in bank.list(gateway) for row in rows]
+
+    rows = _with_bank(path, work)
+    if as_json:
+        cli.print_json([row.as_dict() for row in rows])
+        return
+    table = cli.table("gateway", "SPI", "initiator", "responder", "connection", "virtual IPs", "expires in")
+    for row in rows:
+        table.add_row(
+            row.index.gateway,
+            row.index.spi.hex(),
+            row.id_i,
+            row.id_r,
+            row.connection,
+            " ".join(row.vips),
+            cli.duration(row.expires - time.time()),
+        )
+    if rows:
+        cli.show(table)
+    click.echo(f"{len(rows)} stub{'' if len(rows) == 1 else 's'}")
+
+
+def _index(gateway: str, spi: str) -> Index:
+    try:
+        octets = bytes.fromhex(spi)
+        if len(octets) != 8:
+            raise ValueError
+        return Index(gateway, octets)
+    except ValueError:
+        raise click.BadParameter(f"{spi!r} is not an IKE SPI: 16 hex digits", param_hint="SPI") from None
+
+
+@stubs.command()
+@cli.config_option
+@click.argument("gateway")
+@click.argument("spi")
+@cli.json_option
+def show(path: str, gateway: str, spi: str, as_json: bool) -> None:
+    """Open one stub with the key file and show it, without its keys."""
+    index = _index(gateway, spi)
+
+    async def work(bank: StubBank) -> Stub | None:
+        return (await bank.get([index]))[0]
+
+    stub = _with_bank(path, work)
+    if stub is None:
+        cli.fail(f"no stub {index.key}, or none that the keys in the key file open (see the log above)")
+        return
+    facts = describe(stub)
+    if as_json:
+        cli.print_json(facts)
+        return
+    for name, value in facts.items():
+        if name != "children":
+            click.echo(f"{name:<14} {', '.join(value) if isinstance(value, list) else value}")
+    table = cli.table("CHILD_SA", "mode", "algorithms", "local", "remote")
+    for child in facts["children"]:
+        table.add_row(
+            child["name"],
+            child["mode"],
+            child["algorithms"],
+            "\n".join(child["local_ts"]),
+            "\n".join(child["remote_ts"]),
+        )
+    if facts["children"]:
+        cli.show(table)
+
+
+def describe(stub: Stub) -> dict[str, Any]:
+    """A stub without its secrets."""
+    return {
+        "gateway": stub.index.gateway,
+        "spi": stub.index.spi.hex(),
+        "spi_i": stub.spi_i.hex(),
+        "spi_r": stub.spi_r.hex(),
+        "initiator": stub.initiator,
+        "local_id": stub.local_id.text,
+        "remote_id": stub.remote_id.text,
+        "eap_id": stub.eap_id.text if stub.eap_id else None,
+        "proposal": stub.suite.name,
+        "connection": stub.connection,
+        "local": f"{stub.local.address}[{stub.local.port}]",
+        "remote": f"{stub.remote.address}[{stub.remote.port}]",
+        "virtual_ips": list(stub.remote_vips or stub.local_vips),
+        "revision": stub.revision,
+        "established": stub.established,
+        "rekey_at": stub.rekey_at,
+        "reauth_at": stub.reauth_at,
+        "expires": stub.expires,
+        "shared_secret": "carried" if stub.shared_secret else "left out",
+        "children": [
+            {
+                "name": child.name,
+                "mode": {1: "transport", 2: "tunnel", 3: "BEET"}.get(child.mode, str(child.mode)),
+                "algorithms": child.algorithms,
+                "local_ts": [selector.text for selector in child.local_ts],
+                "remote_ts": [selector.text for selector in child.remote_ts],
+            }
+            for child in stub.children
+        ],
+    }
+
+
+@stubs.command()
+@cli.config_option
+@click.argument("gateway")
+@click.argument("spi")
+@cli.json_option
+def delete(path: str, gateway: str, spi: str, as_json: bool) -> None:
+    """Delete one stub: its client will have to run an ordinary handshake."""
+    index = _index(gateway, spi)
+
+    async def work(bank: StubBank) -> bool:
+        # any revision: the operator means the stub, not a state of it
+        return (await bank.delete([(index, 2**53)]))[0]
+
+    deleted = _with_bank(path, work)
+    if as_json:
+        cli.print_json({"deleted": deleted, "gateway": gateway, "spi": spi})
+    elif deleted:
+        click.echo(f"deleted {index.key}")
+    if not deleted and not as_json:
+        cli.fail(f"no stub {index.key}")
+    if not deleted:
+        raise SystemExit(1)
+
+
+@stubs.command()
+@cli.config_option
+@click.option("--from", "gateway", required=True, metavar="ADDRESS", help="The gateway whose stubs to fetch.")
+@cli.json_option
+def download(path: str, gateway: str, as_json: bool) -> None:
+    """Have all other gateways fetch the stubs of one, before its clients come.
+
+    Shows how far the sidecar on this host is, and what it has in the end.
+    """
+    config = cli.read_config(path, GatewayConfig)
+    try:
+        done = asyncio.run(_download(config.control, str(ip_address(gateway)), sys.stderr.isatty() and not as_json))
+    except (control.ControlError, ValueError) as error:
+        cli.fail(error)
+        raise  # not reached: fail() exits
+    if as_json:
+        cli.print_json(done)
+    elif done["state"] == "own":
+        click.echo(f"{gateway} is this gateway: all others fetch its stubs")
+    else:
+        click.echo(f"{done['state']}: {done['stubs']} stubs of {gateway} in {done['seconds']:.2f} s")
+    sys.exit(0 if done["state"] in ("done", "own") else 1)
+
+
+async def _download(socket: str, gateway: str, show: bool) -> control.Answer:
+    answer = await control.call(socket, {"command": "fetch", "from": gateway})
+    with Progress(
+        TextColumn("{task.description}"),
+        SpinnerColumn(),
+        TextColumn("{task.completed} stubs"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not show,
+        transient=True,
+    ) as progress:
+        task = progress.add_task(f"stubs of {gateway}", total=None)
+        while answer["state"] == "running":
+            await asyncio.sleep(0.1)
+            answer = await control.call(socket, {"command": "fetched", "from": gateway})
+            progress.update(task, completed=answer["stubs"])
+    return answer

@@ -1,0 +1,123 @@
+"""The YAML configuration (bridge.config), and what the commands make of a bad one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridge.config import ClientConfig, ConfigError, GatewayConfig, load, parse_host_port
+
+GATEWAY = """
+address: 192.168.50.1
+vici: /run/charon.vici
+ha: {listen: 127.0.0.2, charon: 127.0.0.1, segments: 16}
+bank:
+  url: redis://127.0.0.1:6379/0
+  key_file: /etc/ike-sa-sync/bank.key
+sync: {proof: required, confirm_timeout: 10, cookie_threshold: 100}
+control: /run/ike-sa-sync/gateway.sock
+metrics: 127.0.0.1:9470
+"""
+
+CLIENT = """
+vici: /run/charon.vici
+ha: {listen: 127.0.0.2, charon: 127.0.0.1}
+control: /run/ike-sa-sync/client.sock
+gateways:
+  - address: 192.168.50.1
+    connection: home
+  - address: 192.168.50.2
+    connection: home-gw2
+resume_on_down: true
+"""
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_documented_gateway_file_is_read_as_written(tmp_path: Path) -> None:
+    config = load(_file(tmp_path, GATEWAY), GatewayConfig)
+    assert config.address == "192.168.50.1"
+    assert config.ha.segments == 16
+    assert config.bank.url == "redis://127.0.0.1:6379/0"
+    assert config.sync.proof == "required"
+
+
+def test_the_documented_client_file_is_read_as_written(tmp_path: Path) -> None:
+    config = load(_file(tmp_path, CLIENT), ClientConfig)
+    assert [(entry.address, entry.connection) for entry in config.gateways] == [
+        ("192.168.50.1", "home"),
+        ("192.168.50.2", "home-gw2"),
+    ]
+    assert config.resume_on_down
+
+
+def test_an_empty_gateway_file_means_the_defaults(tmp_path: Path) -> None:
+    assert load(_file(tmp_path, ""), GatewayConfig) == GatewayConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("adress: 192.168.50.1", "adress"),
+        ("address: gateway", "address"),
+        ("bank: {url: 'http://127.0.0.1'}", "bank.url"),
+        ("bank: {url: 'redis+sentinel://127.0.0.1'}", "bank.url"),
+        ("bank: {url: 'redis://127.0.0.1:nowhere/0'}", "bank.url"),
+        ("bank: {urls: 1}", "bank.urls"),
+        ("sync: {proof: maybe}", "sync.proof"),
+        ("sync: {confirm_timeout: 0}", "sync.confirm_timeout"),
+        ("ha: {segments: 17}", "ha.segments"),
+        ("ha: {listen: 127.0.0.1}", "ha.listen"),
+        ("metrics: nowhere", "metrics"),
+        ("- a\n- b", "file"),
+        ("address: [", "YAML"),
+    ],
+)
+def test_a_bad_file_is_one_line_with_file_key_and_reason(tmp_path: Path, text: str, key: str) -> None:
+    path = _file(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path, GatewayConfig)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: ")
+    assert key in line
+    assert "\n" not in line
+
+
+def test_a_client_needs_a_gateway(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="gateways"):
+        load(_file(tmp_path, "resume_on_down: true"), ClientConfig)
+
+
+def test_a_password_in_a_bad_url_is_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(_file(tmp_path, "bank: {url: 'http://:secret@127.0.0.1'}"), GatewayConfig)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("role", ["gateway", "client"])
+def test_a_command_with_a_bad_file_prints_one_line_and_exits_with_2(tmp_path: Path, role: str) -> None:
+    path = _file(tmp_path, "nonsense: 1")
+    done = subprocess.run(
+        [sys.executable, "-m", "bridge.cli", role, "-c", str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert str(path) in done.stderr
+    assert "nonsense" in done.stderr
+
+
+@pytest.mark.parametrize(("text", "pair"), [("127.0.0.1:9470", ("127.0.0.1", 9470)), ("[::1]:80", ("::1", 80))])
+def test_an_address_with_port_is_split(text: str, pair: tuple[str, int]) -> None:
+    assert parse_host_port(text) == pair
+
+
+def test_addresses_are_compared_in_their_canonical_form(tmp_path: Path) -> None:
+    assert load(_file(tmp_path, "address: FD00:50:0::1"), GatewayConfig).address == "fd00:50::1"
+    text = "gateways: [{address: 'FD00:50:0::2', connection: home}]"
+    assert load(_file(tmp_path, text), ClientConfig).gateways[0].address == "fd00:50::2"

@@ -1,0 +1,117 @@
+"""What gateways do for the bank by themselves, in the standard lab: real charons, a real Redis."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from bridge.lab import Topology
+from bridge.lab.daemon import wait_until
+from bridge.lab.topology import BANK_KEY, SITE, bank_key
+from failover_support import connect, counter, fresh, resume, stub_key
+
+pytestmark = pytest.mark.lab
+
+GW1 = "192.168.50.1"
+
+
+@pytest.fixture(autouse=True)
+def start_afresh(topology: Topology) -> None:
+    fresh(topology)
+
+
+def said(topology: Topology, gateway: str, event: str) -> int:
+    """How often a gateway's sidecar logged an event."""
+    return topology.gateways[gateway].text().count(event)
+
+
+def download(topology: Topology) -> dict[str, Any]:
+    done = topology.gateways["gw2"].command("stubs", "download", "--from", GW1, "--json", check=False)
+    return dict(json.loads(done.stdout))
+
+
+def test_a_failed_gateways_stubs_are_fetched_and_serve_a_client_without_the_bank(topology: Topology) -> None:
+    connect(topology)
+    topology.kill_gateway(topology.gw1)
+    before = said(topology, "gw2", "downloaded")
+    wait_until(lambda: topology.bank.cli("DEL", f"ike:gateway:{GW1}") != "", "the bank")
+    # as if its time had run out: only an expiry tells of a failure
+    topology.bank.cli("SET", f"ike:gateway:{GW1}", "1", "PX", "50")
+    wait_until(lambda: said(topology, "gw2", "downloaded") > before, "the download")
+    key = topology.bank.stubs()[0]
+    hits = counter(topology, "gw2", "bank_cache_hits")
+    assert resume(topology)["result"] == "resumed"
+    assert topology.client.ping(SITE) == 3
+    assert counter(topology, "gw2", "bank_cache_hits") == hits + 1
+    assert key not in topology.bank.stubs()
+
+
+def test_an_operator_has_the_others_fetch_a_gateways_stubs(topology: Topology) -> None:
+    connect(topology)
+    done = download(topology)
+    assert (done["state"], done["stubs"]) == ("done", 1)
+
+
+def test_a_fetched_stub_that_was_deleted_since_is_not_served(topology: Topology) -> None:
+    sa = connect(topology)
+    download(topology)
+    topology.gateways["gw1"].command("stubs", "delete", GW1, sa["responder-spi"])
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "fallback"
+
+
+def test_a_redis_that_lost_everything_is_refilled_from_charon(topology: Topology) -> None:
+    connect(topology)
+    topology.bank.kill()
+    for file in topology.bank.storage.rglob("*"):
+        if file.is_file():
+            file.unlink()
+    topology.bank.start()
+    wait_until(lambda: len(topology.bank.stubs()) == 1, "the stub again")
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"
+
+
+def test_the_stub_of_a_session_that_ended_without_a_sidecar_is_deleted_at_its_start(topology: Topology) -> None:
+    time.sleep(3)  # charon's start and an SA of its first seconds cannot be told apart
+    connect(topology)
+    topology.gateways["gw1"].kill()
+    topology.client.swanctl("--terminate", "--ike", "home")
+    assert len(topology.bank.stubs()) == 1
+    topology.gateways["gw1"].start()
+    wait_until(lambda: not topology.bank.stubs(), "the end of its stub")
+
+
+def test_the_stub_of_a_charon_that_died_stays_at_the_start_of_the_next(topology: Topology) -> None:
+    connect(topology)
+    topology.kill_gateway(topology.gw1)
+    topology.gateways["gw1"].start(wait=False)
+    topology.gw1.charon.start()
+    topology.gateways["gw1"].wait_ready()
+    time.sleep(1)
+    assert len(topology.bank.stubs()) == 1
+    assert resume(topology)["result"] == "resumed"
+
+
+def test_a_new_key_seals_when_every_gateway_has_it_and_no_sooner(topology: Topology) -> None:
+    sa = connect(topology)
+    key = stub_key(GW1, sa["responder-spi"])
+    old = bank_key()
+    new = (topology.gw1.etc / BANK_KEY.removeprefix("/etc/")).read_text()
+    new, old = old, new
+    sealed = topology.bank.cli("--no-raw", "HGET", key, "sealed")
+    resealed = said(topology, "gw1", "stubs-resealed")
+    topology.gw1.write(BANK_KEY, new + old, mode=0o600)
+    wait_until(lambda: said(topology, "gw1", "keys-reloaded") > 0, "the new key at gw1")
+    time.sleep(4)
+    assert topology.bank.cli("--no-raw", "HGET", key, "sealed") == sealed
+    topology.gw2.write(BANK_KEY, new + old, mode=0o600)
+    wait_until(lambda: said(topology, "gw1", "stubs-resealed") > resealed, "the stub sealed anew")
+    topology.gw1.write(BANK_KEY, new, mode=0o600)
+    topology.gw2.write(BANK_KEY, new, mode=0o600)
+    wait_until(lambda: said(topology, "gw2", "keys-reloaded") > 1, "the end of the old key")
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"
