@@ -1,0 +1,93 @@
+"""`ike-sa-sync lab`: the lab on the command line."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import click
+
+from bridge.lab import demo as demonstration
+from bridge.lab import space
+from bridge.lab.lab import Lab
+from bridge.lab.space import LabError
+from bridge.lab.topology import SITE, standard
+
+Result = TypeVar("Result")
+
+
+@click.group()
+def lab() -> None:
+    """Real strongSwan hosts in network namespaces: a bank, two gateways, a client."""
+
+
+def _reporting(work: Callable[[], Result]) -> Result:
+    try:
+        return work()
+    except LabError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@lab.command()
+def demo() -> None:
+    """Kill a gateway and let its session go on at the other one."""
+    start = time.monotonic()
+
+    def say(heading: str, text: str) -> None:
+        elapsed = time.monotonic() - start
+        click.echo(f"{elapsed:6.2f} s  {click.style(f'{heading:<8}', bold=True)}  {text}")
+
+    outcome = _reporting(lambda: demonstration.run(say))
+    if outcome["result"] != "resumed":
+        raise click.ClickException(f"the session was not resumed: {outcome['result']}, {outcome['reason']}")
+    told = f"resumed with {outcome['lost']} of {outcome['sent']} packets lost; the lab is gone again"
+    click.echo(click.style(told, fg="green"))
+
+
+@lab.command()
+@click.option("--name", default="lab", show_default=True, help="Name of the lab; its namespaces are NAME-gw1 ...")
+def up(name: str) -> None:
+    """Set the standard lab up, connect the client to gw1, and leave it there."""
+
+    def work() -> None:
+        with Lab(name, keep=True) as built:
+            standard(built).connect()
+
+    _reporting(work)
+    click.echo(f"lab {name} is up: bank, gw1, gw2, and client with a session at gw1")
+    click.echo(f"  ike-sa-sync lab shell client ping {SITE}")
+    click.echo("  ike-sa-sync lab shell gw1 swanctl --list-sas")
+    click.echo("  ike-sa-sync lab clean")
+
+
+@lab.command()
+@click.argument("names", nargs=-1, metavar="[LAB]...")
+def clean(names: tuple[str, ...]) -> None:
+    """Remove labs that were left behind; without a name, all that no running process uses."""
+    for name in names or space.labs():
+        if space.is_owned(name):
+            click.echo(f"lab {name} is in use, left alone")
+        else:
+            _reporting(lambda name=name: space.remove(name))  # type: ignore[misc]
+            click.echo(f"lab {name} removed")
+
+
+@lab.command(context_settings={"ignore_unknown_options": True})
+@click.option("--lab", "name", default=None, help="Which lab, if there are several.")
+@click.argument("host")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def shell(name: str | None, host: str, command: tuple[str, ...]) -> None:
+    """Run COMMAND, or a shell, on a host of a running lab."""
+    labs = [name] if name else space.labs()
+    if len(labs) != 1:
+        raise click.ClickException(f"{len(labs)} labs here ({', '.join(labs) or 'none'}): choose one with --lab")
+    directory = space.STATE / labs[0] / host
+    try:
+        holder = int((directory / space.HOLDER).read_text())
+    except FileNotFoundError:
+        hosts = sorted(entry.name for entry in directory.parent.glob("*") if (entry / space.HOLDER).exists())
+        raise click.ClickException(f"no host {host} in lab {labs[0]}: {', '.join(hosts) or 'none'}") from None
+    argv = [*space.into(holder), *(command or (os.environ.get("SHELL", "/bin/sh"),))]
+    sys.stdout.flush()
+    os.execvp(argv[0], argv)  # noqa: S606

@@ -1,0 +1,61 @@
+"""One sidecar of the lab: the installed command, run as an operator would."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from bridge.lab.daemon import Daemon
+
+if TYPE_CHECKING:
+    from subprocess import CompletedProcess
+
+    from bridge.lab.host import Host
+
+Role = Literal["gateway", "client"]
+
+# UDP port of both ends of the HA channel, as /proc/net/udp writes it.
+HA_PORT = f"{4510:04X}"
+
+
+def program() -> list[str]:
+    """The command line of ike-sa-sync: the script installed beside this Python, else the module."""
+    script = Path(sys.executable).with_name("ike-sa-sync")
+    return [str(script)] if script.exists() else [sys.executable, "-m", "bridge.cli"]
+
+
+class Sidecar(Daemon):
+    """`ike-sa-sync gateway|client` on a host. `config` may be changed before a start."""
+
+    def __init__(self, host: "Host", role: Role, config: Mapping[str, Any]) -> None:
+        super().__init__(host, role)
+        self.role: Role = role
+        self.config: dict[str, Any] = dict(config)
+        self.file = f"/etc/ike-sa-sync/{role}.yaml"
+        self._seen = 0  # length of the log when it was last started
+
+    def start(self, wait: bool = True) -> None:
+        """Write its configuration and start it. With `wait`, until it serves, which needs a charon."""
+        self.host.write(self.file, yaml.safe_dump(self.config, sort_keys=False))
+        self._seen = len(self.text())
+        self.spawn(*program(), self.role, "-c", self.file)
+        self.await_alive(self.holds_address, "it held the HA address")
+        if wait:
+            self.wait_ready()
+
+    def holds_address(self) -> bool:
+        """Whether its end of the HA channel is bound, so that charon may start."""
+        octets = str(self.config.get("ha", {}).get("listen", "127.0.0.2")).split(".")
+        address = "".join(f"{int(octet):02X}" for octet in reversed(octets))
+        table = Path(f"/proc/{self.host.pid}/net/udp").read_text()
+        return f" {address}:{HA_PORT} " in table
+
+    def wait_ready(self) -> None:
+        """Wait until it has printed `ready`: it serves."""
+        self.await_alive(lambda: "ready" in self.text()[self._seen :].splitlines(), "it was ready")
+
+    def command(self, *argv: str, check: bool = True, timeout: float = 60.0) -> "CompletedProcess[str]":
+        """Run `ike-sa-sync ARGV -c FILE` with its configuration file, on its host."""
+        return self.host.run(*program(), *argv, "-c", self.file, check=check, timeout=timeout)

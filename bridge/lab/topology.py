@@ -1,0 +1,133 @@
+"""The standard lab: a bank, two gateways in front of one site, and a client.
+
+    client 192.168.50.10 ---+--- gw1 192.168.50.1 --- 10.10.0.1 (site)   clients 10.20.1.0/24
+                            +--- gw2 192.168.50.2 --- 10.10.0.1 (site)   clients 10.20.2.0/24
+                            +--- bank 192.168.50.20 (Redis)
+
+Both gateways have the site's address, so that whichever the client is at answers on it.
+"""
+
+import base64
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bridge import data
+from bridge.lab.bank import Bank
+from bridge.lab.charon import render
+from bridge.lab.host import Host
+from bridge.lab.lab import Lab
+from bridge.lab.sidecar import Sidecar
+
+SITE = "10.10.0.1"
+BANK_KEY = "/etc/ike-sa-sync/bank.key"
+
+# A dead gateway is given up after 2 s without an answer to the probe that follows 2 s of silence.
+PATIENCE = {"charon.retransmit_timeout": 0.5, "charon.retransmit_base": 1.0, "charon.retransmit_tries": 3}
+DPD_DELAY = "2s"
+
+
+@dataclass
+class Topology:
+    """The hosts of the standard lab, and the sidecars on them."""
+
+    lab: Lab
+    bank: Bank
+    gw1: Host
+    gw2: Host
+    client: Host
+    gateways: dict[str, Sidecar]  # by the host's name
+    agent: Sidecar  # the client's
+
+    def start(self, sidecars: bool = True) -> None:
+        """Start every host: its sidecar first, for the keys of charon's first SA, then charon."""
+        self.bank.start()
+        running = [*self.gateways.values(), self.agent] if sidecars else []
+        for sidecar in running:
+            sidecar.start(wait=False)
+        for host in (self.gw1, self.gw2, self.client):
+            host.charon.start()
+        for sidecar in running:
+            sidecar.wait_ready()
+
+    def connect(self, connection: str = "home") -> None:
+        """Bring the client's session up, by an ordinary handshake."""
+        self.client.charon.initiate("net", connection)
+
+    def kill_gateway(self, host: Host) -> None:
+        """SIGKILL to charon and sidecar of a gateway."""
+        self.gateways[host.name].kill()
+        host.charon.kill()
+
+
+def gateway_config(address: str, bank: str) -> dict[str, Any]:
+    """The sidecar's configuration of a gateway at `address`, with its bank's URL."""
+    return {
+        "address": address,
+        "vici": "/run/charon.vici",
+        "ha": {"listen": "127.0.0.2", "charon": "127.0.0.1", "segments": 16},
+        "bank": {"url": bank, "key_file": BANK_KEY},
+        "sync": {"proof": "required", "confirm_timeout": 10, "cookie_threshold": 100},
+        "control": "/run/ike-sa-sync/gateway.sock",
+        "metrics": "127.0.0.1:9470",
+    }
+
+
+def client_config(gateways: Mapping[str, str]) -> dict[str, Any]:
+    """The sidecar's configuration of a client, with its gateways: address to connection, best first."""
+    return {
+        "vici": "/run/charon.vici",
+        "ha": {"listen": "127.0.0.2", "charon": "127.0.0.1"},
+        "control": "/run/ike-sa-sync/client.sock",
+        "gateways": [{"address": key, "connection": value} for key, value in gateways.items()],
+        "resume_on_down": True,
+    }
+
+
+def bank_key() -> str:
+    """A new key file for the bank, as `ike-sa-sync keygen` writes it."""
+    return f"{os.urandom(4).hex()} {base64.b64encode(os.urandom(32)).decode()}\n"
+
+
+def standard(lab: Lab, *, start: bool = True, sidecars: bool = True) -> Topology:
+    """Build the standard lab, and start it unless told not to.
+
+    The swanctl.conf of every host is the shipped example; addresses of its own, secrets and shorter times are
+    in `/etc/swanctl/conf.d`. Tests change settings through `Host.configure` and `Charon.settings`.
+    """
+    bank = Bank(lab.add_host("bank", "192.168.50.20/24", "fd00:50::20/64"))
+    secret = base64.b64encode(os.urandom(32)).decode()
+    key = bank_key()
+    gateways = {}
+    for number in (1, 2):
+        host = lab.add_host(
+            f"gw{number}",
+            f"192.168.50.{number}/24",
+            f"fd00:50::{number}/64",
+            local=(f"{SITE}/32",),
+            forward=True,
+        )
+        _swanctl(host, "gateway", f'ike-clients {{ secret = "{secret}" }}')
+        host.configure(f"pools {{ clients {{ addrs = 10.20.{number}.0/24 }} }}\n", "pool.conf")
+        host.write(BANK_KEY, key, mode=0o600)
+        gateways[host.name] = host.sidecar("gateway", gateway_config(host.address, bank.url))
+    client = lab.add_host("client", "192.168.50.10/24", "fd00:50::10/64")
+    client.charon.settings.update(PATIENCE)
+    _swanctl(client, "client", f'ike-vpn {{ id = vpn.example.org\n secret = "{secret}" }}')
+    client.configure(render({"connections.home.dpd_delay": DPD_DELAY}) + "\n")
+    names = ("home", "home-gw2")
+    agent = client.sidecar(
+        "client",
+        client_config({f"192.168.50.{number}": name for number, name in enumerate(names, 1)}),
+    )
+    topology = Topology(lab, bank, lab.hosts["gw1"], lab.hosts["gw2"], client, gateways, agent)
+    if start:
+        topology.start(sidecars)
+    return topology
+
+
+def _swanctl(host: Host, role: str, secret: str) -> None:
+    shutil.copy(data.path(f"strongswan-conf/{role}/swanctl.conf"), host.etc / "swanctl/swanctl.conf")
+    host.configure(f"secrets {{ {secret} }}\n", "secrets.conf")

@@ -1,0 +1,28 @@
+"""Fixtures that several files of tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from bridge.lab import Lab, Topology, standard
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    """The standard lab with its sidecars, up; shared by the tests of a file."""
+    with Lab() as lab:
+        yield standard(lab)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed lab test shows what its daemons said last."""
+    report = yield
+    topology = getattr(item, "funcargs", {}).get("topology")
+    if report.failed and isinstance(topology, Topology):
+        for host in topology.lab.hosts.values():
+            for daemon in (host.charon, *host.sidecars):
+                report.sections.append((f"{host.name}: end of {daemon.name}'s log", daemon.tail(30)))
+    return report

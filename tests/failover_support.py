@@ -1,0 +1,98 @@
+"""What the end-to-end tests do again and again in the standard lab."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from bridge.lab import Topology
+from bridge.lab.daemon import wait_until
+from bridge.lab.host import Host
+from bridge.lab.topology import SITE
+
+Outcome = dict[str, Any]
+
+
+def established(host: Host) -> list[dict[str, Any]]:
+    """The established IKE_SAs of a host."""
+    return [sa for sa in host.charon.sas() if sa["state"] == "ESTABLISHED"]
+
+
+def the_sa(host: Host) -> dict[str, Any]:
+    """The one IKE_SA of a host."""
+    [sa] = established(host)
+    return sa
+
+
+def spis(sa: dict[str, Any]) -> tuple[str, str]:
+    return sa["initiator-spi"], sa["responder-spi"]
+
+
+def stub_key(gateway: str, spi: str) -> str:
+    """The key of a stub: gateway's address and SPI in hex (docs/bank.md)."""
+    return f"ike:stub:{{{gateway}/{spi[:2]}}}:{spi}"
+
+
+def status(topology: Topology, gateway: str) -> dict[str, Any]:
+    """`ike-sa-sync status --json` of a gateway."""
+    return dict(json.loads(topology.gateways[gateway].command("status", "--json").stdout))
+
+
+def last_move(topology: Topology) -> Outcome:
+    """The outcome of the client's last attempt."""
+    told = json.loads(topology.agent.command("status", "--json").stdout)
+    return dict(told["last"])
+
+
+def counter(topology: Topology, gateway: str, name: str) -> float:
+    """One counter of a gateway; 0 while it has not counted."""
+    return float(status(topology, gateway)["counters"].get(name, 0.0))
+
+
+def fresh(topology: Topology) -> None:
+    """All hosts and sidecars up, no SA anywhere, an empty bank."""
+    if not topology.bank.running:
+        topology.bank.start()
+    for host in (topology.gw1, topology.gw2, topology.client):
+        sidecar = host.sidecars[0]
+        if not sidecar.running:
+            sidecar.start(wait=False)
+        if not host.charon.running:
+            host.charon.start()
+        sidecar.wait_ready()
+    for host in (topology.client, topology.gw1, topology.gw2):
+        for sa in host.charon.sas():
+            host.swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", "--timeout", "1", check=False)
+        wait_until(lambda host=host: not host.charon.sas(), "the end of all SAs")  # type: ignore[misc]
+    # a killed gateway leaves its stubs behind
+    topology.bank.cli("FLUSHDB")
+
+
+def connect(topology: Topology, connection: str = "home") -> dict[str, Any]:
+    """A session of the client, its stub in the bank, traffic flowing. Gives the client's IKE_SA."""
+    topology.connect(connection)
+    sa = the_sa(topology.client)
+    key = stub_key(sa["remote-host"], sa["responder-spi"])
+    wait_until(lambda: complete(topology, key), "the stub of the session")
+    assert topology.client.ping(SITE) == 3
+    return sa
+
+
+def complete(topology: Topology, key: str) -> bool:
+    """Whether the stub is in the bank and has its virtual IP, which comes last."""
+    return bool(topology.bank.cli("HGET", key, "vips"))
+
+
+def resume(topology: Topology, *arguments: str) -> Outcome:
+    """`ike-sa-sync resume --json` on the client."""
+    done = topology.agent.command("resume", "--json", *arguments, check=False)
+    outcome: Outcome = json.loads(done.stdout)
+    assert done.returncode == (1 if outcome["result"] == "failed" else 0)
+    return outcome
+
+
+def failed_over(topology: Topology) -> tuple[dict[str, Any], Outcome]:
+    """A session at gw1, gw1 killed, resumed. Gives the client's old IKE_SA and the outcome."""
+    before = connect(topology)
+    topology.kill_gateway(topology.gw1)
+    return before, resume(topology)
