@@ -1,0 +1,135 @@
+"""`ike-sa-sync bench`: the benchmarks on the command line."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bridge.bench import report
+from bridge.bench.handshake import compare
+from bridge.bench.rig import Rig, rig
+from bridge.bench.storm import Progress as Told
+from bridge.bench.storm import growth as fill
+from bridge.bench.storm import storm as break_loose
+from bridge.bench.usage import machine
+from bridge.lab.space import LabError
+
+WINDOW = 2048
+"""sessions at a time: what a gateway's queue holds without letting any by"""
+SHORT = {"rounds": 8, "sessions": 10_000, "sizes": [1000, 10_000], "sample": 1000}
+"""what `make bench` does"""
+
+Work = Callable[[Rig, Told], dict[str, Any]]
+
+
+@click.group()
+def bench() -> None:
+    """Benchmarks: resumptions beside handshakes, storms, growth. As root, in a lab of their own."""
+
+
+@contextmanager
+def _progress() -> Iterator[Told]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("the lab starts", total=1.0)
+        yield lambda what, share: shown.update(task, description=what, completed=share)
+
+
+def _measure(name: str, work: Work) -> dict[str, Any]:
+    """One benchmark in a lab of its own, with all that is to be known about its circumstances."""
+    try:
+        with _progress() as told, rig() as built:
+            built.kill_first_gateway()
+            about = machine(built.target)
+            result = work(built, told)
+    except LabError as error:
+        raise click.ClickException(str(error)) from None
+    date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return {"benchmark": name, "date": date, "machine": about, "result": result}
+
+
+def _publish(measured: dict[str, Any], plot: str | None, as_json: bool) -> None:
+    text, drawing = report.SECTIONS[measured["benchmark"]](measured["result"])
+    if plot:
+        Path(plot).write_text(drawing)
+    if as_json:
+        click.echo(json.dumps(measured))
+        return
+    Console().print(Markdown(text.partition("\n![")[0]))
+    click.echo(report.machine_text(measured["machine"], measured["date"]))
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+_plot = click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE", help="Write a plot there (SVG).")
+_window = click.option("--window", default=WINDOW, show_default=True, help="Sessions that resume at a time.")
+
+
+@bench.command("handshake-vs-resume")
+@click.option("--rounds", default=20, show_default=True, help="Sessions of each kind.")
+@_plot
+@_json
+def handshake_vs_resume(rounds: int, plot: str | None, as_json: bool) -> None:
+    """Handshakes and resumptions in turn, at the same charon."""
+    _publish(_measure("handshake-vs-resume", lambda r, told: compare(r, rounds, told)), plot, as_json)
+
+
+@bench.command()
+@click.option("--sessions", default=10_000, show_default=True, help="Sessions of the gateway that dies.")
+@_window
+@_plot
+@_json
+def storm(sessions: int, window: int, plot: str | None, as_json: bool) -> None:
+    """A gateway dies, all its clients resume at another one."""
+    measured = _measure("storm", lambda r, told: break_loose(r, sessions, window, told))
+    _publish(measured, plot, as_json)
+    if failures := measured["result"]["storm"]["failures"]:
+        raise click.ClickException(f"{failures} of {sessions} sessions were not resumed")
+
+
+@bench.command()
+@click.option("--size", "sizes", multiple=True, type=int, default=[1000, 10_000, 100_000], show_default=True)
+@click.option("--sample", default=2000, show_default=True, help="Resumptions that are measured at each size.")
+@_window
+@_plot
+@_json
+def growth(sizes: tuple[int, ...], sample: int, window: int, plot: str | None, as_json: bool) -> None:
+    """The price of a resumption at a gateway that holds more and more SAs."""
+    measured = _measure("growth", lambda r, told: fill(r, sorted(sizes), sample, window, told))
+    _publish(measured, plot, as_json)
+
+
+@bench.command("report")
+@click.option("--docs", default="docs", show_default=True, type=click.Path(file_okay=False))
+@click.option("--short", is_flag=True, help="First measure: a short version of each benchmark.")
+def make_report(docs: str, short: bool) -> None:
+    """Write performance.md and its plots from bench/*.json of a folder."""
+    folder = Path(docs) / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    if short:
+        works: dict[str, Work] = {
+            "handshake-vs-resume": lambda r, told: compare(r, SHORT["rounds"], told),  # type: ignore[arg-type]
+            "storm": lambda r, told: break_loose(r, SHORT["sessions"], WINDOW, told),  # type: ignore[arg-type]
+            "growth": lambda r, told: fill(r, SHORT["sizes"], SHORT["sample"], WINDOW, told),  # type: ignore[arg-type]
+        }
+        for name, work in works.items():
+            (folder / f"{name}.json").write_text(json.dumps(_measure(name, work), indent=1) + "\n")
+    reports = {
+        name: json.loads((folder / f"{name}.json").read_text())
+        for name in report.SECTIONS
+        if (folder / f"{name}.json").exists()
+    }
+    if not reports:
+        raise click.ClickException(f"{folder} holds no results: measure with --short, or with --json into files there")
+    for name, measured in reports.items():
+        (folder / f"{name}.svg").write_text(report.SECTIONS[name](measured["result"])[1])
+    (Path(docs) / "performance.md").write_text(report.document(reports))
+    click.echo(f"{docs}/performance.md: {', '.join(reports)}")

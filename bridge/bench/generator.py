@@ -1,0 +1,239 @@
+"""The load generator: thousands of clients in one process and one network namespace.
+
+    python -m bridge.bench.generator GATEWAY PORT BANK_URL KEY_FILE
+
+Any address of CLIENTS is the host's own, so one UDP socket speaks for all of them, each from its own address. Orders
+come as JSON, one a line, on standard input; each is answered by one line.
+
+    {"template": ["192.168.50.1", "<SPI hex>"]}     the stub after which sessions are made
+    {"make": 1000}                                  make so many sessions, their stubs into the bank
+    {"storm": {"window": 256, "count": 1000}}       resume that many of those made, at most `window` at a time
+    {"idle": 2.0}                                   answer the gateway's requests for so many seconds
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from ipaddress import IPv4Address
+from typing import Any
+
+from bridge.bank.redis import RedisBank
+from bridge.bench.sessions import Session, State, Unproven, imagine, is_answer
+from bridge.ike.groups import fresh_public_value
+from bridge.ike.message import MalformedMessage
+from bridge.net.datagram import MARKER, PORT_NAT_T
+from bridge.seal import Keyring
+from bridge.stub import Index, Stub
+
+CLIENTS = "10.128.0.0/9"
+"""addresses of the imagined clients"""
+_FIRST = int(IPv4Address("10.128.0.0")) + 1
+STEP = 29
+"""between the addresses of two clients"""
+STORE_BUNDLE = 1024
+PATIENCE = 30.0
+"""seconds after which a session that has got no further has failed"""
+RETRANSMIT = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""seconds after each transmission, as RFC 7296 section 2.4 leaves to the sender"""
+BUFFER = 16 << 20
+READ_AT_ONCE = 64
+_IP_PKTINFO = 8
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+
+
+class Generator:
+    """All clients, and the socket they share."""
+
+    def __init__(self, gateway: str, port: int, bank: RedisBank) -> None:
+        self._target = (gateway, port)
+        self._bank = bank
+        self._marker = MARKER if port == PORT_NAT_T else b""
+        self._template: Stub | None = None
+        self._made: deque[Session] = deque()
+        self._by_spi: dict[bytes, Session] = {}
+        self._number = 0
+        self._strange = 0
+        self._requests = 0
+        self._socket = sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER)
+        sock.bind(("0.0.0.0", port))  # noqa: S104 - in a network namespace of its own
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    async def template(self, gateway: str, spi: str) -> dict[str, Any]:
+        """Take the stub that the bank has of a real session as the model."""
+        [stub] = await self._bank.get([Index(gateway, bytes.fromhex(spi))])
+        if stub is None:
+            raise SystemExit("the bank has no stub of the model session")
+        self._template = stub
+        return {"suite": stub.suite.name}
+
+    async def make(self, count: int) -> dict[str, Any]:
+        """New sessions with their stubs in the bank, requests ready to be sent."""
+        assert self._template is not None
+        for first in range(0, count, STORE_BUNDLE):
+            stubs = []
+            for _ in range(min(STORE_BUNDLE, count - first)):
+                self._number += 1
+                address = str(IPv4Address(_FIRST + self._number * STEP))
+                stub = imagine(self._template, self._number, address, time.time())
+                session = Session(stub, os.urandom(8))
+                session.prepare(*self._target, fresh_public_value(stub.suite.group))
+                self._made.append(session)
+                stubs.append(stub)
+            stored = await self._bank.store(stubs)
+            if not all(stored):
+                raise SystemExit("the bank unproven stubs")
+        return {"made": count}
+
+    def storm(self, window: int, count: int) -> dict[str, Any]:
+        """Resume `count` sessions, each confirmed by its first protected exchange."""
+        sessions = [self._made.popleft() for _ in range(min(count, len(self._made)))]
+        self._strange = self._requests = 0
+        retransmitted = 0
+        unproven: dict[str, int] = {}
+        waiting = deque(sessions)
+        pending: dict[bytes, Session] = {}
+        timers: deque[tuple[float, Session]] = deque()
+        began = time.monotonic()
+        cpu = time.process_time()
+        while waiting or pending:
+            now = time.monotonic()
+            while waiting and len(pending) < window:
+                session = waiting.popleft()
+                pending[session.spi_i] = self._by_spi[session.spi_i] = session
+                session.state = State.ASKED
+                session.began = session.asked = time.monotonic()
+                self._send(session.request, session.address)
+                timers.append((session.asked + RETRANSMIT[0], session))
+                if len(pending) % READ_AT_ONCE == 0:
+                    break
+            busy = self._receive(pending, unproven)
+            retransmitted += self._retransmit(timers, pending, now)
+            if not busy and (not waiting or len(pending) >= window):
+                self._poll.poll(20)
+        return {
+            "sessions": len(sessions),
+            "window": window,
+            "seconds": max((s.confirmed for s in sessions), default=began) - began,
+            "answered_ms": [round((s.answered - s.began) * 1000, 4) for s in sessions if s.answered],
+            "confirmed_ms": [round((s.confirmed - s.began) * 1000, 4) for s in sessions if s.confirmed],
+            "confirmed": sum(s.state is State.CONFIRMED for s in sessions),
+            "unproven": unproven,
+            "retransmitted": retransmitted,
+            "strange": self._strange,
+            "gateway_requests": self._requests,
+            "generator_cpu_s": time.process_time() - cpu,
+        }
+
+    def idle(self, seconds: float) -> dict[str, Any]:
+        """Answer what the gateway asks of sessions that are up."""
+        end = time.monotonic() + seconds
+        self._requests = 0
+        while (left := end - time.monotonic()) > 0:
+            if not self._receive({}, {}):
+                self._poll.poll(left * 1000)
+        return {"gateway_requests": self._requests}
+
+    def _send(self, message: bytes, source: str) -> None:
+        # struct in_pktinfo: interface, source, (unused)
+        info = struct.pack("=i4s4x", 0, socket.inet_aton(source))
+        ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, info)]
+        # what the buffer does not take is lost, as on any path; the timer sends it again
+        with contextlib.suppress(BlockingIOError):
+            self._socket.sendmsg([self._marker, message], ancillary, 0, self._target)
+
+    def _receive(self, pending: dict[bytes, Session], unproven: dict[str, int]) -> bool:
+        """Take in what is there, up to a limit; whether there was anything."""
+        for count in range(READ_AT_ONCE):
+            try:
+                data = self._socket.recv(4096)
+            except BlockingIOError:
+                return count > 0
+            message = data[len(self._marker) :]
+            session = self._by_spi.get(message[:8])
+            if session is None:
+                self._strange += 1
+                continue
+            try:
+                self._take(session, message, pending)
+            except Unproven as error:
+                unproven[str(error)] = unproven.get(str(error), 0) + 1
+            except MalformedMessage:
+                self._strange += 1
+        return True
+
+    def _take(self, session: Session, message: bytes, pending: dict[bytes, Session]) -> None:
+        if session.state is State.ASKED and is_answer(message):
+            reply = session.answer(message, *self._target)
+            if session.outgoing is not None:
+                session.answered = session.asked = time.monotonic()
+                session.tries = 0
+            if reply is not None:
+                self._send(reply, session.address)
+        elif session.state in (State.ANSWERED, State.CONFIRMED) and not is_answer(message):
+            reply = session.protected_message(message)
+            if reply is not None:
+                self._requests += 1
+                self._send(reply, session.address)
+            elif session.state is State.CONFIRMED and pending.pop(session.spi_i, None) is not None:
+                session.confirmed = time.monotonic()
+                # what is left of it: keys to answer the gateway with
+                session.request = session.protected = b""
+
+    def _retransmit(self, timers: deque[tuple[float, Session]], pending: dict[bytes, Session], now: float) -> int:
+        """Send again what got no answer in time; a session without an answer for PATIENCE is given up."""
+        count = 0
+        while timers and timers[0][0] <= now:
+            _, session = timers.popleft()
+            if session.spi_i not in pending:
+                continue
+            if now - session.began > PATIENCE:
+                pending.pop(session.spi_i)
+                continue
+            wait = RETRANSMIT[min(session.tries, len(RETRANSMIT) - 1)]
+            if now - session.asked >= wait:
+                session.tries += 1
+                session.asked = now
+                count += 1
+                self._send(session.request if session.state is State.ASKED else session.protected, session.address)
+            timers.append((now + RETRANSMIT[0], session))
+        return count
+
+
+async def _serve(gateway: str, port: int, url: str, key_file: str) -> None:
+    bank = RedisBank(url, Keyring.load(key_file), get_timeout=5.0, timeout=30.0)
+    generator = Generator(gateway, port, bank)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        [(order, given)] = json.loads(line).items()
+        if order == "template":
+            answer = await generator.template(*given)
+        elif order == "make":
+            answer = await generator.make(given)
+        elif order == "storm":
+            answer = generator.storm(**given)
+        else:
+            answer = generator.idle(given)
+        print(json.dumps(answer), flush=True)
+    await bank.close()
+
+
+def main() -> None:
+    """The process."""
+    gateway, port, url, key_file = sys.argv[1:]
+    asyncio.run(_serve(gateway, int(port), url, key_file))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What every benchmark stands on: the standard lab, a host full of imagined clients, and a model session."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from bridge.bench.generator import CLIENTS
+from bridge.bench.usage import Meter
+from bridge.lab.daemon import wait_until
+from bridge.lab.host import Host
+from bridge.lab.lab import Lab
+from bridge.lab.space import LabError
+from bridge.lab.topology import BANK_KEY, Topology, standard
+
+ADDRESS = "192.168.50.30"
+PORT = 4500
+QUIET = "connections { gw { dpd_delay = 0s } }\n"
+"""liveness checks of tens of thousands of clients would be part of every figure"""
+
+
+class Rig:
+    """A lab with a load generator."""
+
+    def __init__(self, topology: Topology, load: Host) -> None:
+        self.topology = topology
+        self.load = load
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def target(self) -> Host:
+        """The gateway that everybody resumes at."""
+        return self.topology.gw2
+
+    def meter(self) -> Meter:
+        """Of the gateway's processes and of the bank's."""
+        return Meter(
+            {
+                "charon": self.target.charon.pid,
+                "sidecar": self.topology.gateways["gw2"].pid,
+                "bank": self.topology.bank.pid,
+            }
+        )
+
+    def kill_first_gateway(self) -> None:
+        """Leave the generator the stub of a real session as its model, then have its gateway die."""
+        topology = self.topology
+        topology.connect()
+        wait_until(
+            lambda: any(topology.bank.cli("HGET", key, "vips") for key in topology.bank.stubs()), "the model's stub"
+        )
+        [key] = topology.bank.stubs()
+        topology.kill_gateway(topology.gw1)
+        self.start_generator()
+        self.order("template", [topology.gw1.address, key.rpartition(":")[2]])
+
+    def start_generator(self) -> None:
+        """Start it on its host."""
+        log = (self.load.directory / "generator.log").open("w")
+        self._process = subprocess.Popen(
+            self.load.enter(
+                sys.executable,
+                "-m",
+                "bridge.bench.generator",
+                self.target.address,
+                str(PORT),
+                self.topology.bank.url,
+                BANK_KEY,
+            ),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=self.load.environment(),
+            start_new_session=True,
+        )
+        self._answer()
+
+    def order(self, name: str, given: Any) -> dict[str, Any]:
+        """Have the generator do something, and wait for what it says."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({name: given}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            said = (self.load.directory / "generator.log").read_text().strip()
+            raise LabError(f"the load generator ended: {said}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def stop(self) -> None:
+        """End the generator."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait()
+
+
+@contextlib.contextmanager
+def rig() -> Iterator[Rig]:
+    """The standard lab with a host of imagined clients, all of it up."""
+    with Lab() as lab:
+        topology = standard(lab, start=False)
+        load = lab.add_host("load", f"{ADDRESS}/24")
+        load.run("ip", "route", "add", "local", CLIENTS, "dev", "lo")
+        load.write(BANK_KEY, topology.gw1.etc.joinpath("ike-sa-sync/bank.key").read_text(), mode=0o600)
+        for gateway in (topology.gw1, topology.gw2):
+            gateway.run("ip", "route", "add", CLIENTS, "via", ADDRESS)
+            gateway.configure(QUIET, "quiet.conf")
+            gateway.charon.settings["charon.filelog.lab.default"] = 0
+        topology.gateways["gw2"].config["sync"]["max_unconfirmed"] = 100_000
+        topology.start()
+        built = Rig(topology, load)
+        try:
+            yield built
+        finally:
+            built.stop()

@@ -1,0 +1,107 @@
+"""`bench storm` and `bench growth`: many sessions resume at one gateway, and a gateway that fills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bridge.bench.rig import Rig
+from bridge.bench.usage import Meter, quantile
+
+SETTLE_SECONDS = 0.4
+"""after the last session, for stubs still on their way to the bank: they are part of the price"""
+FILL_BUNDLE = 2000
+Progress = Callable[[str, float], None]
+"""what is done, and how much of it, 0 to 1"""
+
+
+def resumptions(rig: Rig, count: int, window: int) -> dict[str, Any]:
+    """Resume `count` new sessions, at most `window` at a time; what it took."""
+    rig.order("make", count)
+    # so that the bank is done with the new stubs
+    rig.order("idle", SETTLE_SECONDS)
+    meter = rig.meter()
+    outcome = rig.order("storm", {"window": window, "count": count})
+    rig.order("idle", SETTLE_SECONDS)
+    return _summary(outcome, meter)
+
+
+def _summary(outcome: dict[str, Any], meter: Meter) -> dict[str, Any]:
+    confirmed = outcome["confirmed"]
+    each = max(confirmed, 1)
+    processes = {
+        name: {
+            "cpu_s": round(used["cpu_s"], 3),
+            "cpu_us_each": round(used["cpu_s"] * 1e6 / each, 1),
+            "rss_mb": round(used["rss_mb"], 1),
+        }
+        for name, used in meter.read().items()
+    }
+    return {
+        "sessions": outcome["sessions"],
+        "window": outcome["window"],
+        "failures": outcome["sessions"] - confirmed,
+        "unproven": outcome["unproven"],
+        "retransmitted": outcome["retransmitted"],
+        "seconds": round(outcome["seconds"], 3),
+        "rate": round(confirmed / outcome["seconds"], 1) if outcome["seconds"] else 0.0,
+        "answer_ms": _quantiles(outcome["answered_ms"]),
+        "confirmed_ms": _quantiles(outcome["confirmed_ms"]),
+        "cpu_us_each": round(sum(process["cpu_us_each"] for process in processes.values()), 1),
+        "processes": processes,
+        "generator_cpu_us_each": round(outcome["generator_cpu_s"] * 1e6 / each, 1),
+    }
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    return {
+        "p50": round(quantile(values, 0.5), 3),
+        "p90": round(quantile(values, 0.9), 3),
+        "p99": round(quantile(values, 0.99), 3),
+        "max": round(max(values, default=0.0), 3),
+    }
+
+
+def storm(rig: Rig, sessions: int, window: int, progress: Progress) -> dict[str, Any]:
+    """A gateway with `sessions` sessions dies, and all its clients come."""
+    progress("one at a time", 0.0)
+    alone = resumptions(rig, 12, 1)
+    progress("the storm", 0.1)
+    return {"alone": alone, "storm": resumptions(rig, sessions, window)}
+
+
+def growth(rig: Rig, sizes: list[int], sample: int, window: int, progress: Progress) -> dict[str, Any]:
+    """The price of `sample` resumptions with `sizes` SAs in charon already, each with its stub in the bank, all of
+    them come there by resumption."""
+    present = 0
+    rows = []
+    before = rig.meter().read()["sidecar"]["rss_mb"]
+    for size in sizes:
+        while present < size:
+            bundle = min(FILL_BUNDLE, size - present)
+            rig.order("make", bundle)
+            if rig.order("storm", {"window": window, "count": bundle})["confirmed"] != bundle:
+                raise RuntimeError(f"the gateway lost resumptions on the way to {size} SAs")
+            present += bundle
+            progress(f"{present} SAs", present / sizes[-1])
+        # what the last ones left to do is not of the sample
+        rig.order("idle", 3.0)
+        result = resumptions(rig, sample, window)
+        rows.append(
+            {"sas": size, "toggle_ms": round(_toggle(rig) * 1000, 2), **result}
+            | {
+                "sidecar_octets_per_sa": round(
+                    (result["processes"]["sidecar"]["rss_mb"] - before) * 1e6 / (size + sample)
+                )
+            }
+        )
+        present += sample
+    return {"rows": rows, "sample": sample, "window": window}
+
+
+def _toggle(rig: Rig) -> float:
+    """Seconds that the last activation took."""
+    import json
+
+    status = json.loads(rig.topology.gateways["gw2"].command("status", "--json", timeout=120).stdout)
+    return float(status["counters"].get("toggle_seconds", 0.0))
