@@ -1,0 +1,68 @@
+# Two commands do everything on a fresh Debian 12 or 13, as root:
+#   make demo    make test
+# What they need is installed the first time and then left alone: Debian packages, and Python ones in .venv.
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo bench test lint typecheck lock clean
+
+# Debian's Python: the headers that NetfilterQueue is built with belong to it.
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+PACKAGES := \
+	build-essential python3-dev python3-venv libnetfilter-queue-dev \
+	charon-systemd strongswan-swanctl strongswan-pki \
+	libcharon-extra-plugins libcharon-extauth-plugins libstrongswan-extra-plugins libstrongswan-standard-plugins \
+	redis-server redis-tools \
+	iproute2 iputils-ping iptables nftables procps kmod tshark
+
+DEVELOPMENT := mypy pytest pytest-asyncio hypothesis ruff types-PyYAML
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(VENV)/.project ## install what is missing, here and in .venv
+
+$(VENV)/.packages: Makefile .ci/packages
+	@.ci/packages $(PACKAGES)
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/.requirements: requirements-dev.lock $(VENV)/.packages
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@touch $@
+
+$(VENV)/.project: pyproject.toml $(VENV)/.requirements
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: setup ## a session survives the death of its gateway
+	@$(BIN)/ike-sa-sync lab demo
+
+bench: setup ## short benchmarks, into docs/performance.md
+	@$(BIN)/ike-sa-sync bench report --short
+
+test: lint typecheck ## everything: lint, types, all tests
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## ruff
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+typecheck: setup ## mypy --strict
+	@$(BIN)/mypy
+
+lock: $(VENV)/.packages ## bring requirements-dev.lock up to date
+	@$(PYTHON) -m venv $(VENV)/lock && $(VENV)/lock/bin/python -m pip install --quiet pip-tools
+	@printf '%s\n' $(DEVELOPMENT) >$(VENV)/development.in
+	@CUSTOM_COMPILE_COMMAND='make lock' $(VENV)/lock/bin/pip-compile --quiet --upgrade --generate-hashes \
+		--strip-extras --allow-unsafe --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+		--output-file requirements-dev.lock pyproject.toml $(VENV)/development.in
+	@rm -rf $(VENV)/lock $(VENV)/development.in
+
+clean: ## remove what the commands above made, but for Debian packages
+	@if [ -x $(BIN)/ike-sa-sync ]; then $(BIN)/ike-sa-sync lab clean; fi
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
