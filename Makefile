@@ -3,7 +3,7 @@
 # What they need is installed the first time and then left alone: Debian packages, and Python ones in .venv.
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench test lint typecheck lock clean
+.PHONY: help setup demo bench test test-releases lint typecheck lock clean
 
 # Debian's Python: the headers that NetfilterQueue is built with belong to it.
 PYTHON ?= /usr/bin/python3
@@ -21,7 +21,7 @@ PACKAGES := \
 DEVELOPMENT := mypy pytest pytest-asyncio hypothesis ruff types-PyYAML
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup: $(VENV)/.project ## install what is missing, here and in .venv
 
@@ -47,6 +47,14 @@ bench: setup ## short benchmarks, into docs/performance.md
 test: lint typecheck ## everything: lint, types, all tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-releases: $(VENV)/.releases ## resumption between strongSwan 5.9.8, 6.0.1 and 6.1.0, from Debian's releases
+	@$(BIN)/python -m pytest -m releases $(PYTEST_ARGS)
+
+$(VENV)/.releases: $(VENV)/.project
+	@.ci/packages mmdebstrap
+	@$(BIN)/python -m bridge.lab.releases
+	@touch $@
+
 lint: setup ## ruff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -64,5 +72,5 @@ lock: $(VENV)/.packages ## bring requirements-dev.lock up to date
 
 clean: ## remove what the commands above made, but for Debian packages
 	@if [ -x $(BIN)/ike-sa-sync ]; then $(BIN)/ike-sa-sync lab clean; fi
-	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf $(VENV) /var/cache/ike-sa-sync build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,6 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vici
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
 VICI_SOCKET = "/run/charon.vici"
 
-# Debian's configuration of each plugin, as the packages ship it.
-PLUGIN_DEFAULTS = Path("/usr/share/strongswan/templates/config/plugins")
+# Debian's configuration of each plugin, as the packages ship it; below the root that strongSwan is installed in.
+PLUGIN_DEFAULTS = "usr/share/strongswan/templates/config/plugins"
 
 MAIN = """\
 charon {
@@ -84,7 +83,7 @@ class Charon(Daemon):
         etc = self.host.etc
         (etc / "strongswan.conf").write_text(MAIN)
         drop_ins = etc / "strongswan.d"
-        shutil.copytree(PLUGIN_DEFAULTS, drop_ins / "charon", dirs_exist_ok=True)
+        shutil.copytree(self.host.root / PLUGIN_DEFAULTS, drop_ins / "charon", dirs_exist_ok=True)
         shutil.copy(data.path("strongswan-conf/ike-sa-sync.conf"), drop_ins)
         libipsec = "yes" if self.host.esp is Esp.USERSPACE else "no"
         (drop_ins / "lab.conf").write_text(LAB % {"log": self.log, "libipsec": libipsec})

@@ -22,13 +22,18 @@ from bridge.lab.space import LabError
 # The parts of /etc that are the host's own.
 OWN = ("strongswan.conf", "strongswan.d", "swanctl", "ike-sa-sync")
 
-# Programs run from a copy: AppArmor confines Debian's swanctl and charon-systemd, by their path, to the real
-# /etc and /run.
-COPIED = ("/usr/sbin/charon-systemd", "/usr/sbin/swanctl")
+# strongSwan's programs run from a copy: AppArmor confines Debian's, by their path, to the real /etc and /run.
+PROGRAMS = ("usr/sbin/charon-systemd", "usr/sbin/swanctl")
 
-# $1 is the lab's directory, $2 the host's, $3 its name. The lab's directory lies in /run and has to stay
-# visible. mount -n: or it would note the mounts in the machine's /run/mount. All of it happens in a mount
-# namespace of its own, which the process that stays holds.
+# Those of another release run in its root directory, by a program of the same name that becomes them.
+ELSEWHERE = """\
+#!/bin/sh
+exec chroot {root} /{program} "$@"
+"""
+
+# $1 is the lab's directory, $2 the host's, $3 its name, $4 the root directory of another release or nothing. The
+# lab's directory lies in /run and has to stay visible. mount -n: or it would note the mounts in the machine's
+# /run/mount. All of it happens in a mount namespace of its own, which the process that stays holds.
 UNSHARE = ("unshare", "--mount", "--uts", "--propagation", "private")
 HOLD = """
 set -e
@@ -41,6 +46,16 @@ mount -n -o remount,bind,ro "$lab/$3/machine-etc"
 mount -n --bind "$2/etc" /etc
 mount -n --rbind "$2/run" /run
 mount -n -t sysfs sysfs /sys 2>/dev/null || :
+if [ -n "$4" ]; then
+    root="$2/root"
+    mount -n --bind "$4" "$root"
+    mount -n -o remount,bind,ro "$root"
+    for part in dev proc sys; do mount -n --rbind "/$part" "$root/$part"; done
+    for part in strongswan.conf strongswan.d swanctl; do mount -n --bind "/etc/$part" "$root/etc/$part"; done
+    mount -n --bind /run "$root/run"
+    mkdir -p "$root$1"
+    mount -n --bind "$1" "$root$1"
+fi
 echo "$3" > /proc/sys/kernel/hostname
 echo held
 exec sleep infinity
@@ -48,11 +63,12 @@ exec sleep infinity
 
 
 class Host:
-    """A host. Made by `Lab.add_host`."""
+    """A host. Made by `Lab.add_host`. `root` is where its strongSwan is installed: `/`, or another release's root."""
 
-    def __init__(self, name: str, lab: str, esp: Esp) -> None:
+    def __init__(self, name: str, lab: str, esp: Esp, root: Path = Path("/")) -> None:
         self.name = name
         self.esp = esp
+        self.root = root
         self.namespace = f"{lab}-{name}"
         self.directory = space.STATE / lab / name
         self.etc = self.directory / "etc"
@@ -68,19 +84,18 @@ class Host:
             "run",
             "machine-etc",
             "bin",
+            "root",
             "etc/strongswan.d",
             "etc/swanctl/conf.d",
             "etc/ike-sa-sync",
         ):
             (self.directory / part).mkdir(parents=True)
         self._fill_etc()
-        for program in map(Path, COPIED):
-            if not program.exists():
-                raise LabError(f"{program} is missing: run `make setup`, or install the package that has it")
-            shutil.copy(program, self.directory / "bin")
+        self._fill_bin()
         space.command("ip", "netns", "add", self.namespace)
         space.command("ip", "-n", self.namespace, "link", "set", "lo", "up")
-        arguments = (str(self._lab_directory), str(self.directory), self.name)
+        elsewhere = "" if self.root == Path("/") else str(self.root)
+        arguments = (str(self._lab_directory), str(self.directory), self.name, elsewhere)
         holder = subprocess.Popen(
             [*space.in_network(self.namespace), *UNSHARE, "sh", "-c", HOLD, "sh", *arguments],
             stdout=subprocess.PIPE,
@@ -103,6 +118,20 @@ class Host:
                 # A link of the machine's own is repeated as it stands: its target may be relative to /etc.
                 target = os.readlink(entry) if entry.is_symlink() else self.directory / "machine-etc" / entry.name
                 (self.etc / entry.name).symlink_to(target)
+
+        # a file cannot be mounted on before it is there
+        (self.etc / "strongswan.conf").touch()
+
+    def _fill_bin(self) -> None:
+        for program in PROGRAMS:
+            there, here = self.root / program, self.directory / "bin" / Path(program).name
+            if not there.exists():
+                raise LabError(f"{there} is missing: run `make setup`, or install the package that has it")
+            if self.root == Path("/"):
+                shutil.copy(there, here)
+            else:
+                here.write_text(ELSEWHERE.format(root=self.directory / "root", program=program))
+                here.chmod(0o755)
 
     @property
     def pid(self) -> int:

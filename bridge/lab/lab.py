@@ -13,10 +13,11 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from bridge.lab import esp, space
+from bridge.lab import esp, releases, space
 from bridge.lab.host import Host
 from bridge.lab.space import LabError
 
@@ -121,12 +122,13 @@ class Lab:
         network: str = "lan",
         local: tuple[str, ...] = (),
         forward: bool = False,
+        release: str | None = None,
     ) -> Host:
         """A host on a network, with `addresses` (with prefix length) on eth0 and `local` ones on lo.
 
-        `forward` makes it a router.
+        `forward` makes it a router. Its strongSwan is that of the Debian `release`, or the machine's own.
         """
-        host = Host(name, self.name, self.esp)
+        host = Host(name, self.name, self.esp, releases.root(release) if release else Path("/"))
         host.boot()
         self.hosts[name] = host
         settings = ["net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.default.rp_filter=0"]

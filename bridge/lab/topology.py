@@ -91,8 +91,11 @@ def bank_key() -> str:
     return f"{os.urandom(4).hex()} {base64.b64encode(os.urandom(32)).decode()}\n"
 
 
-def standard(lab: Lab, *, start: bool = True, sidecars: bool = True) -> Topology:
-    """Build the standard lab, and start it unless told not to.
+def standard(
+    lab: Lab, *, start: bool = True, sidecars: bool = True, releases: Mapping[str, str] | None = None
+) -> Topology:
+    """Build the standard lab, and start it unless told not to. `releases`: hosts that run another Debian release's
+    strongSwan, by name.
 
     The swanctl.conf of every host is the shipped example; addresses of its own, secrets and shorter times are
     in `/etc/swanctl/conf.d`. Tests change settings through `Host.configure` and `Charon.settings`.
@@ -101,6 +104,7 @@ def standard(lab: Lab, *, start: bool = True, sidecars: bool = True) -> Topology
     secret = base64.b64encode(os.urandom(32)).decode()
     key = bank_key()
     gateways = {}
+    releases = releases or {}
     for number in (1, 2):
         host = lab.add_host(
             f"gw{number}",
@@ -108,12 +112,13 @@ def standard(lab: Lab, *, start: bool = True, sidecars: bool = True) -> Topology
             f"fd00:50::{number}/64",
             local=(f"{SITE}/32",),
             forward=True,
+            release=releases.get(f"gw{number}"),
         )
         _swanctl(host, "gateway", f'ike-clients {{ secret = "{secret}" }}')
         host.configure(f"pools {{ clients {{ addrs = 10.20.{number}.0/24 }} }}\n", "pool.conf")
         host.write(BANK_KEY, key, mode=0o600)
         gateways[host.name] = host.sidecar("gateway", gateway_config(host.address, bank.url))
-    client = lab.add_host("client", "192.168.50.10/24", "fd00:50::10/64")
+    client = lab.add_host("client", "192.168.50.10/24", "fd00:50::10/64", release=releases.get("client"))
     client.charon.settings.update(PATIENCE)
     _swanctl(client, "client", f'ike-vpn {{ id = vpn.example.org\n secret = "{secret}" }}')
     client.configure(render({"connections.home.dpd_delay": DPD_DELAY}) + "\n")
