@@ -16,7 +16,8 @@ PACKAGES := \
 	charon-systemd strongswan-swanctl strongswan-pki \
 	libcharon-extra-plugins libcharon-extauth-plugins libstrongswan-extra-plugins libstrongswan-standard-plugins \
 	redis-server redis-tools \
-	iproute2 iputils-ping iptables nftables procps kmod tshark
+	iproute2 iputils-ping iptables nftables procps kmod tshark \
+	prometheus faketime mandoc zsh fish
 
 DEVELOPMENT := mypy pytest pytest-asyncio hypothesis ruff types-PyYAML
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import yaml
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from bridge import control
 from bridge.config import ClientConfig, Config, ConfigError, GatewayConfig, load
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bridge.check import Finding
 
 BAD_CONFIGURATION = 2
 
@@ -79,17 +83,52 @@ def duration(seconds: float) -> str:
 
 def table(*columns: str, title: str | None = None) -> Table:
     """A table in the one style of all commands."""
+    from rich import box
+    from rich.table import Table
+
     return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def show(*tables: Table) -> None:
     """Print tables; as wide as they are where nobody's terminal limits them, and in colour only on a terminal."""
+    from rich.console import Console
+
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
     for each in tables:
         console.print(each)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+LAZY = {
+    "lab": ("bridge.lab.cli", "Real strongSwan hosts in network namespaces: try it, see it."),
+    "bench": ("bridge.bench.cli", "Measure what resumption costs on this machine."),
+    "stubs": ("bridge.stubs", "Look at the stubs in the bank, delete or download them."),
+    "monitor": ("bridge.monitor", "Watch the bank: gateways, stubs, resumptions, fallbacks."),
+}
+"""commands in modules that take long to import, which `resume` in an outage shall not wait for"""
+
+
+class Commands(click.Group):
+    """The commands of this file, and those of LAZY, imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *LAZY])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in LAZY:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = getattr(import_module(LAZY[cmd_name][0]), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [
+            (name, LAZY[name][1] if name in LAZY else self.commands[name].get_short_help_str(100))
+            for name in self.list_commands(ctx)
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="ike-sa-sync", prog_name="ike-sa-sync")
 def cli() -> None:
     """IKEv2 SA synchronization for session resumption (draft-xu-ike-sa-sync-01), beside an unmodified strongSwan.
@@ -248,12 +287,22 @@ def check(path: str, as_json: bool) -> None:
     if as_json:
         print_json([finding.as_dict() for finding in findings])
     else:
-        report = table("", "check", "finding", "mend")
-        style = {Grade.OK: "[green]ok[/]", Grade.WARN: "[yellow]warn[/]", Grade.FAIL: "[red]FAIL[/]"}
-        for finding in findings:
-            report.add_row(style[finding.grade], finding.name, finding.text, finding.mend or "")
-        show(report)
+        _print_findings(findings)
     sys.exit(1 if any(finding.grade is Grade.FAIL for finding in findings) else 0)
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    from bridge.check import Grade
+
+    colour = {Grade.OK: "green", Grade.WARN: "yellow", Grade.FAIL: "red"}
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        grade = f"{finding.grade.upper() if finding.grade is Grade.FAIL else finding.grade:<4}"
+        click.echo(f"{click.style(grade, fg=colour[finding.grade])}  {finding.name:<{width}}  {finding.text}")
+        if finding.mend:
+            click.echo(f"{'':<{width + 6}}  mend: {finding.mend}")
+    count = Counter(finding.grade for finding in findings)
+    click.echo(f"{len(findings)} checks: {count[Grade.FAIL]} fail, {count[Grade.WARN]} warn")
 
 
 @cli.command()
@@ -273,15 +322,6 @@ def keygen(file: str, add: bool) -> None:
 
 def main() -> None:
     """Entry point of the `ike-sa-sync` script."""
-    from bridge.bench.cli import bench
-    from bridge.lab.cli import lab
-    from bridge.monitor import monitor
-    from bridge.stubs import stubs
-
-    cli.add_command(lab)
-    cli.add_command(bench)
-    cli.add_command(stubs)
-    cli.add_command(monitor)
     cli(prog_name="ike-sa-sync")
 
 

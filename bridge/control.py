@@ -11,10 +11,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import structlog
-
-log = structlog.get_logger()
-
 Answer = dict[str, Any]
 Command = Callable[[dict[str, Any]], Awaitable[Answer]]
 MAX_LINE = 65536
@@ -78,7 +74,9 @@ class ControlServer:
         try:
             return await command(request)
         except Exception as error:
-            log.exception("control-command-failed", command=request["command"])
+            import structlog  # only here: the commands that ask a sidecar shall start fast
+
+            structlog.get_logger().exception("control-command-failed", command=request["command"])
             return {"error": f"{request['command']}: {type(error).__name__}: {error}"}
 
 

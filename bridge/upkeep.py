@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import structlog
 
+from bridge import facts
 from bridge.bank.cache import CachedBank
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
@@ -74,6 +75,7 @@ class Upkeep:
             asyncio.create_task(self._keep_compared(), name="compare"),
             asyncio.create_task(self._keep_keys(), name="keys"),
             asyncio.create_task(self._keep_stats(), name="stats"),
+            asyncio.create_task(self._keep_facts(), name="facts"),
         ]
 
     async def close(self) -> None:
@@ -245,3 +247,15 @@ class Upkeep:
                 with contextlib.suppress(BankUnavailable):
                     await self._cache.post("stats", self._address, json.dumps(counters), STATS_TTL)
             await asyncio.sleep(STATS_SECONDS)
+
+    async def _keep_facts(self) -> None:
+        await self._charon.reconciled.wait()
+        while True:
+            connections = {
+                name: [child.name for child in info.children] for name, info in self._charon.tracker.connections.items()
+            }
+            if self._address is not None:
+                with contextlib.suppress(BankUnavailable, ViciError):
+                    told = facts.Facts(connections, await self._charon.vici.pools())
+                    await self._cache.post(facts.KIND, self._address, facts.encode(told), facts.TTL)
+            await asyncio.sleep(facts.SECONDS)

@@ -21,6 +21,7 @@ import structlog
 import vici
 import vici.exception
 
+from bridge.facts import Pool
 from bridge.stub import Endpoint
 
 log = structlog.get_logger()
@@ -83,6 +84,9 @@ class ConnectionInfo(NamedTuple):
     rekey_time: int
     reauth_time: int
     children: tuple[ChildConfig, ...]
+    dpd_delay: int = 0
+    remote_addresses: tuple[str, ...] = ()
+    """as configured: addresses, ranges or names; none where any will do"""
 
     @property
     def over_time(self) -> int:
@@ -154,6 +158,10 @@ def parse_connection(name: str, section: Section) -> ConnectionInfo:
         reauth_time=_number(section.get("reauth_time")) or 0,
         children=tuple(
             ChildConfig(child, _text(value.get("mode"))) for child, value in section.get("children", {}).items()
+        ),
+        dpd_delay=_number(section.get("dpd_delay")) or 0,
+        remote_addresses=tuple(
+            address for value in section.get("remote_addrs", ()) if not (address := _text(value)).startswith("%any")
         ),
     )
 
@@ -322,6 +330,21 @@ class Vici:
 
         since = await self._run("stats", command)
         return int(time.mktime(time.strptime(since, "%b %d %H:%M:%S %Y")))
+
+    async def plugins(self) -> list[str]:
+        """The plugins that charon has loaded."""
+        return await self._run("stats", lambda session: [_text(name) for name in session.stats()["plugins"]])
+
+    async def pools(self) -> list[Pool]:
+        """The in-memory pools that charon gives virtual IPs from."""
+
+        def command(session: Any) -> list[Pool]:
+            return [
+                Pool(name, _text(section["base"]), _number(section["size"]) or 0)
+                for name, section in session.get_pools().items()
+            ]
+
+        return await self._run("get-pools", command)
 
     async def list_sas(self) -> list[SaInfo]:
         """All IKE_SAs; waits for those that a thread of charon's holds, so none is left out."""

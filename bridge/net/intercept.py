@@ -226,15 +226,22 @@ def _open() -> NetfilterQueue:
 
 
 def _why_not_bound(number: int, error: OSError) -> str:
+    owner = queue_owner(number)
+    if owner is not None:
+        # netlink's port id is the process id of the first such socket of a process
+        return (
+            f"queue {number} is taken by netlink port {owner}, most likely that process: "
+            "stop it, or set another intercept.queue"
+        )
+    return f"queue {number} cannot be bound ({error}): run as root, or with CAP_NET_ADMIN"
+
+
+def queue_owner(number: int) -> int | None:
+    """The netlink port id of whoever reads a queue in this network namespace, most likely its process id."""
     with contextlib.suppress(OSError), open(_QUEUES) as file:
         row = _row(file.read(), number)
-        if row is not None:
-            # netlink's port id is the process id of the first such socket of a process
-            return (
-                f"queue {number} is taken by netlink port {row[1]}, most likely that process: "
-                "stop it, or set another intercept.queue"
-            )
-    return f"queue {number} cannot be bound ({error}): run as root, or with CAP_NET_ADMIN"
+        return int(row[1]) if row is not None else None
+    return None
 
 
 def _row(table: str, number: int) -> list[str] | None:

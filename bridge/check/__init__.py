@@ -1,0 +1,28 @@
+"""`ike-sa-sync check`: is this host ready? Every finding names its mend."""
+
+from __future__ import annotations
+
+from bridge.check import bank, charon, connections, host
+from bridge.check.finding import Finding, Grade
+from bridge.config import ClientConfig, GatewayConfig
+
+__all__ = ["Finding", "Grade", "run_checks"]
+
+
+async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
+    """All checks for this host's role, in the order in which one would mend."""
+    findings = host.privileges()
+    running, said = await charon.ask(config)
+    findings += said
+    if running is not None:
+        findings += charon.plugin(config, running) + charon.drop_in(config, running) + charon.unread(running)
+    pid = host.sidecar_pid(config)
+    findings += host.sidecar(config, pid)
+    if isinstance(config, GatewayConfig):
+        if running is not None:
+            findings += connections.without_pfs(running, list(running.connections))
+        findings += host.queue(config, pid) + host.key_file(config)
+        findings += await bank.bank(config, running)
+    elif running is not None:
+        findings += connections.of_client(config, running) + charon.patience(config, running)
+    return findings

@@ -1,0 +1,161 @@
+"""The bank: reachable, observable, of the same time, and what the other gateways have told it about themselves."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from bridge import facts as shared
+from bridge.bank.connect import Client, connect
+from bridge.bank.redis import GATEWAYS, HEARTBEAT
+from bridge.charon.vici import Vici, ViciError
+from bridge.check.charon import Charon
+from bridge.check.finding import Finding, fail, ok, warn
+from bridge.config import GatewayConfig
+from bridge.facts import Facts, Pool
+from bridge.stub import printable
+
+PATIENCE = 3.0
+"""seconds"""
+SLOW = 0.02
+"""seconds from which on the way to the bank is felt"""
+CLOCK_WARN, CLOCK_FAIL = 2.0, 60.0
+"""seconds by which this host's clock may differ from the bank's: stubs expire by the clock"""
+
+
+async def bank(config: GatewayConfig, charon: Charon | None) -> list[Finding]:
+    """Everything about the bank that `config` names."""
+    if config.bank.url is None:
+        binary = shutil.which("redis-server") or shutil.which("valkey-server")
+        if binary:
+            return [ok("bank", f"private, by {binary}; other gateways cannot reach it")]
+        return [fail("bank", "no redis-server here", "install redis-server, or set bank.url")]
+    try:
+        client = connect(config.bank.url, PATIENCE)
+    except ValueError as error:
+        return [fail("bank", str(error), "is bank.url right?")]
+    try:
+        findings = await _reach(client)
+        findings += await _events(client)
+        return findings + await _others(client, config, charon)
+    except (RedisError, OSError) as error:
+        return [fail("bank", printable(str(error)), "is bank.url right, and the server up?")]
+    finally:
+        await client.aclose()
+
+
+async def _reach(client: Client) -> list[Finding]:
+    await client.ping()
+    began = time.time()
+    answer = await client.time()
+    took = time.time() - began
+    findings = [
+        warn("bank", f"answers in {took * 1000:.1f} ms", "a bank this far away slows every resumption down")
+        if took > SLOW
+        else ok("bank", f"answers in {took * 1000:.1f} ms")
+    ]
+    # a Cluster gives the time of each node
+    seconds, microseconds = next(iter(answer.values())) if isinstance(answer, dict) else answer
+    ahead = began + took / 2 - (int(seconds) + int(microseconds) / 1e6)
+    text = f"this host's clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} the bank's"
+    mend = "set both by NTP: stubs expire by the clock"
+    if abs(ahead) - took > CLOCK_FAIL:
+        findings.append(fail("clock", text, mend))
+    elif abs(ahead) - took > CLOCK_WARN:
+        findings.append(warn("clock", text, mend))
+    else:
+        findings.append(ok("clock", f"differs from the bank's by less than {max(abs(ahead), 0.1):.1f} s"))
+    return findings
+
+
+async def _events(client: Client) -> list[Finding]:
+    try:
+        answer = await client.config_get("notify-keyspace-events")
+    except RedisError as error:
+        # a user of users.acl may not ask
+        return [ok("keyspace events", f"not readable for this user ({printable(str(error))}): look on the server")]
+    events = next((_text(value) for name, value in answer.items() if _text(name).startswith("notify")), "")
+    seen = set(events.replace("A", "g$lshzxetd"))
+    if {"K", "h", "x", "e"} <= seen:
+        return [ok("keyspace events", f"notify-keyspace-events is {events}")]
+    return [
+        warn(
+            "keyspace events",
+            f"notify-keyspace-events is {events!r}: the stubs of a gateway that fails are not fetched ahead",
+            "use redis/redis.conf, or CONFIG SET notify-keyspace-events Kg$hzxe",
+        )
+    ]
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+async def _others(client: Client, config: GatewayConfig, charon: Charon | None) -> list[Finding]:
+    """This gateway beside the others that live: keys, connections, pools."""
+    names = [_text(name) for name in await client.zrange(GATEWAYS, 0, -1)]
+    others: dict[str, Facts] = {}
+    findings: list[Finding] = []
+    for name in names:
+        if name == config.address:
+            continue
+        told = shared.decode(await client.get(f"ike:{shared.KIND}:{name}") or b"")
+        if told is not None and await client.exists(f"{HEARTBEAT}{name}"):
+            others[printable(name)] = told
+    if not others:
+        return [ok("other gateways", "none speaks to this bank now: pools and connections are not compared")]
+    if charon is not None:
+        mine = {name: [child.name for child in info.children] for name, info in charon.connections.items()}
+        findings += _connections(mine, others)
+        findings += _pools(await _own_pools(config), others)
+    return findings or [ok("other gateways", f"fits {', '.join(others)}: connections, children, pools")]
+
+
+def _connections(mine: dict[str, list[str]], others: dict[str, Facts]) -> list[Finding]:
+    findings = []
+    for address, facts in others.items():
+        for name, children in facts.connections.items():
+            if name not in mine:
+                findings.append(
+                    fail(
+                        "connection",
+                        f"{address} has connection {printable(name)!r}, this gateway has not",
+                        "add it to swanctl.conf: sessions of that name fall back to a full handshake here",
+                    )
+                )
+            elif missing := [child for child in children if child not in mine[name]]:
+                findings.append(
+                    fail(
+                        "children",
+                        f"connection {name} of {address} has {printable(', '.join(missing))}, this gateway has not",
+                        "use the same children on all gateways: what is missing does not come up here",
+                    )
+                )
+    return findings
+
+
+def _pools(mine: list[Pool], others: dict[str, Facts]) -> list[Finding]:
+    return [
+        fail(
+            "pools",
+            f"pool {pool.name} ({pool.text}) overlaps {printable(theirs.name)} ({theirs.text}) of {address}",
+            "give each gateway a range of its own: a resumed client keeps its address, which this pool would give out",
+        )
+        for address, facts in others.items()
+        for theirs in facts.pools
+        for pool in mine
+        if pool.overlaps(theirs)
+    ]
+
+
+async def _own_pools(config: GatewayConfig) -> list[Pool]:
+    vici = Vici(config.vici, on_event=lambda _: None, on_connect=lambda _: None, on_disconnect=lambda: None)
+    try:
+        return await vici.pools()
+    except ViciError:
+        return []
+    finally:
+        vici.close()

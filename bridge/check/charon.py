@@ -1,0 +1,253 @@
+"""The running charon, compared with what strongswan-conf/ says it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bridge import data
+from bridge.charon.channel import proc_address
+from bridge.charon.ha import PORT, HaError, version_for
+from bridge.charon.vici import ConnectionInfo, Vici, ViciError
+from bridge.check.finding import Finding, fail, ok, warn
+from bridge.check.settings import Settings
+from bridge.check.udp import UdpSocket, udp_socket
+from bridge.config import ClientConfig, GatewayConfig
+
+STRONGSWAN_CONF = Path("/etc/strongswan.conf")
+DROP_IN = "strongswan-conf/ike-sa-sync.conf"
+GOOD_HASH_TABLE = 1024
+"""buckets from which on look-ups stay cheap for the number of SAs one worries about"""
+PROMPT_SECONDS = 60.0
+"""a client that takes longer to notice that its gateway is dead will be asked about it"""
+
+RETRANSMIT_DEFAULTS = {"retransmit_timeout": 4.0, "retransmit_base": 1.8, "retransmit_tries": 5.0}
+"""of charon's"""
+
+
+@dataclass
+class Charon:
+    """What VICI and the files tell of one charon."""
+
+    release: str
+    plugins: list[str]
+    started: int
+    """Unix seconds"""
+    settings: Settings
+    connections: dict[str, ConnectionInfo] = field(default_factory=dict)
+
+    def setting(self, name: str) -> str | None:
+        """An option of charon's; charon-systemd reads both sections."""
+        found = self.settings.get(f"charon-systemd.{name}")
+        return self.settings.get(f"charon.{name}") if found is None else found
+
+
+async def ask(config: GatewayConfig | ClientConfig) -> tuple[Charon | None, list[Finding]]:
+    """What there is to know of this host's charon; None where it does not answer."""
+    vici = Vici(config.vici, on_event=lambda _: None, on_connect=lambda _: None, on_disconnect=lambda: None)
+    try:
+        release = await vici.version()
+        version = version_for(release)
+        charon = Charon(
+            release,
+            await vici.plugins(),
+            await vici.started(),
+            Settings(STRONGSWAN_CONF),
+            await vici.list_connections(),
+        )
+    except ViciError as error:
+        mend = "start strongSwan (charon-systemd), or set `vici` to its socket"
+        return None, [fail("charon", f"{config.vici}: {error}", mend)]
+    except HaError as error:
+        return None, [fail("charon", str(error), "use a strongSwan release from 5.9 on")]
+    finally:
+        vici.close()
+    return charon, [ok("charon", f"strongSwan {release}, ha message version {version}")]
+
+
+def plugin(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Finding]:
+    """Whether the ha plugin is there, and speaks with the sidecar."""
+    end = f"{config.ha.charon}:{PORT}"
+    if "ha" not in charon.plugins:
+        if charon.setting("plugins.ha.load") == "no":
+            return [fail("ha plugin", "charon.plugins.ha.load is no", "set it to yes, and restart strongSwan")]
+        return [
+            fail(
+                "ha plugin",
+                "charon runs without the ha plugin",
+                f"install libcharon-extra-plugins and {DROP_IN}, then restart strongSwan",
+            )
+        ]
+    socket = udp_socket(config.ha.charon, PORT)
+    if socket is None:
+        return [
+            fail(
+                "ha plugin",
+                f"charon does not hold UDP {end}",
+                f"set charon.plugins.ha.local = {config.ha.charon}, or ha.charon here, and restart strongSwan",
+            )
+        ]
+    findings = [_held_by_charon(socket, end)]
+    _, far = proc_address(config.ha.listen, PORT)
+    if socket.remote != far:
+        findings.append(
+            fail(
+                "ha remote",
+                f"charon's ha plugin does not speak to {config.ha.listen}:{PORT}",
+                f"set charon.plugins.ha.remote = {config.ha.listen}, or ha.listen here, and restart strongSwan",
+            )
+        )
+    return findings
+
+
+def _held_by_charon(socket: UdpSocket, end: str) -> Finding:
+    strangers = [holder for holder in socket.holders() if not holder.name.startswith("charon")]
+    if socket.uid != 0 or strangers:
+        who = f"process {strangers[0].pid} ({strangers[0].name})" if strangers else f"user {socket.uid}"
+        return fail("ha plugin", f"UDP {end} belongs to {who}, not to charon", "stop that, then restart strongSwan")
+    if socket.drops:
+        return warn(
+            "ha plugin",
+            f"charon lost {socket.drops} messages of the sidecar's since it was started",
+            "raise net.core.rmem_default, and restart strongSwan",
+        )
+    return ok("ha plugin", f"charon holds UDP {end}")
+
+
+def drop_in(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Finding]:
+    """Each option of the drop-in that charon's files set otherwise."""
+    findings = []
+    wanted = dict(Settings(data.path(DROP_IN)).leaves())
+    wanted["charon.plugins.ha.local"] = config.ha.charon
+    wanted["charon.plugins.ha.remote"] = config.ha.listen
+    wanted["charon.plugins.ha.segment_count"] = str(config.ha.segments)
+    for path, value in wanted.items():
+        name = path.removeprefix("charon.")
+        why = REASONS.get(name)
+        found = charon.setting(name)
+        shown = "not set" if found is None else found
+        if why is None or _same(value, found if found is not None else why.default):
+            continue
+        text = f"{path} is {shown}: {why.text}"
+        findings.append((fail if why.fatal else warn)(name, text, f"set it to {value}, and restart strongSwan"))
+    findings += _hash_table(config, charon) + _never(config, charon)
+    return findings or [ok("drop-in", f"charon is configured as {DROP_IN} says")]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an option matters; `default` is charon's."""
+
+    text: str
+    fatal: bool = True
+    default: str = ""
+
+
+REASONS = {
+    "plugins.ha.local": Reason("charon's end of the HA channel is elsewhere"),
+    "plugins.ha.remote": Reason("charon sends its keys elsewhere"),
+    "plugins.ha.segment_count": Reason(
+        "it differs from ha.segments, and SAs are activated in the wrong segment", default="1"
+    ),
+    "plugins.ha.monitor": Reason("charon takes and drops segments by itself", default="yes"),
+    "plugins.ha.resync": Reason("charon asks the sidecar for SAs at start", default="yes"),
+    "plugins.ha.fifo_interface": Reason("anyone with its FIFO may switch segments", fatal=False, default="yes"),
+}
+
+
+def _same(wanted: str, found: str) -> bool:
+    synonyms = {"1": "yes", "true": "yes", "enabled": "yes", "0": "no", "false": "no", "disabled": "no"}
+    return wanted == found or (wanted in ("yes", "no") and synonyms.get(found.lower(), found.lower()) == wanted)
+
+
+def _hash_table(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Finding]:
+    """More than in the drop-in is fine, and on a client it matters little."""
+    buckets = _number(charon.setting("ikesa_table_size"), 1)
+    if buckets >= GOOD_HASH_TABLE or isinstance(config, ClientConfig):
+        return []
+    return [
+        warn(
+            "ikesa_table_size",
+            f"charon.ikesa_table_size is {buckets:g}: charon walks a long list to find an IKE_SA",
+            "set it to 4096 (65536 from 50,000 sessions on) and ikesa_table_segments to 256, and restart strongSwan",
+        )
+    ]
+
+
+def _never(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Finding]:
+    """What is not in the drop-in, and must not be set elsewhere."""
+    findings = []
+    if charon.setting("plugins.ha.secret") is not None:
+        findings.append(
+            fail(
+                "plugins.ha.secret",
+                "charon.plugins.ha.secret is set: charon wants IPsec around the HA channel",
+                "remove it, the channel stays on this host; restart strongSwan",
+            )
+        )
+    if isinstance(config, ClientConfig) and _same("no", charon.setting("reuse_ikesa") or "yes"):
+        findings.append(
+            fail(
+                "reuse_ikesa",
+                "charon.reuse_ikesa is no: CHILD_SAs get an IKE_SA of their own instead of the resumed one",
+                "remove that line, and restart strongSwan",
+            )
+        )
+    return findings
+
+
+def unread(charon: Charon) -> list[Finding]:
+    """Files that were changed after charon had read them."""
+    changed = []
+    for path in charon.settings.files:
+        try:
+            if path.stat().st_mtime > charon.started + 1:
+                changed.append(str(path))
+        except OSError:
+            continue
+    if not changed:
+        return []
+    return [
+        warn(
+            "restart",
+            f"changed since charon was started: {', '.join(changed)}",
+            "restart strongSwan: a reload does not apply the plugins' options",
+        )
+    ]
+
+
+def patience(config: ClientConfig, charon: Charon) -> list[Finding]:
+    """How long this client takes to notice that its gateway is dead."""
+    if not config.resume_on_down:
+        return []
+    timeout, base, tries = (_number(charon.setting(name), default) for name, default in RETRANSMIT_DEFAULTS.items())
+    given_up = sum(timeout * base**attempt for attempt in range(int(tries) + 1))
+    findings = []
+    for entry in config.gateways:
+        connection = charon.connections.get(entry.connection)
+        if connection is None:
+            continue
+        if not connection.dpd_delay:
+            findings.append(
+                fail(
+                    "dpd_delay",
+                    f"connection {connection.name} has no dpd_delay: nobody notices that {entry.address} is dead",
+                    "set dpd_delay, for instance to 5s; then swanctl --load-conns",
+                )
+            )
+            continue
+        seconds = connection.dpd_delay + given_up
+        text = f"{connection.name}: a silent gateway is given up after {seconds:.0f} s at most"
+        if seconds <= PROMPT_SECONDS:
+            findings.append(ok("dpd_delay", text))
+        else:
+            mend = "lower dpd_delay, and charon.retransmit_timeout, retransmit_base and retransmit_tries"
+            findings.append(warn("dpd_delay", text, mend))
+    return findings
+
+
+def _number(text: str | None, default: float) -> float:
+    try:
+        return default if text is None else float(text)
+    except ValueError:
+        return default

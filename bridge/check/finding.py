@@ -1,0 +1,37 @@
+"""What a check says."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+
+class Grade(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+class Finding(NamedTuple):
+    """One line of the report: what was looked at, what was found, and what to do about it."""
+
+    grade: Grade
+    name: str
+    text: str
+    mend: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {"check": self.name, "grade": str(self.grade), "finding": self.text, "mend": self.mend}
+
+
+def ok(name: str, text: str) -> Finding:
+    return Finding(Grade.OK, name, text)
+
+
+def warn(name: str, text: str, mend: str) -> Finding:
+    return Finding(Grade.WARN, name, text, mend)
+
+
+def fail(name: str, text: str, mend: str) -> Finding:
+    return Finding(Grade.FAIL, name, text, mend)

@@ -1,0 +1,131 @@
+"""This host: the sidecar on it, its socket, its queue, its rules, its key file."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+from pathlib import Path
+
+from bridge.charon.ha import PORT
+from bridge.check.finding import Finding, fail, ok, warn
+from bridge.check.udp import process_name, udp_socket
+from bridge.config import ClientConfig, GatewayConfig
+from bridge.net import foreign, rules
+from bridge.net.intercept import queue_owner
+from bridge.seal import Keyring, SealError
+
+
+def privileges() -> list[Finding]:
+    if os.geteuid() == 0:
+        return [ok("privileges", "running as root")]
+    return [
+        warn(
+            "privileges",
+            "not root: some checks cannot see enough, and the sidecar needs CAP_NET_ADMIN and CAP_NET_RAW",
+            "run as root",
+        )
+    ]
+
+
+def sidecar_pid(config: GatewayConfig | ClientConfig) -> int | None:
+    """The process that listens on the control socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(config.control)
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError:
+            return None
+    return int(struct.unpack("3i", credentials)[0])
+
+
+def sidecar(config: GatewayConfig | ClientConfig, pid: int | None) -> list[Finding]:
+    """Whether it runs, and holds the socket that charon sends keys to; nobody else may."""
+    end = f"UDP {config.ha.listen}:{PORT}"
+    role = "gateway" if isinstance(config, GatewayConfig) else "client"
+    held = udp_socket(config.ha.listen, PORT)
+    if held is None:
+        return [
+            fail(
+                "sidecar",
+                f"nobody holds {end}, where charon sends keys",
+                f"start `ike-sa-sync {role}`, or its systemd socket, before charon",
+            )
+        ]
+    # systemd holds it for a sidecar that is being restarted
+    strangers = [holder for holder in held.holders() if holder.pid not in (1, pid)]
+    if held.uid != 0 or strangers:
+        who = f"process {strangers[0].pid} ({strangers[0].name})" if strangers else f"user {held.uid}"
+        if pid is None and strangers and held.uid == 0:
+            mend = f"if that is the sidecar, is `control: {config.control}` its socket? If not, stop it: it sees keys"
+            return [warn("sidecar", f"{end} is held by {who}; no sidecar answers on {config.control}", mend)]
+        return [
+            fail("sidecar", f"{end}, where charon sends keys, is held by {who}", "stop that, then rekey: it saw keys")
+        ]
+    if pid is None:
+        return [warn("sidecar", f"{end} is held, but no sidecar answers on {config.control}", f"start it: `{role}`")]
+    if held.drops:
+        return [
+            warn(
+                "sidecar", f"it lost {held.drops} messages of charon's since it was started", "raise ha.receive_buffer"
+            )
+        ]
+    return [ok("sidecar", f"process {pid} holds {end}")]
+
+
+def queue(config: GatewayConfig, pid: int | None) -> list[Finding]:
+    """The kernel's queue, who reads it, and the rules that fill it."""
+    number = config.intercept.queue
+    try:
+        backend = rules.detect()
+    except rules.RulesError as error:
+        return [fail("NFQUEUE", str(error), "install nftables or iptables; modprobe nfnetlink_queue")]
+    findings = [ok("NFQUEUE", f"this kernel takes rules by {backend}")]
+    owner = queue_owner(number)
+    if owner is not None and owner != pid:
+        findings.append(
+            fail(
+                "queue",
+                f"queue {number} is read by another program: netlink port {owner}{_named(owner)}",
+                "stop it, or set another intercept.queue (and other rules, where they are external)",
+            )
+        )
+    elif owner is None and pid is not None:
+        findings.append(fail("queue", f"the sidecar does not read queue {number}", "see its log: nfqueue-unavailable"))
+    findings += [
+        fail(
+            "bypass",
+            f"a rule without bypass: {rule}",
+            "add bypass (--queue-bypass): without it IKE stops when the sidecar does",
+        )
+        for rule in foreign.without_bypass(number)
+    ]
+    if config.intercept.rules == "external":
+        return findings
+    if rules.present(number):
+        findings.append(ok("rules", f"requests with IKE_SA_SYNC come to queue {number}"))
+    else:
+        mend = "they come with `ike-sa-sync gateway`; is it running, or did something flush them?"
+        findings.append(warn("rules", f"no rules to queue {number} are in place", mend))
+    return findings
+
+
+def _named(port: int) -> str:
+    """netlink's port id is the process id of a process's first such socket."""
+    name = process_name(port)
+    return f" ({name})" if name else ""
+
+
+def key_file(config: GatewayConfig) -> list[Finding]:
+    """Whether it can be used, and only by its owner."""
+    path = Path(config.bank.key_file)
+    try:
+        keyring = Keyring.load(path)
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except (SealError, OSError) as error:
+        exposed = path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077
+        mend = f"chmod 600 {path}" if exposed else f"ike-sa-sync keygen {path}, the same file on all gateways"
+        return [fail("key file", str(error), mend)]
+    keys = ", ".join(key_id.hex() for key_id in keyring.ids)
+    return [ok("key file", f"{path}, mode {mode:04o}, key {keys}")]

@@ -1,0 +1,136 @@
+"""strongswan.conf and swanctl.conf, read as strongSwan reads them: VICI does not tell most of what they set.
+
+name { ... }            a section; one that is opened again is added to
+name : other.path { }   which takes from another what it does not set itself
+key = value             up to the end of the line, a comment or a brace; or in double quotes
+include pattern         relative to the file it is in, into the section it is in
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_BLANK = re.compile(r"(?:\s+|#[^\n]*)*")
+_NAME = re.compile(r'"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>[^\s{}=:,#"]+)')
+_VALUE = re.compile(r'[ \t]*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>[^\n#{}]*))')
+_BASES = re.compile(r":(?P<bases>[^{]*)")
+_REST = re.compile(r"[^\n#{}]*")
+_DEPTH = 8
+"""of includes, and of sections that refer to others"""
+
+
+@dataclass
+class Section:
+    values: dict[str, str] = field(default_factory=dict)
+    sections: dict[str, Section] = field(default_factory=dict)
+    bases: list[str] = field(default_factory=list)
+    """paths of the sections that it refers to"""
+
+
+class Settings:
+    """One such file with all it includes. What is missing or cannot be read is as if it were empty."""
+
+    def __init__(self, path: Path) -> None:
+        self.files: list[Path] = []
+        """those that were read"""
+        self._root = Section()
+        self._read(path, self._root, 0)
+
+    def get(self, path: str) -> str | None:
+        """The value at a dotted path."""
+        *sections, key = path.split(".")
+        return next((found.values[key] for found in self._chain(sections) if key in found.values), None)
+
+    def names(self, path: str) -> list[str]:
+        """The sections within the section at a dotted path."""
+        return list(dict.fromkeys(name for found in self._chain(path.split(".")) for name in found.sections))
+
+    def leaves(self) -> Iterator[tuple[str, str]]:
+        """Every (dotted path, value) as it stands, references aside."""
+        yield from _leaves(self._root, "")
+
+    def _chain(self, names: Sequence[str], depth: int = 0) -> list[Section]:
+        """The section at a path, and behind it those that it refers to."""
+        current = [self._root]
+        for name in names:
+            following = []
+            for section in current:
+                if name in section.sections:
+                    found = section.sections[name]
+                    following.append(found)
+                    if depth < _DEPTH:
+                        for base in found.bases:
+                            following += self._chain(base.split("."), depth + 1)
+            current = following
+        return current
+
+    def _read(self, path: Path, into: Section, depth: int) -> None:
+        try:
+            text = path.read_text(errors="replace")
+        except OSError:
+            return
+        self.files.append(path)
+        open_sections = [into]
+        at = _skip(text, 0)
+        while at < len(text):
+            if text[at] == "}":
+                if len(open_sections) > 1:
+                    open_sections.pop()
+                at += 1
+            elif match := _NAME.match(text, at):
+                at = self._statement(match, path, open_sections, depth)
+            else:
+                at += 1  # strongSwan would refuse the file; the rest still tells something
+            at = _skip(text, at)
+
+    def _statement(self, match: re.Match[str], path: Path, open_sections: list[Section], depth: int) -> int:
+        """What begins with a name; the place behind it."""
+        text, name, section = match.string, _unquoted(match), open_sections[-1]
+        if name == "include" and match["plain"]:
+            rest = _REST.match(text, match.end())
+            assert rest is not None
+            if depth < _DEPTH:
+                for included in _matching(path.parent, rest[0].strip().strip('"')):
+                    self._read(included, section, depth + 1)
+            return rest.end()
+        at = _skip(text, match.end())
+        bases: list[str] = []
+        if reference := _BASES.match(text, at):
+            bases = [part.strip() for part in reference["bases"].split(",")]
+            at = reference.end()
+        if text[at : at + 1] == "{":
+            opened = section.sections.setdefault(name, Section())
+            opened.bases += bases
+            open_sections.append(opened)
+            return at + 1
+        if text[at : at + 1] == "=":
+            value = _VALUE.match(text, at + 1)
+            assert value is not None
+            section.values[name] = _unquoted(value).strip()
+            return value.end()
+        return at
+
+
+def _skip(text: str, at: int) -> int:
+    match = _BLANK.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _unquoted(match: re.Match[str]) -> str:
+    return match["plain"] if match["quoted"] is None else re.sub(r"\\(.)", r"\1", match["quoted"])
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    base = Path("/") if pattern.startswith("/") else folder
+    return sorted(base.glob(pattern.lstrip("/"))) if pattern.strip("/") else []
+
+
+def _leaves(section: Section, prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in section.values.items():
+        yield prefix + key, value
+    for name, inner in section.sections.items():
+        yield from _leaves(inner, f"{prefix}{name}.")
