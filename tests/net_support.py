@@ -114,6 +114,9 @@ def wire() -> Iterator[Wire]:
             end.run("ip", "address", "add", f"{end.ipv6}/64", "dev", "eth0", "nodad")
             end.run("ip", "link", "set", "lo", "up")
             end.run("ip", "link", "set", "eth0", "up")
+        for there in (peer.ipv4, peer.ipv6):
+            # the first packets of an interface that is just up may wait for neighbour discovery, or be lost
+            host.run("ping", "-q", "-n", "-c", "1", "-i", "0.2", "-w", "20", there)
         yield Wire(host, peer)
     finally:
         for end in (host, peer):

@@ -140,6 +140,14 @@ class Lab:
             space.command("ip", "-n", host.namespace, "address", "add", address, "dev", "lo")
         return host
 
+    def plug(self, host: Host, network: str = "lan", interface: str = "eth0") -> None:
+        """Connect a host's interface to a network again."""
+        space.command("ip", "-n", self.switch, "link", "set", f"{host.name}-{interface}", "master", network)
+
+    def unplug(self, host: Host, interface: str = "eth0") -> None:
+        """Lose all that the interface sends and should get; the host itself sees no change of its links."""
+        space.command("ip", "-n", self.switch, "link", "set", f"{host.name}-{interface}", "nomaster")
+
     def attach(self, host: Host, *addresses: str, network: str = "lan") -> str:
         """Give a host one more interface, on a network; the interface's name (eth0, eth1, ...)."""
         interface = f"eth{len(host.interfaces())}"
