@@ -407,7 +407,7 @@ class Client:
         new = self._rebuilt(old, gateway, answer)
         if self._charon.connection(gateway.connection) is None:
             raise ViciError(f"charon has no connection {gateway.connection!r}: add it to swanctl.conf")
-        await self._charon.installer.install([self._install(old, new, answer)])
+        await self._charon.install_surely(self._install(old, new, answer))
         self._charon.tracker.adopt(new)
         # the new SA holds the virtual IP before the old one lets go of it
         await self._drop(old)

@@ -12,7 +12,7 @@ import structlog
 from bridge.charon.channel import Channel, ChannelError
 from bridge.charon.extract import Listener, Tracker
 from bridge.charon.ha import HaError, version_for
-from bridge.charon.install import Installer
+from bridge.charon.install import Install, Installer
 from bridge.charon.sa import Sa
 from bridge.charon.segments import LandingChoice
 from bridge.charon.vici import ConnectionInfo, Event, SaInfo, Vici, ViciError
@@ -24,6 +24,7 @@ RECONCILE_SECONDS = 30.0
 """between two comparisons with VICI's list, at least"""
 RECONCILE_SHARE = 100
 """a comparison that took t seconds is followed by a pause of this many t, for list-sas walks all SAs"""
+INSTALL_TRIES = 3
 IN_FLIGHT_SECONDS = 0.5
 """what VICI lists may still be on its way over the HA channel for so long"""
 
@@ -74,6 +75,23 @@ class Charon:
         if found is None:
             self._due.set()
         return found
+
+    async def install_surely(self, install: Install) -> None:
+        """Install one SA and see with VICI that charon has it; ChannelError or ViciError where it does not.
+
+        The client's own charon gets the gateway's answer too. If it comes to it while the SA has its keys but not yet
+        its message ID, charon takes it for a reply to nothing and destroys the SA. The same SA is then installed again:
+        the answer is gone by then, and none of its keys has been used.
+        """
+        for _ in range(INSTALL_TRIES):
+            await self.installer.install([install])
+            found = {info.spis: info for info in await self.vici.list_sas(install.connection)}.get(install.id.spis)
+            if found is not None and found.state == "ESTABLISHED":
+                return
+            log.info("install-repeated", spi_i=install.id.spi_i.hex(), spi_r=install.id.spi_r.hex())
+            if found is not None:
+                await self.installer.delete([install.id])
+        raise ChannelError(f"charon did not keep the rebuilt IKE_SA of {install.connection!r}: see its log")
 
     def reconcile_soon(self) -> None:
         """Compare with VICI's list as soon as the pace allows."""

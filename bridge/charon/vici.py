@@ -346,12 +346,13 @@ class Vici:
 
         return await self._run("get-pools", command)
 
-    async def list_sas(self) -> list[SaInfo]:
-        """All IKE_SAs; waits for those that a thread of charon's holds, so none is left out."""
+    async def list_sas(self, connection: str | None = None) -> list[SaInfo]:
+        """All IKE_SAs, or those of one connection; waits for those that a thread of charon's holds, so none is left
+        out."""
 
         def command(session: Any) -> list[SaInfo]:
             infos = []
-            for entry in session.list_sas():
+            for entry in session.list_sas({"ike": connection} if connection else None):
                 for name, section in entry.items():
                     try:
                         infos.append(parse_ike_sa(name, section))
