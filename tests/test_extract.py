@@ -10,6 +10,7 @@ from bridge.charon.extract import HALF_OPEN_SECONDS, Tracker
 from bridge.charon.ha import Attr, HaMessage, IkeId, MessageType, decode
 from bridge.charon.sa import Condition, Sa, new_conditions
 from bridge.charon.vici import ConnectionInfo, Event, SaInfo
+from bridge.ike.transforms import Group
 from bridge.stub import Endpoint, Index
 from vectors_support import NAMES, SIDES, VECTORS, messages
 
@@ -101,6 +102,34 @@ def test_the_shared_secret_is_what_both_sides_agree_on(vector: dict[str, Any], s
     feed(known, vector, side, MessageType.IKE_UPDATE)
     feed(other, vector, SIDES[1 - SIDES.index(side)], MessageType.IKE_UPDATE)
     assert next(known.established()).shared_secret == next(other.established()).shared_secret is not None
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("vector", VECTORS, ids=NAMES)
+def test_a_resynchronisation_leads_to_the_same_sk_d(vector: dict[str, Any], side: str) -> None:
+    known, late = tracker()[0], tracker()[0]
+    feed(known, vector, side, MessageType.IKE_UPDATE)
+    for into in (known, late):
+        feed(into, vector, side, MessageType.IKE_UPDATE)
+        [sa] = into.established()
+        assert sa.sk_d.hex() == vector["initial"]["sk_d"]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_an_sa_of_several_key_exchanges_names_them_all_before_and_after_its_rekey(side: str) -> None:
+    [vector] = [vector for vector in VECTORS if "ke7" in vector["proposal"]]
+    known, _, _ = tracker()
+    suites, secrets = [], []
+    for until in (MessageType.IKE_UPDATE, None):
+        feed(known, vector, side, until)
+        [sa] = known.established()
+        suites.append(sa.suite)
+        secrets.append(sa.shared_secret)
+    assert suites[0] == suites[1]
+    assert suites[0].additional == (Group.ML_KEM_1024, Group.ML_KEM_512, 0, 0, 0, 0, Group.MODP_2048)
+    assert suites[0].name.endswith("/ECP_384/KE1_ML_KEM_1024/KE2_ML_KEM_512/KE7_MODP_2048")
+    # P-384, twice ML-KEM, 2048 bits
+    assert [len(secret or b"") for secret in secrets] == [48 + 32 + 32 + 256] * 2
 
 
 def test_a_gateways_sa_has_all_that_a_stub_needs() -> None:

@@ -102,6 +102,33 @@ def test_an_ike_add_of_charon_reads_as_documented() -> None:
     assert message.first(Attr.REMOTE_ADDR) == Endpoint("192.168.50.10", 500)
 
 
+@pytest.mark.parametrize("vector", VECTORS, ids=NAMES)
+def test_a_releases_messages_have_the_version_that_vici_foretells(vector: dict[str, Any]) -> None:
+    assert {octets[0] for side in SIDES for octets in messages(vector, side)} == {version_for(vector["strongswan"])}
+
+
+def test_an_ike_add_of_a_rekey_with_several_key_exchanges_reads_as_documented() -> None:
+    [vector] = [vector for vector in VECTORS if vector["proposal"].endswith("-x25519-ke1_mlkem768")]
+    [rekey] = [
+        message
+        for message in map(decode, messages(vector, "gateway"))
+        if message.type is MessageType.IKE_ADD and message.first(Attr.IKE_REKEY_ID)
+    ]
+    assert rekey.version == 5
+    assert rekey.first(Attr.ALG_KE) == 31
+    assert rekey.first(Attr.ALG_ADD_KES)[:2] == (36).to_bytes(2)
+    assert len(rekey.first(Attr.SECRET)) == len(rekey.first(Attr.ADD_SECRET)) == 32
+    assert len(rekey.first(Attr.OLD_SKD)) == 48
+
+
+def test_from_version_5_on_conditions_and_extensions_come_twice() -> None:
+    for vector in VECTORS:
+        update = next(m for m in map(decode, messages(vector, "gateway")) if m.type is MessageType.IKE_UPDATE)
+        words = 2 if update.version == 5 else 1
+        assert len(update.all(Attr.CONDITIONS)) == len(update.all(Attr.EXTENSIONS)) == words
+        assert [word >> 31 for word in update.all(Attr.CONDITIONS)] == [0, 1][:words]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @given(data=st.data())
 def test_every_message_survives_the_round_trip(version: int, data: st.DataObject) -> None:

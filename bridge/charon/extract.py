@@ -134,21 +134,28 @@ class Tracker:
 
     @staticmethod
     def _keys(ike_id: IkeId, suite: Suite, known: Sa | None, message: HaMessage) -> tuple[bytes, bytes | None]:
-        """SK_d and the shared secret (RFC 7296 sections 2.14 and 2.18, RFC 9370 sections 2.2.2 and 2.2.4)."""
+        """SK_d and the shared secret, that of all key exchanges one after the other.
+
+        RFC 7296 sections 2.14 and 2.18, RFC 9370 sections 2.2.2 and 2.2.4.
+        """
         ni, nr = message.first(Attr.NONCE_I), message.first(Attr.NONCE_R)
         secret: bytes = message.first(Attr.SECRET, b"")
         additional: bytes = message.first(Attr.ADD_SECRET, b"")
         old_sk_d: bytes | None = message.first(Attr.OLD_SKD)
-        old_prf: int = message.first(Attr.ALG_OLD_PRF, suite.prf)
+        prf: int = suite.prf
+        earlier = b""
         if ni is None or nr is None:
             raise ValueError("charon sent no nonces")
-        if old_sk_d is None and known is not None and message.first(Attr.ALG_PRF) is None:
-            old_sk_d, old_prf = known.sk_d, known.suite.prf
+        if old_sk_d is not None:
+            prf = message.first(Attr.ALG_OLD_PRF, prf)
+        elif known is not None and message.first(Attr.ALG_PRF) is None:
+            old_sk_d, earlier = known.sk_d, known.shared_secret or b""
         if old_sk_d is None:
-            seed = skeyseed_initial(suite.prf, secret, ni, nr)
+            seed = skeyseed_initial(prf, secret, ni, nr)
         else:
-            seed = skeyseed_rekey(old_prf, old_sk_d, secret, ni, nr, additional)
-        return derive_sk_d(suite, seed, ni, nr, ike_id.spi_i, ike_id.spi_r), secret or None
+            seed = skeyseed_rekey(prf, old_sk_d, secret, ni, nr, additional)
+        sk_d = derive_sk_d(suite, seed, ni, nr, ike_id.spi_i, ike_id.spi_r, algorithm=prf)
+        return sk_d, earlier + secret + additional or None
 
     def _update(self, ike_id: IkeId, message: HaMessage) -> None:
         sa = self.sas.get(ike_id.spis)

@@ -27,6 +27,9 @@ PORT = 4510
 MAX_MESSAGE = 2048
 """charon's receive buffer for one message, in octets (charon.plugins.ha.buflen)."""
 VERSIONS = (3, 4, 5)
+ADDITIONAL_KEY_EXCHANGES_SINCE = 4
+PRIVATE_WORDS_SINCE = 5
+"""from here on CONDITIONS and EXTENSIONS come twice, the second time with bit 31 set and meanings of their own"""
 
 AF_INET = 2
 AF_INET6 = 10
@@ -136,7 +139,7 @@ class HaMessage(NamedTuple):
 
 def _numbering(version: int) -> dict[Attr, int]:
     added = {Attr.ADD_SECRET, Attr.ALG_ADD_KES}
-    names = [name for name in Attr if version >= 4 or name not in added]
+    names = [name for name in Attr if version >= ADDITIONAL_KEY_EXCHANGES_SINCE or name not in added]
     return {name: number for number, name in enumerate(names, start=1)}
 
 

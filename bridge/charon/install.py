@@ -7,13 +7,22 @@ segment activates all that were installed into it; then each gets its peer's rea
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 from bridge.charon.channel import Channel
-from bridge.charon.ha import Attr, IkeId, MessageType, encode
+from bridge.charon.ha import (
+    ADDITIONAL_KEY_EXCHANGES_SINCE,
+    PRIVATE_WORDS_SINCE,
+    Attr,
+    IkeId,
+    MessageType,
+    encode,
+)
+from bridge.charon.sa import Condition
 from bridge.charon.segments import LandingChoice, landing_addresses
 from bridge.ike.transforms import Suite
 from bridge.stub import Endpoint, Identity
@@ -66,6 +75,11 @@ def add_message(version: int, install: Install, landing: str) -> bytes:
     attributes += [
         (Attr.ALG_PRF, suite.prf),
         (Attr.ALG_KE, suite.group),
+    ]
+    if suite.additional and version >= ADDITIONAL_KEY_EXCHANGES_SINCE:
+        # what the SA was made with; none of them is done again
+        attributes.append((Attr.ALG_ADD_KES, struct.pack(f"!{len(suite.additional)}H", *suite.additional)))
+    attributes += [
         (Attr.NONCE_I, install.nonce_i),
         (Attr.NONCE_R, install.nonce_r),
         (Attr.SECRET, b""),
@@ -87,12 +101,18 @@ def update_message(version: int, install: Install, landing: str) -> bytes:
         (Attr.LOCAL_ADDR, install.local),
         (Attr.REMOTE_ADDR, Endpoint(landing, install.remote.port)),
     ]
-    attributes += [(Attr.CONDITIONS, word) for word in install.conditions]
-    attributes += [(Attr.EXTENSIONS, word) for word in install.extensions]
+    attributes += [(Attr.CONDITIONS, word) for word in _words(version, install.conditions)]
+    attributes += [(Attr.EXTENSIONS, word) for word in _words(version, install.extensions)]
     attributes.append((Attr.CONFIG_NAME, install.connection))
     attributes += [(Attr.LOCAL_VIP, Endpoint(vip, 0)) for vip in install.local_vips]
     attributes += [(Attr.REMOTE_VIP, Endpoint(vip, 0)) for vip in install.remote_vips]
     return encode(version, MessageType.IKE_UPDATE, attributes)
+
+
+def _words(version: int, words: tuple[int, ...]) -> tuple[int, ...]:
+    """Those words of conditions or extensions that a charon of this version takes for what they are. An older one
+    reads the private word of a newer one's SA as another plain word, which takes NAT_ANY back."""
+    return tuple(word for word in words if version >= PRIVATE_WORDS_SINCE or not word & Condition.PRIVATE)
 
 
 def message_id_message(version: int, install: Install) -> bytes:

@@ -132,9 +132,16 @@ def derive_keys(suite: Suite, skeyseed: bytes, ni: bytes, nr: bytes, spi_i: byte
     return IkeKeys(*keys)
 
 
-def derive_sk_d(suite: Suite, skeyseed: bytes, ni: bytes, nr: bytes, spi_i: bytes, spi_r: bytes) -> bytes:
-    """SK_d alone, the first of the keys. Raises UnsupportedSuite."""
-    return prf_plus(suite.prf, skeyseed, ni + nr + spi_i + spi_r, suite.prf_length)
+def derive_sk_d(
+    suite: Suite, skeyseed: bytes, ni: bytes, nr: bytes, spi_i: bytes, spi_r: bytes, *, algorithm: int | None = None
+) -> bytes:
+    """SK_d alone, the first of the keys. Raises UnsupportedSuite.
+
+    `algorithm` is the prf of prf+ where that is not the suite's own: RFC 7296 section 2.18 has a rekeyed SA's SKEYSEED
+    made with the old SA's prf, and charon makes all keys with it.
+    """
+    seed = ni + nr + spi_i + spi_r
+    return prf_plus(suite.prf if algorithm is None else algorithm, skeyseed, seed, suite.prf_length)
 
 
 def child_keymat(algorithm: int, sk_d: bytes, ni: bytes, nr: bytes, length: int, g_ir: bytes = b"") -> bytes:
