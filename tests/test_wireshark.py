@@ -14,6 +14,7 @@ import pytest
 
 from bridge.ike.exchange import build_request, build_response, nat_hash, parse_request
 from bridge.ike.groups import fresh_public_value
+from bridge.ike.stubexchange import StubSa, build_download, build_get, build_move, parse_stub_message
 from bridge.ike.transforms import Suite
 from bridge.net.datagram import MARKER, udp_datagram
 
@@ -146,6 +147,17 @@ def test_the_dissector_shows_lifetime_and_proof_of_an_answer(tmp_path: Path) -> 
     assert values(sync, "ike_sa_sync.lifetime") == ["14400"]
     assert [from_hex(text) for text in values(sync, "ike_sa_sync.proof")] == [message[-32:]]
     assert [from_hex(text) for text in values(layers["isakmp"], "isakmp.rspi")] == [SPI_R]
+
+
+def test_the_dissector_shows_a_stub_handed_to_its_client_and_where_a_client_is_sent(tmp_path: Path) -> None:
+    sa = StubSa(SPI_I, SPI_R, False, ("192.0.2.1", SPI_R), SUITE.prf, SK_D)
+    download = build_download(sa, parse_stub_message(build_get(sa, NI)), b"sealed", 3600)
+    handed, sent = decoded(tmp_path, packet(download), packet(build_move(sa, "192.0.2.2", 1 << 31 | 7)))
+    assert values(handed["isakmp"], "isakmp.exchangetype") == values(sent["isakmp"], "isakmp.exchangetype") == ["240"]
+    assert [from_hex(text) for text in values(handed["ike_sa_sync"], "ike_sa_sync.sealed_stub")] == [b"sealed"]
+    assert values(handed["ike_sa_sync"], "ike_sa_sync.lifetime") == ["3600"]
+    assert values(sent["ike_sa_sync"], "ike_sa_sync.move.status") == ["0"]
+    assert values(sent["ike_sa_sync"], "ike_sa_sync.move.target") == ["192.0.2.2"]
 
 
 def test_it_is_found_behind_a_non_esp_marker_too(tmp_path: Path) -> None:

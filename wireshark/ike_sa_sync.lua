@@ -14,7 +14,9 @@ local ENCRYPTED = { [46] = true, [53] = true }
 
 local directions = { [0] = "from the client", [1] = "from the gateway" }
 local families = { [4] = "IPv4", [6] = "IPv6" }
-local attributes = { [1] = "PROOF", [2] = "CHILD", [3] = "SEALED_STUB", [4] = "LIFETIME" }
+local attributes = { [1] = "PROOF", [2] = "CHILD", [3] = "SEALED_STUB", [4] = "LIFETIME", [5] = "MOVE" }
+local statuses = { [0] = "asked", [1] = "moving", [2] = "target not configured", [3] = "target silent",
+  [4] = "target refused", [5] = "busy" }
 
 local fields = {
   direction = ProtoField.uint8("ike_sa_sync.direction", "Direction (C)", base.DEC, directions, 0x80),
@@ -31,6 +33,9 @@ local fields = {
   child_spi = ProtoField.uint32("ike_sa_sync.child.spi", "ESP SPI", base.HEX),
   sealed_stub = ProtoField.bytes("ike_sa_sync.sealed_stub", "SEALED_STUB"),
   lifetime = ProtoField.uint32("ike_sa_sync.lifetime", "LIFETIME (s)"),
+  move_status = ProtoField.uint8("ike_sa_sync.move.status", "Status", base.DEC, statuses),
+  move_target = ProtoField.ipv4("ike_sa_sync.move.target", "Target gateway"),
+  move_target6 = ProtoField.ipv6("ike_sa_sync.move.target6", "Target gateway"),
   value = ProtoField.bytes("ike_sa_sync.attribute.value", "Value"),
 }
 for _, field in pairs(fields) do
@@ -56,6 +61,9 @@ local function show_attribute(tree, kind, value)
     tree:add(fields.sealed_stub, value)
   elseif kind == 4 and value:len() == 4 then
     tree:add(fields.lifetime, value)
+  elseif kind == 5 and (value:len() == 5 or value:len() == 17) then
+    tree:add(fields.move_status, value:range(0, 1))
+    tree:add(value:len() == 5 and fields.move_target or fields.move_target6, value:range(1))
   else
     tree:add(fields.value, value)
   end

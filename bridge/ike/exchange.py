@@ -4,23 +4,18 @@
     HDR, SAi1, KEi, Ni, SYN       -->
                                   <--        HDR, Nr, SYN
 
-PROOF, which the draft lacks, is computed over whole IKE messages in which the octets of its value are zero:
-
-    request     prf(prf(SK_d_old, "IKE_SA_SYNC initiator"), request)
-    response    prf(prf(SK_d_old, "IKE_SA_SYNC responder"), request | response)
+SYN carries PROOF, which the draft lacks: see bridge.ike.proof.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from bridge.address import packed
-from bridge.ike.keys import prf as prf_of
 from bridge.ike.message import (
     HEADER,
     ExchangeType,
@@ -36,11 +31,10 @@ from bridge.ike.message import (
     encode_notify,
     parse,
 )
-from bridge.ike.sync import Attribute, Sync, encode_child, proof_offset
+from bridge.ike.proof import blank, empty_proof, prove, proves
+from bridge.ike.sync import Attribute, Sync, encode_child
 from bridge.ike.transforms import Suite
 
-_INITIATOR_LABEL: Final = b"IKE_SA_SYNC initiator"
-_RESPONDER_LABEL: Final = b"IKE_SA_SYNC responder"
 _NO_SPI: Final = bytes(8)
 _FIRST_STATUS: Final = 16384
 _MAX_COOKIE: Final = 64
@@ -70,17 +64,6 @@ def _nat_notifies(spi_i: bytes, spi_r: bytes, nat: Addresses) -> list[tuple[int,
     ]
 
 
-def _empty_proof(prf: int) -> tuple[int, bytes]:
-    """PROOF with a value of zeros, of the prf's length. Raises UnsupportedSuite."""
-    return Attribute.PROOF, bytes(len(prf_of(prf, b"", b"")))
-
-
-def _prove(message: bytes, algorithm: int, sk_d_old: bytes, label: bytes, before: bytes = b"") -> bytes:
-    """`message`, whose last octets are an empty PROOF, with the proof in them."""
-    proof = prf_of(algorithm, prf_of(algorithm, sk_d_old, label), before + message)
-    return message[: -len(proof)] + proof
-
-
 # the client's request
 
 
@@ -107,7 +90,7 @@ def build_request(
         attributes += [encode_child(number, spi) for number, spi in children]
         if sealed_stub is not None:
             attributes.append((Attribute.SEALED_STUB, sealed_stub))
-        attributes.append(_empty_proof(prf))
+        attributes.append(empty_proof(prf))
     payloads: list[tuple[int, bytes]] = []
     if cookie is not None:
         payloads.append((PayloadType.NOTIFY, encode_notify(NotifyType.COOKIE, cookie)))
@@ -128,7 +111,7 @@ def build_request(
         message_id=0,
         payloads=payloads,
     )
-    return message if sk_d_old is None else _prove(message, prf, sk_d_old, _INITIATOR_LABEL)
+    return message if sk_d_old is None else prove(message, prf, sk_d_old, from_gateway=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +182,7 @@ def parse_request(data: bytes) -> SyncRequest | None:
         raise MalformedMessage("several cookies")
     return SyncRequest(
         raw=data,
-        blank=_blank(data, payload.offset, payload.body),
+        blank=blank(data, payload.offset, payload.body),
         spi_i=header.spi_i,
         nonce=check_nonce(nonce.body),
         sync=sync,
@@ -209,22 +192,9 @@ def parse_request(data: bytes) -> SyncRequest | None:
     )
 
 
-def _blank(data: bytes, offset: int, body: bytes) -> bytes:
-    """The message with the octets of the PROOF value zero."""
-    within = proof_offset(body)
-    if within is None:
-        return data
-    start = offset + within
-    length = int.from_bytes(body[within - 2 : within])
-    return data[:start] + bytes(length) + data[start + length :]
-
-
 def verify_request(request: SyncRequest, prf: int, sk_d_old: bytes) -> bool:
     """Whether whoever sent the request holds SK_d of the old SA. Constant time; False without PROOF."""
-    if request.proof is None:
-        return False
-    expected = prf_of(prf, prf_of(prf, sk_d_old, _INITIATOR_LABEL), request.blank)
-    return hmac.compare_digest(expected, request.proof)
+    return proves(request.sync, request.blank, prf, sk_d_old)
 
 
 # the gateway's response
@@ -256,7 +226,7 @@ def build_response(
             attributes.append((Attribute.SEALED_STUB, sealed_stub))
         if lifetime is not None:
             attributes.append((Attribute.LIFETIME, struct.pack("!I", min(lifetime, 0xFFFFFFFF))))
-        attributes.append(_empty_proof(prf))
+        attributes.append(empty_proof(prf))
         sync = Sync(True, request.sync.gateway, request.sync.spi, tuple(attributes))
         payloads.append((PayloadType.SYNC, sync.encode()))
     message = build(
@@ -267,7 +237,9 @@ def build_response(
         message_id=0,
         payloads=payloads,
     )
-    return _prove(message, prf, sk_d_old, _RESPONDER_LABEL, request.blank) if proven else message
+    if not proven:
+        return message
+    return prove(message, prf, sk_d_old, from_gateway=True, before=request.blank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,13 +299,13 @@ def parse_response(data: bytes, request_raw: bytes) -> SyncResponse | OrdinaryRe
         return OrdinaryResponse(next(_errors(message), None) if nonce is None else None)
     if header.spi_r == _NO_SPI:
         raise MalformedMessage("an answer that resumes has an SPIr")
-    sync, blank = None, data
+    sync, blanked = None, data
     if payload is not None:
-        sync, blank = Sync.decode(payload.body), _blank(data, payload.offset, payload.body)
+        sync, blanked = Sync.decode(payload.body), blank(data, payload.offset, payload.body)
         if not sync.from_gateway:
             raise MalformedMessage("an answer from a client")
     return SyncResponse(
-        blank=blank,
+        blank=blanked,
         spi_r=header.spi_r,
         nonce=check_nonce(nonce.body),
         sync=sync,
@@ -355,10 +327,8 @@ def verify_response(response: SyncResponse, request_raw: bytes, prf: int, sk_d_o
     """Whether the gateway holds the stub that the request names, and answered this very request. Constant time;
     False without PROOF, or for another index."""
     request = parse_request(request_raw)
-    proof = response.sync.first(Attribute.PROOF) if response.sync else None
-    if request is None or response.sync is None or proof is None:
+    if request is None or response.sync is None:
         return False
     if (response.sync.gateway, response.sync.spi) != (request.sync.gateway, request.sync.spi):
         return False
-    expected = prf_of(prf, prf_of(prf, sk_d_old, _RESPONDER_LABEL), request.blank + response.blank)
-    return hmac.compare_digest(expected, proof)
+    return proves(response.sync, response.blank, prf, sk_d_old, before=request.blank)

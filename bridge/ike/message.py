@@ -17,7 +17,7 @@ class ExchangeType(IntEnum):
     IKE_AUTH = 35
     CREATE_CHILD_SA = 36
     INFORMATIONAL = 37
-    GET_STUB = 240
+    STUB = 240
     """private use (docs/protocol.md)"""
 
 

@@ -41,10 +41,11 @@ class Attribute(IntEnum):
     CHILD = 2
     SEALED_STUB = 3
     LIFETIME = 4
+    MOVE = 5
 
 
 _LENGTHS: Final = {Attribute.CHILD: _CHILD.size, Attribute.LIFETIME: 4}
-_ONCE: Final = frozenset({Attribute.PROOF, Attribute.SEALED_STUB, Attribute.LIFETIME})
+_ONCE: Final = frozenset({Attribute.PROOF, Attribute.SEALED_STUB, Attribute.LIFETIME, Attribute.MOVE})
 
 
 class Sync(NamedTuple):

@@ -1,0 +1,54 @@
+"""PROOF: what a message with IKE_SA_SYNC shows that its sender holds SK_d of the old SA (docs/protocol.md).
+
+It is computed over whole IKE messages in which the octets of its own value are zero:
+
+    from the client     prf(prf(SK_d_old, "IKE_SA_SYNC initiator"), messages)
+    from the gateway    prf(prf(SK_d_old, "IKE_SA_SYNC responder"), messages)
+
+`messages` is the message itself, after the one that it answers.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Final
+
+from bridge.ike.keys import prf as prf_of
+from bridge.ike.sync import Attribute, Sync, proof_offset
+
+_LABELS: Final = {False: b"IKE_SA_SYNC initiator", True: b"IKE_SA_SYNC responder"}
+"""by whether the gateway sends"""
+
+
+def empty_proof(algorithm: int) -> tuple[int, bytes]:
+    """PROOF with a value of zeros, of the prf's length. Raises UnsupportedSuite."""
+    return Attribute.PROOF, bytes(len(prf_of(algorithm, b"", b"")))
+
+
+def prove(message: bytes, algorithm: int, sk_d_old: bytes, *, from_gateway: bool, before: bytes = b"") -> bytes:
+    """`message`, whose last octets are an empty PROOF, with the proof in them."""
+    proof = _compute(algorithm, sk_d_old, from_gateway, before + message)
+    return message[: -len(proof)] + proof
+
+
+def blank(message: bytes, offset: int, body: bytes) -> bytes:
+    """The message with the octets of PROOF zero; `body` is that of its IKE_SA_SYNC payload, at `offset`."""
+    within = proof_offset(body)
+    if within is None:
+        return message
+    start = offset + within
+    length = int.from_bytes(body[within - 2 : within])
+    return message[:start] + bytes(length) + message[start + length :]
+
+
+def proves(sync: Sync, message: bytes, algorithm: int, sk_d_old: bytes, *, before: bytes = b"") -> bool:
+    """Whether the PROOF in `sync` is that of `message`, which is blank, after `before`. Constant time; False without
+    PROOF."""
+    proof = sync.first(Attribute.PROOF)
+    if proof is None:
+        return False
+    return hmac.compare_digest(_compute(algorithm, sk_d_old, sync.from_gateway, before + message), proof)
+
+
+def _compute(algorithm: int, sk_d_old: bytes, from_gateway: bool, messages: bytes) -> bytes:
+    return prf_of(algorithm, prf_of(algorithm, sk_d_old, _LABELS[from_gateway]), messages)
