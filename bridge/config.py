@@ -13,6 +13,8 @@ import msgspec
 import yaml
 from msgspec import Meta, Struct, field
 
+from bridge.stub import printable
+
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 PortNumber = Annotated[int, Meta(ge=1, le=65535)]
@@ -51,9 +53,16 @@ class Sync(Struct, forbid_unknown_fields=True, frozen=True):
     confirm_timeout: Seconds = 10.0
     """after this long without a verified message a rebuilt SA is removed"""
     cookie_threshold: Annotated[int, Meta(ge=0)] = 100
-    """unconfirmed SAs from which on a request must carry a cookie; accepted, and without effect so far"""
+    """unconfirmed SAs, with the requests that wait to become one, from which on a request must carry a cookie"""
+    cookie_rate: Count = 1_000
+    """requests a second, from all sources, past which they must carry a cookie"""
+    source_rate: Count = 100
+    """requests a second from one source, past which they must carry a cookie; with cookies, past which they go to
+    charon. A source is an IPv4 address or an IPv6 /64"""
     max_unconfirmed: Count = 10_000
     """unconfirmed SAs at most; what comes beyond goes to charon"""
+    max_unconfirmed_per_source: Count = 64
+    """of one source; from half of it on, this source must show cookies"""
     lifetime: Annotated[int, Meta(ge=60)] | None = None
     """seconds a stub lives at most; none: as long as its IKE_SA"""
     shared_secret: bool = True
@@ -138,10 +147,13 @@ def load(path: str | Path, kind: type[Config]) -> Config:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}: is not YAML{where}: {getattr(error, 'problem', None) or 'unreadable'}") from error
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML's constructors do not expect a date of month 13, a number without digits, a thousand brackets
+        raise ConfigError(f"{path}: holds a value that cannot be read: quote it if it is text") from error
     try:
         config = msgspec.convert({} if raw is None else raw, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_key_and_reason(str(error))}") from error
+        raise ConfigError(f"{path}: {printable(_key_and_reason(str(error)))}") from error
     _check(path, config)
     return _canonical(config)
 

@@ -69,7 +69,7 @@ class ControlServer:
         try:
             request = json.loads(line)
             command = self._commands[request["command"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return {"error": f"not a command; known are {', '.join(sorted(self._commands))}"}
         try:
             return await command(request)

@@ -76,6 +76,14 @@ def test_an_empty_gateway_file_means_the_defaults(tmp_path: Path) -> None:
         ("metrics: nowhere", "metrics"),
         ("- a\n- b", "file"),
         ("address: [", "YAML"),
+        # what PyYAML itself stumbles over, and a line break in a key
+        ("address: 2001-99-99", "quote it"),
+        ("address: 0x_", "quote it"),
+        ("address: !!int ''", "quote it"),
+        ("address: !!timestamp x", "quote it"),
+        ("address: " + "[" * 3000, "quote it"),
+        ("address: " + "9" * 5000, "quote it"),
+        ('"a\\nb": 1', "a\\nb"),
     ],
 )
 def test_a_bad_file_is_one_line_with_file_key_and_reason(tmp_path: Path, text: str, key: str) -> None:

@@ -125,6 +125,10 @@ def _endpoint(section: Section, side: str) -> Endpoint:
     return Endpoint(str(ip_address(host)), _number(section.get(f"{side}-port")) or 0)
 
 
+_NOT_AS_EXPECTED = (KeyError, ValueError, AttributeError, TypeError)
+"""a field is missing or no number or address; a value, a list or a section is there in place of another of them"""
+
+
 def parse_ike_sa(connection: str, section: Section) -> SaInfo:
     """One IKE_SA section of list-sas or an event. Raises ViciError on what charon would not send."""
     try:
@@ -146,24 +150,27 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
                 (_text(child.get("name")), _text(child.get("state"))) for child in section.get("child-sas", {}).values()
             ),
         )
-    except (KeyError, ValueError) as error:
+    except _NOT_AS_EXPECTED as error:
         raise ViciError(f"an IKE_SA of connection {connection!r} could not be read from VICI: {error}") from error
 
 
 def parse_connection(name: str, section: Section) -> ConnectionInfo:
-    """One connection of list-conns."""
-    return ConnectionInfo(
-        name=name,
-        rekey_time=_number(section.get("rekey_time")) or 0,
-        reauth_time=_number(section.get("reauth_time")) or 0,
-        children=tuple(
-            ChildConfig(child, _text(value.get("mode"))) for child, value in section.get("children", {}).items()
-        ),
-        dpd_delay=_number(section.get("dpd_delay")) or 0,
-        remote_addresses=tuple(
-            address for value in section.get("remote_addrs", ()) if not (address := _text(value)).startswith("%any")
-        ),
-    )
+    """One connection of list-conns. Raises ViciError on what charon would not send."""
+    try:
+        return ConnectionInfo(
+            name=name,
+            rekey_time=_number(section.get("rekey_time")) or 0,
+            reauth_time=_number(section.get("reauth_time")) or 0,
+            children=tuple(
+                ChildConfig(child, _text(value.get("mode"))) for child, value in section.get("children", {}).items()
+            ),
+            dpd_delay=_number(section.get("dpd_delay")) or 0,
+            remote_addresses=tuple(
+                address for value in section.get("remote_addrs", ()) if not (address := _text(value)).startswith("%any")
+            ),
+        )
+    except _NOT_AS_EXPECTED as error:
+        raise ViciError(f"connection {name!r} could not be read from VICI: {error}") from error
 
 
 class Event(NamedTuple):
@@ -183,7 +190,8 @@ def parse_event(kind: str, message: Section) -> list[Event]:
         if not isinstance(section, dict):
             continue
         if kind == "ike-rekey":
-            old, new = parse_ike_sa(name, section["old"]), parse_ike_sa(name, section["new"])
+            # without one of them, parse_ike_sa says what it misses
+            old, new = parse_ike_sa(name, section.get("old", {})), parse_ike_sa(name, section.get("new", {}))
             events.append(Event(kind, new, None, old))
         else:
             events.append(Event(kind, parse_ike_sa(name, section), up))
@@ -272,7 +280,7 @@ class Vici:
     def _deliver(self, kind: str, message: Section) -> None:
         try:
             events = parse_event(kind, message)
-        except (ViciError, KeyError) as error:
+        except ViciError as error:
             log.warning("vici-event-unreadable", event=kind, reason=str(error))
             return
         for event in events:

@@ -1,0 +1,62 @@
+"""What charon says over VICI, read (bridge.charon.vici); that real charons say it: every test with a lab."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bridge.charon.vici import EVENTS, ViciError, parse_connection, parse_event, parse_ike_sa
+
+SA: dict[str, Any] = {
+    "version": b"2",
+    "state": b"ESTABLISHED",
+    "local-host": b"192.0.2.1",
+    "local-port": b"4500",
+    "remote-host": b"fe80::1%eth0",
+    "remote-port": b"500",
+    "initiator-spi": b"1" * 16,
+    "responder-spi": b"2" * 16,
+    "initiator": b"yes",
+    "remote-vips": [b"10.0.0.1"],
+    "child-sas": {"net-1": {"name": b"net", "state": b"INSTALLED"}},
+}
+
+
+def test_an_ike_sa_is_read() -> None:
+    info = parse_ike_sa("home", SA)
+    assert (info.spi_i.hex(), info.spi_r.hex(), info.initiator) == ("1" * 16, "2" * 16, True)
+    assert (info.remote.address, info.remote_vips, info.children) == ("fe80::1", ("10.0.0.1",), (("net", "INSTALLED"),))
+    assert info.rekey is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("initiator-spi", b"x"),
+        ("local-host", b"nowhere"),
+        ("child-sas", b"a value"),
+        ("child-sas", {"net-1": b"a value"}),
+        ("remote-vips", [b"nowhere"]),
+    ],
+)
+def test_an_ike_sa_that_charon_would_not_send_is_an_error_of_its_own(field: str, value: Any) -> None:
+    with pytest.raises(ViciError, match="home"):
+        parse_ike_sa("home", SA | {field: value})
+
+
+@pytest.mark.parametrize("section", [{}, {"old": SA}, {"old": SA, "new": b"a value"}])
+def test_a_rekey_without_both_sas_is_an_error_and_does_not_end_the_listener(section: dict[str, Any]) -> None:
+    with pytest.raises(ViciError):
+        parse_event("ike-rekey", {"home": section})
+
+
+@pytest.mark.parametrize("kind", EVENTS)
+def test_what_is_no_section_in_an_event_is_passed_over(kind: str) -> None:
+    assert parse_event(kind, {"up": b"yes", "list": [b"x"]}) == []
+
+
+@pytest.mark.parametrize("section", [{"children": b"a value"}, {"children": {"net": b"a value"}}])
+def test_a_connection_that_charon_would_not_send_is_an_error_of_its_own(section: dict[str, Any]) -> None:
+    with pytest.raises(ViciError, match="home"):
+        parse_connection("home", section)
