@@ -52,6 +52,8 @@ log = structlog.get_logger()
 NONCE_OCTETS = 32
 BACK_OFF = 1.8
 """each retransmission waits this much longer than the one before, as charon's do"""
+MAX_COOKIES = 4
+"""taken in one attempt: the first may be forged, or the gateway's secret change meanwhile"""
 LOST_SECONDS = 86_400.0
 """how long an SA that charon gave up can still be resumed from here, unless it expires before"""
 NEWS_SECONDS = 0.05
@@ -320,7 +322,8 @@ class Client:
             source = sa.local.address
         local = Endpoint(source, sa.local.port)
         index = sa.index_there()
-        cookie: bytes | None = None
+        cookies: list[bytes] = []
+        requests: list[bytes] = []
         queue: asyncio.Queue[Datagram] = asyncio.Queue()
         self._listening[spi_i] = queue
         ke_value = fresh_public_value(sa.suite.group)
@@ -338,8 +341,10 @@ class Client:
                     prf=sa.suite.prf,
                     sk_d_old=sa.sk_d,
                     nat=(local.address, local.port, gateway.address, port),
-                    cookie=cookie,
+                    cookie=cookies[-1] if cookies else None,
                 )
+                if request not in requests:
+                    requests.append(request)
                 self._send(local, Endpoint(gateway.address, port), request, marker)
                 until, wait = min(now + wait, deadline), wait * BACK_OFF
                 while (left := (refusal or until) - self._clock()) > 0:
@@ -350,12 +355,15 @@ class Client:
                         break
                     if datagram.src != gateway.address:
                         continue
-                    answer = self._judge(datagram, request, sa)
+                    answer = self._judge(datagram, requests, sa)
                     if isinstance(answer, SyncResponse):
                         return self._accepted(answer, spi_i, nonce, local, datagram, began)
-                    if isinstance(answer, CookieChallenge) and cookie is None:
-                        cookie = answer.cookie
-                        break
+                    if isinstance(answer, CookieChallenge):
+                        # the answer to a retransmission holds the same one once more
+                        if len(cookies) < MAX_COOKIES and answer.cookie not in cookies:
+                            cookies.append(answer.cookie)
+                            break
+                        continue
                     if isinstance(answer, OrdinaryResponse) and refusal is None:
                         refusal = self._clock() + self._config.resume.refusal_grace
                 if refusal is not None and self._clock() >= refusal:
@@ -365,14 +373,18 @@ class Client:
             del self._listening[spi_i]
 
     def _judge(
-        self, datagram: Datagram, request: bytes, sa: Sa
+        self, datagram: Datagram, requests: list[bytes], sa: Sa
     ) -> SyncResponse | OrdinaryResponse | CookieChallenge | None:
+        """What an answer to the last of `requests` is; one that resumes may be to any of them, for nothing shows
+        whether a cookie came from the gateway."""
         try:
-            answer = parse_response(datagram.ike, request)
+            answer = parse_response(datagram.ike, requests[-1])
         except MalformedMessage as error:
             log.debug("answer-malformed", gateway=datagram.src, reason=str(error))
             return None
-        if isinstance(answer, SyncResponse) and not verify_response(answer, request, sa.suite.prf, sa.sk_d):
+        if isinstance(answer, SyncResponse) and not any(
+            verify_response(answer, request, sa.suite.prf, sa.sk_d) for request in requests
+        ):
             log.warning("answer-proof-wrong", gateway=datagram.src)
             return None
         return answer

@@ -318,6 +318,7 @@ class GatewayProcess:
             lambda: charon.installer.toggle_seconds,
         )
         gauge("unconfirmed", "rebuilt IKE_SAs not confirmed yet", lambda: gateway.unconfirmed)
+        gauge("cookies_demanded", "1 while every request must carry a cookie", lambda: float(gateway.demanding))
         gauge("bank_pending", "stub changes waiting for the bank", lambda: writer.pending)
         gauge("bank_reachable", "1 while the bank answers", lambda: float(self._bank_reachable))
         gauge("bank_stored", "stubs that the bank took", lambda: writer.counters.stored)

@@ -23,6 +23,7 @@ from typing import Protocol
 
 import structlog
 
+from bridge.admission import Admission, Verdict
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.writer import Writer
 from bridge.charon.channel import ChannelError
@@ -31,10 +32,12 @@ from bridge.charon.ha import HaError, IkeId
 from bridge.charon.install import Install
 from bridge.charon.sa import Sa, new_conditions
 from bridge.config import Sync
+from bridge.ike.cookie import Cookies, glance
 from bridge.ike.exchange import SyncRequest, build_response, nat_hash, parse_request, verify_request
 from bridge.ike.keys import derive_sk_d, skeyseed_resume
 from bridge.ike.message import MalformedMessage
 from bridge.metrics import GatewayMetrics
+from bridge.rates import Rate
 from bridge.stub import Endpoint, Index, Stub
 
 log = structlog.get_logger()
@@ -49,6 +52,8 @@ INSTALL_BATCH = 512
 """SAs installed with one activation at most: what comes first shall not wait long for what comes last"""
 ANY_REVISION = 2**53
 """more than any revision, which is milliseconds of Unix time"""
+REFUSALS_LOGGED = 20
+"""lines a second at most: whoever sends nonsense shall not fill the disk with it"""
 SPENT_SECONDS = 60.0
 """how long an index that was resumed from here is refused, whatever the bank still says"""
 
@@ -82,6 +87,8 @@ class Refusal(StrEnum):
     CHARON_UNAVAILABLE = "charon-unavailable"
     CONNECTION_MISSING = "connection-missing"
     TOO_MANY_UNCONFIRMED = "too-many-unconfirmed"
+    SOURCE_UNCONFIRMED = "source-unconfirmed"
+    SOURCE_RATE = "source-rate"
 
 
 class State(StrEnum):
@@ -130,6 +137,8 @@ class Gateway:
         self._writer = writer
         self._sender = sender
         self._sync = sync
+        self._cookies = Cookies(random=random)
+        self._admission = Admission(sync, self._cookies)
         self._metrics = metrics
         self._publish = publish
         self._bank_reachable = bank_reachable
@@ -137,6 +146,9 @@ class Gateway:
         self._random = random
         self._clock = clock
         self._wall = wall
+        self._lines = Rate(REFUSALS_LOGGED)
+        self._unlogged = 0
+        self._demanding = False
         self._waiting: list[Waiting] = []
         self._wake = asyncio.Event()
         self._prepared: list[tuple[Packet, Rebuilt]] = []
@@ -171,29 +183,67 @@ class Gateway:
         """SAs rebuilt here that wait for their first verified message."""
         return len(self._by_spis)
 
+    @property
+    def demanding(self) -> bool:
+        """Whether every request must carry a cookie now."""
+        return self._admission.demanding(self._load, self._clock())
+
+    @property
+    def _load(self) -> int:
+        """SAs unconfirmed, and requests that wait to become one."""
+        return len(self._by_spis) + len(self._waiting)
+
     # packets
 
     def packets(self, batch: Sequence[Packet]) -> None:
-        """Take in intercepted requests. Decides at once on all but those that name a stub."""
+        """Take in intercepted requests. Decides at once on all but those that name a stub.
+
+        In a flood almost all of them end with a cookie: up to there a packet meets nothing but `glance` and `judge`.
+        """
         now = self._clock()
+        requests = 0
         for packet in batch:
             try:
-                request = parse_request(packet.ike)
+                seen = glance(packet.ike)
             except MalformedMessage as error:
-                self._metrics.malformed.inc()
-                log.debug("request-malformed", peer=packet.src, reason=str(error))
-                packet.accept()
+                self._malformed(packet, error)
                 continue
-            if request is None:
+            if seen is None:
                 self._charon.landing.handshake_seen(packet.src, now)
                 packet.accept()
                 continue
-            self._metrics.requests.inc()
-            digest = hashlib.sha256(packet.ike).digest()
-            if not self._answered_before(packet, digest):
-                self._waiting.append((packet, request, digest))
+            requests += 1
+            verdict = self._admission.judge(seen, packet.src, packet.sport, self._load, now)
+            if verdict is Verdict.SERVE:
+                self._take(packet)
+            elif verdict is Verdict.REFUSE:
+                packet.accept()
+                self._metrics.refused(Refusal.SOURCE_RATE)
+            else:
+                packet.drop()
+                self._answer(packet, self._cookies.challenge(seen, packet.src, packet.sport, now))
+                self._metrics.challenged(verdict)
+        self._metrics.requests.inc(requests)
         if self._waiting:
             self._wake.set()
+
+    def _take(self, packet: Packet) -> None:
+        """A request that may be served."""
+        try:
+            request = parse_request(packet.ike)
+        except MalformedMessage as error:
+            self._malformed(packet, error)
+            return
+        # what a first look takes for a request with IKE_SA_SYNC is one, or malformed
+        assert request is not None
+        digest = hashlib.sha256(packet.ike).digest()
+        if not self._answered_before(packet, digest):
+            self._waiting.append((packet, request, digest))
+
+    def _malformed(self, packet: Packet, error: MalformedMessage) -> None:
+        self._metrics.malformed.inc()
+        log.debug("request-malformed", peer=packet.src, reason=str(error))
+        packet.accept()
 
     def _answered_before(self, packet: Packet, digest: bytes) -> bool:
         """Rule 3: one answer to one request. Same octets get the same answer, wherever they come from; while it is
@@ -267,6 +317,10 @@ class Gateway:
     def _refuse(self, packet: Packet, request: SyncRequest, reason: Refusal) -> None:
         packet.accept()
         self._metrics.refused(reason)
+        if not self._lines.take(self._clock()):
+            self._unlogged += 1
+            return
+        unlogged, self._unlogged = self._unlogged, 0
         level = log.warning if reason in (Refusal.PROOF_WRONG, Refusal.CONNECTION_MISSING) else log.info
         level(
             "resumption-refused",
@@ -274,6 +328,7 @@ class Gateway:
             peer=packet.src,
             gateway=request.sync.gateway,
             spi=request.sync.spi.hex(),
+            **({"not_logged_before": unlogged} if unlogged else {}),
         )
 
     # one request
@@ -297,6 +352,8 @@ class Gateway:
             return Refusal.CONNECTION_MISSING
         if len(self._by_spis) >= self._sync.max_unconfirmed or len(self._by_index.get(index, ())) >= ATTEMPTS_PER_STUB:
             return Refusal.TOO_MANY_UNCONFIRMED
+        if self._admission.full(packet.src):
+            return Refusal.SOURCE_UNCONFIRMED
         return self._rebuild(packet, request, digest, stub)
 
     def _rebuild(self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub) -> Rebuilt:
@@ -366,6 +423,7 @@ class Gateway:
         self._by_digest[made.digest] = made
         self._by_index.setdefault(made.old.index, []).append(made)
         self._by_spis[made.sa.id.spis] = made
+        self._admission.rebuilt(packet.src)
         self._charon.tracker.adopt(made.sa)
         self._prepared.append((packet, made))
         self._installable.set()
@@ -486,7 +544,8 @@ class Gateway:
 
     def _forget(self, made: Rebuilt, *, keep_sa: bool = False) -> None:
         self._by_digest.pop(made.digest, None)
-        self._by_spis.pop(made.sa.id.spis, None)
+        if self._by_spis.pop(made.sa.id.spis, None) is not None:
+            self._admission.settled(made.install.remote.address)
         attempts = self._by_index.get(made.old.index, [])
         if made in attempts:
             attempts.remove(made)
@@ -537,8 +596,18 @@ class Gateway:
                     spi_r=made.sa.id.spi_r.hex(),
                     peer=made.install.remote.address,
                 )
+            self._tell_whether_demanding()
             while self._spent and next(iter(self._spent.values())) < now:
                 self._spent.popitem(last=False)
+
+    def _tell_whether_demanding(self) -> None:
+        if self.demanding == self._demanding:
+            return
+        self._demanding = not self._demanding
+        if self._demanding:
+            log.warning("cookies-demanded", unconfirmed=len(self._by_spis), waiting=len(self._waiting))
+        else:
+            log.info("cookies-no-longer-demanded")
 
 
 def _differs(hashes: Sequence[bytes], spi_i: bytes, seen: Endpoint) -> bool:

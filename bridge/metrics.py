@@ -66,6 +66,9 @@ class GatewayMetrics(Metrics):
         self.retransmissions = self.counter("retransmissions", "requests that were seen before")
         self.resumed = self.counter("resumptions", "rebuilt IKE_SAs that were confirmed")
         self._refused = self.counter("refusals", "requests with IKE_SA_SYNC that went on to charon", ("reason",))
+        self._cookies = self.counter(
+            "cookies", "requests with IKE_SA_SYNC that were answered with a cookie", ("reason",)
+        )
         self.removed = self.counter("unconfirmed_removed", "rebuilt IKE_SAs removed because none confirmed them")
         self.bank_errors = self.counter("bank_errors", "failed look-ups in the bank")
         self.bank_seconds = self.histogram("bank_get_seconds", "time to fetch the stubs of one batch of requests")
@@ -74,6 +77,10 @@ class GatewayMetrics(Metrics):
     def refused(self, reason: str) -> None:
         """Count a request that went on to charon."""
         self._refused.labels(str(reason)).inc()
+
+    def challenged(self, reason: str) -> None:
+        """Count a request that has to come again with a cookie."""
+        self._cookies.labels(str(reason)).inc()
 
 
 class ClientMetrics(Metrics):

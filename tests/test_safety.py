@@ -10,40 +10,19 @@ import re
 import subprocess
 import sys
 import time
-from typing import Any
 
 import pytest
 
-from bridge.ike.exchange import OrdinaryResponse, SyncResponse, build_request, parse_response, verify_response
-from bridge.ike.groups import fresh_public_value
+from bridge.ike.exchange import OrdinaryResponse, SyncResponse, parse_response, verify_response
 from bridge.ike.transforms import Suite
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE, bank_key
-from bridge.seal import Keyring
 from bridge.stub import Endpoint, Identity, Index, Stub
-from bridge.stubcodec import decode
 from failover_support import connect, counter, established, failed_over, fresh, resume, status, stub_key, the_sa
+from probe_support import rebuilt, refused, request, send, the_stub
 
 pytestmark = pytest.mark.lab
-
-# Sends datagrams (hex, a line each) from port 4501 to a gateway's port 4500 and prints what comes back in 1 s, hex.
-PROBE = """
-import socket, sys, time
-sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-sock.bind(("", int(sys.argv[2])))
-for line in sys.stdin:
-    sock.sendto(bytes.fromhex(line.strip()), (sys.argv[1], 4500))
-    time.sleep(0.05)
-until = time.monotonic() + 1
-while (left := until - time.monotonic()) > 0:
-    sock.settimeout(left)
-    try:
-        print(sock.recv(65536).hex(), flush=True)
-    except TimeoutError:
-        break
-"""
-
 
 METRICS = """
 import urllib.request
@@ -54,54 +33,6 @@ print(urllib.request.urlopen("http://127.0.0.1:9470/metrics").read().decode())
 @pytest.fixture(autouse=True)
 def _fresh(topology: Topology) -> None:
     fresh(topology)
-
-
-def send(topology: Topology, *messages: bytes, port: int = 4501) -> list[bytes]:
-    """Send IKE messages to gw2 from the client's host; what came back, without the non-ESP marker."""
-    lines = "".join((bytes(4) + message).hex() + "\n" for message in messages)
-    done = topology.client.run(sys.executable, "-c", PROBE, topology.gw2.address, str(port), stdin=lines)
-    return [bytes.fromhex(line)[4:] for line in done.stdout.split()]
-
-
-def the_stub(topology: Topology) -> Stub:
-    """The session's stub, opened with the gateways' key: a test may, a client could not."""
-    sa = the_sa(topology.client)
-    key = stub_key(topology.gw1.address, sa["responder-spi"])
-    keyring = Keyring.load(topology.gw1.etc / "ike-sa-sync/bank.key")
-    done = topology.bank.host.run(
-        "python3",
-        "-c",
-        "import socket,sys;s=socket.create_connection(('127.0.0.1',6379));k=sys.argv[1].encode();"
-        "s.sendall(b'*3\\r\\n$4\\r\\nHGET\\r\\n$%d\\r\\n%s\\r\\n$6\\r\\nsealed\\r\\n'%(len(k),k));"
-        "f=s.makefile('rb');n=int(f.readline()[1:]);print(f.read(n).hex())",
-        key,
-    )
-    return decode(keyring.open(bytes.fromhex(done.stdout.strip()), key.encode()))
-
-
-def request(stub: Stub, **changes: Any) -> bytes:
-    """A request to resume the stub, as its client would make it, with what is changed."""
-    values: dict[str, Any] = {
-        "spi_i": b"\x11" * 8,
-        "suite": stub.suite,
-        "ke_value": fresh_public_value(stub.suite.group),
-        "nonce": b"\x22" * 32,
-        "sync_index": (stub.index.gateway, stub.index.spi),
-        "prf": stub.suite.prf,
-        "sk_d_old": stub.sk_d,
-    }
-    return build_request(**(values | changes))
-
-
-def refused(topology: Topology, message: bytes) -> bool:
-    """Whether gw2 let a request go to charon, which answered as usual, and rebuilt nothing."""
-    answers = [parse_response(answer, message) for answer in send(topology, message)]
-    return bool(answers) and all(isinstance(answer, OrdinaryResponse) for answer in answers) and rebuilt(topology) == 0
-
-
-def rebuilt(topology: Topology) -> int:
-    """IKE_SAs on gw2, in any state that a rebuilt one can have."""
-    return sum(sa["state"] in ("ESTABLISHED", "PASSIVE") for sa in topology.gw2.charon.sas())
 
 
 def test_a_proven_request_is_answered_with_a_proof(topology: Topology) -> None:
@@ -161,7 +92,8 @@ def test_the_plain_draft_form_is_served_where_the_operator_allows_it(topology: T
 def test_a_retransmission_gets_the_same_octets_and_installs_nothing(topology: Topology) -> None:
     connect(topology)
     message = request(the_stub(topology))
-    answers = send(topology, message, message, message)
+    # one after the other: while the first answer is in the making, there is no second
+    answers = [octets for _ in range(3) for octets in send(topology, message)]
     assert len(answers) == 3
     assert len(set(answers)) == 1
     assert rebuilt(topology) == 1

@@ -1,0 +1,105 @@
+"""Requests to resume that no client's sidecar would send, from the client's host, and what comes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from bridge.ike.exchange import OrdinaryResponse, build_request, parse_response
+from bridge.ike.groups import fresh_public_value
+from bridge.lab import Topology
+from bridge.lab.host import Host
+from bridge.lab.sidecar import Sidecar
+from bridge.seal import Keyring
+from bridge.stub import Stub
+from bridge.stubcodec import decode
+from failover_support import stub_key, the_sa
+
+# Sends datagrams (hex, a line each) from a port of its own to a gateway's, and prints what comes back, hex: until there
+# are as many as were sent and 0.3 s have brought no more, or for 5 s.
+PROBE = """
+import socket, sys, time
+gateway, own, port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(("", own))
+messages = [bytes.fromhex(line) for line in sys.stdin]
+for message in messages:
+    sock.sendto(message, (gateway, port))
+    time.sleep(0.05)
+until, count = time.monotonic() + 5, 0
+while (left := until - time.monotonic()) > 0:
+    sock.settimeout(left)
+    try:
+        print(sock.recv(65536).hex(), flush=True)
+    except TimeoutError:
+        break
+    count += 1
+    if count >= len(messages):
+        until = time.monotonic() + 0.3
+"""
+
+
+def send(topology: Topology, *messages: bytes, port: int = 4501, to: Host | None = None) -> list[bytes]:
+    """Send IKE messages to a gateway (gw2) from the client's host; what came back, without the non-ESP marker."""
+    lines = "".join((bytes(4) + message).hex() + "\n" for message in messages)
+    gateway = (to or topology.gw2).address
+    done = topology.client.run(sys.executable, "-c", PROBE, gateway, str(port), "4500", stdin=lines)
+    return [bytes.fromhex(line)[4:] for line in done.stdout.split()]
+
+
+def the_stub(topology: Topology) -> Stub:
+    """The session's stub, opened with the gateways' key: a test may, a client could not."""
+    sa = the_sa(topology.client)
+    key = stub_key(topology.gw1.address, sa["responder-spi"])
+    keyring = Keyring.load(topology.gw1.etc / "ike-sa-sync/bank.key")
+    done = topology.bank.host.run(
+        "python3",
+        "-c",
+        "import socket,sys;s=socket.create_connection(('127.0.0.1',6379));k=sys.argv[1].encode();"
+        "s.sendall(b'*3\\r\\n$4\\r\\nHGET\\r\\n$%d\\r\\n%s\\r\\n$6\\r\\nsealed\\r\\n'%(len(k),k));"
+        "f=s.makefile('rb');n=int(f.readline()[1:]);print(f.read(n).hex())",
+        key,
+    )
+    return decode(keyring.open(bytes.fromhex(done.stdout.strip()), key.encode()))
+
+
+def request(stub: Stub, **changes: Any) -> bytes:
+    """A request to resume the stub, as its client would make it, with what is changed."""
+    values: dict[str, Any] = {
+        "spi_i": b"\x11" * 8,
+        "suite": stub.suite,
+        "ke_value": fresh_public_value(stub.suite.group),
+        "nonce": b"\x22" * 32,
+        "sync_index": (stub.index.gateway, stub.index.spi),
+        "prf": stub.suite.prf,
+        "sk_d_old": stub.sk_d,
+    }
+    return build_request(**(values | changes))
+
+
+def refused(topology: Topology, message: bytes) -> bool:
+    """Whether gw2 let a request go to charon, which answered as usual, and rebuilt nothing."""
+    answers = [parse_response(answer, message) for answer in send(topology, message)]
+    return bool(answers) and all(isinstance(answer, OrdinaryResponse) for answer in answers) and rebuilt(topology) == 0
+
+
+def rebuilt(topology: Topology) -> int:
+    """IKE_SAs on gw2, in any state that a rebuilt one can have."""
+    return sum(sa["state"] in ("ESTABLISHED", "PASSIVE") for sa in topology.gw2.charon.sas())
+
+
+@contextlib.contextmanager
+def configured(sidecar: Sidecar, section: str, **changes: Any) -> Iterator[None]:
+    """A sidecar with other values in a section of its configuration, for a while."""
+    before = sidecar.config.get(section, {})
+    sidecar.stop()
+    sidecar.config[section] = before | changes
+    sidecar.start()
+    try:
+        yield
+    finally:
+        sidecar.stop()
+        sidecar.config[section] = before
+        sidecar.start()

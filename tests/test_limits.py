@@ -1,0 +1,157 @@
+"""Protocol rule 4 at a real gateway: cookies, and the limits on unconfirmed SAs."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from bridge.ike.exchange import CookieChallenge, OrdinaryResponse, SyncResponse, parse_response
+from bridge.lab import Topology
+from bridge.lab.daemon import wait_until
+from bridge.lab.topology import SITE
+from failover_support import connect, counter, fresh, resume, status
+from probe_support import configured, rebuilt, refused, request, send, the_stub
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(autouse=True)
+def _fresh(topology: Topology) -> None:
+    fresh(topology)
+
+
+BURST = """
+import socket, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for line in sys.stdin.read().split():
+    sock.sendto(bytes.fromhex(line), (sys.argv[1], 4500))
+"""
+
+
+def burst(topology: Topology, messages: list[bytes]) -> None:
+    """Send messages to gw2 as fast as they go."""
+    lines = "".join((bytes(4) + message).hex() + "\n" for message in messages)
+    topology.client.run(sys.executable, "-c", BURST, topology.gw2.address, stdin=lines)
+
+
+def seen_by_charon(topology: Topology) -> int:
+    """How many packets from the probe's port gw2's charon got."""
+    return topology.gw2.charon.text().count("received packet: from 192.168.50.10[4501]")
+
+
+def test_a_request_without_a_cookie_costs_a_gateway_that_asks_for_one_nothing_but_the_question(
+    topology: Topology,
+) -> None:
+    connect(topology)
+    stub = the_stub(topology)
+    with configured(topology.gateways["gw2"], "sync", cookie_threshold=0):
+        charons = seen_by_charon(topology)
+        message = request(stub)
+        [octets] = send(topology, message)
+        assert isinstance(parse_response(octets, message), CookieChallenge)
+        assert len(octets) < len(message)
+        told = status(topology, "gw2")
+        assert told["unconfirmed"] == 0
+        assert told["counters"]["cookies_total[unconfirmed]"] == 1
+        assert told["counters"]["cookies_demanded"] == 1
+        assert told["counters"]["bank_get_seconds_count"] == 0
+        assert seen_by_charon(topology) == charons
+        assert rebuilt(topology) == 0
+
+
+def test_the_same_request_with_the_cookie_is_served_and_with_another_one_is_not(topology: Topology) -> None:
+    connect(topology)
+    stub = the_stub(topology)
+    with configured(topology.gateways["gw2"], "sync", cookie_threshold=0):
+        [octets] = send(topology, request(stub))
+        challenge = parse_response(octets, request(stub))
+        assert isinstance(challenge, CookieChallenge)
+        wrong = request(stub, cookie=bytes(len(challenge.cookie)))
+        [octets] = send(topology, wrong)
+        assert isinstance(parse_response(octets, wrong), CookieChallenge)
+        elsewhere = request(stub, cookie=challenge.cookie)
+        [octets] = send(topology, elsewhere, port=4502)
+        assert isinstance(parse_response(octets, elsewhere), CookieChallenge)
+        assert rebuilt(topology) == 0
+        right = request(stub, cookie=challenge.cookie)
+        [octets] = send(topology, right)
+        assert isinstance(parse_response(octets, right), SyncResponse)
+        assert rebuilt(topology) == 1
+
+
+def test_a_client_answers_to_the_question_and_resumes(topology: Topology) -> None:
+    connect(topology)
+    with configured(topology.gateways["gw2"], "sync", cookie_threshold=0):
+        topology.kill_gateway(topology.gw1)
+        assert resume(topology)["result"] == "resumed"
+        assert counter(topology, "gw2", "cookies_total[unconfirmed]") == 1
+        assert topology.client.ping(SITE) == 3
+
+
+def test_ordinary_handshakes_are_never_asked_for_a_cookie_by_the_sidecar(topology: Topology) -> None:
+    with configured(topology.gateways["gw2"], "sync", cookie_threshold=0):
+        connect(topology, "home-gw2")
+        assert counter(topology, "gw2", "requests_total") == 0
+
+
+def test_a_refused_request_reaches_charon_cookie_and_all_and_gets_the_ordinary_answer(topology: Topology) -> None:
+    connect(topology)
+    stub = the_stub(topology)
+    with configured(topology.gateways["gw2"], "sync", cookie_threshold=0):
+        bare = request(stub, sk_d_old=bytes(32))
+        [octets] = send(topology, bare)
+        challenge = parse_response(octets, bare)
+        assert isinstance(challenge, CookieChallenge)
+        assert refused(topology, request(stub, sk_d_old=bytes(32), cookie=challenge.cookie))
+
+
+def test_past_the_rate_of_a_source_it_is_asked_and_then_refused(topology: Topology) -> None:
+    connect(topology)
+    stub = the_stub(topology)
+    with configured(topology.gateways["gw2"], "sync", source_rate=1):
+        unproved = [request(stub, spi_i=bytes((n,)) * 8, sk_d_old=bytes(32)) for n in range(1, 11)]
+        answers = send(topology, *unproved)
+        assert counter(topology, "gw2", "cookies_total[source-rate]") >= 1
+        challenges = [(octets[:8], parse_response(octets, octets)) for octets in answers]
+        spi_i, challenge = next(pair for pair in challenges if isinstance(pair[1], CookieChallenge))
+        assert isinstance(challenge, CookieChallenge)
+        # with the cookie it is within the rate once, and the same beyond it goes to charon
+        proved = request(stub, spi_i=spi_i, cookie=challenge.cookie)
+        answers = send(topology, *[proved] * 10)
+        assert {type(parse_response(octets, proved)) for octets in answers} == {SyncResponse, OrdinaryResponse}
+        assert counter(topology, "gw2", "refusals_total[source-rate]") >= 1
+        assert rebuilt(topology) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [("max_unconfirmed", "too-many-unconfirmed"), ("max_unconfirmed_per_source", "source-unconfirmed")],
+)
+def test_no_more_sas_are_unconfirmed_than_may_be_cookie_or_not(topology: Topology, limit: str, reason: str) -> None:
+    connect(topology)
+    stub = the_stub(topology)
+    with configured(topology.gateways["gw2"], "sync", cookie_threshold=0, confirm_timeout=60, **{limit: 1}):
+        for number in (1, 2):
+            bare = request(stub, spi_i=bytes((number,)) * 8)
+            [octets] = send(topology, bare)
+            challenge = parse_response(octets, bare)
+            assert isinstance(challenge, CookieChallenge)
+            proved = request(stub, spi_i=bytes((number,)) * 8, cookie=challenge.cookie)
+            [octets] = send(topology, proved)
+            assert isinstance(parse_response(octets, proved), SyncResponse if number == 1 else OrdinaryResponse)
+        assert counter(topology, "gw2", f"refusals_total[{reason}]") == 1
+        assert status(topology, "gw2")["unconfirmed"] == rebuilt(topology) == 1
+
+
+def test_many_refusals_are_counted_each_and_logged_in_few_lines(topology: Topology) -> None:
+    connect(topology)
+    stub = the_stub(topology)
+    gateway = topology.gateways["gw2"]
+    with configured(gateway, "sync", source_rate=1000, cookie_threshold=1000):
+        before = gateway.text().count("resumption-refused")
+        burst(topology, [request(stub, spi_i=n.to_bytes(8), sk_d_old=bytes(32)) for n in range(1, 401)])
+        wait_until(lambda: counter(topology, "gw2", "refusals_total[proof-wrong]") == 400, "400 refusals")
+        assert gateway.text().count("resumption-refused") - before < 200
+        send(topology, request(stub, spi_i=b"\xff" * 8, sk_d_old=bytes(32)))
+        assert "not_logged_before=" in gateway.text()
