@@ -54,9 +54,10 @@ class Rig:
             lambda: any(topology.bank.cli("HGET", key, "vips") for key in topology.bank.stubs()), "the model's stub"
         )
         [key] = topology.bank.stubs()
-        topology.kill_gateway(topology.gw1)
+        # before the failure: the model's own client resumes, and takes the stub with it
         self.start_generator()
         self.order("template", [topology.gw1.address, key.rpartition(":")[2]])
+        topology.kill_gateway(topology.gw1)
 
     def start_generator(self) -> None:
         """Start it on its host."""
