@@ -207,6 +207,40 @@ def test_a_kept_lab_that_could_not_be_built_is_removed(name: str) -> None:
     assert traces(name) == []
 
 
+def test_a_delayed_hosts_packets_arrive_later_and_whole(name: str) -> None:
+    with Lab(name) as lab:
+        near, far = (lab.add_host(each, f"192.168.50.{number}/24") for number, each in enumerate(("near", "far"), 1))
+        lab.delay(near, 0.05)
+        assert near.ping(far.address, timeout=10.0) == 3
+        echo = far.popen(sys.executable, "-c", ECHO)
+        done = near.run(sys.executable, "-c", ASK, far.address)
+        echo.wait()
+        assert float(done.stdout) >= 0.1
+    assert traces(name) == []
+
+
+ECHO = """
+import socket
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(("", 7))
+sock.sendto(*sock.recvfrom(1500))
+"""
+ASK = """
+import socket, sys, time
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.settimeout(0.5)
+for _ in range(40):
+    began = time.monotonic()
+    sock.sendto(b"x" * 1001, (sys.argv[1], 7))
+    try:
+        sock.recv(1500)
+    except (TimeoutError, ConnectionRefusedError):
+        continue  # the other side is not there yet
+    print(time.monotonic() - began)
+    break
+"""
+
+
 def test_two_labs_of_one_name_are_refused(name: str) -> None:
     with Lab(name), pytest.raises(LabError, match=f"lab {name} exists"), Lab(name):
         pass

@@ -25,6 +25,7 @@ from bridge.lab.space import LabError
 
 WINDOW = 2048
 """sessions at a time: what a gateway's queue holds without letting any by"""
+CLIENTS = 20
 SHORT = {"rounds": 8, "sessions": 10_000, "sizes": [1000, 10_000], "sample": 1000}
 """what `make bench` does"""
 
@@ -44,10 +45,10 @@ def _progress() -> Iterator[Told]:
         yield lambda what, share: shown.update(task, description=what, completed=share)
 
 
-def _measure(name: str, work: Work) -> dict[str, Any]:
+def _measure(name: str, work: Work, clients: int = 0) -> dict[str, Any]:
     """One benchmark in a lab of its own, with all that is to be known about its circumstances."""
     try:
-        with _progress() as told, rig() as built:
+        with _progress() as told, rig(clients) as built:
             built.kill_first_gateway()
             about = machine(built.target)
             result = work(built, told)
@@ -84,15 +85,17 @@ def handshake_vs_resume(rounds: int, plot: str | None, as_json: bool) -> None:
 
 @bench.command()
 @click.option("--sessions", default=10_000, show_default=True, help="Sessions of the gateway that dies.")
+@click.option("--clients", default=CLIENTS, show_default=True, help="Real clients among them, each with traffic.")
 @_window
 @_plot
 @_json
-def storm(sessions: int, window: int, plot: str | None, as_json: bool) -> None:
+def storm(sessions: int, clients: int, window: int, plot: str | None, as_json: bool) -> None:
     """A gateway dies, all its clients resume at another one."""
-    measured = _measure("storm", lambda r, told: break_loose(r, sessions, window, told))
+    measured = _measure("storm", lambda r, told: break_loose(r, sessions, window, told), clients)
     _publish(measured, plot, as_json)
-    if failures := measured["result"]["storm"]["failures"]:
-        raise click.ClickException(f"{failures} of {sessions} sessions were not resumed")
+    result = measured["result"]
+    if failures := result["storm"]["failures"] + result["clients"]["failures"]:
+        raise click.ClickException(f"{failures} of {sessions + clients} sessions were not resumed")
 
 
 @bench.command()
@@ -121,7 +124,8 @@ def make_report(docs: str, short: bool) -> None:
             "growth": lambda r, told: fill(r, SHORT["sizes"], SHORT["sample"], WINDOW, told),  # type: ignore[arg-type]
         }
         for name, work in works.items():
-            (folder / f"{name}.json").write_text(json.dumps(_measure(name, work), indent=1) + "\n")
+            measured = _measure(name, work, CLIENTS if name == "storm" else 0)
+            (folder / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
     reports = {
         name: json.loads((folder / f"{name}.json").read_text())
         for name in report.SECTIONS

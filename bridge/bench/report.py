@@ -143,7 +143,9 @@ def storm(result: dict[str, Any]) -> tuple[str, str]:
             + [["load generator", many["generator_cpu_us_each"], ""]],
         )
         + f"\n{many['retransmitted']} messages were sent again by clients whose timer of 0.5 s ran out; answers that "
-        f"proved nothing, and were ignored: {sum(many['unproven'].values())}.\n\n![storm](bench/storm.svg)\n"
+        f"proved nothing, and were ignored: {sum(many['unproven'].values())}.\n\n"
+        + _real_clients(result["clients"])
+        + "![storm](bench/storm.svg)\n"
     )
     plot = bars(
         "Storm: CPU per resumption",
@@ -151,6 +153,19 @@ def storm(result: dict[str, Any]) -> tuple[str, str]:
         [(name, [used["cpu_us_each"]]) for name, used in many["processes"].items()],
     )
     return text, plot
+
+
+def _real_clients(clients: dict[str, Any]) -> str:
+    """A paragraph on the real clients that were in the storm."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in clients["reasons"].items())
+    answer, tunnel = clients["answer_ms"], clients["tunnel_ms"]
+    return (
+        f"Among them were {clients['clients']} real clients with charon, sidecar and traffic: "
+        f"{clients['resumed']} resumed{f' ({reasons})' if reasons else ''}, answer after {answer['p50']} ms (p50) and "
+        f"{answer['max']} ms (the last), tunnel after {tunnel['p50']} and {tunnel['max']} ms. Of {clients['sent']} "
+        f"packets, one every 50 ms and client, {clients['lost']} were lost; the longest silence was "
+        f"{clients['silence_ms']} ms.\n\n"
+    )
 
 
 def growth(result: dict[str, Any]) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from bridge.bench.clients import Clients
 from bridge.bench.generator import CLIENTS
 from bridge.bench.usage import Meter
 from bridge.lab.daemon import wait_until
@@ -16,6 +17,7 @@ from bridge.lab.host import Host
 from bridge.lab.lab import Lab
 from bridge.lab.space import LabError
 from bridge.lab.topology import BANK_KEY, Topology, standard
+from bridge.stub import Index
 
 ADDRESS = "192.168.50.30"
 PORT = 4500
@@ -26,9 +28,10 @@ QUIET = "connections { gw { dpd_delay = 0s } }\n"
 class Rig:
     """A lab with a load generator."""
 
-    def __init__(self, topology: Topology, load: Host) -> None:
+    def __init__(self, topology: Topology, load: Host, clients: Clients) -> None:
         self.topology = topology
         self.load = load
+        self.clients = clients
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -50,13 +53,12 @@ class Rig:
         """Leave the generator the stub of a real session as its model, then have its gateway die."""
         topology = self.topology
         topology.connect()
-        wait_until(
-            lambda: any(topology.bank.cli("HGET", key, "vips") for key in topology.bank.stubs()), "the model's stub"
-        )
-        [key] = topology.bank.stubs()
+        [session] = topology.client.charon.sas()
+        index = Index(topology.gw1.address, bytes.fromhex(session["responder-spi"]))
+        wait_until(lambda: bool(topology.bank.cli("HGET", index.key, "vips")), "the model's stub")
         # before the failure: the model's own client resumes, and takes the stub with it
         self.start_generator()
-        self.order("template", [topology.gw1.address, key.rpartition(":")[2]])
+        self.order("template", [index.gateway, index.spi.hex()])
         topology.kill_gateway(topology.gw1)
 
     def start_generator(self) -> None:
@@ -108,8 +110,8 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig() -> Iterator[Rig]:
-    """The standard lab with a host of imagined clients, all of it up."""
+def rig(clients: int = 0) -> Iterator[Rig]:
+    """The standard lab with a host of imagined clients and so many real ones more, all of it up."""
     with Lab() as lab:
         topology = standard(lab, start=False)
         load = lab.add_host("load", f"{ADDRESS}/24")
@@ -120,8 +122,10 @@ def rig() -> Iterator[Rig]:
             gateway.configure(QUIET, "quiet.conf")
             gateway.charon.settings["charon.filelog.lab.default"] = 0
         topology.gateways["gw2"].config["sync"]["max_unconfirmed"] = 100_000
+        more = Clients(topology, clients)
         topology.start()
-        built = Rig(topology, load)
+        more.start()
+        built = Rig(topology, load, more)
         try:
             yield built
         finally:

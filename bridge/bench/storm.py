@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bridge.bench.rig import Rig
@@ -11,6 +14,8 @@ from bridge.bench.usage import Meter, quantile
 SETTLE_SECONDS = 0.4
 """after the last session, for stubs still on their way to the bank: they are part of the price"""
 FILL_BUNDLE = 2000
+THICK_SECONDS = 0.5
+"""from the first imagined client of a storm to the real ones"""
 Progress = Callable[[str, float], None]
 """what is done, and how much of it, 0 to 1"""
 
@@ -67,7 +72,30 @@ def storm(rig: Rig, sessions: int, window: int, progress: Progress) -> dict[str,
     progress("one at a time", 0.0)
     alone = resumptions(rig, 12, 1)
     progress("the storm", 0.1)
-    return {"alone": alone, "storm": resumptions(rig, sessions, window)}
+    with ThreadPoolExecutor(1) as beside:
+        resumed = beside.submit(_in_the_thick_of_it, rig)
+        many = resumptions(rig, sessions, window)
+        outcomes = resumed.result()
+    return {"alone": alone, "storm": many, "clients": _clients(rig, outcomes)}
+
+
+def _in_the_thick_of_it(rig: Rig) -> list[dict[str, Any]]:
+    time.sleep(THICK_SECONDS)
+    return rig.clients.resume()
+
+
+def _clients(rig: Rig, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What became of the real clients that were in the storm."""
+    resumed = [outcome for outcome in outcomes if outcome["result"] == "resumed"]
+    return {
+        "clients": len(outcomes),
+        "resumed": len(resumed),
+        "failures": sum(outcome["result"] == "failed" for outcome in outcomes),
+        "reasons": dict(Counter(outcome["reason"] for outcome in outcomes if outcome["reason"])),
+        "answer_ms": _quantiles([outcome["exchange_ms"] for outcome in resumed]),
+        "tunnel_ms": _quantiles([outcome["total_ms"] for outcome in resumed]),
+        **rig.clients.traffic(),
+    }
 
 
 def growth(rig: Rig, sizes: list[int], sample: int, window: int, progress: Progress) -> dict[str, Any]:

@@ -148,6 +148,27 @@ class Lab:
         """Lose all that the interface sends and should get; the host itself sees no change of its links."""
         space.command("ip", "-n", self.switch, "link", "set", f"{host.name}-{interface}", "nomaster")
 
+    def delay(self, host: Host, seconds: float, network: str = "lan", interface: str = "eth0") -> None:
+        """Have all that the host sends and gets on an interface arrive `seconds` later. Once for an interface."""
+        port, near, far = f"{host.name}-{interface}", f"{host.name}-near", f"{host.name}-far"
+        python = [sys.executable, "-m", "bridge.lab.delay"]
+        switch = ["ip", "-n", self.switch]
+        space.command(*switch, "link", "set", port, "nomaster")
+        space.command(*switch, "link", "add", near, "type", "veth", "peer", "name", far)
+        space.command(*switch, "link", "set", near, "up")
+        space.command(*switch, "link", "set", far, "master", network, "up")
+        host.run(*python, "whole", interface)
+        inside = space.in_network(self.switch)
+        space.command(*inside, *python, "whole", far)
+        line = subprocess.Popen(
+            [*inside, *python, port, near, str(seconds)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._exit.callback(line.wait)
+        self._exit.callback(line.kill)
+        assert line.stdout is not None
+        if line.stdout.readline() != "joined\n":
+            raise LabError(f"no delay for {host.name}: the process that makes it ended")
+
     def attach(self, host: Host, *addresses: str, network: str = "lan") -> str:
         """Give a host one more interface, on a network; the interface's name (eth0, eth1, ...)."""
         interface = f"eth{len(host.interfaces())}"

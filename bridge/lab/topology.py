@@ -28,6 +28,9 @@ BANK_KEY = "/etc/ike-sa-sync/bank.key"
 PATIENCE = {"charon.retransmit_timeout": 0.5, "charon.retransmit_base": 1.0, "charon.retransmit_tries": 3}
 DPD_DELAY = "2s"
 
+# The clients' gateways and the connections to them, best first.
+CHOICES = {"192.168.50.1": "home", "192.168.50.2": "home-gw2"}
+
 
 @dataclass
 class Topology:
@@ -40,6 +43,7 @@ class Topology:
     client: Host
     gateways: dict[str, Sidecar]  # by the host's name
     agent: Sidecar  # the client's
+    secret: str  # the preshared key of all clients
 
     def start(self, sidecars: bool = True) -> None:
         """Start every host: its sidecar first, for the keys of charon's first SA, then charon."""
@@ -118,19 +122,23 @@ def standard(
         host.configure(f"pools {{ clients {{ addrs = 10.20.{number}.0/24 }} }}\n", "pool.conf")
         host.write(BANK_KEY, key, mode=0o600)
         gateways[host.name] = host.sidecar("gateway", gateway_config(host.address, bank.url))
-    client = lab.add_host("client", "192.168.50.10/24", "fd00:50::10/64", release=releases.get("client"))
-    client.charon.settings.update(PATIENCE)
-    _swanctl(client, "client", f'ike-vpn {{ id = vpn.example.org\n secret = "{secret}" }}')
-    client.configure(render({"connections.home.dpd_delay": DPD_DELAY}) + "\n")
-    names = ("home", "home-gw2")
-    agent = client.sidecar(
-        "client",
-        client_config({f"192.168.50.{number}": name for number, name in enumerate(names, 1)}),
-    )
-    topology = Topology(lab, bank, lab.hosts["gw1"], lab.hosts["gw2"], client, gateways, agent)
+    client = client_host(lab, "client", "192.168.50.10", secret, "fd00:50::10/64", release=releases.get("client"))
+    agent = client.sidecar("client", client_config(CHOICES))
+    topology = Topology(lab, bank, lab.hosts["gw1"], lab.hosts["gw2"], client, gateways, agent, secret)
     if start:
         topology.start(sidecars)
     return topology
+
+
+def client_host(lab: Lab, name: str, address: str, secret: str, *more: str, release: str | None = None) -> Host:
+    """A client's host; its identity is `<name>@example.org`. Neither charon nor sidecar is started."""
+    host = lab.add_host(name, f"{address}/24", *more, release=release)
+    host.charon.settings.update(PATIENCE)
+    _swanctl(host, "client", f'ike-vpn {{ id = vpn.example.org\n secret = "{secret}" }}')
+    # home-gw2 inherits both
+    own = {"dpd_delay": DPD_DELAY, "local.id": f"{name}@example.org"}
+    host.configure(render({f"connections.home.{key}": value for key, value in own.items()}) + "\n")
+    return host
 
 
 def _swanctl(host: Host, role: str, secret: str) -> None:
