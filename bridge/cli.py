@@ -241,6 +241,9 @@ def status(path: str, as_json: bool) -> None:
             f"bank        {'reachable' if bank['reachable'] else 'NOT REACHABLE'}, "
             f"{bank['stubs']} stubs, {bank['pending']} changes waiting"
         )
+        for each in bank["banks"]:
+            reach = "reachable" if each["reachable"] else "NOT REACHABLE"
+            click.echo(f"  {each['bank']:<17} {reach}, {each['pending']} changes waiting for it")
         click.echo(f"unconfirmed {answer['unconfirmed']}")
     if answer.get("last"):
         last = answer["last"]

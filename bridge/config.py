@@ -35,8 +35,21 @@ class Ha(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Bank(Struct, forbid_unknown_fields=True, frozen=True):
+    mode: Literal["centralised", "distributed", "mixed"] = "centralised"
+    """one bank for all gateways; one at each gateway; or both"""
     url: str | None = None
-    """redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; none: a private Redis"""
+    """redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; none: a private Redis.
+    The bank of all gateways, but in mode distributed this gateway's own, as the others reach it too"""
+    local: str | None = None
+    """mixed: this gateway's own bank; none: a private Redis"""
+    peers: dict[str, str] = field(default_factory=dict)
+    """distributed and mixed: the banks of other gateways, address in the index to URL"""
+    targets: tuple[str, ...] = ()
+    """those of `peers` whose banks get this gateway's stubs; none: for each stub `copies` of them, chosen by its SPI"""
+    copies: Annotated[int, Meta(ge=0)] = 1
+    """banks of peers that get each stub where `targets` names none"""
+    peer_timeout: Seconds = 0.1
+    """how long a request whose stub is not at hand waits for the other banks"""
     key_file: str = "/etc/ike-sa-sync/bank.key"
     runtime: str = "/run/ike-sa-sync/redis"
     """folder of the private Redis: socket and append-only file"""
@@ -165,9 +178,13 @@ def canonical_address(text: str) -> str:
 
 def _canonical(config: Config) -> Config:
     if isinstance(config, GatewayConfig):
-        if config.address is None:
-            return config
-        return msgspec.structs.replace(config, address=canonical_address(config.address))
+        bank = msgspec.structs.replace(
+            config.bank,
+            peers={canonical_address(address): url for address, url in config.bank.peers.items()},
+            targets=tuple(map(canonical_address, config.bank.targets)),
+        )
+        address = None if config.address is None else canonical_address(config.address)
+        return msgspec.structs.replace(config, address=address, bank=bank)
     entries = tuple(
         msgspec.structs.replace(entry, address=canonical_address(entry.address)) for entry in config.gateways
     )
@@ -190,7 +207,7 @@ def _check(path: str | Path, config: GatewayConfig | ClientConfig) -> None:
     if isinstance(config, GatewayConfig):
         if config.address is not None:
             addresses["address"] = config.address
-        _check_url(path, config.bank.url)
+        _check_bank(path, config)
     else:
         if not config.gateways:
             raise ConfigError(f"{path}: gateways: at least one is needed, each with address and connection")
@@ -212,16 +229,62 @@ def _check(path: str | Path, config: GatewayConfig | ClientConfig) -> None:
 _SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "redis+cluster://")
 
 
-def _check_url(path: str | Path, url: str | None) -> None:
-    if url is not None and not url.startswith(_SCHEMES):
-        # the URL may hold a password: not repeated
-        raise ConfigError(f"{path}: bank.url: must start with one of {', '.join(_SCHEMES)}")
-    if url is not None:
-        from bridge.bank.connect import connect
-
+def _check_bank(path: str | Path, config: GatewayConfig) -> None:
+    bank = config.bank
+    if bank.url is not None:
+        _check_url(path, "bank.url", bank.url)
+    if bank.local is not None:
+        _check_url(path, "bank.local", bank.local)
+    addresses = []
+    for address, url in bank.peers.items():
         try:
-            connect(url, 1.0)  # which connects when it is first used
-        except ValueError as error:
-            # our own forms are named without the URL; of the others the library's text could quote it
-            form = str(error) if url.startswith("redis+") else "is not SCHEME://[USER:PASSWORD@]HOST[:PORT][/DATABASE]"
-            raise ConfigError(f"{path}: bank.url: {form}") from None
+            addresses.append(canonical_address(address))
+        except ValueError:
+            raise ConfigError(f"{path}: bank.peers: {address!r} is not an IP address") from None
+        _check_url(path, f"bank.peers.{address}", url)
+    wrong = _misplaced(config, addresses)
+    if wrong:
+        raise ConfigError(f"{path}: bank.{wrong}")
+
+
+def _misplaced(config: GatewayConfig, peers: list[str]) -> str | None:
+    """The key of `bank` that does not go with the others, and why."""
+    bank = config.bank
+    if bank.mode == "centralised":
+        for key in ("local", "peers", "targets"):
+            if getattr(bank, key):
+                return f"{key}: has no meaning in mode centralised"
+        return None
+    if bank.url is None:
+        why = "the other gateways ask this bank too" if bank.mode == "distributed" else "the bank of all gateways"
+        return f"url: is needed in mode {bank.mode}: {why}"
+    if bank.mode == "distributed" and bank.local is not None:
+        return "local: has no meaning in mode distributed, where url is this gateway's own bank"
+    if bank.mode == "distributed" and not bank.peers:
+        return "peers: is needed in mode distributed: the banks of the other gateways"
+    if config.address is not None and canonical_address(config.address) in peers:
+        return f"peers: {config.address} is this gateway itself"
+    for target in bank.targets:
+        try:
+            known = canonical_address(target) in peers
+        except ValueError:
+            return f"targets: {target!r} is not an IP address"
+        if not known:
+            return f"targets: {target} is not among bank.peers"
+    if bank.peer_timeout >= bank.get_timeout:
+        return f"peer_timeout: must be less than get_timeout, which is {bank.get_timeout:g}"
+    return None
+
+
+def _check_url(path: str | Path, key: str, url: str) -> None:
+    if not url.startswith(_SCHEMES):
+        # the URL may hold a password: not repeated
+        raise ConfigError(f"{path}: {key}: must start with one of {', '.join(_SCHEMES)}")
+    from bridge.bank.connect import connect
+
+    try:
+        connect(url, 1.0)  # which connects when it is first used
+    except ValueError as error:
+        # our own forms are named without the URL; of the others the library's text could quote it
+        form = str(error) if url.startswith("redis+") else "is not SCHEME://[USER:PASSWORD@]HOST[:PORT][/DATABASE]"
+        raise ConfigError(f"{path}: {key}: {form}") from None

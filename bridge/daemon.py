@@ -21,7 +21,8 @@ import uvloop
 from bridge import log as logging
 from bridge.bank import bank_url, open_bank
 from bridge.bank.cache import CachedBank
-from bridge.bank.interface import BankUnavailable
+from bridge.bank.interface import HEARTBEAT_SECONDS, HEARTBEAT_TTL, BankUnavailable
+from bridge.bank.tiers import TieredBank
 from bridge.bank.writer import Writer
 from bridge.charon.channel import ChannelError
 from bridge.charon.charon import Charon
@@ -37,16 +38,15 @@ from bridge.net import rules
 from bridge.net.intercept import Interceptor, InterceptUnavailable
 from bridge.net.rawudp import RawUdp, ResponseListener
 from bridge.publish import Publisher
+from bridge.rotation import Rotation
 from bridge.seal import Keyring, SealError
+from bridge.tasks import end
 from bridge.upkeep import Upkeep
 
 log = structlog.get_logger()
 
 RETRY_SECONDS = 1.0
 """between attempts at something that is missing at start"""
-HEARTBEAT_SECONDS = 5.0
-HEARTBEAT_TTL = 15
-"""a gateway whose heartbeat key is this old counts as failed"""
 READY_SECONDS = 10.0
 """how long `ready` waits for charon's SAs to be known; charon may well be down"""
 
@@ -98,9 +98,7 @@ async def _or_stopped(work: Coroutine[Any, Any, None]) -> bool:
     task = asyncio.ensure_future(work)
     stop = asyncio.ensure_future(_until_stopped())
     done, pending = await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-    for other in pending:
-        other.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
+    await end(*pending)
     if task in done:
         task.result()
     return task in done
@@ -188,6 +186,8 @@ class GatewayProcess:
         self._bank: CachedBank | None = None
         self._interceptor: Interceptor | None = None
         self._charon: Charon | None = None
+        self._rotation: Rotation | None = None
+        self._tiers: TieredBank | None = None
         self._bank_reachable = False
 
     async def run(self) -> None:
@@ -208,7 +208,11 @@ class GatewayProcess:
         # first of all: what charon says while the rest is not there yet must not be lost
         await _retry("ha-channel", charon.channel.open, ChannelError)
         stack.push_async_callback(charon.close)
-        cache = CachedBank(await open_bank(config.bank, keyring, serve=True), limit=config.bank.cache)
+        places = await open_bank(config.bank, keyring, serve=True)
+        self._tiers = tiers = places if isinstance(places, TieredBank) else None
+        # in mode distributed the bank at hand is as near as this process's memory, and all others know it
+        near = tiers.near if tiers is not None and config.bank.mode == "distributed" else None
+        cache = CachedBank(places, limit=config.bank.cache, near=near)
         self._bank = bank = cache
         stack.push_async_callback(bank.close)
         self._writer = writer = Writer(bank, limit=config.bank.pending)
@@ -228,7 +232,10 @@ class GatewayProcess:
         )
         self._gauges()
         stack.callback(_serve_metrics(self._metrics, config.metrics))
-        upkeep = Upkeep(config, bank_url(config.bank), cache, keyring, charon, publisher, self._metrics)
+        self._rotation = rotation = Rotation(bank, keyring, config.bank.key_file, config.address)
+        upkeep = Upkeep(config, bank_url(config.bank), cache, rotation, charon, publisher, self._metrics)
+        if tiers is not None:
+            tiers.on_return = upkeep.returned
         commands: dict[str, Command] = {"status": self._status, "fetch": upkeep.fetch, "fetched": upkeep.progress}
         control = ControlServer(config.control, commands)
         await control.start()
@@ -320,6 +327,8 @@ class GatewayProcess:
         gauge("unconfirmed", "rebuilt IKE_SAs not confirmed yet", lambda: gateway.unconfirmed)
         gauge("cookies_demanded", "1 while every request must carry a cookie", lambda: float(gateway.demanding))
         gauge("bank_pending", "stub changes waiting for the bank", lambda: writer.pending)
+        if (tiers := self._tiers) is not None:
+            gauge("bank_owed", "stub changes that one bank has and another has yet to get", lambda: tiers.owed)
         gauge("bank_reachable", "1 while the bank answers", lambda: float(self._bank_reachable))
         gauge("bank_stored", "stubs that the bank took", lambda: writer.counters.stored)
         gauge("bank_refused", "stubs the bank had a newer revision of", lambda: writer.counters.refused)
@@ -339,6 +348,7 @@ class GatewayProcess:
         assert self._charon is not None
         assert self._gateway is not None
         assert self._writer is not None
+        assert self._rotation is not None
         return {
             "role": "gateway",
             "address": self._config.address,
@@ -348,6 +358,8 @@ class GatewayProcess:
                 "reachable": self._bank_reachable,
                 "pending": self._writer.pending,
                 "stubs": sum(sa.published is not None for sa in self._charon.tracker.established()),
+                **self._rotation.status(),
+                "banks": self._tiers.status() if self._tiers else [],
             },
             "unconfirmed": self._gateway.unconfirmed,
             "sas": _sa_rows(self._charon),

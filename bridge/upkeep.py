@@ -1,5 +1,5 @@
 """What a gateway does for the bank beside its own changes: it fetches the stubs of gateways that fail, puts back what a
-Redis lost, takes away what nobody ended, and seals with the newest key that every gateway has."""
+Redis lost, and takes away what nobody ended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import time
-from pathlib import Path
 from typing import Any, Final
 
 import structlog
@@ -23,8 +22,9 @@ from bridge.charon.vici import ViciError
 from bridge.config import GatewayConfig
 from bridge.metrics import GatewayMetrics
 from bridge.publish import Publisher
-from bridge.seal import Keyring, SealError
+from bridge.rotation import Rotation
 from bridge.stub import Index
+from bridge.tasks import end
 
 log = structlog.get_logger()
 
@@ -34,8 +34,6 @@ FETCH_SECONDS: Final = 60.0
 COMPARE_SECONDS: Final = 30.0
 """between two comparisons with the bank that nothing gave cause for"""
 COMPARE_BUNDLE: Final = 512
-KEYS_SECONDS: Final = 2.0
-"""between two looks at the key file, and at which keys the other gateways have"""
 STATS_SECONDS: Final = 1.0
 STATS_TTL: Final = 60.0
 SETTLE_SECONDS: Final = 2
@@ -50,15 +48,14 @@ class Upkeep:
         config: GatewayConfig,
         url: str,
         cache: CachedBank,
-        keyring: Keyring,
+        rotation: Rotation,
         charon: Charon,
         publisher: Publisher,
         metrics: GatewayMetrics,
     ) -> None:
         self._address = config.address
-        self._key_file = Path(config.bank.key_file)
         self._cache = cache
-        self._keyring = keyring
+        self._rotation = rotation
         self._charon = charon
         self._publisher = publisher
         self._metrics = metrics
@@ -73,16 +70,14 @@ class Upkeep:
         self._keyspace.start()
         self._tasks = [
             asyncio.create_task(self._keep_compared(), name="compare"),
-            asyncio.create_task(self._keep_keys(), name="keys"),
+            asyncio.create_task(self._rotation.run(), name="keys"),
             asyncio.create_task(self._keep_stats(), name="stats"),
             asyncio.create_task(self._keep_facts(), name="facts"),
         ]
 
     async def close(self) -> None:
         """End."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
         await self._keyspace.close()
 
     # what the keyspace tells
@@ -90,8 +85,12 @@ class Upkeep:
     def _heard(self, hears: bool) -> None:
         self._cache.heard(hears)
         if hears:
-            # Redis was away, or is another one than before
-            self._compare_now.set()
+            self.returned()
+
+    def returned(self) -> None:
+        """A bank was away, or is another one than before: it may lack what it had."""
+        self._compare_now.set()
+        self._rotation.returned()
 
     def _event(self, event: Event) -> None:
         self._cache.hear(event)
@@ -202,37 +201,6 @@ class Upkeep:
             deleted = sum(await self._cache.delete(over))
             log.info("stubs-of-ended-sas-deleted", stubs=deleted)
         return True
-
-    # keys
-
-    async def _keep_keys(self) -> None:
-        stamp: tuple[int, int] | None = None
-        resealed: set[str] = set()
-        while True:
-            try:
-                stat = self._key_file.stat()
-                if stamp not in (None, (stat.st_mtime_ns, stat.st_ino)):
-                    self._keyring.replace(Keyring.load(self._key_file))
-                    log.info("keys-reloaded", keys=[key_id.hex() for key_id in self._keyring.ids])
-                stamp = (stat.st_mtime_ns, stat.st_ino)
-            except (OSError, SealError) as error:
-                log.warning("keys-not-reloaded", reason=str(error), mend="the keys in memory stay in use")
-            try:
-                gateways = await self._cache.gateways()
-                others = [sign.keys for name, sign in gateways.items() if sign.alive and name != self._address]
-                if self._keyring.prefer(frozenset(self._keyring.ids).intersection(*others)):
-                    log.info("key-in-use", key=self._keyring.sealing.hex())
-                    resealed.clear()
-                # each its own, and of those that are gone the first who comes
-                todo = {name for name, sign in gateways.items() if not sign.alive or name == self._address}
-                for gateway in todo - resealed:
-                    if count := await self._cache.reseal(gateway):
-                        log.info("stubs-resealed", gateway=gateway, stubs=count, key=self._keyring.sealing.hex())
-                    resealed.add(gateway)
-                resealed &= todo
-            except BankUnavailable:
-                pass
-            await asyncio.sleep(KEYS_SECONDS)
 
     # for monitors
 

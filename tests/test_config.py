@@ -56,6 +56,71 @@ def test_the_documented_client_file_is_read_as_written(tmp_path: Path) -> None:
     assert config.resume_on_down
 
 
+PEERS = "peers: {192.168.50.2: 'redis://192.168.50.2'}"
+
+
+def test_a_gateway_with_a_bank_of_its_own_names_those_of_its_peers(tmp_path: Path) -> None:
+    text = """
+address: 2001:DB8::1
+bank:
+  mode: distributed
+  url: redis://127.0.0.1
+  peers: {'2001:DB8:0::2': 'redis://[2001:db8::2]', 192.168.50.3: rediss://192.168.50.3}
+  targets: ['2001:db8::2']
+"""
+    bank = load(_file(tmp_path, text), GatewayConfig).bank
+    assert list(bank.peers) == ["2001:db8::2", "192.168.50.3"]
+    assert bank.targets == ("2001:db8::2",)
+    assert bank.copies == 1
+
+
+@pytest.mark.parametrize(
+    ("bank", "error"),
+    [
+        ("mode: both", "bank.mode: invalid enum value 'both'"),
+        (PEERS, "bank.peers: has no meaning in mode centralised"),
+        ("local: redis://127.0.0.1", "bank.local: has no meaning in mode centralised"),
+        (f"mode: distributed, {PEERS}", "bank.url: is needed in mode distributed"),
+        ("mode: mixed", "bank.url: is needed in mode mixed"),
+        ("mode: distributed, url: redis://127.0.0.1", "bank.peers: is needed in mode distributed"),
+        (
+            f"mode: distributed, url: redis://127.0.0.1, local: redis://127.0.0.1, {PEERS}",
+            "bank.local: has no meaning in mode distributed",
+        ),
+        (
+            f"mode: distributed, url: redis://127.0.0.1, {PEERS}, targets: [192.168.50.3]",
+            "bank.targets: 192.168.50.3 is not among bank.peers",
+        ),
+        (
+            f"mode: distributed, url: redis://127.0.0.1, {PEERS}, targets: [gw3]",
+            "bank.targets: 'gw3' is not an IP address",
+        ),
+        (
+            "mode: mixed, url: redis://127.0.0.1, peers: {gw2: redis://gw2}",
+            "bank.peers: 'gw2' is not an IP address",
+        ),
+        (
+            "mode: mixed, url: redis://127.0.0.1, peers: {192.168.50.2: 'http://:s3cret@192.168.50.2'}",
+            "bank.peers.192.168.50.2: must start with one of redis://",
+        ),
+        (
+            "mode: mixed, url: redis://127.0.0.1, peers: {192.168.50.1: redis://192.168.50.1}",
+            "bank.peers: 192.168.50.1 is this gateway itself",
+        ),
+        (
+            f"mode: distributed, url: redis://127.0.0.1, {PEERS}, peer_timeout: 0.3",
+            "bank.peer_timeout: must be less than get_timeout, which is 0.25",
+        ),
+    ],
+)
+def test_options_of_the_bank_that_do_not_go_together_are_named(tmp_path: Path, bank: str, error: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(_file(tmp_path, f"address: 192.168.50.1\nbank: {{{bank}}}\n"), GatewayConfig)
+    assert error in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_empty_gateway_file_means_the_defaults(tmp_path: Path) -> None:
     assert load(_file(tmp_path, ""), GatewayConfig) == GatewayConfig()
 

@@ -11,7 +11,7 @@ import pytest
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import BANK_KEY, SITE, bank_key
-from failover_support import connect, counter, fresh, resume, stub_key
+from failover_support import connect, counter, fresh, resume, status, stub_key
 
 pytestmark = pytest.mark.lab
 
@@ -96,22 +96,32 @@ def test_the_stub_of_a_charon_that_died_stays_at_the_start_of_the_next(topology:
     assert resume(topology)["result"] == "resumed"
 
 
-def test_a_new_key_seals_when_every_gateway_has_it_and_no_sooner(topology: Topology) -> None:
+def sealed_with(topology: Topology, key: str) -> str:
+    """The id, in hex, of the key that a stub is sealed with."""
+    script = (
+        "return (redis.call('HGET', KEYS[1], 'sealed'):sub(1, 4):gsub('.', "
+        "function(octet) return ('%02x'):format(octet:byte()) end))"
+    )
+    return topology.bank.cli("EVAL", script, "1", key)
+
+
+def test_a_new_key_seals_when_every_gateway_has_it(topology: Topology) -> None:
     sa = connect(topology)
     key = stub_key(GW1, sa["responder-spi"])
-    old = bank_key()
-    new = (topology.gw1.etc / BANK_KEY.removeprefix("/etc/")).read_text()
-    new, old = old, new
-    sealed = topology.bank.cli("--no-raw", "HGET", key, "sealed")
-    resealed = said(topology, "gw1", "stubs-resealed")
+    old, new = (topology.gw1.etc / BANK_KEY.removeprefix("/etc/")).read_text(), bank_key()
     topology.gw1.write(BANK_KEY, new + old, mode=0o600)
-    wait_until(lambda: said(topology, "gw1", "keys-reloaded") > 0, "the new key at gw1")
-    time.sleep(4)
-    assert topology.bank.cli("--no-raw", "HGET", key, "sealed") == sealed
+    wait_until(lambda: new[:8] in status(topology, "gw1")["bank"]["keys"], "the new key at gw1")
+    assert sealed_with(topology, key) == old[:8]
     topology.gw2.write(BANK_KEY, new + old, mode=0o600)
-    wait_until(lambda: said(topology, "gw1", "stubs-resealed") > resealed, "the stub sealed anew")
-    topology.gw1.write(BANK_KEY, new, mode=0o600)
-    topology.gw2.write(BANK_KEY, new, mode=0o600)
-    wait_until(lambda: said(topology, "gw2", "keys-reloaded") > 1, "the end of the old key")
+    wait_until(lambda: sealed_with(topology, key) == new[:8], "the stub sealed anew", timeout=60)
+    for gateway in ("gw1", "gw2"):
+        wait_until(
+            lambda gateway=gateway: status(topology, gateway)["bank"]["sealing"] == new[:8],  # type: ignore[misc]
+            f"the new key in use at {gateway}",
+            timeout=60,
+        )
+    for host in (topology.gw1, topology.gw2):
+        host.write(BANK_KEY, new, mode=0o600)
+        wait_until(lambda host=host: status(topology, host.name)["bank"]["keys"] == [new[:8]], "the end of the old key")  # type: ignore[misc]
     topology.kill_gateway(topology.gw1)
     assert resume(topology)["result"] == "resumed"

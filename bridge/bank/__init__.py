@@ -1,14 +1,18 @@
 """Where stubs live."""
 
+from __future__ import annotations
+
 from bridge.bank.interface import StubBank
 from bridge.bank.private import PrivateBank
 from bridge.bank.redis import RedisBank
+from bridge.bank.tier import Tier
+from bridge.bank.tiers import TieredBank
 from bridge.config import Bank
 from bridge.seal import Keyring
 
 
 def bank_url(config: Bank) -> str:
-    """Where the bank that `config` names is, the private one included."""
+    """Where the bank that `config` names is, the private one included; in mode mixed, the central one."""
     return config.url or PrivateBank.url_of(config.runtime)
 
 
@@ -16,11 +20,40 @@ async def open_bank(config: Bank, keyring: Keyring, *, serve: bool = False) -> S
     """The bank that `config` names. It need not be reachable yet.
 
     Without a URL that is the private Redis in `config.runtime`: with `serve` it is started, watched, and stopped by
-    `close`, which is the sidecar's part; without, it is only spoken to. Raises ValueError for a URL of no known form.
+    `close`, which is the sidecar's part; without, it is only spoken to. Where there are more banks than one, they are
+    kept in step only with `serve`. Raises ValueError for a URL of no known form.
     """
-    if config.url is not None:
-        return RedisBank(config.url, keyring, get_timeout=config.get_timeout)
-    bank = PrivateBank(config.runtime, keyring, get_timeout=config.get_timeout)
+    if config.mode == "centralised":
+        return await _one(config, config.url, keyring, config.get_timeout, serve)
+    # what is at hand is asked first, then the peers; a request waits for both
+    at_hand = config.get_timeout - (config.peer_timeout if config.peers else 0.0)
+    near_url = config.url if config.mode == "distributed" else config.local
+    near = Tier(
+        "local",
+        near_url or PrivateBank.url_of(config.runtime),
+        await _one(config, near_url, keyring, at_hand, serve),
+        pending=config.pending,
+    )
+    central = None
+    if config.mode == "mixed":
+        url = bank_url(config)
+        central = Tier("central", url, RedisBank(url, keyring, get_timeout=at_hand), pending=config.pending)
+    peers = [
+        Tier(address, url, RedisBank(url, keyring, get_timeout=config.peer_timeout), pending=config.pending)
+        for address, url in config.peers.items()
+    ]
+    bank = TieredBank(
+        near, central, peers, targets=config.targets, copies=config.copies, peer_timeout=config.peer_timeout
+    )
+    if serve:
+        await bank.start()
+    return bank
+
+
+async def _one(config: Bank, url: str | None, keyring: Keyring, get_timeout: float, serve: bool) -> RedisBank:
+    if url is not None:
+        return RedisBank(url, keyring, get_timeout=get_timeout)
+    bank = PrivateBank(config.runtime, keyring, get_timeout=get_timeout)
     if serve:
         await bank.start()
     return bank

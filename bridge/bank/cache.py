@@ -2,6 +2,8 @@
 
 A look-up of such a stub needs no round trip to the bank. What happens to a fetched stub in the bank is heard through
 the keyspace, and the stub is let go; while nothing can be heard nothing is answered from here.
+
+In mode distributed they are fetched into the gateway's own bank instead, where the others delete what has ended.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from msgspec import Struct
 
 from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, GatewaySign, StubBank
 from bridge.bank.keyspace import Event, Keyspace
+from bridge.bank.writer import Writable
 from bridge.stub import Index, Stub, StubError
+from bridge.tasks import end
 
 log = structlog.get_logger()
 
@@ -39,16 +43,18 @@ class Progress(Struct):
 class CachedBank:
     """StubBank that answers from what it fetched of failed gateways, else from `bank`.
 
-    `fetch` starts a download, `drop` ends what it brought. `hear` and `heard` are fed by a Keyspace.
+    `fetch` starts a download, `drop` ends what it brought. `hear` and `heard` are fed by a Keyspace. Where `near` is
+    given, what is fetched is stored there, and not here.
     """
 
-    def __init__(self, bank: StubBank, *, limit: int = LIMIT) -> None:
+    def __init__(self, bank: StubBank, *, limit: int = LIMIT, near: Writable | None = None) -> None:
         self.progress: dict[str, Progress] = {}
         """the last download of each gateway"""
         self.hits = 0
         """look-ups answered without the bank"""
         self._bank = bank
         self._limit = limit
+        self._near = near
         self._stubs: dict[str, dict[Index, Stub]] = {}
         self._changed: dict[str, set[Index]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -123,13 +129,14 @@ class CachedBank:
         changed.clear()
         log.info("download-begins", gateway=gateway)
         try:
-            if self._keyspace is not None:
+            if self._keyspace is not None and self._near is None:
                 # first: what changes while the stubs come must be heard
                 await self._keyspace.add(_pattern(gateway))
             async for stubs in self._bank.download(gateway):
-                for stub in stubs:
-                    if stub.index not in changed:
-                        held[stub.index] = stub
+                if self._near is not None:
+                    await self._near.store(stubs)
+                else:
+                    held |= {stub.index: stub for stub in stubs if stub.index not in changed}
                 progress.stubs += len(stubs)
                 progress.seconds = time.monotonic() - began
                 if self.size > self._limit:
@@ -211,10 +218,7 @@ class CachedBank:
 
     async def close(self) -> None:
         """End all downloads, and let go of the bank."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._tasks.values())
         await self._bank.close()
 
     def list(self, gateway: str | None = None) -> AsyncIterator[Any]:

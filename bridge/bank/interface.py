@@ -9,6 +9,10 @@ from msgspec import Struct
 
 from bridge.stub import Index, Stub
 
+HEARTBEAT_SECONDS = 5.0
+"""between two heartbeats of a gateway"""
+HEARTBEAT_TTL = 15.0
+"""seconds: a gateway whose last heartbeat is this old counts as failed"""
 DOWNLOAD_BATCH = 256
 """stubs that come at a time from `download` and `list`"""
 

@@ -17,6 +17,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisError
 
 from bridge.bank.connect import connect
+from bridge.tasks import end
 
 log = structlog.get_logger()
 
@@ -66,8 +67,7 @@ class Keyspace:
     async def close(self) -> None:
         """Stop listening."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
 
     async def add(self, pattern: str) -> None:
         """Listen to the keys of `pattern` too; when this returns, nothing of them is missed."""
@@ -134,9 +134,7 @@ class Keyspace:
             for task in done:
                 task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*tasks)
             for client in {*clients, main}:
                 with contextlib.suppress(RedisError, OSError):
                     await client.aclose()

@@ -18,6 +18,7 @@ from bridge import data
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.redis import GET_TIMEOUT, RedisBank
 from bridge.seal import Keyring
+from bridge.tasks import end
 
 log = structlog.get_logger()
 
@@ -66,8 +67,7 @@ class PrivateBank(RedisBank):
     async def close(self) -> None:
         """Stop the server if `start` was called, and let go of it."""
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+            await end(self._keeper)
             self._keeper = None
             await self._stop()
         await super().close()

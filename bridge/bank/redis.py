@@ -20,6 +20,7 @@ from bridge.ike.transforms import Suite
 from bridge.seal import Keyring, SealError
 from bridge.stub import Index, Stub, StubError, printable
 from bridge.stubcodec import decode, encode
+from bridge.tasks import end
 
 log = structlog.get_logger()
 
@@ -39,6 +40,8 @@ REPORTED_MAX: Final = 10_000
 
 HEARTBEAT: Final = "ike:gateway:"
 """with a gateway's address behind it: there while the gateway lives; holds Unix seconds, a space, its keys' ids"""
+GONE: Final = "ike:gone:"
+"""with a bucket's hash tag behind it: the SPIs of its ended sessions"""
 GATEWAYS: Final = "ike:gateways"
 """sorted set: the addresses of gateways, by the time of their last heartbeat"""
 FORGET_GATEWAY: Final = 7 * 86_400
@@ -94,6 +97,35 @@ class RedisBank:
             return (msgspec.msgpack.encode(readable), *(sealed[position] for position in positions))
 
         return await self._by_bucket(self._store, [stub.index for stub in stubs], arguments)
+
+    async def look(self, indexes: Sequence[Index]) -> list[tuple[Stub | None, bool]]:
+        """GET Stub, and beside each stub whether its session is known here to have ended."""
+        found: list[tuple[Stub | None, bool]] = []
+        for first in range(0, len(indexes), BUNDLE):
+            bundle = indexes[first : first + BUNDLE]
+            commands: list[tuple[Any, ...]] = [("HGET", index.key, "sealed") for index in bundle]
+            commands += [("ZSCORE", index.gone, index.spi.hex()) for index in bundle]
+            with self._redis.reaching():
+                async with asyncio.timeout(self._get_timeout):
+                    replies = await self._redis.pipeline(commands)
+            sealed, ends = replies[: len(bundle)], replies[len(bundle) :]
+            found += [
+                (self._open(index, octets), end is not None)
+                for index, octets, end in zip(bundle, sealed, ends, strict=True)
+            ]
+        return found
+
+    async def endings(self) -> AsyncGenerator[list[Index]]:
+        """All sessions, of whatever gateway, that are known here to have ended; a bucket's at a time."""
+        with self._redis.reaching():
+            names = {name.decode(): None async for name in self._redis.client.scan_iter(match=f"{GONE}*", count=1000)}
+        buckets = [name for name in names if name.endswith("}") and "/" in name]
+        for first in range(0, len(buckets), BUCKETS_AT_A_TIME):
+            page = buckets[first : first + BUCKETS_AT_A_TIME]
+            replies = await self._redis.pipeline([("ZRANGE", name, 0, -1) for name in page])
+            for name, members in zip(page, replies, strict=True):
+                gateway = name[len(GONE) + 1 :].rpartition("/")[0]
+                yield [Index(gateway, spi) for member in members if (spi := _spi(member)) is not None]
 
     async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]:
         """See StubBank. After a lost connection a repeated delete gives False for what the first one deleted."""
@@ -275,8 +307,7 @@ class RedisBank:
                 if not more:
                     return
         finally:
-            ahead.cancel()
-            await asyncio.gather(ahead, return_exceptions=True)
+            await end(ahead)
 
     # last: from here on `list` is this method in the annotations of the class
 
@@ -304,11 +335,16 @@ def _rows(
             if name in known:
                 continue
             known.add(name)
-            try:
-                index = Index(gateway, bytes.fromhex(name.decode()))
-            except ValueError:
-                continue  # not ours: a bucket's members are SPIs
-            yield index, reply[position + 1 : position + 1 + width]
+            if (spi := _spi(name)) is not None:
+                yield Index(gateway, spi), reply[position + 1 : position + 1 + width]
+
+
+def _spi(member: bytes) -> bytes | None:
+    """The SPI that a member of a bucket names; None if it is not ours."""
+    try:
+        return bytes.fromhex(member.decode())
+    except ValueError:
+        return None
 
 
 def _sign(beat: bytes | None) -> GatewaySign:

@@ -6,14 +6,16 @@ import asyncio
 import heapq
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
-from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.interface import BankUnavailable
 from bridge.stub import Index, Stub, StubError
 from bridge.stubcodec import encode
+from bridge.tasks import end
 
 log = structlog.get_logger()
 
@@ -47,15 +49,25 @@ class Counters:
     """attempts to write that the bank did not take"""
 
 
+class Writable(Protocol):
+    """What a Writer needs of a bank: see StubBank."""
+
+    async def store(self, stubs: Sequence[Stub]) -> list[bool]: ...
+    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]: ...
+
+
 class Writer:
     """Writes stub changes behind the caller's back; one change an index waits at most, the latest.
 
     Past `limit` waiting changes the one whose stub expires first is dropped, deletions last. Used within one running
-    event loop. `delay` in seconds.
+    event loop. `delay` in seconds. `name` is the bank's in the log.
     """
 
-    def __init__(self, bank: StubBank, *, limit: int = LIMIT, delay: float = DELAY, bundle: int = BUNDLE) -> None:
+    def __init__(
+        self, bank: Writable, *, limit: int = LIMIT, delay: float = DELAY, bundle: int = BUNDLE, name: str = "bank"
+    ) -> None:
         self.counters = Counters()
+        self._log = log.bind(bank=name)
         self._bank = bank
         self._limit = limit
         self._delay = delay
@@ -95,11 +107,12 @@ class Writer:
             async with asyncio.timeout(patience):
                 await self.flush()
         except TimeoutError:
-            log.warning("stub-changes-lost", count=self.pending, reason="the bank did not take them before the end")
+            self._log.warning(
+                "stub-changes-lost", count=self.pending, reason="the bank did not take them before the end"
+            )
             self.counters.dropped += self.pending
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
             self._task = None
 
     # what waits
@@ -145,13 +158,13 @@ class Writer:
                     self.counters.failures += 1
                     self._take_back()
                     if not away:
-                        log.warning("bank-writes-wait", reason=str(error), pending=self.pending)
+                        self._log.warning("bank-writes-wait", reason=str(error), pending=self.pending)
                         away = True
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, BACK_OFF_MAX)
                 else:
                     if away:
-                        log.info("bank-writes-resume", pending=len(self._waiting))
+                        self._log.info("bank-writes-resume", pending=len(self._waiting))
                         away = False
                     pause = BACK_OFF_MIN
                 self._under_way = {}
@@ -189,7 +202,7 @@ class Writer:
             encode(stub)
         except StubError as error:
             self.counters.dropped += 1
-            log.error("stub-unfit", index=str(stub.index), reason=str(error))
+            self._log.error("stub-unfit", index=str(stub.index), reason=str(error))
             return False
         return True
 
