@@ -160,3 +160,19 @@ def test_the_list_names_each_stub_once_and_a_deletion_reaches_every_bank(modes: 
     [row] = json.loads(gateway.command("stubs", "list", "--json").stdout)
     gateway.command("stubs", "delete", row["gateway"], row["spi"])
     assert [bank.stubs() for bank in modes.banks] == [[] for _ in modes.banks]
+
+
+def test_check_and_status_name_every_bank(modes: Modes) -> None:
+    modes.near["gw1"].kill()
+    gateway = modes.topology.gateways["gw2"]
+    findings = {
+        row["check"]: row["grade"] for row in json.loads(gateway.command("check", "--json", check=False).stdout)
+    }
+    assert findings["bank of 192.168.50.1"] == "fail"
+    assert findings["bank" if modes.mode == "distributed" else "local bank"] == "ok"
+
+    def told() -> dict[str, bool]:
+        return {bank["bank"]: bank["reachable"] for bank in status(modes.topology, "gw2")["bank"]["banks"]}
+
+    wait_until(lambda: told()["192.168.50.1"] is False, "word that a bank is away")
+    assert told() == {"local": True, "192.168.50.1": False} | ({"central": True} if modes.mode == "mixed" else {})

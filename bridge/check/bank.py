@@ -27,7 +27,29 @@ CLOCK_WARN, CLOCK_FAIL = 2.0, 60.0
 
 
 async def bank(config: GatewayConfig, charon: Charon | None) -> list[Finding]:
-    """Everything about the bank that `config` names."""
+    """Everything about the banks that `config` names."""
+    findings = await _main(config, charon)
+    other = {f"bank of {address}": url for address, url in config.bank.peers.items()}
+    if config.bank.local is not None:
+        other = {"local bank": config.bank.local, **other}
+    for name, url in other.items():
+        findings.append(await _another(name, url))
+    return findings
+
+
+async def _another(name: str, url: str) -> Finding:
+    client = connect(url, PATIENCE)
+    try:
+        began = time.monotonic()
+        await client.ping()
+    except (RedisError, OSError) as error:
+        return fail(name, printable(str(error)), "is its URL right, and the server up and open to this gateway?")
+    finally:
+        await client.aclose()
+    return ok(name, f"answers in {(time.monotonic() - began) * 1000:.1f} ms")
+
+
+async def _main(config: GatewayConfig, charon: Charon | None) -> list[Finding]:
     if config.bank.url is None:
         binary = shutil.which("redis-server") or shutil.which("valkey-server")
         if binary:
