@@ -48,12 +48,13 @@ bench: setup ## short benchmarks, into docs/performance.md
 test: lint typecheck ## everything: lint, types, all tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-releases: $(VENV)/.releases ## resumption between strongSwan 5.9.8, 6.0.1 and 6.1.0, from Debian's releases
+test-releases: $(VENV)/.releases ## strongSwan 5.9.8, 6.0.1 and 6.1.0 with each other, the bank on Valkey 8, all from Debian
 	@$(BIN)/python -m pytest -m releases $(PYTEST_ARGS)
 
 $(VENV)/.releases: $(VENV)/.project
 	@.ci/packages mmdebstrap
 	@$(BIN)/python -m bridge.lab.releases
+	@$(BIN)/python -m bridge.lab.valkey
 	@touch $@
 
 lint: setup ## ruff

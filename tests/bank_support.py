@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,18 @@ from bridge.stub import Child, Endpoint, Identity, Index, Selector, Stub
 
 GATEWAY = "192.0.2.1"
 PATIENCE = 20.0
+
+
+PASSWORD = "secret"
+ADMIN = f"user admin on >{PASSWORD} ~* &* +@all\n"
+
+
+def shipped_users(file: Path) -> tuple[str, ...]:
+    """Writes the shipped users, each with PASSWORD, and an administrator for the tests; the settings that name them."""
+    users = data.path("redis/users.acl").read_text().splitlines()
+    lines = [f"{line} >{PASSWORD}\n" if line.startswith("user ") else f"{line}\n" for line in users]
+    file.write_text("".join([*lines, ADMIN]))
+    return ("--aclfile", str(file))
 
 
 def keyring() -> Keyring:
@@ -88,7 +101,12 @@ class RedisServer:
     """
 
     def __init__(
-        self, directory: Path, *settings: str, program: str = "redis-server", conf: Path | None = None, **login: str
+        self,
+        directory: Path,
+        *settings: str,
+        program: Sequence[str] = ("redis-server",),
+        conf: Path | None = None,
+        **login: str,
     ) -> None:
         self.directory = directory
         self.socket = directory / "redis.sock"
@@ -97,7 +115,7 @@ class RedisServer:
         directory.mkdir(exist_ok=True, parents=True)
         own.write_text((conf or data.path("redis/redis.conf")).read_text())
         self._command = [
-            *(program, str(own), "--port", "0"),
+            *(*program, str(own), "--port", "0"),
             *("--unixsocket", str(self.socket), "--dir", str(directory), "--logfile", str(directory / "redis.log")),
             *settings,
         ]

@@ -7,11 +7,17 @@ from collections.abc import Generator, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from bridge.lab import Lab, Topology, standard
+from bridge.lab import Lab, Topology, standard, valkey
 
 # how long drawing and running an example takes says how busy the machine is
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+
+@pytest.fixture(params=["redis", pytest.param("valkey", marks=pytest.mark.releases)])
+def program(request: pytest.FixtureRequest) -> list[str]:
+    """The command line of a server for the bank: Redis 7, and with `-m releases` Valkey 8."""
+    return ["redis-server"] if request.param == "redis" else valkey.program()
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import redis
-from bank_support import PATIENCE, RedisServer, downloaded, keyring, stub_of
+from bank_support import PASSWORD, PATIENCE, RedisServer, downloaded, keyring, shipped_users, stub_of
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis import RedisBank
 from bridge.bank.writer import Writer
 from bridge.seal import Keyring
-from test_bank_servers import cluster, free_port
+from test_bank_servers import admin, cluster, cluster_url, free_port
 
 __all__ = ["cluster"]
 
@@ -43,7 +43,7 @@ async def until_back(bank: RedisBank) -> None:
 
 
 @pytest.fixture
-def watched_pair(tmp_path: Path) -> Iterator[tuple[RedisServer, int]]:
+def watched_pair(tmp_path: Path, program: list[str]) -> Iterator[tuple[RedisServer, int]]:
     """A primary with a replica and a Sentinel that takes 0.5 s of silence for a failure: primary, Sentinel's port."""
     ports = [free_port() for _ in range(3)]
     for name in ("primary", "replica", "sentinel"):
@@ -51,14 +51,25 @@ def watched_pair(tmp_path: Path) -> Iterator[tuple[RedisServer, int]]:
     conf = tmp_path / "sentinel/sentinel.conf"
     conf.write_text(
         f"sentinel monitor bank 127.0.0.1 {ports[0]} 1\nsentinel down-after-milliseconds bank 500\n"
+        f"sentinel auth-user bank sentinel\nsentinel auth-pass bank {PASSWORD}\n"
         "sentinel failover-timeout bank 3000\n"
     )
+    shared = (
+        *("--masteruser", "replica", "--masterauth", PASSWORD),
+        *shipped_users(tmp_path / "users.acl"),
+    )
+    login: dict[str, Any] = {"username": "admin", "password": PASSWORD}
     with (
-        RedisServer(tmp_path / "primary", "--port", str(ports[0])) as primary,
+        RedisServer(tmp_path / "primary", "--port", str(ports[0]), *shared, program=program, **login) as primary,
         RedisServer(
-            tmp_path / "replica", "--port", str(ports[1]), "--replicaof", "127.0.0.1", str(ports[0])
+            tmp_path / "replica",
+            *("--port", str(ports[1]), "--replicaof", "127.0.0.1", str(ports[0]), *shared),
+            program=program,
+            **login,
         ) as replica,
-        RedisServer(tmp_path / "sentinel", "--port", str(ports[2]), "--sentinel", conf=conf) as sentinel,
+        RedisServer(
+            tmp_path / "sentinel", "--port", str(ports[2]), "--sentinel", program=program, conf=conf
+        ) as sentinel,
     ):
         deadline = time.monotonic() + PATIENCE
         while replica.client.info("replication")["master_link_status"] != "up" or not sentinel.client.execute_command(
@@ -73,7 +84,13 @@ async def test_writing_goes_on_at_the_replica_that_sentinel_promotes(
     watched_pair: tuple[RedisServer, int], ring: Keyring
 ) -> None:
     primary, port = watched_pair
-    bank = RedisBank(f"redis+sentinel://127.0.0.1:{port}/bank/0", ring, get_timeout=5.0)
+    url = f"redis+sentinel://gateway:{PASSWORD}@127.0.0.1:{port}/bank/0"
+    bank = RedisBank(url, ring, get_timeout=5.0)
+    hears: asyncio.Queue[bool] = asyncio.Queue()
+    heard: set[str] = set()
+    keyspace = Keyspace(url, ("ike:stub:*",), lambda event: heard.add(event.key), hears.put_nowait)
+    keyspace.start()
+    assert await hears.get()
     writer = Writer(bank, bundle=16)
     stubs = [stub_of() for _ in range(800)]
     for number, stub in enumerate(stubs):
@@ -92,30 +109,40 @@ async def test_writing_goes_on_at_the_replica_that_sentinel_promotes(
     await writer.flush()
     assert len(await downloaded(bank)) == len(stubs)
     assert len(lost) < 64
+    # and whoever watched hears the new primary
+    async with asyncio.timeout(PATIENCE):
+        assert not await hears.get()
+        assert await hears.get()
+        last = stub_of()
+        await bank.store([last])
+        while last.index.key not in heard:  # noqa: ASYNC110 - its queue is of states, not events
+            await asyncio.sleep(0.02)
+    await keyspace.close()
     await writer.close()
     await bank.close()
 
 
 def reshard(ports: list[int], tag: str, to: int) -> None:
     """Move the slot of one bucket, with what is in it, to another primary, as `redis-cli --cluster reshard` does."""
-    clients = [redis.Redis(port=port) for port in ports]
-    slot = clients[0].execute_command("CLUSTER", "KEYSLOT", f"{{{tag}}}")  # type: ignore[no-untyped-call]
-    ids = [client.execute_command("CLUSTER", "MYID") for client in clients]  # type: ignore[no-untyped-call]
+    clients = [admin(port) for port in ports]
+    slot = clients[0].execute_command("CLUSTER", "KEYSLOT", f"{{{tag}}}")
+    ids = [client.execute_command("CLUSTER", "MYID") for client in clients]
     bounds = ((0, 5460), (5461, 10922), (10923, 16383))
     source = next(number for number, (first, last) in enumerate(bounds) if first <= slot <= last)
     if source == to:
         to = (to + 1) % 3
-    clients[to].execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])  # type: ignore[no-untyped-call]
-    clients[source].execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[to])  # type: ignore[no-untyped-call]
-    while keys := clients[source].execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):  # type: ignore[no-untyped-call]
-        clients[source].execute_command("MIGRATE", "127.0.0.1", ports[to], "", 0, 5000, "KEYS", *keys)  # type: ignore[no-untyped-call]
+    clients[to].execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
+    clients[source].execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[to])
+    while keys := clients[source].execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+        clients[source].execute_command(
+            "MIGRATE", "127.0.0.1", ports[to], "", 0, 5000, "AUTH2", "admin", PASSWORD, "KEYS", *keys
+        )
     for number in (to, source, 3 - to - source):
-        clients[number].execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[to])  # type: ignore[no-untyped-call]
+        clients[number].execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[to])
 
 
 async def test_a_cluster_may_move_buckets_while_gateways_write(cluster: list[int], ring: Keyring) -> None:
-    hosts = ",".join(f"127.0.0.1:{port}" for port in cluster)
-    bank = RedisBank(f"redis+cluster://{hosts}", ring, get_timeout=5.0)
+    bank = RedisBank(cluster_url(cluster), ring, get_timeout=5.0)
     writer = Writer(bank, bundle=64)
     stubs = [stub_of() for _ in range(1500)]
     moves: asyncio.Task[None] | None = None
@@ -141,7 +168,7 @@ async def test_a_cluster_may_move_buckets_while_gateways_write(cluster: list[int
 
 
 async def test_the_keyspace_of_all_primaries_of_a_cluster_is_heard(cluster: list[int], ring: Keyring) -> None:
-    url = "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in cluster)
+    url = cluster_url(cluster)
     heard: set[str] = set()
     ready, complete = asyncio.Event(), asyncio.Event()
 
@@ -183,7 +210,7 @@ def certificate(directory: Path, name: str, issuer: str | None) -> None:
     subprocess.run([*openssl, *signer, *extensions, *files], cwd=directory, check=True, capture_output=True)
 
 
-async def test_tls_with_client_certificates(tmp_path: Path, ring: Keyring) -> None:
+async def test_tls_with_client_certificates(tmp_path: Path, ring: Keyring, program: list[str]) -> None:
     certificate(tmp_path, "ca", None)
     certificate(tmp_path, "server", "ca")
     certificate(tmp_path, "gateway", "ca")
@@ -193,7 +220,7 @@ async def test_tls_with_client_certificates(tmp_path: Path, ring: Keyring) -> No
         *("--tls-port", str(port), "--tls-ca-cert-file", str(tmp_path / "ca.crt")),
         *("--tls-cert-file", str(tmp_path / "server.crt"), "--tls-key-file", str(tmp_path / "server.key")),
     )
-    with RedisServer(tmp_path, *settings):
+    with RedisServer(tmp_path, *settings, program=program):
 
         def bank(name: str, ca: str = "ca") -> RedisBank:
             files = (

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.redis
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path) as server:
+def server(tmp_path: Path, program: list[str]) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path, program=program) as server:
         yield server
 
 

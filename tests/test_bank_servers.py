@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -12,9 +14,9 @@ from typing import Any
 import pytest
 
 import redis
-from bank_support import GATEWAY, PATIENCE, RedisServer, downloaded, keyring, listed, stub_of
-from bridge import data
+from bank_support import GATEWAY, PASSWORD, PATIENCE, RedisServer, downloaded, keyring, listed, shipped_users, stub_of
 from bridge.bank.connect import connect
+from bridge.bank.keyspace import Keyspace
 from bridge.bank.redis import RedisBank
 from bridge.seal import Keyring
 
@@ -30,38 +32,62 @@ def ring() -> Keyring:
 
 
 @pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server with the shipped users, each with the password `secret`."""
-    users = data.path("redis/users.acl").read_text()
-    (tmp_path / "users.acl").write_text("".join(f"{line} >secret\n" for line in users.splitlines()))
-    settings = ("--aclfile", str(tmp_path / "users.acl"))
-    with RedisServer(tmp_path, *settings, username="gateway", password="secret") as server:
+def guarded(tmp_path: Path, program: list[str]) -> Iterator[RedisServer]:
+    """A server with the shipped users."""
+    settings = shipped_users(tmp_path / "users.acl")
+    with RedisServer(tmp_path, *settings, program=program, username="admin", password=PASSWORD) as server:
         yield server
 
 
-async def test_a_gateway_needs_no_more_than_the_shipped_rights(guarded: RedisServer, ring: Keyring) -> None:
-    bank = RedisBank(f"unix://gateway:secret@{guarded.socket}", ring, get_timeout=5.0)
-    stub = stub_of()
+async def test_a_gateway_needs_no_more_than_the_shipped_rights(guarded: RedisServer) -> None:
+    old, new = {b"old1": os.urandom(32)}, {b"new1": os.urandom(32)}
+    ring = Keyring(old)
+    bank = RedisBank(f"unix://gateway:{PASSWORD}@{guarded.socket}", ring, get_timeout=5.0)
+    stub, other = stub_of(), stub_of()
     await bank.ping()
-    await bank.store([stub])
+    await bank.store([stub, other])
     assert await bank.get([stub.index]) == [stub]
-    assert await downloaded(bank) == [stub]
-    assert len(await listed(bank)) == 1
+    assert await bank.look([stub.index]) == [(stub, False)]
+    assert await bank.revisions([stub.index]) == [1]
+    assert len(await downloaded(bank)) == 2
+    assert len(await listed(bank)) == 2
     await bank.heartbeat(GATEWAY, 10)
+    assert (await bank.gateways())[GATEWAY].alive
+    await bank.post("stats", GATEWAY, "{}", 10)
     assert await bank.delete([(stub.index, 1)]) == [True]
+    assert await bank.ended([stub.index]) == [True]
+    assert [index async for page in bank.endings() for index in page] == [stub.index]
+    ring.replace(Keyring(new | old))
+    ring.prefer(new)
+    assert await bank.reseal(GATEWAY) == 1
+    await bank.close()
+
+
+async def test_a_gateway_may_watch_the_keyspace(guarded: RedisServer, ring: Keyring) -> None:
+    url = f"unix://gateway:{PASSWORD}@{guarded.socket}"
+    heard: asyncio.Queue[str] = asyncio.Queue()
+    ready = asyncio.Event()
+    keyspace = Keyspace(url, ("ike:gateway:*",), lambda event: heard.put_nowait(event.key), lambda _: ready.set())
+    keyspace.start()
+    bank = RedisBank(url, ring, get_timeout=5.0)
+    async with asyncio.timeout(PATIENCE):
+        await ready.wait()
+        await bank.heartbeat(GATEWAY, 10)
+        assert await heard.get() == f"ike:gateway:{GATEWAY}"
+    await keyspace.close()
     await bank.close()
 
 
 @pytest.mark.parametrize("user", ["gateway", "monitor"])
 @pytest.mark.parametrize("command", ["FLUSHALL", "CONFIG SET maxmemory 1", "SET other 1", "GET other", "KEYS *"])
 def test_the_shipped_users_may_do_nothing_else(guarded: RedisServer, user: str, command: str) -> None:
-    client = redis.Redis(unix_socket_path=str(guarded.socket), username=user, password="secret")
+    client = redis.Redis(unix_socket_path=str(guarded.socket), username=user, password=PASSWORD)
     with pytest.raises(redis.exceptions.NoPermissionError):
         client.execute_command(*command.split())  # type: ignore[no-untyped-call]
 
 
 def test_a_monitor_changes_nothing(guarded: RedisServer) -> None:
-    client = redis.Redis(unix_socket_path=str(guarded.socket), username="monitor", password="secret")
+    client = redis.Redis(unix_socket_path=str(guarded.socket), username="monitor", password=PASSWORD)
     assert client.hmget(stub_of().index.key, "id_i") == [None]
     with pytest.raises(redis.exceptions.NoPermissionError):
         client.hset(stub_of().index.key, "id_i", "forged")
@@ -80,15 +106,18 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[list[int]]:
-    """The ports of a Cluster of three primaries."""
+def cluster(tmp_path: Path, program: list[str]) -> Iterator[list[int]]:
+    """The ports of a Cluster of three primaries with the shipped users."""
     ports = [free_port() for _ in range(3)]
     with ExitStack() as stack:
         clients = []
         for port, bounds in zip(ports, ((0, 5460), (5461, 10922), (10923, 16383)), strict=True):
             directory = tmp_path / str(port)
             directory.mkdir()
-            node = stack.enter_context(RedisServer(directory, "--cluster-enabled", "yes", "--port", str(port)))
+            settings = ("--cluster-enabled", "yes", "--port", str(port), *shipped_users(directory / "users.acl"))
+            node = stack.enter_context(
+                RedisServer(directory, *settings, program=program, username="admin", password=PASSWORD)
+            )
             node.client.execute_command("CLUSTER ADDSLOTSRANGE", *bounds)
             node.client.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
             clients.append(node.client)
@@ -99,6 +128,16 @@ def cluster(tmp_path: Path) -> Iterator[list[int]]:
         yield ports
 
 
+def cluster_url(ports: list[int]) -> str:
+    """The URL of a Cluster for a gateway."""
+    return f"redis+cluster://gateway:{PASSWORD}@" + ",".join(f"127.0.0.1:{port}" for port in ports)
+
+
+def admin(port: int) -> Any:
+    """A client for looking at a node, and for managing it; untyped, since redis-py leaves open what replies are."""
+    return redis.Redis(port=port, username="admin", password=PASSWORD)
+
+
 def whole(client: Any) -> bool:
     """Whether a node knows the other two and finds every slot served."""
     info = client.execute_command("CLUSTER INFO")
@@ -106,16 +145,15 @@ def whole(client: Any) -> bool:
 
 
 async def test_a_cluster_is_a_bank_like_any_other(cluster: list[int], ring: Keyring) -> None:
-    hosts = ",".join(f"127.0.0.1:{port}" for port in cluster)
-    bank = RedisBank(f"redis+cluster://{hosts}", ring, get_timeout=5.0)
+    bank = RedisBank(cluster_url(cluster), ring, get_timeout=5.0)
     stubs = [stub_of() for _ in range(600)]
     assert all(await bank.store(stubs))
     assert await bank.get([stub.index for stub in stubs]) == stubs
     assert len(await downloaded(bank)) == 600
     assert len(await listed(bank)) == 600
-    assert all(redis.Redis(port=port).dbsize() for port in cluster)
+    assert all(admin(port).dbsize() for port in cluster)
     for port in cluster:
-        redis.Redis(port=port).script_flush()
+        admin(port).script_flush()
     assert all(await bank.delete([(stub.index, 1) for stub in stubs]))
     await bank.heartbeat(GATEWAY, 10)
     assert await bank.ping() > 0
@@ -123,7 +161,7 @@ async def test_a_cluster_is_a_bank_like_any_other(cluster: list[int], ring: Keyr
 
 
 @pytest.fixture
-def sentinel(tmp_path: Path) -> Iterator[int]:
+def sentinel(tmp_path: Path, program: list[str]) -> Iterator[int]:
     """The port of a Sentinel that watches a primary named `bank`."""
     port, sentinel_port = free_port(), free_port()
     watcher = tmp_path / "sentinel"
@@ -131,7 +169,10 @@ def sentinel(tmp_path: Path) -> Iterator[int]:
     conf = watcher / "sentinel.conf"
     conf.write_text(f"sentinel monitor bank 127.0.0.1 {port} 1\n")
     settings = ("--port", str(sentinel_port), "--sentinel")
-    with RedisServer(tmp_path, "--port", str(port)), RedisServer(watcher, *settings, conf=conf):
+    with (
+        RedisServer(tmp_path, "--port", str(port), program=program),
+        RedisServer(watcher, *settings, program=program, conf=conf),
+    ):
         yield sentinel_port
 
 

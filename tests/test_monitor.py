@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from bank_support import GATEWAY, RedisServer, keyring, stub_of
-from bridge import data
+from bank_support import GATEWAY, RedisServer, keyring, shipped_users, stub_of
 from bridge.bank.redis import RedisBank
 
 pytestmark = pytest.mark.redis
@@ -22,10 +21,8 @@ pytestmark = pytest.mark.redis
 @pytest.fixture
 async def watched(tmp_path: Path) -> AsyncIterator[tuple[RedisBank, asyncio.subprocess.Process, RedisServer]]:
     """A bank with the shipped users, and a monitor that runs as the user `monitor`."""
-    users = data.path("redis/users.acl").read_text()
-    (tmp_path / "users.acl").write_text("".join(f"{line} >secret\n" for line in users.splitlines()))
     (tmp_path / "gateway.yaml").write_text(f"address: {GATEWAY}\n")
-    settings = ("--aclfile", str(tmp_path / "users.acl"))
+    settings = shipped_users(tmp_path / "users.acl")
     with RedisServer(tmp_path, *settings, username="gateway", password="secret") as server:
         bank = RedisBank(f"unix://gateway:secret@{server.socket}", keyring(), get_timeout=5.0)
         process = await asyncio.create_subprocess_exec(
