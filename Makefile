@@ -19,7 +19,7 @@ PACKAGES := \
 	iproute2 iputils-ping iptables nftables procps kmod tshark \
 	prometheus faketime mandoc zsh fish
 
-DEVELOPMENT := mypy pytest pytest-asyncio hypothesis ruff types-PyYAML
+DEVELOPMENT := mypy pytest pytest-asyncio hypothesis ruff jsonschema types-PyYAML types-jsonschema
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22

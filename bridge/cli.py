@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 import yaml
 
 from bridge import control
-from bridge.config import ClientConfig, Config, ConfigError, GatewayConfig, load
+from bridge.config import ClientConfig, Config, ConfigError, GatewayConfig, LogLevel, load
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -273,6 +273,22 @@ def _print_sas(rows: list[dict[str, Any]], now: int) -> None:
         show(sas)
     else:
         click.echo("no IKE_SA")
+
+
+@cli.command("log-level")
+@config_option
+@click.argument("level", required=False, type=click.Choice(get_args(LogLevel)))
+@json_option
+def log_level(path: str, level: str | None, as_json: bool) -> None:
+    """Show or set the level of the running sidecar's log.
+
+    Until it is restarted: then `log.level` of its configuration holds again.
+    """
+    answer = _call(read_any(path).control, {"command": "log-level", "level": level})
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(answer["level"])
 
 
 @cli.command()

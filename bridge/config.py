@@ -87,8 +87,11 @@ class Intercept(Struct, forbid_unknown_fields=True, frozen=True):
     queue: Annotated[int, Meta(ge=0, le=65535)] = 4510
 
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
 class Log(Struct, forbid_unknown_fields=True, frozen=True):
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: LogLevel = "info"
     format: Literal["logfmt", "json"] = "logfmt"
 
 
@@ -133,7 +136,7 @@ class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
     gateways: Annotated[tuple[GatewayEntry, ...], Meta(min_length=1)] = ()
     resume_on_down: bool = True
     resume: Resume = field(default_factory=Resume)
-    metrics: str | None = None
+    metrics: str | None = "127.0.0.1:9471"
     log: Log = field(default_factory=Log)
 
 

@@ -18,6 +18,7 @@ import msgspec
 import structlog
 import uvloop
 
+from bridge import gauges
 from bridge import log as logging
 from bridge.bank import bank_url, open_bank
 from bridge.bank.cache import CachedBank
@@ -135,6 +136,15 @@ def _raw_udp(stack: AsyncExitStack) -> RawUdp:
     return raw
 
 
+async def _log_level(request: dict[str, Any]) -> Answer:
+    """The level that is written, after it was changed if the request names one."""
+    if (level := request.get("level")) is not None:
+        before = logging.level()
+        logging.set_level(str(level))
+        log.info("log-level", level_before=before, level_now=level)
+    return {"level": logging.level()}
+
+
 async def _wait_known(charon: Charon) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(READY_SECONDS):
@@ -230,13 +240,18 @@ class GatewayProcess:
             bank_reachable=lambda: self._bank_reachable,
             get_timeout=config.bank.get_timeout,
         )
-        self._gauges()
+        self._gauges(charon, gateway, writer, cache)
         stack.callback(_serve_metrics(self._metrics, config.metrics))
         self._rotation = rotation = Rotation(bank, keyring, config.bank.key_file, config.address)
         upkeep = Upkeep(config, bank_url(config.bank), cache, rotation, charon, publisher, self._metrics)
         if tiers is not None:
             tiers.on_return = upkeep.returned
-        commands: dict[str, Command] = {"status": self._status, "fetch": upkeep.fetch, "fetched": upkeep.progress}
+        commands: dict[str, Command] = {
+            "status": self._status,
+            "log-level": _log_level,
+            "fetch": upkeep.fetch,
+            "fetched": upkeep.progress,
+        }
         control = ControlServer(config.control, commands)
         await control.start()
         stack.push_async_callback(control.close)
@@ -295,7 +310,7 @@ class GatewayProcess:
         while True:
             address = self._config.address or self._local_address()
             try:
-                await self._bank.ping()
+                self._metrics.ping_seconds.observe(await self._bank.ping())
                 if address:
                     await self._bank.heartbeat(address, HEARTBEAT_TTL)
                 if not self._bank_reachable:
@@ -311,14 +326,11 @@ class GatewayProcess:
         assert self._charon is not None
         return next((sa.local.address for sa in self._charon.tracker.established() if sa.local), None)
 
-    def _gauges(self) -> None:
-        charon, gateway, writer, cache = self._charon, self._gateway, self._writer, self._bank
-        assert cache is not None
-        assert charon is not None
-        assert gateway is not None
-        assert writer is not None
+    def _gauges(self, charon: Charon, gateway: Gateway, writer: Writer, cache: CachedBank) -> None:
+        gauges.of_charon(self._metrics, charon)
+        gauges.of_stubs(self._metrics, charon, writer, cache)
+        gauges.of_queue(self._metrics, lambda: self._interceptor)
         gauge = self._metrics.gauge
-        gauge("ike_sas", "established IKE_SAs of charon", lambda: sum(1 for _ in charon.tracker.established()))
         gauge(
             "toggle_seconds",
             "how long the last activation kept the IKE_SAs of one segment from answering, at most",
@@ -326,23 +338,13 @@ class GatewayProcess:
         )
         gauge("unconfirmed", "rebuilt IKE_SAs not confirmed yet", lambda: gateway.unconfirmed)
         gauge("cookies_demanded", "1 while every request must carry a cookie", lambda: float(gateway.demanding))
-        gauge("bank_pending", "stub changes waiting for the bank", lambda: writer.pending)
-        if (tiers := self._tiers) is not None:
-            gauge("bank_owed", "stub changes that one bank has and another has yet to get", lambda: tiers.owed)
+        tiers = self._tiers
+        gauge(
+            "bank_owed",
+            "stub changes that one bank has and another has yet to get",
+            lambda: tiers.owed if tiers is not None else 0,
+        )
         gauge("bank_reachable", "1 while the bank answers", lambda: float(self._bank_reachable))
-        gauge("bank_stored", "stubs that the bank took", lambda: writer.counters.stored)
-        gauge("bank_refused", "stubs the bank had a newer revision of", lambda: writer.counters.refused)
-        gauge("bank_dropped", "stub changes lost for want of room", lambda: writer.counters.dropped)
-        gauge("bank_write_failures", "attempts to write that the bank did not take", lambda: writer.counters.failures)
-        gauge("stubs_unreadable", "stubs found that did not open", lambda: cache.unreadable)
-        gauge("bank_cached", "stubs of failed gateways held here", lambda: cache.size)
-        gauge("bank_cache_hits", "stubs served without a look into the bank", lambda: cache.hits)
-        gauge("charon_reachable", "1 while charon answers on VICI", lambda: float(charon.vici.connected))
-        gauge("ha_drops", "HA datagrams of charon's that were dropped", charon.channel.drops)
-        gauge("nfqueue_drops", "requests the kernel dropped from the queue", self._queue_drops)
-
-    def _queue_drops(self) -> float:
-        return float(self._interceptor.stats().drops) if self._interceptor else 0.0
 
     async def _status(self, _: dict[str, Any]) -> Answer:
         assert self._charon is not None
@@ -396,8 +398,10 @@ class ClientProcess:
         except OSError as error:
             raise StartError(f"raw sockets: {error}") from error
         stack.callback(listener.stop)
+        gauges.of_charon(self._metrics, self._charon)
         stack.callback(_serve_metrics(self._metrics, config.metrics))
-        control = ControlServer(config.control, {"status": self._status, "resume": self._resume})
+        commands: dict[str, Command] = {"status": self._status, "log-level": _log_level, "resume": self._resume}
+        control = ControlServer(config.control, commands)
         await control.start()
         stack.push_async_callback(control.close)
         self._charon.start()

@@ -140,6 +140,7 @@ class Gateway:
         self._cookies = Cookies(random=random)
         self._admission = Admission(sync, self._cookies)
         self._metrics = metrics
+        metrics.expect(Refusal)
         self._publish = publish
         self._bank_reachable = bank_reachable
         self._get_timeout = get_timeout
@@ -476,6 +477,7 @@ class Gateway:
             return
         now = self._clock()
         self._metrics.install_seconds.observe(now - began)
+        self._metrics.activation_seconds.observe(self._charon.installer.toggle_seconds)
         # another attempt of the same client may have been confirmed meanwhile
         void = [pair for pair in rebuilt if not self._wanted(pair[1])]
         if void:

@@ -126,7 +126,9 @@ class Watch:
         self._before[name] = (now, counters)
         elapsed = max(now - then, 0.001)
         refusals = {
-            key.partition("[")[2].rstrip("]"): value for key, value in counters.items() if key.startswith("refusals")
+            key.partition("[")[2].rstrip("]"): value
+            for key, value in counters.items()
+            if key.startswith("refusals") and value
         }
         resumed, refused = counters.get("resumptions_total", 0.0), sum(refusals.values())
         refused_before = sum(value for key, value in before.items() if key.startswith("refusals"))

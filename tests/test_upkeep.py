@@ -42,10 +42,10 @@ def test_a_failed_gateways_stubs_are_fetched_and_serve_a_client_without_the_bank
     topology.bank.cli("SET", f"ike:gateway:{GW1}", "1", "PX", "50")
     wait_until(lambda: said(topology, "gw2", "downloaded") > before, "the download")
     key = topology.bank.stubs()[0]
-    hits = counter(topology, "gw2", "bank_cache_hits")
+    hits = counter(topology, "gw2", "bank_cache_hits_total")
     assert resume(topology)["result"] == "resumed"
     assert topology.client.ping(SITE) == 3
-    assert counter(topology, "gw2", "bank_cache_hits") == hits + 1
+    assert counter(topology, "gw2", "bank_cache_hits_total") == hits + 1
     assert key not in topology.bank.stubs()
 
 
