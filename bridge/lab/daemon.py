@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Seconds; generous, since many may share few cores.
 START_PATIENCE = 30.0
-STOP_PATIENCE = 10.0
+STOP_PATIENCE = 60.0
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = START_PATIENCE) -> None:
