@@ -23,7 +23,7 @@ from typing import Protocol
 
 import structlog
 
-from bridge.admission import Admission, Verdict
+from bridge.admission import Admission, Demand, Verdict
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.writer import Writer
 from bridge.charon.channel import ChannelError
@@ -140,7 +140,7 @@ class Gateway:
         self._cookies = Cookies(random=random)
         self._admission = Admission(sync, self._cookies)
         self._metrics = metrics
-        metrics.expect(Refusal)
+        metrics.expect(Refusal, Demand)
         self._publish = publish
         self._bank_reachable = bank_reachable
         self._get_timeout = get_timeout

@@ -135,10 +135,12 @@ class GatewayMetrics(Metrics):
             "activation_seconds", "of that: how long the IKE_SAs of one segment did not answer, at most"
         )
 
-    def expect(self, reasons: Iterable[str]) -> None:
-        """Show what was not refused yet as 0: a rate needs a value before the first."""
-        for reason in reasons:
+    def expect(self, refusals: Iterable[str], demands: Iterable[str]) -> None:
+        """Show what has not happened yet as 0: a rate needs a value before the first."""
+        for reason in refusals:
             self._refused.labels(str(reason))
+        for reason in demands:
+            self._cookies.labels(str(reason))
 
     def refused(self, reason: str) -> None:
         """Count a request that went on to charon."""

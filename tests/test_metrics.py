@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridge import log
+from bridge.admission import Demand
 from bridge.gateway import Refusal
 from bridge.metrics import ClientMetrics, GatewayMetrics, Metrics
 
@@ -50,9 +51,10 @@ async def test_values_are_read_on_the_event_loop_alone(unused_tcp_port: int) -> 
 
 async def test_what_has_not_happened_yet_is_there_as_zero(unused_tcp_port: int) -> None:
     metrics = GatewayMetrics()
-    metrics.expect(Refusal)
+    metrics.expect(Refusal, Demand)
     found = await scraped(metrics, unused_tcp_port)
     assert {found[f"ike_sa_sync_refusals_total[{reason}]"] for reason in Refusal} == {0.0}
+    assert {found[f"ike_sa_sync_cookies_total[{reason}]"] for reason in Demand} == {0.0}
     assert found["process_resident_memory_bytes"] > 0
     assert not any(name.endswith("_created") for name in found)
 

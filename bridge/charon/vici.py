@@ -35,6 +35,8 @@ _FAILURES = (
     vici.exception.CommandException,
     vici.exception.DeserializationException,
 )
+CLOSE_SECONDS = 1.0
+"""that `close` gives the thread of the events, which looks up every 0.2 s"""
 RETRY_SECONDS = 0.5
 """between attempts to reach a charon that is not there"""
 OVER_TIME = 0.1
@@ -232,6 +234,8 @@ class Vici:
     def close(self) -> None:
         """Stop listening, and end the commands that are under way: their threads would keep the process."""
         self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_SECONDS)
         for sock in list(self._asking):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -268,6 +272,9 @@ class Vici:
                     first = self._next(stream)
             finally:
                 self._call(self._disconnected)
+                # or it would unregister at some later time, on a socket that is closed, and complain
+                with contextlib.suppress(*_FAILURES, vici.exception.EventUnknownException):
+                    stream.close()
 
     @staticmethod
     def _next(stream: Any) -> tuple[str, Section] | None:
