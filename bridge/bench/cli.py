@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,20 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bridge.bench import bank as bank_bench
 from bridge.bench import report
 from bridge.bench.handshake import compare
 from bridge.bench.rig import Rig, rig
 from bridge.bench.storm import Progress as Told
 from bridge.bench.storm import growth as fill
 from bridge.bench.storm import storm as break_loose
-from bridge.bench.usage import machine
+from bridge.bench.usage import lab_machine, machine
 from bridge.lab.space import LabError
 
 WINDOW = 2048
 """sessions at a time: what a gateway's queue holds without letting any by"""
 CLIENTS = 20
-SHORT = {"rounds": 8, "sessions": 10_000, "sizes": [1000, 10_000], "sample": 1000}
+SHORT = {"rounds": 8, "sessions": 10_000, "sizes": [1000, 10_000], "sample": 1000, "stubs": [20_000]}
 """what `make bench` does"""
 
 Work = Callable[[Rig, Told], dict[str, Any]]
@@ -34,7 +35,7 @@ Work = Callable[[Rig, Told], dict[str, Any]]
 
 @click.group()
 def bench() -> None:
-    """Benchmarks: resumptions beside handshakes, storms, growth. As root, in a lab of their own."""
+    """Benchmarks: resumptions beside handshakes, storms, growth, as root in a lab of their own; and the bank."""
 
 
 @contextmanager
@@ -50,12 +51,21 @@ def _measure(name: str, work: Work, clients: int = 0) -> dict[str, Any]:
     try:
         with _progress() as told, rig(clients) as built:
             built.kill_first_gateway()
-            about = machine(built.target)
+            about = lab_machine(built.target)
             result = work(built, told)
     except LabError as error:
         raise click.ClickException(str(error)) from None
+    return _told(name, about, result)
+
+
+def _told(name: str, about: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return {"benchmark": name, "date": date, "machine": about, "result": result}
+
+
+def _measure_bank(counts: Sequence[int]) -> dict[str, Any]:
+    with _progress() as told:
+        return _told("bank", machine(), bank_bench.fill(counts, told))
 
 
 def _publish(measured: dict[str, Any], plot: str | None, as_json: bool) -> None:
@@ -110,6 +120,26 @@ def growth(sizes: tuple[int, ...], sample: int, window: int, plot: str | None, a
     _publish(measured, plot, as_json)
 
 
+@bench.command("bank")
+@click.option(
+    "--stubs",
+    "counts",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(100_000,),
+    show_default=True,
+    help="So many stubs; may be given several times, to compare sizes.",
+)
+@_plot
+@_json
+def bank(counts: tuple[int, ...], plot: str | None, as_json: bool) -> None:
+    """The bank: octets a stub; Initiate, GET and Download a second, in one process.
+
+    Starts a Redis of its own with the shipped redis.conf, and needs no lab.
+    """
+    _publish(_measure_bank(counts), plot, as_json)
+
+
 @bench.command("report")
 @click.option("--docs", default="docs", show_default=True, type=click.Path(file_okay=False))
 @click.option("--short", is_flag=True, help="First measure: a short version of each benchmark.")
@@ -126,6 +156,8 @@ def make_report(docs: str, short: bool) -> None:
         for name, work in works.items():
             measured = _measure(name, work, CLIENTS if name == "storm" else 0)
             (folder / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+        measured = _measure_bank(SHORT["stubs"])  # type: ignore[arg-type]
+        (folder / "bank.json").write_text(json.dumps(measured, indent=1) + "\n")
     reports = {
         name: json.loads((folder / f"{name}.json").read_text())
         for name in report.SECTIONS

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bridge.bench import bank
 from bridge.bench.plot import bars
 
 INTRODUCTION = """\
 # Performance
 
 Written by `make bench` from the JSON beside the plots in [bench/](bench/); do not edit. Repeat any of it, longer, with
-`ike-sa-sync bench handshake-vs-resume|storm|growth`.
+`ike-sa-sync bench handshake-vs-resume|storm|growth|bank`.
 
 {machine}
 
@@ -44,8 +45,8 @@ def machine_text(machine: dict[str, Any], date: str) -> str:
     """One line on where and when."""
     return (
         f"Taken {date} on {machine['cores']} cores ({machine['cpu']}), kernel {machine['kernel']}, "
-        f"strongSwan {machine['strongswan']} (ESP by {machine['esp']}), Redis {machine['redis']}, "
-        f"Python {machine['python']}."
+        + (f"strongSwan {machine['strongswan']} (ESP by {machine['esp']}), " if "strongswan" in machine else "")
+        + f"Redis {machine['redis']}, Python {machine['python']}."
     )
 
 
@@ -218,7 +219,7 @@ def growth(result: dict[str, Any]) -> tuple[str, str]:
     return text, plot
 
 
-SECTIONS = {"handshake-vs-resume": comparison, "storm": storm, "growth": growth}
+SECTIONS = {"handshake-vs-resume": comparison, "storm": storm, "growth": growth, "bank": bank.section}
 
 
 def document(reports: dict[str, dict[str, Any]]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
 
 
-def machine(host: Host) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     model = ""
     with contextlib.suppress(OSError):
@@ -67,14 +69,20 @@ def machine(host: Host) -> dict[str, Any]:
             if line.startswith("model name"):
                 model = line.partition(":")[2].strip()
                 break
-    import os
-
+    version = subprocess.run(["redis-server", "--version"], capture_output=True, text=True, check=True).stdout
     return {
         "cpu": model or platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 1,
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "redis": version.split("v=")[1].split()[0],
+    }
+
+
+def lab_machine(host: Host) -> dict[str, Any]:
+    """The same with the parts of a lab's host."""
+    return {
+        **machine(),
         "strongswan": host.charon.vici().version()["version"].decode(),
-        "redis": host.run("redis-server", "--version").stdout.split("v=")[1].split()[0],
         "esp": host.esp.value,
     }

@@ -1,0 +1,36 @@
+"""`ike-sa-sync bench bank`: that it measures what it says, on a small bank."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.redis
+
+BENCH = (sys.executable, "-m", "bridge.cli", "bench", "bank", "--stubs", "300", "--stubs", "600")
+
+
+def test_it_gives_its_figures_for_each_size_as_json_with_their_circumstances(tmp_path: Path) -> None:
+    done = subprocess.run([*BENCH, "--json"], capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert told["benchmark"] == "bank"
+    assert {"cpu", "cores", "kernel", "python", "redis"} <= told["machine"].keys()
+    assert [row["stubs"] for row in told["result"]["rows"]] == [300, 600]
+    for row in told["result"]["rows"]:
+        assert row["octets_per_stub"] > 300
+        for step in ("Initiate", "GET", "Download"):
+            assert row[step]["per_s"] > 0
+            assert row[step]["cpu_us"]["sidecar"] > 0
+            assert row[step]["cpu_us"]["redis"] > 0
+
+
+def test_it_prints_a_table_and_draws_a_plot(tmp_path: Path) -> None:
+    plot = tmp_path / "bank.svg"
+    done = subprocess.run([*BENCH, "--plot", str(plot)], capture_output=True, text=True, check=True)
+    for word in ("Initiate", "GET", "Download", "300", "600"):
+        assert word in done.stdout
+    assert plot.read_text().startswith("<svg")
