@@ -3,7 +3,7 @@
 # What they need is installed the first time and then left alone: Debian packages, and Python ones in .venv.
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench test test-releases lint typecheck lock clean
+.PHONY: help setup demo bench test test-releases lint typecheck man reference lock clean
 
 # Debian's Python: the headers that NetfilterQueue is built with belong to it.
 PYTHON ?= /usr/bin/python3
@@ -63,6 +63,12 @@ lint: setup ## ruff
 
 typecheck: setup ## mypy --strict
 	@$(BIN)/mypy
+
+man: setup ## manual pages and shell completions, into build/man
+	@$(BIN)/python man/build.py build/man
+
+reference: setup ## docs/configuration.md, from bridge/config.py
+	@$(BIN)/python man/build.py --markdown
 
 lock: $(VENV)/.packages ## bring requirements-dev.lock up to date
 	@$(PYTHON) -m venv $(VENV)/lock && $(VENV)/lock/bin/python -m pip install --quiet pip-tools

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from bridge.check import Finding
 
 BAD_CONFIGURATION = 2
+GATEWAY_FILE = "/etc/ike-sa-sync/gateway.yaml"
+CLIENT_FILE = "/etc/ike-sa-sync/client.yaml"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -33,17 +37,19 @@ def fail(text: object, code: int = 1) -> None:
     sys.exit(code)
 
 
-def read_config(path: str, kind: type[Config]) -> Config:
+def read_config(path: str | None, kind: type[Config]) -> Config:
     """The configuration, or one line and exit 2."""
     try:
-        return load(path, kind)
+        return load(path or (GATEWAY_FILE if kind is GatewayConfig else CLIENT_FILE), kind)
     except ConfigError as error:
         fail(error, BAD_CONFIGURATION)
         raise  # not reached: fail() exits
 
 
-def read_any(path: str) -> GatewayConfig | ClientConfig:
+def read_any(path: str | None) -> GatewayConfig | ClientConfig:
     """A configuration of either role: one with `gateways` is a client's."""
+    if path is None:
+        path = GATEWAY_FILE if Path(GATEWAY_FILE).exists() or not Path(CLIENT_FILE).exists() else CLIENT_FILE
     try:
         raw = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -54,10 +60,9 @@ def read_any(path: str) -> GatewayConfig | ClientConfig:
 
 
 def config_option(function: Function) -> Function:
-    """-c FILE."""
-    return click.option("-c", "--config", "path", required=True, metavar="FILE", help="Configuration file (YAML).")(
-        function
-    )
+    """-c FILE; without it the one that packages install."""
+    where = "Configuration file (YAML).  [default: /etc/ike-sa-sync/gateway.yaml or client.yaml]"
+    return click.option("-c", "--config", "path", metavar="FILE", help=where)(function)
 
 
 def json_option(function: Function) -> Function:
@@ -86,7 +91,7 @@ def table(*columns: str, title: str | None = None) -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
 
 
 def show(*tables: Table) -> None:
@@ -96,6 +101,23 @@ def show(*tables: Table) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
     for each in tables:
         console.print(each)
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """Say on a terminal that something takes a while."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def count(number: int, thing: str) -> str:
+    """1 stub, 2 stubs."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 LAZY = {
@@ -130,16 +152,21 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="ike-sa-sync", prog_name="ike-sa-sync")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """IKEv2 SA synchronization for session resumption (draft-xu-ike-sa-sync-01), beside an unmodified strongSwan.
 
     When a VPN gateway dies or is drained, its IKE_SAs continue on another one, in one round trip.
+
+    Begin with `ike-sa-sync lab demo`, as root: it shows that on this machine, and leaves nothing behind.
     """
+    if os.environ.get("NO_COLOR"):
+        context.color = False
 
 
 @cli.command()
 @config_option
-def gateway(path: str) -> None:
+def gateway(path: str | None) -> None:
     """Run the gateway's sidecar, in the foreground.
 
     Stores a stub of every IKE_SA of the local charon in the bank, and answers clients that resume here.
@@ -152,7 +179,7 @@ def gateway(path: str) -> None:
 
 @cli.command()
 @config_option
-def client(path: str) -> None:
+def client(path: str | None) -> None:
     """Run the client's sidecar, in the foreground.
 
     Moves the local charon's IKE_SA to another gateway when its own dies, or when `resume` asks for it.
@@ -187,7 +214,7 @@ def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:
 @click.option("--connection", metavar="NAME", help="swanctl connection to move. [default: the first that is up]")
 @click.option("--to", metavar="ADDRESS", help="Gateway to move to. [default: the configured ones in order]")
 @json_option
-def resume(path: str, connection: str | None, to: str | None, as_json: bool) -> None:
+def resume(path: str | None, connection: str | None, to: str | None, as_json: bool) -> None:
     """Move the client's session now.
 
     Asks the running client sidecar, and waits for the outcome.
@@ -195,7 +222,8 @@ def resume(path: str, connection: str | None, to: str | None, as_json: bool) -> 
     Exit code 0 when the session continues (resumed, or by an ordinary handshake: fallback), 1 when it does not.
     """
     config = read_config(path, ClientConfig)
-    outcome = _call(config.control, {"command": "resume", "connection": connection, "to": to})
+    with working("moving the session"):
+        outcome = _call(config.control, {"command": "resume", "connection": connection, "to": to})
     if as_json:
         print_json(outcome)
     else:
@@ -221,7 +249,7 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
 @cli.command()
 @config_option
 @json_option
-def status(path: str, as_json: bool) -> None:
+def status(path: str | None, as_json: bool) -> None:
     """Show what the running sidecar knows.
 
     IKE_SAs, unconfirmed ones, counters, and whether bank and charon answer.
@@ -239,7 +267,7 @@ def status(path: str, as_json: bool) -> None:
         bank = answer["bank"]
         click.echo(
             f"bank        {'reachable' if bank['reachable'] else 'NOT REACHABLE'}, "
-            f"{bank['stubs']} stubs, {bank['pending']} changes waiting"
+            f"{count(bank['stubs'], 'stub')}, {count(bank['pending'], 'change')} waiting"
         )
         for each in bank["banks"]:
             reach = "reachable" if each["reachable"] else "NOT REACHABLE"
@@ -279,7 +307,7 @@ def _print_sas(rows: list[dict[str, Any]], now: int) -> None:
 @config_option
 @click.argument("level", required=False, type=click.Choice(get_args(LogLevel)))
 @json_option
-def log_level(path: str, level: str | None, as_json: bool) -> None:
+def log_level(path: str | None, level: str | None, as_json: bool) -> None:
     """Show or set the level of the running sidecar's log.
 
     Until it is restarted: then `log.level` of its configuration holds again.
@@ -294,7 +322,7 @@ def log_level(path: str, level: str | None, as_json: bool) -> None:
 @cli.command()
 @config_option
 @json_option
-def check(path: str, as_json: bool) -> None:
+def check(path: str | None, as_json: bool) -> None:
     """Say whether this host is ready.
 
     Each finding comes with its mend; exit code 1 when something fails.
@@ -302,7 +330,8 @@ def check(path: str, as_json: bool) -> None:
     config = read_any(path)
     from bridge.check import Grade, run_checks
 
-    findings = asyncio.run(run_checks(config))
+    with working("looking"):
+        findings = asyncio.run(run_checks(config))
     if as_json:
         print_json([finding.as_dict() for finding in findings])
     else:
@@ -320,8 +349,8 @@ def _print_findings(findings: list[Finding]) -> None:
         click.echo(f"{click.style(grade, fg=colour[finding.grade])}  {finding.name:<{width}}  {finding.text}")
         if finding.mend:
             click.echo(f"{'':<{width + 6}}  mend: {finding.mend}")
-    count = Counter(finding.grade for finding in findings)
-    click.echo(f"{len(findings)} checks: {count[Grade.FAIL]} fail, {count[Grade.WARN]} warn")
+    grades = Counter(finding.grade for finding in findings)
+    click.echo(f"{count(len(findings), 'check')}: {grades[Grade.FAIL]} fail, {grades[Grade.WARN]} warn")
 
 
 @cli.command()
@@ -341,7 +370,17 @@ def keygen(file: str, add: bool) -> None:
 
 def main() -> None:
     """Entry point of the `ike-sa-sync` script."""
-    cli(prog_name="ike-sa-sync")
+    try:
+        code = cli.main(prog_name="ike-sa-sync", standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        code = BAD_CONFIGURATION
+    except click.ClickException as error:
+        click.echo(f"ike-sa-sync: {error.format_message()}", err=True)
+        code = error.exit_code
+    except click.Abort:
+        code = 130
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

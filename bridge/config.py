@@ -28,8 +28,11 @@ class Ha(Struct, forbid_unknown_fields=True, frozen=True):
     """The ends of charon's ha plugin: `local` and `remote` of charon.plugins.ha, seen from the sidecar."""
 
     listen: str = "127.0.0.2"
+    """the sidecar's end, charon.plugins.ha.remote"""
     charon: str = "127.0.0.1"
+    """charon's end, charon.plugins.ha.local"""
     segments: Annotated[int, Meta(ge=1, le=16)] = 16
+    """as charon.plugins.ha.segment_count"""
     receive_buffer: Annotated[int, Meta(ge=65536)] = 16 * 1024 * 1024
     """octets asked of the kernel for charon's datagrams"""
 
@@ -51,6 +54,7 @@ class Bank(Struct, forbid_unknown_fields=True, frozen=True):
     peer_timeout: Seconds = 0.1
     """how long a request whose stub is not at hand waits for the other banks"""
     key_file: str = "/etc/ike-sa-sync/bank.key"
+    """from `ike-sa-sync keygen`; the same on all gateways of a bank, and for nobody else to read"""
     runtime: str = "/run/ike-sa-sync/redis"
     """folder of the private Redis: socket and append-only file"""
     get_timeout: Seconds = 0.25
@@ -63,6 +67,7 @@ class Bank(Struct, forbid_unknown_fields=True, frozen=True):
 
 class Sync(Struct, forbid_unknown_fields=True, frozen=True):
     proof: Literal["required", "optional"] = "required"
+    """optional also serves plain requests of the draft, which prove nothing"""
     confirm_timeout: Seconds = 10.0
     """after this long without a verified message a rebuilt SA is removed"""
     cookie_threshold: Annotated[int, Meta(ge=0)] = 100
@@ -84,7 +89,9 @@ class Sync(Struct, forbid_unknown_fields=True, frozen=True):
 
 class Intercept(Struct, forbid_unknown_fields=True, frozen=True):
     rules: Literal["auto", "nftables", "iptables", "external"] = "auto"
+    """who sets the rules that show requests to the sidecar; external: you"""
     queue: Annotated[int, Meta(ge=0, le=65535)] = 4510
+    """NFQUEUE number"""
 
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -92,19 +99,24 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 class Log(Struct, forbid_unknown_fields=True, frozen=True):
     level: LogLevel = "info"
+    """until `ike-sa-sync log-level` changes it"""
     format: Literal["logfmt", "json"] = "logfmt"
+    """logfmt or json, one event a line"""
 
 
 class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     address: str | None = None
     """this gateway's address in the index; none: the local address of each SA"""
     vici: str = "/run/charon.vici"
+    """charon's socket"""
     ha: Ha = field(default_factory=Ha)
     bank: Bank = field(default_factory=Bank)
     sync: Sync = field(default_factory=Sync)
     intercept: Intercept = field(default_factory=Intercept)
     control: str = "/run/ike-sa-sync/gateway.sock"
+    """where `status` and others ask the running sidecar"""
     metrics: str | None = "127.0.0.1:9470"
+    """where Prometheus scrapes; none: nowhere"""
     log: Log = field(default_factory=Log)
 
 
@@ -112,6 +124,7 @@ class GatewayEntry(Struct, forbid_unknown_fields=True, frozen=True):
     """One gateway the client may move to."""
 
     address: str
+    """as the gateway's own `address`"""
     connection: str
     """the swanctl connection to it"""
 
@@ -131,12 +144,16 @@ class Resume(Struct, forbid_unknown_fields=True, frozen=True):
 
 class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
     vici: str = "/run/charon.vici"
+    """charon's socket"""
     ha: Ha = field(default_factory=Ha)
     control: str = "/run/ike-sa-sync/client.sock"
+    """where `resume` and `status` ask the running sidecar"""
     gateways: Annotated[tuple[GatewayEntry, ...], Meta(min_length=1)] = ()
     resume_on_down: bool = True
+    """a dead gateway (DPD, retransmissions) starts a resumption by itself"""
     resume: Resume = field(default_factory=Resume)
     metrics: str | None = "127.0.0.1:9471"
+    """where Prometheus scrapes; none: nowhere"""
     log: Log = field(default_factory=Log)
 
 

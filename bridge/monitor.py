@@ -182,7 +182,7 @@ def _counters(raw: bytes | None) -> dict[str, float]:
 @cli.config_option
 @click.option("--url", metavar="URL", help="Another Redis, or another user, than the configuration names.")
 @cli.json_option
-def monitor(path: str, url: str | None, as_json: bool) -> None:
+def monitor(path: str | None, url: str | None, as_json: bool) -> None:
     """Watch the bank: gateways, stubs, resumptions, fallbacks, and what happens to stubs, as it happens.
 
     Reads nothing but Redis, with no more rights than the user `monitor` of users.acl; needs no key file.

@@ -28,7 +28,7 @@ def stubs() -> None:
     """Look at the stubs in the bank, delete or download them."""
 
 
-def _with_bank(path: str, work: Callable[[StubBank], Coroutine[Any, Any, Result]]) -> Result:
+def _with_bank(path: str | None, work: Callable[[StubBank], Coroutine[Any, Any, Result]]) -> Result:
     config = cli.read_config(path, GatewayConfig)
 
     async def main() -> Result:
@@ -49,8 +49,11 @@ def _with_bank(path: str, work: Callable[[StubBank], Coroutine[Any, Any, Result]
 @cli.config_option
 @click.option("--gateway", metavar="ADDRESS", help="Only this gateway's stubs.")
 @cli.json_option
-def list_(path: str, gateway: str | None, as_json: bool) -> None:
-    """List the stubs, by their readable fields (which nothing else believes)."""
+def list_(path: str | None, gateway: str | None, as_json: bool) -> None:
+    """List the stubs, by their readable fields.
+
+    Anyone who can write to the bank can forge these; nothing but this list believes them.
+    """
 
     async def work(bank: StubBank) -> list[Readable]:
         return [row async for rows in bank.list(gateway) for row in rows]
@@ -72,7 +75,7 @@ def list_(path: str, gateway: str | None, as_json: bool) -> None:
         )
     if rows:
         cli.show(table)
-    click.echo(f"{len(rows)} stub{'' if len(rows) == 1 else 's'}")
+    click.echo(cli.count(len(rows), "stub"))
 
 
 def _index(gateway: str, spi: str) -> Index:
@@ -90,8 +93,11 @@ def _index(gateway: str, spi: str) -> Index:
 @click.argument("gateway")
 @click.argument("spi")
 @cli.json_option
-def show(path: str, gateway: str, spi: str, as_json: bool) -> None:
-    """Open one stub with the key file and show it, without its keys."""
+def show(path: str | None, gateway: str, spi: str, as_json: bool) -> None:
+    """Show one stub, opened with the key file, without its keys.
+
+    GATEWAY and SPI (16 hex digits) are those that `list` prints.
+    """
     index = _index(gateway, spi)
 
     async def work(bank: StubBank) -> Stub | None:
@@ -161,8 +167,11 @@ def describe(stub: Stub) -> dict[str, Any]:
 @click.argument("gateway")
 @click.argument("spi")
 @cli.json_option
-def delete(path: str, gateway: str, spi: str, as_json: bool) -> None:
-    """Delete one stub: its client will have to run an ordinary handshake."""
+def delete(path: str | None, gateway: str, spi: str, as_json: bool) -> None:
+    """Delete one stub.
+
+    Its client will have to run an ordinary handshake. GATEWAY and SPI (16 hex digits) are those that `list` prints.
+    """
     index = _index(gateway, spi)
 
     async def work(bank: StubBank) -> bool:
@@ -184,10 +193,10 @@ def delete(path: str, gateway: str, spi: str, as_json: bool) -> None:
 @cli.config_option
 @click.option("--from", "gateway", required=True, metavar="ADDRESS", help="The gateway whose stubs to fetch.")
 @cli.json_option
-def download(path: str, gateway: str, as_json: bool) -> None:
-    """Have all other gateways fetch the stubs of one, before its clients come.
+def download(path: str | None, gateway: str, as_json: bool) -> None:
+    """Have the other gateways fetch the stubs of one.
 
-    Shows how far the sidecar on this host is, and what it has in the end.
+    Before its clients come. Shows how far the sidecar on this host is, and what it has in the end.
     """
     config = cli.read_config(path, GatewayConfig)
     try:

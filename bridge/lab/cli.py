@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import click
 
+from bridge.cli import working
 from bridge.lab import demo as demonstration
 from bridge.lab import space
 from bridge.lab.lab import Lab
@@ -19,7 +20,15 @@ Result = TypeVar("Result")
 
 @click.group()
 def lab() -> None:
-    """Real strongSwan hosts in network namespaces: a bank, two gateways, a client."""
+    """Real strongSwan hosts in network namespaces: a bank, two gateways, a client.
+
+    \b
+        client 192.168.50.10 ---+--- gw1 192.168.50.1 --- 10.10.0.1 (site)
+                                +--- gw2 192.168.50.2 --- 10.10.0.1 (site)
+                                +--- bank 192.168.50.20 (Redis)
+
+    Needs root. Nothing outside the namespaces is changed: not the network, the files or the daemons of this machine.
+    """
 
 
 def _reporting(work: Callable[[], Result]) -> Result:
@@ -31,7 +40,7 @@ def _reporting(work: Callable[[], Result]) -> Result:
 
 @lab.command()
 def demo() -> None:
-    """Kill a gateway and let its session go on at the other one."""
+    """Kill a gateway, and see its session go on at another."""
     start = time.monotonic()
 
     def say(heading: str, text: str) -> None:
@@ -48,13 +57,17 @@ def demo() -> None:
 @lab.command()
 @click.option("--name", default="lab", show_default=True, help="Name of the lab; its namespaces are NAME-gw1 ...")
 def up(name: str) -> None:
-    """Set the standard lab up, connect the client to gw1, and leave it there."""
+    """Set the standard lab up, and leave it there.
+
+    The client has a session at gw1.
+    """
 
     def work() -> None:
         with Lab(name, keep=True) as built:
             standard(built).connect()
 
-    _reporting(work)
+    with working(f"setting lab {name} up: bank, gw1, gw2, client"):
+        _reporting(work)
     click.echo(f"lab {name} is up: bank, gw1, gw2, and client with a session at gw1")
     click.echo(f"  ike-sa-sync lab shell client ping {SITE}")
     click.echo("  ike-sa-sync lab shell gw1 swanctl --list-sas")
@@ -64,7 +77,12 @@ def up(name: str) -> None:
 @lab.command()
 @click.argument("names", nargs=-1, metavar="[LAB]...")
 def clean(names: tuple[str, ...]) -> None:
-    """Remove labs that were left behind; without a name, all that no running process uses."""
+    """Remove labs that were left behind.
+
+    Without a name, all that no running process uses.
+    """
+    if not names and not space.labs():
+        click.echo("no lab here")
     for name in names or space.labs():
         if space.is_owned(name):
             click.echo(f"lab {name} is in use, left alone")
@@ -78,7 +96,10 @@ def clean(names: tuple[str, ...]) -> None:
 @click.argument("host")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def shell(name: str | None, host: str, command: tuple[str, ...]) -> None:
-    """Run COMMAND, or a shell, on a host of a running lab."""
+    """Run COMMAND, or a shell, on a host of a running lab.
+
+    The hosts are bank, gw1, gw2 and client.
+    """
     labs = [name] if name else space.labs()
     if len(labs) != 1:
         raise click.ClickException(f"{len(labs)} labs here ({', '.join(labs) or 'none'}): choose one with --lab")
