@@ -39,9 +39,9 @@ def status(topology: Topology, gateway: str) -> dict[str, Any]:
 
 
 def last_move(topology: Topology) -> Outcome:
-    """The outcome of the client's last attempt."""
+    """The outcome of the client's last attempt; empty before the first."""
     told = json.loads(topology.agent.command("status", "--json").stdout)
-    return dict(told["last"])
+    return dict(told["last"] or {})
 
 
 def counter(topology: Topology, gateway: str, name: str) -> float:
