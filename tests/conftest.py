@@ -22,9 +22,13 @@ def program(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.fixture(scope="module")
 def topology() -> Iterator[Topology]:
-    """The standard lab with its sidecars, up; shared by the tests of a file."""
+    """The standard lab with its sidecars, up; shared by the tests of a file. The client moves when it is told to only:
+    how long charon takes to find its gateway dead is a matter of how busy the machine is."""
     with Lab() as lab:
-        yield standard(lab)
+        built = standard(lab, start=False)
+        built.agent.config["resume_on_down"] = False
+        built.start()
+        yield built
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from bridge.lab import Topology
@@ -89,6 +91,21 @@ def resume(topology: Topology, *arguments: str) -> Outcome:
     outcome: Outcome = json.loads(done.stdout)
     assert done.returncode == (1 if outcome["result"] == "failed" else 0)
     return outcome
+
+
+@contextlib.contextmanager
+def agent_with(topology: Topology, **options: Any) -> Iterator[None]:
+    """The client's sidecar with other options, and as it was afterwards."""
+    before = dict(topology.agent.config)
+    topology.agent.stop()
+    topology.agent.config.update(options)
+    topology.agent.start()
+    try:
+        yield
+    finally:
+        topology.agent.stop()
+        topology.agent.config = before
+        topology.agent.start()
 
 
 def failed_over(topology: Topology) -> tuple[dict[str, Any], Outcome]:

@@ -12,6 +12,7 @@ from bridge.lab.daemon import wait_until
 from bridge.lab.demo import Ping
 from bridge.lab.topology import SITE
 from failover_support import (
+    agent_with,
     connect,
     counter,
     established,
@@ -146,19 +147,20 @@ def test_a_session_that_the_gateway_initiated_its_rekey_of_is_resumed(topology: 
 
 
 def test_a_client_notices_by_itself_that_its_gateway_died(topology: Topology) -> None:
-    connect(topology)
     before = counter(topology, "gw2", "resumptions_total")
-    topology.kill_gateway(topology.gw1)
-    wait_until(
-        lambda: [sa["remote-host"] for sa in established(topology.client)] == [topology.gw2.address],
-        "the session at gw2",
-        timeout=60,
-    )
-    wait_until(lambda: topology.client.ping(SITE, count=1) == 1, "traffic")
-    # traffic flows before the client has been told that the keys are confirmed
-    spi_i = the_sa(topology.client)["initiator-spi"]
-    wait_until(lambda: last_move(topology).get("spi_i") == spi_i, "the end of the move")
-    assert last_move(topology)["result"] == "resumed"
+    with agent_with(topology, resume_on_down=True):
+        connect(topology)
+        topology.kill_gateway(topology.gw1)
+        wait_until(
+            lambda: [sa["remote-host"] for sa in established(topology.client)] == [topology.gw2.address],
+            "the session at gw2",
+            timeout=120,
+        )
+        wait_until(lambda: topology.client.ping(SITE, count=1) == 1, "traffic")
+        # traffic flows before the client has been told that the keys are confirmed
+        spi_i = the_sa(topology.client)["initiator-spi"]
+        wait_until(lambda: last_move(topology).get("spi_i") == spi_i, "the end of the move")
+        assert last_move(topology)["result"] == "resumed"
     assert counter(topology, "gw2", "resumptions_total") == before + 1
 
 
@@ -211,14 +213,10 @@ def test_a_missing_stub_means_an_ordinary_handshake(topology: Topology) -> None:
 
 def test_with_no_gateway_left_the_outcome_is_failed(topology: Topology) -> None:
     connect(topology)
-    topology.agent.stop()
-    topology.agent.config["resume"] = {"answer_timeout": 1.0, "initiate_timeout": 3.0}
-    topology.agent.start()
-    topology.kill_gateway(topology.gw1)
-    topology.kill_gateway(topology.gw2)
-    outcome = resume(topology)
-    topology.agent.stop()
-    del topology.agent.config["resume"]
+    with agent_with(topology, resume={"answer_timeout": 1.0, "initiate_timeout": 3.0}):
+        topology.kill_gateway(topology.gw1)
+        topology.kill_gateway(topology.gw2)
+        outcome = resume(topology)
     assert outcome["result"] == "failed"
     assert outcome["reason"] == "no-answer"
 
@@ -305,35 +303,27 @@ def test_the_resumed_child_sa_is_for_the_virtual_ip_that_the_client_had(topology
 
 def test_a_gateway_that_is_silent_is_passed_over_and_the_next_one_resumes(topology: Topology) -> None:
     connect(topology)
-    topology.agent.stop()
-    topology.agent.config["resume"] = {"answer_timeout": 1.0}
-    topology.agent.start()
-    topology.kill_gateway(topology.gw2)
-    said = len(topology.agent.text())
-    outcome = resume(topology)
-    topology.agent.stop()
-    del topology.agent.config["resume"]
+    with agent_with(topology, resume={"answer_timeout": 1.0}):
+        topology.kill_gateway(topology.gw2)
+        said = len(topology.agent.text())
+        outcome = resume(topology)
     assert (outcome["result"], outcome["gateway"]) == ("resumed", topology.gw1.address)
     assert f"gateway-silent gateway={topology.gw2.address}" in topology.agent.text()[said:]
 
 
 def test_a_client_whose_own_network_was_away_comes_back_by_itself(topology: Topology) -> None:
     connect(topology)
-    topology.agent.stop()
-    topology.agent.config["resume"] = {"answer_timeout": 1.0, "initiate_timeout": 2.0}
-    topology.agent.start()
-    try:
+    quick = {"answer_timeout": 1.0, "initiate_timeout": 2.0}
+    with agent_with(topology, resume=quick, resume_on_down=True):
         wait_until(lambda: established(topology.client) != [], "the session")
         said = len(topology.agent.text())
         topology.lab.unplug(topology.client)
-        wait_until(lambda: "result=failed" in topology.agent.text()[said:], "an attempt in vain", timeout=120)
-        topology.lab.plug(topology.client)
+        try:
+            wait_until(lambda: "result=failed" in topology.agent.text()[said:], "an attempt in vain", timeout=120)
+        finally:
+            topology.lab.plug(topology.client)
         wait_until(lambda: established(topology.client) != [], "the session, back", timeout=120)
         wait_until(lambda: topology.client.ping(SITE, count=1) == 1, "traffic")
-    finally:
-        topology.lab.plug(topology.client)
-        topology.agent.stop()
-        del topology.agent.config["resume"]
 
 
 def test_one_child_sa_that_the_new_gateway_refuses_costs_no_other(topology: Topology) -> None:
