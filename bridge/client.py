@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import structlog
@@ -31,6 +31,7 @@ from bridge.charon.install import Install
 from bridge.charon.sa import Sa, new_conditions
 from bridge.charon.vici import SaInfo, ViciError
 from bridge.config import ClientConfig, GatewayEntry
+from bridge.held import Keeper, gateway_message
 from bridge.ike.exchange import (
     CookieChallenge,
     OrdinaryResponse,
@@ -42,9 +43,11 @@ from bridge.ike.exchange import (
 )
 from bridge.ike.groups import fresh_public_value
 from bridge.ike.keys import derive_sk_d, skeyseed_resume
-from bridge.ike.message import MalformedMessage
+from bridge.ike.message import ExchangeType, MalformedMessage
+from bridge.ike.sync import Attribute
 from bridge.metrics import ClientMetrics
-from bridge.net.datagram import Datagram
+from bridge.net.datagram import EXCHANGE_OFFSET, Datagram
+from bridge.net.interface import Sender
 from bridge.stub import Endpoint
 
 log = structlog.get_logger()
@@ -91,10 +94,6 @@ class NoAnswerError(Exception):
     """The gateway did not answer."""
 
 
-class Sender(Protocol):
-    def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None: ...
-
-
 @dataclass(slots=True, eq=False)
 class Answer:
     """A proven answer, and what belongs to it."""
@@ -108,6 +107,8 @@ class Answer:
     nat_there: bool
     exchange: float
     """seconds from the request to the accepted answer"""
+    sealed_stub: bytes | None = field(repr=False)
+    lifetime: int | None
 
 
 class Client:
@@ -138,13 +139,34 @@ class Client:
         self._leaving: set[bytes] = set()
         self._ended: deque[bytes] = deque(maxlen=64)
         self._returning: dict[str, asyncio.Task[None]] = {}
+        self._restored: set[bytes] = set()
+        self.keeper = Keeper(config.held, charon.tracker, sender, self._sessions, random=random, wall=wall)
         self.last: Outcome | None = None
+
+    async def restore(self) -> None:
+        """Take up the sessions that were kept in the file when this host went down. Once charon has its connections,
+        one of them is resumed, unless the operator wants that otherwise or charon has begun a session by itself."""
+        for sa in self.keeper.restore():
+            if self._gateway_of(sa) is not None:
+                self._lost[sa.connection] = (sa, self._clock() + LOST_SECONDS)
+                self._restored.add(sa.id.spis)
+        if not self._lost or not self._config.resume_on_down:
+            return
+        names = {gateway.connection for gateway in self._config.gateways}
+        await self._charon.reconciled.wait()
+        while not any(self._charon.connection(name) for name in names):  # noqa: ASYNC110 - nothing tells of them
+            await asyncio.sleep(NEWS_SECONDS)
+        begun = {info.connection for info in await self._charon.vici.list_sas()}
+        if self._lost and not names & begun:
+            self._come_back(next(iter(self._lost)))
 
     # news from charon (Listener)
 
     def changed(self, sa: Sa) -> None:
         """An SA that is up replaces what was lost of its connection."""
         self._lost.pop(sa.connection, None)
+        if self._gateway_of(sa) is not None and sa.resumable:
+            self.keeper.changed(sa)
 
     def gone(self, sa: Sa) -> None:
         """charon ended an SA. Until VICI says why, it may have to be resumed."""
@@ -155,6 +177,7 @@ class Client:
             and self._gateway_of(sa) is not None
         ):
             self._lost[sa.connection] = (sa, self._clock() + LOST_SECONDS)
+        self.keeper.save_soon()
 
     def verified(self, ike_id: IkeId) -> None:
         """Nothing to do: the client's own request confirms."""
@@ -168,9 +191,12 @@ class Client:
             return
         if self._config.resume_on_down and any(g.connection == info.connection for g in self._config.gateways):
             log.info("gateway-dead", connection=info.connection, gateway=info.remote.address)
-            task = self._returning.get(info.connection)
-            if task is None or task.done():
-                self._returning[info.connection] = asyncio.create_task(self._return(info.connection))
+            self._come_back(info.connection)
+
+    def _come_back(self, connection: str) -> None:
+        task = self._returning.get(connection)
+        if task is None or task.done():
+            self._returning[connection] = asyncio.create_task(self._return(connection))
 
     async def _return(self, connection: str) -> None:
         """Resume what went down, again and again while no gateway can be reached: the fault may be on this side."""
@@ -193,9 +219,15 @@ class Client:
         """One of the sides ended it: nothing to resume, nor to go on trying."""
         self._lost.pop(info.connection, None)
         self._ended.append(info.spis)
+        self.keeper.save_soon()
         task = self._returning.pop(info.connection, None)
         if task is not None:
             task.cancel()
+
+    def _sessions(self) -> list[Sa]:
+        """The IKE_SAs that could be resumed now, one of each configured connection."""
+        names = dict.fromkeys(gateway.connection for gateway in self._config.gateways)
+        return [sa for name in names if (sa := self._find(name)) is not None]
 
     def _gateway_of(self, sa: Sa) -> GatewayEntry | None:
         return next((g for g in self._config.gateways if g.connection == sa.connection), None)
@@ -203,8 +235,13 @@ class Client:
     # news from the wire
 
     def datagrams(self, batch: Sequence[Datagram]) -> None:
-        """Answers to IKE_SA_INIT that reached this host."""
+        """Answers to IKE_SA_INIT, and what gateways send in exchange type 240, that reached this host."""
         for datagram in batch:
+            if datagram.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
+                message = gateway_message(datagram.ike)
+                if message is not None:
+                    self.keeper.received(message)
+                continue
             queue = self._listening.get(datagram.ike[:8])
             if queue is not None and queue.qsize() < 64:
                 queue.put_nowait(datagram)
@@ -305,8 +342,10 @@ class Client:
                 log.error(
                     "connection-missing", connection=gateway.connection, mend="add it to swanctl.conf and load it"
                 )
-        # a stable sort: the configured order, but the gateway that the SA is on comes last
-        return sorted(known or self._config.gateways, key=lambda g: g.address == here)
+        # a stable sort: the configured order, but the gateway that the SA is on comes last; or first, where it was this
+        # host that failed
+        first = sa is not None and sa.id.spis in self._restored
+        return sorted(known or self._config.gateways, key=lambda g: (g.address == here) is not first)
 
     # the exchange
 
@@ -342,6 +381,7 @@ class Client:
                     sk_d_old=sa.sk_d,
                     nat=(local.address, local.port, gateway.address, port),
                     cookie=cookies[-1] if cookies else None,
+                    sealed_stub=self.keeper.stub_of(sa),
                 )
                 if request not in requests:
                     requests.append(request)
@@ -404,6 +444,8 @@ class Client:
             nat_here=bool(here) and nat_hash(spi_i, spi_r, local.address, local.port) not in here,
             nat_there=bool(there) and nat_hash(spi_i, spi_r, remote.address, remote.port) not in there,
             exchange=self._clock() - began,
+            sealed_stub=answer.sync.first(Attribute.SEALED_STUB) if answer.sync else None,
+            lifetime=answer.lifetime,
         )
 
     def _send(self, local: Endpoint, remote: Endpoint, request: bytes, marker: bool) -> None:
@@ -431,6 +473,7 @@ class Client:
             self._lost[old.connection] = (old, self._clock() + LOST_SECONDS)
             raise ViciError(f"none of the CHILD_SAs {', '.join(wanted)} came up")
         self._lost.pop(old.connection, None)
+        self.keeper.given(new, answer.sealed_stub, answer.lifetime)
         self._charon.reconcile_soon()
         return Outcome(
             Result.RESUMED,

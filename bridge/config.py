@@ -85,6 +85,8 @@ class Sync(Struct, forbid_unknown_fields=True, frozen=True):
     """seconds a stub lives at most; none: as long as its IKE_SA"""
     shared_secret: bool = True
     """whether stubs carry the Diffie-Hellman shared secret, as the draft has it"""
+    client_stub: Literal["off", "fallback", "prefer"] = "off"
+    """stubs that clients hold themselves: given to none, used where the bank has none or is away, or used before it"""
 
 
 class Intercept(Struct, forbid_unknown_fields=True, frozen=True):
@@ -142,6 +144,14 @@ class Resume(Struct, forbid_unknown_fields=True, frozen=True):
     """how long charon has to bring up an SA or a CHILD_SA"""
 
 
+class Held(Struct, forbid_unknown_fields=True, frozen=True):
+    """Stubs of its own that the client holds, where the gateways give it any."""
+
+    fetch: bool = True
+    file: str | None = None
+    """where sessions are kept (mode 0600), keys included, to survive a crash of this host; none: in memory"""
+
+
 class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
     vici: str = "/run/charon.vici"
     """charon's socket"""
@@ -152,6 +162,7 @@ class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
     resume_on_down: bool = True
     """a dead gateway (DPD, retransmissions) starts a resumption by itself"""
     resume: Resume = field(default_factory=Resume)
+    held: Held = field(default_factory=Held)
     metrics: str | None = "127.0.0.1:9471"
     """where Prometheus scrapes; none: nowhere"""
     log: Log = field(default_factory=Log)

@@ -33,10 +33,13 @@ from bridge.charon.vici import SaInfo
 from bridge.client import Client
 from bridge.config import ClientConfig, GatewayConfig, canonical_address
 from bridge.control import Answer, Command, ControlServer
-from bridge.gateway import Gateway, Packet
+from bridge.gateway import Gateway
+from bridge.handout import Handout
+from bridge.lookup import Lookup
 from bridge.metrics import ClientMetrics, GatewayMetrics, Metrics
 from bridge.net import rules
 from bridge.net.intercept import Interceptor, InterceptUnavailable
+from bridge.net.interface import Packet
 from bridge.net.rawudp import RawUdp, ResponseListener
 from bridge.publish import Publisher
 from bridge.rotation import Rotation
@@ -229,16 +232,16 @@ class GatewayProcess:
         stack.push_async_callback(writer.close)
         self._publisher = publisher = Publisher(writer, bank, config.address, config.sync)
         raw = _raw_udp(stack)
-        self._gateway = gateway = Gateway(
-            charon,
+        handout = Handout(config.sync.client_stub, keyring, charon.tracker, raw, config.address, self._metrics)
+        lookup = Lookup(
             bank,
-            writer,
-            raw,
-            config.sync,
+            handout,
             self._metrics,
-            publisher.publish,
-            bank_reachable=lambda: self._bank_reachable,
-            get_timeout=config.bank.get_timeout,
+            reachable=lambda: self._bank_reachable,
+            timeout=config.bank.get_timeout,
+        )
+        self._gateway = gateway = Gateway(
+            charon, lookup, handout, writer, raw, config.sync, self._metrics, publisher.publish
         )
         self._gauges(charon, gateway, writer, cache)
         stack.callback(_serve_metrics(self._metrics, config.metrics))
@@ -405,6 +408,9 @@ class ClientProcess:
         await control.start()
         stack.push_async_callback(control.close)
         self._charon.start()
+        stack.push_async_callback(self._client.keeper.close)
+        restoring = asyncio.create_task(self._client.restore(), name="restore")
+        stack.callback(restoring.cancel)
         await _wait_known(self._charon)
 
     async def _resume(self, request: dict[str, Any]) -> Answer:

@@ -19,12 +19,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
 
 import structlog
 
 from bridge.admission import Admission, Demand, Verdict
-from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.writer import Writer
 from bridge.charon.channel import ChannelError
 from bridge.charon.charon import Charon
@@ -32,11 +30,15 @@ from bridge.charon.ha import HaError, IkeId
 from bridge.charon.install import Install
 from bridge.charon.sa import Sa, new_conditions
 from bridge.config import Sync
+from bridge.handout import Handout
 from bridge.ike.cookie import Cookies, glance
 from bridge.ike.exchange import SyncRequest, build_response, nat_hash, parse_request, verify_request
 from bridge.ike.keys import derive_sk_d, skeyseed_resume
-from bridge.ike.message import MalformedMessage
+from bridge.ike.message import ExchangeType, MalformedMessage
+from bridge.lookup import Lookup, Missing
 from bridge.metrics import GatewayMetrics
+from bridge.net.datagram import EXCHANGE_OFFSET
+from bridge.net.interface import Packet, Sender
 from bridge.rates import Rate
 from bridge.stub import Endpoint, Index, Stub
 
@@ -54,26 +56,6 @@ ANY_REVISION = 2**53
 """more than any revision, which is milliseconds of Unix time"""
 REFUSALS_LOGGED = 20
 """lines a second at most: whoever sends nonsense shall not fill the disk with it"""
-SPENT_SECONDS = 60.0
-"""how long an index that was resumed from here is refused, whatever the bank still says"""
-
-
-class Packet(Protocol):
-    """An intercepted datagram."""
-
-    src: str
-    sport: int
-    dst: str
-    dport: int
-    ike: bytes
-    marker: bool
-
-    def accept(self) -> None: ...
-    def drop(self) -> None: ...
-
-
-class Sender(Protocol):
-    def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None: ...
 
 
 class Refusal(StrEnum):
@@ -119,21 +101,21 @@ class Gateway:
     def __init__(
         self,
         charon: Charon,
-        bank: StubBank,
+        lookup: Lookup,
+        handout: Handout,
         writer: Writer,
         sender: Sender,
         sync: Sync,
         metrics: GatewayMetrics,
         publish: Callable[[Sa], None],
         *,
-        bank_reachable: Callable[[], bool],
-        get_timeout: float,
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._charon = charon
-        self._bank = bank
+        self._lookup = lookup
+        self._handout = handout
         self._writer = writer
         self._sender = sender
         self._sync = sync
@@ -142,8 +124,6 @@ class Gateway:
         self._metrics = metrics
         metrics.expect(Refusal, Demand)
         self._publish = publish
-        self._bank_reachable = bank_reachable
-        self._get_timeout = get_timeout
         self._random = random
         self._clock = clock
         self._wall = wall
@@ -157,7 +137,6 @@ class Gateway:
         self._by_digest: dict[bytes, Rebuilt] = {}
         self._by_spis: OrderedDict[bytes, Rebuilt] = OrderedDict()
         self._by_index: dict[Index, list[Rebuilt]] = {}
-        self._spent: OrderedDict[Index, float] = OrderedDict()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -204,6 +183,9 @@ class Gateway:
         now = self._clock()
         requests = 0
         for packet in batch:
+            if packet.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
+                self._handout.received(packet)
+                continue
             try:
                 seen = glance(packet.ike)
             except MalformedMessage as error:
@@ -286,26 +268,11 @@ class Gateway:
         if not self._charon.ready():
             self._refuse_all(batch, Refusal.CHARON_UNAVAILABLE)
             return
-        if not self._bank_reachable():
-            # known from the heartbeat: no client shall wait to learn it
-            self._refuse_all(batch, Refusal.BANK_UNAVAILABLE)
-            return
-        indexes = list(dict.fromkeys(Index(request.sync.gateway, request.sync.spi) for _, request, _ in batch))
-        began = self._clock()
-        try:
-            async with asyncio.timeout(self._get_timeout):
-                stubs = dict(zip(indexes, await self._bank.get(indexes), strict=True))
-        except (BankUnavailable, TimeoutError) as error:
-            self._metrics.bank_errors.inc()
-            log.warning("bank-unavailable", reason=str(error) or f"no answer in {self._get_timeout} s")
-            self._refuse_all(batch, Refusal.BANK_UNAVAILABLE)
-            return
-        finally:
-            self._metrics.bank_seconds.observe(self._clock() - began)
-        for packet, request, digest in batch:
+        stubs = await self._lookup.find([request for _, request, _ in batch])
+        for (packet, request, digest), stub in zip(batch, stubs, strict=True):
             if self._answered_before(packet, digest):
                 continue
-            made = self._consider(packet, request, digest, stubs)
+            made = Refusal(stub) if isinstance(stub, Missing) else self._consider(packet, request, digest, stub)
             if isinstance(made, Refusal):
                 self._refuse(packet, request, made)
             else:
@@ -334,13 +301,10 @@ class Gateway:
 
     # one request
 
-    def _consider(
-        self, packet: Packet, request: SyncRequest, digest: bytes, stubs: dict[Index, Stub | None]
-    ) -> Rebuilt | Refusal:
+    def _consider(self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub) -> Rebuilt | Refusal:
         """Rules 1 and 7: a proven request and the sealed stub alone decide."""
-        index = Index(request.sync.gateway, request.sync.spi)
-        stub = stubs[index]
-        if stub is None or index in self._spent:
+        if stub.index in self._lookup.spent:
+            # while the stubs of this batch were fetched
             return Refusal.NO_STUB
         if stub.expires <= self._wall():
             return Refusal.STUB_EXPIRED
@@ -351,7 +315,10 @@ class Gateway:
             return Refusal.PROOF_WRONG
         if self._charon.connection(stub.connection) is None:
             return Refusal.CONNECTION_MISSING
-        if len(self._by_spis) >= self._sync.max_unconfirmed or len(self._by_index.get(index, ())) >= ATTEMPTS_PER_STUB:
+        if (
+            len(self._by_spis) >= self._sync.max_unconfirmed
+            or len(self._by_index.get(stub.index, ())) >= ATTEMPTS_PER_STUB
+        ):
             return Refusal.TOO_MANY_UNCONFIRMED
         if self._admission.full(packet.src):
             return Refusal.SOURCE_UNCONFIRMED
@@ -364,15 +331,6 @@ class Gateway:
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
         seed = skeyseed_resume(suite.prf, stub.sk_d, request.nonce, nonce)
         lifetime = self._lifetime(stub)
-        response = build_response(
-            request,
-            spi_r=ike_id.spi_r,
-            nonce=nonce,
-            prf=suite.prf,
-            sk_d_old=stub.sk_d,
-            lifetime=lifetime,
-            nat=(local.address, local.port, remote.address, remote.port),
-        )
         conditions = new_conditions(
             stub.conditions,
             initiator=False,
@@ -395,6 +353,17 @@ class Gateway:
             remote_vips=stub.remote_vips,
             established=now,
             expires=now + lifetime,
+            companion=True,
+        )
+        response = build_response(
+            request,
+            spi_r=ike_id.spi_r,
+            nonce=nonce,
+            prf=suite.prf,
+            sk_d_old=stub.sk_d,
+            lifetime=lifetime,
+            sealed_stub=self._handout.seal(sa) if request.sync.attributes else None,
+            nat=(local.address, local.port, remote.address, remote.port),
         )
         install = Install(
             id=ike_id,
@@ -514,7 +483,7 @@ class Gateway:
         others = self._by_index.get(index, [])[:]
         for other in others:
             self._forget(other)
-        self._spent[index] = self._clock() + SPENT_SECONDS
+        self._lookup.spent.add(index)
         # whatever the old gateway may have written since: the session is here now
         self._writer.submit_delete(index, ANY_REVISION)
         void = [other.sa.id for other in others]
@@ -540,6 +509,9 @@ class Gateway:
 
     def gone(self, sa: Sa) -> None:
         """charon ended an SA: nothing waits for it any more."""
+        if self._handout.policy != "off":
+            # its client may still hold a stub, and the bank be away
+            self._lookup.spent.add(self._handout.index(sa))
         made = self._by_spis.get(sa.id.spis)
         if made is not None:
             self._forget(made)
@@ -555,6 +527,10 @@ class Gateway:
             self._by_index.pop(made.old.index, None)
         if not keep_sa:
             self._charon.tracker.forget(made.sa.id)
+            if made.state is State.UNCONFIRMED and self._handout.policy != "off":
+                # its client got a stub of it: worth nothing now
+                self._lookup.spent.add(self._handout.index(made.sa))
+                self._writer.submit_delete(self._handout.index(made.sa), ANY_REVISION)
 
     async def _remove(self, gone: list[Rebuilt]) -> None:
         """Raises ChannelError, and then has forgotten none: the next attempt is soon."""
@@ -599,8 +575,6 @@ class Gateway:
                     peer=made.install.remote.address,
                 )
             self._tell_whether_demanding()
-            while self._spent and next(iter(self._spent.values())) < now:
-                self._spent.popitem(last=False)
 
     def _tell_whether_demanding(self) -> None:
         if self.demanding == self._demanding:

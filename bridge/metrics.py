@@ -127,6 +127,8 @@ class GatewayMetrics(Metrics):
             "cookies", "requests with IKE_SA_SYNC that were answered with a cookie", ("reason",)
         )
         self.removed = self.counter("unconfirmed_removed", "rebuilt IKE_SAs removed because none confirmed them")
+        self.handed = self.counter("stubs_handed", "stubs given to clients that asked for theirs")
+        self.presented = self.counter("stubs_presented", "requests served with a stub that the client held")
         self.bank_errors = self.counter("bank_errors", "failed look-ups in the bank")
         self.bank_seconds = self.histogram("bank_get_seconds", "time to fetch the stubs of one batch of requests")
         self.ping_seconds = self.histogram("bank_ping_seconds", "time that the bank takes to answer")

@@ -52,7 +52,7 @@ class Publisher:
         if sa.published not in (None, index):
             # it moved to another address of this gateway
             self._writer.submit_delete(sa.published, sa.revision)
-        sa.published = index
+        sa.published, sa.stub_expires = index, expires
         self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
 
     def withdraw(self, sa: Sa) -> None:
@@ -112,4 +112,5 @@ def sa_of(stub: Stub) -> Sa:
         expires=stub.expires,
         revision=stub.revision,
         published=stub.index,
+        stub_expires=stub.expires,
     )

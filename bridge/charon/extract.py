@@ -210,6 +210,7 @@ class Tracker:
             sa.remote_vips = sa.remote_vips or old.remote_vips
             sa.eap_id = sa.eap_id or old.eap_id
             sa.reauth_at = old.reauth_at
+            sa.companion = old.companion
             sa.rekeyed_from = None
         now = int(self._wall())
         sa.established = now

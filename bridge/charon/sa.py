@@ -61,6 +61,12 @@ class Sa:
     """rebuilt by this gateway, told by charon again, and no request on it verified yet"""
     published: Index | None = None
     """the index that its stub was stored under last"""
+    stub_expires: int = 0
+    """when the stub stored last expires"""
+    companion: bool = False
+    """whether a sidecar of the client's was heard of on it"""
+    handed: float = 0.0
+    """when the client was last given its stub, in the clock of bridge.handout"""
     adopted: bool = False
     """its keys came from a stub, not from charon"""
 

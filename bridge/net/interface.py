@@ -1,0 +1,25 @@
+"""What the two roles need of the network: a way to send, and intercepted packets."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Packet(Protocol):
+    """An intercepted datagram; see bridge.net.intercept.Packet."""
+
+    src: str
+    sport: int
+    dst: str
+    dport: int
+    ike: bytes
+    marker: bool
+
+    def accept(self) -> None: ...
+    def drop(self) -> None: ...
+
+
+class Sender(Protocol):
+    """See bridge.net.rawudp.RawUdp."""
+
+    def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None: ...

@@ -1,0 +1,222 @@
+"""Stubs that clients hold, sealed and opened, and found (bridge.handout, bridge.lookup); the bank is a real Redis."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from bank_support import GATEWAY, RedisServer, keyring, stub_of
+from bridge.bank.redis import RedisBank
+from bridge.charon.extract import Tracker
+from bridge.charon.sa import Sa
+from bridge.handout import HELD_SECONDS, Handout, Policy
+from bridge.ike.exchange import SyncRequest, build_request, parse_request
+from bridge.lookup import Lookup, Missing, Spent
+from bridge.metrics import GatewayMetrics
+from bridge.publish import sa_of
+from bridge.seal import Keyring, SealError
+from bridge.stub import Index, Selector, Stub
+from bridge.stubcodec import encode
+
+pytestmark = pytest.mark.redis
+
+RING = keyring()
+
+
+class Nobody:
+    """Sends nothing, and hears of nothing."""
+
+    def send(self, *datagram: Any) -> None:
+        raise AssertionError("nothing is sent here")
+
+    def changed(self, sa: Sa) -> None: ...
+    def gone(self, sa: Sa) -> None: ...
+    def verified(self, ike_id: Any) -> None: ...
+    def down(self, sa: Any) -> None: ...
+
+
+def handout(policy: Policy = "fallback", ring: Keyring = RING) -> Handout:
+    tracker = Tracker(Nobody(), wall=time.time, clock=time.monotonic)
+    return Handout(policy, ring, tracker, Nobody(), GATEWAY, GatewayMetrics())
+
+
+def held(stub: Stub) -> bytes:
+    """The stub as its client has it."""
+    sealed = handout().seal(sa_of(stub))
+    assert sealed is not None
+    return sealed
+
+
+def request(stub: Stub, *, sk_d: bytes | None = None, **changes: Any) -> SyncRequest:
+    """A request that names the stub and carries it."""
+    values: dict[str, Any] = {
+        "spi_i": b"I" * 8,
+        "suite": stub.suite,
+        "ke_value": b"k" * 32,
+        "nonce": b"n" * 32,
+        "sync_index": (stub.index.gateway, stub.index.spi),
+        "prf": stub.suite.prf,
+        "sk_d_old": sk_d or stub.sk_d,
+        "sealed_stub": held(stub),
+    }
+    found = parse_request(build_request(**(values | changes)))
+    assert found is not None
+    return found
+
+
+# sealing
+
+
+def test_a_clients_stub_opens_again_without_the_shared_secret() -> None:
+    stub = stub_of()
+    assert handout().open(held(stub), stub.index) == msgspec.structs.replace(stub, shared_secret=None)
+
+
+def test_it_opens_for_its_own_index_alone() -> None:
+    stub = stub_of()
+    assert handout().open(held(stub), Index(GATEWAY, b"\0" * 8)) is None
+
+
+def test_a_stub_out_of_the_bank_is_none_that_a_client_may_present_and_the_other_way_round() -> None:
+    stub = stub_of()
+    banked = RING.seal(encode(stub), stub.index.key.encode())
+    assert handout().open(banked, stub.index) is None
+    with pytest.raises(SealError):
+        RING.open(held(stub), stub.index.key.encode())
+
+
+def test_one_that_is_altered_or_sealed_with_another_key_does_not_open() -> None:
+    stub = stub_of()
+    sealed = held(stub)
+    assert handout().open(sealed[:-1] + bytes((sealed[-1] ^ 1,)), stub.index) is None
+    assert handout(ring=keyring()).open(sealed, stub.index) is None
+
+
+def test_one_that_expired_does_not_open() -> None:
+    stub = stub_of(lifetime=-1)
+    assert handout().open(held(stub), stub.index) is None
+
+
+def test_it_expires_with_the_stub_in_the_bank_and_within_a_day() -> None:
+    short, long = sa_of(stub_of(lifetime=600)), sa_of(stub_of(lifetime=10 * HELD_SECONDS))
+    assert handout().expiry(short) == short.stub_expires
+    assert abs(handout().expiry(long) - (time.time() + HELD_SECONDS)) < 60
+
+
+def test_one_that_a_request_could_not_carry_is_not_given() -> None:
+    stub = stub_of()
+    selectors = tuple(Selector(7, 0, 0, 65535, False, f"10.{n}.0.0", f"10.{n}.3.255") for n in range(250))
+    [child] = stub.children
+    large = msgspec.structs.replace(stub, children=(msgspec.structs.replace(child, local_ts=selectors),))
+    assert handout().seal(sa_of(large)) is None
+
+
+def test_where_clients_get_none_theirs_count_for_nothing() -> None:
+    stub = stub_of()
+    assert handout("off").seal(sa_of(stub)) is None
+    assert handout("off").open(held(stub), stub.index) is None
+
+
+# finding
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path) as running:
+        yield running
+
+
+def lookup(
+    server: RedisServer, policy: Policy, metrics: GatewayMetrics | None = None, *, reachable: bool = True
+) -> Lookup:
+    return Lookup(
+        RedisBank(server.url, RING),
+        handout(policy),
+        metrics or GatewayMetrics(),
+        reachable=lambda: reachable,
+        timeout=2.0,
+    )
+
+
+async def found(look: Lookup, *requests: SyncRequest) -> list[int | str]:
+    """The revision of each stub found, or why there is none."""
+    return [str(one) if isinstance(one, Missing) else one.revision for one in await look.find(requests)]
+
+
+async def store(server: RedisServer, *stubs: Stub) -> None:
+    assert all(await RedisBank(server.url, RING).store(stubs))
+
+
+@pytest.mark.parametrize(("policy", "revision"), [("off", 2), ("fallback", 2), ("prefer", 1)])
+async def test_what_counts_where_bank_and_client_both_have_one(
+    server: RedisServer, policy: Policy, revision: int
+) -> None:
+    stub = stub_of()
+    await store(server, msgspec.structs.replace(stub, revision=2))
+    assert await found(lookup(server, policy), request(stub)) == [revision]
+
+
+@pytest.mark.parametrize(("policy", "outcome"), [("off", "no-stub"), ("fallback", 1), ("prefer", 1)])
+async def test_what_counts_where_the_bank_has_none(server: RedisServer, policy: Policy, outcome: int | str) -> None:
+    metrics = GatewayMetrics()
+    assert await found(lookup(server, policy, metrics), request(stub_of())) == [outcome]
+    assert metrics.values()["stubs_presented_total"] == (1 if outcome == 1 else 0)
+
+
+@pytest.mark.parametrize(("policy", "outcome"), [("off", "bank-unavailable"), ("fallback", 1), ("prefer", 1)])
+@pytest.mark.parametrize("known", [True, False])
+async def test_what_counts_while_the_bank_is_away(
+    server: RedisServer, policy: Policy, outcome: int | str, known: bool
+) -> None:
+    server.kill()
+    assert await found(lookup(server, policy, reachable=not known), request(stub_of())) == [outcome]
+
+
+@pytest.mark.parametrize("policy", ["fallback", "prefer"])
+async def test_a_session_that_ended_is_not_resumed_with_the_stub_that_its_client_kept(
+    server: RedisServer, policy: Policy
+) -> None:
+    stub = stub_of()
+    await store(server, stub)
+    assert await RedisBank(server.url, RING).delete([(stub.index, stub.revision)]) == [True]
+    assert await found(lookup(server, policy), request(stub)) == ["no-stub"]
+
+
+@pytest.mark.parametrize("policy", ["fallback", "prefer"])
+async def test_while_the_bank_is_away_a_gateway_remembers_the_sessions_that_ended_or_went_on_here(
+    server: RedisServer, policy: Policy
+) -> None:
+    stub = stub_of()
+    look = lookup(server, policy, reachable=False)
+    look.spent.add(stub.index)
+    assert await found(look, request(stub)) == ["no-stub"]
+
+
+@pytest.mark.parametrize("policy", ["fallback", "prefer"])
+async def test_a_clients_stub_counts_for_nothing_without_a_proof_under_it(server: RedisServer, policy: Policy) -> None:
+    stub = stub_of()
+    assert await found(lookup(server, policy), request(stub, sk_d=b"?" * 32)) == ["no-stub"]
+
+
+async def test_anothers_stub_in_the_same_batch_spoils_nothing(server: RedisServer) -> None:
+    stub, other = stub_of(), stub_of()
+    mixed = [request(stub), request(stub, sealed_stub=held(other)), request(other, sealed_stub=None)]
+    assert await found(lookup(server, "prefer"), *mixed) == [1, "no-stub", "no-stub"]
+
+
+def test_what_is_spent_is_forgotten_after_its_time() -> None:
+    now = 0.0
+    spent = Spent(60, clock=lambda: now)
+    first, second = Index(GATEWAY, b"1" * 8), Index(GATEWAY, b"2" * 8)
+    spent.add(first)
+    now = 59.0
+    spent.add(second)
+    assert first in spent
+    now = 61.0
+    assert first not in spent
+    assert second in spent
