@@ -172,9 +172,9 @@ def gateway(path: str | None) -> None:
     Stores a stub of every IKE_SA of the local charon in the bank, and answers clients that resume here.
     """
     config = read_config(path, GatewayConfig)
-    from bridge import daemon
+    from bridge.gatewayd import run_gateway
 
-    _run(lambda: daemon.run_gateway(config))
+    _run(lambda: run_gateway(config))
 
 
 @cli.command()
@@ -185,9 +185,9 @@ def client(path: str | None) -> None:
     Moves the local charon's IKE_SA to another gateway when its own dies, or when `resume` asks for it.
     """
     config = read_config(path, ClientConfig)
-    from bridge import daemon
+    from bridge.clientd import run_client
 
-    _run(lambda: daemon.run_client(config))
+    _run(lambda: run_client(config))
 
 
 def _run(main: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bridge import log
 from bridge.admission import Demand
-from bridge.gateway import Refusal
+from bridge.decision import Refusal
 from bridge.metrics import ClientMetrics, GatewayMetrics, Metrics
 
 

@@ -1,0 +1,216 @@
+"""The one round trip with one gateway, on the client's side (draft-xu-ike-sa-sync-01 section 3.1).
+
+What the wire says before the keys have proved themselves is believed in nothing but the responder's nonce (protocol
+rule 6): an ordinary answer ends the attempt only after the time in which a proven one could still come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from bridge.charon.ha import IkeId
+from bridge.charon.sa import Sa
+from bridge.config import GatewayEntry, Resume
+from bridge.ike.exchange import (
+    CookieChallenge,
+    OrdinaryResponse,
+    SyncResponse,
+    build_request,
+    nat_hash,
+    parse_response,
+    verify_response,
+)
+from bridge.ike.groups import fresh_public_value
+from bridge.ike.message import MalformedMessage
+from bridge.ike.sync import Attribute
+from bridge.net.datagram import Datagram
+from bridge.net.interface import Sender
+from bridge.stub import Endpoint
+
+log = structlog.get_logger()
+
+NONCE_OCTETS = 32
+BACK_OFF = 1.8
+"""each retransmission waits this much longer than the one before, as charon's do"""
+MAX_COOKIES = 4
+"""taken in one attempt: the first may be forged, or the gateway's secret change meanwhile"""
+QUEUED = 64
+"""answers to one request that may wait; more is a flood"""
+IKE_PORT = 500
+NATT_PORT = 4500
+
+
+class RefusedError(Exception):
+    """The gateway did not resume; the text is the reason."""
+
+
+class NoAnswerError(Exception):
+    """The gateway did not answer."""
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """A proven answer, and what belongs to it."""
+
+    ike_id: IkeId
+    nonce_i: bytes = field(repr=False)
+    nonce_r: bytes = field(repr=False)
+    local: Endpoint
+    remote: Endpoint
+    nat_here: bool
+    nat_there: bool
+    exchange: float
+    """seconds from the request to the accepted answer"""
+    sealed_stub: bytes | None = field(repr=False)
+    lifetime: int | None
+
+
+class Asker:
+    """Asks gateways to resume. Datagrams arrive through `datagram`; `sealed_stub` gives the stub that the client holds
+    of an IKE_SA."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        config: Resume,
+        sealed_stub: Callable[[Sa], bytes | None],
+        *,
+        random: Callable[[int], bytes] = os.urandom,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sender = sender
+        self._config = config
+        self._sealed_stub = sealed_stub
+        self._random = random
+        self._clock = clock
+        self._listening: dict[bytes, asyncio.Queue[Datagram]] = {}
+
+    def datagram(self, datagram: Datagram) -> None:
+        """An answer to IKE_SA_INIT that reached this host."""
+        queue = self._listening.get(datagram.ike[:8])
+        if queue is not None and queue.qsize() < QUEUED:
+            queue.put_nowait(datagram)
+
+    async def ask(self, sa: Sa, gateway: GatewayEntry) -> Answer:
+        """Raises NoAnswerError or RefusedError."""
+        assert sa.local is not None
+        spi_i, nonce = self._random(8), self._random(NONCE_OCTETS)
+        port = NATT_PORT if sa.local.port == NATT_PORT else IKE_PORT
+        marker = port == NATT_PORT
+        source = _source_address(gateway.address)
+        if source is None or source in sa.local_vips:
+            # a tunnel that covers its own gateways: the kernel would send into it
+            source = sa.local.address
+        local = Endpoint(source, sa.local.port)
+        index = sa.index_there()
+        cookies: list[bytes] = []
+        requests: list[bytes] = []
+        queue: asyncio.Queue[Datagram] = asyncio.Queue()
+        self._listening[spi_i] = queue
+        ke_value = fresh_public_value(sa.suite.group)
+        try:
+            began = self._clock()
+            deadline = began + self._config.answer_timeout
+            wait, refusal = self._config.retransmit, None
+            while (now := self._clock()) < deadline:
+                request = build_request(
+                    spi_i=spi_i,
+                    suite=sa.suite,
+                    ke_value=ke_value,
+                    nonce=nonce,
+                    sync_index=(index.gateway, index.spi),
+                    prf=sa.suite.prf,
+                    sk_d_old=sa.sk_d,
+                    nat=(local.address, local.port, gateway.address, port),
+                    cookie=cookies[-1] if cookies else None,
+                    sealed_stub=self._sealed_stub(sa),
+                )
+                if request not in requests:
+                    requests.append(request)
+                self._send(local, Endpoint(gateway.address, port), request, marker)
+                until, wait = min(now + wait, deadline), wait * BACK_OFF
+                while (left := (refusal or until) - self._clock()) > 0:
+                    try:
+                        async with asyncio.timeout(left):
+                            datagram = await queue.get()
+                    except TimeoutError:
+                        break
+                    if datagram.src != gateway.address:
+                        continue
+                    answer = self._judge(datagram, requests, sa)
+                    if isinstance(answer, SyncResponse):
+                        return self._accepted(answer, spi_i, nonce, local, datagram, began)
+                    if isinstance(answer, CookieChallenge):
+                        # the answer to a retransmission holds the same one once more
+                        if len(cookies) < MAX_COOKIES and answer.cookie not in cookies:
+                            cookies.append(answer.cookie)
+                            break
+                        continue
+                    if isinstance(answer, OrdinaryResponse) and refusal is None:
+                        refusal = self._clock() + self._config.refusal_grace
+                if refusal is not None and self._clock() >= refusal:
+                    raise RefusedError("refused")
+            raise NoAnswerError
+        finally:
+            del self._listening[spi_i]
+
+    def _judge(
+        self, datagram: Datagram, requests: list[bytes], sa: Sa
+    ) -> SyncResponse | OrdinaryResponse | CookieChallenge | None:
+        """What an answer to the last of `requests` is; one that resumes may be to any of them, for nothing shows
+        whether a cookie came from the gateway."""
+        try:
+            answer = parse_response(datagram.ike, requests[-1])
+        except MalformedMessage as error:
+            log.debug("answer-malformed", gateway=datagram.src, reason=str(error))
+            return None
+        if isinstance(answer, SyncResponse) and not any(
+            verify_response(answer, request, sa.suite.prf, sa.sk_d) for request in requests
+        ):
+            log.warning("answer-proof-wrong", gateway=datagram.src)
+            return None
+        return answer
+
+    def _accepted(
+        self, answer: SyncResponse, spi_i: bytes, nonce: bytes, local: Endpoint, datagram: Datagram, began: float
+    ) -> Answer:
+        remote = Endpoint(datagram.src, datagram.sport)
+        here, there = answer.nat_destination, answer.nat_source
+        spi_r = answer.spi_r
+        return Answer(
+            ike_id=IkeId(spi_i, spi_r, True),
+            nonce_i=nonce,
+            nonce_r=answer.nonce,
+            local=local,
+            remote=remote,
+            nat_here=bool(here) and nat_hash(spi_i, spi_r, local.address, local.port) not in here,
+            nat_there=bool(there) and nat_hash(spi_i, spi_r, remote.address, remote.port) not in there,
+            exchange=self._clock() - began,
+            sealed_stub=answer.sync.first(Attribute.SEALED_STUB) if answer.sync else None,
+            lifetime=answer.lifetime,
+        )
+
+    def _send(self, local: Endpoint, remote: Endpoint, request: bytes, marker: bool) -> None:
+        try:
+            self._sender.send(local.address, local.port, remote.address, remote.port, request, marker)
+        except OSError as error:
+            # no route just now: the next retransmission may have one
+            log.info("request-not-sent", gateway=remote.address, reason=error.strerror)
+
+
+def _source_address(gateway: str) -> str | None:
+    """The local address the kernel would use towards `gateway`; None where it has no route."""
+    family = socket.AF_INET6 if ":" in gateway else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((gateway, IKE_PORT))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])

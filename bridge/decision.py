@@ -1,0 +1,160 @@
+"""What a request with IKE_SA_SYNC gets, once its stub was looked up: a rebuilt SA with its answer, or a refusal."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+
+from bridge.admission import Admission
+from bridge.charon.charon import Charon
+from bridge.charon.ha import IkeId
+from bridge.charon.install import Install
+from bridge.charon.sa import Sa, new_conditions
+from bridge.config import Sync
+from bridge.handout import Handout
+from bridge.ike.exchange import SyncRequest, build_response, nat_hash, verify_request
+from bridge.ike.keys import derive_sk_d, skeyseed_resume
+from bridge.lookup import Spent
+from bridge.net.interface import Packet
+from bridge.stub import Endpoint, Stub
+from bridge.unconfirmed import Rebuilt, Unconfirmed
+
+NONCE_OCTETS = 32
+"""at least half the key size of every prf (RFC 7296 section 2.10)"""
+ATTEMPTS_PER_STUB = 4
+"""unconfirmed SAs from one stub at most: a client may start anew, and an old request of its may be replayed"""
+
+
+class Refusal(StrEnum):
+    """Why a request with IKE_SA_SYNC went on to charon."""
+
+    NO_STUB = "no-stub"
+    STUB_EXPIRED = "stub-expired"
+    PROOF_MISSING = "proof-missing"
+    PROOF_WRONG = "proof-wrong"
+    BANK_UNAVAILABLE = "bank-unavailable"
+    CHARON_UNAVAILABLE = "charon-unavailable"
+    CONNECTION_MISSING = "connection-missing"
+    TOO_MANY_UNCONFIRMED = "too-many-unconfirmed"
+    SOURCE_UNCONFIRMED = "source-unconfirmed"
+    SOURCE_RATE = "source-rate"
+
+
+class Decision:
+    """Judges requests, and rebuilds the SAs of those that pass."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        spent: Spent,
+        handout: Handout,
+        unconfirmed: Unconfirmed,
+        admission: Admission,
+        sync: Sync,
+        *,
+        random: Callable[[int], bytes] = os.urandom,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._charon = charon
+        self._spent = spent
+        self._handout = handout
+        self._unconfirmed = unconfirmed
+        self._admission = admission
+        self._sync = sync
+        self._random = random
+        self._wall = wall
+
+    def of(self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub) -> Rebuilt | Refusal:
+        """Rules 1 and 7: a proven request and the sealed stub alone decide. `digest` is the request's."""
+        if stub.index in self._spent:
+            # while the stubs of this batch were fetched
+            return Refusal.NO_STUB
+        if stub.expires <= self._wall():
+            return Refusal.STUB_EXPIRED
+        if request.proof is None:
+            if self._sync.proof == "required" or request.sync.attributes:
+                return Refusal.PROOF_MISSING
+        elif not verify_request(request, stub.suite.prf, stub.sk_d):
+            return Refusal.PROOF_WRONG
+        if self._charon.connection(stub.connection) is None:
+            return Refusal.CONNECTION_MISSING
+        if (
+            len(self._unconfirmed) >= self._sync.max_unconfirmed
+            or self._unconfirmed.attempts(stub.index) >= ATTEMPTS_PER_STUB
+        ):
+            return Refusal.TOO_MANY_UNCONFIRMED
+        if self._admission.full(packet.src):
+            return Refusal.SOURCE_UNCONFIRMED
+        return self._rebuild(packet, request, digest, stub)
+
+    def _rebuild(self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub) -> Rebuilt:
+        ike_id = IkeId(request.spi_i, self._random(8), False)
+        nonce = self._random(NONCE_OCTETS)
+        suite = stub.suite
+        local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
+        seed = skeyseed_resume(suite.prf, stub.sk_d, request.nonce, nonce)
+        lifetime = self._lifetime(stub)
+        conditions = new_conditions(
+            stub.conditions,
+            initiator=False,
+            nat_here=_differs(request.nat_destination, request.spi_i, local),
+            nat_there=_differs(request.nat_source, request.spi_i, remote),
+        )
+        now = int(self._wall())
+        sa = Sa(
+            id=ike_id,
+            suite=suite,
+            sk_d=derive_sk_d(suite, seed, request.nonce, nonce, ike_id.spi_i, ike_id.spi_r),
+            local_id=stub.local_id,
+            remote_id=stub.remote_id,
+            eap_id=stub.eap_id,
+            local=local,
+            remote=remote,
+            connection=stub.connection,
+            conditions=conditions,
+            extensions=stub.extensions,
+            remote_vips=stub.remote_vips,
+            established=now,
+            expires=now + lifetime,
+            companion=True,
+        )
+        response = build_response(
+            request,
+            spi_r=ike_id.spi_r,
+            nonce=nonce,
+            prf=suite.prf,
+            sk_d_old=stub.sk_d,
+            lifetime=lifetime,
+            sealed_stub=self._handout.seal(sa) if request.sync.attributes else None,
+            nat=(local.address, local.port, remote.address, remote.port),
+        )
+        install = Install(
+            id=ike_id,
+            suite=suite,
+            sk_d_old=stub.sk_d,
+            nonce_i=request.nonce,
+            nonce_r=nonce,
+            local_id=stub.local_id,
+            remote_id=stub.remote_id,
+            eap_id=stub.eap_id,
+            local=local,
+            remote=remote,
+            connection=stub.connection,
+            conditions=conditions,
+            extensions=stub.extensions,
+            local_vips=stub.local_vips,
+            remote_vips=stub.remote_vips,
+        )
+        return Rebuilt(digest, response, stub, sa, install)
+
+    def _lifetime(self, stub: Stub) -> int:
+        """What charon will give the rebuilt SA: that of a fresh one of its connection."""
+        connection = self._charon.connection(stub.connection)
+        return connection.lifetime if connection and connection.lifetime else int(stub.expires - self._wall())
+
+
+def _differs(hashes: Sequence[bytes], spi_i: bytes, seen: Endpoint) -> bool:
+    """NAT detection (RFC 7296 section 2.23): the peer sent hashes and none is of the address seen here."""
+    return bool(hashes) and nat_hash(spi_i, bytes(8), seen.address, seen.port) not in hashes

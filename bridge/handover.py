@@ -1,0 +1,160 @@
+"""After the answer: the rebuilt SA into charon, the old one out of it, and the CHILD_SAs up; or all of it anew."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import structlog
+
+from bridge.asking import Answer
+from bridge.charon.charon import Charon
+from bridge.charon.install import Install
+from bridge.charon.sa import Sa, new_conditions
+from bridge.charon.vici import ViciError
+from bridge.config import GatewayEntry
+from bridge.ike.keys import derive_sk_d, skeyseed_resume
+from bridge.sessions import Sessions
+
+log = structlog.get_logger()
+
+
+class Handover:
+    """Makes the client's charon go on with an IKE_SA at another gateway. `patience`: how long charon has to bring up an
+    SA or a CHILD_SA, in seconds."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        sessions: Sessions,
+        patience: float,
+        *,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._charon = charon
+        self._sessions = sessions
+        self._patience = patience
+        self._wall = wall
+
+    async def resume(self, old: Sa, gateway: GatewayEntry, answer: Answer) -> tuple[Sa, list[str]]:
+        """The new SA in place of `old`, and the names of its CHILD_SAs that are up.
+
+        Raises ViciError, ChannelError or HaError; what could be resumed before still can.
+        """
+        new = self._rebuilt(old, gateway, answer)
+        if self._charon.connection(gateway.connection) is None:
+            raise ViciError(f"charon has no connection {gateway.connection!r}: add it to swanctl.conf")
+        await self._charon.install_surely(self._install(old, new, answer))
+        self._charon.tracker.adopt(new)
+        # the new SA holds the virtual IP before the old one lets go of it
+        await self._drop(old)
+        wanted = self._children_of(old, gateway)
+        names = await self._bring_up(gateway.connection, wanted)
+        if wanted and not names:
+            # the new SA never worked: the old stub stays what can be resumed (rule 6)
+            await self._drop(new)
+            self._sessions.lose(old)
+            raise ViciError(f"none of the CHILD_SAs {', '.join(wanted)} came up")
+        self._sessions.replaced(old.connection)
+        self._charon.reconcile_soon()
+        return new, names
+
+    async def anew(self, old: Sa | None, gateway: GatewayEntry) -> list[str]:
+        """An IKE_SA by an ordinary handshake, in place of `old`; names of the CHILD_SAs that came up.
+
+        Raises ViciError without any, ChannelError, HaError.
+        """
+        names = self._children_of(old, gateway)
+        if old is not None and old.connection == gateway.connection:
+            # charon would ask for the CHILD_SAs on the old SA
+            await self._drop(old)
+        up = await self._initiate(gateway.connection, names)
+        if old is not None and old.connection != gateway.connection:
+            await self._drop(old)
+        return up
+
+    def _rebuilt(self, old: Sa, gateway: GatewayEntry, answer: Answer) -> Sa:
+        """The new SA: keys per draft-xu-ike-sa-sync-01 section 3.3, all else as in the old one."""
+        suite, ike_id = old.suite, answer.ike_id
+        seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r)
+        return Sa(
+            id=ike_id,
+            suite=suite,
+            sk_d=derive_sk_d(suite, seed, answer.nonce_i, answer.nonce_r, ike_id.spi_i, ike_id.spi_r),
+            up=True,
+            local_id=old.local_id,
+            remote_id=old.remote_id,
+            eap_id=old.eap_id,
+            local=answer.local,
+            remote=answer.remote,
+            connection=gateway.connection,
+            conditions=new_conditions(
+                old.conditions, initiator=True, nat_here=answer.nat_here, nat_there=answer.nat_there
+            ),
+            extensions=old.extensions,
+            local_vips=old.local_vips,
+            established=int(self._wall()),
+            expires=old.expires,
+        )
+
+    @staticmethod
+    def _install(old: Sa, new: Sa, answer: Answer) -> Install:
+        assert new.local_id is not None
+        assert new.remote_id is not None
+        return Install(
+            id=new.id,
+            suite=new.suite,
+            sk_d_old=old.sk_d,
+            nonce_i=answer.nonce_i,
+            nonce_r=answer.nonce_r,
+            local_id=new.local_id,
+            remote_id=new.remote_id,
+            eap_id=new.eap_id,
+            local=answer.local,
+            remote=answer.remote,
+            connection=new.connection,
+            conditions=new.conditions,
+            extensions=new.extensions,
+            local_vips=new.local_vips,
+            remote_vips=(),
+        )
+
+    def _children_of(self, old: Sa | None, gateway: GatewayEntry) -> list[str]:
+        """Names of the CHILD_SAs to bring up: those of the old SA that the connection has; else all it has."""
+        connection = self._charon.connection(gateway.connection)
+        configured = [child.name for child in connection.children] if connection else []
+        wanted = list(dict.fromkeys(child.name for child in old.children.values())) if old is not None else []
+        return [name for name in wanted if name in configured] or configured
+
+    async def _drop(self, sa: Sa) -> None:
+        """Remove an SA from charon in silence: no DELETE to the peer, no updown event."""
+        with self._sessions.leaving(sa):
+            self._charon.tracker.forget(sa.id)
+            self._sessions.replaced(sa.connection)
+            await self._charon.installer.delete([sa.id])
+            await self._charon.channel.drained()
+
+    async def _initiate(self, connection: str, children: list[str]) -> list[str]:
+        """An IKE_SA by an ordinary handshake; names of the CHILD_SAs that came up. Raises ViciError without any: what
+        did not come up in time is ended, so that it does not later."""
+        up = await self._bring_up(connection, children)
+        if not up:
+            with contextlib.suppress(ViciError):
+                await self._charon.vici.terminate(connection, 1.0, force=True)
+            raise ViciError(f"{connection}: no CHILD_SA came up")
+        return up
+
+    async def _bring_up(self, connection: str, children: list[str]) -> list[str]:
+        """Initiate CHILD_SAs; the names of those that came up. Where not even the first does, no other is tried."""
+        up: list[str] = []
+        for name in children:
+            try:
+                await self._charon.vici.initiate(connection, name, self._patience)
+            except ViciError as error:
+                log.warning("child-not-up", connection=connection, child=name, reason=str(error))
+                if not up:
+                    break
+            else:
+                up.append(name)
+        return up
