@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import urllib.request
+from collections.abc import Iterator
 
 import pytest
+import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridge import log
@@ -72,9 +74,15 @@ async def test_the_values_for_status_are_those_of_the_sidecar_alone() -> None:
     assert not any(name.startswith("process") for name in GatewayMetrics().values())
 
 
-def test_the_level_of_the_log_changes_while_loggers_are_in_use(capsys: pytest.CaptureFixture[str]) -> None:
-    import structlog
+@pytest.fixture
+def _own_log() -> Iterator[None]:
+    """Its stderr is closed after the test: what logs later must not write there."""
+    yield
+    structlog.reset_defaults()
 
+
+@pytest.mark.usefixtures("_own_log")
+def test_the_level_of_the_log_changes_while_loggers_are_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("warning")
     logger = structlog.get_logger()
     logger.info("first")
