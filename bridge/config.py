@@ -148,6 +148,7 @@ class Held(Struct, forbid_unknown_fields=True, frozen=True):
     """Stubs of its own that the client holds, where the gateways give it any."""
 
     fetch: bool = True
+    """whether they are asked for, and presented"""
     file: str | None = None
     """where sessions are kept (mode 0600), keys included, to survive a crash of this host; none: in memory"""
 
