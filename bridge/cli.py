@@ -98,7 +98,7 @@ def show(*tables: Table) -> None:
     """Print tables; as wide as they are where nobody's terminal limits them, and in colour only on a terminal."""
     from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
     for each in tables:
         console.print(each)
 
@@ -276,12 +276,14 @@ def status(path: str | None, as_json: bool) -> None:
     if answer.get("last"):
         last = answer["last"]
         click.echo(f"last move   {last['result']} {last['gateway'] or ''} {last['reason'] or ''}".rstrip())
+    click.echo()
     _print_sas(answer["sas"], answer["time"])
     counters = table("counter", "value")
     for name, value in answer["counters"].items():
-        if value:
+        if value and not name.endswith("_sum"):
             counters.add_row(name, f"{value:g}")
     if counters.row_count:
+        click.echo()
         show(counters)
 
 

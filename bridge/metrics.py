@@ -76,7 +76,7 @@ class Metrics:
             for sample in family.samples:
                 if sample.name.endswith("_bucket") or not sample.name.startswith(PREFIX):
                     continue
-                labels = ",".join(sample.labels.values())
+                labels = ",".join(filter(None, sample.labels.values()))
                 name = sample.name.removeprefix(f"{PREFIX}_")
                 found[f"{name}[{labels}]" if labels else name] = sample.value
         return found

@@ -2,13 +2,13 @@
 
 import shutil
 import socket
-import subprocess
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import vici
 
 from bridge import data
+from bridge.lab import space
 from bridge.lab.daemon import Daemon
 from bridge.lab.esp import Esp
 from bridge.lab.space import LabError
@@ -139,8 +139,7 @@ class Charon(Daemon):
     def forget(self) -> None:
         """Reap it after someone killed it, and take its SAs out of the kernel."""
         super().forget()
-        for what in ("state", "policy"):
-            subprocess.run(["ip", "-n", self.host.namespace, "xfrm", what, "flush"], capture_output=True, check=False)
+        space.forget_sas(self.host.namespace)
 
 
 def _text(value: Any) -> Any:

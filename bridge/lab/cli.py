@@ -91,15 +91,8 @@ def clean(names: tuple[str, ...]) -> None:
             click.echo(f"lab {name} removed")
 
 
-@lab.command(context_settings={"ignore_unknown_options": True})
-@click.option("--lab", "name", default=None, help="Which lab, if there are several.")
-@click.argument("host")
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def shell(name: str | None, host: str, command: tuple[str, ...]) -> None:
-    """Run COMMAND, or a shell, on a host of a running lab.
-
-    The hosts are bank, gw1, gw2 and client.
-    """
+def _host(name: str | None, host: str) -> tuple[str, int]:
+    """The network namespace of a host, and the process that holds it."""
     labs = [name] if name else space.labs()
     if len(labs) != 1:
         raise click.ClickException(f"{len(labs)} labs here ({', '.join(labs) or 'none'}): choose one with --lab")
@@ -109,6 +102,33 @@ def shell(name: str | None, host: str, command: tuple[str, ...]) -> None:
     except FileNotFoundError:
         hosts = sorted(entry.name for entry in directory.parent.glob("*") if (entry / space.HOLDER).exists())
         raise click.ClickException(f"no host {host} in lab {labs[0]}: {', '.join(hosts) or 'none'}") from None
+    return f"{labs[0]}-{host}", holder
+
+
+@lab.command()
+@click.option("--lab", "name", default=None, help="Which lab, if there are several.")
+@click.argument("host")
+def kill(name: str | None, host: str) -> None:
+    """Fail a host of a running lab, as a machine does.
+
+    SIGKILL to everything that runs on it; its SAs are gone, and nobody is told.
+    """
+    namespace, holder = _host(name, host)
+    _reporting(lambda: space.kill_all(namespace, spare=holder))
+    space.forget_sas(namespace)
+    click.echo(f"{host} is dead")
+
+
+@lab.command(context_settings={"ignore_unknown_options": True})
+@click.option("--lab", "name", default=None, help="Which lab, if there are several.")
+@click.argument("host")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def shell(name: str | None, host: str, command: tuple[str, ...]) -> None:
+    """Run COMMAND, or a shell, on a host of a running lab.
+
+    The hosts are bank, gw1, gw2 and client.
+    """
+    _, holder = _host(name, host)
     argv = [*space.into(holder), *(command or (os.environ.get("SHELL", "/bin/sh"),))]
     sys.stdout.flush()
     os.execvp(argv[0], argv)  # noqa: S606

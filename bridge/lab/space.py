@@ -91,6 +91,12 @@ def kill_all(namespace: str, spare: int = 0) -> None:
         time.sleep(0.01)
 
 
+def forget_sas(namespace: str) -> None:
+    """Take charon's SAs out of the kernel, which would go on with those of a dead one."""
+    for what in ("state", "policy"):
+        subprocess.run(["ip", "-n", namespace, "xfrm", what, "flush"], capture_output=True, check=False)
+
+
 def remove(lab: str) -> None:
     """Remove every trace of a lab. Harmless where there is none."""
     for namespace in namespaces(lab):
