@@ -138,7 +138,7 @@ def test_metrics_exist(page: Path) -> None:
 
 def test_log_events_and_reasons_in_the_troubleshooting_page_exist() -> None:
     text = (ROOT / "docs/troubleshooting.md").read_text() + (ROOT / "docs/failures.md").read_text()
-    retried = {f"{name}-unavailable" for name in re.findall(r'_retry\(\s*"([a-z-]+)"', SOURCE)}
+    retried = {f"{name}-unavailable" for name in re.findall(r'retry\(\s*"([a-z-]+)"', SOURCE)}
     for piece in re.findall(r"`([a-z]+(?:-[a-z]+)+)`", text):
         if piece != "ike-sa-sync":
             assert f'"{piece}"' in SOURCE or piece in retried, piece
