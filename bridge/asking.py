@@ -17,7 +17,9 @@ import structlog
 
 from bridge.charon.ha import IkeId
 from bridge.charon.sa import Sa
+from bridge.children import NewChild, Offer, granted
 from bridge.config import GatewayEntry, Resume
+from bridge.ike.confirm import Confirmation
 from bridge.ike.exchange import (
     CookieChallenge,
     OrdinaryResponse,
@@ -70,17 +72,20 @@ class Answer:
     """seconds from the request to the accepted answer"""
     sealed_stub: bytes | None = field(repr=False)
     lifetime: int | None
+    children: tuple[NewChild, ...]
+    """CHILD_SAs that come up with it"""
 
 
 class Asker:
     """Asks gateways to resume. Datagrams arrive through `datagram`; `sealed_stub` gives the stub that the client holds
-    of an IKE_SA."""
+    of an IKE_SA, `offer` the CHILD_SAs of one that may come up at a gateway at once."""
 
     def __init__(
         self,
         sender: Sender,
         config: Resume,
         sealed_stub: Callable[[Sa], bytes | None],
+        offer: Callable[[Sa, GatewayEntry], Offer],
         *,
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
@@ -88,12 +93,13 @@ class Asker:
         self._sender = sender
         self._config = config
         self._sealed_stub = sealed_stub
+        self._offer = offer
         self._random = random
         self._clock = clock
         self._listening: dict[bytes, asyncio.Queue[Datagram]] = {}
 
     def datagram(self, datagram: Datagram) -> None:
-        """An answer to IKE_SA_INIT that reached this host."""
+        """An answer to IKE_SA_INIT or INFORMATIONAL that reached this host."""
         queue = self._listening.get(datagram.ike[:8])
         if queue is not None and queue.qsize() < QUEUED:
             queue.put_nowait(datagram)
@@ -110,6 +116,7 @@ class Asker:
             source = sa.local.address
         local = Endpoint(source, sa.local.port)
         index = sa.index_there()
+        offered = self._offer(sa, gateway)
         cookies: list[bytes] = []
         requests: list[bytes] = []
         queue: asyncio.Queue[Datagram] = asyncio.Queue()
@@ -130,6 +137,8 @@ class Asker:
                     sk_d_old=sa.sk_d,
                     nat=(local.address, local.port, gateway.address, port),
                     cookie=cookies[-1] if cookies else None,
+                    children=offered.requested,
+                    old_children=offered.old_spis,
                     sealed_stub=self._sealed_stub(sa),
                 )
                 if request not in requests:
@@ -146,7 +155,7 @@ class Asker:
                         continue
                     answer = self._judge(datagram, requests, sa)
                     if isinstance(answer, SyncResponse):
-                        return self._accepted(answer, spi_i, nonce, local, datagram, began)
+                        return self._accepted(answer, offered, spi_i, nonce, local, datagram, began)
                     if isinstance(answer, CookieChallenge):
                         # the answer to a retransmission holds the same one once more
                         if len(cookies) < MAX_COOKIES and answer.cookie not in cookies:
@@ -178,8 +187,37 @@ class Asker:
             return None
         return answer
 
+    async def confirm(self, confirmation: Confirmation, answer: Answer) -> bool:
+        """Carry the first protected exchange of the SA that `answer` is of; whether the gateway answered in time."""
+        queue: asyncio.Queue[Datagram] = asyncio.Queue()
+        self._listening[answer.ike_id.spi_i] = queue
+        marker = answer.local.port == NATT_PORT
+        wait = self._config.retransmit
+        try:
+            async with asyncio.timeout(self._config.answer_timeout):
+                while True:
+                    self._send(answer.local, answer.remote, confirmation.request, marker)
+                    try:
+                        async with asyncio.timeout(wait):
+                            while not confirmation.is_answered_by((await queue.get()).ike):
+                                pass
+                            return True
+                    except TimeoutError:
+                        wait *= BACK_OFF
+        except TimeoutError:
+            return False
+        finally:
+            del self._listening[answer.ike_id.spi_i]
+
     def _accepted(
-        self, answer: SyncResponse, spi_i: bytes, nonce: bytes, local: Endpoint, datagram: Datagram, began: float
+        self,
+        answer: SyncResponse,
+        offered: Offer,
+        spi_i: bytes,
+        nonce: bytes,
+        local: Endpoint,
+        datagram: Datagram,
+        began: float,
     ) -> Answer:
         remote = Endpoint(datagram.src, datagram.sport)
         here, there = answer.nat_destination, answer.nat_source
@@ -195,6 +233,7 @@ class Asker:
             exchange=self._clock() - began,
             sealed_stub=answer.sync.first(Attribute.SEALED_STUB) if answer.sync else None,
             lifetime=answer.lifetime,
+            children=granted(offered, answer.sync.children if answer.sync else (), nonce, answer.nonce),
         )
 
     def _send(self, local: Endpoint, remote: Endpoint, request: bytes, marker: bool) -> None:

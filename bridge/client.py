@@ -60,8 +60,12 @@ class Client:
         self._clock = clock
         self._sessions = Sessions(charon, config.gateways, clock=clock, wall=wall)
         self.keeper = Keeper(config.held, charon.tracker, sender, lambda: self._sessions, random=random, wall=wall)
-        self._asker = Asker(sender, config.resume, self.keeper.stub_of, random=random, clock=clock)
-        self._handover = Handover(charon, self._sessions, config.resume.initiate_timeout, wall=wall)
+        self._handover = Handover(
+            charon, self._sessions, config.resume.initiate_timeout, random=random, clock=clock, wall=wall
+        )
+        self._asker = Asker(
+            sender, config.resume, self.keeper.stub_of, self._handover.offer, random=random, clock=clock
+        )
         self._comeback = Comeback(charon, self._sessions, lambda connection: self._begin(connection, None))
         self._moving: dict[str, asyncio.Task[Outcome]] = {}
         self._restored: set[bytes] = set()
@@ -108,7 +112,7 @@ class Client:
     # news from the wire
 
     def datagrams(self, batch: Sequence[Datagram]) -> None:
-        """Answers to IKE_SA_INIT, and what gateways send in exchange type 240, that reached this host."""
+        """What reached this host: answers to IKE_SA_INIT and INFORMATIONAL, and all of exchange type 240."""
         for datagram in batch:
             if datagram.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
                 message = gateway_message(datagram.ike)
@@ -177,7 +181,7 @@ class Client:
                 log.info("resumption-refused", gateway=gateway.address, connection=connection, reason=reason)
                 return await self._fallback([gateway, *candidates[position + 1 :]], sa, reason, began)
             try:
-                new, names = await self._handover.resume(sa, gateway, answer)
+                new, names, up = await self._handover.resume(sa, gateway, answer, self._asker.confirm)
             except (ViciError, ChannelError, HaError) as error:
                 log.warning("resumed-sa-unusable", gateway=gateway.address, reason=str(error))
                 still = sa if sa.id.spis in self._charon.tracker.sas else None
@@ -191,7 +195,7 @@ class Client:
                 new.id.spi_r.hex(),
                 tuple(names),
                 _milliseconds(answer.exchange),
-                _milliseconds(self._clock() - began),
+                _milliseconds(up - began),
             )
         return await self._fallback(candidates, sa, reason, began)
 

@@ -118,7 +118,7 @@ class _Relay:
 
 def _client(config: ClientConfig, raw: RawUdp, metrics: ClientMetrics) -> tuple[Charon, Client]:
     relay = _Relay()
-    charon = Charon(config.vici, config.ha, relay)
+    charon = Charon(config.vici, config.ha, relay, at_once=config.resume.children_at_once)
     relay.client = Client(charon, raw, config, metrics)
     return charon, relay.client
 

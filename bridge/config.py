@@ -83,6 +83,8 @@ class Sync(Struct, forbid_unknown_fields=True, frozen=True):
     """of one source; from half of it on, this source must show cookies"""
     lifetime: Annotated[int, Meta(ge=60)] | None = None
     """seconds a stub lives at most; none: as long as its IKE_SA"""
+    children_at_once: bool = True
+    """whether CHILD_SAs without PFS come up in the round trip of their IKE_SA"""
     shared_secret: bool = True
     """whether stubs carry the Diffie-Hellman shared secret, as the draft has it"""
     client_stub: Literal["off", "fallback", "prefer"] = "off"
@@ -142,6 +144,8 @@ class Resume(Struct, forbid_unknown_fields=True, frozen=True):
     """how long to listen on for a proven answer after an ordinary one"""
     initiate_timeout: Seconds = 30.0
     """how long charon has to bring up an SA or a CHILD_SA"""
+    children_at_once: bool = True
+    """whether to ask for CHILD_SAs without PFS in the round trip of their IKE_SA"""
 
 
 class Held(Struct, forbid_unknown_fields=True, frozen=True):

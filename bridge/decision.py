@@ -12,6 +12,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha import IkeId
 from bridge.charon.install import Install
 from bridge.charon.sa import Sa, new_conditions
+from bridge.children import grant
 from bridge.config import Sync
 from bridge.handout import Handout
 from bridge.ike.exchange import SyncRequest, build_response, nat_hash, verify_request
@@ -96,6 +97,15 @@ class Decision:
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
         seed = skeyseed_resume(suite.prf, stub.sk_d, request.nonce, nonce)
         lifetime = self._lifetime(stub)
+        granted = grant(
+            stub.children,
+            request.sync.children,
+            request.sync.old_children,
+            lambda child: self._charon.takes_at_once(stub.connection, child.name),
+            self._random,
+            request.nonce,
+            nonce,
+        )
         conditions = new_conditions(
             stub.conditions,
             initiator=False,
@@ -116,6 +126,8 @@ class Decision:
             conditions=conditions,
             extensions=stub.extensions,
             remote_vips=stub.remote_vips,
+            # charon tells nobody of what it is given
+            children={new.child.spi_in: new.child for new in granted.children},
             established=now,
             expires=now + lifetime,
             companion=True,
@@ -127,6 +139,7 @@ class Decision:
             prf=suite.prf,
             sk_d_old=stub.sk_d,
             lifetime=lifetime,
+            children=granted.answer,
             sealed_stub=self._handout.seal(sa) if request.sync.attributes else None,
             nat=(local.address, local.port, remote.address, remote.port),
         )
@@ -146,6 +159,7 @@ class Decision:
             extensions=stub.extensions,
             local_vips=stub.local_vips,
             remote_vips=stub.remote_vips,
+            children=granted.children,
         )
         return Rebuilt(digest, response, stub, sa, install)
 

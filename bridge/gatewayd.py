@@ -84,7 +84,9 @@ class GatewayProcess:
             keyring = Keyring.load(config.bank.key_file)
         except (SealError, OSError) as error:
             raise StartError(f"bank.key_file: {error}") from error
-        self._charon = charon = Charon(config.vici, config.ha, self, self._recover)
+        self._charon = charon = Charon(
+            config.vici, config.ha, self, self._recover, at_once=config.sync.children_at_once
+        )
         # first of all: what charon says while the rest is not there yet must not be lost
         await retry("ha-channel", charon.channel.open, ChannelError)
         stack.push_async_callback(charon.close)

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from bridge.asking import Answer
+from bridge.charon.channel import ChannelError
 from bridge.charon.charon import Charon
+from bridge.charon.ha import HaError
 from bridge.charon.install import Install
 from bridge.charon.sa import Sa, new_conditions
 from bridge.charon.vici import ViciError
+from bridge.children import NOTHING, Offer, offer
 from bridge.config import GatewayEntry
-from bridge.ike.keys import derive_sk_d, skeyseed_resume
+from bridge.ike import confirm
+from bridge.ike.confirm import Confirmation
+from bridge.ike.keys import derive_keys, derive_sk_d, skeyseed_resume
 from bridge.sessions import Sessions
 
 log = structlog.get_logger()
+
+Confirm = Callable[[Confirmation, Answer], Awaitable[bool]]
+"""carries the first protected exchange of an SA; whether it was answered in time"""
 
 
 class Handover:
@@ -30,35 +40,85 @@ class Handover:
         sessions: Sessions,
         patience: float,
         *,
+        random: Callable[[int], bytes] = os.urandom,
+        clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._charon = charon
         self._sessions = sessions
         self._patience = patience
+        self._random = random
+        self._clock = clock
         self._wall = wall
 
-    async def resume(self, old: Sa, gateway: GatewayEntry, answer: Answer) -> tuple[Sa, list[str]]:
-        """The new SA in place of `old`, and the names of its CHILD_SAs that are up.
+    def offer(self, sa: Sa, gateway: GatewayEntry) -> Offer:
+        """The CHILD_SAs of an SA to ask for at once, where the exchange that then has to confirm them can be made."""
+        if not confirm.possible(sa.suite):
+            return NOTHING
+        return offer(
+            sa.children.values(),
+            lambda child: self._charon.takes_at_once(gateway.connection, child.name),
+            self._random,
+        )
+
+    async def resume(
+        self, old: Sa, gateway: GatewayEntry, answer: Answer, confirmed_by: Confirm
+    ) -> tuple[Sa, list[str], float]:
+        """The new SA in place of `old`, the names of its CHILD_SAs that are up, and since when (clock seconds).
 
         Raises ViciError, ChannelError or HaError; what could be resumed before still can.
         """
         new = self._rebuilt(old, gateway, answer)
         if self._charon.connection(gateway.connection) is None:
             raise ViciError(f"charon has no connection {gateway.connection!r}: add it to swanctl.conf")
-        await self._charon.install_surely(self._install(old, new, answer))
-        self._charon.tracker.adopt(new)
-        # the new SA holds the virtual IP before the old one lets go of it
-        await self._drop(old)
         wanted = self._children_of(old, gateway)
-        names = await self._bring_up(gateway.connection, wanted)
-        if wanted and not names:
+        at_once = {made.child.name for made in answer.children}
+        left = [name for name in wanted if name not in at_once]
+        # without a CREATE_CHILD_SA to come, nothing else would show that both sides have the keys
+        confirmation = self._confirmation(old, answer) if at_once or not left else None
+        confirmed = None if confirmation is None else asyncio.ensure_future(confirmed_by(confirmation, answer))
+        try:
+            await self._charon.install_surely(self._install(old, new, answer, confirmation is not None))
+            self._charon.tracker.adopt(new)
+            # the new SA holds the virtual IP before the old one lets go of it
+            await self._drop(old)
+            names = await self._install_children(new, answer)
+            up = self._clock()
+            if confirmed is not None and not await confirmed:
+                raise ViciError("the gateway did not answer under the new keys")
+            if left:
+                names += await self._bring_up(gateway.connection, left)
+                up = self._clock()
+            if wanted and not names:
+                raise ViciError(f"none of the CHILD_SAs {', '.join(wanted)} came up")
+        except (ViciError, ChannelError, HaError):
             # the new SA never worked: the old stub stays what can be resumed (rule 6)
             await self._drop(new)
             self._sessions.lose(old)
-            raise ViciError(f"none of the CHILD_SAs {', '.join(wanted)} came up")
+            raise
+        finally:
+            if confirmed is not None:
+                confirmed.cancel()
         self._sessions.replaced(old.connection)
         self._charon.reconcile_soon()
-        return new, names
+        return new, names, up
+
+    def _confirmation(self, old: Sa, answer: Answer) -> Confirmation | None:
+        """None where no messages of this suite can be made here: then charon's own liveness check has to do."""
+        suite, (spi_i, spi_r, _) = old.suite, answer.ike_id
+        if not confirm.possible(suite):
+            return None
+        seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r)
+        keys = derive_keys(suite, seed, answer.nonce_i, answer.nonce_r, spi_i, spi_r)
+        return Confirmation(suite, keys, spi_i, spi_r, random=self._random)
+
+    async def _install_children(self, new: Sa, answer: Answer) -> list[str]:
+        """The CHILD_SAs that came with the answer; their names."""
+        if answer.children:
+            await self._charon.installer.add_children(new.id, answer.children)
+            # charon tells nobody of what it is given
+            new.children.update((made.child.spi_in, made.child) for made in answer.children)
+        return [made.child.name for made in answer.children]
 
     async def anew(self, old: Sa | None, gateway: GatewayEntry) -> list[str]:
         """An IKE_SA by an ordinary handshake, in place of `old`; names of the CHILD_SAs that came up.
@@ -99,7 +159,7 @@ class Handover:
         )
 
     @staticmethod
-    def _install(old: Sa, new: Sa, answer: Answer) -> Install:
+    def _install(old: Sa, new: Sa, answer: Answer, confirming: bool) -> Install:
         assert new.local_id is not None
         assert new.remote_id is not None
         return Install(
@@ -118,6 +178,8 @@ class Handover:
             extensions=new.extensions,
             local_vips=new.local_vips,
             remote_vips=(),
+            # the confirming request is not charon's
+            message_id=confirm.MESSAGE_ID + 1 if confirming else confirm.MESSAGE_ID,
         )
 
     def _children_of(self, old: Sa | None, gateway: GatewayEntry) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.check.settings import Settings
+from bridge.charon.settings import Settings
 
 
 def settings(folder: Path, text: str) -> Settings:

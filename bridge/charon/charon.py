@@ -15,6 +15,7 @@ from bridge.charon.ha import HaError, version_for
 from bridge.charon.install import Install, Installer
 from bridge.charon.sa import Sa
 from bridge.charon.segments import LandingChoice
+from bridge.charon.settings import pfs_children
 from bridge.charon.vici import ConnectionInfo, Event, SaInfo, Vici, ViciError
 from bridge.config import Ha
 
@@ -36,7 +37,9 @@ class Charon:
     """One charon. `recover` may supply SAs whose keys are known from elsewhere (the bank), so that charon need not
     be asked, which has it rekey their CHILD_SAs."""
 
-    def __init__(self, vici: str, ha: Ha, listener: Listener, recover: Recover | None = None) -> None:
+    def __init__(
+        self, vici: str, ha: Ha, listener: Listener, recover: Recover | None = None, *, at_once: bool = True
+    ) -> None:
         self.tracker = Tracker(listener, wall=time.time, clock=time.monotonic)
         self.channel = Channel(ha.listen, ha.charon, self.tracker.handle, receive_buffer=ha.receive_buffer)
         self.landing = LandingChoice(ha.segments)
@@ -46,6 +49,8 @@ class Charon:
         self.reconciled = asyncio.Event()
         """set once the SAs that charon had when the sidecar came are known"""
         self._recover = recover
+        self._at_once = at_once
+        self._pfs: dict[tuple[str, str], str] = {}
         self._inode: int | None = None
         self._asked: set[bytes] = set()
         self._due = asyncio.Event()
@@ -75,6 +80,17 @@ class Charon:
         if found is None:
             self._due.set()
         return found
+
+    def takes_at_once(self, connection: str, child: str) -> bool:
+        """Whether a CHILD_SA may come up in the round trip of its IKE_SA here: configured, and without a key exchange
+        of its own (PFS), as far as swanctl.conf tells."""
+        found = self.tracker.connections.get(connection)
+        return (
+            self._at_once
+            and found is not None
+            and any(configured.name == child for configured in found.children)
+            and (connection, child) not in self._pfs
+        )
 
     async def install_surely(self, install: Install) -> None:
         """Install one SA and see with VICI that charon has it; ChannelError or ViciError where it does not.
@@ -160,6 +176,7 @@ class Charon:
         """Compare with VICI: connections, lifetimes, SAs that ended unseen, SAs whose keys are missing."""
         self._waited = 0.0
         self.tracker.connections = await self.vici.list_connections()
+        self._pfs = await asyncio.to_thread(pfs_children, list(self.tracker.connections))
         missing = await self._compare()
         if missing and self.channel.version is not None:
             await asyncio.sleep(IN_FLIGHT_SECONDS)

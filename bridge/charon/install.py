@@ -24,11 +24,12 @@ from bridge.charon.ha import (
 )
 from bridge.charon.sa import Condition
 from bridge.charon.segments import LandingChoice, landing_addresses
+from bridge.children import NewChild
 from bridge.ike.transforms import Suite
 from bridge.stub import Endpoint, Identity
 
 FIRST_MESSAGE_ID = 1
-"""the client's next request; IKE_SA_INIT with IKE_SA_SYNC was message 0"""
+"""of the client's requests on a rebuilt SA; IKE_SA_INIT with IKE_SA_SYNC was message 0"""
 
 FEW = 8
 """SAs in a batch whose activation is not measured apart from their installation: that costs a client time"""
@@ -55,6 +56,10 @@ class Install:
     extensions: tuple[int, ...]
     local_vips: tuple[str, ...]
     remote_vips: tuple[str, ...]
+    children: tuple[NewChild, ...] = ()
+    """to be installed with it"""
+    message_id: int = FIRST_MESSAGE_ID
+    """of the client's next request"""
 
 
 def add_message(version: int, install: Install, landing: str) -> bytes:
@@ -116,14 +121,39 @@ def _words(version: int, words: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def message_id_message(version: int, install: Install) -> bytes:
-    """The client's next request is number 1, the gateway's first is 0, where charon starts anyway."""
+    """Where the client's requests go on; the gateway's first is 0, where charon starts anyway."""
     kind = MessageType.IKE_MID_INITIATOR if install.id.initiator else MessageType.IKE_MID_RESPONDER
-    return encode(version, kind, [(Attr.IKE_ID, install.id), (Attr.MID, FIRST_MESSAGE_ID)])
+    return encode(version, kind, [(Attr.IKE_ID, install.id), (Attr.MID, install.message_id)])
 
 
 def address_message(version: int, ike_id: IkeId, remote: Endpoint) -> bytes:
     """IKE_UPDATE that only moves the SA to `remote`; charon applies it in any state."""
     return encode(version, MessageType.IKE_UPDATE, [(Attr.IKE_ID, ike_id), (Attr.REMOTE_ADDR, remote)])
+
+
+def child_message(version: int, ike_id: IkeId, new: NewChild) -> bytes:
+    """CHILD_ADD: charon derives its keys from SK_d and the nonces (RFC 7296 section 2.17) and installs it."""
+    child = new.child
+    attributes: Attributes = [
+        (Attr.IKE_ID, ike_id),
+        (Attr.INITIATOR, int(child.initiator)),
+        (Attr.INBOUND_SPI, child.spi_in),
+        (Attr.OUTBOUND_SPI, child.spi_out),
+        (Attr.INBOUND_CPI, 0),
+        (Attr.OUTBOUND_CPI, 0),
+        (Attr.IPSEC_MODE, child.mode),
+        (Attr.IPCOMP, child.ipcomp),
+        (Attr.CONFIG_NAME, child.name),
+        (Attr.ALG_ENCR, child.encr),
+    ]
+    if child.encr_len:
+        attributes.append((Attr.ALG_ENCR_LEN, child.encr_len))
+    if child.integ:
+        attributes.append((Attr.ALG_INTEG, child.integ))
+    attributes += [(Attr.ESN, child.esn), (Attr.NONCE_I, new.nonce_i), (Attr.NONCE_R, new.nonce_r)]
+    attributes += [(Attr.LOCAL_TS, selector) for selector in child.local_ts]
+    attributes += [(Attr.REMOTE_TS, selector) for selector in child.remote_ts]
+    return encode(version, MessageType.CHILD_ADD, attributes)
 
 
 def delete_message(version: int, ike_id: IkeId) -> bytes:
@@ -157,7 +187,7 @@ class Installer:
         async with self._one_at_a_time:
             segment = self._landing.next(clock())
             # all of it before any is sent: what charon was told half it would derive other keys for
-            messages = list(self._installs(batch, segment))
+            messages, afterwards = list(self._installs(batch, segment)), list(self._activated(batch))
             began = clock()
             await self._channel.send(messages)
             if len(batch) > FEW:
@@ -166,10 +196,10 @@ class Installer:
                 await self._channel.send(self._toggle(segment))
                 await self._channel.drained()
                 self.toggle_seconds = clock() - began
-                await self._channel.send(self._addresses_of(batch))
+                await self._channel.send(afterwards)
                 await self._channel.drained()
             else:
-                await self._channel.send(chain(self._toggle(segment), self._addresses_of(batch)))
+                await self._channel.send(chain(self._toggle(segment), afterwards))
                 await self._channel.drained()
                 self.toggle_seconds = clock() - began
             self._landing.disturbed(segment, clock(), self.toggle_seconds)
@@ -199,11 +229,22 @@ class Installer:
         yield segment_message(version, MessageType.SEGMENT_TAKE, segment)
         yield segment_message(version, MessageType.SEGMENT_DROP, segment)
 
-    def _addresses_of(self, batch: Sequence[Install]) -> Iterator[bytes]:
+    def _activated(self, batch: Sequence[Install]) -> Iterator[bytes]:
+        """What follows once they are active."""
         version = self._channel.version
         assert version is not None
         for install in batch:
             yield address_message(version, install.id, install.remote)
+            # these take over the addresses that their IKE_SA has
+            for child in install.children:
+                yield child_message(version, install.id, child)
+
+    async def add_children(self, ike_id: IkeId, children: Sequence[NewChild]) -> None:
+        """Install CHILD_SAs of an IKE_SA that is there; done when charon has them."""
+        version = self._channel.version
+        assert version is not None
+        await self._channel.send([child_message(version, ike_id, child) for child in children])
+        await self._channel.drained()
 
     async def delete(self, ike_ids: Sequence[IkeId]) -> None:
         """Drop SAs in silence."""

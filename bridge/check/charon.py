@@ -8,9 +8,9 @@ from pathlib import Path
 from bridge import data
 from bridge.charon.channel import proc_address
 from bridge.charon.ha import PORT, HaError, version_for
+from bridge.charon.settings import Settings
 from bridge.charon.vici import ConnectionInfo, Vici, ViciError
 from bridge.check.finding import Finding, fail, ok, warn
-from bridge.check.settings import Settings
 from bridge.check.udp import UdpSocket, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from bridge.charon.settings import SWANCTL_CONF, pfs_children
 from bridge.check.charon import Charon
 from bridge.check.finding import Finding, fail, ok, warn
-from bridge.check.settings import Settings
 from bridge.config import ClientConfig
-
-SWANCTL_CONF = Path("/etc/swanctl/swanctl.conf")
-
-_GROUP = re.compile(r"modp\d+(s\d+)?|ecp\d+(bp)?|curve25519|x25519|curve448|x448|mlkem\d+|ke[1-7]_\w+")
-"""the key exchange methods among a proposal's algorithms"""
 
 
 def of_client(config: ClientConfig, charon: Charon) -> list[Finding]:
@@ -56,16 +50,10 @@ def of_client(config: ClientConfig, charon: Charon) -> list[Finding]:
 
 
 def without_pfs(charon: Charon, names: list[str], path: Path | None = None) -> list[Finding]:
-    """Children with a key exchange of their own, from swanctl.conf: VICI does not tell proposals."""
-    settings = Settings(path or SWANCTL_CONF)
-    pfs = []
-    for name in names:
-        base = f"connections.{name}.children"
-        for child in settings.names(base) if name in charon.connections else []:
-            proposals = settings.get(f"{base}.{child}.esp_proposals") or ""
-            groups = [part for part in re.split(r"[-,\s]+", proposals) if _GROUP.fullmatch(part)]
-            if groups:
-                pfs.append(f"{name}.{child} ({groups[0]})")
+    """Children with a key exchange of their own."""
+    known = [name for name in names if name in charon.connections]
+    found = pfs_children(known, path or SWANCTL_CONF)
+    pfs = [f"{connection}.{child} ({group})" for (connection, child), group in found.items()]
     if not pfs:
         return []
     return [

@@ -32,7 +32,7 @@ from bridge.ike.message import (
     parse,
 )
 from bridge.ike.proof import blank, empty_proof, prove, proves
-from bridge.ike.sync import Attribute, Sync, encode_child
+from bridge.ike.sync import Attribute, Sync, encode_child, encode_old_children
 from bridge.ike.transforms import Suite
 
 _NO_SPI: Final = bytes(8)
@@ -77,17 +77,21 @@ def build_request(
     prf: int,
     sk_d_old: bytes | None,
     children: Sequence[tuple[int, int]] = (),
+    old_children: Sequence[int] = (),
     sealed_stub: bytes | None = None,
     nat: Addresses | None = None,
     cookie: bytes | None = None,
 ) -> bytes:
     """The client's IKE_SA_INIT request. Without `sk_d_old` the plain draft form, which carries no attributes.
 
-    `sync_index` is (old gateway's address, its SPI); `children` are (child number, the client's inbound ESP SPI).
+    `sync_index` is (old gateway's address, its SPI); `children` are (child number, the client's inbound ESP SPI), and
+    `old_children` by that number the old gateway's inbound ESP SPIs.
     """
     attributes: list[tuple[int, bytes]] = []
     if sk_d_old is not None:
         attributes += [encode_child(number, spi) for number, spi in children]
+        if old_children:
+            attributes.append(encode_old_children(old_children))
         if sealed_stub is not None:
             attributes.append((Attribute.SEALED_STUB, sealed_stub))
         attributes.append(empty_proof(prf))

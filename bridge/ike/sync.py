@@ -21,6 +21,7 @@ The codec is of the body, which begins with C.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
 from ipaddress import ip_address
 from typing import Final, NamedTuple
@@ -42,10 +43,15 @@ class Attribute(IntEnum):
     SEALED_STUB = 3
     LIFETIME = 4
     MOVE = 5
+    OLD_CHILDREN = 6
 
 
 _LENGTHS: Final = {Attribute.CHILD: _CHILD.size, Attribute.LIFETIME: 4}
-_ONCE: Final = frozenset({Attribute.PROOF, Attribute.SEALED_STUB, Attribute.LIFETIME, Attribute.MOVE})
+_ONCE: Final = frozenset(
+    {Attribute.PROOF, Attribute.SEALED_STUB, Attribute.LIFETIME, Attribute.MOVE, Attribute.OLD_CHILDREN}
+)
+SPI_OCTETS: Final = 4
+"""of an ESP SPI"""
 
 
 class Sync(NamedTuple):
@@ -99,6 +105,14 @@ class Sync(NamedTuple):
         """The CHILD attributes: (child number, ESP SPI)."""
         return tuple(_CHILD.unpack(value) for name, value in self.attributes if name == Attribute.CHILD)
 
+    @property
+    def old_children(self) -> tuple[int, ...] | None:
+        """The ESP SPIs in OLD_CHILDREN, by child number; None without."""
+        value = self.first(Attribute.OLD_CHILDREN)
+        if value is None:
+            return None
+        return tuple(int.from_bytes(value[at : at + SPI_OCTETS]) for at in range(0, len(value), SPI_OCTETS))
+
 
 def _decode_attributes(body: bytes, offset: int) -> tuple[tuple[int, bytes], ...]:
     attributes: list[tuple[int, bytes]] = []
@@ -112,7 +126,7 @@ def _decode_attributes(body: bytes, offset: int) -> tuple[tuple[int, bytes], ...
             raise MalformedMessage("an IKE_SA_SYNC attribute is cut")
         if kind in _ONCE and kind in seen:
             raise MalformedMessage(f"IKE_SA_SYNC attribute {kind} twice")
-        if length != _LENGTHS.get(kind, length):
+        if length != _LENGTHS.get(kind, length) or (kind == Attribute.OLD_CHILDREN and length % SPI_OCTETS):
             raise MalformedMessage(f"IKE_SA_SYNC attribute {kind} of {length} octets")
         seen.add(kind)
         attributes.append((kind, body[offset : offset + length]))
@@ -129,6 +143,11 @@ def encode_child(number: int, spi: int) -> tuple[int, bytes]:
         return Attribute.CHILD, _CHILD.pack(number, spi)
     except struct.error:
         raise ValueError("a child number has 16 bits, an ESP SPI 32") from None
+
+
+def encode_old_children(spis: Sequence[int]) -> tuple[int, bytes]:
+    """An OLD_CHILDREN attribute: of CHILD_SAs 0, 1, ... the ESP SPI that the old gateway received on (32 bits each)."""
+    return Attribute.OLD_CHILDREN, b"".join([spi.to_bytes(SPI_OCTETS) for spi in spis])
 
 
 def proof_offset(body: bytes) -> int | None:

@@ -15,7 +15,9 @@ PORT_NAT_T = 4500
 MARKER = bytes(4)
 
 EXCHANGES = (34, 240)
-"""IKE_SA_INIT, and the exchange that hands a client its stub (docs/protocol.md): all that a sidecar ever reads"""
+"""IKE_SA_INIT, and the exchange that hands a client its stub (docs/protocol.md): all that a gateway's sidecar reads"""
+ANSWERED = (*EXCHANGES, 37)
+"""what a client's sidecar reads the answers of: INFORMATIONAL, which confirms a rebuilt SA, among them"""
 FLAG_RESPONSE = 0x20
 IKE_HEADER = 28
 EXCHANGE_OFFSET = 18

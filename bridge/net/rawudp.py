@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from bridge.net.datagram import (
+    ANSWERED,
     EXCHANGE_OFFSET,
-    EXCHANGES,
     FLAG_RESPONSE,
     PORT_IKE,
     PORT_NAT_T,
@@ -100,7 +100,7 @@ class RawUdp:
 
 
 class ResponseListener:
-    """Overhears answers to IKE_SA_INIT and GET Stub requests from port 500 or 4500; charon gets them too.
+    """Overhears answers to the ANSWERED exchanges from port 500 or 4500; charon gets them too.
 
     A filter in the kernel lets nothing else up to here.
     """
@@ -242,20 +242,20 @@ _RETURN_ALL, _RETURN_NONE = (_RETURN, 0, 0, 0xFFFFFFFF), (_RETURN, 0, 0, 0)
 
 def _answers_filter(load_x: Instruction) -> list[Instruction]:
     """Passes answers of the exchanges in question. `load_x` puts the offset of the UDP header into X."""
-    exchange, answers = UDP_HEADER + EXCHANGE_OFFSET, [kind << 8 | FLAG_RESPONSE for kind in EXCHANGES]
+    exchange, answers = UDP_HEADER + EXCHANGE_OFFSET, [kind << 8 | FLAG_RESPONSE for kind in ANSWERED]
+    last = len(answers) - 1
     return [
         load_x,
         (_LOAD_HALF, 0, 0, 0),  # the source port
         (_JUMP_EQUAL, 0, 2, PORT_IKE),
         (_LOAD_HALF, 0, 0, exchange),
         (_JUMP, 0, 0, 4),
-        (_JUMP_EQUAL, 0, 7, PORT_NAT_T),
+        (_JUMP_EQUAL, 0, len(answers) + 5, PORT_NAT_T),
         (_LOAD_WORD, 0, 0, UDP_HEADER),
-        (_JUMP_EQUAL, 0, 5, 0),  # the non-ESP marker
+        (_JUMP_EQUAL, 0, len(answers) + 3, 0),  # the non-ESP marker
         (_LOAD_HALF, 0, 0, exchange + 4),
         (_AND, 0, 0, 0xFF00 | FLAG_RESPONSE),
-        (_JUMP_EQUAL, 1, 0, answers[0]),
-        (_JUMP_EQUAL, 0, 1, answers[1]),
+        *((_JUMP_EQUAL, last - at, 0 if at < last else 1, answer) for at, answer in enumerate(answers)),
         _RETURN_ALL,
         _RETURN_NONE,
     ]

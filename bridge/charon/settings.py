@@ -9,7 +9,7 @@ include pattern         relative to the file it is in, into the section it is in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,9 @@ _BASES = re.compile(r":(?P<bases>[^{]*)")
 _REST = re.compile(r"[^\n#{}]*")
 _DEPTH = 8
 """of includes, and of sections that refer to others"""
+SWANCTL_CONF = Path("/etc/swanctl/swanctl.conf")
+_GROUP = re.compile(r"modp\d+(s\d+)?|ecp\d+(bp)?|curve25519|x25519|curve448|x448|mlkem\d+|ke[1-7]_\w+")
+"""the key exchange methods among a proposal's algorithms"""
 
 
 @dataclass
@@ -112,6 +115,21 @@ class Settings:
             section.values[name] = _unquoted(value).strip()
             return value.end()
         return at
+
+
+def pfs_children(connections: Iterable[str], path: Path = SWANCTL_CONF) -> dict[tuple[str, str], str]:
+    """Children with a key exchange of their own (PFS), by (connection, child): the first of its methods. From
+    swanctl.conf, for VICI does not tell proposals."""
+    settings = Settings(path)
+    found = {}
+    for name in connections:
+        base = f"connections.{name}.children"
+        for child in settings.names(base):
+            proposals = settings.get(f"{base}.{child}.esp_proposals") or ""
+            groups = [part for part in re.split(r"[-,\s]+", proposals) if _GROUP.fullmatch(part)]
+            if groups:
+                found[name, child] = groups[0]
+    return found
 
 
 def _skip(text: str, at: int) -> int:
