@@ -166,7 +166,8 @@ class Client:
             return Outcome(Result.FAILED, connection, to, reason="gateway-not-configured")
         began = self._clock()
         if sa is None:
-            return await self._fallback(candidates, None, "no-ike-sa", began)
+            old = self._sessions.unresumable(connection)
+            return await self._fallback(candidates, old, "no-ike-sa" if old is None else "not-resumable", began)
         if not self._charon.channel.ready():
             return await self._fallback(candidates, sa, "charon-unavailable", began)
         reason = "no-answer"

@@ -50,10 +50,13 @@ class Sessions:
         return any(sa.connection in self._names for sa in self._charon.tracker.established())
 
     def default(self) -> str | None:
-        """The first configured connection that is up, else the first that was lost."""
+        """The first configured connection that is up, else the first that was lost, else one that is up and cannot be
+        resumed."""
         up = {sa.connection for sa in self._charon.tracker.established() if sa.resumable}
-        return next((name for name in self._names if name in up), None) or next(
-            (name for name in self._names if self.find(name) is not None), None
+        return (
+            next((name for name in self._names if name in up), None)
+            or next((name for name in self._names if self.find(name) is not None), None)
+            or next((name for name in self._names if self.unresumable(name) is not None), None)
         )
 
     def find(self, connection: str) -> Sa | None:
@@ -66,6 +69,11 @@ class Sessions:
             self._lost.pop(connection)
             return None
         return sa
+
+    def unresumable(self, connection: str) -> Sa | None:
+        """The SA of a connection that is up and cannot be resumed by its kind."""
+        every = self._charon.tracker.established()
+        return next((sa for sa in every if sa.connection == connection and not sa.resumable), None)
 
     def lost(self) -> str | None:
         """The connection of one that was lost."""

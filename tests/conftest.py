@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,6 +30,33 @@ def topology() -> Iterator[Topology]:
         built.agent.config["resume_on_down"] = False
         built.start()
         yield built
+
+
+_MOVES = pytest.StashKey[list[tuple[str, ...]]]()
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Notes what was resumed, and how, for the table at the end of the run: what it is about, its name, the outcome."""
+    rows = request.config.stash.setdefault(_MOVES, [])
+
+    def note(about: str, name: str, outcome: dict[str, Any]) -> None:
+        took = [f"{outcome[key]:.1f}" if outcome[key] is not None else "" for key in ("exchange_ms", "total_ms")]
+        rows.append((about, name, outcome["result"], ", ".join(outcome["children"]), *took))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The table of what was resumed."""
+    rows = config.stash.get(_MOVES, [])
+    if not rows:
+        return
+    head = ("", "session", "outcome", "CHILD_SAs", "answer, ms", "tunnel, ms")
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    terminalreporter.section("what was resumed")
+    for row in (head, *rows):
+        terminalreporter.line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @pytest.hookimpl(wrapper=True)

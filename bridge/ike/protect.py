@@ -60,6 +60,8 @@ _INTEG: Final = {
 }
 _GCM: Final = frozenset({Encr.AES_GCM_8, Encr.AES_GCM_12, Encr.AES_GCM_16})
 _CCM: Final = frozenset({Encr.AES_CCM_8, Encr.AES_CCM_12, Encr.AES_CCM_16})
+_COUNTING: Final = _GCM | _CCM | {Encr.CHACHA20_POLY1305, Encr.AES_CTR}
+"""ciphers whose IV need only never repeat"""
 
 
 class NotAuthentic(MalformedMessage):
@@ -84,7 +86,7 @@ class Protection(NamedTuple):
     @property
     def iv_length(self) -> int:
         """Octets of initialization vector. Raises UnsupportedSuite."""
-        if self.suite.is_aead or self.suite.encr == Encr.AES_CTR:
+        if self.suite.encr in _COUNTING:
             return _AEAD_IV
         if self.suite.encr == Encr.AES_CBC:
             return _BLOCK
