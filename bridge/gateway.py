@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -132,6 +133,7 @@ class Gateway:
         """
         now = self._clock()
         requests = 0
+        demands: Counter[Demand] = Counter()
         for packet in batch:
             if packet.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
                 self._handout.received(packet)
@@ -155,8 +157,10 @@ class Gateway:
             else:
                 packet.drop()
                 self._answer(packet, self._cookies.challenge(seen, packet.src, packet.sport, now))
-                self._metrics.challenged(verdict)
+                demands[verdict] += 1
         self._metrics.requests.inc(requests)
+        for demand, count in demands.items():
+            self._metrics.challenged(demand, count)
         if self._waiting:
             self._wake.set()
 
@@ -194,7 +198,9 @@ class Gateway:
         try:
             self._sender.send(packet.dst, packet.dport, packet.src, packet.sport, response, packet.marker)
         except OSError as error:
-            log.warning("answer-not-sent", peer=packet.src, reason=error.strerror)
+            # to an address that somebody made up, perhaps
+            if self._lines.take(self._clock()):
+                log.warning("answer-not-sent", peer=packet.src, reason=error.strerror)
 
     async def _serve(self) -> None:
         while True:

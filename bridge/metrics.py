@@ -148,9 +148,9 @@ class GatewayMetrics(Metrics):
         """Count a request that went on to charon."""
         self._refused.labels(str(reason)).inc()
 
-    def challenged(self, reason: str) -> None:
-        """Count a request that has to come again with a cookie."""
-        self._cookies.labels(str(reason)).inc()
+    def challenged(self, reason: str, count: int) -> None:
+        """Count requests that have to come again with a cookie."""
+        self._cookies.labels(str(reason)).inc(count)
 
 
 class ClientMetrics(Metrics):

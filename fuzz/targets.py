@@ -7,6 +7,7 @@ the parser failed or a property does not hold. `seeds` are well-formed inputs to
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -34,6 +35,17 @@ from bridge.ike.exchange import (
 from bridge.ike.keys import derive_keys
 from bridge.ike.message import PAYLOAD_HEADER, VERSION, MalformedMessage, NotifyType, PayloadType, build, parse
 from bridge.ike.protect import NotAuthentic, Protection, protect, unprotect
+from bridge.ike.stubexchange import (
+    MoveStatus,
+    StubMessage,
+    StubSa,
+    build_download,
+    build_get,
+    build_move,
+    build_moving,
+    parse_stub_message,
+    verify,
+)
 from bridge.ike.sync import Attribute, Sync, encode_child
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
 from bridge.net.datagram import MARKER, ipv6_packet, parse_datagram, udp_datagram
@@ -131,20 +143,14 @@ def request(data: bytes) -> None:
     assert verify_request(found, SUITE.prf, SK_D) is (data in (REQUEST, *_requests()))
 
 
+@functools.cache
 def _requests() -> list[bytes]:
-    if not _REQUESTS:
-        _REQUESTS.extend(
-            [
-                REQUEST,
-                _request(cookie=b"c" * 17),
-                _request(children=[(0, 0xC0000001), (1, 0xC0000002)], sealed_stub=b"sealed" * 20),
-                _request(sync_index=("2001:db8::1", b"O" * 8), nat=None),
-            ]
-        )
-    return _REQUESTS
-
-
-_REQUESTS: Final[list[bytes]] = []
+    return [
+        REQUEST,
+        _request(cookie=b"c" * 17),
+        _request(children=[(0, 0xC0000001), (1, 0xC0000002)], sealed_stub=b"sealed" * 20),
+        _request(sync_index=("2001:db8::1", b"O" * 8), nat=None),
+    ]
 
 
 def first_look(data: bytes) -> None:
@@ -186,13 +192,9 @@ def response(data: bytes) -> None:
         assert found.lifetime is None or 0 <= found.lifetime < 2**32
 
 
+@functools.cache
 def _responses() -> list[bytes]:
-    if not _RESPONSES:
-        _RESPONSES.extend([_response(), _response(children=[(0, 1)], sealed_stub=b"s" * 40), _response(nat=None)])
-    return _RESPONSES
-
-
-_RESPONSES: Final[list[bytes]] = []
+    return [_response(), _response(children=[(0, 1)], sealed_stub=b"s" * 40), _response(nat=None)]
 
 
 SUITES: Final = (
@@ -260,10 +262,42 @@ def _protected_seeds() -> list[bytes]:
         )
         for way in _WAYS
     ]
-    # the tag of a whole message would verify: a seed has it wrong
-    raw = [bytes((number,)) + octets[:-1] + bytes((octets[-1] ^ 1,)) for number, octets in enumerate(made)]
+    # a whole message would verify: a seed has a wrong tag, in more octets than are guessed
+    raw = [bytes((number,)) + octets[:-8] + bytes(8) for number, octets in enumerate(made)]
     inner = b"\x00\x00\x00\x18" + b"n" * 20 + b"\x00"
     return raw + [bytes((0x80 + number, PayloadType.NONCE)) + inner for number in range(len(_WAYS))]
+
+
+def stub_message(data: bytes) -> None:
+    """bridge.ike.stubexchange.parse_stub_message: only what the two sides made proves itself."""
+    try:
+        found = parse_stub_message(data)
+    except MalformedMessage:
+        return
+    assert len(found.blank) == len(data)
+    assert found.lifetime is None or 0 <= found.lifetime < 2**32
+    proved = [verify(found, SUITE.prf, SK_D, before=before) for before in (None, *_asked())]
+    assert any(proved) is (data in _stub_messages())
+
+
+_SA: Final = StubSa(b"I" * 8, b"R" * 8, True, INDEX, SUITE.prf, SK_D)
+
+
+@functools.cache
+def _asked() -> tuple[StubMessage, ...]:
+    """The messages that others answer."""
+    return parse_stub_message(build_get(_SA, b"n" * 32)), parse_stub_message(build_move(_SA, "192.0.2.2", 0xF0000001))
+
+
+@functools.cache
+def _stub_messages() -> list[bytes]:
+    get, move = _asked()
+    return [
+        build_get(_SA, b"n" * 32),
+        build_download(_SA, get, b"sealed" * 20, 3600),
+        build_move(_SA, "192.0.2.2", 0xF0000001),
+        build_moving(_SA, move, MoveStatus.MOVING, b"n" * 32),
+    ]
 
 
 # what charon and the bank say
@@ -537,6 +571,7 @@ TARGETS: Final = {
             _plain((PayloadType.SA, SUITE.proposal()), (PayloadType.NONCE, b"n" * 20)),
         ],
     ),
+    "stub-message": Target(stub_message, _stub_messages),
     "protected": Target(protected, _protected_seeds),
     "ha": Target(ha_message, _ha_seeds),
     "stub": Target(stub, lambda: [encode(_stub())]),

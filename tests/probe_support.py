@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bridge.ike.exchange import OrdinaryResponse, build_request, parse_response
 from bridge.ike.groups import fresh_public_value
+from bridge.ike.keys import prf
+from bridge.ike.message import ExchangeType, Flag, build, parse
 from bridge.lab import Topology
 from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar
@@ -41,18 +43,24 @@ while (left := until - time.monotonic()) > 0:
 """
 
 
-def send(topology: Topology, *messages: bytes, port: int = 4501, to: Host | None = None) -> list[bytes]:
-    """Send IKE messages to a gateway (gw2) from the client's host; what came back, without the non-ESP marker."""
+def send(
+    topology: Topology, *messages: bytes, port: int = 4501, to: Host | None = None, by: Host | None = None
+) -> list[bytes]:
+    """Send IKE messages to a host (gw2) from another (the client's); what came back, without the non-ESP marker."""
     lines = "".join((bytes(4) + message).hex() + "\n" for message in messages)
-    gateway = (to or topology.gw2).address
-    done = topology.client.run(sys.executable, "-c", PROBE, gateway, str(port), "4500", stdin=lines)
+    target = (to or topology.gw2).address
+    done = (by or topology.client).run(sys.executable, "-c", PROBE, target, str(port), "4500", stdin=lines)
     return [bytes.fromhex(line)[4:] for line in done.stdout.split()]
 
 
 def the_stub(topology: Topology) -> Stub:
-    """The session's stub, opened with the gateways' key: a test may, a client could not."""
-    sa = the_sa(topology.client)
-    key = stub_key(topology.gw1.address, sa["responder-spi"])
+    """The stub of the client's session at gw1, opened with the gateways' key: a test may, a client could not."""
+    return stub_at(topology, the_sa(topology.client)["responder-spi"])
+
+
+def stub_at(topology: Topology, spi: str) -> Stub:
+    """The stub of gw1's with this SPI, in hex."""
+    key = stub_key(topology.gw1.address, spi)
     keyring = Keyring.load(topology.gw1.etc / "ike-sa-sync/bank.key")
     done = topology.bank.host.run(
         "python3",
@@ -77,6 +85,31 @@ def request(stub: Stub, **changes: Any) -> bytes:
         "sk_d_old": stub.sk_d,
     }
     return build_request(**(values | changes))
+
+
+def altered(message: bytes, *changes: tuple[int, bytes]) -> bytes:
+    """`message` with octets replaced: (offset, octets) each, length and all else as they were."""
+    octets = bytearray(message)
+    for offset, value in changes:
+        octets[offset : offset + len(value)] = value
+    return bytes(octets)
+
+
+def remade(stub: Stub, edit: Callable[[list[tuple[int, bytes]]], list[tuple[int, bytes]]], **header: Any) -> bytes:
+    """A request to resume the stub whose payloads were edited, with another header if wanted, and then proved."""
+    payloads = edit([(payload.type, payload.body) for payload in parse(request(stub)).payloads])
+    fields: dict[str, Any] = {
+        "spi_i": b"\x11" * 8,
+        "spi_r": bytes(8),
+        "exchange": ExchangeType.IKE_SA_INIT,
+        "flags": Flag.INITIATOR,
+        "message_id": 0,
+    }
+    message = build(**(fields | header), payloads=payloads)
+    at = message.rindex(request(stub)[-36:-32]) + 4
+    blank = altered(message, (at, bytes(32)))
+    key = prf(stub.suite.prf, stub.sk_d, b"IKE_SA_SYNC initiator")
+    return altered(message, (at, prf(stub.suite.prf, key, blank)))
 
 
 def refused(topology: Topology, message: bytes) -> bool:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bridge.net import rules
 from bridge.net.datagram import address_text, parse_datagram, udp_datagram
-from bridge.net.intercept import Interceptor, InterceptUnavailable, Packet
+from bridge.net.intercept import READ_AT_ONCE, Interceptor, InterceptUnavailable, Packet
 from net_support import FAMILIES, IKE_AUTH, RESPONSE, Wire, ike, inside, received, until, wire
 
 QUEUE = 4511
@@ -288,6 +288,27 @@ class TestFailOpen:
             client.sendto(REQUEST, charon.getsockname())
         await until(lambda: len(seen.packets) == 100)
         assert seen.batches == [100]
+
+    async def test_between_the_batches_of_a_flood_others_have_their_turn(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen
+    ) -> None:
+        charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        for _ in range(5 * READ_AT_ONCE):
+            client.sendto(REQUEST, charon.getsockname())
+        task = asyncio.create_task(other())
+        await until(lambda: len(seen.packets) == 5 * READ_AT_ONCE)
+        task.cancel()
+        assert max(seen.batches) == READ_AT_ONCE
+        assert turns >= len(seen.batches) - 1
+        assert interceptor.stats().waiting == 0
 
     async def test_a_request_passes_while_nobody_reads(self, cable: Wire) -> None:
         charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)

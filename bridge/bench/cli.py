@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bridge.bench import bank as bank_bench
 from bridge.bench import report
+from bridge.bench.flood import flood_lab, measure
+from bridge.bench.flood import table as flooded_table
 from bridge.bench.handshake import compare
 from bridge.bench.rig import Rig, rig
 from bridge.bench.storm import Progress as Told
@@ -138,6 +140,25 @@ def bank(counts: tuple[int, ...], plot: str | None, as_json: bool) -> None:
     Starts a Redis of its own with the shipped redis.conf, and needs no lab.
     """
     _publish(_measure_bank(counts), plot, as_json)
+
+
+@bench.command()
+@click.option("--rate", default=20_000, show_default=True, help="Requests a second.")
+@click.option("--seconds", default=10.0, show_default=True, help="How long.")
+@click.option("--moves", default=20, show_default=True, help="Resumptions before the flood, to compare with.")
+@_json
+def flood(rate: int, seconds: float, moves: int, as_json: bool) -> None:
+    """A client resumes, and others shake hands, while made-up addresses flood its gateway with requests."""
+    try:
+        with flood_lab() as built:
+            measured = _told("flood", lab_machine(built.target), measure(built, rate, seconds, moves))
+    except LabError as error:
+        raise click.ClickException(str(error)) from None
+    if as_json:
+        click.echo(json.dumps(measured))
+        return
+    Console().print(flooded_table(measured["result"]))
+    click.echo(report.machine_text(measured["machine"], measured["date"]))
 
 
 @bench.command("report")

@@ -10,7 +10,6 @@ import os
 from enum import IntEnum
 
 from bridge.ike.exchange import CookieChallenge, OrdinaryResponse, build_request, parse_response, verify_response
-from bridge.ike.groups import fresh_public_value
 from bridge.ike.keys import derive_keys, skeyseed_resume
 from bridge.ike.message import ExchangeType, Flag, parse_header
 from bridge.ike.protect import Protection, protect, unprotect
@@ -43,6 +42,7 @@ class Session:
         "cookie",
         "incoming",
         "index",
+        "ke_value",
         "nonce",
         "outgoing",
         "protected",
@@ -64,6 +64,7 @@ class Session:
         self.spi_r = bytes(8)
         self.nonce = os.urandom(NONCE_OCTETS)
         self.cookie: bytes | None = None
+        self.ke_value = b""
         self.state = State.PREPARED
         self.request = b""
         self.protected = b""
@@ -74,6 +75,7 @@ class Session:
 
     def prepare(self, gateway: str, port: int, ke_value: bytes) -> bytes:
         """The request to `gateway`, which is kept for retransmissions."""
+        self.ke_value = ke_value
         self.request = build_request(
             spi_i=self.spi_i,
             suite=self.suite,
@@ -92,7 +94,8 @@ class Session:
         response = parse_response(data, self.request)
         if isinstance(response, CookieChallenge):
             self.cookie = response.cookie
-            return self.prepare(gateway, port, fresh_public_value(self.suite.group))
+            # all else as it was (RFC 7296 section 2.6)
+            return self.prepare(gateway, port, self.ke_value)
         if isinstance(response, OrdinaryResponse):
             raise Unproven("ordinary")
         if not verify_response(response, self.request, self.suite.prf, self.sk_d):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -30,6 +31,9 @@ COPY_OCTETS = 3500
 and loses what is longer; a packet cut here is merely not understood."""
 QUEUED_OCTETS = 2560
 """what one packet takes of the netlink socket's buffer, the kernel's overhead included"""
+
+READ_AT_ONCE = 128
+"""packets, then the event loop has its turn: in a flood whoever is being served must go on too"""
 
 _QUEUES = "/proc/thread-self/net/netfilter/nfnetlink_queue"
 
@@ -91,6 +95,18 @@ class Packet:
             queued.drop()
 
 
+class _Some(socket.socket):
+    """The queue's socket, which gives `left` messages and then says that there are no more."""
+
+    left = 0
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        if not self.left:
+            raise BlockingIOError(errno.EAGAIN, "enough for now")
+        self.left -= 1
+        return super().recv(size, flags | socket.MSG_DONTWAIT)
+
+
 @dataclass(frozen=True, slots=True)
 class QueueStats:
     """`drops`: requests the kernel dropped, because the queue or the socket to the sidecar was full (with fail-open,
@@ -113,6 +129,7 @@ class Interceptor:
         self._handler = handler
         self._max_length = max_length
         self._queue: NetfilterQueue | None = None
+        self._some: _Some | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._proc = -1
         # in order of arrival
@@ -142,6 +159,7 @@ class Interceptor:
             queue.unbind()
             self._queue = None
             raise InterceptUnavailable(_why_not_bound(self._number, error)) from error
+        self._some = _Some(fileno=os.dup(queue.get_fd()))
         self._loop = loop
         loop.add_reader(queue.get_fd(), self._readable)
         # with rules left over from before, packets may have come while the queue was being set up
@@ -154,6 +172,9 @@ class Interceptor:
             return
         self._loop.remove_reader(self._queue.get_fd())
         self._read(self._queue)
+        if self._some is not None:
+            self._some.close()
+            self._some = None
         for packet in [*self._held, *self._batch]:
             packet.accept()
         self._batch = []
@@ -178,10 +199,15 @@ class Interceptor:
         else:
             self._batch.append(Packet(*parsed, queued, self._held))
 
-    def _read(self, queue: NetfilterQueue) -> None:
-        """Read all there is. That ends: nothing is decided meanwhile, and the kernel holds `max_length` at most."""
+    def _read(self, queue: NetfilterQueue, some: _Some | None = None) -> None:
+        """Read what there is, or some of it. That ends: nothing is decided meanwhile, and the kernel holds `max_length`
+        at most."""
         try:
-            queue.run(False)
+            if some is None:
+                queue.run(False)
+            else:
+                some.left = READ_AT_ONCE
+                queue.run_socket(some)
         except OSError as error:
             log.error("queue-unreadable", queue=self._number, reason=error.strerror)
         strangers, self._strangers = self._strangers, []
@@ -193,7 +219,7 @@ class Interceptor:
     def _readable(self) -> None:
         if self._queue is None:
             return
-        self._read(self._queue)
+        self._read(self._queue, self._some)
         batch, self._batch = self._batch, []
         if not batch:
             return

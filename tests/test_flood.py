@@ -1,0 +1,93 @@
+"""A flood of requests from made-up addresses, 20,000 a second for ten seconds, at a real gateway.
+
+What has to hold whatever machine it is on is asserted; what depends on its speed is printed (`pytest -s`), and measured
+by `ike-sa-sync bench flood`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from bridge.bench.flood import VISITOR, Flood, flood_lab, measure
+from bridge.lab.daemon import wait_until
+from bridge.lab.topology import SITE
+
+pytestmark = pytest.mark.lab
+
+RATES, SECONDS = (20_000, 20_000, 5_000, 1_500), 10
+MEMORY_MB = 48
+"""what the sidecar may grow by: thousands of packets that wait, and the sources it remembers"""
+
+
+@pytest.fixture(scope="module")
+def flood() -> Iterator[Flood]:
+    with flood_lab() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def measured(flood: Flood) -> dict[str, Any]:
+    """The first flood of RATES that this machine lets the sidecar see: what does not get a turn in time goes on to
+    charon, which nobody can then help, and a machine that others keep busy may have few turns."""
+    for rate in RATES:
+        figures = measure(flood, rate, SECONDS, quiet_moves=5)
+        print(json.dumps(figures, indent=1))
+        if figures["counters"]["requests_total"] > 0.9 * figures["sent"]["sent"]:
+            return figures
+    pytest.fail(f"not even {RATES[-1]} requests a second got to the sidecar")
+
+
+def test_a_client_resumes_while_it_lasts(measured: dict[str, Any]) -> None:
+    assert measured["flooded"]["resumed"] >= 1
+    assert measured["flooded"]["failed"] == 0
+
+
+def test_ordinary_handshakes_are_served_meanwhile(measured: dict[str, Any]) -> None:
+    assert measured["handshakes"]["count"] >= 1
+
+
+def test_it_leaves_nothing_behind(flood: Flood, measured: dict[str, Any]) -> None:
+    assert measured["sidecar"]["rss_mb_after"] - measured["sidecar"]["rss_mb_before"] < MEMORY_MB
+    wait_until(lambda: flood.counters()["unconfirmed"] == 0, "the end of all unconfirmed SAs")
+    # half-open ones are charon's own, of requests that were refused
+    peers = {sa["remote-host"] for sa in flood.target.charon.sas() if sa["state"] in ("ESTABLISHED", "PASSIVE")}
+    assert peers <= {flood.topology.client.address, VISITOR}
+
+
+def test_almost_every_request_costs_a_cookie_and_no_look_up(measured: dict[str, Any]) -> None:
+    counters = measured["counters"]
+    cookies = sum(value for name, value in counters.items() if name.startswith("cookies_total"))
+    assert counters["cookies_total[rate]"] > 0
+    assert counters["requests_total"] - cookies < 3000
+    assert counters["bank_get_seconds_count"] < 3000
+
+
+def test_every_packet_of_the_queue_is_decided_and_accounted_for(measured: dict[str, Any]) -> None:
+    counters = measured["counters"]
+    decided = sum(
+        value
+        for name, value in counters.items()
+        if name.startswith(("cookies_total", "refusals_total", "retransmissions_total", "resumptions_total"))
+    )
+    assert counters["nfqueue_drops_total"] == 0
+    assert counters["nfqueue_waiting"] == 0
+    assert counters["malformed_requests_total"] == 0
+    # an attempt of the client's that a later one of its own overtook is rebuilt and ended, and counted as neither
+    assert 0 <= counters["requests_total"] - decided <= 20
+    # the visitor's requests are the only others
+    assert (
+        0 < counters["nfqueue_packets_total"] - counters["requests_total"] <= 10 * measured["handshakes"]["count"] + 10
+    )
+
+
+def test_once_it_is_over_no_cookie_is_asked_for_and_all_goes_on(flood: Flood, measured: dict[str, Any]) -> None:
+    wait_until(lambda: flood.counters()["cookies_demanded"] == 0, "the end of the demand")
+    before = flood.counters()
+    assert flood.move(flood.target)["result"] == "resumed"
+    after = flood.counters()
+    assert after["cookies_total[rate]"] == before["cookies_total[rate]"]
+    assert flood.topology.client.ping(SITE) == 3
