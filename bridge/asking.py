@@ -178,12 +178,12 @@ class Asker:
         try:
             answer = parse_response(datagram.ike, requests[-1])
         except MalformedMessage as error:
-            log.debug("answer-malformed", gateway=datagram.src, reason=str(error))
+            log.debug("answer-malformed", gateway=datagram.src, reason=str(error), **sa.id.logged)
             return None
         if isinstance(answer, SyncResponse) and not any(
             verify_response(answer, request, sa.suite.prf, sa.sk_d) for request in requests
         ):
-            log.warning("answer-proof-wrong", gateway=datagram.src)
+            log.warning("answer-proof-wrong", gateway=datagram.src, **sa.id.logged)
             return None
         return answer
 
@@ -241,7 +241,8 @@ class Asker:
             self._sender.send(local.address, local.port, remote.address, remote.port, request, marker)
         except OSError as error:
             # no route just now: the next retransmission may have one
-            log.info("request-not-sent", gateway=remote.address, reason=error.strerror)
+            spi_i = request[:8].hex()
+            log.info("request-not-sent", gateway=remote.address, reason=error.strerror, spi_i=spi_i)
 
 
 def _source_address(gateway: str) -> str | None:

@@ -106,7 +106,13 @@ class Client:
             self.keeper.save_soon()
             self._comeback.stop(info.connection)
         elif self._config.resume_on_down and self._sessions.configured(info.connection):
-            log.info("gateway-dead", connection=info.connection, gateway=info.remote.address)
+            log.info(
+                "gateway-dead",
+                connection=info.connection,
+                gateway=info.remote.address,
+                spi_i=info.spi_i.hex(),
+                spi_r=info.spi_r.hex(),
+            )
             self._comeback.start(info.connection)
 
     # news from the wire
@@ -156,7 +162,8 @@ class Client:
         if outcome.total_ms is not None:
             self._metrics.total_seconds.observe(outcome.total_ms / 1000)
         level = log.warning if outcome.result is Result.FAILED else log.info
-        level("moved", **{key: value for key, value in msgspec.structs.asdict(outcome).items() if value})
+        told = msgspec.structs.asdict(outcome) | {"children": ",".join(outcome.children)}
+        level("moved", **{key: value for key, value in told.items() if value})
         return outcome
 
     async def _attempt(self, connection: str, to: str | None) -> Outcome:
@@ -175,16 +182,28 @@ class Client:
             try:
                 answer = await self._asker.ask(sa, gateway)
             except NoAnswerError:
-                log.info("gateway-silent", gateway=gateway.address, connection=connection)
+                log.info("gateway-silent", gateway=gateway.address, connection=connection, **sa.id.logged)
                 continue
             except RefusedError as error:
                 reason = str(error)
-                log.info("resumption-refused", gateway=gateway.address, connection=connection, reason=reason)
+                log.info(
+                    "resumption-refused",
+                    gateway=gateway.address,
+                    connection=connection,
+                    reason=reason,
+                    **sa.id.logged,
+                )
                 return await self._fallback([gateway, *candidates[position + 1 :]], sa, reason, began)
             try:
                 new, names, up = await self._handover.resume(sa, gateway, answer, self._asker.confirm)
             except (ViciError, ChannelError, HaError) as error:
-                log.warning("resumed-sa-unusable", gateway=gateway.address, reason=str(error))
+                log.warning(
+                    "resumed-sa-unusable",
+                    gateway=gateway.address,
+                    connection=connection,
+                    reason=str(error),
+                    **sa.id.logged,
+                )
                 still = sa if sa.id.spis in self._charon.tracker.sas else None
                 return await self._fallback([gateway, *candidates[position + 1 :]], still, "sa-unusable", began)
             self.keeper.given(new, answer.sealed_stub, answer.lifetime)
@@ -226,7 +245,12 @@ class Client:
             try:
                 names = await self._handover.anew(old, gateway)
             except (ViciError, ChannelError, HaError) as error:
-                log.warning("handshake-failed", gateway=gateway.address, reason=str(error))
+                log.warning(
+                    "handshake-failed",
+                    gateway=gateway.address,
+                    connection=gateway.connection,
+                    reason=str(error),
+                )
                 continue
             self._sessions.replaced_all()
             return Outcome(

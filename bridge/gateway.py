@@ -250,8 +250,9 @@ class Gateway:
             "resumption-refused",
             reason=str(reason),
             peer=packet.src,
-            gateway=request.sync.gateway,
-            spi=request.sync.spi.hex(),
+            spi_i=request.spi_i.hex(),
+            old_gateway=request.sync.gateway,
+            old_spi=request.sync.spi.hex(),
             **({"not_logged_before": unlogged} if unlogged else {}),
         )
 

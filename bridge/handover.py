@@ -87,7 +87,7 @@ class Handover:
             if confirmed is not None and not await confirmed:
                 raise ViciError("the gateway did not answer under the new keys")
             if left:
-                names += await self._bring_up(gateway.connection, left)
+                names += await self._bring_up(gateway.connection, left, new)
                 up = self._clock()
             if wanted and not names:
                 raise ViciError(f"none of the CHILD_SAs {', '.join(wanted)} came up")
@@ -207,14 +207,15 @@ class Handover:
             raise ViciError(f"{connection}: no CHILD_SA came up")
         return up
 
-    async def _bring_up(self, connection: str, children: list[str]) -> list[str]:
+    async def _bring_up(self, connection: str, children: list[str], new: Sa | None = None) -> list[str]:
         """Initiate CHILD_SAs; the names of those that came up. Where not even the first does, no other is tried."""
         up: list[str] = []
         for name in children:
             try:
                 await self._charon.vici.initiate(connection, name, self._patience)
             except ViciError as error:
-                log.warning("child-not-up", connection=connection, child=name, reason=str(error))
+                pair = new.id.logged if new is not None else {}
+                log.warning("child-not-up", connection=connection, child=name, reason=str(error), **pair)
                 if not up:
                     break
             else:

@@ -144,7 +144,7 @@ class Keeper:
             if await self._fetch(sa, holding):
                 pause, retry = max((holding.until - self._wall()) * REFRESH_SHARE, RETRY_MIN), RETRY_MIN
             else:
-                log.debug("no-stub-given", connection=sa.connection)
+                log.debug("no-stub-given", connection=sa.connection, **sa.id.logged)
                 pause, retry = retry, min(2 * retry, RETRY_MAX)
 
     async def _fetch(self, sa: Sa, holding: _Holding) -> bool:
@@ -160,7 +160,7 @@ class Keeper:
                 try:
                     self._sender.send(*_from_to(sa), request, marker)
                 except OSError as error:
-                    log.info("request-not-sent", gateway=sa.remote.address, reason=error.strerror)
+                    log.info("request-not-sent", gateway=sa.remote.address, reason=error.strerror, **sa.id.logged)
                 try:
                     async with asyncio.timeout(wait):
                         await holding.answered.wait()
@@ -185,7 +185,13 @@ class Keeper:
             return
         holding.sealed, holding.until = message.sealed_stub, self._wall() + (message.lifetime or 0)
         holding.answered.set()
-        log.info("stub-held", connection=sa.connection, octets=len(message.sealed_stub), seconds=message.lifetime)
+        log.info(
+            "stub-held",
+            connection=sa.connection,
+            octets=len(message.sealed_stub),
+            seconds=message.lifetime,
+            **sa.id.logged,
+        )
         self.save_soon()
 
     # the file

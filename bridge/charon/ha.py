@@ -115,6 +115,11 @@ class IkeId(NamedTuple):
         """Both SPIs, 16 octets: one key for all tables."""
         return self.spi_i + self.spi_r
 
+    @property
+    def logged(self) -> dict[str, str]:
+        """The SPI pair, as every event of the log that is about an SA has it."""
+        return {"spi_i": self.spi_i.hex(), "spi_r": self.spi_r.hex()}
+
 
 Value = Any  # int, str, bytes, IkeId, Identity, Endpoint or Selector, by the attribute's kind
 

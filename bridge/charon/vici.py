@@ -288,7 +288,7 @@ class Vici:
         try:
             events = parse_event(kind, message)
         except ViciError as error:
-            log.warning("vici-event-unreadable", event=kind, reason=str(error))
+            log.warning("vici-event-unreadable", kind=kind, reason=str(error))
             return
         for event in events:
             self._call(self._on_event, event)
