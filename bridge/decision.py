@@ -97,9 +97,12 @@ class Decision:
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
         seed = skeyseed_resume(suite.prf, stub.sk_d, request.nonce, nonce)
         lifetime = self._lifetime(stub)
+        # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
+        # that is here from it: then they come up by CREATE_CHILD_SA, under keys that a replay has not.
+        here = stub.spi_i + stub.spi_r in self._charon.tracker.sas
         granted = grant(
             stub.children,
-            request.sync.children,
+            () if here else request.sync.children,
             request.sync.old_children,
             lambda child: self._charon.takes_at_once(stub.connection, child.name),
             self._random,

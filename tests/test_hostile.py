@@ -66,6 +66,11 @@ def attempts(topology: Topology) -> list[tuple[str, str]]:
     return [(sa["remote-host"], sa["responder-spi"]) for sa in topology.gw2.charon.sas()]
 
 
+def told(topology: Topology, gateway: str) -> list[tuple[str, str]]:
+    """SPIs of the IKE_SAs that a gateway's sidecar knows."""
+    return [(sa["spi_i"], sa["spi_r"]) for sa in status(topology, gateway)["sas"]]
+
+
 # replays
 
 
@@ -109,6 +114,34 @@ def test_a_replay_to_another_gateway_leaves_the_session_where_it_is(topology: To
     assert attempts(topology) == []
     assert spis(the_sa(topology.gw1)) == spis(the_sa(topology.client)) == spis(before)
     assert sealed(topology) == stubs
+    assert topology.client.ping(SITE) == 3
+
+
+def test_a_replay_to_the_gateway_that_has_the_session_takes_no_traffic_from_it(topology: Topology) -> None:
+    """CHILD_SAs in the round trip would have the selectors of the session's own, and lead to the attacker."""
+    before = connect(topology)
+    message = request(the_stub(topology), children=[(0, 0x40000001)])
+    with configured(topology.gateways["gw1"], "sync", confirm_timeout=120):
+        wait_until(lambda: spis(the_sa(topology.gw1)) in told(topology, "gw1"), "the session, known again")
+        [octets] = send(topology, message, to=topology.gw1, by=topology.bank.host)
+        answer = parse_response(octets, message)
+        assert isinstance(answer, SyncResponse)
+        assert answer.sync is not None
+        assert answer.sync.children == ()
+        assert status(topology, "gw1")["unconfirmed"] == 1
+        assert topology.client.ping(SITE) == 3
+    assert spis(the_sa(topology.client)) == spis(before)
+    assert topology.client.ping(SITE) == 3
+
+
+def test_a_client_resumes_at_the_gateway_that_still_has_its_session(topology: Topology) -> None:
+    before = connect(topology)
+    outcome = resume(topology, "--to", topology.gw1.address)
+    assert outcome["result"] == "resumed"
+    wait_until(lambda: len(topology.gw1.charon.sas()) == 1, "the end of the old SA")
+    sa = the_sa(topology.gw1)
+    assert sa["responder-spi"] == outcome["spi_r"] != before["responder-spi"]
+    assert len(sa["child-sas"]) == 1
     assert topology.client.ping(SITE) == 3
 
 
