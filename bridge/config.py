@@ -57,7 +57,7 @@ class Bank(Struct, forbid_unknown_fields=True, frozen=True):
     """from `ike-sa-sync keygen`; the same on all gateways of a bank, and for nobody else to read"""
     runtime: str = "/run/ike-sa-sync/redis"
     """folder of the private Redis: socket and append-only file"""
-    get_timeout: Seconds = 0.25
+    get_timeout: Seconds = 1.0
     """how long a request may wait for its stub before it goes to charon"""
     pending: Count = 200_000
     """stub changes kept in memory while the bank is away"""

@@ -108,8 +108,8 @@ bank:
             "bank.peers: 192.168.50.1 is this gateway itself",
         ),
         (
-            f"mode: distributed, url: redis://127.0.0.1, {PEERS}, peer_timeout: 0.3",
-            "bank.peer_timeout: must be less than get_timeout, which is 0.25",
+            f"mode: distributed, url: redis://127.0.0.1, {PEERS}, peer_timeout: 1.5",
+            "bank.peer_timeout: must be less than get_timeout, which is 1",
         ),
     ],
 )

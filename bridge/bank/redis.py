@@ -24,7 +24,7 @@ from bridge.tasks import end
 
 log = structlog.get_logger()
 
-GET_TIMEOUT: Final = 0.25
+GET_TIMEOUT: Final = 1.0
 """seconds a look-up may take: a client waits for it"""
 TIMEOUT: Final = 2.0
 """seconds that anything else may take"""

@@ -12,6 +12,7 @@ from bridge.bench.rig import Rig
 from bridge.bench.storm import Progress, resumptions
 from bridge.bench.usage import quantile
 from bridge.lab.host import Host
+from bridge.lab.pki import certify
 from bridge.lab.space import LabError
 
 SETTLE_SECONDS = 0.1
@@ -27,7 +28,7 @@ connections {
         pools = clients
         dpd_delay = 0s
         local { auth = pubkey
-            certs = gateway.pem
+            certs = ecdsa.pem
             id = cert.example.org
         }
         remote { auth = pubkey
@@ -42,7 +43,7 @@ connections {
         pools = clients
         dpd_delay = 0s
         local { auth = pubkey
-            certs = gateway.pem
+            certs = ecdsa.pem
             id = cert.example.org
         }
         remote { auth = eap-mschapv2
@@ -66,7 +67,7 @@ connections {
         remote_addrs = GATEWAY
         vips = 0.0.0.0
         local { auth = pubkey
-            certs = client.pem
+            certs = ecdsa.pem
             id = client.example.org
         }
         remote { auth = pubkey
@@ -98,30 +99,6 @@ secrets { eap-bench { id = bench
 """
 
 
-def _certificates(gateway: Host, client: Host) -> None:
-    """An ECDSA P-256 authority in the lab, and a certificate for each side."""
-    for folder in ("private", "x509", "x509ca"):
-        (gateway.etc / "swanctl" / folder).mkdir(exist_ok=True)
-        (client.etc / "swanctl" / folder).mkdir(exist_ok=True)
-    work = "/run/pki"
-    script = f"""set -e; mkdir -p {work}; cd {work}
-pki --gen --type ecdsa --size 256 --outform pem >ca.key
-pki --self --ca --in ca.key --type ecdsa --dn "CN=bench" --outform pem >ca.pem
-for each in cert client; do
-    pki --gen --type ecdsa --size 256 --outform pem >$each.key
-    pki --pub --in $each.key --type ecdsa >$each.pub
-    pki --issue --in $each.pub --type pub --cacert ca.pem --cakey ca.key --dn "CN=$each.example.org" \\
-        --san $each.example.org --outform pem >$each.pem
-done"""
-    gateway.run("sh", "-c", script)
-    made = gateway.path(work)
-    for host, own, name in ((gateway, "cert", "gateway"), (client, "client", "client")):
-        target = host.etc / "swanctl"
-        for source, place in ((f"{own}.key", f"private/{name}.key"), (f"{own}.pem", f"x509/{name}.pem")):
-            (target / place).write_bytes((made / source).read_bytes())
-        (target / "x509ca/ca.pem").write_bytes((made / "ca.pem").read_bytes())
-
-
 def _packets(host: Host) -> int:
     """Packets in and out of a host's eth0."""
     for line in Path(f"/proc/{host.pid}/net/dev").read_text().splitlines():
@@ -146,7 +123,13 @@ def _row(cpu: list[float], latency: list[float], packets: list[int]) -> dict[str
 def compare(rig: Rig, rounds: int, progress: Progress) -> dict[str, Any]:
     """`rounds` sessions of each kind, in turn. CPU is that of charon, sidecar and bank together, stub included."""
     topology, client, gateway = rig.topology, rig.topology.client, rig.target
-    _certificates(gateway, client)
+    certify(
+        "ecdsa",
+        {
+            gateway: ("CN=cert.example.org", "cert.example.org"),
+            client: ("CN=client.example.org", "client.example.org"),
+        },
+    )
     gateway.configure(GATEWAY.replace("PASSWORD", PASSWORD), "bench.conf")
     client.configure(CLIENT.replace("PASSWORD", PASSWORD).replace("GATEWAY", gateway.address), "bench.conf")
     gateway.charon.load()

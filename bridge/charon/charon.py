@@ -26,6 +26,8 @@ RECONCILE_SECONDS = 30.0
 RECONCILE_SHARE = 100
 """a comparison that took t seconds is followed by a pause of this many t, for list-sas walks all SAs"""
 INSTALL_TRIES = 3
+UNLOADED_SECONDS = 0.5
+"""between two looks at a charon that has no connections yet"""
 IN_FLIGHT_SECONDS = 0.5
 """what VICI lists may still be on its way over the HA channel for so long"""
 
@@ -136,6 +138,7 @@ class Charon:
             # another process than before: what it had it lost, and clients will resume from the stubs
             log.warning("charon-restarted", sas_lost=sum(1 for _ in self.tracker.established()))
             self.tracker.forget_all()
+            self.tracker.connections = {}
             self._asked.clear()
         self._inode = end.inode if end is not None else self._inode
         log.info("charon-connected", release=release, ha_version=self.channel.version)
@@ -166,8 +169,10 @@ class Charon:
 
     async def _pause(self, at_least: float) -> None:
         await asyncio.sleep(at_least)
+        # a charon without connections has just been started: they are loaded next, which no event tells
+        at_most = RECONCILE_SECONDS if self.tracker.connections else UNLOADED_SECONDS
         try:
-            async with asyncio.timeout(max(RECONCILE_SECONDS - at_least, 0)):
+            async with asyncio.timeout(max(at_most - at_least, 0)):
                 await self._due.wait()
         except TimeoutError:
             pass
