@@ -3,7 +3,7 @@
 # What they need is installed the first time and then left alone: Debian packages, and Python ones in .venv.
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench test test-releases lint typecheck man reference lock clean
+.PHONY: help setup demo record bench test test-releases lint typecheck man reference lock clean
 
 # Debian's Python: the headers that NetfilterQueue is built with belong to it.
 PYTHON ?= /usr/bin/python3
@@ -41,6 +41,9 @@ $(VENV)/.project: pyproject.toml $(VENV)/.requirements
 
 demo: setup ## a session survives the death of its gateway
 	@$(BIN)/ike-sa-sync lab demo
+
+record: setup ## the demo's picture, docs/demo.svg, from a real run
+	@$(BIN)/python docs/record.py docs/demo.svg $(BIN)/ike-sa-sync lab demo
 
 bench: setup ## short benchmarks, into docs/performance.md
 	@$(BIN)/ike-sa-sync bench report --short

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -210,3 +211,14 @@ def _in_lab(command: str, lab: str) -> str:
     command = re.sub(r"ike-sa-sync lab up", f"ike-sa-sync lab up --name {name}", command)
     command = re.sub(r"ike-sa-sync lab clean", f"ike-sa-sync lab clean {name}", command)
     return re.sub(r"ike-sa-sync lab (shell|kill)", rf"ike-sa-sync lab \1 --lab {name}", command)
+
+
+def test_the_recording_is_of_a_run_that_resumed_and_small() -> None:
+    picture = (ROOT / "docs/demo.svg").read_text()
+    assert len(picture) < 10_000
+    text = "\n".join(
+        "".join(line.itertext()) for line in ElementTree.fromstring(picture).iter() if line.tag.endswith("}text")
+    )
+    assert text.startswith("# make demo\n")
+    assert "resumed at 192.168.50.2" in text
+    assert re.search(r"resumed with \d+ of \d+ packets lost; the lab is gone again$", text)

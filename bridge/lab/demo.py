@@ -77,6 +77,7 @@ def run(say: Say) -> dict[str, Any]:
     Gives what `ike-sa-sync resume --json` printed, with `sent`, `lost` (packets) and `silence_ms` added.
     LabError if the session cannot be set up, or does not carry traffic at the end.
     """
+    say("lab", "a bank, two gateways and a client, each in network namespaces of its own ...")
     with Lab() as lab:
         topology = standard(lab)
         version = topology.gw1.charon.vici().version()["version"].decode()

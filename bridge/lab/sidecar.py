@@ -36,14 +36,22 @@ class Sidecar(Daemon):
         self.file = f"/etc/ike-sa-sync/{role}.yaml"
         self._seen = 0  # length of the log when it was last started
 
-    def start(self, wait: bool = True) -> None:
-        """Write its configuration and start it. With `wait`, until it serves, which needs a charon."""
+    def launch(self) -> None:
+        """Write its configuration and start it, without waiting for anything."""
         self.host.write(self.file, yaml.safe_dump(self.config, sort_keys=False))
         self._seen = len(self.text())
         self.spawn(*program(), self.role, "-c", self.file)
-        self.await_alive(self.holds_address, "it held the HA address")
+
+    def start(self, wait: bool = True) -> None:
+        """Start it, and wait until charon may be started. With `wait`, until it serves, which needs a charon."""
+        self.launch()
+        self.wait_held()
         if wait:
             self.wait_ready()
+
+    def wait_held(self) -> None:
+        """Wait until its end of the HA channel is bound: from then on charon may start."""
+        self.await_alive(self.holds_address, "it held the HA address")
 
     def holds_address(self) -> bool:
         """Whether its end of the HA channel is bound, so that charon may start."""

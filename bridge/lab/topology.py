@@ -50,7 +50,9 @@ class Topology:
         self.bank.start()
         running = [*self.gateways.values(), self.agent] if sidecars else []
         for sidecar in running:
-            sidecar.start(wait=False)
+            sidecar.launch()
+        for sidecar in running:
+            sidecar.wait_held()
         for host in (self.gw1, self.gw2, self.client):
             host.charon.start()
         for sidecar in running:
