@@ -358,7 +358,8 @@ def _print_findings(findings: list[Finding]) -> None:
 @cli.command()
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.option("--add", is_flag=True, help="Put a new key in front of those in FILE: it seals, the old ones still open.")
-def keygen(file: str, add: bool) -> None:
+@json_option
+def keygen(file: str, add: bool, as_json: bool) -> None:
     """Write a new bank key to FILE (mode 0600). All gateways of one bank need the same file."""
     from bridge.seal import SealError, generate
 
@@ -367,7 +368,10 @@ def keygen(file: str, add: bool) -> None:
     except (SealError, OSError) as error:
         fail(error)
         return
-    click.echo(f"{file}: key {key_id}{' added in front' if add else ''}")
+    if as_json:
+        print_json({"file": file, "key": key_id, "added": add})
+    else:
+        click.echo(f"{file}: key {key_id}{' added in front' if add else ''}")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import subprocess
@@ -89,3 +90,10 @@ def test_colours_are_for_terminals_that_want_them(tmp_path: Path) -> None:
     assert b"FAIL" in plain
     assert b"\x1b[3" not in plain
     assert "\x1b" not in run(*check).stdout
+
+
+def test_a_new_key_is_told_to_scripts_without_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "bank.key"
+    told = json.loads(run("keygen", str(file), "--json").stdout)
+    [line] = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+    assert told == {"file": str(file), "key": line.split()[0], "added": False}

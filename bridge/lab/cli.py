@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import click
 
-from bridge.cli import working
+from bridge.cli import json_option, print_json, working
 from bridge.lab import demo as demonstration
 from bridge.lab import space
 from bridge.lab.lab import Lab
@@ -39,17 +39,21 @@ def _reporting(work: Callable[[], Result]) -> Result:
 
 
 @lab.command()
-def demo() -> None:
+@json_option
+def demo(as_json: bool) -> None:
     """Kill a gateway, and see its session go on at another."""
     start = time.monotonic()
 
     def say(heading: str, text: str) -> None:
         elapsed = time.monotonic() - start
-        click.echo(f"{elapsed:6.2f} s  {click.style(f'{heading:<8}', bold=True)}  {text}")
+        click.echo(f"{elapsed:6.2f} s  {click.style(f'{heading:<8}', bold=True)}  {text}", err=as_json)
 
     outcome = _reporting(lambda: demonstration.run(say))
     if outcome["result"] != "resumed":
         raise click.ClickException(f"the session was not resumed: {outcome['result']}, {outcome['reason']}")
+    if as_json:
+        print_json(outcome)
+        return
     told = f"resumed with {outcome['lost']} of {outcome['sent']} packets lost; the lab is gone again"
     click.echo(click.style(told, fg="green"))
 
