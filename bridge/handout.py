@@ -36,6 +36,8 @@ HELD_SECONDS: Final = 86_400
 """how long a client's stub is good for, at most: the bank remembers an ended session no longer (redis/delete.lua)"""
 ANSWER_SECONDS: Final = 0.2
 """between two answers to GET Stub about one SA"""
+SPIS_OCTETS: Final = 16
+"""at the beginning of an IKE header"""
 ANSWERS_A_SECOND: Final = 2000
 """to all clients together"""
 
@@ -109,6 +111,10 @@ class Handout:
 
     def received(self, packet: Packet) -> StubMessage | None:
         """Take in a message of exchange type 240. Answers GET Stub; gives a Moving, which is not proved yet."""
+        if packet.ike[:SPIS_OCTETS] not in self._tracker.sas:
+            # a flood of messages about SAs that nobody has shall cost no more than this
+            packet.drop()
+            return None
         try:
             message = parse_stub_message(packet.ike)
         except MalformedMessage as error:

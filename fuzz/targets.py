@@ -17,10 +17,12 @@ from typing import Any, Final, NamedTuple
 import vici.exception
 import vici.protocol
 
+from bridge import heldfile
 from bridge.charon import ha
 from bridge.charon.vici import EVENTS, ViciError, parse_connection, parse_event
 from bridge.config import ClientConfig, ConfigError, GatewayConfig, load
 from bridge.control import Answer, ControlServer
+from bridge.ike.confirm import Confirmation
 from bridge.ike.cookie import Cookies, glance
 from bridge.ike.exchange import (
     CookieChallenge,
@@ -246,6 +248,20 @@ def _enclosed(way: Protection, first: int, plaintext: bytes) -> bytes:
     encryptor = way.cipher(iv).encryptor()
     octets = head + iv + encryptor.update(plaintext) + encryptor.finalize()
     return octets + way.checksum(octets)
+
+
+def confirmation(data: bytes) -> None:
+    """bridge.ike.confirm: nothing that the gateway did not protect answers; not even the request itself."""
+    assert not _CONFIRMATION.is_answered_by(data)
+
+
+_CONFIRMATION: Final = Confirmation(
+    SUITE,
+    derive_keys(SUITE, b"s" * 32, b"i" * 32, b"r" * 32, b"I" * 8, b"R" * 8),
+    b"I" * 8,
+    b"R" * 8,
+    random=bytes,
+)
 
 
 def _protected_seeds() -> list[bytes]:
@@ -531,6 +547,26 @@ def key_file(data: bytes) -> None:
         _one_line(error)
 
 
+def held_file(data: bytes) -> None:
+    """bridge.heldfile.load: any octets behind the header are sessions, written and read again the same, or an error of
+    one line."""
+    _FILE.write_bytes(heldfile.HEADER + data)
+    os.chmod(_FILE, 0o600)
+    try:
+        sessions = heldfile.load(_FILE)
+    except heldfile.HeldFileError as error:
+        _one_line(error)
+        return
+    with contextlib.suppress(StubError):
+        _FILE.write_bytes(heldfile.pack(sessions))
+        assert heldfile.load(_FILE) == sessions
+
+
+def _held_file_seeds() -> list[bytes]:
+    whole = heldfile.pack([heldfile.Session(_stub(), b"sealed" * 20, 1.5), heldfile.Session(_stub(), None, 0.0)])
+    return [whole[len(heldfile.HEADER) :], b"\x90"]
+
+
 async def _echo(request: dict[str, Any]) -> Answer:
     return {"got": len(request)}
 
@@ -573,6 +609,7 @@ TARGETS: Final = {
     ),
     "stub-message": Target(stub_message, _stub_messages),
     "protected": Target(protected, _protected_seeds),
+    "confirmation": Target(confirmation, lambda: [_CONFIRMATION.request, _CONFIRMATION.request[:-8] + bytes(8)]),
     "ha": Target(ha_message, _ha_seeds),
     "stub": Target(stub, lambda: [encode(_stub())]),
     "sealed": Target(sealed, lambda: [b"key0" + bytes(60), b"key1" + bytes(60)]),
@@ -581,5 +618,6 @@ TARGETS: Final = {
     "vici": Target(vici_event, _vici_seeds),
     "config": Target(config, _config_seeds),
     "key-file": Target(key_file, lambda: [b"# keys\n01234567 " + b"A" * 43 + b"=\n"]),
+    "held-file": Target(held_file, _held_file_seeds),
     "control": Target(control, lambda: [b'{"command": "status"}\n', b'{"command": ["x"]}', b"[[1]]"]),
 }

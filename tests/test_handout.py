@@ -69,6 +69,33 @@ def request(stub: Stub, *, sk_d: bytes | None = None, **changes: Any) -> SyncReq
     return found
 
 
+# what is not looked at
+
+
+class Held:
+    """A held packet, and what was decided on it."""
+
+    src, sport, dst, dport, marker = "192.0.2.9", 4500, GATEWAY, 4500, True
+
+    def __init__(self, ike: bytes) -> None:
+        self.ike = ike
+        self.decided: list[str] = []
+
+    def accept(self) -> None:
+        self.decided.append("accept")
+
+    def drop(self) -> None:
+        self.decided.append("drop")
+
+
+def test_a_message_about_an_sa_that_nobody_has_is_dropped_unread() -> None:
+    made = handout()
+    packet = Held(b"nobody's" * 2 + b"\xff" * 40)
+    assert made.received(packet) is None
+    assert packet.decided == ["drop"]
+    assert made._metrics.values()["malformed_requests_total"] == 0
+
+
 # sealing
 
 
