@@ -123,6 +123,7 @@ def count(number: int, thing: str) -> str:
 LAZY = {
     "lab": ("bridge.lab.cli", "Real strongSwan hosts in network namespaces: try it, see it."),
     "bench": ("bridge.bench.cli", "Measure what resumption costs on this machine."),
+    "drain": ("bridge.draining", "Move clients of this gateway to another one, while it lives."),
     "stubs": ("bridge.stubs", "Look at the stubs in the bank, delete or download them."),
     "monitor": ("bridge.monitor", "Watch the bank: gateways, stubs, resumptions, fallbacks."),
 }

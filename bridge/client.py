@@ -31,6 +31,7 @@ from bridge.handover import Handover
 from bridge.held import Keeper, gateway_message
 from bridge.ike.message import ExchangeType
 from bridge.metrics import ClientMetrics
+from bridge.moving import Mover
 from bridge.net.datagram import EXCHANGE_OFFSET, Datagram
 from bridge.net.interface import Sender
 from bridge.outcome import Outcome, Result
@@ -68,6 +69,7 @@ class Client:
         )
         self._comeback = Comeback(charon, self._sessions, lambda connection: self._begin(connection, None))
         self._moving: dict[str, asyncio.Task[Outcome]] = {}
+        self._mover = Mover(charon.tracker, sender, config.gateways, self._sent_away, random=random)
         self._restored: set[bytes] = set()
         self.last: Outcome | None = None
 
@@ -122,7 +124,9 @@ class Client:
         for datagram in batch:
             if datagram.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
                 message = gateway_message(datagram.ike)
-                if message is not None:
+                if message is not None and message.move is not None:
+                    self._mover.asked(message)
+                elif message is not None:
                     self.keeper.received(message)
             else:
                 self._asker.datagram(datagram)
@@ -139,17 +143,22 @@ class Client:
             return self._done(Outcome(Result.FAILED, None, None, reason="no-ike-sa"))
         return await asyncio.shield(self._begin(name, to))
 
-    def _begin(self, connection: str, to: str | None) -> asyncio.Task[Outcome]:
+    def _sent_away(self, connection: str, to: str) -> asyncio.Task[Outcome] | None:
+        """Move a session whose gateway asked for it; None where it moves already."""
+        return None if connection in self._moving else self._begin(connection, to, stay=True)
+
+    def _begin(self, connection: str, to: str | None, *, stay: bool = False) -> asyncio.Task[Outcome]:
+        """`stay`: its gateway lives, so it stays there where the other one does not resume it."""
         task = self._moving.get(connection)
         if task is None:
-            task = asyncio.create_task(self._move(connection, to), name=f"move {connection}")
+            task = asyncio.create_task(self._move(connection, to, stay), name=f"move {connection}")
             self._moving[connection] = task
             task.add_done_callback(lambda _: self._moving.pop(connection, None))
         return task
 
-    async def _move(self, connection: str, to: str | None) -> Outcome:
+    async def _move(self, connection: str, to: str | None, stay: bool) -> Outcome:
         try:
-            return self._done(await self._attempt(connection, to))
+            return self._done(await self._attempt(connection, to, stay))
         except Exception as error:
             log.exception("move-failed", connection=connection)
             return self._done(Outcome(Result.FAILED, connection, None, reason=f"internal: {type(error).__name__}"))
@@ -166,7 +175,7 @@ class Client:
         level("moved", **{key: value for key, value in told.items() if value})
         return outcome
 
-    async def _attempt(self, connection: str, to: str | None) -> Outcome:
+    async def _attempt(self, connection: str, to: str | None, stay: bool) -> Outcome:
         sa = self._sessions.find(connection)
         candidates = self._candidates(sa, to)
         if not candidates:
@@ -176,6 +185,8 @@ class Client:
             old = self._sessions.unresumable(connection)
             return await self._fallback(candidates, old, "no-ike-sa" if old is None else "not-resumable", began)
         if not self._charon.channel.ready():
+            if stay:
+                return Outcome(Result.FAILED, connection, to, reason="charon-unavailable")
             return await self._fallback(candidates, sa, "charon-unavailable", began)
         reason = "no-answer"
         for position, gateway in enumerate(candidates):
@@ -193,6 +204,8 @@ class Client:
                     reason=reason,
                     **sa.id.logged,
                 )
+                if stay:
+                    return Outcome(Result.FAILED, connection, to, reason=reason)
                 return await self._fallback([gateway, *candidates[position + 1 :]], sa, reason, began)
             try:
                 new, names, up = await self._handover.resume(sa, gateway, answer, self._asker.confirm)
@@ -217,6 +230,8 @@ class Client:
                 _milliseconds(answer.exchange),
                 _milliseconds(up - began),
             )
+        if stay:
+            return Outcome(Result.FAILED, connection, to, reason=reason)
         return await self._fallback(candidates, sa, reason, began)
 
     def _candidates(self, sa: Sa | None, to: str | None) -> list[GatewayEntry]:

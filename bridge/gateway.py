@@ -28,6 +28,7 @@ from bridge.handout import Handout
 from bridge.ike.cookie import Cookies, glance
 from bridge.ike.exchange import SyncRequest, parse_request
 from bridge.ike.message import ExchangeType, MalformedMessage
+from bridge.ike.stubexchange import StubMessage
 from bridge.lookup import Lookup, Missing
 from bridge.metrics import GatewayMetrics
 from bridge.net.datagram import EXCHANGE_OFFSET
@@ -47,7 +48,7 @@ Waiting = tuple[Packet, SyncRequest, bytes]
 
 class Gateway:
     """Answers IKE_SA_SYNC on one gateway. `packets` takes intercepted batches; what charon says of rebuilt SAs goes to
-    `unconfirmed`."""
+    `unconfirmed`, what clients report of a move to `moving`."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class Gateway:
         sync: Sync,
         metrics: GatewayMetrics,
         publish: Callable[[Sa], None],
+        moving: Callable[[StubMessage], None],
         *,
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
@@ -68,6 +70,7 @@ class Gateway:
         self._lookup = lookup
         self._handout = handout
         self._sender = sender
+        self._moving = moving
         self._cookies = Cookies(random=random)
         self._admission = Admission(sync, self._cookies)
         self._metrics = metrics
@@ -136,7 +139,8 @@ class Gateway:
         demands: Counter[Demand] = Counter()
         for packet in batch:
             if packet.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
-                self._handout.received(packet)
+                if (moving := self._handout.received(packet)) is not None:
+                    self._moving(moving)
                 continue
             try:
                 seen = glance(packet.ike)

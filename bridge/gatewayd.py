@@ -39,6 +39,7 @@ from bridge.daemon import (
     until_stopped,
     wait_known,
 )
+from bridge.drain import Drain
 from bridge.gateway import Gateway
 from bridge.handout import Handout
 from bridge.lookup import Lookup
@@ -109,8 +110,9 @@ class GatewayProcess:
             reachable=lambda: self._bank_reachable,
             timeout=config.bank.get_timeout,
         )
+        drain = Drain(charon, bank, raw, config.address)
         self._gateway = gateway = Gateway(
-            charon, lookup, handout, writer, raw, config.sync, self._metrics, publisher.publish
+            charon, lookup, handout, writer, raw, config.sync, self._metrics, publisher.publish, drain.moving
         )
         self._gauges(charon, gateway, writer, cache)
         stack.callback(serve_metrics(self._metrics, config.metrics))
@@ -123,12 +125,16 @@ class GatewayProcess:
             "log-level": log_level,
             "fetch": upkeep.fetch,
             "fetched": upkeep.progress,
+            "drain": drain.start,
+            "drained": drain.progress,
+            "drain-stop": drain.stop,
         }
         control = ControlServer(config.control, commands)
         await control.start()
         stack.push_async_callback(control.close)
         gateway.start()
         stack.push_async_callback(gateway.close)
+        stack.push_async_callback(drain.close)
         charon.start()
         upkeep.start()
         stack.push_async_callback(upkeep.close)

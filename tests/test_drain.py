@@ -1,0 +1,230 @@
+"""A living gateway is drained: real charons, a real Redis, clients with traffic, one of them without a sidecar."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from bridge.handout import stub_sa
+from bridge.ike.stubexchange import build_move, move_message_id
+from bridge.lab import Lab, Topology, standard
+from bridge.lab.daemon import wait_until
+from bridge.lab.demo import Ping
+from bridge.lab.host import Host
+from bridge.lab.sidecar import Sidecar, program
+from bridge.lab.topology import BANK_KEY, CHOICES, SITE, bank_key, client_config, client_host
+from bridge.publish import sa_of
+from failover_support import complete, established, fresh, resume, spis, stub_key, the_sa
+from probe_support import the_stub
+
+pytestmark = pytest.mark.lab
+
+LOST_AT_MOST = 60
+"""echo requests, 50 ms apart, that a move may cost on a busy machine; waiting for a dead gateway costs more"""
+
+
+@dataclass
+class Clients:
+    """`client`, `second` and `third` have a sidecar, `plain` has none."""
+
+    topology: Topology
+    hosts: list[Host]
+    plain: Host
+    sidecars: list[Sidecar] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Host]:
+        return [*self.hosts, self.plain]
+
+    def connect(self) -> None:
+        """A session of each at gw1, their stubs in the bank."""
+        for host in self.all:
+            host.charon.initiate("net", "home")
+        for host in self.all:
+            key = stub_key(self.topology.gw1.address, the_sa(host)["responder-spi"])
+            wait_until(lambda key=key: complete(self.topology, key), "the stub of the session")  # type: ignore[misc]
+
+    def at(self, gateway: Host) -> set[str]:
+        """Names of the hosts whose one session is at a gateway."""
+        return {host.name for host in self.all if [sa["remote-host"] for sa in established(host)] == [gateway.address]}
+
+
+@pytest.fixture(scope="module")
+def clients() -> Iterator[Clients]:
+    with Lab() as lab:
+        topology = standard(lab, start=False)
+        second = client_host(lab, "second", "192.168.50.11", topology.secret)
+        third = client_host(lab, "third", "192.168.50.12", topology.secret)
+        plain = client_host(lab, "plain", "192.168.50.13", topology.secret)
+        topology.start()
+        made = Clients(topology, [topology.client, second, third], plain)
+        for host in (second, third):
+            sidecar = host.sidecar("client", client_config(CHOICES))
+            sidecar.start(wait=False)
+            made.sidecars.append(sidecar)
+        for host in (second, third, plain):
+            host.charon.start()
+        for sidecar in made.sidecars:
+            sidecar.wait_ready()
+        yield made
+
+
+@pytest.fixture
+def topology(clients: Clients) -> Topology:
+    return clients.topology
+
+
+@pytest.fixture(autouse=True)
+def _fresh(clients: Clients) -> None:
+    for host in clients.all:
+        for sa in host.charon.sas():
+            host.swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", "--timeout", "1", check=False)
+        wait_until(lambda host=host: not host.charon.sas(), "the end of all SAs")  # type: ignore[misc]
+    fresh(clients.topology)
+    # emptied with the bank
+    beats = [f"ike:gateway:{host.address}" for host in (clients.topology.gw1, clients.topology.gw2)]
+    wait_until(lambda: clients.topology.bank.cli("EXISTS", *beats) == "2", "signs of life of both gateways")
+
+
+def drain(topology: Topology, *arguments: str, code: int = 0) -> dict[str, Any]:
+    """`ike-sa-sync drain --json` on gw1."""
+    done = topology.gateways["gw1"].command("drain", "--json", *arguments, check=False, timeout=120)
+    assert done.returncode == code, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def lost(ping: Ping) -> int:
+    """Echo requests between the first answer and the last that were not answered."""
+    answered = sorted(ping.stop().answered)
+    return answered[-1] - answered[0] + 1 - len(answered)
+
+
+def test_clients_move_with_their_traffic_and_one_without_a_sidecar_is_left_alone(clients: Clients) -> None:
+    topology = clients.topology
+    clients.connect()
+    before = {host.name: the_sa(host)["local-vips"] for host in clients.all}
+    plain = spis(the_sa(clients.plain))
+    pings = {host.name: Ping(host, SITE) for host in clients.all}
+    wait_until(lambda: all(ping.answers() >= 20 for ping in pings.values()), "traffic")
+    # one of four cannot move, so the share that was asked for is not reached
+    done = drain(topology, "--to", topology.gw2.address, code=1)
+    seen = {name: ping.answers() for name, ping in pings.items()}
+    wait_until(lambda: all(ping.answers() >= seen[name] + 20 for name, ping in pings.items()), "traffic goes on")
+    losses = {name: lost(ping) for name, ping in pings.items()}
+    print("lost:", losses)
+    assert (done["wanted"], done["moved"], done["left"], done["failed"]) == (4, 3, 1, 0)
+    assert clients.at(topology.gw2) == {"client", "second", "third"}
+    assert clients.at(topology.gw1) == {"plain"}
+    assert {host.name: the_sa(host)["local-vips"] for host in clients.all} == before
+    # nothing happened to it
+    assert spis(the_sa(clients.plain)) == plain
+    assert losses.pop("plain") == 0
+    assert all(number <= LOST_AT_MOST for number in losses.values())
+    # nothing is left behind where they were
+    assert [spis(sa) for sa in topology.gw1.charon.sas()] == [plain]
+    assert len(topology.gw2.charon.sas()) == 3
+    assert len(topology.bank.stubs()) == 4
+
+
+def test_a_share_of_the_sessions_moves(clients: Clients) -> None:
+    topology = clients.topology
+    clients.connect()
+    done = drain(topology, "--to", topology.gw2.address, "--share", "0.5")
+    assert (done["sessions"], done["wanted"], done["moved"]) == (4, 2, 2)
+    assert len(clients.at(topology.gw2)) == 2
+    assert len(clients.at(topology.gw1)) == 2
+
+
+def test_a_session_that_the_target_does_not_resume_stays_where_it_is(clients: Clients) -> None:
+    topology = clients.topology
+    clients.connect()
+    before = {host.name: spis(the_sa(host)) for host in clients.all}
+    # gw2 has another key than the stubs are sealed with
+    sidecar, key = topology.gateways["gw2"], (topology.gw2.etc / "ike-sa-sync/bank.key").read_text()
+    sidecar.stop()
+    topology.gw2.write(BANK_KEY, bank_key(), mode=0o600)
+    sidecar.start()
+    try:
+        done = drain(topology, "--to", topology.gw2.address, code=1)
+    finally:
+        sidecar.stop()
+        topology.gw2.write(BANK_KEY, key, mode=0o600)
+        sidecar.start()
+    assert (done["moved"], done["left"], done["failed"]) == (0, 1, 3)
+    assert {row["reason"] for row in done["failures"]} == {"the target did not resume the session"}
+    assert {host.name: spis(the_sa(host)) for host in clients.all} == before
+    assert all(host.ping(SITE) == 3 for host in clients.all)
+
+
+def test_a_target_without_a_heartbeat_is_refused_before_anybody_is_asked(clients: Clients) -> None:
+    topology = clients.topology
+    said = topology.agent.text().count("move-asked")
+    done = topology.gateways["gw1"].command("drain", "--to", "192.168.50.77", check=False)
+    assert done.returncode == 1
+    assert "no gateway lives at 192.168.50.77; others that do: 192.168.50.2" in done.stderr
+    done = topology.gateways["gw1"].command("drain", "--to", topology.gw1.address, check=False)
+    assert done.returncode == 1
+    assert "is this gateway" in done.stderr
+    assert topology.agent.text().count("move-asked") == said
+
+
+def test_ctrl_c_asks_no_more_clients_and_waits_for_those_that_move(clients: Clients) -> None:
+    topology = clients.topology
+    clients.connect()
+    # the second client's turn comes in a minute
+    arguments = ("drain", "--to", topology.gw2.address, "--rate", "0.016", "--json")
+    sidecar = topology.gateways["gw1"]
+    command = topology.gw1.popen(*program(), *arguments, "-c", sidecar.file, stdout=subprocess.PIPE)
+    # the first one asked may be the one without a sidecar
+    wait_until(lambda: "drain-begins" in sidecar.text().rsplit("drain-ends", 1)[-1], "the beginning")
+    command.send_signal(signal.SIGINT)
+    text, _ = command.communicate(timeout=60)
+    done = json.loads(text)
+    assert command.returncode == 130
+    assert done["state"] == "stopped"
+    assert done["under_way"] == 0
+    assert done["moved"] + done["left"] <= 1
+    assert len(clients.at(topology.gw2)) == done["moved"]
+
+
+def test_a_replayed_move_is_heeded_by_nobody(clients: Clients) -> None:
+    topology = clients.topology
+    clients.connect()
+    stub = the_stub(topology)
+    move = build_move(stub_sa(sa_of(stub), stub.index), topology.gw2.address, move_message_id(stub.established))
+    send_from(topology.gw1, topology.client, move)
+    wait_until(lambda: the_sa_at(topology.client, topology.gw2), "the first move")
+    assert resume(topology, "--to", topology.gw1.address)["result"] == "resumed"
+    said = topology.agent.text().count("move-asked")
+    again = spis(the_sa(topology.client))
+    send_from(topology.gw1, topology.client, move)
+    # the other one is heeded, so the replay was there before it
+    stub = the_stub(topology)
+    wrong = build_move(stub_sa(sa_of(stub), stub.index), "192.0.2.77", move_message_id(stub.established))
+    send_from(topology.gw1, topology.client, wrong)
+    wait_until(lambda: "move-refused target=192.0.2.77" in topology.agent.text(), "the refusal of a foreign target")
+    assert topology.agent.text().count("move-asked") == said
+    assert spis(the_sa(topology.client)) == again
+
+
+SEND = """
+import sys
+from bridge.net.rawudp import RawUdp
+RawUdp().send(sys.argv[1], 4500, sys.argv[2], 4500, bytes.fromhex(sys.argv[3]), True)
+"""
+
+
+def send_from(gateway: Host, client: Host, message: bytes) -> None:
+    """Send an IKE message from a gateway's port 4500 to a client's."""
+    python = str(program()[0]).replace("ike-sa-sync", "python")
+    gateway.run(python, "-c", SEND, gateway.address, client.address, message.hex())
+
+
+def the_sa_at(client: Host, gateway: Host) -> bool:
+    return [sa["remote-host"] for sa in established(client)] == [gateway.address]
