@@ -1,0 +1,93 @@
+"""SIGKILL to the bank's Redis, to the sidecar, or to both, between any two steps of a session's life: then the bank has
+the stubs of charon's IKE_SAs, and no others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bridge.lab import Topology
+from bridge.lab.daemon import wait_until
+from bridge.lab.topology import SITE
+from failover_support import established, fresh, resume, spis, stub_key, the_sa
+
+pytestmark = pytest.mark.lab
+
+Kill = Callable[[], None]
+
+
+def stubs_of_charon(topology: Topology) -> dict[str, list[str]]:
+    """The stubs that the bank should have of gw1: their keys, with the names of the CHILD_SAs."""
+    return {
+        stub_key(topology.gw1.address, own_spi(sa)): sorted(
+            child["name"] for child in sa["child-sas"].values() if child["state"] == "INSTALLED"
+        )
+        for sa in established(topology.gw1)
+    }
+
+
+def own_spi(sa: dict[str, Any]) -> str:
+    return str(sa["initiator-spi"] if sa.get("initiator") == "yes" else sa["responder-spi"])
+
+
+def stubs_of_bank(topology: Topology) -> dict[str, list[str]]:
+    """The stubs that the bank has, opened with the key file."""
+    found = {}
+    for key in topology.bank.stubs():
+        spi = key.rpartition(":")[2]
+        shown = topology.gateways["gw1"].command("stubs", "show", topology.gw1.address, spi, "--json", check=False)
+        if shown.returncode == 0:
+            found[key] = sorted(child["name"] for child in json.loads(shown.stdout)["children"])
+    return found
+
+
+def agree(topology: Topology) -> bool:
+    return stubs_of_bank(topology) == stubs_of_charon(topology)
+
+
+@pytest.fixture(params=["redis", "sidecar", "both"])
+def kill(request: pytest.FixtureRequest, topology: Topology) -> Kill:
+    """Kills, starts again what was killed, and waits until bank and charon agree."""
+    fresh(topology)
+    redis, sidecar = topology.bank, topology.gateways["gw1"]
+
+    def kill() -> None:
+        if request.param != "sidecar":
+            redis.kill()
+        if request.param != "redis":
+            sidecar.kill()
+        if request.param != "sidecar":
+            redis.start()
+        if request.param != "redis":
+            sidecar.start()
+        wait_until(lambda: agree(topology), "bank and charon to agree", timeout=60)
+
+    return kill
+
+
+def test_bank_and_charon_agree_after_a_kill_between_any_two_steps(topology: Topology, kill: Kill) -> None:
+    kill()
+    topology.connect()
+    kill()
+    assert len(topology.bank.stubs()) == 1
+    before = spis(the_sa(topology.client))
+    topology.client.swanctl("--rekey", "--ike", "home")
+    wait_until(lambda: [spis(sa) for sa in established(topology.client)] not in ([], [before]), "the rekeyed IKE_SA")
+    kill()
+    topology.client.swanctl("--rekey", "--child", "net")
+    kill()
+    topology.client.swanctl("--terminate", "--child", "net")
+    kill()
+    topology.client.charon.initiate("net", "home")
+    kill()
+    topology.client.swanctl("--terminate", "--ike", "home")
+    kill()
+    assert topology.bank.stubs() == []
+    topology.connect()
+    kill()
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"
+    assert topology.client.ping(SITE) == 3
