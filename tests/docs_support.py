@@ -18,7 +18,7 @@ def named_tests(document: Path) -> list[tuple[str, str]]:
 
 
 @cache
-def tests_in(file: str) -> frozenset[str]:
+def names_in(file: str) -> frozenset[str]:
     """The names of the tests in a file of this folder; none if there is no such file."""
     path = TESTS / file
     if not path.exists():
@@ -30,4 +30,4 @@ def tests_in(file: str) -> frozenset[str]:
 
 def missing_tests(document: Path) -> list[str]:
     """The tests that a document names and that do not exist."""
-    return [f"{file}::{name}" for file, name in named_tests(document) if name not in tests_in(file)]
+    return [f"{file}::{name}" for file, name in named_tests(document) if name not in names_in(file)]
