@@ -85,7 +85,7 @@ class Asker:
         sender: Sender,
         config: Resume,
         sealed_stub: Callable[[Sa], bytes | None],
-        offer: Callable[[Sa, GatewayEntry], Offer],
+        offer: Callable[[Sa, GatewayEntry, Endpoint], Offer],
         *,
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
@@ -116,7 +116,7 @@ class Asker:
             source = sa.local.address
         local = Endpoint(source, sa.local.port)
         index = sa.index_there()
-        offered = self._offer(sa, gateway)
+        offered = self._offer(sa, gateway, local)
         cookies: list[bytes] = []
         requests: list[bytes] = []
         queue: asyncio.Queue[Datagram] = asyncio.Queue()

@@ -8,8 +8,9 @@ k-th of the stub. SPIs on the wire are those of ESP; in a Child they are charon'
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -24,8 +25,12 @@ _SPI_BITS: Final = 0x7FFFFFFF
 """SPIs up to 0xbfffffff: what charon takes itself begins at 0xc0000000 (charon.spi_min)"""
 MAX_SELECTORS: Final = 40
 """more may not fit into one message to charon"""
+AT_ONCE: Final = 32
+"""CHILD_SAs that come up so at most, for the size of the messages; others follow by CREATE_CHILD_SA"""
 _LAST_RESERVED: Final = 255
 """RFC 4303 section 2.1"""
+_SCAN_FIRST: Final = 10_000
+"""SPIs chosen before those that ended meanwhile are forgotten, at least"""
 
 
 class NewChild(NamedTuple):
@@ -44,9 +49,25 @@ def wire_spi(value: int) -> int:
     return int.from_bytes(value.to_bytes(SPI_OCTETS, sys.byteorder))
 
 
-def fresh_spi(random: Callable[[int], bytes]) -> int:
-    """An inbound ESP SPI from outside the range that charon takes its own from."""
-    return _FIRST_SPI + (int.from_bytes(random(SPI_OCTETS)) & _SPI_BITS)
+class SpiChoice:
+    """Chooses inbound ESP SPIs from outside the range that charon takes its own from. `in_use` gives those of all
+    CHILD_SAs that are known, as charon has them in memory."""
+
+    def __init__(self, in_use: Callable[[], Iterable[int]], *, random: Callable[[int], bytes] = os.urandom) -> None:
+        self._in_use = in_use
+        self._random = random
+        self._taken: set[int] = set()
+        self._scan_at = 0
+
+    def next(self) -> int:
+        """One that no CHILD_SA has, and that was not given before as far as is remembered."""
+        if len(self._taken) >= self._scan_at:
+            self._taken = {wire_spi(spi) for spi in self._in_use()}
+            self._scan_at = 2 * len(self._taken) + _SCAN_FIRST
+        while (spi := _FIRST_SPI + (int.from_bytes(self._random(SPI_OCTETS)) & _SPI_BITS)) in self._taken:
+            pass
+        self._taken.add(spi)
+        return spi
 
 
 def is_plain(child: Child) -> bool:
@@ -59,8 +80,17 @@ def is_plain(child: Child) -> bool:
     )
 
 
+def stays(child: Child, moved: Collection[str]) -> bool:
+    """Whether a CHILD_SA means the same once the addresses `moved`, of either peer, are no more those of the IKE_SA:
+    transport mode never does, nor does a selector of just such an address."""
+    return not moved or (
+        child.mode == TUNNEL
+        and not any(one.first == one.last and one.first in moved for one in (*child.local_ts, *child.remote_ts))
+    )
+
+
 class Offer(NamedTuple):
-    """What a client asks for: all CHILD_SAs of its old SA by number, and its inbound SPIs of those it wants at once."""
+    """What a client asks for: CHILD_SAs of its old SA by number, and its inbound SPI for each."""
 
     children: tuple[Child, ...]
     spis: dict[int, int]
@@ -79,10 +109,10 @@ class Offer(NamedTuple):
 NOTHING: Final = Offer((), {})
 
 
-def offer(children: Iterable[Child], wanted: Callable[[Child], bool], random: Callable[[int], bytes]) -> Offer:
-    """Ask for those of an old SA's CHILD_SAs that are plain and `wanted`."""
-    every = tuple(children)
-    spis = {number: fresh_spi(random) for number, child in enumerate(every) if is_plain(child) and wanted(child)}
+def offer(children: Iterable[Child], wanted: Callable[[Child], bool], choose: Callable[[], int]) -> Offer:
+    """Ask for those of an old SA's CHILD_SAs that are plain and `wanted`. `choose` gives inbound ESP SPIs."""
+    every = tuple([child for child in children if is_plain(child) and wanted(child)][:AT_ONCE])
+    spis = {number: choose() for number in range(len(every))}
     return Offer(every, spis) if spis else NOTHING
 
 
@@ -109,11 +139,12 @@ def grant(
     requested: Sequence[tuple[int, int]],
     old_spis: Sequence[int] | None,
     allowed: Callable[[Child], bool],
-    random: Callable[[int], bytes],
+    choose: Callable[[], int],
     ni: bytes,
     nr: bytes,
 ) -> Grant:
-    """The gateway's part: those of a stub's `children` that are `requested`, plain and `allowed`; each once."""
+    """The gateway's part: those of a stub's `children` that are `requested`, plain and `allowed`; each once. `choose`
+    gives inbound ESP SPIs."""
     if old_spis is None:
         numbered = dict(enumerate(children))
     else:
@@ -124,11 +155,11 @@ def grant(
     seen: set[int] = set()
     for number, spi_client in requested:
         child = numbered.pop(number, None)
-        if child is None or spi_client <= _LAST_RESERVED or spi_client in seen:
+        if child is None or spi_client <= _LAST_RESERVED or spi_client in seen or len(made) == AT_ONCE:
             continue
         if is_plain(child) and allowed(child):
             seen.add(spi_client)
-            spi_gateway = fresh_spi(random)
+            spi_gateway = choose()
             answer.append((number, spi_gateway))
             made.append(_new(child, False, ni, spi_client, nr, spi_gateway))
     return Grant(tuple(answer), tuple(made))

@@ -12,7 +12,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha import IkeId
 from bridge.charon.install import Install
 from bridge.charon.sa import Sa, new_conditions
-from bridge.children import grant
+from bridge.children import grant, stays
 from bridge.config import Sync
 from bridge.handout import Handout
 from bridge.ike.exchange import SyncRequest, build_response, nat_hash, verify_request
@@ -97,6 +97,7 @@ class Decision:
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
         seed = skeyseed_resume(suite.prf, stub.sk_d, request.nonce, nonce)
         lifetime = self._lifetime(stub)
+        moved = {stub.local.address, stub.remote.address} - {local.address, remote.address}
         # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
         # that is here from it: then they come up by CREATE_CHILD_SA, under keys that a replay has not.
         here = stub.spi_i + stub.spi_r in self._charon.tracker.sas
@@ -104,8 +105,8 @@ class Decision:
             stub.children,
             () if here else request.sync.children,
             request.sync.old_children,
-            lambda child: self._charon.takes_at_once(stub.connection, child.name),
-            self._random,
+            lambda child: self._charon.takes_at_once(stub.connection, child.name) and stays(child, moved),
+            self._charon.spis.next,
             request.nonce,
             nonce,
         )

@@ -17,12 +17,13 @@ from bridge.charon.ha import HaError
 from bridge.charon.install import Install
 from bridge.charon.sa import Sa, new_conditions
 from bridge.charon.vici import ViciError
-from bridge.children import NOTHING, Offer, offer
+from bridge.children import NOTHING, Offer, offer, stays
 from bridge.config import GatewayEntry
 from bridge.ike import confirm
 from bridge.ike.confirm import Confirmation
 from bridge.ike.keys import derive_keys, derive_sk_d, skeyseed_resume
 from bridge.sessions import Sessions
+from bridge.stub import Endpoint
 
 log = structlog.get_logger()
 
@@ -51,14 +52,18 @@ class Handover:
         self._clock = clock
         self._wall = wall
 
-    def offer(self, sa: Sa, gateway: GatewayEntry) -> Offer:
-        """The CHILD_SAs of an SA to ask for at once, where the exchange that then has to confirm them can be made."""
+    def offer(self, sa: Sa, gateway: GatewayEntry, local: Endpoint) -> Offer:
+        """The CHILD_SAs of an SA to ask a gateway for at once, from `local`: none where the exchange that then has to
+        confirm them cannot be made."""
         if not confirm.possible(sa.suite):
             return NOTHING
+        assert sa.local is not None
+        assert sa.remote is not None
+        moved = {sa.local.address, sa.remote.address} - {local.address, gateway.address}
         return offer(
             sa.children.values(),
-            lambda child: self._charon.takes_at_once(gateway.connection, child.name),
-            self._random,
+            lambda child: self._charon.takes_at_once(gateway.connection, child.name) and stays(child, moved),
+            self._charon.spis.next,
         )
 
     async def resume(
@@ -82,10 +87,12 @@ class Handover:
             self._charon.tracker.adopt(new)
             # the new SA holds the virtual IP before the old one lets go of it
             await self._drop(old)
-            names = await self._install_children(new, answer)
+            await self._charon.installer.add_children(new.id, answer.children)
             up = self._clock()
+            names = await self._installed(new, answer)
             if confirmed is not None and not await confirmed:
                 raise ViciError("the gateway did not answer under the new keys")
+            left = [name for name in wanted if name not in names]
             if left:
                 names += await self._bring_up(gateway.connection, left, new)
                 up = self._clock()
@@ -112,13 +119,19 @@ class Handover:
         keys = derive_keys(suite, seed, answer.nonce_i, answer.nonce_r, spi_i, spi_r)
         return Confirmation(suite, keys, spi_i, spi_r, random=self._random)
 
-    async def _install_children(self, new: Sa, answer: Answer) -> list[str]:
-        """The CHILD_SAs that came with the answer; their names."""
-        if answer.children:
-            await self._charon.installer.add_children(new.id, answer.children)
-            # charon tells nobody of what it is given
-            new.children.update((made.child.spi_in, made.child) for made in answer.children)
-        return [made.child.name for made in answer.children]
+    async def _installed(self, new: Sa, answer: Answer) -> list[str]:
+        """Take charon's word for the CHILD_SAs that came with the answer: the names of those that it has."""
+        if not answer.children:
+            return []
+        listed = {info.spis: info for info in await self._charon.vici.list_sas(new.connection)}.get(new.id.spis)
+        installed = {name for name, state in listed.children if state == "INSTALLED"} if listed is not None else set()
+        for made in answer.children:
+            if made.child.name in installed:
+                # charon tells nobody of what it is given
+                new.children[made.child.spi_in] = made.child
+            else:
+                log.warning("child-not-installed", connection=new.connection, child=made.child.name, **new.id.logged)
+        return list(dict.fromkeys(child.name for child in new.children.values()))
 
     async def anew(self, old: Sa | None, gateway: GatewayEntry) -> list[str]:
         """An IKE_SA by an ordinary handshake, in place of `old`; names of the CHILD_SAs that came up.

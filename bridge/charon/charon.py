@@ -17,6 +17,7 @@ from bridge.charon.sa import Sa
 from bridge.charon.segments import LandingChoice
 from bridge.charon.settings import pfs_children
 from bridge.charon.vici import ConnectionInfo, Event, SaInfo, Vici, ViciError
+from bridge.children import SpiChoice
 from bridge.config import Ha
 
 log = structlog.get_logger()
@@ -46,6 +47,7 @@ class Charon:
         self.channel = Channel(ha.listen, ha.charon, self.tracker.handle, receive_buffer=ha.receive_buffer)
         self.landing = LandingChoice(ha.segments)
         self.installer = Installer(self.channel, self.landing)
+        self.spis = SpiChoice(self.tracker.child_spis)
         self.vici = Vici(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
         self.release = ""
         self.reconciled = asyncio.Event()

@@ -330,6 +330,10 @@ class Tracker:
         self._half_open.clear()
         self._early.clear()
 
+    def child_spis(self) -> Iterator[int]:
+        """The inbound ESP SPIs of all CHILD_SAs."""
+        return (spi for sa in self.sas.values() for spi in sa.children)
+
     def established(self) -> Iterator[Sa]:
         """All SAs that are up."""
         # a copy: metrics are read in another thread

@@ -16,8 +16,8 @@
     ~                    Integrity Checksum Data                    ~
     +-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+
 
-The sidecars themselves never need it: charon does, with the keys that it is given. It is here for whoever plays a
-client without a charon, the load generator above all.
+charon does this, with the keys that it is given, for all messages of an IKE_SA but one: the client's sidecar makes the
+first exchange of a resumed one (`confirm`). The load generator, which has no charon, makes all with it.
 """
 
 from __future__ import annotations
