@@ -99,11 +99,12 @@ class Decision:
         lifetime = self._lifetime(stub)
         moved = {stub.local.address, stub.remote.address} - {local.address, remote.address}
         # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
-        # that is here from it: then they come up by CREATE_CHILD_SA, under keys that a replay has not.
-        here = stub.spi_i + stub.spi_r in self._charon.tracker.sas
+        # that is here from it; and those of two attempts would share policies, which go with the first that ends. Then
+        # they come up by CREATE_CHILD_SA, under keys that a replay has not.
+        alone = stub.spi_i + stub.spi_r not in self._charon.tracker.sas and not self._unconfirmed.attempts(stub.index)
         granted = grant(
             stub.children,
-            () if here else request.sync.children,
+            request.sync.children if alone else (),
             request.sync.old_children,
             lambda child: self._charon.takes_at_once(stub.connection, child.name) and stays(child, moved),
             self._charon.spis.next,

@@ -101,6 +101,25 @@ def test_a_request_that_an_attacker_sent_first_does_not_keep_the_client_from_res
     assert topology.client.ping(SITE) == 3
 
 
+def test_of_several_attempts_one_has_child_sas(topology: Topology) -> None:
+    """Two with the same selectors would share policies, and the end of one be the end of the other's traffic."""
+    connect(topology)
+    stub = the_stub(topology)
+    granted = []
+    for number in (1, 2):
+        message = request(stub, spi_i=bytes((number,)) * 8, children=[(0, 0x40000000 + number)])
+        [octets] = send(topology, message)
+        answer = parse_response(octets, message)
+        assert isinstance(answer, SyncResponse)
+        assert answer.sync is not None
+        granted.append(len(answer.sync.children))
+    assert granted == [1, 0]
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"
+    wait_until(lambda: len(attempts(topology)) == 1, "the end of the other attempts")
+    assert topology.client.ping(SITE) == 3
+
+
 def test_a_replay_to_another_gateway_leaves_the_session_where_it_is(topology: Topology) -> None:
     before = connect(topology)
     stubs = sealed(topology)
