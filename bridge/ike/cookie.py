@@ -59,8 +59,8 @@ _NONE, _NONCE, _NOTIFICATION, _SYNC = (
 )
 _SEALED = (int(PayloadType.SK), int(PayloadType.SKF))
 _SYNC_MARK: Final = bytes((_SYNC,))
-_COOKIE_MARK: Final = b"\0\0" + NotifyType.COOKIE.to_bytes(2)
-"""how the body of a COOKIE notification begins"""
+_COOKIE_MARK: Final = b"\0" + NotifyType.COOKIE.to_bytes(2)
+"""in a COOKIE notification, behind the protocol ID, which is ignored without an SPI (section 3.10)"""
 
 
 class Glance(NamedTuple):
@@ -95,7 +95,7 @@ def glance(data: bytes) -> Glance | None:
             found = True
         elif kind == _NONCE:
             nonce = data[at + 4 : stop]
-        elif kind == _NOTIFICATION and at == HEADER.size and data[at + 4 : at + 8] == _COOKIE_MARK:
+        elif kind == _NOTIFICATION and at == HEADER.size and data[at + 5 : at + 8] == _COOKIE_MARK:
             cookie = data[at + 8 : stop]
         elif kind in _SEALED:
             break
