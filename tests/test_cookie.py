@@ -190,8 +190,10 @@ def test_a_chain_of_empty_payloads_is_not_followed_to_its_end() -> None:
 
 @given(st.binary(max_size=60), st.integers(0, len(request(cookie=b"crumb")) - 1), st.integers(0, 255))
 def test_a_first_look_agrees_with_the_whole_look(octets: bytes, position: int, value: int) -> None:
-    """Whatever is taken for a request with IKE_SA_SYNC is one at first sight, with the same SPIi and nonce, and the same
-    cookie if any: one where RFC 7296 does not have it counts for none."""
+    """Whatever is taken for a request with IKE_SA_SYNC is one at first sight, with the same SPIi and nonce.
+
+    So is its cookie, if any: one where RFC 7296 does not have it counts for none.
+    """
     altered = bytearray(request(cookie=b"crumb"))
     altered[position] = value
     for data in (octets, request()[:28] + octets, bytes(altered)):
