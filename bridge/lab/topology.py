@@ -132,9 +132,11 @@ def standard(
     return topology
 
 
-def client_host(lab: Lab, name: str, address: str, secret: str, *more: str, release: str | None = None) -> Host:
+def client_host(
+    lab: Lab, name: str, address: str, secret: str, *more: str, network: str = "lan", release: str | None = None
+) -> Host:
     """A client's host; its identity is `<name>@example.org`. Neither charon nor sidecar is started."""
-    host = lab.add_host(name, f"{address}/24", *more, release=release)
+    host = lab.add_host(name, f"{address}/24", *more, network=network, release=release)
     host.charon.settings.update(PATIENCE)
     _swanctl(host, "client", f'ike-vpn {{ id = vpn.example.org\n secret = "{secret}" }}')
     # home-gw2 inherits both
