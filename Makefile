@@ -3,7 +3,7 @@
 # What they need is installed the first time and then left alone: Debian packages, and Python ones in .venv.
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo record bench test test-releases lint typecheck man reference lock clean
+.PHONY: help setup demo record bench test test-releases test-vm deb lint typecheck man reference lock clean
 
 # Debian's Python: the headers that NetfilterQueue is built with belong to it.
 PYTHON ?= /usr/bin/python3
@@ -20,6 +20,9 @@ PACKAGES := \
 	prometheus faketime mandoc zsh fish
 
 DEVELOPMENT := mypy pytest pytest-asyncio hypothesis ruff jsonschema types-PyYAML types-jsonschema
+
+COMPILE = $(VENV)/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
+	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -60,6 +63,21 @@ $(VENV)/.releases: $(VENV)/.project
 	@$(BIN)/python -m bridge.lab.valkey
 	@touch $@
 
+deb: $(VENV)/.deb-packages ## a Debian package with everything in it, into dist/
+	@rm -rf build/deb && mkdir -p build/deb/source dist
+	@git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --ignore-failed-read -cf - | \
+		tar -xf - -C build/deb/source
+	@cd build/deb/source && dpkg-buildpackage --build=binary --no-sign >../log 2>&1 || { tail -n 30 ../log; exit 1; }
+	@mv build/deb/*.deb dist/ && rm -rf build/deb && ls dist/*.deb
+
+$(VENV)/.deb-packages: debian/control $(VENV)/.packages
+	@.ci/packages dpkg-dev debhelper
+	@touch $@
+
+test-vm: $(VENV)/.project deb ## provisioning, package and units on a Debian machine (qemu), and the lab on its kernel
+	@.ci/packages qemu-system-x86 mmdebstrap e2fsprogs
+	@PYTEST_ARGS='$(PYTEST_ARGS)' vagrant/vm/run .vm dist/ike-sa-sync_*.deb $(BIN)/python
+
 lint: setup ## ruff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -73,15 +91,16 @@ man: setup ## manual pages and shell completions, into build/man
 reference: setup ## docs/configuration.md, from bridge/config.py
 	@$(BIN)/python man/build.py --markdown
 
-lock: $(VENV)/.packages ## bring requirements-dev.lock up to date
+lock: $(VENV)/.packages ## bring requirements.lock and requirements-dev.lock up to date
 	@$(PYTHON) -m venv $(VENV)/lock && $(VENV)/lock/bin/python -m pip install --quiet pip-tools
 	@printf '%s\n' $(DEVELOPMENT) >$(VENV)/development.in
-	@CUSTOM_COMPILE_COMMAND='make lock' $(VENV)/lock/bin/pip-compile --quiet --upgrade --generate-hashes \
-		--strip-extras --allow-unsafe --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+	@CUSTOM_COMPILE_COMMAND='make lock' $(COMPILE) --upgrade \
 		--output-file requirements-dev.lock pyproject.toml $(VENV)/development.in
+	@CUSTOM_COMPILE_COMMAND='make lock' $(COMPILE) --constraint requirements-dev.lock \
+		--output-file requirements.lock pyproject.toml
 	@rm -rf $(VENV)/lock $(VENV)/development.in
 
 clean: ## remove what the commands above made, but for Debian packages
 	@if [ -x $(BIN)/ike-sa-sync ]; then $(BIN)/ike-sa-sync lab clean; fi
-	@rm -rf $(VENV) /var/cache/ike-sa-sync build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf $(VENV) .vm /var/cache/ike-sa-sync build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
