@@ -1,0 +1,223 @@
+"""The provisioning scripts, the Debian package and its systemd units, on machines that boot (`make test-vm`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bridge.lab.daemon import wait_until
+from vm_support import BRIDGE, PATIENCE, PROJECT, PROVISION, SECRETS, SITE, STATE, Machine, run
+
+pytestmark = pytest.mark.vm
+
+Machines = dict[str, Machine]
+PACKAGE = str(PROJECT / "ike-sa-sync.deb")
+
+
+def provision(machines: Machines) -> None:
+    """What vagrant/Vagrantfile does."""
+    bank, gw1, gw2, client = machines.values()
+    bank.provision("bank", bank.address, "/secrets")
+    for number, gateway in enumerate((gw1, gw2), 1):
+        gateway.provision("install", PACKAGE)
+        gateway.provision("gateway", gateway.address, bank.address, f"10.20.{number}.0/24", "/secrets")
+    client.provision("install", PACKAGE)
+    client.provision("client", gw1.address, gw2.address, "/secrets")
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    STATE.mkdir(exist_ok=True)
+    run("mount", "-t", "tmpfs", "tmpfs", str(STATE))
+    run(str(PROVISION / "secrets"), str(SECRETS))
+    run("ip", "link", "add", BRIDGE, "type", "bridge")
+    run("ip", "link", "set", BRIDGE, "up")
+    found = {
+        name: Machine(name, address)
+        for name, address in {
+            "bank": "192.168.50.20",
+            "gw1": "192.168.50.1",
+            "gw2": "192.168.50.2",
+            "client": "192.168.50.10",
+        }.items()
+    }
+    for machine in found.values():
+        machine.boot()
+    for machine in found.values():
+        machine.wait_up()
+    for name in ("gw1", "gw2"):
+        found[name].run("ip", "address", "add", f"{SITE}/32", "dev", "lo")
+    provision(found)
+    yield found
+    for machine in found.values():
+        machine.power_off()
+
+
+@pytest.fixture(autouse=True)
+def _connected(machines: Machines) -> None:
+    """Before each test: everything runs, and the client has one session, at gw1."""
+    gw1, gw2, client = machines["gw1"], machines["gw2"], machines["client"]
+    for gateway in (gw1, gw2):
+        if not gateway.leader():
+            gateway.power_on()
+            gateway.run("ip", "address", "add", f"{SITE}/32", "dev", "lo")
+    for machine, role in ((gw1, "gateway"), (gw2, "gateway"), (client, "client")):
+        machine.run("systemctl", "start", "ike-sa-sync-ha.socket", f"ike-sa-sync-{role}", "strongswan")
+        wait_until(lambda machine=machine, role=role: reachable(machine, role), "charon, reached", PATIENCE)  # type: ignore[misc]
+    for machine in (client, gw1, gw2):
+        for connection in ("home", "home-gw2") if machine is client else ("gw",):
+            machine.run("swanctl", "--terminate", "--ike", connection, "--force", check=False)
+    wait_until(lambda: not any(machine.sas() for machine in (gw1, gw2, client)), "no SA", PATIENCE)
+    bank_cli(machines, "FLUSHALL")
+    client.run("swanctl", "--initiate", "--child", "net", "--ike", "home")
+    wait_until(lambda: len(stubs(machines)) == 1, "the stub", PATIENCE)
+
+
+def active(machine: Machine, unit: str) -> bool:
+    return machine.run("systemctl", "is-active", unit, check=False).strip() == "active"
+
+
+def reachable(machine: Machine, role: str) -> bool:
+    return bool(machine.status(role)["charon"]["reachable"])
+
+
+def bank_cli(machines: Machines, *command: str) -> str:
+    bank = machines["bank"]
+    password = (SECRETS / "bank-password").read_text().strip()
+    return bank.run("env", f"REDISCLI_AUTH={password}", "redis-cli", *command)
+
+
+def stubs(machines: Machines) -> list[str]:
+    """The stubs in the bank, as <gateway's address> <SPI>."""
+    keys = bank_cli(machines, "--scan", "--pattern", "ike:stub:*").split()
+    return [re.sub(r"ike:stub:\{(.*)/..\}:(.*)", r"\1 \2", key) for key in keys]
+
+
+def expected(gateway: Machine) -> list[str]:
+    """The stubs that the SAs of a gateway should have, as `stubs` gives them."""
+    return [
+        f"{gateway.address} {sa['initiator-spi' if sa.get('initiator') == b'yes' else 'responder-spi'].decode()}"
+        for sa in gateway.sas()
+    ]
+
+
+def test_every_provisioned_machine_is_ready(machines: Machines) -> None:
+    for name, role in (("gw1", "gateway"), ("gw2", "gateway"), ("client", "client")):
+        print(machines[name].run("ike-sa-sync", "check", "-c", f"/etc/ike-sa-sync/{role}.yaml"))
+
+
+def test_provisioning_again_restarts_nothing(machines: Machines) -> None:
+    units = ("strongswan", "ike-sa-sync-gateway", "ike-sa-sync-client", "redis-server")
+    before = {(name, unit): machine.main_pid(unit) for name, machine in machines.items() for unit in units}
+    provision(machines)
+    assert {(name, unit): machine.main_pid(unit) for name, machine in machines.items() for unit in units} == before
+    assert machines["client"].ping(SITE)
+
+
+def test_esp_is_the_kernels_and_the_queue_is_nftables(machines: Machines) -> None:
+    assert "proto esp" in machines["gw1"].run("ip", "xfrm", "state")
+    assert "queue" in machines["gw1"].run("nft", "list", "table", "inet", "ike-sa-sync")
+
+
+def test_the_demo_shows_the_main_job(machines: Machines) -> None:
+    told = machines["client"].run("failover-demo")
+    print(told)
+    assert "resumed at 192.168.50.2" in told
+
+
+def test_a_session_survives_the_death_of_its_gateways_machine(machines: Machines) -> None:
+    machines["gw1"].power_off()
+    outcome = machines["client"].resume()
+    assert (outcome["result"], outcome["gateway"]) == ("resumed", machines["gw2"].address)
+    assert machines["client"].ping(SITE)
+
+
+def test_a_gateway_restarted_in_the_midst_of_stub_changes_loses_none(machines: Machines) -> None:
+    gw1, client = machines["gw1"], machines["client"]
+    for _ in range(4):
+        # while systemd has the socket alone, and while the sidecar starts
+        gw1.run("systemctl", "stop", "ike-sa-sync-gateway")
+        client.run("swanctl", "--rekey", "--ike", "home")
+        gw1.run("systemctl", "start", "--no-block", "ike-sa-sync-gateway")
+        client.run("swanctl", "--rekey", "--child", "net")
+        client.run("swanctl", "--rekey", "--ike", "home")
+        # and in the midst of its work
+        gw1.run("systemctl", "restart", "--no-block", "ike-sa-sync-gateway")
+        client.run("swanctl", "--rekey", "--ike", "home")
+        wait_until(lambda: gw1.main_pid("ike-sa-sync-gateway") != "0", "the sidecar", PATIENCE)
+    wait_until(lambda: stubs(machines) == expected(gw1) != [], "the stub of the last SA alone", PATIENCE)
+    wait_until(lambda: [len(sa["children"]) for sa in gw1.status("gateway")["sas"]] == [1], "its CHILD_SA", PATIENCE)
+    gw1.run("systemctl", "stop", "ike-sa-sync-gateway")
+    client.run("swanctl", "--terminate", "--ike", "home")
+    gw1.run("systemctl", "start", "ike-sa-sync-gateway")
+    wait_until(lambda: stubs(machines) == [], "the end of the stub", PATIENCE)
+
+
+def test_strongswan_is_restarted_alone(machines: Machines) -> None:
+    gw1, client = machines["gw1"], machines["client"]
+    before = gw1.main_pid("ike-sa-sync-gateway")
+    gw1.run("systemctl", "restart", "strongswan")
+    assert gw1.main_pid("ike-sa-sync-gateway") == before
+    wait_until(lambda: reachable(gw1, "gateway"), "charon, reached again", PATIENCE)
+    wait_until(lambda: not client.sas(), "the end of the old session", PATIENCE)
+    client.run("swanctl", "--initiate", "--child", "net", "--ike", "home")
+    wait_until(lambda: stubs(machines) == expected(gw1) != [], "the stub of the new session", PATIENCE)
+
+
+def test_the_address_is_held_while_the_sidecar_is_stopped_and_charons_words_do_not_start_it(
+    machines: Machines,
+) -> None:
+    gw1, client = machines["gw1"], machines["client"]
+    gw1.run("systemctl", "stop", "ike-sa-sync-gateway")
+    client.run("swanctl", "--rekey", "--ike", "home")
+    wait_until(lambda: active(gw1, "ike-sa-sync-ha.service"), "charon's words, noticed", PATIENCE)
+    assert "127.0.0.2:4510" in gw1.run("ss", "-Hunap", "state", "all")
+    assert gw1.main_pid("ike-sa-sync-gateway") == "0"
+    assert client.ping(SITE)
+
+
+def test_a_sidecar_that_hangs_is_restarted_by_the_watchdog(machines: Machines) -> None:
+    gw1 = machines["gw1"]
+    before = gw1.main_pid("ike-sa-sync-gateway")
+    gw1.run("kill", "-STOP", before)
+    wait_until(lambda: gw1.main_pid("ike-sa-sync-gateway") not in ("0", before), "another sidecar", PATIENCE)
+    wait_until(lambda: active(gw1, "ike-sa-sync-gateway"), "ready", PATIENCE)
+    wait_until(lambda: stubs(machines) == expected(gw1) != [], "the stub, still", PATIENCE)
+
+
+@pytest.mark.parametrize("role", ["gateway", "client"])
+def test_the_units_are_sandboxed(machines: Machines, role: str) -> None:
+    machine = machines[{"gateway": "gw1", "client": "client"}[role]]
+    told = machine.run("systemd-analyze", "security", "--no-pager", f"ike-sa-sync-{role}.service")
+    exposure = re.search(r"Overall exposure level .*: ([\d.]+)", told)
+    assert exposure is not None
+    print(exposure[0])
+    assert float(exposure[1]) <= 2.5
+    status = Path(f"/proc/{machine.leader()}/root/proc/{machine.main_pid(f'ike-sa-sync-{role}')}/status").read_text()
+    assert "NoNewPrivs:\t1" in status
+    assert "Seccomp:\t2" in status
+    # CAP_NET_ADMIN and CAP_NET_RAW
+    assert "CapBnd:\t0000000000003000" in status
+
+
+def test_the_package_goes_without_a_trace(machines: Machines) -> None:
+    gw2 = machines["gw2"]
+    gw2.run("systemctl", "stop", "ike-sa-sync-gateway")
+    gw2.run("dpkg", "--purge", "ike-sa-sync")
+    try:
+        found = gw2.run(
+            *("find", "/etc", "/usr", "/var/lib", "/run", "-xdev"),
+            *("-name", "*ike-sa-sync*", "!", "-path", "/var/lib/dpkg/*"),
+        )
+        # of the provisioning: what was there before it, and a gateway's forwarding
+        left = {"/etc/swanctl/swanctl.conf.before-ike-sa-sync", "/etc/sysctl.d/60-ike-sa-sync-gateway.conf"}
+        assert set(found.split()) <= left
+        assert "ike-sa-sync" not in gw2.run("nft", "list", "ruleset")
+        gw2.run("systemctl", "restart", "strongswan")
+        assert ":4510" not in gw2.run("ss", "-Hunal")
+    finally:
+        gw2.provision("install", PACKAGE)
+        gw2.provision("gateway", gw2.address, machines["bank"].address, "10.20.2.0/24", "/secrets")

@@ -1,0 +1,156 @@
+"""Machines with systemd inside the test machine: containers that boot, each with a network of its own.
+
+Their root file system is the test machine's with changes of their own (overlayfs), so they have the package installed.
+What `vagrant up` does with virtual machines is done here with these, by the same scripts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import uuid
+from pathlib import Path
+from typing import Any
+
+import vici
+
+from bridge.lab.daemon import wait_until
+
+PROJECT = Path("/project")
+PROVISION = PROJECT / "source/vagrant/provision"
+STATE = Path("/run/machines")
+SECRETS = STATE / "secrets"
+BRIDGE = "lan"
+SITE = "10.10.0.1"
+NOT_NEEDED = ("dbus.service", "dbus.socket", "systemd-logind.service", "console-getty.service", "apparmor.service")
+"""units that only make the boot longer"""
+PATIENCE = 900.0
+"""seconds; the processor is an emulated one"""
+
+
+def run(*argv: str, check: bool = True) -> str:
+    """Run a command in the test machine, give its output."""
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"{' '.join(argv)} ({done.returncode}): {done.stderr}{done.stdout}"
+    return done.stdout
+
+
+class Machine:
+    """One booted container on the bridge `lan`."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address
+        self.root = STATE / name / "root"
+
+    def boot(self) -> None:
+        """Start it; `wait_up` waits for it."""
+        for part in ("upper", "work", "root"):
+            (STATE / self.name / part).mkdir(parents=True, exist_ok=True)
+        layers = ",".join(
+            f"{key}={value}"
+            for key, value in {
+                "lowerdir": "/",
+                "upperdir": STATE / self.name / "upper",
+                "workdir": STATE / self.name / "work",
+            }.items()
+        )
+        run("mount", "-t", "overlay", "overlay", "-o", layers, str(self.root))
+        etc = self.root / "etc"
+        (etc / "fstab").write_text("")
+        (etc / "hostname").write_text(f"{self.name}\n")
+        (etc / "machine-id").write_text(f"{uuid.uuid4().hex}\n")
+        (etc / "systemd/system/graphical.target.wants/ike-sa-sync-test.service").unlink()
+        for unit in NOT_NEEDED:
+            (etc / "systemd/system" / unit).symlink_to("/dev/null")
+        shutil.rmtree(self.root / "project", ignore_errors=True)
+        self._start()
+
+    def _start(self) -> None:
+        options = (
+            "--boot",
+            "--quiet",
+            "--keep-unit",
+            f"--machine={self.name}",
+            f"--directory={self.root}",
+            f"--network-bridge={BRIDGE}",
+            f"--bind-ro={PROJECT}",
+            f"--bind-ro={SECRETS}:/secrets",
+        )
+        run(
+            "systemd-run",
+            "--quiet",
+            "--collect",
+            f"--unit=machine-{self.name}",
+            "--property=Delegate=yes",
+            "systemd-nspawn",
+            *options,
+        )
+
+    def wait_up(self) -> None:
+        """Wait until its systemd has started everything, and give it the address on its inside."""
+        wait_until(self._booted, f"{self.name}, booted", PATIENCE)
+        self.run("ip", "link", "set", "host0", "up")
+        self.run("ip", "address", "replace", f"{self.address}/24", "dev", "host0")
+
+    def _booted(self) -> bool:
+        if not self.leader():
+            return False
+        return self.run("systemctl", "is-system-running", check=False).strip() in ("running", "degraded")
+
+    def leader(self) -> str:
+        """The process id of its init; empty while it has none."""
+        return run("machinectl", "show", self.name, "--property=Leader", "--value", check=False).strip()
+
+    def run(self, *argv: str, check: bool = True) -> str:
+        """Run a command in it, give its output."""
+        return run("nsenter", f"--target={self.leader()}", "--all", "--", *argv, check=check)
+
+    def provision(self, script: str, *arguments: str) -> str:
+        """Run a script of vagrant/provision in it."""
+        return self.run(str(PROVISION / script), *arguments)
+
+    def power_off(self) -> None:
+        """Every process gone at once."""
+        run("machinectl", "kill", "--signal=SIGKILL", "--kill-who=all", self.name)
+        wait_until(lambda: not self.leader(), f"the end of {self.name}", PATIENCE)
+
+    def power_on(self) -> None:
+        """Boot it again, with the file system that it had."""
+        wait_until(
+            lambda: run("systemctl", "is-active", f"machine-{self.name}", check=False).strip() != "active",
+            "its unit, ended",
+            PATIENCE,
+        )
+        self._start()
+        self.wait_up()
+
+    def main_pid(self, unit: str) -> str:
+        """The main process of a unit; 0 for none."""
+        return self.run("systemctl", "show", "--property=MainPID", "--value", unit).strip()
+
+    def sas(self) -> list[dict[str, Any]]:
+        """Its established IKE_SAs, as VICI's list-sas gives them, each with its connection as `name`."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(f"/proc/{self.leader()}/root/run/charon.vici")
+        found: list[dict[str, Any]] = []
+        for entry in vici.Session(connection).list_sas():
+            found += [{"name": name} | sa for name, sa in entry.items() if sa["state"] == b"ESTABLISHED"]
+        connection.close()
+        return found
+
+    def status(self, role: str) -> dict[str, Any]:
+        """`ike-sa-sync status --json` of its sidecar."""
+        answer = self.run("ike-sa-sync", "status", "-c", f"/etc/ike-sa-sync/{role}.yaml", "--json")
+        return dict(json.loads(answer))
+
+    def resume(self, *arguments: str) -> dict[str, Any]:
+        """`ike-sa-sync resume --json` on a client."""
+        command = ("ike-sa-sync", "resume", "-c", "/etc/ike-sa-sync/client.yaml", "--json")
+        return dict(json.loads(self.run(*command, *arguments, check=False)))
+
+    def ping(self, target: str) -> bool:
+        """Whether an echo request is answered."""
+        return " bytes from " in self.run("ping", "-n", "-c", "1", "-W", "5", target, check=False)
