@@ -110,7 +110,7 @@ class Log(Struct, forbid_unknown_fields=True, frozen=True):
 
 class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     address: str | None = None
-    """this gateway's address in the index; none: the local address of each SA"""
+    """this gateway's address in the index, for SAs of its family; none, and for others: the local address of each SA"""
     vici: str = "/run/charon.vici"
     """charon's socket"""
     ha: Ha = field(default_factory=Ha)

@@ -12,7 +12,7 @@ import structlog
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.writer import Writer
 from bridge.charon.ha import IkeId
-from bridge.charon.sa import Sa
+from bridge.charon.sa import Sa, gateway_address
 from bridge.charon.vici import SaInfo
 from bridge.config import Sync
 from bridge.stub import Index, Stub
@@ -65,7 +65,8 @@ class Publisher:
         """SAs that charon has and this sidecar does not know, from their stubs; only those that still fit.
         None while the bank is away."""
         indexes = [
-            Index(self._address or info.local.address, info.spi_i if info.initiator else info.spi_r) for info in infos
+            Index(gateway_address(self._address, info.local.address), info.spi_i if info.initiator else info.spi_r)
+            for info in infos
         ]
         found: list[Sa] = []
         try:

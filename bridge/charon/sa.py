@@ -84,8 +84,7 @@ class Sa:
 
     def index_here(self, gateway: str | None = None) -> Index:
         """The index of its stub where this host is the gateway (draft-xu-ike-sa-sync-01 section 3.2)."""
-        address = gateway or (self.local.address if self.local else "")
-        return Index(address, self.local_spi)
+        return Index(gateway_address(gateway, self.local.address if self.local else ""), self.local_spi)
 
     def index_there(self) -> Index:
         """The same stub's index seen from the client: the gateway's address and SPI."""
@@ -121,6 +120,14 @@ class Sa:
             expires=expires,
             revision=self.revision,
         )
+
+
+def gateway_address(configured: str | None, local: str) -> str:
+    """A gateway's address in the index of an SA that has `local` as its own. The `configured` one stands for its family
+    only: a client that came by the other one names the gateway by the address it knows."""
+    if configured is None or (local and (":" in configured) != (":" in local)):
+        return local
+    return configured
 
 
 def new_conditions(conditions: tuple[int, ...], *, initiator: bool, nat_here: bool, nat_there: bool) -> tuple[int, ...]:
