@@ -135,7 +135,7 @@ def reshard(ports: list[int], tag: str, to: int) -> None:
     clients[source].execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[to])
     while keys := clients[source].execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
         clients[source].execute_command(
-            "MIGRATE", "127.0.0.1", ports[to], "", 0, 5000, "AUTH2", "admin", PASSWORD, "KEYS", *keys
+            "MIGRATE", "127.0.0.1", ports[to], "", 0, 60_000, "AUTH2", "admin", PASSWORD, "KEYS", *keys
         )
     for number in (to, source, 3 - to - source):
         clients[number].execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[to])
