@@ -19,6 +19,11 @@ PACKAGES := \
 	iproute2 iputils-ping iptables nftables procps kmod tshark \
 	prometheus faketime mandoc zsh fish
 
+# Debian 13 has none.
+ifeq ($(shell . /etc/os-release && echo $$VERSION_CODENAME),bookworm)
+PACKAGES += vagrant
+endif
+
 DEVELOPMENT := mypy pytest pytest-asyncio hypothesis ruff jsonschema types-PyYAML types-jsonschema
 
 COMPILE = $(VENV)/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
