@@ -68,4 +68,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         for host in topology.lab.hosts.values():
             for daemon in (host.charon, *host.sidecars):
                 report.sections.append((f"{host.name}: end of {daemon.name}'s log", daemon.tail(30)))
+    machines = getattr(item, "funcargs", {}).get("machines")
+    if report.failed and machines:
+        for machine in machines.values():
+            report.sections.append((f"{machine.name}: what it does", machine.tail()))
     return report

@@ -36,7 +36,7 @@ def machines() -> Iterator[Machines]:
     run("ip", "link", "add", BRIDGE, "type", "bridge")
     run("ip", "link", "set", BRIDGE, "up")
     found = {
-        name: Machine(name, address)
+        name: Machine(name, address, site=name in ("gw1", "gw2"))
         for name, address in {
             "bank": "192.168.50.20",
             "gw1": "192.168.50.1",
@@ -48,8 +48,6 @@ def machines() -> Iterator[Machines]:
         machine.boot()
     for machine in found.values():
         machine.wait_up()
-    for name in ("gw1", "gw2"):
-        found[name].run("ip", "address", "add", f"{SITE}/32", "dev", "lo")
     provision(found)
     yield found
     for machine in found.values():
@@ -63,7 +61,6 @@ def _connected(machines: Machines) -> None:
     for gateway in (gw1, gw2):
         if not gateway.leader():
             gateway.power_on()
-            gateway.run("ip", "address", "add", f"{SITE}/32", "dev", "lo")
     for machine, role in ((gw1, "gateway"), (gw2, "gateway"), (client, "client")):
         machine.run("systemctl", "start", "ike-sa-sync-ha.socket", f"ike-sa-sync-{role}", "strongswan")
         wait_until(lambda machine=machine, role=role: reachable(machine, role), "charon, reached", PATIENCE)  # type: ignore[misc]

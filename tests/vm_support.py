@@ -26,8 +26,19 @@ BRIDGE = "lan"
 SITE = "10.10.0.1"
 NOT_NEEDED = ("dbus.service", "dbus.socket", "systemd-logind.service", "console-getty.service", "apparmor.service")
 """units that only make the boot longer"""
-PATIENCE = 900.0
-"""seconds; the processor is an emulated one"""
+ADDRESSES = """\
+[Unit]
+DefaultDependencies=no
+After=systemd-remount-fs.service
+Before=network.target
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=ip link set host0 up
+"""
+"""what Vagrant or an installer configures: addresses that are there from the start"""
+PATIENCE = 60.0
+"""seconds, ten times as many on an emulated processor: a boot takes that"""
 
 
 def run(*argv: str, check: bool = True) -> str:
@@ -40,9 +51,10 @@ def run(*argv: str, check: bool = True) -> str:
 class Machine:
     """One booted container on the bridge `lan`."""
 
-    def __init__(self, name: str, address: str) -> None:
+    def __init__(self, name: str, address: str, site: bool = False) -> None:
         self.name = name
         self.address = address
+        self.addresses = {"host0": f"{address}/24"} | ({"lo": f"{SITE}/32"} if site else {})
         self.root = STATE / name / "root"
 
     def boot(self) -> None:
@@ -65,6 +77,9 @@ class Machine:
         (etc / "systemd/system/graphical.target.wants/ike-sa-sync-test.service").unlink()
         for unit in NOT_NEEDED:
             (etc / "systemd/system" / unit).symlink_to("/dev/null")
+        commands = "".join(f"ExecStart=ip address add {it} dev {link}\n" for link, it in self.addresses.items())
+        (etc / "systemd/system/addresses.service").write_text(ADDRESSES + commands)
+        (etc / "systemd/system/sysinit.target.wants/addresses.service").symlink_to("../addresses.service")
         shutil.rmtree(self.root / "project", ignore_errors=True)
         self._start()
 
@@ -90,10 +105,8 @@ class Machine:
         )
 
     def wait_up(self) -> None:
-        """Wait until its systemd has started everything, and give it the address on its inside."""
+        """Wait until its systemd has started everything."""
         wait_until(self._booted, f"{self.name}, booted", PATIENCE)
-        self.run("ip", "link", "set", "host0", "up")
-        self.run("ip", "address", "replace", f"{self.address}/24", "dev", "host0")
 
     def _booted(self) -> bool:
         if not self.leader():
@@ -107,6 +120,13 @@ class Machine:
     def run(self, *argv: str, check: bool = True) -> str:
         """Run a command in it, give its output."""
         return run("nsenter", f"--target={self.leader()}", "--all", "--", *argv, check=check)
+
+    def tail(self) -> str:
+        """What it is doing, and the end of its journal."""
+        if not self.leader():
+            return "is off"
+        jobs = self.run("systemctl", "--no-pager", "list-jobs", check=False)
+        return jobs + self.run("journalctl", "--no-pager", "--lines=40", check=False)
 
     def provision(self, script: str, *arguments: str) -> str:
         """Run a script of vagrant/provision in it."""

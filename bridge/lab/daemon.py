@@ -1,6 +1,7 @@
 """A long-running program inside a host: started, stopped, killed, its output kept."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -13,13 +14,17 @@ from bridge.lab.space import LabError
 if TYPE_CHECKING:
     from bridge.lab.host import Host
 
+# How many times slower than usual this machine is: who emulates a processor says so, and all patience grows with it.
+SLOWNESS = float(os.environ.get("IKE_SA_SYNC_LAB_SLOWNESS", "1"))
+
 # Seconds; generous, since many may share few cores.
 START_PATIENCE = 30.0
 STOP_PATIENCE = 60.0
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = START_PATIENCE) -> None:
-    """Look every 20 ms until the condition holds. LabError naming `what` after `timeout` s."""
+    """Look every 20 ms until the condition holds. LabError naming `what` after `timeout` s, later on a slow machine."""
+    timeout *= SLOWNESS
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -83,7 +88,7 @@ class Daemon:
         process, self.process = self.process, None
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(STOP_PATIENCE)
+            process.wait(STOP_PATIENCE * SLOWNESS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

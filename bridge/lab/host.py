@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from bridge.lab import space
 from bridge.lab.charon import Charon
+from bridge.lab.daemon import SLOWNESS
 from bridge.lab.esp import Esp
 from bridge.lab.sidecar import Role, Sidecar
 from bridge.lab.space import LabError
@@ -159,8 +160,9 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside to its end. With `check`, LabError with what it said if it fails.
 
-        `timeout` is in seconds; a command that takes longer is a LabError too.
+        `timeout` is in seconds; a command that takes longer is a LabError too, later on a slow machine.
         """
+        timeout *= SLOWNESS
         try:
             done = subprocess.run(
                 self.enter(*argv),
