@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import struct
-import subprocess
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bridge.ike.cookie import Cookies, glance
 from bridge.ike.exchange import build_request, build_response, nat_hash, parse_request
 from bridge.ike.groups import fresh_public_value
-from bridge.ike.stubexchange import StubSa, build_download, build_get, build_move, parse_stub_message
+from bridge.ike.stubexchange import (
+    MoveStatus,
+    StubSa,
+    build_download,
+    build_get,
+    build_move,
+    build_moving,
+    parse_stub_message,
+)
 from bridge.ike.transforms import Suite
 from bridge.net.datagram import MARKER, udp_datagram
+from wire_support import as_codec_reads, as_tshark_reads, dissect, from_hex, values
 
-DISSECTOR = Path(__file__).parent.parent / "wireshark/ike_sa_sync.lua"
 SUITE = Suite(12, 128, 12, 5, 31)
 AEAD = Suite(20, 256, 0, 7, 20)
+SEVERAL = Suite(20, 256, 0, 7, 31, (36, 0, 37))
 SPI_I, SPI_R, OLD = bytes.fromhex("1122334455667788"), bytes.fromhex("99aabbccddeeff00"), bytes(range(8))
 NI, NR = bytes(range(32)), bytes(range(32, 64))
 SK_D = b"d" * 64
@@ -66,35 +73,12 @@ def packet(message: bytes, port: int = 500) -> bytes:
 
 def decoded(folder: Path, *packets: bytes) -> list[dict[str, Any]]:
     """Every packet's layers as `tshark -T json` gives them."""
-    if shutil.which("tshark") is None:
-        pytest.fail("tshark is missing: make setup installs it")
     capture = folder / "capture.pcap"
     octets = struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, RAW_IP)
     for number, data in enumerate(packets):
         octets += struct.pack("=IIII", number, 0, len(data), len(data)) + data
     capture.write_bytes(octets)
-    command = ["tshark", "-X", f"lua_script:{DISSECTOR}", "-r", str(capture), "-T", "json", "--no-duplicate-keys"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    return [entry["_source"]["layers"] for entry in json.loads(done.stdout)]
-
-
-def values(layers: Any, name: str) -> list[str]:
-    """All values of a field, wherever in the tree."""
-    found: list[str] = []
-    if isinstance(layers, dict):
-        for key, value in layers.items():
-            if key == name:
-                found += value if isinstance(value, list) else [value]
-            else:
-                found += values(value, name)
-    elif isinstance(layers, list):
-        for value in layers:
-            found += values(value, name)
-    return found
-
-
-def from_hex(text: str) -> bytes:
-    return bytes.fromhex(text.replace(":", ""))
+    return dissect(capture)
 
 
 def test_a_request_reads_the_same_in_tshark(tmp_path: Path) -> None:
@@ -115,6 +99,49 @@ def test_a_request_reads_the_same_in_tshark(tmp_path: Path) -> None:
     assert values(ike, "isakmp.notify.msgtype") == ["16388", "16389"]
     hashes = [from_hex(text) for text in values(ike, "isakmp.notify.data")]
     assert hashes == [nat_hash(SPI_I, bytes(8), CLIENT, 500), nat_hash(SPI_I, bytes(8), GATEWAY, 500)]
+    assert not values(layers, "_ws.malformed")
+
+
+SA = StubSa(SPI_I, SPI_R, False, ("192.0.2.1", SPI_R), SUITE.prf, SK_D)
+GET, MOVE = build_get(SA, NI), build_move(SA, "2001:db8::2", 1 << 31 | 7)
+CHILDREN = [(0, 0xA0000001), (1, 0xFFFFFFFF)]
+
+
+def challenge(to: bytes) -> bytes:
+    seen = glance(to)
+    assert seen is not None
+    return Cookies().challenge(seen, CLIENT, 500, 0.0)
+
+
+MESSAGES = {
+    "a request": ask(),
+    "a plain draft request": ask(sk_d_old=None),
+    "a request with children": ask(children=CHILDREN),
+    "a request with a stub and a cookie": ask(sealed_stub=bytes(range(200)), cookie=b"c" * 64),
+    "a request with an IPv6 index": ask(sync_index=("2001:db8::1", OLD)),
+    "a request of an AEAD": ask(AEAD),
+    "an answer": answer(ask()),
+    "a plain draft answer": answer(ask(sk_d_old=None)),
+    "an answer to a request with an IPv6 index": answer(ask(sync_index=("2001:db8::1", OLD))),
+    "a cookie": challenge(ask()),
+    "GET Stub": GET,
+    "Download Stub": build_download(SA, parse_stub_message(GET), b"sealed", 3600),
+    "Move": MOVE,
+    "Moving": build_moving(SA, parse_stub_message(MOVE), MoveStatus.MOVING, NI),
+}
+
+
+def test_codec_and_tshark_read_every_field_of_every_message_the_same(tmp_path: Path) -> None:
+    shown = decoded(tmp_path, *(packet(message) for message in MESSAGES.values()))
+    for (name, message), layers in zip(MESSAGES.items(), shown, strict=True):
+        assert as_tshark_reads(layers) == as_codec_reads(message), name
+        assert not values(layers, "_ws.malformed"), name
+
+
+def test_tshark_reads_further_key_exchanges_as_rfc_9370s(tmp_path: Path) -> None:
+    [layers] = decoded(tmp_path, packet(ask(SEVERAL)))
+    assert values(layers["isakmp"], "isakmp.prop.transforms") == ["5"]
+    assert values(layers["isakmp"], "isakmp.tf.type")[-2:] == ["6", "8"]
     assert not values(layers, "_ws.malformed")
 
 
@@ -150,9 +177,8 @@ def test_the_dissector_shows_lifetime_and_proof_of_an_answer(tmp_path: Path) -> 
 
 
 def test_the_dissector_shows_a_stub_handed_to_its_client_and_where_a_client_is_sent(tmp_path: Path) -> None:
-    sa = StubSa(SPI_I, SPI_R, False, ("192.0.2.1", SPI_R), SUITE.prf, SK_D)
-    download = build_download(sa, parse_stub_message(build_get(sa, NI)), b"sealed", 3600)
-    handed, sent = decoded(tmp_path, packet(download), packet(build_move(sa, "192.0.2.2", 1 << 31 | 7)))
+    download = MESSAGES["Download Stub"]
+    handed, sent = decoded(tmp_path, packet(download), packet(build_move(SA, "192.0.2.2", 1 << 31 | 7)))
     assert values(handed["isakmp"], "isakmp.exchangetype") == values(sent["isakmp"], "isakmp.exchangetype") == ["240"]
     assert [from_hex(text) for text in values(handed["ike_sa_sync"], "ike_sa_sync.sealed_stub")] == [b"sealed"]
     assert values(handed["ike_sa_sync"], "ike_sa_sync.lifetime") == ["3600"]
@@ -183,3 +209,12 @@ def test_an_aead_proposal_reads_the_same_in_tshark(tmp_path: Path) -> None:
 def test_other_ike_messages_get_no_such_tree(tmp_path: Path) -> None:
     [layers] = decoded(tmp_path, packet(ask(sk_d_old=None)[:-20].replace(b"\xc8\x00", b"\x00\x00", 1)))
     assert "ike_sa_sync" not in layers
+
+
+@pytest.mark.parametrize("family", [0, 5])
+def test_a_payload_that_breaks_the_layout_is_shown_as_malformed(tmp_path: Path, family: int) -> None:
+    message = ask(nat=None)
+    body = message.index(bytes((0, 4, 0, 0)) + OLD)
+    altered = message[: body + 1] + bytes((family,)) + message[body + 2 :]
+    [layers] = decoded(tmp_path, packet(altered))
+    assert "ike_sa_sync.malformed" in layers["ike_sa_sync"]["_ws.expert"]
