@@ -5,7 +5,7 @@ A session begins at gw1, moves to gw2 and back: all combinations of three releas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -31,9 +31,17 @@ def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
         yield standard(lab, releases=dict(zip(("gw1", "gw2", "client"), request.param, strict=True)))
 
 
-@pytest.fixture(autouse=True)
-def _fresh(topology: Topology) -> None:
+@pytest.fixture(autouse=True, params=[True, False], ids=["at once", "one by one"])
+def at_once(request: pytest.FixtureRequest, topology: Topology) -> bool:
+    """Whether CHILD_SAs come up in the round trip of their IKE_SA, or by CREATE_CHILD_SA after it."""
+    wanted: bool = request.param
+    resumption = {"children_at_once": wanted}
+    if topology.agent.config.get("resume") != resumption:
+        topology.agent.config["resume"] = resumption
+        if topology.agent.running:
+            topology.agent.stop()
     fresh(topology)
+    return wanted
 
 
 def restart(topology: Topology, host: Host) -> None:
@@ -43,12 +51,18 @@ def restart(topology: Topology, host: Host) -> None:
     topology.gateways[host.name].wait_ready()
 
 
-def test_a_session_goes_to_the_other_gateway_with_its_traffic_and_back(topology: Topology) -> None:
+def test_a_session_goes_to_the_other_gateway_with_its_traffic_and_back(
+    topology: Topology, at_once: bool, tell: Callable[..., None]
+) -> None:
     before = connect(topology)
     ping = Ping(topology.client, SITE)
+    hosts = (topology.gw1, topology.gw2, topology.client)
+    runs = {host.name: host.charon.vici().version()["version"].decode() for host in hosts}
     for dead, alive in ((topology.gw1, topology.gw2), (topology.gw2, topology.gw1)):
         topology.kill_gateway(dead)
         outcome = resume(topology)
+        about = f"{runs[dead.name]} to {runs[alive.name]}, client {runs['client']}"
+        tell(about, "CHILD_SAs at once" if at_once else "CHILD_SAs one by one", outcome)
         assert (outcome["result"], outcome["gateway"]) == ("resumed", alive.address)
         at = ping.answers()
         wait_until(lambda at=at: ping.answers() >= at + 5, f"traffic at {alive.name}")  # type: ignore[misc]
