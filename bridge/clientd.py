@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 
 from bridge import gauges
-from bridge import log as logging
 from bridge.charon.channel import ChannelError
 from bridge.charon.charon import Charon
 from bridge.charon.ha import IkeId
@@ -21,16 +20,14 @@ from bridge.config import ClientConfig, canonical_address
 from bridge.control import Answer, Command, ControlServer
 from bridge.daemon import (
     StartError,
-    announce_ready,
     charon_status,
     log_level,
-    or_stopped,
     raw_udp,
     retry,
     run,
     sa_rows,
+    serve,
     serve_metrics,
-    until_stopped,
     wait_known,
 )
 from bridge.metrics import ClientMetrics
@@ -48,11 +45,7 @@ class ClientProcess:
 
     async def run(self) -> None:
         """Serve until a stop signal. Raises StartError."""
-        logging.configure(self._config.log.level, self._config.log.format)
-        async with AsyncExitStack() as stack:
-            if await or_stopped(self._start(stack)):
-                announce_ready()
-                await until_stopped()
+        await serve(self._config.log, self._start)
 
     async def _start(self, stack: AsyncExitStack) -> None:
         config = self._config

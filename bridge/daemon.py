@@ -18,6 +18,7 @@ import uvloop
 
 from bridge import log as logging
 from bridge.charon.charon import Charon
+from bridge.config import Log
 from bridge.control import Answer
 from bridge.metrics import Metrics
 from bridge.net.rawudp import RawUdp
@@ -52,13 +53,13 @@ def notify(state: str) -> None:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-def announce_ready() -> None:
+def _announce_ready() -> None:
     """Tell systemd and whoever reads stdout that the sidecar serves."""
     notify("READY=1")
     print("ready", flush=True)
 
 
-async def until_stopped() -> None:
+async def _until_stopped() -> None:
     """Wait for SIGTERM or SIGINT; meanwhile systemd is told that this process lives."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -74,15 +75,24 @@ async def until_stopped() -> None:
     notify("STOPPING=1")
 
 
-async def or_stopped(work: Coroutine[Any, Any, None]) -> bool:
+async def _or_stopped(work: Coroutine[Any, Any, None]) -> bool:
     """Run `work` until it ends or a stop signal comes; whether it ended. Its exceptions pass through."""
     task = asyncio.ensure_future(work)
-    stop = asyncio.ensure_future(until_stopped())
+    stop = asyncio.ensure_future(_until_stopped())
     done, pending = await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
     await end(*pending)
     if task in done:
         task.result()
     return task in done
+
+
+async def serve(log_as: Log, start: Callable[[AsyncExitStack], Coroutine[Any, Any, None]]) -> None:
+    """Start a sidecar's parts, and keep them until a stop signal. Raises StartError."""
+    logging.configure(log_as.level, log_as.format)
+    async with AsyncExitStack() as stack:
+        if await _or_stopped(start(stack)):
+            _announce_ready()
+            await _until_stopped()
 
 
 async def retry(name: str, attempt: Callable[[], object], *errors: type[Exception]) -> None:

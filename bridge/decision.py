@@ -148,20 +148,11 @@ class Decision:
             sealed_stub=self._handout.seal(sa) if request.sync.attributes else None,
             nat=(local.address, local.port, remote.address, remote.port),
         )
-        install = Install(
-            id=ike_id,
-            suite=suite,
+        install = Install.of(
+            sa,
             sk_d_old=stub.sk_d,
             nonce_i=request.nonce,
             nonce_r=nonce,
-            local_id=stub.local_id,
-            remote_id=stub.remote_id,
-            eap_id=stub.eap_id,
-            local=local,
-            remote=remote,
-            connection=stub.connection,
-            conditions=conditions,
-            extensions=stub.extensions,
             local_vips=stub.local_vips,
             remote_vips=stub.remote_vips,
             children=granted.children,

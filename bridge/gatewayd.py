@@ -11,7 +11,6 @@ from typing import Any
 import structlog
 
 from bridge import gauges
-from bridge import log as logging
 from bridge.bank import bank_url, open_bank
 from bridge.bank.cache import CachedBank
 from bridge.bank.interface import HEARTBEAT_SECONDS, HEARTBEAT_TTL, BankUnavailable
@@ -27,16 +26,14 @@ from bridge.control import Answer, Command, ControlServer
 from bridge.daemon import (
     RETRY_SECONDS,
     StartError,
-    announce_ready,
     charon_status,
     log_level,
-    or_stopped,
     raw_udp,
     retry,
     run,
     sa_rows,
+    serve,
     serve_metrics,
-    until_stopped,
     wait_known,
 )
 from bridge.drain import Drain
@@ -73,11 +70,7 @@ class GatewayProcess:
 
     async def run(self) -> None:
         """Serve until a stop signal. Raises StartError."""
-        logging.configure(self._config.log.level, self._config.log.format)
-        async with AsyncExitStack() as stack:
-            if await or_stopped(self._start(stack)):
-                announce_ready()
-                await until_stopped()
+        await serve(self._config.log, self._start)
 
     async def _start(self, stack: AsyncExitStack) -> None:
         config = self._config

@@ -123,7 +123,7 @@ class Handover:
         """Take charon's word for the CHILD_SAs that came with the answer: the names of those that it has."""
         if not answer.children:
             return []
-        listed = {info.spis: info for info in await self._charon.vici.list_sas(new.connection)}.get(new.id.spis)
+        listed = await self._charon.vici.find_sa(new.connection, new.id.spis)
         installed = {name for name, state in listed.children if state == "INSTALLED"} if listed is not None else set()
         for made in answer.children:
             if made.child.name in installed:
@@ -173,22 +173,11 @@ class Handover:
 
     @staticmethod
     def _install(old: Sa, new: Sa, answer: Answer, confirming: bool) -> Install:
-        assert new.local_id is not None
-        assert new.remote_id is not None
-        return Install(
-            id=new.id,
-            suite=new.suite,
+        return Install.of(
+            new,
             sk_d_old=old.sk_d,
             nonce_i=answer.nonce_i,
             nonce_r=answer.nonce_r,
-            local_id=new.local_id,
-            remote_id=new.remote_id,
-            eap_id=new.eap_id,
-            local=answer.local,
-            remote=answer.remote,
-            connection=new.connection,
-            conditions=new.conditions,
-            extensions=new.extensions,
             local_vips=new.local_vips,
             remote_vips=(),
             # the confirming request is not charon's

@@ -14,7 +14,8 @@ import structlog
 
 from bank_support import GATEWAY, RedisServer, downloaded, keyring, listed, revised, stub_of
 from bridge.bank.interface import BankUnavailable
-from bridge.bank.redis import RedisBank, readable_fields
+from bridge.bank.readable import readable_fields
+from bridge.bank.redis import RedisBank
 from bridge.seal import Keyring
 from bridge.stub import Identity, Index, Stub
 

@@ -8,17 +8,16 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
 import structlog
 
 from bridge.bank.interface import DOWNLOAD_BATCH, GatewaySign, Readable
+from bridge.bank.readable import READABLE, readable, readable_fields
 from bridge.bank.server import Script, Server
-from bridge.ike.transforms import Suite
 from bridge.seal import Keyring, SealError
-from bridge.stub import Index, Stub, StubError, printable
+from bridge.stub import Index, Stub, StubError
 from bridge.stubcodec import decode, encode
 from bridge.tasks import end
 
@@ -46,20 +45,6 @@ GATEWAYS: Final = "ike:gateways"
 """sorted set: the addresses of gateways, by the time of their last heartbeat"""
 FORGET_GATEWAY: Final = 7 * 86_400
 """seconds after which a gateway that was never heard of again is no longer named"""
-
-READABLE: Final = (
-    "id_i",
-    "id_r",
-    "spi_i",
-    "spi_r",
-    "proposal",
-    "connection",
-    "vips",
-    "established",
-    "expires",
-    "revision",
-)
-"""fields for people, in the order of redis/store.lua"""
 
 
 class RedisBank:
@@ -320,7 +305,7 @@ class RedisBank:
         async with aclosing(self._walk(list(buckets), READABLE, DOWNLOAD_BATCH)) as pages:
             async for page in pages:
                 # a stub that expired while its bucket still names it has no fields
-                yield [_readable(index, values) for index, values in page if values[-1] is not None]
+                yield [readable(index, values) for index, values in page if values[-1] is not None]
 
 
 def _rows(
@@ -353,51 +338,3 @@ def _sign(beat: bytes | None) -> GatewaySign:
         return GatewaySign(False, frozenset())
     keys = beat.partition(b" ")[2].decode(errors="replace").split(",")
     return GatewaySign(True, frozenset(bytes.fromhex(key) for key in keys if HEX_KEY.fullmatch(key)))
-
-
-def readable_fields(stub: Stub) -> tuple[str, ...]:
-    """The values of READABLE for a stub; "" where there is none. The SPI that the key names is not repeated."""
-    local, remote = stub.local_id.text, stub.remote_id.text
-    return (
-        local if stub.initiator else remote,
-        remote if stub.initiator else local,
-        "" if stub.spi_i == stub.index.spi else stub.spi_i.hex(),
-        "" if stub.spi_r == stub.index.spi else stub.spi_r.hex(),
-        _proposal(stub.suite),
-        stub.connection,
-        " ".join(stub.remote_vips or stub.local_vips),
-        str(stub.established),
-        str(stub.expires),
-        str(stub.revision),
-    )
-
-
-@lru_cache(maxsize=256)
-def _proposal(suite: Suite) -> str:
-    """strongSwan's notation, the PRF left out where the integrity algorithm names it, as in swanctl.conf."""
-    parts = suite.name.split("/")
-    return "/".join(
-        part
-        for part in parts
-        if not (part.startswith("PRF_") and any(other.startswith(part.removeprefix("PRF_")) for other in parts))
-    )
-
-
-def _readable(index: Index, values: Sequence[bytes | None]) -> Readable:
-    texts = [printable((value or b"").decode(errors="backslashreplace")) for value in values]
-    id_i, id_r, spi_i, spi_r, proposal, connection, vips = texts[:7]
-    established, expires, revision = (int(text) if text.isdecimal() else 0 for text in texts[7:])
-    own = index.spi.hex()
-    return Readable(
-        index,
-        id_i,
-        id_r,
-        spi_i or own,
-        spi_r or own,
-        proposal,
-        connection,
-        tuple(vips.split()),
-        established,
-        expires,
-        revision,
-    )

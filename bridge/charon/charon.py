@@ -105,7 +105,7 @@ class Charon:
         """
         for _ in range(INSTALL_TRIES):
             await self.installer.install([install])
-            found = {info.spis: info for info in await self.vici.list_sas(install.connection)}.get(install.id.spis)
+            found = await self.vici.find_sa(install.connection, install.id.spis)
             if found is not None and found.state == "ESTABLISHED":
                 return
             log.info("install-repeated", spi_i=install.id.spi_i.hex(), spi_r=install.id.spi_r.hex())

@@ -22,7 +22,7 @@ from bridge.charon.ha import (
     MessageType,
     encode,
 )
-from bridge.charon.sa import Condition
+from bridge.charon.sa import Condition, Sa
 from bridge.charon.segments import LandingChoice, landing_addresses
 from bridge.children import NewChild
 from bridge.ike.transforms import Suite
@@ -60,6 +60,44 @@ class Install:
     """to be installed with it"""
     message_id: int = FIRST_MESSAGE_ID
     """of the client's next request"""
+
+    @classmethod
+    def of(
+        cls,
+        sa: Sa,
+        *,
+        sk_d_old: bytes,
+        nonce_i: bytes,
+        nonce_r: bytes,
+        local_vips: tuple[str, ...],
+        remote_vips: tuple[str, ...],
+        children: tuple[NewChild, ...] = (),
+        message_id: int = FIRST_MESSAGE_ID,
+    ) -> Install:
+        """What makes charon have `sa`, whose peers and their identities are known."""
+        assert sa.local_id is not None
+        assert sa.remote_id is not None
+        assert sa.local is not None
+        assert sa.remote is not None
+        return cls(
+            id=sa.id,
+            suite=sa.suite,
+            sk_d_old=sk_d_old,
+            nonce_i=nonce_i,
+            nonce_r=nonce_r,
+            local_id=sa.local_id,
+            remote_id=sa.remote_id,
+            eap_id=sa.eap_id,
+            local=sa.local,
+            remote=sa.remote,
+            connection=sa.connection,
+            conditions=sa.conditions,
+            extensions=sa.extensions,
+            local_vips=local_vips,
+            remote_vips=remote_vips,
+            children=children,
+            message_id=message_id,
+        )
 
 
 def add_message(version: int, install: Install, landing: str) -> bytes:

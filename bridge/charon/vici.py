@@ -12,7 +12,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from typing import Any, NamedTuple, TypeVar
@@ -377,6 +377,10 @@ class Vici:
 
         return await self._run("list-sas", command)
 
+    async def find_sa(self, connection: str, spis: bytes) -> SaInfo | None:
+        """The IKE_SA of a connection that has these SPIs (16 octets)."""
+        return next((info for info in await self.list_sas(connection) if info.spis == spis), None)
+
     async def list_connections(self) -> dict[str, ConnectionInfo]:
         """All configured connections by name."""
 
@@ -424,8 +428,3 @@ def expiry(info: SaInfo, connection: ConnectionInfo | None, now: float | None = 
         return rekey_at, reauth_at, 0
     over = connection.over_time if connection else int(OVER_TIME * (min(soft) - at))
     return rekey_at, reauth_at, min(soft) + over
-
-
-def by_spis(infos: Iterable[SaInfo]) -> dict[bytes, SaInfo]:
-    """IKE_SAs by their 16 octets of SPIs."""
-    return {info.spis: info for info in infos}

@@ -100,13 +100,6 @@ class Group(IntEnum):
     ML_KEM_1024 = 37
 
 
-class Esn(IntEnum):
-    """Transform type 5."""
-
-    NO_EXT_SEQ = 0
-    EXT_SEQ = 1
-
-
 class UnsupportedSuite(ValueError):
     """An algorithm with which an IKE_SA cannot be resumed; the text names it."""
 

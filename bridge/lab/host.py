@@ -5,7 +5,6 @@ Inside, `/run` is empty and private and `/etc` is the machine's, read-only, but 
 `Host.etc`.
 """
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -245,11 +244,3 @@ class Host:
         """Its links into the lab's networks."""
         shown = space.command("ip", "-n", self.namespace, "-br", "link", "show", "type", "veth")
         return [line.split("@")[0].split()[0] for line in shown.splitlines()]
-
-    def halt(self) -> None:
-        """Stop in order: the sidecars, then charon. What does not stop in time is killed."""
-        for sidecar in self.sidecars:
-            with contextlib.suppress(LabError):
-                sidecar.stop()
-        with contextlib.suppress(LabError):
-            self.charon.stop()
