@@ -138,7 +138,10 @@ async def log_level(request: dict[str, Any]) -> Answer:
 
 
 async def wait_known(charon: Charon) -> None:
-    """Wait a while for charon's SAs to be known."""
+    """Wait a while for charon and its SAs to be known."""
+    if charon.channel.charon_socket() is None:
+        # systemd starts charon after the sidecar
+        notify("READY=1")
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(READY_SECONDS):
             await charon.reconciled.wait()

@@ -129,6 +129,8 @@ class GatewayProcess:
         stack.push_async_callback(gateway.close)
         stack.push_async_callback(drain.close)
         charon.start()
+        # before the gateway and the writer stop: what is read from here on would not get to the bank any more
+        stack.callback(charon.channel.pause)
         upkeep.start()
         stack.push_async_callback(upkeep.close)
         heartbeat = asyncio.create_task(self._heartbeat(), name="heartbeat")

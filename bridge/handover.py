@@ -124,9 +124,9 @@ class Handover:
         if not answer.children:
             return []
         listed = await self._charon.vici.find_sa(new.connection, new.id.spis)
-        installed = {name for name, state in listed.children if state == "INSTALLED"} if listed is not None else set()
+        installed = {child.spi_in for child in listed.children if child.works} if listed is not None else set()
         for made in answer.children:
-            if made.child.name in installed:
+            if made.child.spi_in in installed:
                 # charon tells nobody of what it is given
                 new.children[made.child.spi_in] = made.child
             else:

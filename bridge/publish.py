@@ -4,13 +4,13 @@ section 3.4), and back at start, so that charon need not be asked for what the b
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 
 import structlog
 
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.writer import Writer
+from bridge.charon.extract import children_fit
 from bridge.charon.ha import IkeId
 from bridge.charon.sa import Sa, gateway_address
 from bridge.charon.vici import SaInfo
@@ -83,8 +83,7 @@ class Publisher:
 
 def _fits(stub: Stub, info: SaInfo) -> bool:
     """Whether a stub tells of the SA that VICI lists, CHILD_SAs included."""
-    installed = Counter(name for name, state in info.children if state == "INSTALLED")
-    return stub.spi_i + stub.spi_r == info.spis and Counter(child.name for child in stub.children) == installed
+    return stub.spi_i + stub.spi_r == info.spis and children_fit((child.spi_in for child in stub.children), info)
 
 
 def sa_of(stub: Stub) -> Sa:

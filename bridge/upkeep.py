@@ -18,7 +18,7 @@ from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis import HEARTBEAT
 from bridge.charon.charon import Charon
 from bridge.charon.sa import Sa
-from bridge.charon.vici import ViciError
+from bridge.charon.vici import START_SECONDS, ViciError
 from bridge.config import GatewayConfig
 from bridge.metrics import GatewayMetrics
 from bridge.publish import Publisher
@@ -36,8 +36,6 @@ COMPARE_SECONDS: Final = 30.0
 COMPARE_BUNDLE: Final = 512
 STATS_SECONDS: Final = 1.0
 STATS_TTL: Final = 60.0
-SETTLE_SECONDS: Final = 2
-"""an SA this much younger than charon is not taken for one of the charon before"""
 
 
 class Upkeep:
@@ -195,7 +193,7 @@ class Upkeep:
                 for stub in stubs
                 if stub.index not in known
                 and stub.index.spi not in listed
-                and stub.established > started + SETTLE_SECONDS
+                and stub.established > started + START_SECONDS
             ]
         if over:
             deleted = sum(await self._cache.delete(over))

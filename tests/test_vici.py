@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
-from bridge.charon.vici import EVENTS, ViciError, parse_connection, parse_event, parse_ike_sa
+from bridge.charon.vici import EVENTS, ChildInfo, ViciError, parse_connection, parse_event, parse_ike_sa
 
 SA: dict[str, Any] = {
     "version": b"2",
@@ -19,14 +20,15 @@ SA: dict[str, Any] = {
     "responder-spi": b"2" * 16,
     "initiator": b"yes",
     "remote-vips": [b"10.0.0.1"],
-    "child-sas": {"net-1": {"name": b"net", "state": b"INSTALLED"}},
+    "child-sas": {"net-1": {"name": b"net", "state": b"INSTALLED", "spi-in": b"c0000001"}},
 }
 
 
 def test_an_ike_sa_is_read() -> None:
     info = parse_ike_sa("home", SA)
     assert (info.spi_i.hex(), info.spi_r.hex(), info.initiator) == ("1" * 16, "2" * 16, True)
-    assert (info.remote.address, info.remote_vips, info.children) == ("fe80::1", ("10.0.0.1",), (("net", "INSTALLED"),))
+    assert (info.remote.address, info.remote_vips) == ("fe80::1", ("10.0.0.1",))
+    assert info.children == (ChildInfo("net", "INSTALLED", int.from_bytes(b"\xc0\0\0\1", sys.byteorder)),)
     assert info.rekey is None
 
 

@@ -122,11 +122,15 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._readable)
 
+    def pause(self) -> None:
+        """Hand on nothing more; the kernel keeps what comes, as before `start`."""
+        if self._socket is not None and self._loop is not None:
+            self._loop.remove_reader(self._socket.fileno())
+
     def close(self) -> None:
         """Give the socket back."""
+        self.pause()
         if self._socket is not None:
-            if self._loop is not None:
-                self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
         if self._table is not None:

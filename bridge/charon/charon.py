@@ -204,6 +204,9 @@ class Charon:
         if unasked and self.channel.ready():
             segments = {self.landing.segment_of(info.remote.address) for info in unasked.values()}
             log.info("resync", sas=len(unasked), segments=sorted(segments))
+            for spis in unasked.keys() & self.tracker.sas.keys():
+                # charon rekeys them, and tells the new ones
+                self.tracker.sas[spis].children.clear()
             await self.installer.resync(segments)
             await self.channel.drained()
             self._asked |= unasked.keys()

@@ -231,7 +231,7 @@ class Tracker:
         sa = self.sas.pop(ike_id.spis, None)
         self._half_open.pop(ike_id.spis, None)
         self._early.pop(ike_id.spis, None)
-        if sa is not None and sa.up:
+        if sa is not None and (sa.up or sa.adopted):
             self._listener.gone(sa)
 
     def _child_add(self, ike_id: IkeId, message: HaMessage) -> None:
@@ -342,7 +342,8 @@ class Tracker:
     def reconcile(self, infos: Iterable[SaInfo], *, since: float) -> dict[bytes, SaInfo]:
         """Compare with a full list of VICI's that was asked for at `since` (clock seconds).
 
-        Updates lifetimes, ends SAs that charon no longer has, and returns those whose keys are missing here.
+        Updates lifetimes, ends SAs that charon no longer has, and returns those whose keys or CHILD_SAs are missing
+        here.
         """
         missing: dict[bytes, SaInfo] = {}
         present: set[bytes] = set()
@@ -355,12 +356,22 @@ class Tracker:
                 missing[info.spis] = info
                 # for when the HA channel tells the rest
                 self._early[info.spis] = info
-            elif sa.up and self._take_info(sa, info):
+                continue
+            if sa.up and self._take_info(sa, info):
                 self._listener.changed(sa)
+            if sa.up and not children_fit(sa.children, info):
+                # rekeyed or changed while no sidecar listened
+                missing[info.spis] = info
         for spis, sa in list(self.sas.items()):
             if sa.up and spis not in present and sa.seen < since:
                 self._delete(sa.id)
         return missing
+
+
+def children_fit(known: Iterable[int], info: SaInfo) -> bool:
+    """Whether the CHILD_SAs with these inbound SPIs are those of charon; what it is replacing may be missing."""
+    spis = set(known)
+    return {child.spi_in for child in info.children if child.works} <= spis <= {child.spi_in for child in info.children}
 
 
 def _groups(raw: bytes) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -39,6 +40,8 @@ CLOSE_SECONDS = 1.0
 """that `close` gives the thread of the events, which looks up every 0.2 s"""
 RETRY_SECONDS = 0.5
 """between attempts to reach a charon that is not there"""
+START_SECONDS = 2
+"""how much too early the start may be that charon tells: two clocks, both cut to seconds"""
 OVER_TIME = 0.1
 """charon's default over_time: this share of the larger of rekey_time and reauth_time"""
 
@@ -48,6 +51,19 @@ Result = TypeVar("Result")
 
 class ViciError(Exception):
     """charon cannot be reached over VICI, or refused a command; the text says which, and why."""
+
+
+class ChildInfo(NamedTuple):
+    """One CHILD_SA of list-sas. `spi_in` is charon's in-memory value, as in HA messages; 0 while it has none."""
+
+    name: str
+    state: str
+    spi_in: int
+
+    @property
+    def works(self) -> bool:
+        """Whether it is installed, and not replaced or about to go."""
+        return self.state in ("INSTALLED", "REKEYING")
 
 
 class SaInfo(NamedTuple):
@@ -66,8 +82,7 @@ class SaInfo(NamedTuple):
     established: int
     rekey: int | None
     reauth: int | None
-    children: tuple[tuple[str, str], ...]
-    """(name, state) of each CHILD_SA"""
+    children: tuple[ChildInfo, ...]
 
     @property
     def spis(self) -> bytes:
@@ -113,6 +128,11 @@ def _number(value: Any) -> int | None:
         return None
 
 
+def _spi(value: Any) -> int:
+    """An ESP SPI in hex as the number that charon has in memory, where it is in network order."""
+    return int.from_bytes(bytes.fromhex(_text(value)), sys.byteorder)
+
+
 def _addresses(values: Any) -> tuple[str, ...]:
     return tuple(str(ip_address(_text(value))) for value in values or ())
 
@@ -149,7 +169,8 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
             rekey=_number(section.get("rekey-time")),
             reauth=_number(section.get("reauth-time")),
             children=tuple(
-                (_text(child.get("name")), _text(child.get("state"))) for child in section.get("child-sas", {}).values()
+                ChildInfo(_text(child.get("name")), _text(child.get("state")), _spi(child.get("spi-in")))
+                for child in section.get("child-sas", {}).values()
             ),
         )
     except _NOT_AS_EXPECTED as error:
@@ -338,7 +359,7 @@ class Vici:
         return await self._run("version", lambda session: _text(session.version().get("version")))
 
     async def started(self) -> int:
-        """When charon was started, in Unix seconds by its host's clock; within a second."""
+        """When charon was started, in Unix seconds by its host's clock; at most START_SECONDS before it really was."""
 
         def command(session: Any) -> str:
             return _text(session.stats()["uptime"]["since"])

@@ -9,7 +9,7 @@ from bridge import data
 from bridge.charon.channel import proc_address
 from bridge.charon.ha import PORT, HaError, version_for
 from bridge.charon.settings import Settings
-from bridge.charon.vici import ConnectionInfo, Vici, ViciError
+from bridge.charon.vici import START_SECONDS, ConnectionInfo, Vici, ViciError
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import UdpSocket, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
@@ -201,7 +201,7 @@ def unread(charon: Charon) -> list[Finding]:
     changed = []
     for path in charon.settings.files:
         try:
-            if path.stat().st_mtime > charon.started + 1:
+            if path.stat().st_mtime > charon.started + START_SECONDS:
                 changed.append(str(path))
         except OSError:
             continue
