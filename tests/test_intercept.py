@@ -13,8 +13,9 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.address import address_text
 from bridge.net import rules
-from bridge.net.datagram import address_text, parse_datagram, udp_datagram
+from bridge.net.datagram import parse_datagram, udp_datagram
 from bridge.net.intercept import READ_AT_ONCE, Interceptor, InterceptUnavailable, Packet
 from net_support import FAMILIES, IKE_AUTH, RESPONSE, Wire, ike, inside, received, until, wire
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
+
+import msgspec
 
 from bridge.charon.channel import Channel
 from bridge.charon.ha import (
@@ -31,21 +32,22 @@ from bridge.stub import Endpoint, Identity
 FIRST_MESSAGE_ID = 1
 """of the client's requests on a rebuilt SA; IKE_SA_INIT with IKE_SA_SYNC was message 0"""
 
+_PRIVATE = int(Condition.PRIVATE)
+
 FEW = 8
 """SAs in a batch whose activation is not measured apart from their installation: that costs a client time"""
 
 Attributes = list[tuple[Attr, Any]]
 
 
-@dataclass(slots=True, frozen=True)
-class Install:
+class Install(msgspec.Struct, frozen=True, gc=False):
     """All that charon is told of one rebuilt IKE_SA. `local` is this host, `id.initiator` whether it is the client."""
 
     id: IkeId
     suite: Suite
-    sk_d_old: bytes = field(repr=False)
-    nonce_i: bytes = field(repr=False)
-    nonce_r: bytes = field(repr=False)
+    sk_d_old: bytes
+    nonce_i: bytes
+    nonce_r: bytes
     local_id: Identity
     remote_id: Identity
     eap_id: Identity | None
@@ -60,6 +62,10 @@ class Install:
     """to be installed with it"""
     message_id: int = FIRST_MESSAGE_ID
     """of the client's next request"""
+
+    def __repr__(self) -> str:
+        # keys are in it
+        return f"Install({self.id.spi_i.hex()}, {self.id.spi_r.hex()})"
 
     @classmethod
     def of(
@@ -155,7 +161,7 @@ def update_message(version: int, install: Install, landing: str) -> bytes:
 def _words(version: int, words: tuple[int, ...]) -> tuple[int, ...]:
     """Those words of conditions or extensions that a charon of this version takes for what they are. An older one
     reads the private word of a newer one's SA as another plain word, which takes NAT_ANY back."""
-    return tuple(word for word in words if version >= PRIVATE_WORDS_SINCE or not word & Condition.PRIVATE)
+    return words if version >= PRIVATE_WORDS_SINCE else tuple([word for word in words if not word & _PRIVATE])
 
 
 def message_id_message(version: int, install: Install) -> bytes:

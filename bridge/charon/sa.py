@@ -26,6 +26,12 @@ class Condition(IntFlag):
     """marks a second set of conditions with meanings of their own (strongSwan 6.0.2 on)"""
 
 
+# plain numbers: to calculate with flags takes far longer
+_PRIVATE, _ORIGINAL_INITIATOR = int(Condition.PRIVATE), int(Condition.ORIGINAL_INITIATOR)
+_NAT_HERE, _NAT_THERE = int(Condition.NAT_ANY | Condition.NAT_HERE), int(Condition.NAT_ANY | Condition.NAT_THERE)
+_NOT_KEPT = int(Condition.ORIGINAL_INITIATOR | Condition.STALE | Condition.REAUTHENTICATING | Condition.REDIRECTED)
+
+
 @dataclass(slots=True, eq=False)
 class Sa:
     """An IKE_SA. `local` is this host. Times in Unix seconds, 0 = never."""
@@ -80,7 +86,8 @@ class Sa:
 
     def has(self, condition: Condition) -> bool:
         """Whether charon set `condition` on the SA."""
-        return any(word & condition and not word & Condition.PRIVATE for word in self.conditions)
+        wanted = int(condition)
+        return any(word & wanted and not word & _PRIVATE for word in self.conditions)
 
     def index_here(self, gateway: str | None = None) -> Index:
         """The index of its stub where this host is the gateway (draft-xu-ike-sa-sync-01 section 3.2)."""
@@ -136,17 +143,11 @@ def new_conditions(conditions: tuple[int, ...], *, initiator: bool, nat_here: bo
     The client is the initiator of what it resumes, whoever initiated the old SA. NAT found on the new path is added
     to what was there: a NAT_ANY that charon faked (for UDP encapsulation) has to stay.
     """
-    words = []
-    for word in conditions or (0,):
-        if word & Condition.PRIVATE:
-            words.append(word)
-            continue
-        word &= ~(Condition.ORIGINAL_INITIATOR | Condition.STALE | Condition.REAUTHENTICATING | Condition.REDIRECTED)
-        if initiator:
-            word |= Condition.ORIGINAL_INITIATOR
-        if nat_here:
-            word |= Condition.NAT_ANY | Condition.NAT_HERE
-        if nat_there:
-            word |= Condition.NAT_ANY | Condition.NAT_THERE
-        words.append(int(word))
-    return tuple(words)
+    added = 0
+    if initiator:
+        added |= _ORIGINAL_INITIATOR
+    if nat_here:
+        added |= _NAT_HERE
+    if nat_there:
+        added |= _NAT_THERE
+    return tuple([word if word & _PRIVATE else word & ~_NOT_KEPT | added for word in conditions or (0,)])

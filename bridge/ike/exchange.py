@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Final, NamedTuple
+
+from msgspec import Struct
 
 from bridge.address import packed
 from bridge.ike.message import (
@@ -23,6 +24,7 @@ from bridge.ike.message import (
     MalformedMessage,
     Message,
     NotifyType,
+    Payload,
     PayloadType,
     build,
     check_nonce,
@@ -118,12 +120,10 @@ def build_request(
     return message if sk_d_old is None else prove(message, prf, sk_d_old, from_gateway=False)
 
 
-@dataclass(frozen=True, slots=True)
-class SyncRequest:
+class SyncRequest(Struct, frozen=True, gc=False):
     """An IKE_SA_INIT request with IKE_SA_SYNC. Nothing in it is proved before `verify_request`."""
 
-    raw: bytes = field(repr=False)
-    blank: bytes = field(repr=False)
+    blank: bytes
     """the message with the octets of PROOF zero"""
     spi_i: bytes
     nonce: bytes
@@ -131,6 +131,9 @@ class SyncRequest:
     cookie: bytes | None
     nat_source: tuple[bytes, ...]
     nat_destination: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"SyncRequest({self.spi_i.hex()})"
 
     @property
     def proof(self) -> bytes | None:
@@ -143,9 +146,16 @@ class SyncRequest:
         return self.sync.first(Attribute.SEALED_STUB)
 
 
-_UNDERSTOOD: Final = frozenset(PayloadType)
+_UNDERSTOOD: Final = frozenset(map(int, PayloadType))
 """payload types that may be critical: those of RFC 7296, and ours"""
-_SYNC_MARK: Final = bytes((PayloadType.SYNC,))
+# plain numbers: comparing with enums takes far longer
+_INIT, _RESPONSE, _INITIATOR = int(ExchangeType.IKE_SA_INIT), int(Flag.RESPONSE), int(Flag.INITIATOR)
+_SYNC, _NONCE, _NOTIFY = int(PayloadType.SYNC), int(PayloadType.NONCE), int(PayloadType.NOTIFY)
+_COOKIE = int(NotifyType.COOKIE)
+_NAT_SOURCE, _NAT_DESTINATION = int(NotifyType.NAT_DETECTION_SOURCE_IP), int(NotifyType.NAT_DETECTION_DESTINATION_IP)
+_EXPECTED: Final = frozenset((_SYNC, _NONCE, int(PayloadType.SA), int(PayloadType.KE)))
+"""there once each"""
+_SYNC_MARK: Final = bytes((_SYNC,))
 
 
 def parse_request(data: bytes) -> SyncRequest | None:
@@ -155,44 +165,45 @@ def parse_request(data: bytes) -> SyncRequest | None:
     a cookie twice, or one of the first four not there; an unknown critical payload; C = 1; an SPIi of zero, an SPIr, a
     message ID other than 0, the flag I not set.
     """
-    if len(data) < HEADER.size or data[18] != ExchangeType.IKE_SA_INIT or data[19] & Flag.RESPONSE:
-        return None
-    if _SYNC_MARK not in data:
+    if len(data) < HEADER.size or data[18] != _INIT or data[19] & _RESPONSE or _SYNC_MARK not in data:
         # ordinary requests are not ours to judge
         return None
-    message = parse(data)
-    header = message.header
-    payload = message.only(PayloadType.SYNC)
-    if payload is None:
+    header, payloads = parse(data)
+    if not any(one.type == _SYNC for one in payloads):
         return None
-    if (
-        header.spi_i == _NO_SPI
-        or header.spi_r != _NO_SPI
-        or header.message_id != 0
-        or not header.flags & Flag.INITIATOR
-    ):
+    if header.spi_i == _NO_SPI or header.spi_r != _NO_SPI or header.message_id != 0 or not header.flags & _INITIATOR:
         raise MalformedMessage("a first request has an SPIi, no SPIr, message ID 0, and the flag I")
-    for one in message.payloads:
-        if one.critical and one.type not in _UNDERSTOOD:
-            raise MalformedMessage(f"a critical payload of unknown type {one.type}")
+    once: dict[int, Payload] = {}
+    notified: dict[int, list[bytes]] = {_COOKIE: [], _NAT_SOURCE: [], _NAT_DESTINATION: []}
+    for one in payloads:
+        kind = one.type
+        if kind == _NOTIFY:
+            number, value = decode_notify(one.body)
+            if number in notified:
+                notified[number].append(value)
+        elif kind in _EXPECTED:
+            if kind in once:
+                raise MalformedMessage(f"several payloads of type {kind}")
+            once[kind] = one
+        elif one.critical and kind not in _UNDERSTOOD:
+            raise MalformedMessage(f"a critical payload of unknown type {kind}")
+    if len(once) < len(_EXPECTED):
+        raise MalformedMessage("not all of SAi1, KEi and Ni are there")
+    payload = once[_SYNC]
     sync = Sync.decode(payload.body)
     if sync.from_gateway:
         raise MalformedMessage("a request from a gateway")
-    nonce = message.only(PayloadType.NONCE)
-    if nonce is None or message.only(PayloadType.SA) is None or message.only(PayloadType.KE) is None:
-        raise MalformedMessage("not all of SAi1, KEi and Ni are there")
-    cookies = message.notifies(NotifyType.COOKIE)
+    cookies = notified[_COOKIE]
     if len(cookies) > 1:
         raise MalformedMessage("several cookies")
     return SyncRequest(
-        raw=data,
         blank=blank(data, payload.offset, payload.body),
         spi_i=header.spi_i,
-        nonce=check_nonce(nonce.body),
+        nonce=check_nonce(once[_NONCE].body),
         sync=sync,
         cookie=cookies[0] if cookies else None,
-        nat_source=tuple(message.notifies(NotifyType.NAT_DETECTION_SOURCE_IP)),
-        nat_destination=tuple(message.notifies(NotifyType.NAT_DETECTION_DESTINATION_IP)),
+        nat_source=tuple(notified[_NAT_SOURCE]),
+        nat_destination=tuple(notified[_NAT_DESTINATION]),
     )
 
 
@@ -246,17 +257,19 @@ def build_response(
     return prove(message, prf, sk_d_old, from_gateway=True, before=request.blank)
 
 
-@dataclass(frozen=True, slots=True)
-class SyncResponse:
+class SyncResponse(Struct, frozen=True, gc=False):
     """An answer that claims to resume. Nothing in it is proved before `verify_response`."""
 
-    blank: bytes = field(repr=False)
+    blank: bytes
     spi_r: bytes
     nonce: bytes
     sync: Sync | None
     """None in the plain draft form"""
     nat_source: tuple[bytes, ...]
     nat_destination: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"SyncResponse({self.spi_r.hex()})"
 
     @property
     def lifetime(self) -> int | None:

@@ -62,12 +62,19 @@ HEADER: Final = struct.Struct("!8s8sBBBBII")
 """SPIi, SPIr, next payload, version, exchange type, flags, message ID, length (section 3.1)"""
 PAYLOAD_HEADER: Final = struct.Struct("!BBH")
 """next payload, critical bit and reserved, length (section 3.2)"""
+_NOTIFY_HEADER: Final = struct.Struct("!BBH")
+"""protocol ID, SPI size, notify message type (section 3.10)"""
 VERSION: Final = 0x20
 CRITICAL: Final = 0x80
 MIN_NONCE, MAX_NONCE = 16, 256
 """octets (section 3.9)"""
 MAX_PAYLOADS: Final = 64
 """in one message; a chain of empty payloads is nothing anybody sends"""
+
+# plain numbers: comparing with enums takes far longer
+_NONE, _NOTIFY = int(PayloadType.NONE), int(PayloadType.NOTIFY)
+_SEALED: Final = (int(PayloadType.SK), int(PayloadType.SKF))
+_PAYLOAD_HEADER_OCTETS: Final = PAYLOAD_HEADER.size
 
 
 class Header(NamedTuple):
@@ -105,7 +112,7 @@ class Message(NamedTuple):
         """The data of all notifications of a type (section 3.10). Raises MalformedMessage."""
         found = []
         for payload in self.payloads:
-            if payload.type == PayloadType.NOTIFY:
+            if payload.type == _NOTIFY:
                 number, data = decode_notify(payload.body)
                 if number == kind:
                     found.append(data)
@@ -134,19 +141,20 @@ def parse_payloads(kind: int, data: bytes, offset: int) -> tuple[Payload, ...]:
     """The chain that begins at `offset` with a payload of type `kind` and ends with `data`. Raises MalformedMessage."""
     payloads: list[Payload] = []
     end = len(data)
-    while kind != PayloadType.NONE:
-        if offset + PAYLOAD_HEADER.size > end:
+    unpack = PAYLOAD_HEADER.unpack_from
+    while kind != _NONE:
+        start = offset + _PAYLOAD_HEADER_OCTETS
+        if start > end:
             raise MalformedMessage("the payload chain is cut")
-        following, flags, length = PAYLOAD_HEADER.unpack_from(data, offset)
+        following, flags, length = unpack(data, offset)
         stop = offset + length
-        if length < PAYLOAD_HEADER.size or stop > end:
+        if stop < start or stop > end:
             raise MalformedMessage(f"a payload of {length} octets does not fit")
         if len(payloads) >= MAX_PAYLOADS:
             raise MalformedMessage(f"more than {MAX_PAYLOADS} payloads")
-        start = offset + PAYLOAD_HEADER.size
-        payloads.append(Payload(kind, bool(flags & CRITICAL), data[start:stop], start))
+        payloads.append(Payload(kind, flags >= CRITICAL, data[start:stop], start))
         offset = stop
-        if kind in (PayloadType.SK, PayloadType.SKF):
+        if kind in _SEALED:
             break
         kind = following
     if offset != end:
@@ -164,29 +172,30 @@ def build(
     payloads: Sequence[tuple[int, bytes]],
 ) -> bytes:
     """A message of (type, body) payloads in the clear, none of them critical."""
-    parts = [b""]
-    length = HEADER.size
-    for position, (_, body) in enumerate(payloads):
-        following = payloads[position + 1][0] if position + 1 < len(payloads) else PayloadType.NONE
-        size = PAYLOAD_HEADER.size + len(body)
-        parts.append(PAYLOAD_HEADER.pack(following, 0, size))
-        parts.append(body)
-        length += size
-    first = payloads[0][0] if payloads else PayloadType.NONE
-    parts[0] = HEADER.pack(spi_i, spi_r, first, VERSION, exchange, flags, message_id, length)
-    return b"".join(parts)
+    parts: list[bytes] = []
+    following = _NONE
+    for kind, body in reversed(payloads):
+        parts += (body, PAYLOAD_HEADER.pack(following, 0, _PAYLOAD_HEADER_OCTETS + len(body)))
+        following = kind
+    parts.reverse()
+    chain = b"".join(parts)
+    length = HEADER.size + len(chain)
+    return HEADER.pack(spi_i, spi_r, following, VERSION, exchange, flags, message_id, length) + chain
 
 
 def encode_notify(kind: int, data: bytes = b"") -> bytes:
     """The body of a Notify payload about the IKE_SA itself (section 3.10)."""
-    return struct.pack("!BBH", 0, 0, kind) + data
+    return _NOTIFY_HEADER.pack(0, 0, kind) + data
 
 
 def decode_notify(body: bytes) -> tuple[int, bytes]:
     """(type, data) of a Notify payload. Raises MalformedMessage."""
-    if len(body) < 4 or len(body) < 4 + body[1]:
+    if len(body) < _NOTIFY_HEADER.size:
         raise MalformedMessage("a Notify payload is cut")
-    return int.from_bytes(body[2:4]), body[4 + body[1] :]
+    _, spi_octets, kind = _NOTIFY_HEADER.unpack_from(body)
+    if len(body) < _NOTIFY_HEADER.size + spi_octets:
+        raise MalformedMessage("a Notify payload is cut")
+    return kind, body[_NOTIFY_HEADER.size + spi_octets :]
 
 
 def encode_ke(group: int, value: bytes) -> bytes:

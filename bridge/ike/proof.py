@@ -15,6 +15,7 @@ from typing import Final
 
 from bridge.ike.keys import prf as prf_of
 from bridge.ike.sync import Attribute, Sync, proof_offset
+from bridge.ike.transforms import PRF_OUTPUT, UnsupportedSuite
 
 _LABELS: Final = {False: b"IKE_SA_SYNC initiator", True: b"IKE_SA_SYNC responder"}
 """by whether the gateway sends"""
@@ -22,7 +23,10 @@ _LABELS: Final = {False: b"IKE_SA_SYNC initiator", True: b"IKE_SA_SYNC responder
 
 def empty_proof(algorithm: int) -> tuple[int, bytes]:
     """PROOF with a value of zeros, of the prf's length. Raises UnsupportedSuite."""
-    return Attribute.PROOF, bytes(len(prf_of(algorithm, b"", b"")))
+    length = PRF_OUTPUT.get(algorithm)  # type: ignore[call-overload]
+    if length is None:
+        raise UnsupportedSuite(f"the prf with number {algorithm} is not implemented")
+    return Attribute.PROOF, bytes(length)
 
 
 def prove(message: bytes, algorithm: int, sk_d_old: bytes, *, from_gateway: bool, before: bytes = b"") -> bytes:

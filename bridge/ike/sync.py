@@ -23,10 +23,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
-from ipaddress import ip_address
 from typing import Final, NamedTuple
 
-from bridge.address import packed
+from bridge.address import address_text, packed
 from bridge.ike.message import MalformedMessage
 
 _FIXED: Final = struct.Struct("!BBH8s")
@@ -92,7 +91,7 @@ class Sync(NamedTuple):
         offset = _FIXED.size + length
         if offset > len(body):
             raise MalformedMessage("an IKE_SA_SYNC payload is cut")
-        address = str(ip_address(body[_FIXED.size : offset]))
+        address = address_text(body[_FIXED.size : offset])
         attributes = _decode_attributes(body, offset)
         return cls(bool(first & _FROM_GATEWAY), address, spi, attributes)
 

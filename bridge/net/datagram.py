@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import functools
-import ipaddress
 import struct
-from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+from socket import AF_INET, AF_INET6, inet_pton
 from typing import NamedTuple
+
+from bridge.address import address_text
 
 PORT_IKE = 500
 PORT_NAT_T = 4500
@@ -47,16 +47,6 @@ class Datagram(NamedTuple):
     dport: int
     ike: bytes
     marker: bool
-
-
-@functools.lru_cache(1024)
-def address_text(packed: bytes) -> str:
-    """The canonical text of 4 or 16 octets, that of `ipaddress`. Kept: our own address is in every packet."""
-    if len(packed) == 4:
-        return inet_ntop(AF_INET, packed)
-    text = inet_ntop(AF_INET6, packed)
-    # the two differ only on addresses that embed an IPv4 one
-    return str(ipaddress.IPv6Address(packed)) if "." in text else text
 
 
 def parse_datagram(packet: bytes, *, answers: bool = False) -> Datagram | None:
