@@ -1,24 +1,23 @@
 """The far end of charon's HA channel: a UDP socket on loopback, with what the protocol itself does not give.
 
 It has no acknowledgement, and a full receive buffer drops datagrams in silence. So the sender watches charon's receive
-queue (/proc/net/udp) and waits when it grows, and the receiver asks for a large buffer and counts what was dropped.
+queue (`peer`) and waits when it grows, and the receiver asks for a large buffer and counts what was dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
 from ipaddress import ip_address
-from typing import NamedTuple
 
 import structlog
 
 from bridge.charon.ha import MAX_MESSAGE, PORT, HaError, HaMessage, MessageType, decode, encode
+from bridge.charon.peer import CharonSocket, Peer
 
 log = structlog.get_logger()
 
@@ -46,26 +45,6 @@ class ChannelError(Exception):
     """The HA channel cannot be used; the text names the cause and the mend."""
 
 
-class CharonSocket(NamedTuple):
-    """charon's end as /proc/net/udp shows it."""
-
-    queued: int
-    """octets waiting, with the kernel's overhead"""
-    drops: int
-    uid: int
-    inode: int
-
-
-def proc_address(address: str, port: int) -> tuple[str, str]:
-    """(file, local_address column) of a UDP socket in /proc/net."""
-    packed = ip_address(address).packed
-    words = [packed[i : i + 4] for i in range(0, len(packed), 4)]
-    if sys.byteorder == "little":
-        words = [word[::-1] for word in words]
-    name = b"".join(words).hex().upper()
-    return ("/proc/net/udp" if len(packed) == 4 else "/proc/net/udp6"), f"{name}:{port:04X}"
-
-
 class Channel:
     """Both directions of the HA channel. `open()` holds the address, `start()` hands what charon sends to `handler`."""
 
@@ -85,13 +64,10 @@ class Channel:
         self._charon = charon
         self._handler = handler
         self._receive_buffer = receive_buffer
-        self._proc_file, local = proc_address(charon, PORT)
-        # behind the row number: remote_address looks the same
-        self._proc_local = f": {local} ".encode()
+        self._peer = Peer(listen, charon)
         self._socket: socket.socket | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told_uid = False
-        self._table: int | None = None
 
     def open(self) -> None:
         """Bind the sidecar's end, or take the socket that systemd holds for it. Raises ChannelError."""
@@ -115,6 +91,7 @@ class Channel:
         # only datagrams from charon's own address and port are delivered from here on
         sock.connect((self._charon, PORT))
         self._socket = sock
+        self._peer.open()
 
     def start(self) -> None:
         """Begin to hand on what charon sends; until then the kernel keeps it."""
@@ -133,9 +110,7 @@ class Channel:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-        if self._table is not None:
-            os.close(self._table)
-            self._table = None
+        self._peer.close()
 
     # receiving
 
@@ -186,27 +161,7 @@ class Channel:
 
     def charon_socket(self) -> CharonSocket | None:
         """charon's end, or None when there is none: charon is down, or runs without the ha plugin."""
-        table = self._read_table()
-        start = table.find(self._proc_local)
-        if start < 0:
-            return None
-        columns = table[start + 1 : table.find(b"\n", start)].split()
-        queued = int(columns[3].split(b":")[1], 16)
-        return CharonSocket(queued, int(columns[11]), int(columns[6]), int(columns[8]))
-
-    def _read_table(self) -> bytes:
-        """The kernel's table of UDP sockets; kept open, since it is read at every install."""
-        with contextlib.suppress(OSError):
-            if self._table is None:
-                self._table = os.open(self._proc_file, os.O_RDONLY | os.O_CLOEXEC)
-            table = b""
-            # one read gives whole rows, as many as fit into a page
-            while part := os.pread(self._table, 65536, len(table)):
-                table += part
-                if self._proc_local in table:
-                    break
-            return table
-        return b""
+        return self._peer.look()
 
     def _holder(self) -> tuple[bool, bool]:
         """Whether somebody holds charon's end, and whether that is charon or nobody, and no other user's process."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge import data
-from bridge.charon.channel import proc_address
 from bridge.charon.ha import PORT, HaError, version_for
+from bridge.charon.peer import proc_address
 from bridge.charon.settings import Settings
 from bridge.charon.vici import START_SECONDS, ConnectionInfo, Vici, ViciError
 from bridge.check.finding import Finding, fail, ok, warn
