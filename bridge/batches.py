@@ -43,6 +43,12 @@ class Batches:
         self._clock = clock
         self._prepared: list[Prepared] = []
         self._installable = asyncio.Event()
+        self._installing = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether something was added and is not answered yet."""
+        return self._installing or bool(self._prepared)
 
     def add(self, packet: Packet, made: Rebuilt) -> None:
         """Install `made` soon, and answer `packet` then; or let the packet go on to charon."""
@@ -66,6 +72,7 @@ class Batches:
                 self._installable.clear()
             if not batch:
                 continue
+            self._installing = True
             try:
                 await self._install(batch)
             except HaError:
@@ -75,6 +82,8 @@ class Batches:
             except Exception:
                 log.exception("install-failed", sas=len(batch))
                 self._give_up(batch)
+            finally:
+                self._installing = False
 
     async def _install_alone(self, one: Prepared) -> None:
         try:

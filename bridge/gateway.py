@@ -95,6 +95,7 @@ class Gateway:
         self._lines = Rate(REFUSALS_LOGGED)
         self._unlogged = 0
         self._demanding = False
+        self._serving = False
         self._waiting: list[Waiting] = []
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -126,6 +127,10 @@ class Gateway:
     def _load(self) -> int:
         """SAs unconfirmed, and requests that wait to become one."""
         return len(self.unconfirmed) + len(self._waiting)
+
+    def busy(self) -> bool:
+        """Whether some request is between its admission and its answer."""
+        return self._serving or bool(self._waiting) or self._batches.busy
 
     # packets
 
@@ -214,11 +219,13 @@ class Gateway:
                 self._wake.clear()
             if not batch:
                 continue
+            self._serving = True
             try:
                 await self._serve_batch(batch)
             except Exception:
                 log.exception("batch-failed", requests=len(batch))
             finally:
+                self._serving = False
                 # fail open; for packets that were decided on this does nothing
                 for packet, _, digest in batch:
                     if self.unconfirmed.of_request(digest) is None:

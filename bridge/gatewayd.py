@@ -135,12 +135,14 @@ class GatewayProcess:
         stack.push_async_callback(upkeep.close)
         heartbeat = asyncio.create_task(self._heartbeat(), name="heartbeat")
         stack.callback(heartbeat.cancel)
-        await self._intercept(stack, gateway.packets)
+        await self._intercept(stack, gateway.packets, gateway.busy)
         await wait_known(charon)
 
-    async def _intercept(self, stack: AsyncExitStack, handler: Callable[[Sequence[Packet]], None]) -> None:
+    async def _intercept(
+        self, stack: AsyncExitStack, handler: Callable[[Sequence[Packet]], None], busy: Callable[[], bool]
+    ) -> None:
         config = self._config.intercept
-        interceptor = self._interceptor = Interceptor(config.queue, handler)
+        interceptor = self._interceptor = Interceptor(config.queue, handler, busy)
         loop = asyncio.get_running_loop()
         await retry("nfqueue", lambda: interceptor.start(loop), InterceptUnavailable)
         stack.callback(interceptor.stop)

@@ -27,6 +27,8 @@ from bridge.lab.topology import Topology, client_host, standard
 ADDRESS = "192.168.50.30"
 VISITOR = "192.168.50.40"
 PORT = 4500
+REST = 0.1
+"""seconds between two moves, and between two handshakes: a legitimate client is no flood of its own"""
 PATIENCE = 60.0
 """seconds for a stub or an answer on a machine that is flooded"""
 
@@ -67,7 +69,9 @@ class Flood:
         """To the target and back, until `enough`; the moves to the target."""
         there: Moves = []
         while not enough(there):
+            time.sleep(REST)
             there.append(self.move(self.target))
+            time.sleep(REST)
             self.move(self.topology.gw1)
         return there
 
@@ -101,6 +105,7 @@ class Flood:
         """Ordinary handshakes of the visitor with the target, one after the other; how long each took, in seconds."""
         while not until.is_set():
             began = time.monotonic()
+            until.wait(REST)
             with contextlib.suppress(LabError):
                 self._visitor.charon.initiate("net", "home-gw2", PATIENCE)
                 took.append(time.monotonic() - began)

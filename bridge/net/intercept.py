@@ -32,8 +32,8 @@ and loses what is longer; a packet cut here is merely not understood."""
 QUEUED_OCTETS = 2560
 """what one packet takes of the netlink socket's buffer, the kernel's overhead included"""
 
-READ_AT_ONCE = 128
-"""packets, then the event loop has its turn: in a flood whoever is being served must go on too"""
+READ_AT_ONCE, READ_BUSY = 128, 16
+"""packets, then the event loop has its turn; while somebody is being served, who needs several turns, fewer"""
 
 _QUEUES = "/proc/thread-self/net/netfilter/nfnetlink_queue"
 
@@ -122,11 +122,20 @@ class QueueStats:
 
 class Interceptor:
     """One NFQUEUE. `handler` is called on the event loop with every batch of requests, and decides on each, at once
-    or later. At most `max_length` are undecided at a time: the kernel lets the rest pass."""
+    or later. At most `max_length` are undecided at a time: the kernel lets the rest pass. `busy` tells whether what
+    was held is being worked on."""
 
-    def __init__(self, queue: int, handler: Callable[[list[Packet]], None], *, max_length: int = 4096) -> None:
+    def __init__(
+        self,
+        queue: int,
+        handler: Callable[[list[Packet]], None],
+        busy: Callable[[], bool] = lambda: False,
+        *,
+        max_length: int = 4096,
+    ) -> None:
         self._number = queue
         self._handler = handler
+        self._busy = busy
         self._max_length = max_length
         self._queue: NetfilterQueue | None = None
         self._some: _Some | None = None
@@ -206,7 +215,7 @@ class Interceptor:
             if some is None:
                 queue.run(False)
             else:
-                some.left = READ_AT_ONCE
+                some.left = READ_BUSY if self._busy() else READ_AT_ONCE
                 queue.run_socket(some)
         except OSError as error:
             log.error("queue-unreadable", queue=self._number, reason=error.strerror)
