@@ -223,7 +223,7 @@ class Asker:
         here, there = answer.nat_destination, answer.nat_source
         spi_r = answer.spi_r
         return Answer(
-            ike_id=IkeId(spi_i, spi_r, True),
+            ike_id=IkeId.of(spi_i, spi_r, True),
             nonce_i=nonce,
             nonce_r=answer.nonce,
             local=local,

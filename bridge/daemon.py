@@ -166,7 +166,7 @@ def sa_rows(charon: Charon) -> list[dict[str, Any]]:
             "remote": sa.remote.address if sa.remote else None,
             "remote_id": sa.remote_id.text if sa.remote_id else None,
             "virtual_ips": list(sa.remote_vips or sa.local_vips),
-            "children": [child.name for child in sa.children.values()],
+            "children": [child.name for child in sa.children],
             "expires": sa.expires,
             "resumable": sa.resumable,
         }

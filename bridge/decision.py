@@ -91,7 +91,7 @@ class Decision:
         return self._rebuild(packet, request, digest, stub)
 
     def _rebuild(self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub) -> Rebuilt:
-        ike_id = IkeId(request.spi_i, self._random(8), False)
+        ike_id = IkeId.of(request.spi_i, self._random(8), False)
         nonce = self._random(NONCE_OCTETS)
         suite = stub.suite
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
@@ -132,7 +132,7 @@ class Decision:
             extensions=stub.extensions,
             remote_vips=stub.remote_vips,
             # charon tells nobody of what it is given
-            children={new.child.spi_in: new.child for new in granted.children},
+            children=tuple(new.child for new in granted.children),
             established=now,
             expires=now + lifetime,
             companion=True,

@@ -61,7 +61,7 @@ class Handover:
         assert sa.remote is not None
         moved = {sa.local.address, sa.remote.address} - {local.address, gateway.address}
         return offer(
-            sa.children.values(),
+            sa.children,
             lambda child: self._charon.takes_at_once(gateway.connection, child.name) and stays(child, moved),
             self._charon.spis.next,
         )
@@ -112,12 +112,12 @@ class Handover:
 
     def _confirmation(self, old: Sa, answer: Answer) -> Confirmation | None:
         """None where no messages of this suite can be made here: then charon's own liveness check has to do."""
-        suite, (spi_i, spi_r, _) = old.suite, answer.ike_id
+        suite, ike_id = old.suite, answer.ike_id
         if not confirm.possible(suite):
             return None
         seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r)
-        keys = derive_keys(suite, seed, answer.nonce_i, answer.nonce_r, spi_i, spi_r)
-        return Confirmation(suite, keys, spi_i, spi_r, random=self._random)
+        keys = derive_keys(suite, seed, answer.nonce_i, answer.nonce_r, ike_id.spi_i, ike_id.spi_r)
+        return Confirmation(suite, keys, ike_id.spi_i, ike_id.spi_r, random=self._random)
 
     async def _installed(self, new: Sa, answer: Answer) -> list[str]:
         """Take charon's word for the CHILD_SAs that came with the answer: the names of those that it has."""
@@ -128,10 +128,10 @@ class Handover:
         for made in answer.children:
             if made.child.spi_in in installed:
                 # charon tells nobody of what it is given
-                new.children[made.child.spi_in] = made.child
+                new.put_child(made.child)
             else:
                 log.warning("child-not-installed", connection=new.connection, child=made.child.name, **new.id.logged)
-        return list(dict.fromkeys(child.name for child in new.children.values()))
+        return list(dict.fromkeys(child.name for child in new.children))
 
     async def anew(self, old: Sa | None, gateway: GatewayEntry) -> list[str]:
         """An IKE_SA by an ordinary handshake, in place of `old`; names of the CHILD_SAs that came up.
@@ -188,7 +188,7 @@ class Handover:
         """Names of the CHILD_SAs to bring up: those of the old SA that the connection has; else all it has."""
         connection = self._charon.connection(gateway.connection)
         configured = [child.name for child in connection.children] if connection else []
-        wanted = list(dict.fromkeys(child.name for child in old.children.values())) if old is not None else []
+        wanted = list(dict.fromkeys(child.name for child in old.children)) if old is not None else []
         return [name for name in wanted if name in configured] or configured
 
     async def _drop(self, sa: Sa) -> None:

@@ -255,4 +255,4 @@ def _from_to(sa: Sa) -> tuple[str, int, str, int]:
 
 def _shape(sa: Sa) -> object:
     """What a stub tells of an IKE_SA and can change while it lives."""
-    return (sa.remote, sa.local_vips, tuple(sa.children))
+    return (sa.remote, sa.local_vips, tuple(child.spi_in for child in sa.children))

@@ -49,10 +49,11 @@ class Publisher:
         if self._sync.lifetime is not None:
             expires = min(expires, int(self._wall()) + self._sync.lifetime)
         index = sa.index_here(self._address)
-        if sa.published not in (None, index):
+        before = sa.published
+        if before is not None and before != index:
             # it moved to another address of this gateway
-            self._writer.submit_delete(sa.published, sa.revision)
-        sa.published, sa.stub_expires = index, expires
+            self._writer.submit_delete(before, sa.revision)
+        sa.published_at, sa.stub_expires = index.gateway, expires
         self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
 
     def withdraw(self, sa: Sa) -> None:
@@ -89,7 +90,7 @@ def _fits(stub: Stub, info: SaInfo) -> bool:
 def sa_of(stub: Stub) -> Sa:
     """The SA that a stub of this gateway's tells of."""
     return Sa(
-        id=IkeId(stub.spi_i, stub.spi_r, stub.initiator),
+        id=IkeId.of(stub.spi_i, stub.spi_r, stub.initiator),
         suite=stub.suite,
         sk_d=stub.sk_d,
         shared_secret=stub.shared_secret,
@@ -105,12 +106,12 @@ def sa_of(stub: Stub) -> Sa:
         peer_addresses=stub.peer_addresses,
         local_vips=stub.local_vips,
         remote_vips=stub.remote_vips,
-        children={child.spi_in: child for child in stub.children},
+        children=stub.children,
         established=stub.established,
         rekey_at=stub.rekey_at,
         reauth_at=stub.reauth_at,
         expires=stub.expires,
         revision=stub.revision,
-        published=stub.index,
+        published_at=stub.index.gateway,
         stub_expires=stub.expires,
     )

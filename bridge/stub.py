@@ -82,7 +82,7 @@ class IdType(IntEnum):
     ID_DER_ASN1_DN = 9
 
 
-class Identity(Struct, frozen=True):
+class Identity(Struct, frozen=True, gc=False):
     """An identity as RFC 7296 section 3.5 has it: `type` (IANA) and the octets."""
 
     type: int
@@ -116,14 +116,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-class Endpoint(Struct, frozen=True):
+class Endpoint(Struct, frozen=True, gc=False):
     """An IP address and a UDP port."""
 
     address: str
     port: int
 
 
-class Selector(Struct, frozen=True):
+class Selector(Struct, frozen=True, gc=False):
     """A traffic selector (RFC 7296 section 3.13.1): `type` is 7 (IPv4 range) or 8 (IPv6 range).
 
     Ranges include their ends. `dynamic`: charon narrows it to a host's address or virtual IP.
@@ -152,7 +152,7 @@ class Selector(Struct, frozen=True):
         return f"{text}[{self.protocol or 'any'}{'' if (self.from_port, self.to_port) == (0, 0xFFFF) else f'/{ports}'}]"
 
 
-class Child(Struct, frozen=True):
+class Child(Struct, frozen=True, gc=False):
     """A CHILD_SA. `name` is its swanctl child.
 
     Algorithms are IANA transform ids, `encr_len` is in bits, 0 where absent. `groups`: the key exchange methods

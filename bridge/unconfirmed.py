@@ -133,7 +133,7 @@ class Unconfirmed:
         # whatever the old gateway may have written since: the session is here now
         self._writer.submit_delete(index, ANY_REVISION)
         void = [other.sa.id for other in others]
-        old_id = IkeId(made.old.spi_i, made.old.spi_r, made.old.initiator)
+        old_id = IkeId.of(made.old.spi_i, made.old.spi_r, made.old.initiator)
         if self._charon.tracker.forget(old_id) is not None:
             # the old SA is here too: the client lost its path, not this gateway
             void.append(old_id)

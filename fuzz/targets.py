@@ -334,7 +334,7 @@ def ha_message(data: bytes) -> None:
 
 
 def _ha_seeds() -> list[bytes]:
-    ike_id = ha.IkeId(b"I" * 8, b"R" * 8, False)
+    ike_id = ha.IkeId.of(b"I" * 8, b"R" * 8, False)
     v4, v6 = Endpoint("192.0.2.1", 4500), Endpoint("2001:db8::1", 500)
     selector = Selector(7, 0, 0, 65535, False, "10.0.0.0", "10.255.255.255")
     update = [

@@ -31,7 +31,7 @@ from bridge.ike.transforms import Prf
 from bridge.stub import Child, Selector
 
 NI, NR = bytes(32), bytes(range(32))
-IKE = IkeId(b"initiate", b"responds", True)
+IKE = IkeId.of(b"initiate", b"responds", True)
 
 
 def selector(first: str, last: str | None = None) -> Selector:

@@ -197,8 +197,8 @@ def test_a_closed_child_leaves_the_sa() -> None:
     known, recorder, _ = tracker()
     feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE, 2)
     [sa] = known.established()
-    [spi] = sa.children
-    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, spi)]))
+    [child] = sa.children
+    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, child.spi_in)]))
     assert not sa.children
     assert recorder.news[-1] == ("changed", sa.id)
 
@@ -361,3 +361,13 @@ def test_an_sa_that_the_sidecar_installed_is_never_asked_of_charon() -> None:
     known.adopt(sa)
     assert known.reconcile([said], since=0.0) == {}
     assert list(known.sas) == [sa.id.spis]
+
+
+def test_what_many_sas_have_alike_is_in_memory_once() -> None:
+    first, second = tracker()[0], tracker()[0]
+    for known in (first, second):
+        feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE, 2)
+    [one], [other] = first.established(), second.established()
+    assert one is not other
+    for name in ("suite", "local_id", "local", "connection", "conditions", "extensions"):
+        assert getattr(one, name) is getattr(other, name), name

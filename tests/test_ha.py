@@ -18,7 +18,7 @@ VERSIONS = (3, 4, 5)
 ADDED_IN_4 = {Attr.ADD_SECRET, Attr.ALG_ADD_KES}
 
 spis = st.binary(min_size=8, max_size=8)
-ike_ids = st.builds(IkeId, spis, spis, st.booleans())
+ike_ids = st.builds(IkeId.of, spis, spis, st.booleans())
 identities = st.builds(Identity, st.integers(0, 255), st.binary(max_size=255))
 addresses = st.one_of(
     st.integers(0, 2**32 - 1).map(lambda n: str(IPv4Address(n))),
@@ -91,7 +91,7 @@ def test_an_ike_add_of_charon_reads_as_documented() -> None:
     message = decode(messages(VECTORS[0], "gateway")[0])
     assert (message.version, message.type) == (3, MessageType.IKE_ADD)
     assert message.first(Attr.IKE_VERSION) == 2
-    assert message.first(Attr.IKE_ID) == IkeId(
+    assert message.first(Attr.IKE_ID) == IkeId.of(
         bytes.fromhex("6222a7538824bda6"), bytes.fromhex("dc263ead37fa6d70"), False
     )
     assert message.first(Attr.ALG_ENCR) == 12
@@ -181,7 +181,7 @@ def test_numbers_shift_behind_what_version_4_added() -> None:
         (3, [(Attr.CONFIG_NAME, "a\0b")]),
         (3, [(Attr.REMOTE_ADDR, Endpoint("nowhere", 1))]),
         (3, [(Attr.LOCAL_ID, Identity(2, bytes(256)))]),
-        (3, [(Attr.IKE_ID, IkeId(bytes(7), bytes(8), True))]),
+        (3, [(Attr.IKE_ID, IkeId.of(bytes(7), bytes(8), True))]),
         (3, [(Attr.SECRET, bytes(2048))]),
     ],
 )

@@ -12,7 +12,7 @@ from bridge.stub import Endpoint, Identity
 
 PLAIN, PRIVATE = int(Condition.NAT_ANY), int(Condition.PRIVATE) | 4
 REBUILT = Install(
-    id=IkeId(b"initiate", b"responds", False),
+    id=IkeId.of(b"initiate", b"responds", False),
     suite=Suite(Encr.AES_GCM_16, 256, 0, Prf.HMAC_SHA2_384, Group.CURVE_25519, (Group.ML_KEM_768, 0, Group.ECP_384)),
     sk_d_old=bytes(48),
     nonce_i=bytes(32),

@@ -206,7 +206,7 @@ class Charon:
             log.info("resync", sas=len(unasked), segments=sorted(segments))
             for spis in unasked.keys() & self.tracker.sas.keys():
                 # charon rekeys them, and tells the new ones
-                self.tracker.sas[spis].children.clear()
+                self.tracker.sas[spis].children = ()
             await self.installer.resync(segments)
             await self.channel.drained()
             self._asked |= unasked.keys()

@@ -192,6 +192,7 @@ class Tracker:
 
     def _come_up(self, sa: Sa) -> None:
         sa.up = True
+        sa.share()
         self._half_open.pop(sa.id.spis, None)
         if sa.has(Condition.PPK) and sa.resumable:
             # charon mixes the PPK into SK_d behind the ha plugin's back (RFC 8784)
@@ -205,7 +206,7 @@ class Tracker:
             )
         if (old := sa.rekeyed_from) is not None:
             # charon moves these to the new SA without a message
-            sa.children = dict(old.children)
+            sa.children = old.children
             sa.local_vips = sa.local_vips or old.local_vips
             sa.remote_vips = sa.remote_vips or old.remote_vips
             sa.eap_id = sa.eap_id or old.eap_id
@@ -254,14 +255,14 @@ class Tracker:
             remote_ts=message.all(Attr.REMOTE_TS),
             initiator=bool(message.first(Attr.INITIATOR, 0)),
         )
-        sa.children[child.spi_in] = child
+        sa.put_child(child)
         if sa.up:
             self._listener.changed(sa)
 
     def _child_delete(self, ike_id: IkeId, message: HaMessage) -> None:
         sa = self.sas.get(ike_id.spis)
         spi = message.first(Attr.INBOUND_SPI, 0)
-        if sa is not None and sa.children.pop(spi, None) is not None and sa.up:
+        if sa is not None and sa.drop_child(spi) and sa.up:
             self._listener.changed(sa)
 
     def _sweep(self) -> None:
@@ -317,6 +318,7 @@ class Tracker:
         """An SA that the sidecar itself installed, or knew before it restarted: charon is silent about these."""
         sa.seen = self._clock()
         sa.adopted = True
+        sa.share()
         self.sas[sa.id.spis] = sa
 
     def forget(self, ike_id: IkeId) -> Sa | None:
@@ -332,7 +334,7 @@ class Tracker:
 
     def child_spis(self) -> Iterator[int]:
         """The inbound ESP SPIs of all CHILD_SAs."""
-        return (spi for sa in self.sas.values() for spi in sa.children)
+        return (child.spi_in for sa in self.sas.values() for child in sa.children)
 
     def established(self) -> Iterator[Sa]:
         """All SAs that are up."""
@@ -359,7 +361,7 @@ class Tracker:
                 continue
             if sa.up and self._take_info(sa, info):
                 self._listener.changed(sa)
-            if sa.up and not children_fit(sa.children, info):
+            if sa.up and not children_fit((child.spi_in for child in sa.children), info):
                 # rekeyed or changed while no sidecar listened
                 missing[info.spis] = info
         for spis, sa in list(self.sas.items()):

@@ -14,10 +14,14 @@ attributes more are in the list, which shifts all numbers behind them. Integers 
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum, auto
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, NamedTuple
+
+from msgspec import Struct
 
 from bridge.address import packed
 from bridge.stub import Endpoint, Identity, Selector
@@ -31,6 +35,8 @@ ADDITIONAL_KEY_EXCHANGES_SINCE = 4
 PRIVATE_WORDS_SINCE = 5
 """from here on CONDITIONS and EXTENSIONS come twice, the second time with bit 31 set and meanings of their own"""
 
+_REMEMBERED = 4096
+"""addresses, identities and selectors"""
 AF_INET = 2
 AF_INET6 = 10
 """Address families go over the wire as Linux numbers them."""
@@ -103,17 +109,25 @@ class Attr(IntEnum):
     AUTH_METHOD = auto()
 
 
-class IkeId(NamedTuple):
-    """An IKE_SA as charon names it: SPIs of 8 octets, and whether this host initiated it."""
+class IkeId(Struct, frozen=True, gc=False):
+    """An IKE_SA as charon names it: `spis` are both SPIs, 16 octets, the key of all tables; and whether this host
+    initiated it."""
 
-    spi_i: bytes
-    spi_r: bytes
+    spis: bytes
     initiator: bool
 
+    @classmethod
+    def of(cls, spi_i: bytes, spi_r: bytes, initiator: bool) -> IkeId:
+        """That of two SPIs of 8 octets."""
+        return cls(spi_i + spi_r, initiator)
+
     @property
-    def spis(self) -> bytes:
-        """Both SPIs, 16 octets: one key for all tables."""
-        return self.spi_i + self.spi_r
+    def spi_i(self) -> bytes:
+        return self.spis[:8]
+
+    @property
+    def spi_r(self) -> bytes:
+        return self.spis[8:]
 
     @property
     def logged(self) -> dict[str, str]:
@@ -152,6 +166,31 @@ _NUMBERS = {version: _numbering(version) for version in VERSIONS}
 _NAMES = {version: {number: name for name, number in numbers.items()} for version, numbers in _NUMBERS.items()}
 
 
+# What messages bring again and again is one object, not one for each SA, and is made once.
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _address(octets: bytes) -> str:
+    return str(ip_address(octets))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _identity(kind: int, octets: bytes) -> Identity:
+    return Identity(kind, octets)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _endpoint(address: bytes, port: int) -> Endpoint:
+    return Endpoint(_address(address), port)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _selector(
+    kind: int, protocol: int, from_port: int, to_port: int, dynamic: int, first: bytes, last: bytes
+) -> Selector:
+    return Selector(kind, protocol, from_port, to_port, bool(dynamic), _address(first), _address(last))
+
+
 # One kind of value each: a reader (data, offset) -> (value, next offset) and a writer value -> octets.
 # Readers may raise IndexError, struct.error or ValueError on cut octets; decode() makes HaError of them.
 
@@ -183,7 +222,7 @@ def _write_chunk(value: bytes) -> bytes:
 
 def _read_text(data: bytes, offset: int) -> tuple[str, int]:
     end = data.index(b"\0", offset)
-    return data[offset:end].decode(), end + 1
+    return sys.intern(data[offset:end].decode()), end + 1
 
 
 def _write_text(value: str) -> bytes:
@@ -195,18 +234,18 @@ def _write_text(value: str) -> bytes:
 
 def _read_ike_id(data: bytes, offset: int) -> tuple[IkeId, int]:
     raw = _take(data, offset, 18)
-    return IkeId(raw[1:9], raw[9:17], raw[17] == 1), offset + 18
+    return IkeId(raw[1:17], raw[17] == 1), offset + 18
 
 
 def _write_ike_id(value: IkeId) -> bytes:
-    if len(value[0]) != 8 or len(value[1]) != 8:
+    if len(value.spis) != 16:
         raise HaError("an IKE SPI has 8 octets")
-    return b"\x02" + value[0] + value[1] + (b"\x01" if value[2] else b"\x00")
+    return b"\x02" + value.spis + (b"\x01" if value.initiator else b"\x00")
 
 
 def _read_identity(data: bytes, offset: int) -> tuple[Identity, int]:
     length = data[offset + 1]
-    return Identity(data[offset], _take(data, offset + 2, length)), offset + 2 + length
+    return _identity(data[offset], _take(data, offset + 2, length)), offset + 2 + length
 
 
 def _write_identity(value: Identity) -> bytes:
@@ -218,8 +257,7 @@ def _write_identity(value: Identity) -> bytes:
 def _read_endpoint(data: bytes, offset: int) -> tuple[Endpoint, int]:
     port, family = struct.unpack_from("!HB", data, offset)
     length = {AF_INET: 4, AF_INET6: 16}[family]
-    address = _take(data, offset + 3, length)
-    return Endpoint(str(ip_address(address)), port), offset + 3 + length
+    return _endpoint(_take(data, offset + 3, length), port), offset + 3 + length
 
 
 def _write_endpoint(value: Endpoint) -> bytes:
@@ -230,9 +268,8 @@ def _write_endpoint(value: Endpoint) -> bytes:
 def _read_selector(data: bytes, offset: int) -> tuple[Selector, int]:
     kind, protocol, from_port, to_port, dynamic = struct.unpack_from("!BBHHB", data, offset)
     length = {7: 4, 8: 16}[kind]
-    first = str(ip_address(_take(data, offset + 7, length)))
-    last = str(ip_address(_take(data, offset + 7 + length, length)))
-    return Selector(kind, protocol, from_port, to_port, bool(dynamic), first, last), offset + 7 + 2 * length
+    first, last = _take(data, offset + 7, length), _take(data, offset + 7 + length, length)
+    return _selector(kind, protocol, from_port, to_port, dynamic, first, last), offset + 7 + 2 * length
 
 
 def _write_selector(value: Selector) -> bytes:

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntFlag
+from functools import lru_cache
+from sys import intern
+from typing import TypeVar
 
 from bridge.charon.ha import IkeId
 from bridge.ike.transforms import Suite
 from bridge.stub import Child, Endpoint, Identity, Index, Stub
+
+Value = TypeVar("Value")
+
+
+@lru_cache(maxsize=1024)
+def _first_of_its_kind(value: object) -> object:
+    return value
+
+
+def _shared(value: Value) -> Value:
+    """An equal value that was seen before, if any."""
+    return _first_of_its_kind(value)  # type: ignore[return-value]
 
 
 class Condition(IntFlag):
@@ -55,8 +70,8 @@ class Sa:
     peer_addresses: tuple[Endpoint, ...] = ()
     local_vips: tuple[str, ...] = ()
     remote_vips: tuple[str, ...] = ()
-    children: dict[int, Child] = field(default_factory=dict)
-    """by inbound ESP SPI, oldest first"""
+    children: tuple[Child, ...] = ()
+    """oldest first"""
     established: int = 0
     rekey_at: int = 0
     reauth_at: int = 0
@@ -65,8 +80,8 @@ class Sa:
     resumable: bool = True
     unproven: bool = False
     """rebuilt by this gateway, told by charon again, and no request on it verified yet"""
-    published: Index | None = None
-    """the index that its stub was stored under last"""
+    published_at: str = ""
+    """the gateway's address in the index that its stub was stored under last"""
     stub_expires: int = 0
     """when the stub stored last expires"""
     companion: bool = False
@@ -83,6 +98,32 @@ class Sa:
     @property
     def remote_spi(self) -> bytes:
         return self.id.spi_r if self.id.initiator else self.id.spi_i
+
+    @property
+    def published(self) -> Index | None:
+        """The index that its stub was stored under last."""
+        return Index(self.published_at, self.local_spi) if self.published_at else None
+
+    def put_child(self, child: Child) -> None:
+        """One more CHILD_SA, or one that is known as it is now."""
+        self.children = (*(one for one in self.children if one.spi_in != child.spi_in), child)
+
+    def drop_child(self, spi_in: int) -> bool:
+        """Forget the CHILD_SA with this inbound ESP SPI; whether there was one."""
+        left = tuple(one for one in self.children if one.spi_in != spi_in)
+        dropped, self.children = len(left) < len(self.children), left
+        return dropped
+
+    def share(self) -> None:
+        """Have what many SAs have alike in memory once."""
+        self.suite = _shared(self.suite)
+        self.connection = intern(self.connection)
+        self.local_id = _shared(self.local_id)
+        self.local = _shared(self.local)
+        self.conditions = _shared(self.conditions)
+        self.extensions = _shared(self.extensions)
+        if self.peer_addresses == (self.remote,):
+            self.remote = self.peer_addresses[0]
 
     def has(self, condition: Condition) -> bool:
         """Whether charon set `condition` on the SA."""
@@ -120,7 +161,7 @@ class Sa:
             conditions=self.conditions,
             extensions=self.extensions,
             peer_addresses=self.peer_addresses,
-            children=tuple(self.children.values()),
+            children=self.children,
             established=self.established,
             rekey_at=self.rekey_at,
             reauth_at=self.reauth_at,

@@ -167,7 +167,7 @@ _KEY_LENGTH: Final = 0x800E
 _LAST, _MORE_TRANSFORMS = 0, 3
 
 
-class Suite(Struct, frozen=True):
+class Suite(Struct, frozen=True, gc=False):
     """The algorithms of an IKE_SA, as IANA numbers.
 
     `encr_len` is in bits, 0 where the cipher has one key size; `integ` is 0 with an AEAD; `additional` are the further
