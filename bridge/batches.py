@@ -113,8 +113,9 @@ class Batches:
             return
         self._metrics.install_seconds.observe(self._clock() - began)
         self._metrics.activation_seconds.observe(self._charon.installer.toggle_seconds)
-        # another attempt of the same client may have been confirmed meanwhile
-        void = [pair for pair in rebuilt if pair[1] not in self._unconfirmed]
+        # another attempt of the same client may have been confirmed meanwhile; or the interceptor ended, and charon has
+        # the request and answers it
+        void = [pair for pair in rebuilt if pair[1] not in self._unconfirmed or not pair[0].held]
         if void:
             await self._unconfirmed.drop([made.sa.id for _, made in void])
             self._give_up(void)

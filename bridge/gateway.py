@@ -237,7 +237,8 @@ class Gateway:
             return
         stubs = await self._lookup.find([request for _, request, _ in batch])
         for (packet, request, digest), stub in zip(batch, stubs, strict=True):
-            if self._answered_before(packet, digest):
+            # what the interceptor let go when it ended is charon's to answer
+            if not packet.held or self._answered_before(packet, digest):
                 continue
             made = Refusal(stub) if isinstance(stub, Missing) else self._decision.of(packet, request, digest, stub)
             if isinstance(made, Refusal):

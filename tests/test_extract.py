@@ -9,7 +9,7 @@ import pytest
 from bridge.charon.extract import HALF_OPEN_SECONDS, Tracker
 from bridge.charon.ha import Attr, HaMessage, IkeId, MessageType, decode
 from bridge.charon.sa import Condition, Sa, new_conditions
-from bridge.charon.vici import ConnectionInfo, Event, SaInfo
+from bridge.charon.vici import ChildInfo, ConnectionInfo, Event, SaInfo
 from bridge.ike.transforms import Group
 from bridge.stub import Endpoint, Index
 from vectors_support import NAMES, SIDES, VECTORS, messages
@@ -243,6 +243,23 @@ def test_a_move_that_vici_reports_changes_the_sa() -> None:
     recorder.news.clear()
     known.event(Event("ike-update", info(sa, remote=Endpoint("198.51.100.7", 4500))))
     assert sa.remote == Endpoint("198.51.100.7", 4500)
+    assert recorder.news == [("changed", sa.id)]
+
+
+def test_a_list_that_was_on_its_way_while_an_sa_moved_does_not_take_it_back() -> None:
+    known, recorder, clock = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    was, there, further = info(sa), Endpoint("198.51.100.7", 4500), Endpoint("198.51.100.8", 4500)
+    children = tuple(ChildInfo("net", "INSTALLED", spi) for spi in sa.children)
+    clock.now = 10.0
+    known.event(Event("ike-update", info(sa, remote=there)))
+    recorder.news.clear()
+    known.reconcile([was._replace(children=children)], since=9.0)
+    assert sa.remote == there
+    assert not recorder.news
+    known.reconcile([was._replace(remote=further, children=children)], since=11.0)
+    assert sa.remote == further
     assert recorder.news == [("changed", sa.id)]
 
 

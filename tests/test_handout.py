@@ -81,6 +81,10 @@ class Held:
         self.ike = ike
         self.decided: list[str] = []
 
+    @property
+    def held(self) -> bool:
+        return not self.decided
+
     def accept(self) -> None:
         self.decided.append("accept")
 

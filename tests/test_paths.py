@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bridge.charon.vici import parse_event
 from bridge.lab import Host, Lab, Topology, standard
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
@@ -157,18 +158,21 @@ def test_the_stub_follows_a_client_that_changes_its_address(topology: Topology, 
     fresh(topology)
     before = connect(topology)
     client = topology.client
+    told = topology.gw1.charon.vici().listen(["ike-update"], timeout=0.5)
+    assert next(told) == (None, None)  # listens from here on
     try:
         # the new one first: the kernel takes a secondary address away with the first one of its network
         client.run("ip", "address", "add", "192.168.50.11/16", "dev", "eth0")
         client.run("ip", "address", "delete", "192.168.50.10/24", "dev", "eth0")
         wait_until(lambda: the_sa(topology.gw1)["remote-host"] == "192.168.50.11", "the move (MOBIKE)")
+        wait_until(lambda: "192.168.50.11" in addresses_told(*next(told)), "the event that tells of it")
         spi = before["responder-spi"]
 
         def address_in_stub() -> str:
             shown = topology.gateways["gw1"].command("stubs", "show", topology.gw1.address, spi, "--json", check=False)
             return str(json.loads(shown.stdout)["remote"]).partition("[")[0] if shown.returncode == 0 else ""
 
-        wait_until(lambda: address_in_stub() == "192.168.50.11", "the stub with the new address", timeout=120)
+        wait_until(lambda: address_in_stub() == "192.168.50.11", "the stub with the new address")
         topology.kill_gateway(topology.gw1)
         _, new = resumed(topology, "path", "moved by MOBIKE", tell)
         assert new["remote-host"] == "192.168.50.11"
@@ -176,6 +180,11 @@ def test_the_stub_follows_a_client_that_changes_its_address(topology: Topology, 
     finally:
         client.run("ip", "address", "replace", "192.168.50.10/24", "dev", "eth0")
         client.run("ip", "address", "delete", "192.168.50.11/16", "dev", "eth0")
+
+
+def addresses_told(kind: bytes | None, message: dict[str, Any] | None) -> list[str]:
+    """The peers' addresses by a VICI event, as the sidecar reads it."""
+    return [event.sa.remote.address for event in parse_event(kind.decode(), message)] if kind and message else []
 
 
 @pytest.fixture

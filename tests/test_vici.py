@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bridge.charon.vici import EVENTS, ChildInfo, ViciError, parse_connection, parse_event, parse_ike_sa
+from bridge.stub import Endpoint
 
 SA: dict[str, Any] = {
     "version": b"2",
@@ -51,6 +52,20 @@ def test_an_ike_sa_that_charon_would_not_send_is_an_error_of_its_own(field: str,
 def test_a_rekey_without_both_sas_is_an_error_and_does_not_end_the_listener(section: dict[str, Any]) -> None:
     with pytest.raises(ViciError):
         parse_event("ike-rekey", {"home": section})
+
+
+def test_a_move_is_read_from_beside_the_sa_where_charon_tells_the_new_addresses() -> None:
+    """charon raises the event before it changes the SA; test_paths shows that it does."""
+    moved = {"local-port": b"4500", "remote-host": b"2001:db8::7", "remote-port": b"4501", "local-host": b"192.0.2.2"}
+    [event] = parse_event("ike-update", {**moved, "home": SA})
+    assert event.sa.local == Endpoint("192.0.2.2", 4500)
+    assert event.sa.remote == Endpoint("2001:db8::7", 4501)
+    assert event.sa.spi_i.hex() == "1" * 16
+
+
+def test_a_move_to_nowhere_is_an_error_of_its_own() -> None:
+    with pytest.raises(ViciError, match="home"):
+        parse_event("ike-update", {"remote-host": b"nowhere", "home": SA})
 
 
 @pytest.mark.parametrize("kind", EVENTS)

@@ -217,7 +217,7 @@ class Tracker:
         sa.established = now
         info = self._early.pop(sa.id.spis, None)
         if info is not None:
-            self._take_info(sa, info)
+            self._take_info(sa, info, since=self._clock())
         else:
             self._assume_lifetime(sa, now)
 
@@ -285,15 +285,18 @@ class Tracker:
             return
         sa = self.sas.get(event.sa.spis)
         if sa is not None and sa.up:
-            if self._take_info(sa, event.sa):
+            now = self._clock()
+            if event.kind == "ike-update":
+                sa.moved = now
+            if self._take_info(sa, event.sa, since=now):
                 self._listener.changed(sa)
         elif event.kind in ("ike-updown", "ike-rekey"):
             if len(self._early) > EARLY_MAX:
                 self._early.clear()
             self._early[event.sa.spis] = event.sa
 
-    def _take_info(self, sa: Sa, info: SaInfo) -> bool:
-        """Join what VICI says; whether that changed the stub by more than a second of jitter."""
+    def _take_info(self, sa: Sa, info: SaInfo, *, since: float) -> bool:
+        """Join what VICI says, asked for at `since`; whether that changed the stub by more than a second of jitter."""
         if info.state != "ESTABLISHED":
             return False
         now = self._wall()
@@ -307,7 +310,9 @@ class Tracker:
         if moved:
             sa.rekey_at, sa.reauth_at, sa.expires = rekey_at, reauth_at, expires
         sa.established = int(now) - info.established
-        sa.local, sa.remote = info.local, info.remote
+        if since >= sa.moved:
+            # a list that was on its way while the SA moved has it where it was
+            sa.local, sa.remote = info.local, info.remote
         sa.local_vips = info.local_vips or sa.local_vips
         sa.remote_vips = info.remote_vips or sa.remote_vips
         return moved or before != (sa.local, sa.remote, sa.local_vips, sa.remote_vips)
@@ -359,7 +364,7 @@ class Tracker:
                 # for when the HA channel tells the rest
                 self._early[info.spis] = info
                 continue
-            if sa.up and self._take_info(sa, info):
+            if sa.up and self._take_info(sa, info, since=since):
                 self._listener.changed(sa)
             if sa.up and not children_fit((child.spi_in for child in sa.children), info):
                 # rekeyed or changed while no sidecar listened

@@ -147,6 +147,8 @@ def _endpoint(section: Section, side: str) -> Endpoint:
     return Endpoint(str(ip_address(host)), _number(section.get(f"{side}-port")) or 0)
 
 
+_ENDPOINTS = ("local-host", "local-port", "remote-host", "remote-port")
+
 _NOT_AS_EXPECTED = (KeyError, ValueError, AttributeError, TypeError)
 """a field is missing or no number or address; a value, a list or a section is there in place of another of them"""
 
@@ -216,6 +218,10 @@ def parse_event(kind: str, message: Section) -> list[Event]:
             # without one of them, parse_ike_sa says what it misses
             old, new = parse_ike_sa(name, section.get("old", {})), parse_ike_sa(name, section.get("new", {}))
             events.append(Event(kind, new, None, old))
+        elif kind == "ike-update":
+            # raised before charon changes the SA: the new endpoints stand beside the section, the old ones in it
+            moved = {field: message[field] for field in _ENDPOINTS if field in message}
+            events.append(Event(kind, parse_ike_sa(name, section | moved)))
         else:
             events.append(Event(kind, parse_ike_sa(name, section), up))
     return events

@@ -75,8 +75,13 @@ class Packet:
         self._held = held
 
     def __repr__(self) -> str:
-        state = "held" if self._queued else "decided"
+        state = "held" if self.held else "decided"
         return f"<Packet {self.src}:{self.sport} -> {self.dst}:{self.dport}, {len(self.ike)} octets, {state}>"
+
+    @property
+    def held(self) -> bool:
+        """Whether it was not decided on yet, neither by whoever took it nor by the end of the interceptor."""
+        return self._queued is not None
 
     def accept(self) -> None:
         """Let it go on to charon."""
@@ -239,7 +244,7 @@ class Interceptor:
             for packet in batch:
                 packet.accept()
             return
-        self._held.update((packet, None) for packet in batch if packet._queued is not None)
+        self._held.update((packet, None) for packet in batch if packet.held)
 
 
 def _open() -> NetfilterQueue:

@@ -1,0 +1,137 @@
+"""What is answered once a batch is installed (bridge.batches). Only what the lab cannot time is here: a request that is
+decided on while charon takes in its SA."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from bridge.batches import Batches, Prepared
+from bridge.charon.charon import Charon
+from bridge.metrics import GatewayMetrics
+from bridge.unconfirmed import Rebuilt, State, Unconfirmed
+
+
+class Request:
+    """A held request."""
+
+    src, sport, dst, dport, marker, ike = "192.0.2.9", 4500, "192.0.2.1", 4500, True, b""
+
+    def __init__(self) -> None:
+        self.held = True
+        self.accepted = 0
+
+    def accept(self) -> None:
+        self.accepted += self.held
+        self.held = False
+
+    def drop(self) -> None:
+        self.held = False
+
+
+class Installer:
+    """Has something happen while it installs."""
+
+    toggle_seconds = 0.0
+
+    def __init__(self) -> None:
+        self.meanwhile: Callable[[], None] = lambda: None
+        self.installed: list[Any] = []
+
+    async def turn(self) -> None: ...
+
+    async def install(self, batch: list[Any]) -> None:
+        self.installed += batch
+        await asyncio.sleep(0)
+        self.meanwhile()
+
+
+class Table(list[Any]):
+    """Stands for `Unconfirmed`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped: list[Any] = []
+
+    def add(self, made: Any) -> None:
+        self.append(made)
+
+    def installed(self, made: Any) -> None:
+        made.state = State.UNCONFIRMED
+
+    def forget(self, made: Any) -> None:
+        if made in self:
+            self.remove(made)
+
+    async def drop(self, ike_ids: list[Any]) -> None:
+        self.dropped += ike_ids
+
+
+class Made:
+    """Stands for a `Rebuilt`."""
+
+    response = b"answer"
+
+    def __init__(self) -> None:
+        self.sa = self.install = self.old = self
+        self.id = self
+        self.index = self
+        self.spi = self.spi_i = self.spi_r = b""
+        self.gateway = self.connection = ""
+        self.state = State.INSTALLING
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.installer = Installer()
+        self.table = Table()
+        self.answers: list[Any] = []
+        self.batches = Batches(
+            cast(Charon, type("OneCharon", (), {"installer": self.installer})()),
+            cast(Unconfirmed, self.table),
+            GatewayMetrics(),
+            lambda packet, _: self.answers.append(packet),
+        )
+        self.request, self.made = Request(), Made()
+        self.batches.add(*cast(Prepared, (self.request, cast(Rebuilt, self.made))))
+
+    async def played(self) -> None:
+        """Until the batch is through."""
+        task = asyncio.create_task(self.batches.run())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert self.installer.installed
+
+
+async def test_a_request_is_kept_from_charon_and_answered_once_its_sa_is_there() -> None:
+    scene = Scene()
+    await scene.played()
+    assert scene.answers == [scene.request]
+    assert (scene.request.held, scene.request.accepted) == (False, 0)
+    assert scene.table == [scene.made]
+
+
+async def test_a_request_that_charon_got_meanwhile_is_charons_to_answer_and_its_sa_goes() -> None:
+    """The interceptor ends first when a sidecar stops, and lets go of all that it holds."""
+    scene = Scene()
+    scene.installer.meanwhile = scene.request.accept
+    await scene.played()
+    assert scene.answers == []
+    assert scene.request.accepted == 1
+    assert scene.table == []
+    assert scene.table.dropped == [scene.made]
+
+
+async def test_a_request_whose_session_was_confirmed_otherwise_meanwhile_goes_to_charon() -> None:
+    scene = Scene()
+    scene.installer.meanwhile = lambda: scene.table.forget(scene.made)
+    await scene.played()
+    assert scene.answers == []
+    assert scene.request.accepted == 1
+    assert scene.table.dropped == [scene.made]
