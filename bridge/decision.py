@@ -17,6 +17,7 @@ from bridge.config import Sync
 from bridge.handout import Handout
 from bridge.ike.exchange import SyncRequest, build_response, nat_hash, verify_request
 from bridge.ike.keys import derive_sk_d, skeyseed_resume
+from bridge.ike.transforms import least_nonce
 from bridge.lookup import Spent
 from bridge.net.interface import Packet
 from bridge.stub import Endpoint, Stub
@@ -35,6 +36,7 @@ class Refusal(StrEnum):
     STUB_EXPIRED = "stub-expired"
     PROOF_MISSING = "proof-missing"
     PROOF_WRONG = "proof-wrong"
+    NONCE_SHORT = "nonce-short"
     BANK_UNAVAILABLE = "bank-unavailable"
     CHARON_UNAVAILABLE = "charon-unavailable"
     CONNECTION_MISSING = "connection-missing"
@@ -79,6 +81,8 @@ class Decision:
                 return Refusal.PROOF_MISSING
         elif not verify_request(request, stub.suite.prf, stub.sk_d):
             return Refusal.PROOF_WRONG
+        if len(request.nonce) < least_nonce(stub.suite.prf):
+            return Refusal.NONCE_SHORT
         if self._charon.connection(stub.connection) is None:
             return Refusal.CONNECTION_MISSING
         if (

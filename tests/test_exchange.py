@@ -190,6 +190,7 @@ def test_payloads_of_other_makers_change_nothing() -> None:
         init([COOKIE, COOKIE, *FIRST, SYNC]),
         init([*FIRST, (201, b""), SYNC]).replace(b"\xc8\x00\x00\x04", b"\xc8\x80\x00\x04"),
         init([*FIRST[:2], (PayloadType.NONCE, NI[:15]), SYNC]),
+        init([*FIRST[:2], (PayloadType.NONCE, bytes(257)), SYNC]),
         init([*FIRST, (PayloadType.SYNC, b"\x80" + _sync_body(request())[1:])]),
         init([*FIRST, SYNC], spi_i=bytes(8)),
         init([*FIRST, SYNC], spi_r=SPI_R),
@@ -210,6 +211,7 @@ def test_payloads_of_other_makers_change_nothing() -> None:
         "two cookies",
         "unknown critical payload",
         "short nonce",
+        "long nonce",
         "from a gateway",
         "no SPIi",
         "an SPIr",
@@ -252,6 +254,27 @@ def test_an_answer_with_any_octet_altered_proves_nothing(position: int, change: 
     with suppress(MalformedMessage):
         answer = parse_response(bytes(octets), asked)
         assert not isinstance(answer, SyncResponse) or not verify_response(answer, asked, SUITE.prf, SK_D)
+
+
+@pytest.mark.parametrize("algorithm", PRF_OUTPUT)
+def test_an_answer_whose_nonce_is_too_short_for_the_prf_proves_nothing(algorithm: Prf) -> None:
+    asked = request(prf=algorithm)
+    least = max(PRF_OUTPUT[algorithm] // 2, 16)
+    for octets, proven in ((least, True), (least - 1, False)):
+        try:
+            answer = parse_response(response(asked, nonce=NR[:octets], prf=algorithm), asked)
+        except MalformedMessage:
+            # no prf has shorter ones
+            assert octets < 16
+            continue
+        assert isinstance(answer, SyncResponse)
+        assert verify_response(answer, asked, algorithm, SK_D) == proven
+
+
+@pytest.mark.parametrize("octets", [15, 257])
+def test_an_answer_whose_nonce_has_less_than_16_or_more_than_256_octets_is_malformed(octets: int) -> None:
+    with pytest.raises(MalformedMessage):
+        parse_response(response(request(), nonce=bytes(octets)), request())
 
 
 def test_an_answer_to_another_request_proves_nothing() -> None:

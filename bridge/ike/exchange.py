@@ -35,7 +35,7 @@ from bridge.ike.message import (
 )
 from bridge.ike.proof import blank, empty_proof, prove, proves
 from bridge.ike.sync import Attribute, Sync, encode_child, encode_old_children
-from bridge.ike.transforms import Suite
+from bridge.ike.transforms import Suite, least_nonce
 
 _NO_SPI: Final = bytes(8)
 _FIRST_STATUS: Final = 16384
@@ -342,9 +342,9 @@ def _errors(message: Message) -> Iterator[int]:
 
 def verify_response(response: SyncResponse, request_raw: bytes, prf: int, sk_d_old: bytes) -> bool:
     """Whether the gateway holds the stub that the request names, and answered this very request. Constant time;
-    False without PROOF, or for another index."""
+    False without PROOF, for another index, or with a nonce too short for `prf`."""
     request = parse_request(request_raw)
-    if request is None or response.sync is None:
+    if request is None or response.sync is None or len(response.nonce) < least_nonce(prf):
         return False
     if (response.sync.gateway, response.sync.spi) != (request.sync.gateway, request.sync.spi):
         return False

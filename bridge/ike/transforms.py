@@ -114,6 +114,13 @@ PRF_OUTPUT: Final = {
 }
 """output, which is the preferred key size too, in octets (RFC 7296 section 2.13)"""
 
+
+def least_nonce(prf: int) -> int:
+    """Half of what a prf prefers as its key, in octets: a nonce has no less (RFC 7296 section 2.10), and no less than
+    MIN_NONCE."""
+    return PRF_OUTPUT[Prf(prf)] // 2
+
+
 FIXED_SIZE_PRFS: Final = frozenset({Prf.AES128_XCBC, Prf.AES128_CMAC})
 """prfs that take 16 octets of key: SKEYSEED's key is then 8 octets of each nonce (RFC 7296 section 2.14)"""
 

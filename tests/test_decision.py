@@ -1,0 +1,60 @@
+"""What a request gets that no client of ours sends, and that the lab's suite cannot show (bridge.decision)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from bank_support import stub_of
+from bridge.admission import Admission
+from bridge.charon.charon import Charon
+from bridge.config import Sync
+from bridge.decision import Decision, Refusal
+from bridge.handout import Handout
+from bridge.ike.exchange import build_request, parse_request
+from bridge.ike.transforms import PRF_OUTPUT, Prf
+from bridge.lookup import Spent
+from bridge.net.interface import Packet
+from bridge.unconfirmed import Unconfirmed
+
+
+class CharonWithoutConnections:
+    def connection(self, name: str) -> None: ...
+
+
+def decided(prf: Prf, nonce: bytes, *, proven: bool = True) -> Any:
+    """What a request gets that names a stub of an SA with this prf, at a charon that has no connection for it."""
+    stub = stub_of()
+    stub = msgspec.structs.replace(stub, suite=msgspec.structs.replace(stub.suite, prf=prf))
+    octets = build_request(
+        spi_i=b"I" * 8,
+        suite=stub.suite,
+        ke_value=bytes(32),
+        nonce=nonce,
+        sync_index=(stub.index.gateway, stub.index.spi),
+        prf=prf,
+        sk_d_old=stub.sk_d if proven else None,
+    )
+    request = parse_request(octets)
+    assert request is not None
+    decision = Decision(
+        cast(Charon, CharonWithoutConnections()),
+        Spent(60.0, clock=time.monotonic),
+        cast(Handout, None),
+        cast(Unconfirmed, None),
+        cast(Admission, None),
+        Sync(proof="required" if proven else "optional"),
+    )
+    return decision.of(cast(Packet, None), request, b"", stub)
+
+
+@pytest.mark.parametrize("proven", [True, False])
+@pytest.mark.parametrize("prf", [prf for prf in PRF_OUTPUT if PRF_OUTPUT[prf] > 32])
+def test_a_nonce_of_less_than_half_the_key_size_of_the_prf_is_refused(prf: Prf, proven: bool) -> None:
+    half = PRF_OUTPUT[prf] // 2
+    assert decided(prf, bytes(half - 1), proven=proven) is Refusal.NONCE_SHORT
+    # goes on to the next question
+    assert decided(prf, bytes(half), proven=proven) is Refusal.CONNECTION_MISSING
