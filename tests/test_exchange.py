@@ -6,6 +6,7 @@ import hashlib
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from bridge.ike.exchange import (
 )
 from bridge.ike.keys import prf
 from bridge.ike.message import Flag, MalformedMessage, NotifyType, PayloadType, build, encode_notify, parse
+from bridge.ike.sync import Sync
 from bridge.ike.transforms import PRF_OUTPUT, Prf, Suite
 
 SUITE = Suite(12, 128, 12, 5, 31)
@@ -275,6 +277,20 @@ def test_an_answer_whose_nonce_is_too_short_for_the_prf_proves_nothing(algorithm
 def test_an_answer_whose_nonce_has_less_than_16_or_more_than_256_octets_is_malformed(octets: int) -> None:
     with pytest.raises(MalformedMessage):
         parse_response(response(request(), nonce=bytes(octets)), request())
+
+
+def test_an_answer_about_another_index_proves_nothing() -> None:
+    asked = request()
+    elsewhere = msgspec.structs.replace(parsed(asked), sync=Sync(False, INDEX[0], b"other SA", ((1, b""),)))
+    answer = accepted(build_response(elsewhere, spi_r=SPI_R, nonce=NR, prf=SUITE.prf, sk_d_old=SK_D), asked)
+    assert answer.sync is not None
+    assert answer.sync.spi == b"other SA"
+    assert not verify_response(answer, asked, SUITE.prf, SK_D)
+
+
+def test_an_answer_that_resumes_without_an_spir_is_malformed() -> None:
+    with pytest.raises(MalformedMessage):
+        parse_response(response(request(), spi_r=bytes(8)), request())
 
 
 def test_an_answer_to_another_request_proves_nothing() -> None:

@@ -251,7 +251,7 @@ def test_a_list_that_was_on_its_way_while_an_sa_moved_does_not_take_it_back() ->
     feed(known, VECTORS[0], "gateway")
     [sa] = known.established()
     was, there, further = info(sa), Endpoint("198.51.100.7", 4500), Endpoint("198.51.100.8", 4500)
-    children = tuple(ChildInfo("net", "INSTALLED", spi) for spi in sa.children)
+    children = tuple(ChildInfo("net", "INSTALLED", child.spi_in) for child in sa.children)
     clock.now = 10.0
     known.event(Event("ike-update", info(sa, remote=there)))
     recorder.news.clear()

@@ -14,8 +14,9 @@ from bank_support import GATEWAY, RedisServer, keyring, stub_of
 from bridge.bank.redis import RedisBank
 from bridge.charon.extract import Tracker
 from bridge.charon.sa import Sa
-from bridge.handout import HELD_SECONDS, Handout, Policy
+from bridge.handout import ANSWER_SECONDS, ANSWERS_A_SECOND, HELD_SECONDS, Handout, Policy
 from bridge.ike.exchange import SyncRequest, build_request, parse_request
+from bridge.ike.stubexchange import StubSa, build_get, parse_stub_message, verify
 from bridge.lookup import Lookup, Missing, Spent
 from bridge.metrics import GatewayMetrics
 from bridge.publish import sa_of
@@ -98,6 +99,81 @@ def test_a_message_about_an_sa_that_nobody_has_is_dropped_unread() -> None:
     assert made.received(packet) is None
     assert packet.decided == ["drop"]
     assert made._metrics.values()["malformed_requests_total"] == 0
+
+
+# GET Stub
+
+
+class Wire:
+    """What a gateway sends, and the time."""
+
+    now = 100.0
+
+    def __init__(self, policy: Policy = "fallback") -> None:
+        self.stub = stub_of()
+        self.answers: list[tuple[Any, ...]] = []
+        tracker = Tracker(Nobody(), wall=time.time, clock=time.monotonic)
+        self.sa = sa_of(self.stub)
+        tracker.adopt(self.sa)
+        self._handout = Handout(policy, RING, tracker, self, GATEWAY, GatewayMetrics(), clock=lambda: self.now)
+
+    def send(self, *datagram: Any) -> None:
+        self.answers.append(datagram)
+
+    def get(self, *, src: str | None = None, sk_d: bytes | None = None, nonce: bytes = b"n" * 32) -> bytes:
+        """A GET Stub arrives, by default from the address that the SA's peer has."""
+        stub, index = self.stub, (self.stub.index.gateway, self.stub.index.spi)
+        client = StubSa(stub.spi_i, stub.spi_r, True, index, stub.suite.prf, sk_d or stub.sk_d)
+        packet = Held(build_get(client, nonce))
+        packet.src = src or stub.remote.address
+        assert self._handout.received(packet) is None
+        assert packet.decided == ["drop"]
+        return packet.ike
+
+
+def test_get_stub_is_answered_to_where_it_came_from_with_a_stub_that_opens() -> None:
+    wire = Wire()
+    asked = wire.get()
+    [(src, sport, dst, dport, octets, marker)] = wire.answers
+    assert (src, sport, dst, dport, marker) == (GATEWAY, 4500, wire.stub.remote.address, 4500, True)
+    answer = parse_stub_message(octets)
+    assert verify(answer, wire.stub.suite.prf, wire.stub.sk_d, before=parse_stub_message(asked))
+    assert answer.sealed_stub is not None
+    assert handout().open(answer.sealed_stub, wire.stub.index) is not None
+    assert answer.lifetime
+
+
+def test_get_stub_without_a_proof_or_from_elsewhere_is_not_answered() -> None:
+    wire = Wire()
+    wire.get(sk_d=b"?" * 32)
+    wire.get(src="203.0.113.1")
+    assert wire.answers == []
+    # nor has it cost the client its turn
+    wire.get()
+    assert len(wire.answers) == 1
+
+
+def test_get_stub_is_answered_once_in_a_while() -> None:
+    wire = Wire()
+    for passed in (0.0, 0.0, ANSWER_SECONDS / 2, ANSWER_SECONDS * 0.6):
+        wire.now += passed
+        wire.get()
+    assert len(wire.answers) == 2
+
+
+def test_past_the_rate_of_all_clients_together_get_stub_is_not_answered() -> None:
+    wire = Wire()
+    for _ in range(ANSWERS_A_SECOND + 10):
+        # as if each were of another SA
+        wire.sa.handed = 0.0
+        wire.get()
+    assert len(wire.answers) == ANSWERS_A_SECOND
+
+
+def test_where_clients_get_none_get_stub_is_not_answered() -> None:
+    wire = Wire("off")
+    wire.get()
+    assert wire.answers == []
 
 
 # sealing

@@ -47,6 +47,22 @@ def test_a_proven_request_is_answered_with_a_proof(topology: Topology) -> None:
     assert answer.spi_r != stub.spi_r
 
 
+def test_two_answers_share_neither_spi_nor_nonce(topology: Topology) -> None:
+    connect(topology)
+    stub = the_stub(topology)
+    answers = []
+    for spi_i in (b"\x11" * 8, b"\x12" * 8):
+        message = request(stub, spi_i=spi_i)
+        [octets] = send(topology, message)
+        answers.append(parse_response(octets, message))
+    first, second = answers
+    assert isinstance(first, SyncResponse)
+    assert isinstance(second, SyncResponse)
+    assert first.spi_r != second.spi_r
+    assert first.nonce != second.nonce
+    assert bytes(8) not in (first.spi_r, second.spi_r)
+
+
 def test_a_wrong_proof_rebuilds_nothing(topology: Topology) -> None:
     connect(topology)
     before = counter(topology, "gw2", "refusals_total[proof-wrong]")

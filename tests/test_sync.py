@@ -82,6 +82,9 @@ def test_reserved_octets_are_not_looked_at_and_unknown_attributes_skipped() -> N
     assert sync.first(Attribute.PROOF) == b"p"
 
 
+ONCE = [bytes.fromhex(text) for text in ("0003000100", "0004000400000e10", "0005000500c0000202", "00060004a0000001")]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -96,6 +99,8 @@ def test_reserved_octets_are_not_looked_at_and_unknown_attributes_skipped() -> N
         bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("0004000300000a"),
         bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("00020004c0010203"),
         bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("0002000800000001c0010203"),
+        bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("00060005a000000100"),
+        *(bytes.fromhex("00040000") + SPI + bytes(4) + attribute * 2 for attribute in ONCE),
     ],
     ids=[
         "empty",
@@ -109,6 +114,11 @@ def test_reserved_octets_are_not_looked_at_and_unknown_attributes_skipped() -> N
         "LIFETIME of 3 octets",
         "CHILD of 4 octets",
         "CHILD of 8 octets",
+        "OLD_CHILDREN of 5 octets",
+        "SEALED_STUB twice",
+        "LIFETIME twice",
+        "MOVE twice",
+        "OLD_CHILDREN twice",
     ],
 )
 def test_what_breaks_the_layout_is_malformed(body: bytes) -> None:
