@@ -24,6 +24,7 @@ from bridge.lab import Lab, Topology, standard
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from failover_support import Outcome, connect, resume
+from probe_support import configured
 from vectors.record import logged
 from wire_support import (
     Capture,
@@ -52,16 +53,31 @@ class Resumption:
     outcome: Outcome
     old: dict[str, Any]
     """the client's old IKE_SA, as VICI gives it"""
+    again: Outcome
+    """the same session resumed once more, at a gateway that asks for cookies"""
     sk_d_old: bytes
     sk_d: bytes
     client: str
     gateway: str
 
+    def _init(self, outcome: Outcome) -> list[Packet]:
+        """The IKE_SA_INIT messages of the attempt that an SA came from."""
+        spi_i = bytes.fromhex(outcome["spi_i"])
+        return [one for one in self.seen if one.exchange == ExchangeType.IKE_SA_INIT and one.octets[:8] == spi_i]
+
     @property
     def exchange(self) -> tuple[Packet, Packet]:
         """The last request of the client and the answer to it."""
-        first, second = [packet for packet in self.seen if packet.resumes and packet.marker][-2:]
+        first, second = self._init(self.outcome)[-2:]
         return first, second
+
+    @property
+    def with_cookie(self) -> tuple[Packet, Packet, Packet, Packet]:
+        """A request, the cookie, the request with it, and the answer."""
+        init = self._init(self.again)
+        cookies = [packet for packet in init if packet.is_answer and not packet.resumes]
+        request, answer = init[-2:]
+        return init[0], cookies[-1], request, answer
 
     @property
     def on_port_500(self) -> tuple[Packet, Packet]:
@@ -93,8 +109,13 @@ def resumption(request: pytest.FixtureRequest) -> Iterator[Resumption]:
             sk_d = bytes.fromhex(logged(topology.client.charon.text(), "Sk_d secret")[-1])
             ask_on_port_500(topology, form.format(2), bytes.fromhex(outcome["spi_r"]), sk_d)
             wait_until(lambda: capture.file.read_bytes().count(BY_HAND) == 2, "the exchange on port 500")
+            with configured(topology.gateways["gw2"], "sync", cookie_threshold=0):
+                again = resume(topology, "--to", form.format(2))
+                topology.client.swanctl("--rekey", "--child", "net")
+                newer = bytes.fromhex(again["spi_i"] + again["spi_r"])
+                wait_until(lambda: capture.file.read_bytes().count(newer) >= 4, "the packets with a cookie")
         seen = packets(capture.file)
-        yield Resumption(capture.file, seen, outcome, old, sk_d_old, sk_d, form.format(10), form.format(2))
+        yield Resumption(capture.file, seen, outcome, old, again, sk_d_old, sk_d, form.format(10), form.format(2))
 
 
 BY_HAND = b"by hand!"
@@ -135,7 +156,8 @@ def _reach_by(topology: Topology, form: str) -> None:
 def test_a_session_is_resumed_in_one_round_trip(resumption: Resumption) -> None:
     assert resumption.outcome["result"] == "resumed"
     request, answer = resumption.exchange
-    init = [packet for packet in resumption.seen if packet.exchange == ExchangeType.IKE_SA_INIT and packet.marker]
+    before = resumption.seen[: resumption.seen.index(answer) + 1]
+    init = [packet for packet in before if packet.exchange == ExchangeType.IKE_SA_INIT]
     assert {packet.octets for packet in init} == {request.octets, answer.octets}
     assert not request.is_answer
     assert answer.is_answer
@@ -160,7 +182,7 @@ def test_the_answer_takes_the_requests_way_back(resumption: Resumption) -> None:
 
 
 def test_codec_and_tshark_read_every_field_of_the_exchange_the_same(resumption: Resumption) -> None:
-    for packet in (*resumption.exchange, *resumption.on_port_500):
+    for packet in (*resumption.exchange, *resumption.on_port_500, *resumption.with_cookie):
         assert as_tshark_reads(packet.layers) == as_codec_reads(packet.octets)
         assert not values(packet.layers, "_ws.malformed")
         assert not values(packet.layers, "_ws.expert")
@@ -193,6 +215,30 @@ def test_the_index_is_the_old_gateways_address_and_spi(resumption: Resumption) -
         assert from_gateway is packet.is_answer
         assert gateway == resumption.old["remote-host"]
         assert spi.hex() == resumption.old["responder-spi"]
+
+
+def test_the_child_sas_are_named_by_what_the_old_gateway_received_on(resumption: Resumption) -> None:
+    request, _ = resumption.exchange
+    [child] = resumption.old["child-sas"].values()
+    assert values(request.layers, "ike_sa_sync.old_child.spi") == ["0x" + child["spi-out"]]
+    assert values(request.layers, "ike_sa_sync.child.number") == ["0"]
+
+
+def test_a_gateway_that_asks_for_a_cookie_gets_the_same_request_with_it_in_front(resumption: Resumption) -> None:
+    assert resumption.again["result"] == "resumed"
+    bare, asked, full, answer = resumption.with_cookie
+    (header, cookie), (_, without), (_, [first, *rest]) = (as_tshark_reads(one.layers) for one in (asked, bare, full))
+    assert header[:2] == (bare.octets[:8], bytes(8))
+    [(kind, critical, length, (notification, value))] = cookie
+    assert (kind, critical, length, notification) == (PayloadType.NOTIFY, False, 25, NotifyType.COOKIE)
+    assert len(value) == 17
+    assert first == cookie[0]
+    # all but PROOF as it was
+    assert rest[:-1] == without[:-1]
+    (*_, with_cookie), (*_, plain) = rest[-1][3], without[-1][3]
+    assert with_cookie[:-1] == plain[:-1]
+    assert with_cookie[-1] != plain[-1]
+    assert answer.octets[8:16].hex() == resumption.again["spi_r"]
 
 
 def test_the_proposal_is_what_charon_calls_that_of_the_old_sa(resumption: Resumption) -> None:

@@ -104,6 +104,7 @@ def test_a_request_reads_the_same_in_tshark(tmp_path: Path) -> None:
 
 SA = StubSa(SPI_I, SPI_R, False, ("192.0.2.1", SPI_R), SUITE.prf, SK_D)
 GET, MOVE = build_get(SA, NI), build_move(SA, "2001:db8::2", 1 << 31 | 7)
+OLD_SPIS = [0xC0000001, 0xC0ABCDEF]
 CHILDREN = [(0, 0xA0000001), (1, 0xFFFFFFFF)]
 
 
@@ -117,6 +118,8 @@ MESSAGES = {
     "a request": ask(),
     "a plain draft request": ask(sk_d_old=None),
     "a request with children": ask(children=CHILDREN),
+    "a request with children by their old SPIs": ask(children=CHILDREN, old_children=OLD_SPIS),
+    "a request with one old SPI": ask(children=CHILDREN[:1], old_children=OLD_SPIS[:1]),
     "a request with a stub and a cookie": ask(sealed_stub=bytes(range(200)), cookie=b"c" * 64),
     "a request with an IPv6 index": ask(sync_index=("2001:db8::1", OLD)),
     "a request of an AEAD": ask(AEAD),
@@ -164,6 +167,26 @@ def test_the_dissector_shows_index_and_proof_of_a_request(tmp_path: Path) -> Non
     assert values(sync, "ike_sa_sync.child.number") == ["0", "1"]
     assert values(sync, "ike_sa_sync.child.spi") == ["0xa0000001", "0xa0000002"]
     assert [from_hex(text) for text in values(sync, "ike_sa_sync.proof")] == [message[-32:]]
+
+
+def test_the_dissector_shows_what_the_old_gateway_received_on(tmp_path: Path) -> None:
+    [layers] = decoded(tmp_path, packet(MESSAGES["a request with children by their old SPIs"]))
+    sync = layers["ike_sa_sync"]
+    assert values(sync, "ike_sa_sync.old_child.spi") == ["0xc0000001", "0xc0abcdef"]
+    assert values(sync, "ike_sa_sync.attribute") == ["2", "2", "6", "1"]
+
+
+def test_old_spis_that_are_cut_are_shown_as_octets(tmp_path: Path) -> None:
+    message = MESSAGES["a request with one old SPI"]
+    one = bytes.fromhex("00060004c0000001")
+    cut = message.replace(one, bytes.fromhex("00060003c00000") + bytes.fromhex("03e70000"))
+    # three octets more, in an attribute of an unknown type without a value
+    cut = cut[:24] + len(cut).to_bytes(4) + cut[28:]
+    at = cut.index(bytes((0, 4, 0, 0)) + OLD) - 2
+    cut = cut[:at] + (int.from_bytes(cut[at : at + 2]) + 3).to_bytes(2) + cut[at + 2 :]
+    [layers] = decoded(tmp_path, packet(cut))
+    assert values(layers, "ike_sa_sync.old_child.spi") == []
+    assert values(layers, "ike_sa_sync.attribute.value") == ["c0:00:00"]
 
 
 def test_the_dissector_shows_lifetime_and_proof_of_an_answer(tmp_path: Path) -> None:

@@ -240,6 +240,8 @@ def _sync_as_tshark_reads(sync: Layers) -> Any:
 def _attribute_as_tshark_reads(tree: Layers) -> bytes:
     if "ike_sa_sync.child.number" in tree:
         return int(tree["ike_sa_sync.child.number"]).to_bytes(2) + int(tree["ike_sa_sync.child.spi"], 16).to_bytes(4)
+    if "ike_sa_sync.old_child.spi" in tree:
+        return b"".join(int(spi, 16).to_bytes(4) for spi in values(tree, "ike_sa_sync.old_child.spi"))
     if "ike_sa_sync.lifetime" in tree:
         return int(tree["ike_sa_sync.lifetime"]).to_bytes(4)
     if "ike_sa_sync.move.status" in tree:

@@ -35,6 +35,7 @@ local fields = {
   lifetime = ProtoField.uint32("ike_sa_sync.lifetime", "LIFETIME (s)"),
   move_status = ProtoField.uint8("ike_sa_sync.move.status", "Status", base.DEC, statuses),
   move_target = ProtoField.ipv4("ike_sa_sync.move.target", "Target gateway"),
+  old_child = ProtoField.uint32("ike_sa_sync.old_child.spi", "ESP SPI that the old gateway received on", base.HEX),
   move_target6 = ProtoField.ipv6("ike_sa_sync.move.target6", "Target gateway"),
   value = ProtoField.bytes("ike_sa_sync.attribute.value", "Value"),
 }
@@ -64,6 +65,11 @@ local function show_attribute(tree, kind, value)
   elseif kind == 5 and (value:len() == 5 or value:len() == 17) then
     tree:add(fields.move_status, value:range(0, 1))
     tree:add(value:len() == 5 and fields.move_target or fields.move_target6, value:range(1))
+  elseif kind == 6 and value:len() % 4 == 0 then
+    -- in the order of their child numbers, from 0
+    for offset = 0, value:len() - 4, 4 do
+      tree:add(fields.old_child, value:range(offset, 4))
+    end
   else
     tree:add(fields.value, value)
   end
