@@ -179,7 +179,7 @@ class Child(Struct, frozen=True, gc=False):
         return child_name(self.encr, self.encr_len, self.integ, self.esn)
 
 
-class Stub(Struct, frozen=True):
+class Stub(Struct, frozen=True, gc=False):
     """One IKE_SA, in the fields of draft-xu-ike-sa-sync-01 section 3.2 and those of docs/protocol.md."""
 
     index: Index

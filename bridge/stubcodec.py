@@ -2,11 +2,14 @@
 
 Redis holds one for every client, so it is made small: addresses are octets, what repeats another field is left out,
 times are differences.
+
+What many stubs have in common is worked out once: algorithms, addresses of gateways, the networks behind them.
 """
 
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from ipaddress import IPv6Address
 from socket import AF_INET, AF_INET6, inet_ntoa, inet_pton
 from typing import Annotated
@@ -25,7 +28,7 @@ _ChildSpis = Annotated[bytes, Meta(min_length=8, max_length=8)]
 _IdOctets = Annotated[bytes, Meta(min_length=1)]
 
 
-class _WireChild(Struct, array_like=True, forbid_unknown_fields=True):
+class _WireChild(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
     name: str
     initiator: bool
     mode: int
@@ -40,7 +43,7 @@ class _WireChild(Struct, array_like=True, forbid_unknown_fields=True):
     remote_ts: bytes
 
 
-class _WireStub(Struct, array_like=True, forbid_unknown_fields=True):
+class _WireStub(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
     index: bytes | None
     """SPI and address; none where they are the maker's own, as on a gateway"""
     spis: _Spis
@@ -69,6 +72,11 @@ class _WireStub(Struct, array_like=True, forbid_unknown_fields=True):
     """as the difference to `established` in milliseconds, which is small where revisions are a time"""
     ike_version: int
 
+
+SHARED = 256
+"""values kept of each kind that many stubs have in common"""
+
+_CHILD_SPIS = struct.Struct(">II")
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_WireStub)
@@ -135,21 +143,21 @@ def _to_wire(stub: Stub) -> _WireStub:
 
 def _from_wire(wire: _WireStub) -> Stub:
     spi_i, spi_r = wire.spis[:8], wire.spis[8:]
-    local, remote = _unpack_endpoint(wire.local), _unpack_endpoint(wire.remote)
+    local, remote = _shared_endpoint(wire.local), _unpack_endpoint(wire.remote)
     if wire.index is None:
         index = Index(local.address, spi_i if wire.initiator else spi_r)
     else:
         index = Index(_unpack_address(wire.index[8:]), wire.index[:8])
-    encr, encr_len, integ, prf, group, *additional = wire.suite
+    established = wire.established
     return Stub(
         index,
         spi_i,
         spi_r,
         wire.initiator,
-        Identity(wire.local_id[0], wire.local_id[1:]),
+        _shared_identity(wire.local_id),
         Identity(wire.remote_id[0], wire.remote_id[1:]),
         None if wire.eap_id is None else Identity(wire.eap_id[0], wire.eap_id[1:]),
-        Suite(encr=encr, encr_len=encr_len, integ=integ, prf=prf, group=group, additional=tuple(additional)),
+        _shared_suite(wire.suite),
         wire.sk_d,
         wire.shared_secret,
         local,
@@ -161,11 +169,11 @@ def _from_wire(wire: _WireStub) -> Stub:
         wire.extensions,
         (remote,) if wire.peer_addresses is None else tuple([_unpack_endpoint(peer) for peer in wire.peer_addresses]),
         tuple([_child_from_wire(child) for child in wire.children]),
-        wire.established,
-        0 if wire.rekey_after is None else wire.established + wire.rekey_after,
-        0 if wire.reauth_after is None else wire.established + wire.reauth_after,
-        wire.established + wire.expires_after,
-        wire.established * 1000 + wire.revision,
+        established,
+        0 if wire.rekey_after is None else established + wire.rekey_after,
+        0 if wire.reauth_after is None else established + wire.reauth_after,
+        established + wire.expires_after,
+        established * 1000 + wire.revision,
         wire.ike_version,
     )
 
@@ -181,14 +189,14 @@ def _child_to_wire(child: Child) -> _WireChild:
         child.integ,
         child.esn,
         child.groups,
-        struct.pack(">II", child.spi_in, child.spi_out),
-        b"".join([_pack_selector(selector) for selector in child.local_ts]),
-        b"".join([_pack_selector(selector) for selector in child.remote_ts]),
+        _CHILD_SPIS.pack(child.spi_in, child.spi_out),
+        _pack_selectors(child.local_ts),
+        _pack_selectors(child.remote_ts),
     )
 
 
 def _child_from_wire(wire: _WireChild) -> Child:
-    spi_in, spi_out = struct.unpack(">II", wire.spis)
+    spi_in, spi_out = _CHILD_SPIS.unpack(wire.spis)
     return Child(
         wire.name,
         wire.mode,
@@ -206,6 +214,17 @@ def _child_from_wire(wire: _WireChild) -> Child:
     )
 
 
+@lru_cache(maxsize=SHARED)
+def _shared_suite(numbers: tuple[int, ...]) -> Suite:
+    encr, encr_len, integ, prf, group, *additional = numbers
+    return Suite(encr, encr_len, integ, prf, group, tuple(additional))
+
+
+@lru_cache(maxsize=SHARED)
+def _shared_identity(octets: bytes) -> Identity:
+    return Identity(octets[0], octets[1:])
+
+
 def _pack_identity(identity: Identity) -> bytes:
     return bytes((identity.type,)) + identity.data
 
@@ -216,6 +235,9 @@ def _pack_endpoint(endpoint: Endpoint) -> bytes:
 
 def _unpack_endpoint(octets: bytes) -> Endpoint:
     return Endpoint(_unpack_address(octets[:-2]), int.from_bytes(octets[-2:], "big"))
+
+
+_shared_endpoint = lru_cache(maxsize=SHARED)(_unpack_endpoint)
 
 
 def _pack_address(address: str) -> bytes:
@@ -233,28 +255,37 @@ _ANY_PORT = (0, 0, 0xFFFF)
 _TYPE_IPV4, _TYPE_IPV6 = 7, 8
 
 
+def _pack_selectors(selectors: tuple[Selector, ...]) -> bytes:
+    return b"".join([_pack_selector(s) if s.dynamic else _pack_network(s) for s in selectors])
+
+
 def _pack_selector(selector: Selector) -> bytes:
-    first, last = _pack_address(selector.first), _pack_address(selector.last)
-    if not len(first) == len(last) == {_TYPE_IPV4: 4, _TYPE_IPV6: 16}.get(selector.type):
+    first = _pack_address(selector.first)
+    last = first if selector.last == selector.first else _pack_address(selector.last)
+    ipv6 = selector.type == _TYPE_IPV6
+    if not (ipv6 or selector.type == _TYPE_IPV4) or not len(first) == len(last) == (16 if ipv6 else 4):
         raise ValueError("a traffic selector has type 7 and IPv4 addresses or type 8 and IPv6 addresses")
     narrowing = (selector.protocol, selector.from_port, selector.to_port)
-    flags = (
-        (_IPV6 if selector.type == _TYPE_IPV6 else 0)
-        | (_DYNAMIC if selector.dynamic else 0)
-        | (_NARROW if narrowing != _ANY_PORT else 0)
-        | (_RANGE if first != last else 0)
-    )
-    return b"".join(
-        (
-            bytes((flags,)),
-            first,
-            last if flags & _RANGE else b"",
-            _NARROWING.pack(*narrowing) if flags & _NARROW else b"",
-        )
-    )
+    flags = (_IPV6 if ipv6 else 0) | (_DYNAMIC if selector.dynamic else 0)
+    octets = first
+    if first != last:
+        flags |= _RANGE
+        octets += last
+    if narrowing != _ANY_PORT:
+        flags |= _NARROW
+        octets += _NARROWING.pack(*narrowing)
+    return bytes((flags,)) + octets
+
+
+_pack_network = lru_cache(maxsize=SHARED)(_pack_selector)
 
 
 def _unpack_selectors(octets: bytes) -> tuple[Selector, ...]:
+    # a client's virtual IP is its own; networks recur
+    return _parse_selectors(octets) if octets and octets[0] & _DYNAMIC else _shared_selectors(octets)
+
+
+def _parse_selectors(octets: bytes) -> tuple[Selector, ...]:
     selectors = []
     offset = 0
     while offset < len(octets):
@@ -272,3 +303,6 @@ def _unpack_selectors(octets: bytes) -> tuple[Selector, ...]:
         kind = _TYPE_IPV6 if flags & _IPV6 else _TYPE_IPV4
         selectors.append(Selector(kind, *narrowing, bool(flags & _DYNAMIC), first, last))
     return tuple(selectors)
+
+
+_shared_selectors = lru_cache(maxsize=SHARED)(_parse_selectors)

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import redis
@@ -49,12 +50,15 @@ async def test_a_gateway_needs_no_more_than_the_shipped_rights(guarded: RedisSer
     assert await bank.get([stub.index]) == [stub]
     assert await bank.look([stub.index]) == [(stub, False)]
     assert await bank.revisions([stub.index]) == [1]
+    stub = msgspec.structs.replace(stub, revision=2, remote_vips=())
+    assert await bank.store([stub]) == [True]
+    assert await bank.get([stub.index]) == [stub]
     assert len(await downloaded(bank)) == 2
     assert len(await listed(bank)) == 2
     await bank.heartbeat(GATEWAY, 10)
     assert (await bank.gateways())[GATEWAY].alive
     await bank.post("stats", GATEWAY, "{}", 10)
-    assert await bank.delete([(stub.index, 1)]) == [True]
+    assert await bank.delete([(stub.index, 2)]) == [True]
     assert await bank.ended([stub.index]) == [True]
     assert [index async for page in bank.endings() for index in page] == [stub.index]
     ring.replace(Keyring(new | old))

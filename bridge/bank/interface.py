@@ -68,7 +68,7 @@ class StubBank(Protocol):
         """Initiate and Update Stub, bundled. False where the bank holds a newer revision, which stays.
 
         May be repeated. Where it raises, some of the stubs may be stored. Raises StubError for one that cannot be
-        encoded, before any is stored.
+        encoded.
         """
         ...
 

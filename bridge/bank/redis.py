@@ -31,6 +31,8 @@ BUCKETS: Final = 256
 """buckets of a gateway, one for each first octet of an SPI"""
 BUNDLE: Final = 512
 """commands in one pipeline at most"""
+PORTION: Final = 256
+"""stubs, about, that go to Redis while the next as many are made ready"""
 BUCKETS_AT_A_TIME: Final = 16
 """buckets that one round trip reads: Redis is busy for some milliseconds where each holds 512 stubs"""
 HEX_KEY: Final = re.compile("[0-9a-f]{8}")
@@ -45,6 +47,8 @@ GATEWAYS: Final = "ike:gateways"
 """sorted set: the addresses of gateways, by the time of their last heartbeat"""
 FORGET_GATEWAY: Final = 7 * 86_400
 """seconds after which a gateway that was never heard of again is no longer named"""
+
+_fields_encoder = msgspec.msgpack.Encoder()
 
 
 class RedisBank:
@@ -75,11 +79,11 @@ class RedisBank:
 
     async def store(self, stubs: Sequence[Stub]) -> list[bool]:
         """See StubBank. Stubs of one bucket are stored atomically, together."""
-        sealed = [self._keyring.seal(encode(stub), stub.index.key.encode()) for stub in stubs]
 
-        def arguments(positions: Sequence[int]) -> Iterable[Any]:
-            readable = [readable_fields(stubs[position]) for position in positions]
-            return (msgspec.msgpack.encode(readable), *(sealed[position] for position in positions))
+        def arguments(positions: Sequence[int], places: Sequence[bytes]) -> Iterable[Any]:
+            mine = [stubs[position] for position in positions]
+            sealed = [self._keyring.seal(encode(stub), place) for stub, place in zip(mine, places, strict=True)]
+            return (_fields_encoder.encode([readable_fields(stub) for stub in mine]), *sealed)
 
         return await self._by_bucket(self._store, [stub.index for stub in stubs], arguments)
 
@@ -115,7 +119,7 @@ class RedisBank:
     async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]:
         """See StubBank. After a lost connection a repeated delete gives False for what the first one deleted."""
 
-        def revisions(positions: Sequence[int]) -> Iterable[Any]:
+        def revisions(positions: Sequence[int], _: Sequence[bytes]) -> Iterable[Any]:
             return [items[position][1] for position in positions]
 
         return await self._by_bucket(self._delete, [index for index, _ in items], revisions)
@@ -174,7 +178,7 @@ class RedisBank:
                 pairs = list(zip(old.values(), new, strict=True))
 
                 def arguments(
-                    positions: Sequence[int], pairs: Sequence[tuple[bytes, bytes]] = pairs
+                    positions: Sequence[int], _: Sequence[bytes], pairs: Sequence[tuple[bytes, bytes]] = pairs
                 ) -> Iterable[bytes]:
                     return [octets for position in positions for octets in pairs[position]]
 
@@ -241,24 +245,51 @@ class RedisBank:
     # Redis
 
     async def _by_bucket(
-        self, script: Script, indexes: Sequence[Index], arguments: Callable[[Sequence[int]], Iterable[Any]]
+        self,
+        script: Script,
+        indexes: Sequence[Index],
+        arguments: Callable[[Sequence[int], Sequence[bytes]], Iterable[Any]],
     ) -> list[bool]:
         """Run a script on each bucket of `indexes`; gives what it says of each index.
 
-        `arguments` gives those for the stubs at some positions, which are of one bucket.
+        `arguments` gives those for the stubs at some positions, which are of one bucket, with their keys. Redis works
+        on a portion while the next one is made ready.
         """
-        buckets: dict[str, list[int]] = {}
+        buckets: dict[bytes, list[int]] = {}
         for position, index in enumerate(indexes):
-            buckets.setdefault(index.bucket, []).append(position)
-        calls = [
-            script.call([bucket, *(indexes[position].key for position in positions)], arguments(positions))
-            for bucket, positions in buckets.items()
-        ]
+            buckets.setdefault(index.bucket.encode(), []).append(position)
         outcome = [False] * len(indexes)
-        replies = await self._redis.pipeline(calls)
-        for positions, reply in zip(buckets.values(), replies, strict=True):
-            for position, done in zip(positions, reply, strict=True):
-                outcome[position] = bool(done)
+        ahead: asyncio.Task[None] | None = None
+
+        async def run(calls: list[tuple[Any, ...]], called: list[list[int]]) -> None:
+            for positions, reply in zip(called, await self._redis.pipeline(calls, writing=True), strict=True):
+                for position, done in zip(positions, reply, strict=True):
+                    outcome[position] = bool(done)
+
+        try:
+            calls: list[tuple[Any, ...]] = []
+            called: list[list[int]] = []
+            size = 0
+            for bucket, positions in buckets.items():
+                places = [indexes[position].key.encode() for position in positions]
+                calls.append(script.call([bucket, *places], arguments(positions, places)))
+                called.append(positions)
+                size += len(positions)
+                if size >= PORTION:
+                    if ahead is not None:
+                        await ahead
+                    ahead = asyncio.create_task(run(calls, called))
+                    # once for the task to begin, once for what it wrote to leave
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+                    calls, called, size = [], [], 0
+            if ahead is not None:
+                await ahead
+            if calls:
+                await run(calls, called)
+        finally:
+            if ahead is not None:
+                await end(ahead)
         return outcome
 
     async def _walk(

@@ -23,8 +23,8 @@ LIMIT: Final = 200_000
 """changes kept while the bank is away"""
 DELAY: Final = 0.005
 """seconds that a change waits for others to travel with"""
-BUNDLE: Final = 512
-"""changes written at once, at most"""
+BUNDLE: Final = 4096
+"""changes written at once, at most: enough that each bucket has several"""
 BACK_OFF_MIN: Final = 0.05
 BACK_OFF_MAX: Final = 0.5
 """seconds between two attempts to write: what waits is on its way within this time of the bank's return"""
