@@ -34,6 +34,7 @@ from bridge.metrics import GatewayMetrics
 from bridge.net.datagram import EXCHANGE_OFFSET
 from bridge.net.interface import Packet, Sender
 from bridge.rates import Rate
+from bridge.stub import Endpoint
 from bridge.unconfirmed import State, Unconfirmed
 
 log = structlog.get_logger()
@@ -183,7 +184,7 @@ class Gateway:
         # what a first look takes for a request with IKE_SA_SYNC is one, or malformed
         assert request is not None
         digest = hashlib.sha256(packet.ike).digest()
-        if not self._answered_before(packet, digest):
+        if not self._answered_before(packet, request, digest):
             self._waiting.append((packet, request, digest))
 
     def _malformed(self, packet: Packet, error: MalformedMessage) -> None:
@@ -191,15 +192,18 @@ class Gateway:
         log.debug("request-malformed", peer=packet.src, reason=str(error))
         packet.accept()
 
-    def _answered_before(self, packet: Packet, digest: bytes) -> bool:
+    def _answered_before(self, packet: Packet, request: SyncRequest, digest: bytes) -> bool:
         """Rule 3: one answer to one request. Same octets get the same answer, wherever they come from; while it is
-        still in the making, none."""
+        still in the making, none. A gateway under load drops what a client that has resumed sent before it had: charon
+        would take it for a handshake."""
         rebuilt = self.unconfirmed.of_request(digest)
         if rebuilt is None:
-            return False
+            peer = Endpoint(packet.src, packet.sport)
+            if not self.demanding or not self.unconfirmed.is_over(request.spi_i, peer):
+                return False
         packet.drop()
         self._metrics.retransmissions.inc()
-        if rebuilt.state is State.UNCONFIRMED:
+        if rebuilt is not None and rebuilt.state is State.UNCONFIRMED:
             self._answer(packet, rebuilt.response)
         return True
 
@@ -238,7 +242,7 @@ class Gateway:
         stubs = await self._lookup.find([request for _, request, _ in batch])
         for (packet, request, digest), stub in zip(batch, stubs, strict=True):
             # what the interceptor let go when it ended is charon's to answer
-            if not packet.held or self._answered_before(packet, digest):
+            if not packet.held or self._answered_before(packet, request, digest):
                 continue
             made = Refusal(stub) if isinstance(stub, Missing) else self._decision.of(packet, request, digest, stub)
             if isinstance(made, Refusal):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from enum import StrEnum
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import structlog
 
@@ -24,10 +24,12 @@ from bridge.stub import Index, Stub
 
 log = structlog.get_logger()
 
+Key = TypeVar("Key", bound=Hashable)
+
 SPENT_SECONDS: Final = 60.0
 """how long an index that was resumed from here is refused, whatever the bank still says"""
-SPENT_MAX: Final = 200_000
-"""indexes remembered; of more, the oldest are forgotten"""
+RECENT_MAX: Final = 200_000
+"""of what is remembered; of more, the oldest are forgotten"""
 
 
 class Missing(StrEnum):
@@ -37,23 +39,27 @@ class Missing(StrEnum):
     BANK_UNAVAILABLE = "bank-unavailable"
 
 
-class Spent:
-    """Indexes whose session ended here or went on from here; each for `seconds`."""
+class Recent(Generic[Key]):
+    """What happened here lately; each is remembered for `seconds`."""
 
     def __init__(self, seconds: float, *, clock: Callable[[], float]) -> None:
         self._seconds = seconds
         self._clock = clock
-        self._until: OrderedDict[Index, float] = OrderedDict()
+        self._until: OrderedDict[Key, float] = OrderedDict()
 
-    def add(self, index: Index) -> None:
+    def add(self, key: Key) -> None:
         """From now on."""
-        self._until[index] = self._clock() + self._seconds
-        self._until.move_to_end(index)
-        while len(self._until) > SPENT_MAX or next(iter(self._until.values())) < self._clock():
+        self._until[key] = self._clock() + self._seconds
+        self._until.move_to_end(key)
+        while len(self._until) > RECENT_MAX or next(iter(self._until.values())) < self._clock():
             self._until.popitem(last=False)
 
-    def __contains__(self, index: Index) -> bool:
-        return self._until.get(index, 0.0) >= self._clock()
+    def __contains__(self, key: Key) -> bool:
+        return self._until.get(key, 0.0) >= self._clock()
+
+
+Spent = Recent[Index]
+"""Indexes whose session ended here or went on from here."""
 
 
 class Lookup:

@@ -26,12 +26,14 @@ from bridge.charon.ha import IkeId
 from bridge.charon.install import Install
 from bridge.charon.sa import Sa
 from bridge.handout import Handout
-from bridge.lookup import Spent
+from bridge.lookup import Recent, Spent
 from bridge.metrics import GatewayMetrics
-from bridge.stub import Index, Stub
+from bridge.stub import Endpoint, Index, Stub
 
 log = structlog.get_logger()
 
+LATE_SECONDS = 30.0
+"""how long after its SA was confirmed a request may still lie in a queue, or be repeated by a client that was slow"""
 ANY_REVISION = 2**53
 """more than any revision, which is milliseconds of Unix time"""
 
@@ -83,6 +85,7 @@ class Unconfirmed:
         self._by_digest: dict[bytes, Rebuilt] = {}
         self._by_spis: OrderedDict[bytes, Rebuilt] = OrderedDict()
         self._by_index: dict[Index, list[Rebuilt]] = {}
+        self._confirmed: Recent[tuple[bytes, Endpoint]] = Recent(LATE_SECONDS, clock=clock)
         self._drops: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -101,6 +104,10 @@ class Unconfirmed:
     def of_request(self, digest: bytes) -> Rebuilt | None:
         """What a request with this digest made."""
         return self._by_digest.get(digest)
+
+    def is_over(self, spi_i: bytes, peer: Endpoint) -> bool:
+        """Whether a request with this SPIi, from where the confirmed SA's client is, comes too late: it has its SA."""
+        return (spi_i, peer) in self._confirmed
 
     def attempts(self, index: Index) -> int:
         """How many wait that were made from one stub."""
@@ -130,6 +137,7 @@ class Unconfirmed:
         for other in others:
             self.forget(other)
         self._spent.add(index)
+        self._confirmed.add((sa.id.spi_i, made.install.remote))
         # whatever the old gateway may have written since: the session is here now
         self._writer.submit_delete(index, ANY_REVISION)
         void = [other.sa.id for other in others]

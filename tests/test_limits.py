@@ -10,8 +10,9 @@ from bridge.ike.exchange import CookieChallenge, OrdinaryResponse, SyncResponse,
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
-from failover_support import connect, counter, fresh, resume, status
+from failover_support import connect, counter, fresh, resume, spis, status, the_sa
 from probe_support import configured, rebuilt, refused, request, send, the_stub
+from wire_support import Capture, packets
 
 pytestmark = pytest.mark.lab
 
@@ -87,6 +88,33 @@ def test_a_client_answers_to_the_question_and_resumes(topology: Topology) -> Non
         assert resume(topology)["result"] == "resumed"
         assert counter(topology, "gw2", "cookies_total[unconfirmed]") == 1
         assert topology.client.ping(SITE) == 3
+
+
+AGAIN = """
+import sys
+from bridge.net.rawudp import RawUdp
+RawUdp().send(sys.argv[1], 4500, sys.argv[2], 4500, bytes.fromhex(sys.stdin.read()), True)
+"""
+
+
+def test_what_a_client_sent_before_it_had_resumed_is_no_handshake_for_a_gateway_under_load(topology: Topology) -> None:
+    connect(topology)
+    with configured(topology.gateways["gw2"], "sync", cookie_threshold=0), Capture(topology.client) as capture:
+        outcome = resume(topology, "--to", topology.gw2.address)
+        assert outcome["result"] == "resumed"
+        capture.wait_for(bytes.fromhex(outcome["spi_i"] + outcome["spi_r"]), "the captured packets")
+        requests = [packet for packet in packets(capture.file) if packet.resumes and not packet.is_answer]
+        last = requests[-1]
+        assert (last.src, last.sport) == (topology.client.address, 4500)
+        wait_until(lambda: counter(topology, "gw2", "resumptions_total") == 1, "the confirmed SA")
+        handshakes = topology.gw2.charon.text().count("is initiating an IKE_SA")
+        addresses = (topology.client.address, topology.gw2.address)
+        topology.client.run(sys.executable, "-c", AGAIN, *addresses, stdin=last.octets.hex())
+        wait_until(lambda: counter(topology, "gw2", "retransmissions_total") == 1, "the late request")
+        assert counter(topology, "gw2", "refusals_total[no-stub]") == 0
+        assert topology.gw2.charon.text().count("is initiating an IKE_SA") == handshakes
+        assert spis(the_sa(topology.gw2)) == (outcome["spi_i"], outcome["spi_r"])
+    assert topology.client.ping(SITE) == 3
 
 
 def test_ordinary_handshakes_are_never_asked_for_a_cookie_by_the_sidecar(topology: Topology) -> None:
