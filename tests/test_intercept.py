@@ -270,6 +270,15 @@ class TestPackets:
             charon.close()
         assert interceptor.stats().seen == 0
 
+    async def test_a_request_in_ip_fragments_is_shown_whole(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        long = ike(size=3000)
+        client.sendto(long, charon.getsockname())
+        assert await received(charon) == long
+        assert [packet.ike for packet in seen.packets] == [long]
+
     async def test_a_request_too_long_for_the_queue_reaches_charon(
         self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
     ) -> None:

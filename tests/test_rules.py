@@ -118,6 +118,23 @@ class TestMatch:
 
 
 @pytest.mark.lab
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nftables_see_a_request_in_ip_fragments_whole(host: Wire, family: str) -> None:
+    """iptables: test_intercept, by way of the queue."""
+    counting = Counting(host, "nftables")
+    counting.set_up()
+    with inside(host.host.namespace):
+        subprocess.run(["nft", "-f", "-"], input=rules.NFTABLES_WHOLE, text=True, check=True)
+    host.host.run("nft", "add", "rule", "inet", rules.NAME, "input", "meta", "length", ">", "3000", "counter")
+    charon, client = host.host.udp(family, 500), host.peer.udp(family, 0)
+    client.sendto(ike(size=3000), charon.getsockname())
+    assert len(charon.recv(65535)) == 3000
+    # our rule, and the one for its length
+    assert counting.matched() == 2
+    charon.close()
+
+
+@pytest.mark.lab
 class TestInstall:
     def test_rules_are_present_once_installed(self, host: Wire) -> None:
         with inside(host.host.namespace):

@@ -4,6 +4,10 @@ A request matches when it goes to port 500, or to 4500 with the non-ESP marker, 
 GET Stub, and its response flag is clear. Nothing else ever enters the queue, above all no ESP. The queue is bypassed
 while nobody reads it. The rules come after the operator's filter rules, so the firewall decides first:
 in a table of our own at a later priority, or, with iptables, in its table `security`.
+
+IPv4 puts fragments together before its input rules, IPv6 after them, so that a fragmented request would never be whole
+there. One more rule, which matches nothing, has the kernel do it first, as connection tracking does, but without
+that: only the match for sockets and TPROXY ask for it. Where the kernel has neither, such requests go to charon.
 """
 
 from __future__ import annotations
@@ -128,6 +132,20 @@ COMMIT
 """
 
 
+NFTABLES_WHOLE = f"""\
+table inet {NAME} {{
+    chain whole {{
+        type filter hook prerouting priority raw; policy accept;
+        meta nfproto ipv6 udp sport 0 udp dport 0 tproxy ip6 to :{PORT_IKE}
+    }}
+}}
+"""
+"""what `nft -f -` reads to have IPv6 fragments put together: packets of ports that nothing has, to a socket that would
+have to be transparent"""
+IP6TABLES_WHOLE = ("-p", "udp", "--sport", "0", "--dport", "0", "-m", "socket")
+"""the same as a rule of ip6tables, without a target"""
+
+
 def _first_that_works(queue: int, backend: Backend | Literal["auto"], prefix: Sequence[str]) -> Backend:
     """Apply the rules by the first backend that takes them, each command after `prefix`."""
     candidates: Sequence[Backend] = get_args(Backend) if backend == "auto" else (backend,)
@@ -150,6 +168,9 @@ def _by_nftables(queue: int, prefix: Sequence[str]) -> Iterator[str | None]:
         yield "nft is not installed"
         return
     done = _run([*prefix, "nft", "-f", "-"], nftables_rules(queue), check=False)
+    if done.returncode == 0 and not prefix:
+        # apart from the others: a kernel without nft_tproxy does without
+        _run(["nft", "-f", "-"], NFTABLES_WHOLE, check=False)
     yield None if done.returncode == 0 else f"nft: {_complaint(done)}"
 
 
@@ -171,6 +192,9 @@ def _by_iptables(queue: int, prefix: Sequence[str]) -> Iterator[str | None]:
                     remove()
                 break
         else:
+            if "ip6" in families and not prefix:
+                # a kernel without xt_socket does without
+                _run([f"ip6tables{kind}", "-w", _LOCK_WAIT, "-t", TABLE, "-A", NAME, *IP6TABLES_WHOLE], check=False)
             yield None
 
 
