@@ -107,14 +107,25 @@ class Asker:
     async def ask(self, sa: Sa, gateway: GatewayEntry) -> Answer:
         """Raises NoAnswerError or RefusedError."""
         assert sa.local is not None
+        answer = await self._ask_from(sa.local.port, sa, gateway)
+        if answer.local.port == IKE_PORT and (answer.nat_here or answer.nat_there):
+            # RFC 7296 section 2.23 wants the SA on port 4500, and only a request from there shows the gateway what the
+            # NAT makes of that port; what it rebuilt for this answer goes with the next one's confirmation
+            log.info("nat-found", gateway=gateway.address, **sa.id.logged)
+            answer = await self._ask_from(NATT_PORT, sa, gateway)
+        return answer
+
+    async def _ask_from(self, local_port: int, sa: Sa, gateway: GatewayEntry) -> Answer:
+        """One attempt, from this port of the client's."""
+        assert sa.local is not None
         spi_i, nonce = self._random(8), self._random(NONCE_OCTETS)
-        port = NATT_PORT if sa.local.port == NATT_PORT else IKE_PORT
+        port = NATT_PORT if local_port == NATT_PORT else IKE_PORT
         marker = port == NATT_PORT
         source = _source_address(gateway.address)
         if source is None or source in sa.local_vips:
             # a tunnel that covers its own gateways: the kernel would send into it
             source = sa.local.address
-        local = Endpoint(source, sa.local.port)
+        local = Endpoint(source, local_port)
         index = sa.index_there()
         offered = self._offer(sa, gateway, local)
         cookies: list[bytes] = []

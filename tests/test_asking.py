@@ -12,7 +12,7 @@ from bridge.charon.ha import IkeId
 from bridge.charon.sa import Sa
 from bridge.children import NOTHING
 from bridge.config import GatewayEntry, Resume
-from bridge.ike.exchange import build_response, parse_request, verify_request
+from bridge.ike.exchange import Addresses, build_response, parse_request, verify_request
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build, encode_notify, parse
 from bridge.ike.transforms import Suite
 from bridge.net.datagram import Datagram
@@ -29,10 +29,10 @@ Answers = Callable[[bytes, int], list[bytes]]
 """what a gateway answers to a request, and to which in order of arrival it is"""
 
 
-def true_answer(request: bytes, *, sk_d: bytes = SK_D, spi_r: bytes = b"R" * 8) -> bytes:
+def true_answer(request: bytes, *, sk_d: bytes = SK_D, spi_r: bytes = b"R" * 8, nat: Addresses | None = None) -> bytes:
     parsed = parse_request(request)
     assert parsed is not None
-    return build_response(parsed, spi_r=spi_r, nonce=b"r" * 32, prf=SUITE.prf, sk_d_old=sk_d, lifetime=3600)
+    return build_response(parsed, spi_r=spi_r, nonce=b"r" * 32, prf=SUITE.prf, sk_d_old=sk_d, lifetime=3600, nat=nat)
 
 
 def answer_with(request: bytes, *payloads: tuple[int, bytes]) -> bytes:
@@ -123,6 +123,37 @@ async def test_a_request_takes_the_ports_of_the_old_sa(port: int, to: int, marke
     gateway = Gateway(port=port)
     await gateway.asked_in_vain()
     assert set(gateway.ways) == {("127.0.0.1", port, GATEWAY, to, marker)}
+
+
+@pytest.mark.parametrize("behind", ["client", "gateway"])
+async def test_a_client_that_finds_a_nat_on_port_500_asks_again_from_4500(behind: str) -> None:
+    ends = ["127.0.0.1", GATEWAY]
+    ends[behind == "gateway"] = "203.0.113.7"
+
+    def answers(octets: bytes, n: int) -> list[bytes]:
+        port = (500, 4500)[n - 1]
+        return [true_answer(octets, nat=(ends[1], port, ends[0], port))]
+
+    gateway = Gateway(answers, PATIENT, port=500)
+    answer = await gateway.asked()
+    assert gateway.ways == [
+        ("127.0.0.1", 500, GATEWAY, 500, False),
+        ("127.0.0.1", 4500, GATEWAY, 4500, True),
+    ]
+    first, second = gateway.requests
+    assert first[:8] != second[:8] == answer.ike_id.spi_i
+    assert (answer.nat_here, answer.nat_there) == (behind == "client", behind == "gateway")
+    assert (answer.local, answer.remote) == (Endpoint("127.0.0.1", 4500), Endpoint(GATEWAY, 4500))
+
+
+async def test_without_a_nat_an_sa_stays_on_port_500() -> None:
+    def answers(octets: bytes, _: int) -> list[bytes]:
+        return [true_answer(octets, nat=(GATEWAY, 500, "127.0.0.1", 500))]
+
+    gateway = Gateway(answers, PATIENT, port=500)
+    answer = await gateway.asked()
+    assert len(gateway.requests) == 1
+    assert (answer.local, answer.remote) == (Endpoint("127.0.0.1", 500), Endpoint(GATEWAY, 500))
 
 
 async def test_a_cookie_goes_in_front_of_the_same_request() -> None:

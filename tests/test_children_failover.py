@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from bridge.lab.host import Host
 from bridge.lab.topology import SITE
 from failover_support import (
     Outcome,
+    agent_with,
     connect,
     established,
     fresh,
@@ -25,6 +27,7 @@ from failover_support import (
     stub_key,
     the_sa,
 )
+from probe_support import the_stub
 
 pytestmark = pytest.mark.lab
 
@@ -213,6 +216,54 @@ def test_either_side_can_ask_for_exchanges_of_their_own(topology: Topology) -> N
         assert at_client.count(CREATED) == 1
         assert topology.client.ping(SITE) == 3
         fresh(topology)
+
+
+def instances(host: Host) -> list[tuple[str, ...]]:
+    """Every CHILD_SA of a host's one IKE_SA: name, SPIs, selectors."""
+    found = [child for child in the_sa(host)["child-sas"].values() if child["state"] == "INSTALLED"]
+    return sorted(
+        (child["name"], child["spi-in"], child["spi-out"], *child["local-ts"], *child["remote-ts"]) for child in found
+    )
+
+
+@contextlib.contextmanager
+def two_of_one(topology: Topology) -> Iterator[None]:
+    """A session with two CHILD_SAs of the one configuration `net`, the second with selectors of its own."""
+    session(topology)
+    narrow = "connections { home { children { net { remote_ts = 10.10.0.1/32 } } } }"
+    topology.client.configure(narrow + "\n", "narrow.conf")
+    topology.client.charon.load()
+    try:
+        topology.client.charon.initiate("net", "home")
+        wait_until(lambda: len(the_stub(topology).children) == 2, "both CHILD_SAs in the stub")
+        yield
+    finally:
+        (topology.client.etc / "swanctl/conf.d/narrow.conf").unlink()
+        topology.client.charon.load()
+
+
+def test_several_child_sas_of_one_configuration_come_back_each_with_its_selectors(topology: Topology) -> None:
+    with two_of_one(topology):
+        before = instances(topology.client)
+        assert [one[0] for one in before] == ["net", "net"]
+        assert len({one[3:] for one in before}) == 2
+        outcome, _, at_client = failed_over(topology)
+        assert outcome["children"] == ["net"]
+        assert CREATED not in at_client
+        after, there = instances(topology.client), instances(topology.gw2)
+        assert {one[3:] for one in after} == {one[3:] for one in before}
+        assert len({one[1] for one in (*before, *after)}) == 4
+        assert {one[1:5] for one in after} == {(out, own, *reversed(ts)) for _, own, out, *ts in there}
+        assert topology.client.ping(SITE) == 3
+
+
+def test_by_exchanges_of_their_own_one_child_sa_of_each_configuration_comes_back(topology: Topology) -> None:
+    with agent_with(topology, resume={"children_at_once": False}), two_of_one(topology):
+        outcome, _, at_client = failed_over(topology)
+        assert outcome["children"] == ["net"]
+        assert at_client.count(CREATED) == 1
+        assert len(instances(topology.client)) == 1
+        assert topology.client.ping(SITE) == 3
 
 
 @pytest.mark.parametrize("side", ["client", "gw2"])

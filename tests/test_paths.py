@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from bridge.charon.vici import parse_event
+from bridge.ike.confirm import Confirmation
+from bridge.ike.exchange import SyncResponse, parse_response
+from bridge.ike.keys import derive_keys, skeyseed_resume
 from bridge.lab import Host, Lab, Topology, standard
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import CHOICES, SITE, client_config, client_host
 from failover_support import Outcome, connect, fresh, resume, spis, stub_key, the_sa
+from probe_support import request, send, the_stub
 
 pytestmark = pytest.mark.lab
 
@@ -166,6 +173,7 @@ def test_the_stub_follows_a_client_that_changes_its_address(topology: Topology, 
         client.run("ip", "address", "delete", "192.168.50.10/24", "dev", "eth0")
         wait_until(lambda: the_sa(topology.gw1)["remote-host"] == "192.168.50.11", "the move (MOBIKE)")
         wait_until(lambda: "192.168.50.11" in addresses_told(*next(told)), "the event that tells of it")
+        told.close()
         spi = before["responder-spi"]
 
         def address_in_stub() -> str:
@@ -217,8 +225,47 @@ def test_a_session_over_ipv6_is_resumed_over_ipv6(six: Topology, tell: Callable[
     rekeyed(six)
 
 
-def test_a_request_that_ip_has_to_fragment_is_answered(topology: Topology, tell: Callable[..., None]) -> None:
-    # its public value has 1024 octets
+ON_500 = """
+import socket, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(("", 501))
+sock.settimeout(20)
+sock.sendto(bytes.fromhex(sys.argv[2]), (sys.argv[1], 500))
+print(sock.recv(65536).hex())
+"""
+
+
+def test_of_a_request_on_port_500_and_one_on_4500_the_confirmed_one_stays(topology: Topology) -> None:
+    """What a client does that finds a NAT on port 500 (RFC 7296 section 2.23). ESP in userspace has charon fake a NAT,
+    so the lab's own sessions never are on port 500: these requests are made by hand."""
+    fresh(topology)
+    connect(topology)
+    stub, gateway = the_stub(topology), topology.gw2
+    first = request(stub, nat=("10.99.0.7", 500, gateway.address, 500))
+    done = topology.client.run(sys.executable, "-c", ON_500, gateway.address, first.hex())
+    answer = parse_response(bytes.fromhex(done.stdout.strip()), first)
+    assert isinstance(answer, SyncResponse)
+    [sa] = gateway.charon.sas()
+    assert (sa["local-port"], sa["remote-port"], sa["nat-remote"]) == ("500", "501", "yes")
+    # 4502 is what the NAT makes of the client's port 4500
+    message = request(stub, spi_i=b"\x12" * 8, nonce=b"\x23" * 32, nat=("10.99.0.7", 4500, gateway.address, 4500))
+    [octets] = send(topology, message, port=4502)
+    answer = parse_response(octets, message)
+    assert isinstance(answer, SyncResponse)
+    pair = (message[:8], answer.spi_r)
+    seed = skeyseed_resume(stub.suite.prf, stub.sk_d, b"\x23" * 32, answer.nonce)
+    keys = derive_keys(stub.suite, seed, b"\x23" * 32, answer.nonce, *pair)
+    confirmation = Confirmation(stub.suite, keys, *pair, random=os.urandom)
+    [octets] = send(topology, confirmation.request, port=4502)
+    assert confirmation.is_answered_by(octets)
+    wait_until(lambda: len(gateway.charon.sas()) == 1, "the end of the SA on port 500")
+    [sa] = gateway.charon.sas()
+    assert (sa["local-port"], sa["remote-port"], sa["responder-spi"]) == ("4500", "4502", answer.spi_r.hex())
+
+
+@contextlib.contextmanager
+def long_requests(topology: Topology) -> Iterator[None]:
+    """IKE_SAs of a group whose public values have 1024 octets."""
     topology.client.configure("connections { home { proposals = aes128-sha256-modp8192 } }\n", "group.conf")
     for host in (topology.gw1, topology.gw2):
         host.configure("connections { gw { proposals = aes128-sha256-modp8192,default } }\n", "group.conf")
@@ -227,12 +274,7 @@ def test_a_request_that_ip_has_to_fragment_is_answered(topology: Topology, tell:
     for host in hosts:
         host.charon.load()
     try:
-        connect(topology)
-        topology.kill_gateway(topology.gw1)
-        topology.client.run("ip", "link", "set", "eth0", "mtu", "576")
-        before = reassembled(topology.gw2)
-        resumed(topology, "path", "IPv4, MTU 576", tell)
-        assert reassembled(topology.gw2) > before
+        yield
     finally:
         topology.client.run("ip", "link", "set", "eth0", "mtu", "1500")
         # the kernel takes IPv6 away below its least MTU
@@ -244,11 +286,37 @@ def test_a_request_that_ip_has_to_fragment_is_answered(topology: Topology, tell:
             host.charon.load()
 
 
+def test_a_request_that_ip_has_to_fragment_is_answered(topology: Topology, tell: Callable[..., None]) -> None:
+    with long_requests(topology):
+        connect(topology)
+        topology.kill_gateway(topology.gw1)
+        topology.client.run("ip", "link", "set", "eth0", "mtu", "576")
+        before = reassembled(topology.gw2)
+        resumed(topology, "path", "IPv4, MTU 576", tell)
+        assert reassembled(topology.gw2) > before
+
+
+def test_a_request_that_ipv6_has_to_fragment_is_answered(six: Topology, tell: Callable[..., None]) -> None:
+    with long_requests(six):
+        connect(six)
+        six.kill_gateway(six.gw1)
+        six.client.run("ip", "link", "set", "eth0", "mtu", "1280")
+        before = fragments6(six.client)
+        resumed(six, "path", "IPv6, MTU 1280", tell)
+        assert fragments6(six.client) > before
+
+
 def reassembled(host: Host) -> int:
     """Fragmented IPv4 packets that a host put together."""
     text = host.run("cat", "/proc/net/snmp").stdout
     names, values = (line.split() for line in text.splitlines() if line.startswith("Ip:"))
     return int(values[names.index("ReasmOKs")])
+
+
+def fragments6(host: Host) -> int:
+    """IPv6 packets that a host sent in fragments."""
+    text = host.run("cat", "/proc/net/snmp6").stdout
+    return int(dict(line.split() for line in text.splitlines())["Ip6FragOKs"])
 
 
 def test_a_gateway_behind_a_router_is_indexed_by_the_address_that_its_clients_see(
