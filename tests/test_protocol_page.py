@@ -16,7 +16,7 @@ from docs_support import DOCS, missing_tests
 
 PAGE = DOCS / "protocol.md"
 _TEST = re.compile(r"`test_\w+\.py::test_\w+`")
-_RULE = re.compile(r"\bMUST\b")
+_RULE = re.compile(r"\b(MUST|MAY)\b")
 _HIDDEN_RULE = re.compile(r"\b(must|never|shall|always|required to|has to|have to)\b", re.IGNORECASE)
 
 
@@ -49,6 +49,7 @@ def test_every_rule_has_its_test() -> None:
     "line",
     [
         "A client MUST send it.",
+        "A client MAY send it.",
         "| A client MUST send it | |",
         "| A client MUST send it | somewhere |",
         "| A client MUST send it | `test_a.py::test_b`, and others |",
