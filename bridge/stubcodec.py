@@ -244,6 +244,8 @@ def _pack_address(address: str) -> bytes:
     return inet_pton(AF_INET6 if ":" in address else AF_INET, address)
 
 
+# gateways and ends of selectors are in many stubs: one string each
+@lru_cache(maxsize=4096)
 def _unpack_address(octets: bytes) -> str:
     return inet_ntoa(octets) if len(octets) == 4 else str(IPv6Address(octets))
 

@@ -305,17 +305,18 @@ class Tracker:
             # lives for ever: its stub is renewed in good time, not at every look
             left = sa.expires - now
             expires = sa.expires if left > NO_EXPIRY_SECONDS / 2 else int(now) + NO_EXPIRY_SECONDS
-        before = (sa.local, sa.remote, sa.local_vips, sa.remote_vips)
         moved = abs(sa.expires - expires) > 2 or abs(sa.rekey_at - rekey_at) > 2 or abs(sa.reauth_at - reauth_at) > 2
         if moved:
             sa.rekey_at, sa.reauth_at, sa.expires = rekey_at, reauth_at, expires
         sa.established = int(now) - info.established
-        if since >= sa.moved:
-            # a list that was on its way while the SA moved has it where it was
-            sa.local, sa.remote = info.local, info.remote
-        sa.local_vips = info.local_vips or sa.local_vips
-        sa.remote_vips = info.remote_vips or sa.remote_vips
-        return moved or before != (sa.local, sa.remote, sa.local_vips, sa.remote_vips)
+        # a list that was on its way while the SA moved has it where it was
+        local, remote = (info.local, info.remote) if since >= sa.moved else (sa.local, sa.remote)
+        where = (local, remote, info.local_vips or sa.local_vips, info.remote_vips or sa.remote_vips)
+        # what is equal stays the object that others share
+        if where != (sa.local, sa.remote, sa.local_vips, sa.remote_vips):
+            sa.local, sa.remote, sa.local_vips, sa.remote_vips = where
+            return True
+        return moved
 
     # what no message tells
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, NamedTuple, TypeVar
 
@@ -144,7 +145,12 @@ def _endpoint(section: Section, side: str) -> Endpoint:
     # a link-local address carries its zone, which no table of ours wants
     text = _text(section.get(f"{side}-host"))
     host = _UNKNOWN.get(text) or text.split("%")[0]
-    return Endpoint(str(ip_address(host)), _number(section.get(f"{side}-port")) or 0)
+    return _seen_endpoint(host, _number(section.get(f"{side}-port")) or 0)
+
+
+@lru_cache(maxsize=4096)
+def _seen_endpoint(host: str, port: int) -> Endpoint:
+    return Endpoint(str(ip_address(host)), port)
 
 
 _ENDPOINTS = ("local-host", "local-port", "remote-host", "remote-port")
@@ -157,12 +163,12 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
     """One IKE_SA section of list-sas or an event. Raises ViciError on what charon would not send."""
     try:
         return SaInfo(
-            connection=connection,
+            connection=sys.intern(connection),
             spi_i=bytes.fromhex(_text(section["initiator-spi"])),
             spi_r=bytes.fromhex(_text(section["responder-spi"])),
             initiator=_text(section.get("initiator")) == "yes",
             version=_number(section.get("version")) or 0,
-            state=_text(section.get("state")),
+            state=sys.intern(_text(section.get("state"))),
             local=_endpoint(section, "local"),
             remote=_endpoint(section, "remote"),
             local_vips=_addresses(section.get("local-vips")),
@@ -171,7 +177,11 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
             rekey=_number(section.get("rekey-time")),
             reauth=_number(section.get("reauth-time")),
             children=tuple(
-                ChildInfo(_text(child.get("name")), _text(child.get("state")), _spi(child.get("spi-in")))
+                ChildInfo(
+                    sys.intern(_text(child.get("name"))),
+                    sys.intern(_text(child.get("state"))),
+                    _spi(child.get("spi-in")),
+                )
                 for child in section.get("child-sas", {}).values()
             ),
         )
