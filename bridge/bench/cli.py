@@ -16,8 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bridge.bench import bank as bank_bench
 from bridge.bench import report
-from bridge.bench.flood import flood_lab, measure
-from bridge.bench.flood import table as flooded_table
+from bridge.bench.flood import flood_lab
+from bridge.bench.flood import measure as measure_flood
 from bridge.bench.handshake import compare
 from bridge.bench.rig import Rig, rig
 from bridge.bench.storm import Progress as Told
@@ -29,9 +29,6 @@ from bridge.lab.space import LabError
 WINDOW = 2048
 """sessions at a time: what a gateway's queue holds without letting any by"""
 CLIENTS = 20
-SHORT = {"rounds": 8, "sessions": 10_000, "sizes": [1000, 10_000], "sample": 1000, "stubs": [20_000]}
-"""what `make bench` does"""
-
 Work = Callable[[Rig, Told], dict[str, Any]]
 
 
@@ -52,7 +49,7 @@ def _measure(name: str, work: Work, clients: int = 0) -> dict[str, Any]:
     """One benchmark in a lab of its own, with all that is to be known about its circumstances."""
     try:
         with _progress() as told, rig(clients) as built:
-            built.kill_first_gateway()
+            built.take_model()
             about = lab_machine(built.target)
             result = work(built, told)
     except LabError as error:
@@ -70,6 +67,15 @@ def _measure_bank(counts: Sequence[int]) -> dict[str, Any]:
         return _told("bank", machine(), bank_bench.fill(counts, told))
 
 
+def _measure_flood(rate: int, seconds: float, moves: int) -> dict[str, Any]:
+    try:
+        with _progress() as told, flood_lab() as built:
+            told("a flood", 0.5)
+            return _told("flood", lab_machine(built.target), measure_flood(built, rate, seconds, moves))
+    except LabError as error:
+        raise click.ClickException(str(error)) from None
+
+
 def _publish(measured: dict[str, Any], plot: str | None, as_json: bool) -> None:
     text, drawing = report.SECTIONS[measured["benchmark"]](measured["result"])
     if plot:
@@ -78,7 +84,7 @@ def _publish(measured: dict[str, Any], plot: str | None, as_json: bool) -> None:
         click.echo(json.dumps(measured))
         return
     Console().print(Markdown(text.partition("\n![")[0]))
-    click.echo(report.machine_text(measured["machine"], measured["date"]))
+    click.echo(f"Taken {measured['date']} on {report.machine_text(measured['machine'])}.")
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
@@ -146,19 +152,23 @@ def bank(counts: tuple[int, ...], plot: str | None, as_json: bool) -> None:
 @click.option("--rate", default=20_000, show_default=True, help="Requests a second.")
 @click.option("--seconds", default=10.0, show_default=True, help="How long.")
 @click.option("--moves", default=20, show_default=True, help="Resumptions before the flood, to compare with.")
+@_plot
 @_json
-def flood(rate: int, seconds: float, moves: int, as_json: bool) -> None:
+def flood(rate: int, seconds: float, moves: int, plot: str | None, as_json: bool) -> None:
     """A client resumes, and others shake hands, while made-up addresses flood its gateway with requests."""
-    try:
-        with flood_lab() as built:
-            measured = _told("flood", lab_machine(built.target), measure(built, rate, seconds, moves))
-    except LabError as error:
-        raise click.ClickException(str(error)) from None
-    if as_json:
-        click.echo(json.dumps(measured))
-        return
-    Console().print(flooded_table(measured["result"]))
-    click.echo(report.machine_text(measured["machine"], measured["date"]))
+    _publish(_measure_flood(rate, seconds, moves), plot, as_json)
+
+
+SHORT: dict[str, Callable[[], dict[str, Any]]] = {
+    "handshake-vs-resume": lambda: _measure("handshake-vs-resume", lambda r, told: compare(r, 5, told)),
+    "storm": lambda: _measure("storm", lambda r, told: break_loose(r, 10_000, WINDOW, told), CLIENTS),
+    "growth": lambda: _measure("growth", lambda r, told: fill(r, [1000, 10_000], 1000, WINDOW, told)),
+    "bank": lambda: _measure_bank([20_000]),
+    "flood": lambda: _measure_flood(20_000, 8.0, 8),
+}
+"""what `make bench` does"""
+ORDERS = {"growth-long": "growth"}
+"""benchmarks whose file has another name"""
 
 
 @bench.command("report")
@@ -168,25 +178,26 @@ def make_report(docs: str, short: bool) -> None:
     """Write performance.md and its plots from bench/*.json of a folder."""
     folder = Path(docs) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    if short:
-        works: dict[str, Work] = {
-            "handshake-vs-resume": lambda r, told: compare(r, SHORT["rounds"], told),  # type: ignore[arg-type]
-            "storm": lambda r, told: break_loose(r, SHORT["sessions"], WINDOW, told),  # type: ignore[arg-type]
-            "growth": lambda r, told: fill(r, SHORT["sizes"], SHORT["sample"], WINDOW, told),  # type: ignore[arg-type]
-        }
-        for name, work in works.items():
-            measured = _measure(name, work, CLIENTS if name == "storm" else 0)
-            (folder / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
-        measured = _measure_bank(SHORT["stubs"])  # type: ignore[arg-type]
-        (folder / "bank.json").write_text(json.dumps(measured, indent=1) + "\n")
-    reports = {
-        name: json.loads((folder / f"{name}.json").read_text())
-        for name in report.SECTIONS
-        if (folder / f"{name}.json").exists()
-    }
+    for name, work in SHORT.items() if short else ():
+        began = time.monotonic()
+        measured = work()
+        (folder / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+        click.echo(f"{name}: measured in {time.monotonic() - began:.0f} s", err=True)
+    files = {name: folder / f"{name}.json" for name in report.SECTIONS}
+    reports = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     if not reports:
         raise click.ClickException(f"{folder} holds no results: measure with --short, or with --json into files there")
-    for name, measured in reports.items():
-        (folder / f"{name}.svg").write_text(report.SECTIONS[name](measured["result"])[1])
-    (Path(docs) / "performance.md").write_text(report.document(reports))
+    try:
+        text, plots = report.render(reports)
+    except report.Outdated as error:
+        name = str(error)
+        order = f"ike-sa-sync bench {ORDERS.get(name, name)} --json >{files[name]}"
+        raise click.ClickException(
+            f"{files[name]} is from an older version, which measured less; again: {order}"
+        ) from None
+    for name, drawing in plots.items():
+        (folder / f"{name}.svg").write_text(drawing)
+    (Path(docs) / "performance.md").write_text(text)
     click.echo(f"{docs}/performance.md: {', '.join(reports)}")
+    if short:
+        Console().print(Markdown(report.aimed_at(reports)))

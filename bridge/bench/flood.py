@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from bridge import control
 from bridge.bench.generator import CLIENTS
+from bridge.bench.plot import bars
 from bridge.bench.usage import cpu_seconds, memory_octets, quantile
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
@@ -184,17 +182,27 @@ def _summary(moves: Moves) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> Table:
-    """What `measure` found, for people."""
-    shown = Table("", "quiet", "flood", box=box.SIMPLE_HEAD)
-    quiet, flooded = result["quiet"], result["flooded"]
-    shown.add_row("resumed", *(f"{each['resumed']} of {each['moves']}" for each in (quiet, flooded)))
-    shown.add_row("answer, median", *(f"{each['exchange_ms']:.1f} ms" for each in (quiet, flooded)))
-    shown.add_row("tunnel, median", *(f"{each['total_ms']:.1f} ms" for each in (quiet, flooded)))
-    shown.add_row("ordinary handshakes", "", f"{result['handshakes']['count']}, median {result['handshakes']['ms']} ms")
-    sent, sidecar = result["sent"], result["sidecar"]
-    shown.add_row("requests sent", "", f"{sent['sent']:,} in {sent['seconds']:.1f} s")
-    shown.add_row("seen by the sidecar", "", f"{result['counters']['requests_total']:,.0f}")
-    shown.add_row("its CPU", "", f"{sidecar['cpu_s']:.1f} s")
-    shown.add_row("its memory", f"{sidecar['rss_mb_before']} MB", f"{sidecar['rss_mb_after']} MB")
-    return shown
+def section(result: dict[str, Any]) -> tuple[str, str]:
+    """Text and plot for docs/performance.md."""
+    quiet, flooded, sent, sidecar = result["quiet"], result["flooded"], result["sent"], result["sidecar"]
+    rows = [
+        ["resumed", *(f"{each['resumed']} of {each['moves']}" for each in (quiet, flooded))],
+        ["answer, median", *(f"{each['exchange_ms']:.1f} ms" for each in (quiet, flooded))],
+        ["tunnel, median", *(f"{each['total_ms']:.1f} ms" for each in (quiet, flooded))],
+        ["the sidecar's memory", f"{sidecar['rss_mb_before']} MB", f"{sidecar['rss_mb_after']} MB"],
+    ]
+    lines = ["| | quiet | flood |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)]
+    text = (
+        "## A flood\n\n"
+        f"{sent['sent']:,} well-formed requests with IKE_SA_SYNC from made-up addresses in {sent['seconds']:.1f} s "
+        f"({sent['sent'] / sent['seconds']:,.0f} a second); the sidecar saw "
+        f"{result['counters']['requests_total']:,.0f} of them, for {sidecar['cpu_s']} s of CPU. Meanwhile a real "
+        f"client resumes again and again, and another one shook hands {result['handshakes']['count']} times, in "
+        f"{result['handshakes']['ms']} ms (median).\n\n" + "\n".join(lines) + "\n\n![flood](bench/flood.svg)\n"
+    )
+    plot = bars(
+        "A flood: until the tunnel is up",
+        "ms",
+        [("quiet", [quiet["total_ms"]]), ("flood", [flooded["total_ms"]])],
+    )
+    return text, plot

@@ -7,7 +7,10 @@ come as JSON, one a line, on standard input; each is answered by one line.
 
     {"template": ["192.168.50.1", "<SPI hex>"]}     the stub after which sessions are made
     {"make": 1000}                                  make so many sessions, their stubs into the bank
-    {"storm": {"window": 256, "count": 1000}}       resume that many of those made, at most `window` at a time
+    {"storm": {"window": 256, "count": 1000, "children": "none"}}
+                                                    resume that many of those made, at most `window` at a time, with
+                                                    their CHILD_SAs "at-once", by "create" (CREATE_CHILD_SA), or not
+    {"end": null}                                   delete the IKE_SAs of the last storm, as clients that go
     {"idle": 2.0}                                   answer the gateway's requests for so many seconds
 """
 
@@ -27,7 +30,7 @@ from ipaddress import IPv4Address
 from typing import Any
 
 from bridge.bank.redis import RedisBank
-from bridge.bench.sessions import Session, State, Unproven, imagine, is_answer
+from bridge.bench.sessions import ESP_SPI, Children, Session, State, Unproven, imagine, is_answer
 from bridge.ike.groups import fresh_public_value
 from bridge.ike.message import MalformedMessage
 from bridge.net.datagram import MARKER, PORT_NAT_T
@@ -46,6 +49,9 @@ RETRANSMIT = (0.5, 1.0, 2.0, 4.0, 8.0)
 """seconds after each transmission, as RFC 7296 section 2.4 leaves to the sender"""
 BUFFER = 16 << 20
 READ_AT_ONCE = 64
+END_WINDOW = 256
+END_SECONDS = 0.1
+"""for the answers to so many"""
 _IP_PKTINFO = 8
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 
@@ -59,6 +65,7 @@ class Generator:
         self._marker = MARKER if port == PORT_NAT_T else b""
         self._template: Stub | None = None
         self._made: deque[Session] = deque()
+        self._last: list[Session] = []
         self._by_spi: dict[bytes, Session] = {}
         self._number = 0
         self._strange = 0
@@ -87,18 +94,22 @@ class Generator:
                 self._number += 1
                 address = str(IPv4Address(_FIRST + self._number * STEP))
                 stub = imagine(self._template, self._number, address, time.time())
-                session = Session(stub, os.urandom(8))
-                session.prepare(*self._target, fresh_public_value(stub.suite.group))
+                session = Session(stub, os.urandom(8), ESP_SPI + self._number)
+                session.ke_value = fresh_public_value(stub.suite.group)
                 self._made.append(session)
                 stubs.append(stub)
             stored = await self._bank.store(stubs)
             if not all(stored):
-                raise SystemExit("the bank unproven stubs")
+                raise SystemExit("the bank refused stubs")
         return {"made": count}
 
-    def storm(self, window: int, count: int) -> dict[str, Any]:
+    def storm(self, window: int, count: int, children: str) -> dict[str, Any]:
         """Resume `count` sessions, each confirmed by its first protected exchange."""
         sessions = [self._made.popleft() for _ in range(min(count, len(self._made)))]
+        for session in sessions:
+            session.children = Children(children)
+            session.prepare(*self._target, session.ke_value)
+        self._last = sessions
         self._strange = self._requests = 0
         retransmitted = 0
         unproven: dict[str, int] = {}
@@ -135,6 +146,24 @@ class Generator:
             "gateway_requests": self._requests,
             "generator_cpu_s": time.process_time() - cpu,
         }
+
+    def end(self) -> dict[str, Any]:
+        """Delete the IKE_SAs of the last storm."""
+        leaving = [session for session in self._last if session.state is State.CONFIRMED]
+        for session in leaving:
+            session.delete()
+        limit = time.monotonic() + PATIENCE
+        while left := [session for session in leaving if session.state is State.LEAVING]:
+            if time.monotonic() > limit:
+                break
+            for session in left[:END_WINDOW]:
+                self._send(session.protected, session.address)
+            self._poll.poll(RETRANSMIT[0] * 1000)
+            self.idle(END_SECONDS)
+        for session in self._last:
+            self._by_spi.pop(session.spi_i, None)
+        self._last = []
+        return {"ended": len(leaving) - len(left)}
 
     def idle(self, seconds: float) -> dict[str, Any]:
         """Answer what the gateway asks of sessions that are up."""
@@ -181,7 +210,7 @@ class Generator:
                 session.tries = 0
             if reply is not None:
                 self._send(reply, session.address)
-        elif session.state in (State.ANSWERED, State.CONFIRMED) and not is_answer(message):
+        elif session.state in (State.ANSWERED, State.CONFIRMED, State.LEAVING) and not is_answer(message):
             reply = session.protected_message(message)
             if reply is not None:
                 self._requests += 1
@@ -223,6 +252,8 @@ async def _serve(gateway: str, port: int, url: str, key_file: str) -> None:
             answer = await generator.make(given)
         elif order == "storm":
             answer = generator.storm(**given)
+        elif order == "end":
+            answer = generator.end()
         else:
             answer = generator.idle(given)
         print(json.dumps(answer), flush=True)

@@ -49,17 +49,25 @@ class Rig:
             }
         )
 
-    def kill_first_gateway(self) -> None:
-        """Leave the generator the stub of a real session as its model, then have its gateway die."""
+    def counters(self) -> dict[str, float]:
+        """What the gateway's sidecar counts."""
+        answer = self.topology.gateways["gw2"].command("status", "--json", timeout=120).stdout
+        return dict(json.loads(answer)["counters"])
+
+    def take_model(self) -> None:
+        """Leave the generator the stub of a real session as its model. Nobody moves the session itself from now on."""
         topology = self.topology
         topology.connect()
         [session] = topology.client.charon.sas()
         index = Index(topology.gw1.address, bytes.fromhex(session["responder-spi"]))
         wait_until(lambda: bool(topology.bank.cli("HGET", index.key, "vips")), "the model's stub")
-        # before the failure: the model's own client resumes, and takes the stub with it
+        topology.agent.stop()
         self.start_generator()
         self.order("template", [index.gateway, index.spi.hex()])
-        topology.kill_gateway(topology.gw1)
+
+    def kill_first_gateway(self) -> None:
+        """Have the gateway of all imagined clients die."""
+        self.topology.kill_gateway(self.topology.gw1)
 
     def start_generator(self) -> None:
         """Start it on its host."""

@@ -2,21 +2,33 @@
 
 PREPARED --request--> ASKED --answer, PROOF right--> ANSWERED --first protected exchange--> CONFIRMED
                         '---cookie: asked anew          (its request has message ID 1)
+
+CONFIRMED --delete--> LEAVING --answer--> ENDED
 """
 
 from __future__ import annotations
 
 import os
-from enum import IntEnum
+from collections.abc import Sequence
+from enum import IntEnum, StrEnum
+from ipaddress import IPv4Address
 
+import msgspec
+
+from bridge.bench import child
 from bridge.ike.exchange import CookieChallenge, OrdinaryResponse, build_request, parse_response, verify_response
 from bridge.ike.keys import derive_keys, skeyseed_resume
-from bridge.ike.message import ExchangeType, Flag, parse_header
+from bridge.ike.message import ExchangeType, Flag, PayloadType, parse_header
 from bridge.ike.protect import Protection, protect, unprotect
 from bridge.stub import Endpoint, Identity, IdType, Index, Stub
 
 NONCE_OCTETS = 32
 FIRST_MESSAGE_ID = 1
+ESP_SPI = 0xC0000000
+"""of the first session's CHILD_SA; each further one has the next"""
+_FIRST_VIP = int(IPv4Address("10.64.0.0"))
+_DELETE_IKE_SA = bytes((1, 0, 0, 0))
+"""body of a Delete payload: protocol IKE, no SPIs (RFC 7296 section 3.11)"""
 
 
 class State(IntEnum):
@@ -24,10 +36,23 @@ class State(IntEnum):
     ASKED = 1
     ANSWERED = 2
     CONFIRMED = 3
+    LEAVING = 4
+    ENDED = 5
+
+
+class Children(StrEnum):
+    """How a session gets its CHILD_SA back."""
+
+    NONE = "none"
+    AT_ONCE = "at-once"
+    """in the round trip of the IKE_SA"""
+    CREATE = "create"
+    """by CREATE_CHILD_SA, which confirms the IKE_SA too"""
 
 
 class Unproven(Exception):
-    """An answer that proves nothing: an ordinary one, or one without a valid PROOF. A client listens on (rule 6)."""
+    """An answer that proves nothing: an ordinary one, or one without a valid PROOF. A client listens on (rule 6).
+    So is, for a benchmark, one that does not give what it measures."""
 
 
 class Session:
@@ -38,8 +63,11 @@ class Session:
         "answered",
         "asked",
         "began",
+        "child",
+        "children",
         "confirmed",
         "cookie",
+        "esp_spi",
         "incoming",
         "index",
         "ke_value",
@@ -55,11 +83,14 @@ class Session:
         "tries",
     )
 
-    def __init__(self, stub: Stub, spi_i: bytes) -> None:
+    def __init__(self, stub: Stub, spi_i: bytes, esp_spi: int) -> None:
         self.address = stub.remote.address
         self.index = stub.index
         self.suite = stub.suite
         self.sk_d = stub.sk_d
+        [self.child] = stub.children
+        self.children = Children.NONE
+        self.esp_spi = esp_spi
         self.spi_i = spi_i
         self.spi_r = bytes(8)
         self.nonce = os.urandom(NONCE_OCTETS)
@@ -84,6 +115,7 @@ class Session:
             sync_index=(self.index.gateway, self.index.spi),
             prf=self.suite.prf,
             sk_d_old=self.sk_d,
+            children=[(0, self.esp_spi)] if self.children is Children.AT_ONCE else (),
             nat=(self.address, port, gateway, port),
             cookie=self.cookie,
         )
@@ -100,6 +132,9 @@ class Session:
             raise Unproven("ordinary")
         if not verify_response(response, self.request, self.suite.prf, self.sk_d):
             raise Unproven("PROOF wrong")
+        assert response.sync is not None
+        if self.children is Children.AT_ONCE and [number for number, _ in response.sync.children] != [0]:
+            raise Unproven("no CHILD_SA")
         seed = skeyseed_resume(self.suite.prf, self.sk_d, self.nonce, response.nonce)
         keys = derive_keys(self.suite, seed, self.nonce, response.nonce, self.spi_i, response.spi_r)
         self.spi_r = response.spi_r
@@ -107,33 +142,50 @@ class Session:
         self.outgoing = Protection.of(self.suite, keys, initiator=True)
         self.incoming = Protection.of(self.suite, keys, initiator=False)
         self.state = State.ANSWERED
-        self.protected = self._informational(Flag.INITIATOR, FIRST_MESSAGE_ID)
+        if self.children is Children.CREATE:
+            payloads = child.request(self.child, self.esp_spi, os.urandom(NONCE_OCTETS))
+            self.protected = self._protected(ExchangeType.CREATE_CHILD_SA, Flag.INITIATOR, FIRST_MESSAGE_ID, payloads)
+        else:
+            self.protected = self._protected(ExchangeType.INFORMATIONAL, Flag.INITIATOR, FIRST_MESSAGE_ID)
+        return self.protected
+
+    def delete(self) -> bytes:
+        """The request that ends the IKE_SA (RFC 7296 section 1.4.1)."""
+        self.state = State.LEAVING
+        payloads = [(PayloadType.DELETE, _DELETE_IKE_SA)]
+        self.protected = self._protected(ExchangeType.INFORMATIONAL, Flag.INITIATOR, FIRST_MESSAGE_ID + 1, payloads)
         return self.protected
 
     def protected_message(self, data: bytes) -> bytes | None:
         """Take a protected message in; the answer to it, if it is a request of the gateway's.
 
-        Raises NotAuthentic, MalformedMessage.
+        Raises NotAuthentic, MalformedMessage; Unproven where a CHILD_SA was asked for and refused.
         """
         assert self.incoming is not None
-        header, _ = unprotect(self.incoming, data)
-        if header.flags & Flag.RESPONSE:
-            if header.message_id == FIRST_MESSAGE_ID:
-                self.state = State.CONFIRMED
-            return None
-        return self._informational(Flag.INITIATOR | Flag.RESPONSE, header.message_id)
+        header, payloads = unprotect(self.incoming, data)
+        if not header.flags & Flag.RESPONSE:
+            # an empty answer, as to a liveness check (RFC 7296 section 1.4)
+            return self._protected(ExchangeType.INFORMATIONAL, Flag.INITIATOR | Flag.RESPONSE, header.message_id)
+        if header.message_id == FIRST_MESSAGE_ID and self.state is State.ANSWERED:
+            if self.children is Children.CREATE and not child.granted(payloads):
+                raise Unproven("no CHILD_SA")
+            self.state = State.CONFIRMED
+        elif header.message_id == FIRST_MESSAGE_ID + 1 and self.state is State.LEAVING:
+            self.state = State.ENDED
+        return None
 
-    def _informational(self, flags: int, message_id: int) -> bytes:
-        """An empty INFORMATIONAL message, as a liveness check is (RFC 7296 section 1.4)."""
+    def _protected(
+        self, exchange: ExchangeType, flags: int, message_id: int, payloads: Sequence[tuple[int, bytes]] = ()
+    ) -> bytes:
         assert self.outgoing is not None
         return protect(
             self.outgoing,
             spi_i=self.spi_i,
             spi_r=self.spi_r,
-            exchange=ExchangeType.INFORMATIONAL,
+            exchange=exchange,
             flags=flags,
             message_id=message_id,
-            payloads=(),
+            payloads=payloads,
             iv=os.urandom(self.outgoing.iv_length),
         )
 
@@ -145,9 +197,18 @@ def is_answer(data: bytes) -> bool:
 
 def imagine(template: Stub, number: int, address: str, now: float) -> Stub:
     """The stub of a session that never was, at the gateway and with all that `template` has but for its keys, SPIs,
-    identity and address. Without virtual IPs and CHILD_SAs, since there is nobody to send packets."""
+    identity and addresses."""
     spi_i, spi_r = os.urandom(8), os.urandom(8)
     endpoint = Endpoint(address, template.remote.port)
+    vip = str(IPv4Address(_FIRST_VIP + number))
+    [old], esp_spis = template.children, os.urandom(8)
+    [selector] = old.remote_ts
+    made = msgspec.structs.replace(
+        old,
+        spi_in=int.from_bytes(esp_spis[:4]),
+        spi_out=int.from_bytes(esp_spis[4:]),
+        remote_ts=(msgspec.structs.replace(selector, first=vip, last=vip),),
+    )
     return Stub(
         index=Index(template.index.gateway, spi_r),
         spi_i=spi_i,
@@ -163,11 +224,11 @@ def imagine(template: Stub, number: int, address: str, now: float) -> Stub:
         remote=endpoint,
         connection=template.connection,
         local_vips=(),
-        remote_vips=(),
+        remote_vips=(vip,),
         conditions=template.conditions,
         extensions=template.extensions,
         peer_addresses=(endpoint,),
-        children=(),
+        children=(made,),
         established=int(now),
         rekey_at=template.rekey_at,
         reauth_at=template.reauth_at,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 from bridge.bench.rig import Rig
+from bridge.bench.sessions import Children
 from bridge.bench.usage import Meter, quantile
 
 SETTLE_SECONDS = 0.4
@@ -16,31 +18,42 @@ SETTLE_SECONDS = 0.4
 FILL_BUNDLE = 2000
 THICK_SECONDS = 0.5
 """from the first imagined client of a storm to the real ones"""
+SEGMENTS = 16
+"""of charon's SAs, in the lab"""
+Counters = Mapping[str, float]
+NOTHING: Counters = MappingProxyType({})
 Progress = Callable[[str, float], None]
 """what is done, and how much of it, 0 to 1"""
 
 
-def resumptions(rig: Rig, count: int, window: int) -> dict[str, Any]:
-    """Resume `count` new sessions, at most `window` at a time; what it took."""
+def resumptions(
+    rig: Rig, count: int, window: int, children: Children = Children.NONE, idle: Counters = NOTHING
+) -> dict[str, Any]:
+    """Resume `count` new sessions, at most `window` at a time; what it took. `idle` is the CPU to take off that each
+    process uses anyhow, in seconds a second."""
     rig.order("make", count)
     # so that the bank is done with the new stubs
     rig.order("idle", SETTLE_SECONDS)
     meter = rig.meter()
-    outcome = rig.order("storm", {"window": window, "count": count})
+    outcome = rig.order("storm", {"window": window, "count": count, "children": children})
     rig.order("idle", SETTLE_SECONDS)
-    return _summary(outcome, meter)
+    return _summary(outcome, meter, idle)
 
 
-def _summary(outcome: dict[str, Any], meter: Meter) -> dict[str, Any]:
+def _summary(outcome: dict[str, Any], meter: Meter, idle: Counters) -> dict[str, Any]:
     confirmed = outcome["confirmed"]
     each = max(confirmed, 1)
+    seen = {
+        name: used | {"cpu_s": max(used["cpu_s"] - idle.get(name, 0.0) * meter.seconds, 0.0)}
+        for name, used in meter.read().items()
+    }
     processes = {
         name: {
             "cpu_s": round(used["cpu_s"], 3),
             "cpu_us_each": round(used["cpu_s"] * 1e6 / each, 1),
             "rss_mb": round(used["rss_mb"], 1),
         }
-        for name, used in meter.read().items()
+        for name, used in seen.items()
     }
     return {
         "sessions": outcome["sessions"],
@@ -69,6 +82,7 @@ def _quantiles(values: list[float]) -> dict[str, float]:
 
 def storm(rig: Rig, sessions: int, window: int, progress: Progress) -> dict[str, Any]:
     """A gateway with `sessions` sessions dies, and all its clients come."""
+    rig.kill_first_gateway()
     progress("one at a time", 0.0)
     alone = resumptions(rig, 12, 1)
     progress("the storm", 0.1)
@@ -101,6 +115,7 @@ def _clients(rig: Rig, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
 def growth(rig: Rig, sizes: list[int], sample: int, window: int, progress: Progress) -> dict[str, Any]:
     """The price of `sample` resumptions with `sizes` SAs in charon already, each with its stub in the bank, all of
     them come there by resumption."""
+    rig.kill_first_gateway()
     present = 0
     rows = []
     before = rig.meter().read()["sidecar"]["rss_mb"]
@@ -108,15 +123,19 @@ def growth(rig: Rig, sizes: list[int], sample: int, window: int, progress: Progr
         while present < size:
             bundle = min(FILL_BUNDLE, size - present)
             rig.order("make", bundle)
-            if rig.order("storm", {"window": window, "count": bundle})["confirmed"] != bundle:
+            if (
+                rig.order("storm", {"window": window, "count": bundle, "children": Children.NONE})["confirmed"]
+                != bundle
+            ):
                 raise RuntimeError(f"the gateway lost resumptions on the way to {size} SAs")
             present += bundle
             progress(f"{present} SAs", present / sizes[-1])
         # what the last ones left to do is not of the sample
         rig.order("idle", 3.0)
+        before_sample = rig.counters()
         result = resumptions(rig, sample, window)
         rows.append(
-            {"sas": size, "toggle_ms": round(_toggle(rig) * 1000, 2), **result}
+            {"sas": size, **_activations(before_sample, rig.counters(), result["seconds"]), **result}
             | {
                 "sidecar_octets_per_sa": round(
                     (result["processes"]["sidecar"]["rss_mb"] - before) * 1e6 / (size + sample)
@@ -127,9 +146,13 @@ def growth(rig: Rig, sizes: list[int], sample: int, window: int, progress: Progr
     return {"rows": rows, "sample": sample, "window": window}
 
 
-def _toggle(rig: Rig) -> float:
-    """Seconds that the last activation took."""
-    import json
-
-    status = json.loads(rig.topology.gateways["gw2"].command("status", "--json", timeout=120).stdout)
-    return float(status["counters"].get("toggle_seconds", 0.0))
+def _activations(before: Counters, after: Counters, seconds: float) -> dict[str, float]:
+    """What the activations of a storm that took `seconds` cost running SAs: each of one segment of SEGMENTS does not
+    answer while its activation lasts."""
+    count = after["activation_seconds_count"] - before["activation_seconds_count"]
+    took = after["activation_seconds_sum"] - before["activation_seconds_sum"]
+    return {
+        "activations": count,
+        "activation_ms": round(took / max(count, 1) * 1000, 2),
+        "deaf_percent": round(took / SEGMENTS / seconds * 100, 2) if seconds else 0.0,
+    }

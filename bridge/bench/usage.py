@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,13 @@ class Meter:
 
     def restart(self) -> None:
         """Begin anew."""
+        self._began = time.monotonic()
         self._cpu = {name: cpu_seconds(pid) for name, pid in self.pids.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._began
 
     def read(self) -> dict[str, dict[str, float]]:
         """By name: `cpu_s` since the beginning, `rss_mb` now."""

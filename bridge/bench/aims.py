@@ -1,0 +1,56 @@
+"""What was aimed at, beside what the benchmarks measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from bridge.bench.sessions import Children
+
+Reports = Mapping[str, Mapping[str, Any]]
+"""results by benchmark"""
+
+
+class Aim(NamedTuple):
+    """One of them; `met` says whether `measured` is as `wanted`."""
+
+    what: str
+    wanted: str
+    measured: str
+    met: bool
+
+
+def aims(results: Reports) -> Iterator[Aim]:
+    """Those that these results tell of."""
+    if "handshake-vs-resume" in results:
+        yield from _resumption(results["handshake-vs-resume"])
+    if "storm" in results:
+        many = results["storm"]["storm"]
+        yield Aim("storm: failures", "0", str(many["failures"]), not many["failures"])
+        yield Aim("storm: resumptions a second", "2,000", f"{many['rate']:,.0f}", many["rate"] >= 2000)
+    if "growth-long" in results or "growth" in results:
+        yield from _growth(results.get("growth-long") or results["growth"])
+
+
+def _resumption(result: Mapping[str, Any]) -> Iterator[Aim]:
+    clients, together = result["clients"], result["imagined together"]
+    for form, name in ((Children.NONE, "IKE_SA alone"), (Children.AT_ONCE, "with its CHILD_SA")):
+        for kind, times in (("PSK", 10), ("ECDSA", 20)):
+            ratio = clients[kind][0]["cpu_ms"] / together[form]["cpu_ms"]
+            what = f"gateway CPU, {kind} handshake to resumption, {name}"
+            yield Aim(what, f"{times}", f"{ratio:.1f}", ratio >= times)
+    near, far = clients["resumption, children at once"][0], clients["resumption, children at once"][-1]
+    p50 = near["answer_p50_ms"]
+    yield Aim("SYN to answer at a client, p50", "3 ms", f"{p50} ms", p50 <= 3)
+    trips = (far["tunnel_p50_ms"] - near["tunnel_p50_ms"]) / (2 * (far["delay_ms"] - near["delay_ms"]))
+    yield Aim("round trips until the tunnel is up, children at once", "1", f"{trips:.1f}", round(trips) == 1)
+
+
+def _growth(result: Mapping[str, Any]) -> Iterator[Aim]:
+    first, last = result["rows"][0], result["rows"][-1]
+    ratio = last["cpu_us_each"] / first["cpu_us_each"]
+    what = f"CPU of a resumption with {last['sas']:,} SAs to that with {first['sas']:,}"
+    yield Aim(what, "1.3", f"{ratio:.2f}", ratio <= 1.3)
+    deaf, octets = last["deaf_percent"], last["sidecar_octets_per_sa"]
+    yield Aim(f"what activations cost {last['sas']:,} running SAs of their time", "1 %", f"{deaf} %", deaf <= 1)
+    yield Aim(f"the sidecar's memory per SA, with {last['sas']:,}", "2,000 octets", f"{octets:,}", octets <= 2000)

@@ -1,0 +1,57 @@
+"""docs/performance.md and its plots, as `ike-sa-sync bench report` writes them from docs/bench/*.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bridge.bench.cli import bench
+from bridge.bench.report import SECTIONS
+
+DOCS = Path(__file__).parents[1] / "docs"
+MEASURED = sorted(DOCS.glob("bench/*.json"))
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A folder with the project's own results, and nothing made of them."""
+    (tmp_path / "bench").mkdir()
+    for file in MEASURED:
+        shutil.copy(file, tmp_path / "bench")
+    return tmp_path
+
+
+def test_every_result_has_a_section() -> None:
+    assert MEASURED
+    assert {file.stem for file in MEASURED} <= SECTIONS.keys()
+
+
+def test_the_projects_performance_page_and_plots_are_those_of_its_results(copy: Path) -> None:
+    done = CliRunner().invoke(bench, ["report", "--docs", str(copy)])
+    assert done.exit_code == 0, done.output
+    assert (copy / "performance.md").read_text() == (DOCS / "performance.md").read_text()
+    for file in MEASURED:
+        plot = file.with_suffix(".svg").name
+        assert (copy / "bench" / plot).read_text() == (DOCS / "bench" / plot).read_text()
+
+
+@pytest.mark.parametrize("name", [file.stem for file in MEASURED])
+def test_a_result_of_an_older_version_is_named_with_the_command_that_measures_it(copy: Path, name: str) -> None:
+    file = copy / "bench" / f"{name}.json"
+    measured = json.loads(file.read_text())
+    file.write_text(json.dumps(measured | {"result": {}}))
+    done = CliRunner().invoke(bench, ["report", "--docs", str(copy)])
+    assert done.exit_code == 1
+    assert f"{name}.json" in done.output
+    assert f"ike-sa-sync bench {name.removesuffix('-long')}" in done.output
+    assert not (copy / "performance.md").exists()
+
+
+def test_without_results_it_says_how_to_get_some(tmp_path: Path) -> None:
+    done = CliRunner().invoke(bench, ["report", "--docs", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "--short" in done.output
