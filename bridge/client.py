@@ -23,8 +23,8 @@ from bridge.asking import Asker, NoAnswerError, RefusedError
 from bridge.charon.channel import ChannelError
 from bridge.charon.charon import Charon
 from bridge.charon.ha import HaError, IkeId
+from bridge.charon.reports import SaInfo, ViciError
 from bridge.charon.sa import Sa
-from bridge.charon.vici import SaInfo, ViciError
 from bridge.comeback import Comeback
 from bridge.config import ClientConfig, GatewayEntry
 from bridge.handover import Handover

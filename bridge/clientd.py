@@ -13,8 +13,8 @@ from bridge import gauges
 from bridge.charon.channel import ChannelError
 from bridge.charon.charon import Charon
 from bridge.charon.ha import IkeId
+from bridge.charon.reports import SaInfo
 from bridge.charon.sa import Sa
-from bridge.charon.vici import SaInfo
 from bridge.client import Client
 from bridge.config import ClientConfig, canonical_address
 from bridge.control import Answer, Command, ControlServer

@@ -19,8 +19,8 @@ from bridge.bank.writer import Writer
 from bridge.charon.channel import ChannelError
 from bridge.charon.charon import Charon
 from bridge.charon.ha import IkeId
+from bridge.charon.reports import SaInfo
 from bridge.charon.sa import Sa
-from bridge.charon.vici import SaInfo
 from bridge.config import GatewayConfig
 from bridge.control import Answer, Command, ControlServer
 from bridge.daemon import (

@@ -15,8 +15,8 @@ from bridge.charon.channel import ChannelError
 from bridge.charon.charon import Charon
 from bridge.charon.ha import HaError
 from bridge.charon.install import Install
+from bridge.charon.reports import ViciError
 from bridge.charon.sa import Sa, new_conditions
-from bridge.charon.vici import ViciError
 from bridge.children import NOTHING, Offer, offer, stays
 from bridge.config import GatewayEntry
 from bridge.ike import confirm

@@ -12,8 +12,8 @@ from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.writer import Writer
 from bridge.charon.extract import children_fit
 from bridge.charon.ha import IkeId
+from bridge.charon.reports import SaInfo
 from bridge.charon.sa import Sa, gateway_address
-from bridge.charon.vici import SaInfo
 from bridge.config import Sync
 from bridge.stub import Index, Stub
 

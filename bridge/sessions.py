@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from bridge.charon.charon import Charon
+from bridge.charon.reports import SaInfo
 from bridge.charon.sa import Sa
-from bridge.charon.vici import SaInfo
 from bridge.config import GatewayEntry
 
 LOST_SECONDS = 86_400.0

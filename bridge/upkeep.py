@@ -17,8 +17,9 @@ from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis import HEARTBEAT
 from bridge.charon.charon import Charon
+from bridge.charon.reports import ViciError
 from bridge.charon.sa import Sa
-from bridge.charon.vici import START_SECONDS, ViciError
+from bridge.charon.vici import START_SECONDS
 from bridge.config import GatewayConfig
 from bridge.metrics import GatewayMetrics
 from bridge.publish import Publisher

@@ -19,7 +19,8 @@ import vici.protocol
 
 from bridge import heldfile
 from bridge.charon import ha
-from bridge.charon.vici import EVENTS, ViciError, parse_connection, parse_event
+from bridge.charon.reports import ViciError, parse_connection, parse_event
+from bridge.charon.vici import EVENTS
 from bridge.config import ClientConfig, ConfigError, GatewayConfig, load
 from bridge.control import Answer, ControlServer
 from bridge.ike.confirm import Confirmation
@@ -456,7 +457,7 @@ def _datagram_seeds() -> list[bytes]:
 
 
 def vici_event(data: bytes) -> None:
-    """bridge.charon.vici: events, IKE_SAs and connections, of any sections that the `vici` package reads."""
+    """bridge.charon.reports: events, IKE_SAs and connections, of any sections that the `vici` package reads."""
     try:
         sections = vici.protocol.Message.deserialize(vici.protocol.FiniteStream(data))
     except Exception:  # that package's own affair: bridge.charon.vici ends the connection

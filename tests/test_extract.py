@@ -8,8 +8,8 @@ import pytest
 
 from bridge.charon.extract import HALF_OPEN_SECONDS, Tracker
 from bridge.charon.ha import Attr, HaMessage, IkeId, MessageType, decode
+from bridge.charon.reports import ChildInfo, ConnectionInfo, Event, SaInfo
 from bridge.charon.sa import Condition, Sa, new_conditions
-from bridge.charon.vici import ChildInfo, ConnectionInfo, Event, SaInfo
 from bridge.ike.transforms import Group
 from bridge.stub import Endpoint, Index
 from vectors_support import NAMES, SIDES, VECTORS, messages

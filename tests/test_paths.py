@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bridge.charon.vici import parse_event
+from bridge.charon.reports import parse_event
 from bridge.ike.confirm import Confirmation
 from bridge.ike.exchange import SyncResponse, parse_response
 from bridge.ike.keys import derive_keys, skeyseed_resume

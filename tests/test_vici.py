@@ -1,4 +1,4 @@
-"""What charon says over VICI, read (bridge.charon.vici); that real charons say it: every test with a lab."""
+"""What charon says over VICI, read (bridge.charon.reports); that real charons say it: every test with a lab."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bridge.charon.vici import EVENTS, ChildInfo, ViciError, parse_connection, parse_event, parse_ike_sa
+from bridge.charon.reports import ChildInfo, ViciError, parse_connection, parse_event, parse_ike_sa
+from bridge.charon.vici import EVENTS
 from bridge.stub import Endpoint
 
 SA: dict[str, Any] = {

@@ -13,10 +13,11 @@ from bridge.charon.channel import Channel, ChannelError
 from bridge.charon.extract import Listener, Tracker
 from bridge.charon.ha import HaError, version_for
 from bridge.charon.install import Install, Installer
+from bridge.charon.reports import ConnectionInfo, Event, SaInfo, ViciError
 from bridge.charon.sa import Sa
 from bridge.charon.segments import LandingChoice
 from bridge.charon.settings import pfs_children
-from bridge.charon.vici import ConnectionInfo, Event, SaInfo, Vici, ViciError
+from bridge.charon.vici import Vici
 from bridge.children import SpiChoice
 from bridge.config import Ha
 

@@ -12,8 +12,8 @@ from typing import Protocol
 import structlog
 
 from bridge.charon.ha import Attr, HaMessage, IkeId, MessageType
+from bridge.charon.reports import ConnectionInfo, Event, SaInfo, expiry
 from bridge.charon.sa import Condition, Sa
-from bridge.charon.vici import ConnectionInfo, Event, SaInfo, expiry
 from bridge.ike.keys import derive_sk_d, skeyseed_initial, skeyseed_rekey
 from bridge.ike.transforms import Suite, UnsupportedSuite, check_resumable
 from bridge.stub import Child

@@ -11,7 +11,8 @@ from redis.exceptions import RedisError
 from bridge import facts as shared
 from bridge.bank.connect import Client, connect
 from bridge.bank.redis import GATEWAYS, HEARTBEAT
-from bridge.charon.vici import Vici, ViciError
+from bridge.charon.reports import ViciError
+from bridge.charon.vici import Vici
 from bridge.check.charon import Charon
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.config import GatewayConfig

@@ -8,8 +8,9 @@ from pathlib import Path
 from bridge import data
 from bridge.charon.ha import PORT, HaError, version_for
 from bridge.charon.peer import proc_address
+from bridge.charon.reports import ConnectionInfo, ViciError
 from bridge.charon.settings import Settings
-from bridge.charon.vici import START_SECONDS, ConnectionInfo, Vici, ViciError
+from bridge.charon.vici import START_SECONDS, Vici
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import UdpSocket, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
