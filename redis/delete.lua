@@ -15,8 +15,9 @@ for i = 2, #KEYS do
     deleted[i - 1] = 0
   else
     local spi = string.sub(KEYS[i], -16)
-    redis.call('ZREM', KEYS[1], spi)
+    -- first what can be refused: while a Cluster moves the bucket, this key may be at another node already
     redis.call('ZADD', gone, 'GT', tonumber(held[2] or nil) or now + DAY, spi)
+    redis.call('ZREM', KEYS[1], spi)
     deleted[i - 1] = redis.call('DEL', KEYS[i])
   end
 end

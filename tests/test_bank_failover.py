@@ -139,6 +139,18 @@ def reshard(ports: list[int], tag: str, to: int) -> None:
         )
     for number in (to, source, 3 - to - source):
         clients[number].execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[to])
+    # The new owner's claim has a new epoch. A node that does not know it yet takes an older claim for the newer one,
+    # and an owner that loses a slot in this way deletes what is in it: wait until all nodes agree, as operators do.
+    deadline = time.monotonic() + PATIENCE
+    while len({layout(client) for client in clients}) > 1:
+        assert time.monotonic() < deadline, "the nodes do not agree on who has which slots"
+        time.sleep(0.01)
+
+
+def layout(client: Any) -> frozenset[tuple[str, str, tuple[str, ...]]]:
+    """The primaries as a node sees them: id, epoch, slots."""
+    lines = client.execute_command("CLUSTER NODES")
+    return frozenset((node["node_id"], node["epoch"], tuple(map(str, node["slots"]))) for node in lines.values())
 
 
 async def test_a_cluster_may_move_buckets_while_gateways_write(cluster: list[int], ring: Keyring) -> None:

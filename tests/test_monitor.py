@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
+import pty
+import re
+import signal
+import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import termios
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bank_support import GATEWAY, RedisServer, keyring, shipped_users, stub_of
+from bank_support import GATEWAY, PATIENCE, RedisServer, keyring, shipped_users, stub_of
 from bridge.bank.redis import RedisBank
 
 pytestmark = pytest.mark.redis
@@ -99,3 +107,98 @@ async def test_it_goes_on_after_redis_was_away(
     stub = stub_of()
     await bank.store([stub])
     await until(process, event="stored", spi=stub.index.spi.hex())
+
+
+class Screen:
+    """A terminal of 40 lines of 120 columns, and what a program draws on it."""
+
+    LEFT = "\x1b[?1049l"
+    """what gives a terminal its former content back"""
+
+    def __init__(self, *command: str) -> None:
+        self.text = ""
+        self._side, other = pty.openpty()
+        fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+        self.process = subprocess.Popen(
+            command, stdin=other, stdout=other, stderr=other, env={**os.environ, "TERM": "xterm-256color"}
+        )
+        os.close(other)
+        os.set_blocking(self._side, False)
+
+    def read(self) -> None:
+        """Take what was drawn since."""
+        try:
+            while octets := os.read(self._side, 65536):
+                self.text += octets.decode(errors="replace")
+        except BlockingIOError:
+            pass
+        except OSError:
+            # the program, the only one on the other side, has ended
+            return
+
+    @property
+    def frame(self) -> str:
+        """The last picture that is complete, without colours."""
+        pictures = self.text.split("\x1b[H")
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", pictures[-2]) if len(pictures) > 2 else ""
+
+    async def shows(self, wanted: Callable[[str], bool], what: str) -> str:
+        """The first picture of which `wanted` holds."""
+        deadline = time.monotonic() + PATIENCE
+        while not wanted(self.frame):
+            assert self.process.poll() is None, self.text
+            assert time.monotonic() < deadline, f"{what} is not in:\n{self.frame}"
+            await asyncio.sleep(0.05)
+            self.read()
+        return self.frame
+
+    def close(self) -> None:
+        """Kill the program."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self._side)
+
+
+def row(frame: str, name: str) -> list[str]:
+    """The cells of a gateway's line in the table above the events."""
+    lines = [line.split() for line in frame.partition("events")[0].splitlines() if line.split()[:1] == [name]]
+    return lines[0] if lines else []
+
+
+async def test_the_live_view_shows_gateways_their_counters_and_what_happens(tmp_path: Path) -> None:
+    (tmp_path / "gateway.yaml").write_text(f"address: {GATEWAY}\n")
+    with RedisServer(tmp_path, *shipped_users(tmp_path / "users.acl"), username="gateway", password="secret") as server:
+        bank = RedisBank(f"unix://gateway:secret@{server.socket}", keyring(), get_timeout=5.0)
+        screen = Screen(
+            *(sys.executable, "-m", "bridge.cli", "monitor", "-c", str(tmp_path / "gateway.yaml")),
+            *("--url", f"unix://monitor:secret@{server.socket}"),
+        )
+        try:
+            await screen.shows(lambda frame: "bank: listening" in frame, "the bank")
+            stubs = [stub_of() for _ in range(30)]
+            await bank.store(stubs)
+            counters = {"resumptions_total": 7.0, "refusals_total[no-stub]": 2.0}
+            await bank.post("stats", GATEWAY, json.dumps(counters), 60)
+            await bank.heartbeat(GATEWAY, 60)
+            frame = await screen.shows(lambda frame: row(frame, GATEWAY)[3:4] == ["30"], "the gateway with 30 stubs")
+            assert row(frame, GATEWAY)[4:] == ["7", "0", "2", "0", "no-stub", "2"]
+            assert "stored 30   deleted 0   expired 0" in frame
+            await bank.delete([(stubs[0].index, 1)])
+            frame = await screen.shows(lambda frame: "deleted 1 " in frame, "the deletion")
+            # the latest event comes first
+            [first] = re.findall(r"events.*\n.*?(\S+ +\S+ +\S+) +[0-9a-f]{16}", frame)
+            assert first.split() == ["stub", "deleted", GATEWAY]
+            # a gateway whose heartbeat ends has failed
+            await bank.heartbeat(GATEWAY, 0.05)
+            await screen.shows(lambda frame: row(frame, GATEWAY)[1:2] == ["failed"], "the failure")
+            server.kill()
+            await screen.shows(lambda frame: "bank: listening" not in frame, "that Redis is away")
+            server.start()
+            await screen.shows(lambda frame: "bank: listening" in frame, "that Redis is back")
+            screen.process.send_signal(signal.SIGINT)
+            assert await asyncio.to_thread(screen.process.wait, PATIENCE) == 130
+            screen.read()
+            assert Screen.LEFT in screen.text
+        finally:
+            screen.close()
+            await bank.close()
