@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import time
 from functools import lru_cache
-from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
