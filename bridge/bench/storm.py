@@ -118,37 +118,34 @@ def growth(rig: Rig, sizes: list[int], sample: int, window: int, progress: Progr
     rig.kill_first_gateway()
     present = 0
     rows = []
+    progress("warming up", 0.0)
+    # what so many requests at once need is not for the SAs that they leave behind
+    resumptions(rig, window, window)
+    rig.order("end", None)
     before = rig.meter().read()["sidecar"]["rss_mb"]
     for size in sizes:
+        counted, began = rig.counters(), time.monotonic()
         while present < size:
             bundle = min(FILL_BUNDLE, size - present)
             rig.order("make", bundle)
-            if (
-                rig.order("storm", {"window": window, "count": bundle, "children": Children.NONE})["confirmed"]
-                != bundle
-            ):
+            order = {"window": window, "count": bundle, "children": Children.NONE}
+            if rig.order("storm", order)["confirmed"] != bundle:
                 raise RuntimeError(f"the gateway lost resumptions on the way to {size} SAs")
             present += bundle
             progress(f"{present} SAs", present / sizes[-1])
         # what the last ones left to do is not of the sample
         rig.order("idle", 3.0)
-        before_sample = rig.counters()
         result = resumptions(rig, sample, window)
-        rows.append(
-            {"sas": size, **_activations(before_sample, rig.counters(), result["seconds"]), **result}
-            | {
-                "sidecar_octets_per_sa": round(
-                    (result["processes"]["sidecar"]["rss_mb"] - before) * 1e6 / (size + sample)
-                )
-            }
-        )
+        activations = _activations(counted, rig.counters(), time.monotonic() - began)
+        octets = (result["processes"]["sidecar"]["rss_mb"] - before) * 1e6 / (size + sample)
+        rows.append({"sas": size, **activations, **result, "sidecar_octets_per_sa": round(octets)})
         present += sample
     return {"rows": rows, "sample": sample, "window": window}
 
 
 def _activations(before: Counters, after: Counters, seconds: float) -> dict[str, float]:
-    """What the activations of a storm that took `seconds` cost running SAs: each of one segment of SEGMENTS does not
-    answer while its activation lasts."""
+    """What activations cost running SAs within `seconds`: those of one segment of SEGMENTS do not answer while its
+    activation lasts."""
     count = after["activation_seconds_count"] - before["activation_seconds_count"]
     took = after["activation_seconds_sum"] - before["activation_seconds_sum"]
     return {
