@@ -12,18 +12,19 @@ from bridge.bench.plot import bars
 INTRODUCTION = """\
 # Performance
 
-`make bench` measures a short version of each benchmark in five minutes, and writes this page from the JSON beside the
-plots in [bench/](bench/); do not edit it. At length, one after the other, on a machine that does nothing else:
+`make bench` measures a short version of each benchmark in less than five minutes, and writes this page from the JSON
+beside the plots in [bench/](bench/); do not edit it. At length, one after the other, on a machine that does nothing
+else:
 
-    sudo ike-sa-sync bench handshake-vs-resume --rounds 50 --json >docs/bench/handshake-vs-resume.json
-    sudo ike-sa-sync bench storm --sessions 50000 --json >docs/bench/storm.json
+    sudo ike-sa-sync bench handshake-vs-resume --json >docs/bench/handshake-vs-resume.json
+    sudo ike-sa-sync bench storm --json >docs/bench/storm.json
     sudo ike-sa-sync bench growth --json >docs/bench/growth-long.json
-    sudo ike-sa-sync bench bank --stubs 100000 --json >docs/bench/bank.json
-    sudo ike-sa-sync bench flood --seconds 30 --json >docs/bench/flood.json
+    sudo ike-sa-sync bench bank --json >docs/bench/bank.json
+    sudo ike-sa-sync bench flood --json >docs/bench/flood.json
     ike-sa-sync bench report
 
-`growth` to 100,000 SAs takes about five minutes and 2 GB of memory. Without `--json` each prints a table instead;
-`--plot FILE` draws it.
+`--help` of each says how to have more sessions, rounds, sizes or seconds. `growth` goes up to 100,000 SAs, which takes
+minutes, and 2 GB of memory. Without `--json` each prints tables instead; `--plot FILE` draws the plot.
 
 Measured on {machine}.
 
