@@ -230,6 +230,8 @@ def compare(rig: Rig, rounds: int, progress: Progress) -> dict[str, Any]:
             alone.append(resumptions(rig, 12, 1, idle=gauge.idle))
             for form, seen in many.items():
                 seen.append(resumptions(rig, TOGETHER, TOGETHER, form, gauge.idle))
+                if failures := seen[-1]["failures"]:
+                    raise LabError(f"{failures} of {TOGETHER} imagined clients did not resume, {form}: {seen[-1]}")
                 rig.order("end", None)
     return {
         "delays_ms": [distance.delay_ms for distance in distances],
