@@ -92,17 +92,18 @@ def _alive(path: Path) -> bool:
 async def call(path: str, request: dict[str, Any]) -> Answer:
     """Ask a running sidecar. Raises ControlError."""
     try:
-        reader, writer = await asyncio.open_unix_connection(path, limit=16 * 1024 * 1024)
+        reader, writer = await asyncio.open_unix_connection(path)
     except OSError as error:
         raise ControlError(f"{path}: the sidecar does not answer ({error.strerror}): is it running?") from error
     try:
         writer.write(json.dumps(request).encode() + b"\n")
-        line = await reader.readline()
+        # to its end, for the status of a hundred thousand SAs is a line longer than any limit
+        line = await reader.read()
     except ConnectionError as error:
         raise ControlError(f"{path}: the sidecar went away: {error.strerror}") from error
     finally:
         writer.close()
-    if not line:
+    if not line.endswith(b"\n"):
         raise ControlError(f"{path}: the sidecar closed the connection; see its log")
     answer: Answer = json.loads(line)
     if "error" in answer:

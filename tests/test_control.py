@@ -20,9 +20,13 @@ async def _fail(_: dict[str, Any]) -> Answer:
     raise RuntimeError("no luck")
 
 
+async def _long(request: dict[str, Any]) -> Answer:
+    return {"sas": ["x" * 250] * request["count"]}
+
+
 @pytest.fixture
 async def path(tmp_path: Path) -> Any:
-    server = ControlServer(str(tmp_path / "run" / "control.sock"), {"echo": _echo, "fail": _fail})
+    server = ControlServer(str(tmp_path / "run" / "control.sock"), {"echo": _echo, "fail": _fail, "long": _long})
     await server.start()
     yield str(tmp_path / "run" / "control.sock")
     await server.close()
@@ -39,6 +43,11 @@ async def said(path: str, line: bytes) -> bytes:
 
 async def test_a_command_gets_its_answer(path: str) -> None:
     assert await call(path, {"command": "echo", "to": "x"}) == {"got": {"command": "echo", "to": "x"}}
+
+
+async def test_the_status_of_a_hundred_thousand_sas_arrives_whole(path: str) -> None:
+    answer = await call(path, {"command": "long", "count": 100_000})
+    assert len(answer["sas"]) == 100_000
 
 
 async def test_a_command_that_fails_says_so_and_the_next_is_served(path: str) -> None:
