@@ -1,6 +1,9 @@
 """Draining: clients of this gateway are asked to go on at another one, while this one lives (the load-balance scenario
 of draft-xu-ike-sa-sync-01).
 
+A target that could resume none of the sessions is refused before anybody is asked: one without a heartbeat, without a
+bank key of this gateway's, or without the sessions' connections. Sessions that it could not resume are left alone.
+
 Each chosen client gets a Move (bridge.ike.stubexchange). One whose sidecar answers resumes at the target; when the bank
 says that the session went on there, its IKE_SA here is dropped in silence. One without a sidecar notices nothing.
 
@@ -23,11 +26,13 @@ from typing import Any, Final
 
 import structlog
 
+from bridge import facts
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.channel import ChannelError
 from bridge.charon.charon import Charon
 from bridge.charon.sa import Sa
 from bridge.config import canonical_address
+from bridge.facts import Facts
 from bridge.handout import stub_sa
 from bridge.ike.stubexchange import (
     MoveStatus,
@@ -105,6 +110,17 @@ class _Run:
         return sum(number for (kind, _), number in self.outcomes.items() if kind is result)
 
 
+def _lacks(target: Facts | None, sa: Sa) -> str | None:
+    """What the target lacks for a session, by what it says of itself; None if nothing, or if it says nothing."""
+    if target is None:
+        return None
+    children = target.connections.get(sa.connection)
+    if children is None:
+        return f"the target has no connection {sa.connection!r}"
+    missing = sorted({child.name for child in sa.children} - set(children))
+    return f"the target's connection {sa.connection!r} has no child {missing[0]!r}" if missing else None
+
+
 class Drain:
     """Drains this gateway, one run at a time. Its coroutines are commands of the control socket."""
 
@@ -144,16 +160,26 @@ class Drain:
             return {"error": f"{to} is this gateway"}
         try:
             gateways = await self._bank.gateways()
+            told = await self._bank.posted(facts.KIND, to)
         except BankUnavailable as error:
             return {"error": f"the bank does not answer, and no session can move without it: {error}"}
         if to not in gateways or not gateways[to].alive:
             alive = ", ".join(sorted(name for name, sign in gateways.items() if sign.alive and name != self._address))
             return {"error": f"no gateway lives at {to}; others that do: {alive or 'none'}"}
+        mine = gateways[self._address].keys if self._address in gateways else frozenset()
+        if mine and not mine & gateways[to].keys:
+            return {"error": f"{to} has another bank key, and could open no stub of this gateway: copy the key file"}
+        lacking = {sa.id.spis: reason for sa in sas if (reason := _lacks(facts.decode(told or b""), sa))}
+        able = [sa for sa in sas if sa.id.spis not in lacking]
+        if sas and not able:
+            reasons = "; ".join(sorted(set(lacking.values())))
+            return {"error": f"{to} could resume no session of this gateway: {reasons}"}
         # those known to have a sidecar first: fewer others are asked in vain
-        random.shuffle(sas)
-        sas.sort(key=lambda sa: not sa.companion)
+        random.shuffle(able)
+        able.sort(key=lambda sa: not sa.companion)
         wanted = math.ceil(request["share"] * len(sas))
-        self._run = _Run(to, request["rate"], self._clock(), len(sas), wanted, deque(sas))
+        self._run = _Run(to, request["rate"], self._clock(), len(sas), wanted, deque(able))
+        self._run.outcomes.update((Result.LEFT, reason) for reason in lacking.values())
         self._task = asyncio.create_task(self._drain(self._run), name="drain")
         log.info("drain-begins", to=to, sessions=len(sas), wanted=wanted)
         return await self.progress({})

@@ -47,7 +47,8 @@ def drain(path: str | None, to: str, share: float, rate: float, as_json: bool) -
     """Move clients of this gateway to another one, while it lives.
 
     Asks the clients' sidecars, which resume their sessions there. Clients without a sidecar are left alone. Ctrl-C asks
-    no more clients, and waits for those that move.
+    no more clients, and waits for those that move. A target that could resume none of the sessions is refused: one that
+    does not live, has another bank key, or lacks the sessions' connections.
 
     Exit code 0 when as many moved as wanted, 1 when fewer did, 130 after Ctrl-C.
     """
@@ -74,6 +75,8 @@ def drain(path: str | None, to: str, share: float, rate: float, as_json: bool) -
 
 async def _drain(socket: str, request: control.Answer, show: bool) -> control.Answer:
     answer = await control.call(socket, request)
+    for row in answer["outcomes"]:
+        click.echo(f"{cli.count(row['sessions'], 'session')} will not be asked: {row['reason']}", err=True)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -13,7 +13,7 @@ import pytest
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
-from failover_support import established, fresh, resume, spis, stub_key, the_sa
+from failover_support import connect, established, fresh, resume, spis, status, stub_key, the_sa
 
 pytestmark = pytest.mark.lab
 
@@ -97,3 +97,52 @@ def test_bank_and_charon_agree_after_a_kill_between_any_two_steps(topology: Topo
     topology.kill_gateway(topology.gw1)
     assert resume(topology)["result"] == "resumed"
     assert topology.client.ping(SITE) == 3
+
+
+def rekey(topology: Topology) -> None:
+    """A new IKE_SA of the client in place of its old one, at both ends."""
+    before = spis(the_sa(topology.client))
+    topology.client.swanctl("--rekey", "--ike", "home")
+    for host in (topology.client, topology.gw1):
+        wait_until(
+            lambda host=host: [spis(sa) for sa in established(host)] not in ([], [before]),  # type: ignore[misc]
+            "the rekeyed IKE_SA alone",
+        )
+
+
+def test_changes_kept_while_redis_was_away_are_in_the_bank_soon_after_its_return(topology: Topology) -> None:
+    fresh(topology)
+    connect(topology)
+    [old] = topology.bank.stubs()
+    topology.bank.kill()
+    rekey(topology)
+    # a stub to store and one to delete; no comparison of bank and charon deletes any
+    wait_until(lambda: status(topology, "gw1")["bank"]["pending"] == 2, "two changes that wait")
+    topology.bank.start()
+    began = time.monotonic()
+    wait_until(lambda: status(topology, "gw1")["bank"]["pending"] == 0, "nothing waits")
+    print(f"written {time.monotonic() - began:.2f} s after Redis answered again")
+    assert old not in topology.bank.stubs()
+    assert agree(topology)
+
+
+def test_when_the_whole_gateway_dies_nothing_that_was_told_stored_is_lost(topology: Topology) -> None:
+    fresh(topology)
+    connect(topology)
+    wait_until(lambda: status(topology, "gw1")["bank"]["pending"] == 0, "what is told stored")
+    stored = stubs_of_bank(topology)
+    assert stored == stubs_of_charon(topology)
+    # not told stored, and so lost: a change that Redis was not there to take
+    topology.bank.kill()
+    rekey(topology)
+    wait_until(lambda: status(topology, "gw1")["bank"]["pending"] > 0, "a change that waits")
+    topology.kill_gateway(topology.gw1)
+    topology.bank.start()
+    assert stubs_of_bank(topology) == stored
+    # the client knows its new SPI alone
+    assert resume(topology)["result"] == "fallback"
+    fresh(topology)
+    connect(topology)
+    wait_until(lambda: status(topology, "gw1")["bank"]["pending"] == 0, "what is told stored")
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"

@@ -115,7 +115,7 @@ def cluster(tmp_path: Path, program: list[str]) -> Iterator[list[int]]:
     ports = [free_port() for _ in range(3)]
     with ExitStack() as stack:
         clients = []
-        for port, bounds in zip(ports, ((0, 5460), (5461, 10922), (10923, 16383)), strict=True):
+        for epoch, (port, bounds) in enumerate(zip(ports, ((0, 5460), (5461, 10922), (10923, 16383)), strict=True), 1):
             directory = tmp_path / str(port)
             directory.mkdir()
             settings = ("--cluster-enabled", "yes", "--port", str(port), *shipped_users(directory / "users.acl"))
@@ -123,6 +123,8 @@ def cluster(tmp_path: Path, program: list[str]) -> Iterator[list[int]]:
                 RedisServer(directory, *settings, program=program, username="admin", password=PASSWORD)
             )
             node.client.execute_command("CLUSTER ADDSLOTSRANGE", *bounds)
+            # as redis-cli does: nodes of one epoch change it among themselves, while a test moves slots by it
+            node.client.execute_command("CLUSTER SET-CONFIG-EPOCH", epoch)
             node.client.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
             clients.append(node.client)
         deadline = time.monotonic() + PATIENCE

@@ -145,17 +145,10 @@ def test_a_session_that_the_target_does_not_resume_stays_where_it_is(clients: Cl
     topology = clients.topology
     clients.connect()
     before = {host.name: spis(the_sa(host)) for host in clients.all}
-    # gw2 has another key than the stubs are sealed with
-    sidecar, key = topology.gateways["gw2"], (topology.gw2.etc / "ike-sa-sync/bank.key").read_text()
-    sidecar.stop()
-    topology.gw2.write(BANK_KEY, bank_key(), mode=0o600)
-    sidecar.start()
-    try:
-        done = drain(topology, "--to", topology.gw2.address, code=1)
-    finally:
-        sidecar.stop()
-        topology.gw2.write(BANK_KEY, key, mode=0o600)
-        sidecar.start()
+    # what somebody spoilt does not open
+    for key in topology.bank.stubs():
+        topology.bank.cli("HSET", key, "sealed", "spoilt")
+    done = drain(topology, "--to", topology.gw2.address, code=1)
     assert (done["moved"], done["left"], done["failed"]) == (0, 1, 3)
     assert {row["reason"] for row in done["failures"]} == {"the target did not resume the session"}
     assert {host.name: spis(the_sa(host)) for host in clients.all} == before
@@ -172,6 +165,53 @@ def test_a_target_without_a_heartbeat_is_refused_before_anybody_is_asked(clients
     assert done.returncode == 1
     assert "is this gateway" in done.stderr
     assert topology.agent.text().count("move-asked") == said
+
+
+def refusal(topology: Topology) -> str:
+    """What `ike-sa-sync drain` to gw2 says while nobody is asked to move, and nobody moves."""
+    said, before = topology.agent.text().count("move-asked"), the_sa(topology.client)
+    done = topology.gateways["gw1"].command("drain", "--to", topology.gw2.address, check=False)
+    assert done.returncode == 1
+    assert spis(the_sa(topology.client)) == spis(before)
+    assert topology.agent.text().count("move-asked") == said
+    return str(done.stderr)
+
+
+def test_a_target_with_another_bank_key_is_refused_before_anybody_is_asked(clients: Clients) -> None:
+    topology = clients.topology
+    clients.connect()
+    sidecar, key = topology.gateways["gw2"], (topology.gw2.etc / "ike-sa-sync/bank.key").read_text()
+    sidecar.stop()
+    topology.gw2.write(BANK_KEY, bank_key(), mode=0o600)
+    sidecar.start()
+    try:
+        assert f"{topology.gw2.address} has another bank key" in refusal(topology)
+    finally:
+        sidecar.stop()
+        topology.gw2.write(BANK_KEY, key, mode=0o600)
+        sidecar.start()
+
+
+def test_a_target_without_the_connection_is_refused_before_anybody_is_asked(clients: Clients) -> None:
+    topology = clients.topology
+    clients.connect()
+    sidecar, file = topology.gateways["gw2"], topology.gw2.etc / "swanctl/swanctl.conf"
+    conf = file.read_text()
+    assert conf.count("    gw {") == 1
+    sidecar.stop()
+    topology.gw2.write("/etc/swanctl/swanctl.conf", conf.replace("    gw {", "    away {"))
+    topology.gw2.swanctl("--load-conns")
+    sidecar.start()
+    try:
+        facts = f"ike:facts:{topology.gw2.address}"
+        wait_until(lambda: '"away"' in topology.bank.cli("GET", facts), "what gw2 says of itself", timeout=90)
+        assert "the target has no connection 'gw'" in refusal(topology)
+    finally:
+        sidecar.stop()
+        topology.gw2.write("/etc/swanctl/swanctl.conf", conf)
+        topology.gw2.swanctl("--load-conns")
+        sidecar.start()
+        wait_until(lambda: '"gw"' in topology.bank.cli("GET", facts), "what gw2 says of itself", timeout=90)
 
 
 def test_ctrl_c_asks_no_more_clients_and_waits_for_those_that_move(clients: Clients) -> None:

@@ -208,6 +208,10 @@ class CachedBank:
         """See StubBank."""
         await self._bank.post(kind, gateway, value, ttl)
 
+    async def posted(self, kind: str, gateway: str) -> bytes | None:
+        """See StubBank."""
+        return await self._bank.posted(kind, gateway)
+
     async def heartbeat(self, gateway: str, ttl: float) -> None:
         """See StubBank."""
         await self._bank.heartbeat(gateway, ttl)

@@ -114,6 +114,10 @@ class StubBank(Protocol):
         """Leave `value` under `ike:<kind>:<gateway>` for `ttl` s: what monitors read, and what other gateways heed."""
         ...
 
+    async def posted(self, kind: str, gateway: str) -> bytes | None:
+        """What `post` left there, if it is still there. Anyone who can write to the bank can forge it."""
+        ...
+
     async def ping(self) -> float:
         """Seconds that the bank takes to answer."""
         ...

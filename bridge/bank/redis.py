@@ -207,6 +207,11 @@ class RedisBank:
         """See StubBank."""
         await self._redis.pipeline([("SET", f"ike:{kind}:{gateway}", value, "PX", int(ttl * 1000))])
 
+    async def posted(self, kind: str, gateway: str) -> bytes | None:
+        """See StubBank."""
+        [value] = await self._redis.pipeline([("GET", f"ike:{kind}:{gateway}")])
+        return None if value is None else bytes(value)
+
     async def ping(self) -> float:
         """See StubBank."""
         began = time.monotonic()
@@ -279,9 +284,7 @@ class RedisBank:
                     if ahead is not None:
                         await ahead
                     ahead = asyncio.create_task(run(calls, called))
-                    # once for the task to begin, once for what it wrote to leave
-                    await asyncio.sleep(0)
-                    await asyncio.sleep(0)
+                    await _question_left()
                     calls, called, size = [], [], 0
             if ahead is not None:
                 await ahead
@@ -315,6 +318,7 @@ class RedisBank:
                 more = bool(waiting)
                 if more:
                     ahead = asyncio.create_task(fetch())
+                    await _question_left()
                 rows = list(_rows(page, replies, len(fields), seen))
                 for first in range(0, len(rows), batch):
                     yield rows[first : first + batch]
@@ -337,6 +341,12 @@ class RedisBank:
             async for page in pages:
                 # a stub that expired while its bucket still names it has no fields
                 yield [readable(index, values) for index, values in page if values[-1] is not None]
+
+
+async def _question_left() -> None:
+    """Let a task begin that asks Redis, and what it wrote leave: Redis works on it while the caller does other work."""
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
 
 
 def _rows(

@@ -271,6 +271,11 @@ class TieredBank:
         """See StubBank: in all banks within reach."""
         await self._ask(lambda bank: bank.post(kind, gateway, value, ttl))
 
+    async def posted(self, kind: str, gateway: str) -> bytes | None:
+        """See StubBank: what any bank has."""
+        answers = await self._ask(lambda bank: bank.posted(kind, gateway))
+        return next((value for value in answers.values() if value is not None), None)
+
     async def ping(self) -> float:
         """See StubBank: of the fastest."""
         return min((await self._ask(lambda bank: bank.ping())).values())
