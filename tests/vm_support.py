@@ -7,6 +7,7 @@ What `vagrant up` does with virtual machines is done here with these, by the sam
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,9 @@ from typing import Any
 import vici
 
 from bridge.lab.daemon import wait_until
+
+log = logging.getLogger(__name__)
+"""what takes minutes on an emulated processor: shown while the tests run"""
 
 PROJECT = Path("/project")
 PROVISION = PROJECT / "source/vagrant/provision"
@@ -59,6 +63,7 @@ class Machine:
 
     def boot(self) -> None:
         """Start it; `wait_up` waits for it."""
+        log.info("%s boots", self.name)
         for part in ("upper", "work", "root"):
             (STATE / self.name / part).mkdir(parents=True, exist_ok=True)
         layers = ",".join(
@@ -107,6 +112,7 @@ class Machine:
     def wait_up(self) -> None:
         """Wait until its systemd has started everything."""
         wait_until(self._booted, f"{self.name}, booted", PATIENCE)
+        log.info("%s is up", self.name)
 
     def _booted(self) -> bool:
         if not self.leader():
@@ -130,6 +136,7 @@ class Machine:
 
     def provision(self, script: str, *arguments: str) -> str:
         """Run a script of vagrant/provision in it."""
+        log.info("%s is provisioned: %s", self.name, script)
         return self.run(str(PROVISION / script), *arguments)
 
     def power_off(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from bridge import data
 from bridge.lab.bank import Bank
 from bridge.lab.charon import render
+from bridge.lab.daemon import SLOWNESS
 from bridge.lab.host import Host
 from bridge.lab.lab import Lab
 from bridge.lab.sidecar import Sidecar
@@ -24,9 +25,10 @@ from bridge.lab.sidecar import Sidecar
 SITE = "10.10.0.1"
 BANK_KEY = "/etc/ike-sa-sync/bank.key"
 
-# A dead gateway is given up after 2 s without an answer to the probe that follows 2 s of silence.
-PATIENCE = {"charon.retransmit_timeout": 0.5, "charon.retransmit_base": 1.0, "charon.retransmit_tries": 3}
-DPD_DELAY = "2s"
+# A dead gateway is given up after 2 s without an answer to the probe that follows 2 s of silence; later on a slow
+# machine, where one that lives may take as long to answer.
+PATIENCE = {"charon.retransmit_timeout": 0.5 * SLOWNESS, "charon.retransmit_base": 1.0, "charon.retransmit_tries": 3}
+DPD_DELAY = f"{2 * SLOWNESS:.0f}s"
 
 # The clients' gateways and the connections to them, best first.
 CHOICES = {"192.168.50.1": "home", "192.168.50.2": "home-gw2"}
