@@ -119,7 +119,7 @@ class Batches:
         if void:
             await self._unconfirmed.drop([made.sa.id for _, made in void])
             self._give_up(void)
-            rebuilt = [pair for pair in rebuilt if pair[1] in self._unconfirmed]
+            rebuilt = [pair for pair in rebuilt if pair[1] in self._unconfirmed and pair[0].held]
         for packet, made in rebuilt:
             self._unconfirmed.installed(made)
             packet.drop()

@@ -110,6 +110,8 @@ async def retry(name: str, attempt: Callable[[], object], *errors: type[Exceptio
         try:
             attempt()
         except errors as error:
+            # what is missing here keeps nobody from starting strongSwan, which systemd does after the sidecar
+            notify("READY=1")
             if str(error) != told:
                 log.warning(f"{name}-unavailable", reason=str(error), retrying_every_s=RETRY_SECONDS)
             told = str(error)

@@ -129,8 +129,8 @@ class GatewayProcess:
         stack.push_async_callback(gateway.close)
         stack.push_async_callback(drain.close)
         charon.start()
-        # before the gateway and the writer stop: what is read from here on would not get to the bank any more
-        stack.callback(charon.channel.pause)
+        # before the gateway and the writer stop: what is heard from here on would not get to the bank any more
+        stack.callback(charon.pause)
         upkeep.start()
         stack.push_async_callback(upkeep.close)
         heartbeat = asyncio.create_task(self._heartbeat(), name="heartbeat")
@@ -163,7 +163,8 @@ class GatewayProcess:
         assert self._publisher is not None
         assert self._gateway is not None
         self._gateway.unconfirmed.gone(sa)
-        self._publisher.withdraw(sa)
+        if sa.up:
+            self._publisher.withdraw(sa)
 
     def verified(self, ike_id: IkeId) -> None:
         """A request of a client's verified."""

@@ -128,7 +128,7 @@ class Handover:
         for made in answer.children:
             if made.child.spi_in in installed:
                 # charon tells nobody of what it is given
-                new.put_child(made.child)
+                self._charon.tracker.put_child(new, made.child)
             else:
                 log.warning("child-not-installed", connection=new.connection, child=made.child.name, **new.id.logged)
         return list(dict.fromkeys(child.name for child in new.children))

@@ -10,7 +10,6 @@ import structlog
 
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.writer import Writer
-from bridge.charon.extract import children_fit
 from bridge.charon.ha import IkeId
 from bridge.charon.reports import SaInfo
 from bridge.charon.sa import Sa, gateway_address
@@ -63,8 +62,7 @@ class Publisher:
             self._writer.submit_delete(index, max(sa.revision, int(self._wall() * 1000)))
 
     async def recover(self, infos: list[SaInfo]) -> list[Sa] | None:
-        """SAs that charon has and this sidecar does not know, from their stubs; only those that still fit.
-        None while the bank is away."""
+        """SAs that charon has and this sidecar does not know, from their stubs. None while the bank is away."""
         indexes = [
             Index(gateway_address(self._address, info.local.address), info.spi_i if info.initiator else info.spi_r)
             for info in infos
@@ -76,15 +74,10 @@ class Publisher:
             log.warning("recovery-waits-for-bank", reason=str(error))
             return None
         for info, stub in zip(infos, stubs, strict=True):
-            if stub is not None and _fits(stub, info):
+            if stub is not None and stub.spi_i + stub.spi_r == info.spis:
                 found.append(sa_of(stub))
         log.info("recovered", listed=len(infos), from_bank=len(found))
         return found
-
-
-def _fits(stub: Stub, info: SaInfo) -> bool:
-    """Whether a stub tells of the SA that VICI lists, CHILD_SAs included."""
-    return stub.spi_i + stub.spi_r == info.spis and children_fit((child.spi_in for child in stub.children), info)
 
 
 def sa_of(stub: Stub) -> Sa:

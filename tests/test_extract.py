@@ -309,6 +309,107 @@ def test_a_resynchronisation_leaves_a_known_sa_up() -> None:
     assert sa.remote_vips == ("10.20.0.1",)
 
 
+# CHILD_SAs, and a sidecar that was not there
+
+
+def listed(*spis: int) -> tuple[ChildInfo, ...]:
+    return tuple(ChildInfo("net", "INSTALLED", spi) for spi in spis)
+
+
+def children(sa: Sa) -> list[int]:
+    return [child.spi_in for child in sa.children]
+
+
+def told_of_children(vector: dict[str, Any], kind: MessageType) -> list[HaMessage]:
+    return [message for octets in messages(vector, "gateway") if (message := decode(octets)).type is kind]
+
+
+def test_a_child_sa_that_charon_does_not_have_is_forgotten_and_one_that_nobody_told_of_asks_for_nothing() -> None:
+    known, recorder, clock = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.CHILD_ADD)
+    [sa] = known.established()
+    clock.now = 10.0
+    recorder.news.clear()
+    # a list that was asked for before charon told of it says nothing about it
+    assert not known.reconcile([info(sa)], since=-1.0)
+    assert len(children(sa)) == 1
+    assert not known.reconcile([info(sa, children=listed(77))], since=5.0)
+    assert children(sa) == []
+    assert recorder.news[-1] == ("changed", sa.id)
+
+
+def test_what_charon_told_of_child_sas_before_their_ike_sa_was_recalled_is_not_lost() -> None:
+    before, _, _ = tracker()
+    feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
+    [sa] = before.established()
+    [old] = children(sa)
+    known, recorder, _ = tracker()
+    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, old)]))
+    added = told_of_children(VECTORS[0], MessageType.CHILD_ADD)[0]
+    new = [(name, 77 if name is Attr.INBOUND_SPI else value) for name, value in added.attributes]
+    known.handle(HaMessage(3, MessageType.CHILD_ADD, new))
+    assert known.take_back(sa, info(sa, children=listed(77)))
+    assert known.sas[sa.id.spis] is sa
+    assert children(sa) == [77]
+    assert recorder.news == [("changed", sa.id)]
+
+
+def test_a_recalled_sa_that_lacks_a_child_sa_has_to_be_asked_for() -> None:
+    before, _, _ = tracker()
+    feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
+    [sa] = before.established()
+    known, _, _ = tracker()
+    assert not known.take_back(sa, info(sa, children=listed(*children(sa), 77)))
+    assert not known.sas
+
+
+def rekeyed(known: Tracker, old: IkeId, new: IkeId) -> Sa:
+    """The IKE rekey of the first vector, as one of `old` to `new`."""
+    ids = {Attr.IKE_ID: new, Attr.IKE_REKEY_ID: old}
+    sent = [decode(octets) for octets in messages(VECTORS[0], "gateway")]
+    at = next(at for at, message in enumerate(sent) if message.first(Attr.IKE_REKEY_ID))
+    for message in sent[at:]:
+        if message.first(Attr.IKE_ID) == sent[at].first(Attr.IKE_ID):
+            known.handle(
+                HaMessage(3, message.type, [(name, ids.get(name, value)) for name, value in message.attributes])
+            )
+    return known.sas[new.spis]
+
+
+def test_an_sa_that_was_rekeyed_before_it_was_recalled_leaves_its_child_sas_to_what_came_of_it() -> None:
+    before, _, _ = tracker()
+    feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
+    [old] = before.established()
+    known, recorder, _ = tracker()
+    second, third = (IkeId.of(bytes((number,)) * 8, bytes((number,)) * 8, False) for number in (2, 3))
+    rekeyed(known, old.id, second)
+    known.handle(HaMessage(3, MessageType.IKE_DELETE, [(Attr.IKE_ID, old.id)]))
+    heir = rekeyed(known, second, third)
+    known.handle(HaMessage(3, MessageType.IKE_DELETE, [(Attr.IKE_ID, second)]))
+    assert children(heir) == []
+    now = info(heir, children=listed(*children(old)))
+    awaited = known.reconcile([now], since=5.0)
+    assert list(awaited) == [old.id.spis]
+    assert awaited[old.id.spis].initiator == old.id.initiator
+    assert known.take_back(old, awaited[old.id.spis])
+    assert children(heir) == children(old)
+    assert recorder.news[-1] == ("changed", third)
+    assert old.id.spis not in known.sas
+    assert not known.reconcile([now], since=5.0)
+
+
+def test_once_all_is_recalled_nothing_is_kept_for_sas_that_nobody_knows() -> None:
+    known, _, _ = tracker()
+    known.recall.end()
+    before, _, _ = tracker()
+    feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
+    [sa] = before.established()
+    [old] = children(sa)
+    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, old)]))
+    assert known.take_back(sa, info(sa, children=listed(old)))
+    assert children(sa) == [old]
+
+
 def test_handshakes_that_come_to_nothing_are_forgotten() -> None:
     known, _, clock = tracker()
     feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)

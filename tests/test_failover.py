@@ -208,7 +208,8 @@ def test_a_missing_stub_means_an_ordinary_handshake(topology: Topology) -> None:
     assert outcome["gateway"] == topology.gw2.address
     assert spis(the_sa(topology.client)) == (outcome["spi_i"], outcome["spi_r"])
     assert topology.client.ping(SITE) == 3
-    assert counter(topology, "gw2", "refusals_total[no-stub]") == before + 1
+    # once for each time that the client sent it: on a slow machine more than once
+    assert counter(topology, "gw2", "refusals_total[no-stub]") > before
 
 
 def test_with_no_gateway_left_the_outcome_is_failed(topology: Topology) -> None:

@@ -68,11 +68,16 @@ class Charon:
         self.vici.start()
         self._task = asyncio.create_task(self._keep_in_step(), name="reconcile")
 
-    async def close(self) -> None:
-        """Let go of charon; its SAs stay."""
+    def pause(self) -> None:
+        """Hear nothing more. What the HA channel brings from here on the kernel keeps for the next process."""
         if self._task is not None:
             self._task.cancel()
         self.vici.close()
+        self.channel.pause()
+
+    async def close(self) -> None:
+        """Let go of charon; its SAs stay."""
+        self.pause()
         self.channel.close()
 
     def ready(self) -> bool:
@@ -196,24 +201,24 @@ class Charon:
             if recovered is None:
                 # charon would have to rekey CHILD_SAs for what the bank may well have
                 self._due.set()
-                missing = {}
-            for sa in recovered or ():
-                if not self._known(sa.id.spis):
-                    self.tracker.adopt(sa)
-                missing.pop(sa.id.spis, None)
+                return
+            for sa in recovered:
+                spis = sa.id.spis
+                if self._known(spis) or self.tracker.take_back(sa, missing[spis]):
+                    del missing[spis]
+            # of one that was rekeyed, charon has nothing to tell
+            missing = {spis: info for spis, info in missing.items() if not self.tracker.recall.was_rekeyed(spis)}
         unasked = {spis: info for spis, info in missing.items() if spis not in self._asked}
         if unasked and self.channel.ready():
             segments = {self.landing.segment_of(info.remote.address) for info in unasked.values()}
             log.info("resync", sas=len(unasked), segments=sorted(segments))
-            for spis in unasked.keys() & self.tracker.sas.keys():
-                # charon rekeys them, and tells the new ones
-                self.tracker.sas[spis].children = ()
             await self.installer.resync(segments)
             await self.channel.drained()
             self._asked |= unasked.keys()
         self.landing.established = Counter(
             self.landing.segment_of(sa.remote.address) for sa in self.tracker.established() if sa.remote
         )
+        self.tracker.recall.end()
         self.reconciled.set()
 
     def _known(self, spis: bytes) -> bool:

@@ -6,12 +6,13 @@ virtual IPs, moves to another address). Either may come first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import structlog
 
 from bridge.charon.ha import Attr, HaMessage, IkeId, MessageType
+from bridge.charon.recall import Recall, child_of, drop_unlisted, groups, inherit
 from bridge.charon.reports import ConnectionInfo, Event, SaInfo, expiry
 from bridge.charon.sa import Condition, Sa
 from bridge.ike.keys import derive_sk_d, skeyseed_initial, skeyseed_rekey
@@ -60,6 +61,7 @@ class Tracker:
         self._wall = wall
         self._clock = clock
         self._early: dict[bytes, SaInfo] = {}
+        self.recall = Recall()
         self._half_open: dict[bytes, Sa] = {}
 
     # HA
@@ -102,7 +104,7 @@ class Tracker:
             integ=message.first(Attr.ALG_INTEG, 0),
             prf=message.first(Attr.ALG_PRF, 0),
             group=message.first(Attr.ALG_KE, 0),
-            additional=_groups(message.first(Attr.ALG_ADD_KES, b"")),
+            additional=groups(message.first(Attr.ALG_ADD_KES, b"")),
         )
         known = self.sas.get(ike_id.spis)
         if not suite.prf:
@@ -126,7 +128,10 @@ class Tracker:
             return
         self._sweep()
         sa = Sa(ike_id, suite, sk_d, secret, seen=self._clock(), resumable=resumable)
-        sa.rekeyed_from = self.sas.get(rekeyed.spis) if rekeyed else None
+        if rekeyed is not None:
+            sa.rekeyed_from = self.sas.get(rekeyed.spis)
+            if sa.rekeyed_from is None:
+                self.recall.rekeyed(rekeyed, sa)
         # a rebuilt SA, told again after the sidecar forgot it: perhaps nobody ever proved the keys
         sa.unproven = message.first(Attr.OLD_SKD) is not None and rekeyed is None and not ike_id.initiator
         self.sas[ike_id.spis] = sa
@@ -205,13 +210,8 @@ class Tracker:
                 reason="it uses a post-quantum preshared key (RFC 8784), which charon's ha plugin does not carry",
             )
         if (old := sa.rekeyed_from) is not None:
-            # charon moves these to the new SA without a message
-            sa.children = old.children
-            sa.local_vips = sa.local_vips or old.local_vips
-            sa.remote_vips = sa.remote_vips or old.remote_vips
-            sa.eap_id = sa.eap_id or old.eap_id
-            sa.reauth_at = old.reauth_at
-            sa.companion = old.companion
+            inherit(sa, old)
+            self.recall.rekeyed_again(old, sa)
             sa.rekeyed_from = None
         now = int(self._wall())
         sa.established = now
@@ -238,31 +238,17 @@ class Tracker:
     def _child_add(self, ike_id: IkeId, message: HaMessage) -> None:
         sa = self.sas.get(ike_id.spis)
         if sa is None:
+            self.recall.keep(message)
             return
-        group: int = message.first(Attr.ALG_KE, 0)
-        child = Child(
-            name=message.first(Attr.CONFIG_NAME, ""),
-            mode=message.first(Attr.IPSEC_MODE, 0),
-            ipcomp=message.first(Attr.IPCOMP, 0),
-            encr=message.first(Attr.ALG_ENCR, 0),
-            encr_len=message.first(Attr.ALG_ENCR_LEN, 0),
-            integ=message.first(Attr.ALG_INTEG, 0),
-            esn=message.first(Attr.ESN, 0),
-            groups=tuple(number for number in (group, *_groups(message.first(Attr.ALG_ADD_KES, b""))) if number),
-            spi_in=message.first(Attr.INBOUND_SPI, 0),
-            spi_out=message.first(Attr.OUTBOUND_SPI, 0),
-            local_ts=message.all(Attr.LOCAL_TS),
-            remote_ts=message.all(Attr.REMOTE_TS),
-            initiator=bool(message.first(Attr.INITIATOR, 0)),
-        )
-        sa.put_child(child)
+        self.put_child(sa, child_of(message))
         if sa.up:
             self._listener.changed(sa)
 
     def _child_delete(self, ike_id: IkeId, message: HaMessage) -> None:
         sa = self.sas.get(ike_id.spis)
-        spi = message.first(Attr.INBOUND_SPI, 0)
-        if sa is not None and sa.drop_child(spi) and sa.up:
+        if sa is None:
+            self.recall.keep(message)
+        elif sa.drop_child(message.first(Attr.INBOUND_SPI, 0)) and sa.up:
             self._listener.changed(sa)
 
     def _sweep(self) -> None:
@@ -320,12 +306,32 @@ class Tracker:
 
     # what no message tells
 
+    def put_child(self, sa: Sa, child: Child) -> None:
+        """A CHILD_SA that `sa` has from now on."""
+        sa.put_child(child)
+        sa.children_at = self._clock()
+
     def adopt(self, sa: Sa) -> None:
         """An SA that the sidecar itself installed, or knew before it restarted: charon is silent about these."""
         sa.seen = self._clock()
         sa.adopted = True
+        sa.children_at = sa.seen
         sa.share()
         self.sas[sa.id.spis] = sa
+
+    def take_back(self, sa: Sa, info: SaInfo) -> bool:
+        """An SA that the bank remembers and VICI lists; False where it has CHILD_SAs that nobody told of."""
+        heir = self.recall.heir(sa)
+        if heir is not None:
+            self._listener.changed(heir)
+            return True
+        remembered = sa.children
+        if not self.recall.catch_up(sa, info):
+            return False
+        self.adopt(sa)
+        if sa.children != remembered:
+            self._listener.changed(sa)
+        return True
 
     def forget(self, ike_id: IkeId) -> Sa | None:
         """Drop an SA that the sidecar itself removes; nobody is told."""
@@ -337,6 +343,7 @@ class Tracker:
         self.sas.clear()
         self._half_open.clear()
         self._early.clear()
+        self.recall.end()
 
     def child_spis(self) -> Iterator[int]:
         """The inbound ESP SPIs of all CHILD_SAs."""
@@ -347,11 +354,11 @@ class Tracker:
         # a copy: metrics are read in another thread
         return (sa for sa in list(self.sas.values()) if sa.up)
 
-    def reconcile(self, infos: Iterable[SaInfo], *, since: float) -> dict[bytes, SaInfo]:
+    def reconcile(self, infos: Sequence[SaInfo], *, since: float) -> dict[bytes, SaInfo]:
         """Compare with a full list of VICI's that was asked for at `since` (clock seconds).
 
-        Updates lifetimes, ends SAs that charon no longer has, and returns those whose keys or CHILD_SAs are missing
-        here.
+        Updates lifetimes, ends SAs and CHILD_SAs that charon no longer has, and returns those whose keys are missing
+        here; and for those that were rekeyed before they were recalled, and lack CHILD_SAs, what they were before.
         """
         missing: dict[bytes, SaInfo] = {}
         present: set[bytes] = set()
@@ -365,26 +372,15 @@ class Tracker:
                 # for when the HA channel tells the rest
                 self._early[info.spis] = info
                 continue
-            if sa.up and self._take_info(sa, info, since=since):
+            if not sa.up:
+                continue
+            changed = self._take_info(sa, info, since=since)
+            if sa.children_at < since and drop_unlisted(sa, info):
+                changed = True
+            if changed:
                 self._listener.changed(sa)
-            if sa.up and not children_fit((child.spi_in for child in sa.children), info):
-                # rekeyed or changed while no sidecar listened
-                missing[info.spis] = info
+        missing |= {info.spis: info for info in self.recall.awaited({info.spis: info for info in infos})}
         for spis, sa in list(self.sas.items()):
             if sa.up and spis not in present and sa.seen < since:
                 self._delete(sa.id)
         return missing
-
-
-def children_fit(known: Iterable[int], info: SaInfo) -> bool:
-    """Whether the CHILD_SAs with these inbound SPIs are those of charon; what it is replacing may be missing."""
-    spis = set(known)
-    return {child.spi_in for child in info.children if child.works} <= spis <= {child.spi_in for child in info.children}
-
-
-def _groups(raw: bytes) -> tuple[int, ...]:
-    """ALG_ADD_KES: 16-bit transform ids by place, zero for an unused one; nothing behind the last one used."""
-    ids = [int.from_bytes(raw[i : i + 2]) for i in range(0, len(raw), 2)]
-    while ids and not ids[-1]:
-        ids.pop()
-    return tuple(ids)

@@ -15,7 +15,11 @@ import sys
 from ipaddress import ip_address
 from typing import Final, NamedTuple
 
+import structlog
+
 from bridge.charon.ha import PORT
+
+log = structlog.get_logger()
 
 # linux/netlink.h, sock_diag.h, inet_diag.h
 _NETLINK_SOCK_DIAG: Final = 4
@@ -92,10 +96,12 @@ class Peer:
 
     def look(self) -> CharonSocket | None:
         """charon's end now, or None when there is none: charon is down, or runs without the ha plugin."""
-        if self._diag is not None:
+        # metrics are read in another thread
+        if (diag := self._diag) is not None:
             try:
-                return _ask(self._diag, self._question, self._there)
-            except OSError:
+                return _ask(diag, self._question, self._there)
+            except OSError as error:
+                log.warning("sock-diag-given-up", reason=error.strerror, instead=self._proc_file)
                 self._forgo()
         return self._from_table()
 

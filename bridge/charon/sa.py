@@ -74,6 +74,8 @@ class Sa:
     remote_vips: tuple[str, ...] = ()
     children: tuple[Child, ...] = ()
     """oldest first"""
+    children_at: float = 0.0
+    """when charon told of the last of them, in the tracker's clock"""
     established: int = 0
     rekey_at: int = 0
     reauth_at: int = 0
