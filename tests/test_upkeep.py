@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
+from bridge.lab.host import Host
 from bridge.lab.topology import BANK_KEY, SITE, bank_key
-from failover_support import connect, counter, fresh, resume, status, stub_key
+from failover_support import connect, counter, established, fresh, resume, spis, status, stub_key, the_sa
+from probe_support import configured
 
 pytestmark = pytest.mark.lab
 
@@ -94,6 +98,42 @@ def test_the_stub_of_a_charon_that_died_stays_at_the_start_of_the_next(topology:
     time.sleep(1)
     assert len(topology.bank.stubs()) == 1
     assert resume(topology)["result"] == "resumed"
+
+
+def dropped(host: Host) -> int:
+    """Datagrams that the kernel dropped for want of room in the sidecar's end of the HA channel."""
+    rows = [line.split() for line in host.run("cat", "/proc/net/udp").stdout.splitlines()]
+    [drops] = [row[-1] for row in rows if row[1] == "0200007F:119E"]
+    return int(drops)
+
+
+def rekey(topology: Topology) -> None:
+    before = spis(the_sa(topology.client))
+    topology.client.swanctl("--rekey", "--ike", "home")
+    wait_until(lambda: [spis(sa) for sa in established(topology.client)] not in ([], [before]), "the rekeyed IKE_SA")
+
+
+def test_what_the_ha_channel_dropped_is_asked_for_again(topology: Topology) -> None:
+    sidecar = topology.gateways["gw1"]
+    with configured(sidecar, "ha", receive_buffer=65536):
+        connect(topology)
+        os.kill(sidecar.pid, signal.SIGSTOP)
+        try:
+            for _ in range(100):
+                rekey(topology)
+                if dropped(topology.gw1):
+                    break
+            # nothing of this one gets through
+            rekey(topology)
+        finally:
+            os.kill(sidecar.pid, signal.SIGCONT)
+        wait_until(lambda: said(topology, "gw1", "event=ha-datagrams-dropped") > 0, "the drops noticed", timeout=60)
+        key = stub_key(GW1, the_sa(topology.client)["responder-spi"])
+        wait_until(lambda: topology.bank.stubs() == [key], "the stub of the IKE_SA as it is now", timeout=60)
+        assert said(topology, "gw1", "event=resync") > 0
+        topology.kill_gateway(topology.gw1)
+        assert resume(topology)["result"] == "resumed"
+        assert topology.client.ping(SITE) == 3
 
 
 def sealed_with(topology: Topology, key: str) -> str:
