@@ -379,7 +379,7 @@ class Tracker:
                 changed = True
             if changed:
                 self._listener.changed(sa)
-        missing |= {info.spis: info for info in self.recall.awaited({info.spis: info for info in infos})}
+        missing |= {info.spis: info for info in self.recall.awaited(infos)}
         for spis, sa in list(self.sas.items()):
             if sa.up and spis not in present and sa.seen < since:
                 self._delete(sa.id)

@@ -7,7 +7,7 @@ CHILD_SAs, which charon moves without a message.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from bridge.charon.ha import Attr, HaMessage, IkeId, MessageType
@@ -48,8 +48,11 @@ class Recall:
         """What `old` had to inherit is for `sa`."""
         self._heirs |= {spis: (first, sa) for spis, (first, heir) in self._heirs.items() if heir is old}
 
-    def awaited(self, listed: Mapping[bytes, SaInfo]) -> Iterator[SaInfo]:
+    def awaited(self, infos: Iterable[SaInfo]) -> Iterator[SaInfo]:
         """The SAs that others came of which lack CHILD_SAs, with what VICI lists of these."""
+        if not self._heirs:
+            return
+        listed = {info.spis: info for info in infos}
         for old, heir in self._heirs.values():
             info = listed.get(heir.id.spis)
             if info is not None and heir.up and not all_told(heir, info):
