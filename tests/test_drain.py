@@ -155,6 +155,93 @@ def test_a_session_that_the_target_does_not_resume_stays_where_it_is(clients: Cl
     assert all(host.ping(SITE) == 3 for host in clients.all)
 
 
+def test_some_clients_move_and_the_others_stay_each_with_its_reason(clients: Clients) -> None:
+    topology = clients.topology
+    gw1, gw2, client = topology.gw1, topology.gw2, topology.client
+    second, third = clients.hosts[1:]
+    plain = clients.plain
+    deaf = ("INPUT", "-s", gw2.address, "-j", "DROP")
+    # one client's session is of a connection that the target lacks, one's stub was spoilt, one cannot hear the target
+    gw1.configure("connections { own : connections.gw { remote { id = plain@example.org } } }\n", "own.conf")
+    gw1.swanctl("--load-conns")
+    third.run("iptables", "-A", *deaf)
+    try:
+        clients.connect()
+        facts = f"ike:facts:{gw2.address}"
+        wait_until(lambda: '"gw"' in topology.bank.cli("GET", facts), "what gw2 says of itself", timeout=90)
+        spoilt = stub_key(gw1.address, the_sa(second)["responder-spi"])
+        topology.bank.cli("HSET", spoilt, "sealed", "spoilt")
+        before = {host.name: spis(the_sa(host)) for host in clients.all}
+        pings = {host.name: Ping(host, SITE) for host in clients.all}
+        wait_until(lambda: all(ping.answers() >= 20 for ping in pings.values()), "traffic")
+
+        done = topology.gateways["gw1"].command("drain", "--json", "--to", gw2.address, check=False, timeout=120)
+        seen = {name: ping.answers() for name, ping in pings.items()}
+        wait_until(lambda: all(ping.answers() >= seen[name] + 20 for name, ping in pings.items()), "traffic goes on")
+        losses = {name: lost(ping) for name, ping in pings.items()}
+        print("lost:", losses)
+
+        assert done.returncode == 1
+        assert done.stderr.splitlines() == ["1 session will not be asked: the target has no connection 'own'"]
+        told = json.loads(done.stdout)
+        assert (told["wanted"], told["moved"], told["left"], told["failed"]) == (4, 1, 1, 2)
+        assert {(row["identity"], row["address"], row["reason"]) for row in told["failures"]} == {
+            ("second@example.org", second.address, "the target did not resume the session"),
+            ("third@example.org", third.address, "the target did not answer the client"),
+        }
+        assert {(row["result"], row["reason"], row["sessions"]) for row in told["outcomes"]} >= {
+            ("left alone", "the target has no connection 'own'", 1),
+            ("moved", "", 1),
+        }
+        assert clients.at(gw2) == {client.name}
+        assert clients.at(gw1) == {second.name, third.name, plain.name}
+        # nothing happened to those that stayed: neither a handshake nor a lost packet
+        assert all(spis(the_sa(host)) == before[host.name] for host in (second, third, plain))
+        assert [losses[host.name] for host in (second, third, plain)] == [0, 0, 0]
+        assert losses[client.name] <= LOST_AT_MOST
+        # nothing is left behind: one IKE_SA and one stub for each session
+        assert {spis(sa) for sa in established(gw1)} == {before[host.name] for host in (second, third, plain)}
+        wait_until(lambda: len(established(gw2)) == 1, "the end of what the target could not finish")
+        at_gw1 = {stub_key(gw1.address, responder) for _, responder in map(spis, established(gw1))}
+        at_gw2 = {stub_key(gw2.address, responder) for _, responder in map(spis, established(gw2))}
+        assert set(topology.bank.stubs()) == at_gw1 | at_gw2
+
+        # those that the target could not serve move when it can
+        third.run("iptables", "-D", *deaf)
+        again = topology.gateways["gw1"].command("drain", "--to", gw2.address, check=False, timeout=120)
+        assert again.returncode == 1
+        assert "done: 1 of 3 sessions wanted moved to 192.168.50.2" in again.stdout
+        assert clients.at(gw2) == {client.name, third.name}
+        assert clients.at(gw1) == {second.name, plain.name}
+    finally:
+        third.run("iptables", "-D", *deaf, check=False)
+        (gw1.etc / "swanctl/conf.d/own.conf").unlink()
+        gw1.swanctl("--load-conns")
+
+
+def test_a_client_to_which_the_target_is_a_stranger_is_left_alone(clients: Clients) -> None:
+    topology = clients.topology
+    sidecar, target = clients.sidecars[0], topology.gw2.address
+    gateways = sidecar.config["gateways"]
+    sidecar.stop()
+    sidecar.config["gateways"] = [entry for entry in gateways if entry["address"] != target]
+    sidecar.start()
+    try:
+        clients.connect()
+        before = spis(the_sa(clients.hosts[1]))
+        done = drain(topology, "--to", target, code=1)
+        assert (done["moved"], done["left"], done["failed"]) == (2, 2, 0)
+        assert {"result": "left alone", "reason": "the target is none of the client's gateways", "sessions": 1} in done[
+            "outcomes"
+        ]
+        assert spis(the_sa(clients.hosts[1])) == before
+        assert clients.at(topology.gw1) == {"second", "plain"}
+    finally:
+        sidecar.stop()
+        sidecar.config["gateways"] = gateways
+        sidecar.start()
+
+
 def test_a_target_without_a_heartbeat_is_refused_before_anybody_is_asked(clients: Clients) -> None:
     topology = clients.topology
     said = topology.agent.text().count("move-asked")

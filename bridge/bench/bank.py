@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -20,7 +21,10 @@ from bridge.ike.transforms import Suite
 from bridge.seal import Keyring
 from bridge.stub import Child, Endpoint, Identity, Index, Selector, Stub
 
-GATEWAY: Final = "192.0.2.1"
+GATEWAY_STUBS: Final = 100_000
+"""stubs of one gateway, unless told otherwise: a larger bank is that of more gateways"""
+GATEWAYS_MAX: Final = 254
+"""gateways that `address` has addresses for"""
 CHUNK: Final = 10_240
 """stubs that are made before they are handed over: making them is not measured"""
 GETS: Final = 40_000
@@ -110,39 +114,55 @@ class Clock:
         }
 
 
-def fill(counts: Sequence[int], told: Told) -> dict[str, Any]:
-    """Fill an empty bank with so many stubs of one gateway, look up, download; for each of `counts`."""
+def address(gateway: int) -> str:
+    """The address of a gateway, counted from 0."""
+    return f"192.0.2.{gateway + 1}"
+
+
+def gateways_of(count: int, gateways: int | None) -> int:
+    """How many gateways `count` stubs are of; None: one for each GATEWAY_STUBS."""
+    return gateways or min(math.ceil(count / GATEWAY_STUBS), GATEWAYS_MAX)
+
+
+def fill(counts: Sequence[int], gateways: int | None, told: Told) -> dict[str, Any]:
+    """Fill an empty bank with so many stubs, look up, download; for each of `counts`.
+
+    They belong to so many `gateways`, an equal share to each; None: see `gateways_of`.
+    """
     # a busy machine is no reason for warnings between the lines of the table
     logging.configure("error", "logfmt")
     rows = []
     for count in counts:
         with tempfile.TemporaryDirectory(prefix="ike-sa-sync-bench-") as directory:
-            rows.append(uvloop.run(_measure(count, directory, told)))
+            rows.append(uvloop.run(_measure(count, gateways_of(count, gateways), directory, told)))
     return {"rows": rows}
 
 
-async def _measure(count: int, directory: str, told: Told) -> dict[str, Any]:
+async def _measure(count: int, gateways: int, directory: str, told: Told) -> dict[str, Any]:
     bank = PrivateBank(directory, Keyring({os.urandom(4): os.urandom(32)}), get_timeout=60.0)
     await bank.start()
     try:
         info = await bank.info()
         pid, empty = int(info["process_id"]), int(info["used_memory"])
-        row: dict[str, Any] = {"stubs": count}
-        indexes, row["Initiate"] = await _initiate(bank, count, Clock(pid), told)
+        row: dict[str, Any] = {"stubs": count, "gateways": gateways}
+        indexes, row["Initiate"] = await _initiate(bank, count, gateways, Clock(pid), told)
         row["octets_per_stub"] = round((int((await bank.info())["used_memory"]) - empty) / count, 1)
         row["GET"] = await _get(bank, indexes, Clock(pid), told)
-        row["Download"] = await _download(bank, count, Clock(pid), told)
+        row["Download"] = await _download(bank, count, gateways, Clock(pid), told)
     finally:
         await bank.close()
     return row
 
 
-async def _initiate(bank: PrivateBank, count: int, clock: Clock, told: Told) -> tuple[list[Index], dict[str, Any]]:
-    """Through the writer, as a gateway does."""
+async def _initiate(
+    bank: PrivateBank, count: int, gateways: int, clock: Clock, told: Told
+) -> tuple[list[Index], dict[str, Any]]:
+    """Through the writer, as a gateway does; one gateway after the other."""
     writer, indexes = Writer(bank), []
     now = int(time.time())
     for first in range(0, count, CHUNK):
-        stubs = [make_stub(number, GATEWAY, now) for number in range(first, min(first + CHUNK, count))]
+        numbers = range(first, min(first + CHUNK, count))
+        stubs = [make_stub(number, address(number * gateways // count), now) for number in numbers]
         indexes += [stub.index for stub in stubs]
         with clock.running():
             for stub in stubs:
@@ -167,15 +187,22 @@ async def _get(bank: PrivateBank, indexes: Sequence[Index], clock: Clock, told: 
     return clock.of(gets)
 
 
-async def _download(bank: PrivateBank, count: int, clock: Clock, told: Told) -> dict[str, Any]:
+async def _download(bank: PrivateBank, count: int, gateways: int, clock: Clock, told: Told) -> dict[str, Any]:
     came = 0
     with clock.running():
-        async for stubs in bank.download(GATEWAY):
-            came += len(stubs)
-            told("Download", came / count)
+        for gateway in range(gateways):
+            async for stubs in bank.download(address(gateway)):
+                came += len(stubs)
+                told("Download", came / count)
     if came != count:
         raise RuntimeError(f"{came} of {count} stubs came")
     return clock.of(count)
+
+
+def _whose(row: dict[str, Any]) -> str:
+    """Whose stubs they were; one gateway's where nothing is said of more."""
+    gateways = row.get("gateways", 1)
+    return f" of {gateways} gateways" if gateways > 1 else ""
 
 
 def section(result: dict[str, Any]) -> tuple[str, str]:
@@ -184,7 +211,9 @@ def section(result: dict[str, Any]) -> tuple[str, str]:
     lines = ["| stubs | octets each | | per second | CPU each, sidecar, µs | Redis, µs |", "|---|---|---|---|---|---|"]
     for row in rows:
         for step in STEPS:
-            first = [f"{row['stubs']:,}", f"{row['octets_per_stub']:.0f}"] if step == STEPS[0] else ["", ""]
+            first = (
+                [f"{row['stubs']:,}{_whose(row)}", f"{row['octets_per_stub']:.0f}"] if step == STEPS[0] else ["", ""]
+            )
             cpu = row[step]["cpu_us"]
             cells = [*first, step, f"{row[step]['per_s']:,}", str(cpu["sidecar"]), str(cpu["redis"])]
             lines.append("| " + " | ".join(cells) + " |")
@@ -199,7 +228,10 @@ def section(result: dict[str, Any]) -> tuple[str, str]:
         "The bank: CPU per stub",
         "µs",
         [
-            (f"{step}, {row['stubs']:,} stubs", [row[step]["cpu_us"]["sidecar"], row[step]["cpu_us"]["redis"]])
+            (
+                f"{step}, {row['stubs']:,} stubs{_whose(row)}",
+                [row[step]["cpu_us"]["sidecar"], row[step]["cpu_us"]["redis"]],
+            )
             for row in rows
             for step in STEPS
         ],

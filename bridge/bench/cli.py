@@ -62,9 +62,9 @@ def _told(name: str, about: dict[str, Any], result: dict[str, Any]) -> dict[str,
     return {"benchmark": name, "date": date, "machine": about, "result": result}
 
 
-def _measure_bank(counts: Sequence[int]) -> dict[str, Any]:
+def _measure_bank(counts: Sequence[int], gateways: int | None = None) -> dict[str, Any]:
     with _progress() as told:
-        return _told("bank", machine(), bank_bench.fill(counts, told))
+        return _told("bank", machine(), bank_bench.fill(counts, gateways, told))
 
 
 def _measure_flood(rate: int, seconds: float, moves: int) -> dict[str, Any]:
@@ -138,14 +138,19 @@ def growth(sizes: tuple[int, ...], sample: int, window: int, plot: str | None, a
     show_default=True,
     help="So many stubs; may be given several times, to compare sizes.",
 )
+@click.option(
+    "--gateways",
+    type=click.IntRange(1, bank_bench.GATEWAYS_MAX),
+    help=f"Gateways that the stubs are of. [default: one for each {bank_bench.GATEWAY_STUBS:,} stubs]",
+)
 @_plot
 @_json
-def bank(counts: tuple[int, ...], plot: str | None, as_json: bool) -> None:
+def bank(counts: tuple[int, ...], gateways: int | None, plot: str | None, as_json: bool) -> None:
     """The bank: octets a stub; Initiate, GET and Download a second, in one process.
 
     Starts a Redis of its own with the shipped redis.conf, and needs no lab.
     """
-    _publish(_measure_bank(counts), plot, as_json)
+    _publish(_measure_bank(counts, gateways), plot, as_json)
 
 
 @bench.command()
