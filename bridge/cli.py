@@ -17,7 +17,7 @@ import click
 import yaml
 
 from bridge import control
-from bridge.config import ClientConfig, Config, ConfigError, GatewayConfig, LogLevel, load
+from bridge.config import ClientConfig, Config, ConfigError, GatewayConfig, LogLevel, canonical_address, load
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,6 +63,16 @@ def config_option(function: Function) -> Function:
     """-c FILE; without it the one that packages install."""
     where = "Configuration file (YAML).  [default: /etc/ike-sa-sync/gateway.yaml or client.yaml]"
     return click.option("-c", "--config", "path", metavar="FILE", help=where)(function)
+
+
+def an_address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Callback of an argument or option: an IP address, as everything here writes it."""
+    if value is None:
+        return None
+    try:
+        return canonical_address(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not an IP address") from None
 
 
 def json_option(function: Function) -> Function:
@@ -331,8 +341,10 @@ def check(path: str | None, as_json: bool) -> None:
     Each finding comes with its mend; exit code 1 when something fails.
     """
     config = read_any(path)
+    from bridge import log as logging
     from bridge.check import Grade, run_checks
 
+    logging.configure("warning")
     with working("looking"):
         findings = asyncio.run(run_checks(config))
     if as_json:
@@ -366,8 +378,11 @@ def keygen(file: str, add: bool, as_json: bool) -> None:
 
     try:
         key_id = generate(Path(file), add=add)
-    except (SealError, OSError) as error:
+    except SealError as error:
         fail(error)
+        return
+    except OSError as error:
+        fail(f"{file} cannot be written: {error.strerror}")
         return
     if as_json:
         print_json({"file": file, "key": key_id, "added": add})

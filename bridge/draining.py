@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from ipaddress import ip_address
 
 import click
 from rich.console import Console
@@ -18,16 +17,9 @@ POLL_SECONDS = 0.2
 INTERRUPTED = 130
 
 
-def _address(_: click.Context, __: click.Parameter, value: str) -> str:
-    try:
-        return str(ip_address(value))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not an IP address") from None
-
-
 @click.command()
 @cli.config_option
-@click.option("--to", required=True, metavar="ADDRESS", callback=_address, help="The gateway to move clients to.")
+@click.option("--to", required=True, metavar="ADDRESS", callback=cli.an_address, help="The gateway to move clients to.")
 @click.option(
     "--share",
     type=click.FloatRange(0, 1, min_open=True),

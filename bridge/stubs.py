@@ -6,7 +6,6 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from ipaddress import ip_address
 from typing import Any, TypeVar
 
 import click
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bridge import cli, control
+from bridge import log as logging
 from bridge.bank import open_bank
 from bridge.bank.interface import BankUnavailable, Readable, StubBank
 from bridge.config import GatewayConfig
@@ -21,6 +21,10 @@ from bridge.seal import Keyring, SealError
 from bridge.stub import Index, Stub
 
 Result = TypeVar("Result")
+
+SPI_OCTETS = 8
+TIMES = ("established", "rekey_at", "reauth_at", "expires")
+"""what `describe` gives in Unix seconds, 0 for never"""
 
 
 @click.group()
@@ -30,6 +34,8 @@ def stubs() -> None:
 
 def _with_bank(path: str | None, work: Callable[[StubBank], Coroutine[Any, Any, Result]]) -> Result:
     config = cli.read_config(path, GatewayConfig)
+    # on stderr: what is printed may be JSON
+    logging.configure("warning")
 
     async def main() -> Result:
         bank = await open_bank(config.bank, Keyring.load(config.bank.key_file))
@@ -47,7 +53,7 @@ def _with_bank(path: str | None, work: Callable[[StubBank], Coroutine[Any, Any, 
 
 @stubs.command("list")
 @cli.config_option
-@click.option("--gateway", metavar="ADDRESS", help="Only this gateway's stubs.")
+@click.option("--gateway", metavar="ADDRESS", callback=cli.an_address, help="Only this gateway's stubs.")
 @cli.json_option
 def list_(path: str | None, gateway: str | None, as_json: bool) -> None:
     """List the stubs, by their readable fields.
@@ -78,34 +84,34 @@ def list_(path: str | None, gateway: str | None, as_json: bool) -> None:
     click.echo(cli.count(len(rows), "stub"))
 
 
-def _index(gateway: str, spi: str) -> Index:
+def _a_spi(_: click.Context, __: click.Parameter, value: str) -> bytes:
     try:
-        octets = bytes.fromhex(spi)
-        if len(octets) != 8:
-            raise ValueError
-        return Index(gateway, octets)
+        octets = bytes.fromhex(value)
     except ValueError:
-        raise click.BadParameter(f"{spi!r} is not an IKE SPI: 16 hex digits", param_hint="SPI") from None
+        octets = b""
+    if len(octets) != SPI_OCTETS:
+        raise click.BadParameter(f"{value!r} is not an IKE SPI: 16 hex digits")
+    return octets
 
 
 @stubs.command()
 @cli.config_option
-@click.argument("gateway")
-@click.argument("spi")
+@click.argument("gateway", callback=cli.an_address)
+@click.argument("spi", callback=_a_spi)
 @cli.json_option
-def show(path: str | None, gateway: str, spi: str, as_json: bool) -> None:
+def show(path: str | None, gateway: str, spi: bytes, as_json: bool) -> None:
     """Show one stub, opened with the key file, without its keys.
 
     GATEWAY and SPI (16 hex digits) are those that `list` prints.
     """
-    index = _index(gateway, spi)
+    index = Index(gateway, spi)
 
-    async def work(bank: StubBank) -> Stub | None:
-        return (await bank.get([index]))[0]
+    async def work(bank: StubBank) -> tuple[Stub | None, int]:
+        return (await bank.get([index]))[0], bank.unreadable
 
-    stub = _with_bank(path, work)
+    stub, unreadable = _with_bank(path, work)
     if stub is None:
-        cli.fail(f"no stub {index.key}, or none that the keys in the key file open (see the log above)")
+        cli.fail(f"{index.key} does not open: see above" if unreadable else f"no stub {index.key}")
         return
     facts = describe(stub)
     if as_json:
@@ -113,7 +119,7 @@ def show(path: str | None, gateway: str, spi: str, as_json: bool) -> None:
         return
     for name, value in facts.items():
         if name != "children":
-            click.echo(f"{name:<14} {', '.join(value) if isinstance(value, list) else value}")
+            click.echo(f"{name:<14} {_text(name, value)}".rstrip())
     table = cli.table("CHILD_SA", "mode", "algorithms", "local", "remote")
     for child in facts["children"]:
         table.add_row(
@@ -125,6 +131,15 @@ def show(path: str | None, gateway: str, spi: str, as_json: bool) -> None:
         )
     if facts["children"]:
         cli.show(table)
+
+
+def _text(name: str, value: Any) -> str:
+    """A value of `describe` for people."""
+    if name in TIMES:
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(value)) if value else "never"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, list) else str(value or "")
 
 
 def describe(stub: Stub) -> dict[str, Any]:
@@ -164,15 +179,15 @@ def describe(stub: Stub) -> dict[str, Any]:
 
 @stubs.command()
 @cli.config_option
-@click.argument("gateway")
-@click.argument("spi")
+@click.argument("gateway", callback=cli.an_address)
+@click.argument("spi", callback=_a_spi)
 @cli.json_option
-def delete(path: str | None, gateway: str, spi: str, as_json: bool) -> None:
+def delete(path: str | None, gateway: str, spi: bytes, as_json: bool) -> None:
     """Delete one stub.
 
     Its client will have to run an ordinary handshake. GATEWAY and SPI (16 hex digits) are those that `list` prints.
     """
-    index = _index(gateway, spi)
+    index = Index(gateway, spi)
 
     async def work(bank: StubBank) -> bool:
         # any revision: the operator means the stub, not a state of it
@@ -180,7 +195,7 @@ def delete(path: str | None, gateway: str, spi: str, as_json: bool) -> None:
 
     deleted = _with_bank(path, work)
     if as_json:
-        cli.print_json({"deleted": deleted, "gateway": gateway, "spi": spi})
+        cli.print_json({"deleted": deleted, "gateway": gateway, "spi": spi.hex()})
     elif deleted:
         click.echo(f"deleted {index.key}")
     if not deleted and not as_json:
@@ -191,7 +206,14 @@ def delete(path: str | None, gateway: str, spi: str, as_json: bool) -> None:
 
 @stubs.command()
 @cli.config_option
-@click.option("--from", "gateway", required=True, metavar="ADDRESS", help="The gateway whose stubs to fetch.")
+@click.option(
+    "--from",
+    "gateway",
+    required=True,
+    metavar="ADDRESS",
+    callback=cli.an_address,
+    help="The gateway whose stubs to fetch.",
+)
 @cli.json_option
 def download(path: str | None, gateway: str, as_json: bool) -> None:
     """Have the other gateways fetch the stubs of one.
@@ -200,8 +222,8 @@ def download(path: str | None, gateway: str, as_json: bool) -> None:
     """
     config = cli.read_config(path, GatewayConfig)
     try:
-        done = asyncio.run(_download(config.control, str(ip_address(gateway)), sys.stderr.isatty() and not as_json))
-    except (control.ControlError, ValueError) as error:
+        done = asyncio.run(_download(config.control, gateway, sys.stderr.isatty() and not as_json))
+    except control.ControlError as error:
         cli.fail(error)
         raise  # not reached: fail() exits
     if as_json:
@@ -209,7 +231,7 @@ def download(path: str | None, gateway: str, as_json: bool) -> None:
     elif done["state"] == "own":
         click.echo(f"{gateway} is this gateway: all others fetch its stubs")
     else:
-        click.echo(f"{done['state']}: {done['stubs']} stubs of {gateway} in {done['seconds']:.2f} s")
+        click.echo(f"{done['state']}: {cli.count(done['stubs'], 'stub')} of {gateway} in {done['seconds']:.2f} s")
     sys.exit(0 if done["state"] in ("done", "own") else 1)
 
 

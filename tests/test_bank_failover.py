@@ -139,8 +139,11 @@ def reshard(ports: list[int], tag: str, to: int) -> None:
         )
     for number in (to, source, 3 - to - source):
         clients[number].execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[to])
-    # The new owner's claim has a new epoch. A node that does not know it yet takes an older claim for the newer one,
-    # and an owner that loses a slot in this way deletes what is in it: wait until all nodes agree, as operators do.
+    # A node takes a slot over under a new epoch, unless it has the greatest one that it knows of already. One that has
+    # not heard yet of an epoch that another node took a moment ago keeps its older one, its claim loses against the
+    # former owner's in whatever message is still under way, and an owner that loses a slot in this way deletes what is
+    # in it. (Without this, one run in twenty ends with a slot that each of two nodes says is the other's.) So wait, as
+    # operators do, until all nodes agree.
     deadline = time.monotonic() + PATIENCE
     while len({layout(client) for client in clients}) > 1:
         assert time.monotonic() < deadline, "the nodes do not agree on who has which slots"

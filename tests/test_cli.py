@@ -97,3 +97,10 @@ def test_a_new_key_is_told_to_scripts_without_the_key(tmp_path: Path) -> None:
     told = json.loads(run("keygen", str(file), "--json").stdout)
     [line] = [line for line in file.read_text().splitlines() if not line.startswith("#")]
     assert told == {"file": str(file), "key": line.split()[0], "added": False}
+
+
+def test_a_key_file_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path) -> None:
+    file = tmp_path / "none/bank.key"
+    done = run("keygen", str(file))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"ike-sa-sync: {file} cannot be written: No such file or directory\n"
