@@ -90,6 +90,16 @@ def test_the_shipped_users_may_do_nothing_else(guarded: RedisServer, user: str, 
         client.execute_command(*command.split())  # type: ignore[no-untyped-call]
 
 
+async def test_a_monitor_reads_who_a_stub_is_of(guarded: RedisServer, ring: Keyring) -> None:
+    bank = RedisBank(f"unix://gateway:{PASSWORD}@{guarded.socket}", ring, get_timeout=5.0)
+    stub = stub_of()
+    await bank.store([stub])
+    client = redis.Redis(unix_socket_path=str(guarded.socket), username="monitor", password=PASSWORD)
+    shown = client.hgetall(stub.index.key)
+    assert (shown[b"id_i"], shown[b"vips"]) == (b"client@example", b"10.20.0.7")
+    await bank.close()
+
+
 def test_a_monitor_changes_nothing(guarded: RedisServer) -> None:
     client = redis.Redis(unix_socket_path=str(guarded.socket), username="monitor", password=PASSWORD)
     assert client.hmget(stub_of().index.key, "id_i") == [None]

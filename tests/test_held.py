@@ -11,7 +11,8 @@ from bridge.heldfile import Session, load
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
-from failover_support import connect, counter, established, fresh, resume, spis, the_sa
+from failover_support import agent_with, connect, counter, established, fresh, resume, spis, the_sa
+from probe_support import configured
 
 pytestmark = pytest.mark.lab
 
@@ -86,6 +87,38 @@ def test_where_the_bank_has_the_stub_it_is_the_one_that_counts(topology: Topolog
     topology.kill_gateway(topology.gw1)
     assert resume(topology)["result"] == "resumed"
     assert counter(topology, "gw2", "stubs_presented_total") == before
+
+
+def test_a_gateway_that_prefers_what_clients_hold_takes_it_before_the_banks(topology: Topology) -> None:
+    with configured(topology.gateways["gw2"], "sync", client_stub="prefer"):
+        hold(topology)
+        [old] = topology.bank.stubs()
+        topology.kill_gateway(topology.gw1)
+        assert resume(topology)["result"] == "resumed"
+        assert counter(topology, "gw2", "stubs_presented_total") == 1
+        wait_until(lambda: old not in topology.bank.stubs(), "the end of the old stub in the bank")
+
+
+@pytest.mark.parametrize("policy", ["fallback", "prefer"])
+def test_a_session_that_its_gateway_ended_does_not_go_on_with_what_the_client_still_holds(
+    topology: Topology, policy: str
+) -> None:
+    deaf = ("INPUT", "-s", topology.gw1.address, "-j", "DROP")
+    with (
+        configured(topology.gateways["gw2"], "sync", client_stub=policy),
+        agent_with(topology, resume_on_down=False),
+    ):
+        hold(topology)
+        topology.client.run("iptables", "-A", *deaf)
+        try:
+            topology.gw1.swanctl("--terminate", "--ike", "gw", "--force", "--timeout", "1", check=False)
+            wait_until(lambda: topology.bank.stubs() == [], "the end of the stub in the bank")
+            assert kept(topology)[0].sealed is not None
+            assert resume(topology, "--to", topology.gw2.address)["result"] == "fallback"
+        finally:
+            topology.client.run("iptables", "-D", *deaf)
+        assert counter(topology, "gw2", "stubs_presented_total") == 0
+        assert counter(topology, "gw2", "refusals_total[no-stub]") == 1
 
 
 def test_a_resumed_session_is_held_anew_with_its_new_keys(topology: Topology) -> None:
