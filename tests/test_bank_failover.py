@@ -17,7 +17,7 @@ from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis import RedisBank
 from bridge.bank.writer import Writer
 from bridge.seal import Keyring
-from test_bank_servers import admin, cluster, cluster_url, free_port
+from test_bank_servers import admin, cluster, cluster_url, free_port, three_primaries
 
 __all__ = ["cluster"]
 
@@ -182,27 +182,31 @@ async def test_a_cluster_may_move_buckets_while_gateways_write(cluster: list[int
     await bank.close()
 
 
-async def test_the_keyspace_of_all_primaries_of_a_cluster_is_heard(cluster: list[int], ring: Keyring) -> None:
-    url = cluster_url(cluster)
-    heard: set[str] = set()
+async def serves(url: str, ring: Keyring, count: int = 1) -> None:
+    """What a URL leads to takes stubs, gives them back, and what happens to them is heard."""
+    bank = RedisBank(url, ring, get_timeout=5.0)
+    stubs = [stub_of() for _ in range(count)]
+    missed = {stub.index.key for stub in stubs}
     ready, complete = asyncio.Event(), asyncio.Event()
 
     def hear(event: Event) -> None:
-        heard.add(event.key)
-        if len(heard) == 30:
+        missed.discard(event.key)
+        if not missed:
             complete.set()
 
     keyspace = Keyspace(url, ("ike:stub:*",), hear, lambda hears: ready.set() if hears else None)
     keyspace.start()
-    await ready.wait()
-    bank = RedisBank(url, ring, get_timeout=5.0)
-    stubs = [stub_of() for _ in range(30)]
-    await bank.store(stubs)
     async with asyncio.timeout(PATIENCE):
+        await ready.wait()
+        assert all(await bank.store(stubs))
+        assert await bank.get([stub.index for stub in stubs]) == stubs
         await complete.wait()
-    assert heard == {stub.index.key for stub in stubs}
     await keyspace.close()
     await bank.close()
+
+
+async def test_the_keyspace_of_all_primaries_of_a_cluster_is_heard(cluster: list[int], ring: Keyring) -> None:
+    await serves(cluster_url(cluster), ring, 30)
 
 
 def certificate(directory: Path, name: str, issuer: str | None) -> None:
@@ -225,30 +229,56 @@ def certificate(directory: Path, name: str, issuer: str | None) -> None:
     subprocess.run([*openssl, *signer, *extensions, *files], cwd=directory, check=True, capture_output=True)
 
 
+def certificates(directory: Path) -> tuple[str, ...]:
+    """A server's certificate and a client's, of one CA; the settings of a server with TLS that asks for them."""
+    certificate(directory, "ca", None)
+    certificate(directory, "server", "ca")
+    certificate(directory, "gateway", "ca")
+    return (
+        *("--tls-ca-cert-file", str(directory / "ca.crt")),
+        *("--tls-cert-file", str(directory / "server.crt"), "--tls-key-file", str(directory / "server.key")),
+    )
+
+
+def client_files(directory: Path, name: str = "gateway", ca: str = "ca") -> str:
+    """The end of a URL that names a client's certificate."""
+    return f"ssl_ca_certs={directory}/{ca}.crt&ssl_certfile={directory}/{name}.crt&ssl_keyfile={directory}/{name}.key"
+
+
 async def test_tls_with_client_certificates(tmp_path: Path, ring: Keyring, program: list[str]) -> None:
-    certificate(tmp_path, "ca", None)
-    certificate(tmp_path, "server", "ca")
-    certificate(tmp_path, "gateway", "ca")
+    settings = certificates(tmp_path)
     certificate(tmp_path, "stranger", None)
     port = free_port()
-    settings = (
-        *("--tls-port", str(port), "--tls-ca-cert-file", str(tmp_path / "ca.crt")),
-        *("--tls-cert-file", str(tmp_path / "server.crt"), "--tls-key-file", str(tmp_path / "server.key")),
-    )
-    with RedisServer(tmp_path, *settings, program=program):
-
-        def bank(name: str, ca: str = "ca") -> RedisBank:
-            files = (
-                f"ssl_ca_certs={tmp_path}/{ca}.crt&ssl_certfile={tmp_path}/{name}.crt&ssl_keyfile={tmp_path}/{name}.key"
-            )
-            return RedisBank(f"rediss://127.0.0.1:{port}/0?{files}", ring, get_timeout=5.0)
-
-        stub = stub_of()
-        ours = bank("gateway")
-        assert await ours.store([stub]) == [True]
-        assert await ours.get([stub.index]) == [stub]
-        await ours.close()
-        for refused in (bank("stranger"), bank("gateway", "stranger")):
+    url = f"rediss://127.0.0.1:{port}/0?"
+    with RedisServer(tmp_path, "--tls-port", str(port), *settings, program=program):
+        await serves(url + client_files(tmp_path), ring)
+        for files in (client_files(tmp_path, "stranger"), client_files(tmp_path, "gateway", "stranger")):
+            refused = RedisBank(url + files, ring, get_timeout=5.0)
             with pytest.raises(BankUnavailable):
                 await refused.ping()
             await refused.close()
+
+
+async def test_tls_by_way_of_a_sentinel(tmp_path: Path, ring: Keyring, program: list[str]) -> None:
+    settings = certificates(tmp_path)
+    port, sentinel_port = free_port(), free_port()
+    conf = tmp_path / "sentinel.conf"
+    conf.write_text(f"sentinel monitor bank 127.0.0.1 {port} 1\ntls-replication yes\n")
+    with (
+        RedisServer(tmp_path / "primary", "--tls-port", str(port), *settings, program=program),
+        RedisServer(
+            tmp_path / "sentinel",
+            *("--tls-port", str(sentinel_port), *settings, "--sentinel"),
+            program=program,
+            conf=conf,
+        ),
+    ):
+        url = f"redis+sentinel://127.0.0.1:{sentinel_port}/bank/0?ssl=true&"
+        await serves(url + client_files(tmp_path), ring)
+
+
+async def test_tls_to_all_nodes_of_a_cluster(tmp_path: Path, ring: Keyring, program: list[str]) -> None:
+    settings = ("--tls-cluster", "yes", *certificates(tmp_path))
+    with three_primaries(tmp_path, program, *settings, option="--tls-port") as ports:
+        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+        await serves(f"redis+cluster://gateway:{PASSWORD}@{hosts}?ssl=true&{client_files(tmp_path)}", ring, 30)

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +119,16 @@ def free_port() -> int:
             return port
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, program: list[str]) -> Iterator[list[int]]:
-    """The ports of a Cluster of three primaries with the shipped users."""
+@contextmanager
+def three_primaries(tmp_path: Path, program: list[str], *more: str, option: str = "--port") -> Iterator[list[int]]:
+    """The ports of a Cluster of three primaries with the shipped users; `option` sets the port that serves."""
     ports = [free_port() for _ in range(3)]
     with ExitStack() as stack:
         clients = []
         for epoch, (port, bounds) in enumerate(zip(ports, ((0, 5460), (5461, 10922), (10923, 16383)), strict=True), 1):
             directory = tmp_path / str(port)
             directory.mkdir()
-            settings = ("--cluster-enabled", "yes", "--port", str(port), *shipped_users(directory / "users.acl"))
+            settings = ("--cluster-enabled", "yes", option, str(port), *shipped_users(directory / "users.acl"), *more)
             node = stack.enter_context(
                 RedisServer(directory, *settings, program=program, username="admin", password=PASSWORD)
             )
@@ -141,6 +141,13 @@ def cluster(tmp_path: Path, program: list[str]) -> Iterator[list[int]]:
         while not all(whole(client) for client in clients):
             assert time.monotonic() < deadline, "the Cluster does not form"
             time.sleep(0.1)
+        yield ports
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, program: list[str]) -> Iterator[list[int]]:
+    """The ports of a Cluster of three primaries with the shipped users."""
+    with three_primaries(tmp_path, program) as ports:
         yield ports
 
 

@@ -58,9 +58,11 @@ def connect(url: str, timeout: float) -> Client:
     service, _, database = parts.path.strip("/").partition("/")
     if not service or (database and not database.isdecimal()):
         raise ValueError("a redis+sentinel:// URL ends in /SERVICE or /SERVICE/DATABASE")
+    # a Sentinel is asked as its servers are, but for the user
+    tls = {name: value for name, value in options.items() if name.startswith("ssl")}
     sentinel: Sentinel = Sentinel(  # type: ignore[no-untyped-call]
         _hosts(hosts, SENTINEL_PORT),
-        sentinel_kwargs={"socket_timeout": timeout, "socket_connect_timeout": timeout, "protocol": 2},
+        sentinel_kwargs={"socket_timeout": timeout, "socket_connect_timeout": timeout, "protocol": 2, **tls},
         **options,
     )
     master: Redis = sentinel.master_for(service, db=int(database or 0))
