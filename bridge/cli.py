@@ -223,7 +223,12 @@ def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:
 @cli.command()
 @config_option
 @click.option("--connection", metavar="NAME", help="swanctl connection to move. [default: the first that is up]")
-@click.option("--to", metavar="ADDRESS", help="Gateway to move to. [default: the configured ones in order]")
+@click.option(
+    "--to",
+    metavar="ADDRESS",
+    callback=an_address,
+    help="Gateway to move to. [default: the configured ones in order]",
+)
 @json_option
 def resume(path: str | None, connection: str | None, to: str | None, as_json: bool) -> None:
     """Move the client's session now.

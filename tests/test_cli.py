@@ -42,6 +42,13 @@ def test_wrong_usage_is_told_on_stderr_with_exit_status_2() -> None:
     assert "No such command 'nothing'" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["resume", "drain"])
+def test_a_gateway_that_is_no_address_is_wrong_usage(command: str) -> None:
+    done = run(command, "--to", "gw2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Invalid value for '--to': 'gw2' is not an IP address" in done.stderr
+
+
 def test_a_missing_configuration_is_one_line_with_exit_status_2(tmp_path: Path) -> None:
     done = run("status", "-c", str(tmp_path / "none.yaml"))
     assert (done.returncode, done.stdout) == (2, "")
