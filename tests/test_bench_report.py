@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from bridge.bench.aims import BANK_RATES, aims
 from bridge.bench.cli import bench
 from bridge.bench.report import SECTIONS
 
@@ -55,3 +56,27 @@ def test_without_results_it_says_how_to_get_some(tmp_path: Path) -> None:
     done = CliRunner().invoke(bench, ["report", "--docs", str(tmp_path)])
     assert done.exit_code == 1
     assert "--short" in done.output
+
+
+def row_of(stubs: int, octets: float, rate: int) -> dict[str, object]:
+    return {"stubs": stubs, "octets_per_stub": octets} | {step: {"per_s": rate} for step in BANK_RATES}
+
+
+def test_a_bank_is_held_to_its_aims_at_a_hundred_thousand_stubs_and_a_larger_one_to_that() -> None:
+    rows = [row_of(20_000, 800.0, 1), row_of(100_000, 690.0, 50_000), row_of(1_000_000, 829.0, 39_999)]
+    found = {aim.what: (aim.wanted, aim.measured, aim.met) for aim in aims({"bank": {"rows": rows}})}
+    assert found == {
+        "bank, 100,000 stubs: octets each": ("700", "690", True),
+        "bank, 100,000 stubs: Initiate a second": ("20,000", "50,000", True),
+        "bank, 100,000 stubs: GET a second": ("8,000", "50,000", True),
+        "bank, 100,000 stubs: Download a second": ("50,000", "50,000", True),
+        "bank, 1,000,000 stubs to 100,000: octets each": ("1.2", "1.20", False),
+        "bank, 1,000,000 stubs to 100,000: Initiate a second": ("0.8", "0.80", False),
+        "bank, 1,000,000 stubs to 100,000: GET a second": ("0.8", "0.80", False),
+        "bank, 1,000,000 stubs to 100,000: Download a second": ("0.8", "0.80", False),
+    }
+
+
+def test_a_small_bank_is_held_to_no_size() -> None:
+    found = [aim.what for aim in aims({"bank": {"rows": [row_of(20_000, 710.0, 30_000)]}})]
+    assert found == [f"bank, 20,000 stubs: {step} a second" for step in BANK_RATES]

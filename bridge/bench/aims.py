@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bridge.bench.sessions import Children
+
+BANK_STUBS = 100_000
+"""the size of the bank that its aims are about"""
+BANK_RATES = {"Initiate": 20_000, "GET": 8_000, "Download": 50_000}
+"""what is aimed at there, a second"""
+BANK_GROWTH = 0.2
+"""by which a larger bank may be worse"""
 
 Reports = Mapping[str, Mapping[str, Any]]
 """results by benchmark"""
@@ -30,6 +37,8 @@ def aims(results: Reports) -> Iterator[Aim]:
         yield Aim("storm: resumptions a second", "2,000", f"{many['rate']:,.0f}", many["rate"] >= 2000)
     if "growth-long" in results or "growth" in results:
         yield from _growth(results.get("growth-long") or results["growth"])
+    if "bank" in results:
+        yield from _bank(results["bank"]["rows"])
 
 
 def _resumption(result: Mapping[str, Any]) -> Iterator[Aim]:
@@ -54,3 +63,21 @@ def _growth(result: Mapping[str, Any]) -> Iterator[Aim]:
     deaf, octets = last["deaf_percent"], last["sidecar_octets_per_sa"]
     yield Aim(f"what activations cost {last['sas']:,} running SAs of their time", "1 %", f"{deaf} %", deaf <= 1)
     yield Aim(f"the sidecar's memory per SA, with {last['sas']:,}", "2,000 octets", f"{octets:,}", octets <= 2000)
+
+
+def _bank(rows: Sequence[Mapping[str, Any]]) -> Iterator[Aim]:
+    last = rows[-1]
+    row = next((row for row in rows if row["stubs"] == BANK_STUBS), last)
+    size, octets = f"bank, {row['stubs']:,} stubs", row["octets_per_stub"]
+    if row["stubs"] >= BANK_STUBS:
+        yield Aim(f"{size}: octets each", "700", f"{octets:.0f}", octets <= 700)
+    for step, wanted in BANK_RATES.items():
+        rate = row[step]["per_s"]
+        yield Aim(f"{size}: {step} a second", f"{wanted:,}", f"{rate:,}", rate >= wanted)
+    if last["stubs"] > row["stubs"]:
+        size = f"bank, {last['stubs']:,} stubs to {row['stubs']:,}"
+        ratio = last["octets_per_stub"] / octets
+        yield Aim(f"{size}: octets each", f"{1 + BANK_GROWTH}", f"{ratio:.2f}", ratio <= 1 + BANK_GROWTH)
+        for step in BANK_RATES:
+            ratio = last[step]["per_s"] / row[step]["per_s"]
+            yield Aim(f"{size}: {step} a second", f"{1 - BANK_GROWTH}", f"{ratio:.2f}", ratio >= 1 - BANK_GROWTH)

@@ -19,7 +19,7 @@ else:
     sudo ike-sa-sync bench handshake-vs-resume --json >docs/bench/handshake-vs-resume.json
     sudo ike-sa-sync bench storm --json >docs/bench/storm.json
     sudo ike-sa-sync bench growth --json >docs/bench/growth-long.json
-    sudo ike-sa-sync bench bank --json >docs/bench/bank.json
+    sudo ike-sa-sync bench bank --stubs 20000 --stubs 100000 --stubs 1000000 --json >docs/bench/bank.json
     sudo ike-sa-sync bench flood --json >docs/bench/flood.json
     ike-sa-sync bench report
 
