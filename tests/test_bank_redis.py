@@ -136,7 +136,7 @@ async def test_both_spis_of_a_stub_can_be_read_without_a_key(bank: RedisBank) ->
         "id_r": "gw1.example",
         "spi_i": stub.spi_i.hex(),
         "spi_r": stub.spi_r.hex(),
-        "proposal": row.proposal,
+        "proposal": "aes128-sha256-x25519",
         "connection": "home",
         "vips": ["10.20.0.7"],
         "established": stub.established,

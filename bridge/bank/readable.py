@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
@@ -42,15 +43,32 @@ def readable_fields(stub: Stub) -> tuple[str, ...]:
     )
 
 
+_KEYWORDS: Final = (
+    ("_cbc", ""),
+    (r"_(ctr|[gc]cm_\d+)_(\d+)", r"\2\1"),
+    (r"hmac_sha2_(\d+)(_\d+)?", r"sha\1"),
+    ("hmac_", ""),
+    (r"_96\b", ""),
+    (r"aes128_(xcbc|cmac)", r"aes\1"),
+    ("curve_", "x"),
+    (r"modp_(\d+)_(\d+)", r"modp\1s\2"),
+    (r"(?<!ke\d)(?<!sha1)_", ""),
+)
+"""what makes strongSwan's keywords of IANA's names in small letters: patterns and what replaces them, in this order"""
+
+
 @lru_cache(maxsize=256)
 def _proposal(suite: Suite) -> str:
-    """strongSwan's notation, the PRF left out where the integrity algorithm names it, as in swanctl.conf."""
-    parts = suite.name.split("/")
-    return "/".join(
-        part
-        for part in parts
-        if not (part.startswith("PRF_") and any(other.startswith(part.removeprefix("PRF_")) for other in parts))
-    )
+    """As swanctl.conf has it, the prf left out where the integrity algorithm names it: aes128-sha256-x25519.
+
+    Short, since a hash that is some octets longer may take 128 more in Redis.
+    """
+    text = suite.name.lower()
+    for pattern, keyword in _KEYWORDS:
+        text = re.sub(pattern, keyword, text)
+    words = text.split("/")
+    named = {f"prf{word}" for word in words}
+    return "-".join(word for word in words if word not in named)
 
 
 def readable(index: Index, values: Sequence[bytes | None]) -> Readable:
