@@ -206,10 +206,12 @@ def test_some_clients_move_and_the_others_stay_each_with_its_reason(clients: Cli
         at_gw2 = {stub_key(gw2.address, responder) for _, responder in map(spis, established(gw2))}
         assert set(topology.bank.stubs()) == at_gw1 | at_gw2
 
-        # those that the target could not serve move when it can
+        # those that the target could not serve move when it can, and in a terminal that is seen
         third.run("iptables", "-D", *deaf)
-        again = topology.gateways["gw1"].command("drain", "--to", gw2.address, check=False, timeout=120)
+        again = topology.gateways["gw1"].in_terminal("drain", "--to", gw2.address)
         assert again.returncode == 1
+        assert f"moved to {gw2.address}" in again.stdout
+        assert "under way, 1 left alone" in again.stdout
         assert "done: 1 of 3 sessions wanted moved to 192.168.50.2" in again.stdout
         assert clients.at(gw2) == {client.name, third.name}
         assert clients.at(gw1) == {second.name, plain.name}

@@ -57,6 +57,10 @@ def test_an_operator_has_the_others_fetch_a_gateways_stubs(topology: Topology) -
     connect(topology)
     done = download(topology)
     assert (done["state"], done["stubs"]) == ("done", 1)
+    # in a terminal its progress is seen
+    shown = topology.gateways["gw2"].in_terminal("stubs", "download", "--from", GW1).stdout
+    assert f"stubs of {GW1}" in shown
+    assert f"done: 1 stub of {GW1} in " in shown
 
 
 def test_a_fetched_stub_that_was_deleted_since_is_not_served(topology: Topology) -> None:

@@ -1,5 +1,6 @@
 """One sidecar of the lab: the installed command, run as an operator would."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,3 +68,8 @@ class Sidecar(Daemon):
     def command(self, *argv: str, check: bool = True, timeout: float = 60.0) -> "CompletedProcess[str]":
         """Run `ike-sa-sync ARGV -c FILE` with its configuration file, on its host."""
         return self.host.run(*program(), *argv, "-c", self.file, check=check, timeout=timeout)
+
+    def in_terminal(self, *argv: str, timeout: float = 120.0) -> "CompletedProcess[str]":
+        """The same in a terminal: what it shows there, exit status not checked."""
+        command = shlex.join([*program(), *argv, "-c", self.file])
+        return self.host.run("script", "--quiet", "--return", "-c", command, "/dev/null", check=False, timeout=timeout)
