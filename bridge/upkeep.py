@@ -32,6 +32,8 @@ log = structlog.get_logger()
 FETCH: Final = "ike:fetch:"
 """with a gateway's address behind it: an operator wants all others to fetch its stubs"""
 FETCH_SECONDS: Final = 60.0
+HEAR_SECONDS: Final = 2.0
+"""within which this gateway hears of that itself, where the bank's keyspace can be heard"""
 COMPARE_SECONDS: Final = 30.0
 """between two comparisons with the bank that nothing gave cause for"""
 COMPARE_BUNDLE: Final = 512
@@ -60,6 +62,7 @@ class Upkeep:
         self._metrics = metrics
         self._failed: set[str] = set()
         self._compare_now = asyncio.Event()
+        self._fetch_heard = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._keyspace = Keyspace(url, (f"{HEARTBEAT}*", f"{FETCH}*"), self._event, self._heard)
         cache.attach(self._keyspace)
@@ -97,6 +100,7 @@ class Upkeep:
             gateway = event.key.removeprefix(FETCH)
             if gateway != self._address:
                 self._cache.fetch(gateway)
+            self._fetch_heard.set()
         elif event.key.startswith(HEARTBEAT):
             gateway = event.key.removeprefix(HEARTBEAT)
             if gateway == self._address:
@@ -111,12 +115,20 @@ class Upkeep:
                 self._cache.drop(gateway)
 
     async def fetch(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Control command: have all other gateways fetch the stubs of one."""
+        """Control command: have all other gateways fetch the stubs of one.
+
+        This one begins when it hears of it, as they do: of a keyspace that is silent it would not hear either that a
+        fetched stub has ended.
+        """
         gateway = str(request["from"])
         self._cache.progress.pop(gateway, None)
+        self._fetch_heard.clear()
         await self._cache.post("fetch", gateway, str(int(time.time())), FETCH_SECONDS)
-        if gateway not in (self._address, *self._cache.progress):
-            self._cache.fetch(gateway)
+        try:
+            async with asyncio.timeout(HEAR_SECONDS):
+                await self._fetch_heard.wait()
+        except TimeoutError:
+            return {"error": "the bank's keyspace events are not heard here: is notify-keyspace-events Kg$hzxe there?"}
         return await self.progress(request)
 
     async def progress(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,21 @@ def test_an_operator_has_the_others_fetch_a_gateways_stubs(topology: Topology) -
     assert f"done: 1 stub of {GW1} in " in shown
 
 
+def test_where_the_keyspace_is_silent_nothing_is_fetched_into_memory(topology: Topology) -> None:
+    sa = connect(topology)
+    topology.bank.cli("CONFIG", "SET", "notify-keyspace-events", "")
+    try:
+        done = topology.gateways["gw2"].command("stubs", "download", "--from", GW1, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "keyspace events are not heard" in done.stderr
+        topology.gateways["gw1"].command("stubs", "delete", GW1, sa["responder-spi"])
+        hits = counter(topology, "gw2", "bank_cache_hits_total")
+        assert resume(topology, "--to", topology.gw2.address)["result"] == "fallback"
+        assert counter(topology, "gw2", "bank_cache_hits_total") == hits
+    finally:
+        topology.bank.cli("CONFIG", "SET", "notify-keyspace-events", "Kg$hzxe")
+
+
 def test_a_fetched_stub_that_was_deleted_since_is_not_served(topology: Topology) -> None:
     sa = connect(topology)
     download(topology)
