@@ -20,6 +20,8 @@ log = structlog.get_logger()
 
 INSTALL_BATCH = 512
 """SAs installed with one activation at most: what comes first shall not wait long for what comes last"""
+INSTALL_RATE = 2048
+"""SAs a second, about, that are ready: what came in a pause between activations goes with one of them"""
 
 Prepared = tuple[Packet, Rebuilt]
 
@@ -66,8 +68,9 @@ class Batches:
         """Install batch after batch; meanwhile the next stubs are fetched."""
         while True:
             await self._installable.wait()
-            await self._charon.installer.turn()
-            batch, self._prepared = self._prepared[:INSTALL_BATCH], self._prepared[INSTALL_BATCH:]
+            pause = await self._charon.installer.turn()
+            most = max(INSTALL_BATCH, int(pause * INSTALL_RATE))
+            batch, self._prepared = self._prepared[:most], self._prepared[most:]
             if not self._prepared:
                 self._installable.clear()
             if not batch:

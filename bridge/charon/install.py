@@ -250,12 +250,13 @@ class Installer:
             self._landing.established.update(self._landing.segment_of(install.remote.address) for install in batch)
             self.toggles += 1
 
-    async def turn(self) -> None:
+    async def turn(self) -> float:
         """Wait until an activation costs running SAs no more than their share; what comes meanwhile can be
-        installed with it."""
+        installed with it. Gives the seconds that are between activations now."""
         wait = self._landing.wait(asyncio.get_running_loop().time())
         if wait > 0:
             await asyncio.sleep(wait)
+        return self._landing.pause
 
     def _installs(self, batch: Sequence[Install], segment: int) -> Iterator[bytes]:
         version = self._channel.version

@@ -15,8 +15,8 @@ MAX_SEGMENTS = 16
 """charon's limit for charon.plugins.ha.segment_count."""
 SHARE = 0.01
 """of their time that activations may cost established SAs"""
-LONGEST_REST = 16.0
-"""seconds; with 16 segments one activation a second always happens, or clients would give up waiting"""
+LONGEST_PAUSE = 2.0
+"""seconds between activations at most, or clients would give up waiting"""
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0xDEADBEEF
 _LANDING_NETWORK = int(IPv4Address("198.18.0.0"))
@@ -73,6 +73,9 @@ class LandingChoice:
         self._handshakes = [float("-inf")] * (count + 1)
         self._used = [float("-inf")] * (count + 1)
         self._rests_until = [float("-inf")] * (count + 1)
+        self._pause_until = float("-inf")
+        self.pause = 0.0
+        """Seconds from the last activation to the next that may disturb anybody."""
         self.established: Counter[int] = Counter()
         """Established SAs by segment, kept by whoever tracks them."""
 
@@ -85,15 +88,18 @@ class LandingChoice:
         return segment_of(address, self.count)
 
     def disturbed(self, segment: int, now: float, seconds: float) -> None:
-        """An activation that ended at `now` kept the established SAs of `segment` deaf for `seconds`, so it is left in
-        peace for a time: what it costs them stays within SHARE of their time."""
-        self._rests_until[segment] = now + min(seconds / SHARE, LONGEST_REST)
+        """An activation that ended at `now` kept the established SAs of `segment` deaf for `seconds`. The next one
+        comes so much later that, one segment after the other, none is disturbed for more than SHARE of its time; what
+        wants to be activated meanwhile shares it, for each makes charon look at every SA it has."""
+        self.pause = min(seconds / (SHARE * self.count), LONGEST_PAUSE)
+        self._pause_until = now + self.pause
+        self._rests_until[segment] = now + self.count * self.pause
 
     def wait(self, now: float) -> float:
         """Seconds until some segment may be disturbed; one without established SAs always may."""
         return max(
             min(
-                self._rests_until[number] - now if self.established[number] else 0.0
+                max(self._rests_until[number], self._pause_until) - now if self.established[number] else 0.0
                 for number in range(1, self.count + 1)
             ),
             0.0,
