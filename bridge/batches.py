@@ -1,4 +1,4 @@
-"""Rebuilt SAs into charon, all that are ready as one batch with one activation; then their clients are answered."""
+"""Rebuilt SAs into charon, all that are ready with one activation; then their clients are answered."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ log = structlog.get_logger()
 
 INSTALL_BATCH = 512
 """SAs installed with one activation at most: what comes first shall not wait long for what comes last"""
-INSTALL_RATE = 2048
-"""SAs a second, about, that are ready: what came in a pause between activations goes with one of them"""
+GATHER_SECONDS = 0.05
+"""for what comes between activations, at most: charon takes it in meanwhile"""
 
 Prepared = tuple[Packet, Rebuilt]
 
@@ -44,13 +44,17 @@ class Batches:
         self._answer = answer
         self._clock = clock
         self._prepared: list[Prepared] = []
+        self._landed: list[Prepared] = []
+        """what charon has, to be activated"""
         self._installable = asyncio.Event()
-        self._installing = False
+        self._took = 0.0
+        """seconds, for that"""
+        self._working = False
 
     @property
     def busy(self) -> bool:
         """Whether something was added and is not answered yet."""
-        return self._installing or bool(self._prepared)
+        return self._working or bool(self._landed or self._prepared)
 
     def add(self, packet: Packet, made: Rebuilt) -> None:
         """Install `made` soon, and answer `packet` then; or let the packet go on to charon."""
@@ -60,40 +64,28 @@ class Batches:
 
     def close(self) -> None:
         """Let go of packets that were not answered yet; `run` must have ended."""
-        for packet, _ in self._prepared:
+        for packet, _ in self._landed + self._prepared:
             packet.accept()
+        self._landed.clear()
         self._prepared.clear()
 
     async def run(self) -> None:
-        """Install batch after batch; meanwhile the next stubs are fetched."""
+        """Install batch after batch, activate as often as that may be; meanwhile the next stubs are fetched."""
+        installer = self._charon.installer
         while True:
             await self._installable.wait()
-            pause = await self._charon.installer.turn()
-            most = max(INSTALL_BATCH, int(pause * INSTALL_RATE))
-            batch, self._prepared = self._prepared[:most], self._prepared[most:]
-            if not self._prepared:
-                self._installable.clear()
-            if not batch:
-                continue
-            self._installing = True
+            if (wait := installer.wait()) > 0:
+                await asyncio.sleep(min(wait, GATHER_SECONDS))
+            batch, self._prepared = self._prepared[:INSTALL_BATCH], self._prepared[INSTALL_BATCH:]
+            self._working = True
             try:
-                await self._install(batch)
-            except HaError:
-                # one stub that charon cannot be told must not cost the others their turn
-                for one in batch:
-                    await self._install_alone(one)
-            except Exception:
-                log.exception("install-failed", sas=len(batch))
-                self._give_up(batch)
+                await self._land(batch)
+                if self._landed and installer.wait() == 0:
+                    await self._activate()
             finally:
-                self._installing = False
-
-    async def _install_alone(self, one: Prepared) -> None:
-        try:
-            await self._install([one])
-        except HaError as error:
-            log.warning("stub-not-installable", index=str(one[1].old.index), reason=str(error))
-            self._give_up([one])
+                self._working = False
+            if not self.busy:
+                self._installable.clear()
 
     def _give_up(self, batch: list[Prepared]) -> None:
         for packet, made in batch:
@@ -101,28 +93,58 @@ class Batches:
             packet.accept()
             self._metrics.refused(Refusal.CHARON_UNAVAILABLE)
 
-    async def _install(self, rebuilt: list[Prepared]) -> None:
-        void = [pair for pair in rebuilt if pair[1] not in self._unconfirmed]
+    def _still_wanted(self, batch: list[Prepared]) -> tuple[list[Prepared], list[Prepared]]:
+        """Those to go on with, and the others: another attempt of the same client may have been confirmed meanwhile;
+        or the interceptor ended, and charon has the request and answers it."""
+        wanted: list[Prepared] = []
+        void: list[Prepared] = []
+        for pair in batch:
+            (wanted if pair[1] in self._unconfirmed and pair[0].held else void).append(pair)
+        return wanted, void
+
+    async def _land(self, batch: list[Prepared]) -> None:
+        batch, void = self._still_wanted(batch)
         self._give_up(void)
-        rebuilt = [pair for pair in rebuilt if pair[1] in self._unconfirmed]
-        if not rebuilt:
+        if not batch:
             return
         began = self._clock()
         try:
-            await self._charon.installer.install([made.install for _, made in rebuilt])
-        except ChannelError as error:
-            log.error("install-failed", sas=len(rebuilt), reason=str(error))
-            self._give_up(rebuilt)
+            await self._charon.installer.land([made.install for _, made in batch])
+            self._landed += batch
+        except HaError as error:
+            if len(batch) == 1:
+                log.warning("stub-not-installable", index=str(batch[0][1].old.index), reason=str(error))
+                self._give_up(batch)
+            # one stub that charon cannot be told must not cost the others their turn
+            for one in batch if len(batch) > 1 else ():
+                await self._land([one])
+        except Exception as error:
+            self._failed(batch, error)
+        self._took += self._clock() - began
+
+    def _failed(self, batch: list[Prepared], error: Exception) -> None:
+        if isinstance(error, ChannelError):
+            log.error("install-failed", sas=len(batch), reason=str(error))
+        else:
+            log.error("install-failed", sas=len(batch), exc_info=error)
+        self._give_up(batch)
+
+    async def _activate(self) -> None:
+        rebuilt, self._landed = self._landed, []
+        took, self._took = self._took, 0.0
+        began = self._clock()
+        try:
+            await self._charon.installer.activate()
+        except Exception as error:
+            self._failed(rebuilt, error)
             return
-        self._metrics.install_seconds.observe(self._clock() - began)
+        self._metrics.install_seconds.observe(took + self._clock() - began)
         self._metrics.activation_seconds.observe(self._charon.installer.toggle_seconds)
-        # another attempt of the same client may have been confirmed meanwhile; or the interceptor ended, and charon has
-        # the request and answers it
-        void = [pair for pair in rebuilt if pair[1] not in self._unconfirmed or not pair[0].held]
-        if void:
+        rebuilt, void = self._still_wanted(rebuilt)
+        while void:
             await self._unconfirmed.drop([made.sa.id for _, made in void])
             self._give_up(void)
-            rebuilt = [pair for pair in rebuilt if pair[1] in self._unconfirmed and pair[0].held]
+            rebuilt, void = self._still_wanted(rebuilt)
         for packet, made in rebuilt:
             self._unconfirmed.installed(made)
             packet.drop()

@@ -41,10 +41,13 @@ class Installer:
         self.meanwhile: Callable[[], None] = lambda: None
         self.installed: list[Any] = []
 
-    async def turn(self) -> None: ...
+    def wait(self) -> float:
+        return 0.0
 
-    async def install(self, batch: list[Any]) -> None:
+    async def land(self, batch: list[Any]) -> None:
         self.installed += batch
+
+    async def activate(self) -> None:
         await asyncio.sleep(0)
         self.meanwhile()
 

@@ -5,7 +5,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from bridge.charon.segments import LandingChoice, landing_addresses, segment_of
+from bridge.charon.segments import LONGEST_PAUSE, SHARE, LandingChoice, landing_addresses, segment_of
 
 
 @pytest.mark.parametrize(("address", "segment"), [("192.168.50.10", 13), ("198.18.0.8", 7), ("198.18.0.9", 3)])
@@ -32,21 +32,69 @@ def test_addresses_spread_over_all_segments() -> None:
     assert max(spread.values()) < 2 * min(spread.values())
 
 
+def use(choice: LandingChoice, now: float, seconds: float = 0.0) -> int:
+    """Where a batch lands at `now`; its activation takes `seconds`."""
+    segment = choice.next(now)
+    choice.disturbed(segment, now + seconds, seconds)
+    return segment
+
+
 def test_a_batch_lands_where_no_handshake_is_in_progress() -> None:
     choice = LandingChoice(2, handshake_seconds=5)
     address = landing_addresses(2)[1]
     choice.handshake_seen(address, now=100.0)
-    assert choice.next(101.0) == 2
-    assert choice.next(102.0) == 2
-    assert choice.next(106.0) == 1
+    assert use(choice, 101.0) == 2
+    assert use(choice, 102.0) == 2
+    assert use(choice, 106.0) == 1
 
 
 def test_a_batch_lands_where_the_fewest_clients_are() -> None:
     choice = LandingChoice(3)
     choice.established = Counter({1: 10, 2: 3, 3: 7})
-    assert choice.next(1.0) == 2
+    assert use(choice, 1.0) == 2
 
 
 def test_among_equals_the_segment_disturbed_longest_ago_is_next() -> None:
     choice = LandingChoice(4)
-    assert [choice.next(float(i)) for i in range(8)] == [1, 2, 3, 4, 1, 2, 3, 4]
+    assert [use(choice, float(i)) for i in range(8)] == [1, 2, 3, 4, 1, 2, 3, 4]
+
+
+def test_what_comes_before_an_activation_lands_where_the_others_landed() -> None:
+    choice = LandingChoice(4)
+    assert choice.next(1.0) == choice.next(2.0) == 1
+    choice.disturbed(1, 3.0, 0.0)
+    assert choice.next(4.0) == 2
+
+
+@pytest.mark.parametrize(("count", "seconds"), [(1, 0.001), (1, 0.02), (2, 0.03), (16, 0.001), (16, 0.02), (16, 0.3)])
+def test_no_segment_is_deaf_for_more_than_its_share(count: int, seconds: float) -> None:
+    choice = LandingChoice(count)
+    choice.established = Counter(dict.fromkeys(range(1, count + 1), 100))
+    deaf: Counter[int] = Counter()
+    now, activations = 0.0, 0
+    while activations < 20 * count:
+        now += choice.wait(now)
+        assert choice.wait(now) == 0
+        deaf[use(choice, now, seconds)] += 1
+        now += seconds
+        activations += 1
+    # each as often as the others; the last rest is not in it
+    assert set(deaf.values()) == {20}
+    assert 20 * seconds / (now + choice.wait(now)) <= SHARE * 1.001
+    assert 20 * seconds / now > SHARE * 0.99
+
+
+def test_activations_that_take_long_come_at_the_longest_pause() -> None:
+    choice = LandingChoice(16)
+    choice.established = Counter(dict.fromkeys(range(1, 17), 10_000))
+    use(choice, 0.0, 5.0)
+    assert choice.wait(5.0) == LONGEST_PAUSE
+
+
+def test_a_segment_without_sas_waits_for_nothing() -> None:
+    choice = LandingChoice(2)
+    choice.established = Counter({1: 10})
+    assert use(choice, 0.0, 0.1) == 2
+    assert choice.wait(0.1) == 0
+    choice.established = Counter({1: 10, 2: 10})
+    assert choice.wait(0.1) > 0

@@ -220,6 +220,9 @@ class Installer:
         self._channel = channel
         self._landing = landing
         self._addresses = landing_addresses(landing.count)
+        self._landed: list[Install] = []
+        self._afterwards: list[bytes] = []
+        """what follows once these are active"""
         self._one_at_a_time = asyncio.Lock()
 
     async def install(self, batch: Sequence[Install]) -> None:
@@ -227,36 +230,54 @@ class Installer:
 
         Raises HaError, with nothing sent, where one of them does not fit the format; ChannelError.
         """
-        clock = asyncio.get_running_loop().time
         async with self._one_at_a_time:
-            segment = self._landing.next(clock())
-            # all of it before any is sent: what charon was told half it would derive other keys for
-            messages, afterwards = list(self._installs(batch, segment)), list(self._activated(batch))
-            began = clock()
-            await self._channel.send(messages)
-            if len(batch) > FEW:
-                await self._channel.drained()
-                began = clock()
-                await self._channel.send(self._toggle(segment))
-                await self._channel.drained()
-                self.toggle_seconds = clock() - began
-                await self._channel.send(afterwards)
-                await self._channel.drained()
-            else:
-                await self._channel.send(chain(self._toggle(segment), afterwards))
-                await self._channel.drained()
-                self.toggle_seconds = clock() - began
-            self._landing.disturbed(segment, clock(), self.toggle_seconds)
-            self._landing.established.update(self._landing.segment_of(install.remote.address) for install in batch)
-            self.toggles += 1
+            await self._land(batch)
+            await self._activate()
 
-    async def turn(self) -> float:
-        """Wait until an activation costs running SAs no more than their share; what comes meanwhile can be
-        installed with it. Gives the seconds that are between activations now."""
-        wait = self._landing.wait(asyncio.get_running_loop().time())
-        if wait > 0:
-            await asyncio.sleep(wait)
-        return self._landing.pause
+    async def land(self, batch: Sequence[Install]) -> None:
+        """Have charon take in all of `batch`, for the next activation. Raises as `install`."""
+        async with self._one_at_a_time:
+            await self._land(batch)
+
+    async def activate(self) -> None:
+        """Activate all that landed; done when charon has them established. Raises ChannelError, and then they are not
+        to be had any more."""
+        async with self._one_at_a_time:
+            await self._activate()
+
+    def wait(self) -> float:
+        """Seconds until an activation costs running SAs no more than their share."""
+        return self._landing.wait(asyncio.get_running_loop().time())
+
+    async def _land(self, batch: Sequence[Install]) -> None:
+        segment = self._landing.next(asyncio.get_running_loop().time())
+        # all of it before any is sent: what charon was told half it would derive other keys for
+        messages, afterwards = list(self._installs(batch, segment)), list(self._activated(batch))
+        await self._channel.send(messages)
+        self._landed += batch
+        self._afterwards += afterwards
+
+    async def _activate(self) -> None:
+        clock = asyncio.get_running_loop().time
+        segment = self._landing.next(clock())
+        batch, self._landed = self._landed, []
+        afterwards, self._afterwards = self._afterwards, []
+        if len(batch) > FEW:
+            await self._channel.drained()
+            began = clock()
+            await self._channel.send(self._toggle(segment))
+            await self._channel.drained()
+            self.toggle_seconds = clock() - began
+            await self._channel.send(afterwards)
+            await self._channel.drained()
+        else:
+            began = clock()
+            await self._channel.send(chain(self._toggle(segment), afterwards))
+            await self._channel.drained()
+            self.toggle_seconds = clock() - began
+        self._landing.disturbed(segment, clock(), self.toggle_seconds)
+        self._landing.established.update(self._landing.segment_of(install.remote.address) for install in batch)
+        self.toggles += 1
 
     def _installs(self, batch: Sequence[Install], segment: int) -> Iterator[bytes]:
         version = self._channel.version

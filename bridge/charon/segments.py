@@ -74,8 +74,7 @@ class LandingChoice:
         self._used = [float("-inf")] * (count + 1)
         self._rests_until = [float("-inf")] * (count + 1)
         self._pause_until = float("-inf")
-        self.pause = 0.0
-        """Seconds from the last activation to the next that may disturb anybody."""
+        self._in_use: int | None = None
         self.established: Counter[int] = Counter()
         """Established SAs by segment, kept by whoever tracks them."""
 
@@ -91,32 +90,36 @@ class LandingChoice:
         """An activation that ended at `now` kept the established SAs of `segment` deaf for `seconds`. The next one
         comes so much later that, one segment after the other, none is disturbed for more than SHARE of its time; what
         wants to be activated meanwhile shares it, for each makes charon look at every SA it has."""
-        self.pause = min(seconds / (SHARE * self.count), LONGEST_PAUSE)
-        self._pause_until = now + self.pause
-        self._rests_until[segment] = now + self.count * self.pause
+        pause = min(seconds / (SHARE * self.count) - seconds, LONGEST_PAUSE)
+        self._pause_until = now + pause
+        self._rests_until[segment] = now + self.count * pause
+        self._in_use = None
 
     def wait(self, now: float) -> float:
-        """Seconds until some segment may be disturbed; one without established SAs always may."""
-        return max(
-            min(
-                max(self._rests_until[number], self._pause_until) - now if self.established[number] else 0.0
-                for number in range(1, self.count + 1)
-            ),
-            0.0,
-        )
+        """Seconds until the segment in use may be disturbed, or any if none is in use; one without established SAs
+        always may."""
+        numbers = range(1, self.count + 1) if self._in_use is None else (self._in_use,)
+        return min(self._rest(number, now) for number in numbers)
+
+    def _rest(self, segment: int, now: float) -> float:
+        until = max(self._rests_until[segment], self._pause_until) if self.established[segment] else now
+        return max(until - now, 0.0)
 
     def next(self, now: float) -> int:
-        """The segment to use at `now`; it counts as used from then on."""
+        """The segment to use from `now` until it is `disturbed`."""
+        if self._in_use is not None:
+            return self._in_use
         busy_since = now - self._handshake_seconds
         segment = min(
             range(1, self.count + 1),
             key=lambda number: (
-                self.established[number] > 0 and self._rests_until[number] > now,
+                self._rest(number, now),
                 self._handshakes[number] > busy_since,
                 self.established[number],
                 self._used[number],
                 number,
             ),
         )
+        self._in_use = segment
         self._used[segment] = now
         return segment
