@@ -45,6 +45,11 @@ REFUSALS_LOGGED = 20
 """lines a second at most: whoever sends nonsense shall not fill the disk with it"""
 
 Waiting = tuple[Packet, SyncRequest, bytes]
+"""a packet, the request that it is, and its digest"""
+
+
+def _digest(packet: Packet) -> bytes:
+    return hashlib.sha256(packet.ike).digest()
 
 
 class Gateway:
@@ -98,6 +103,8 @@ class Gateway:
         self._demanding = False
         self._serving = False
         self._waiting: list[Waiting] = []
+        self._undecided: set[bytes] = set()
+        """digests of requests whose stubs are being looked up, or that wait for it"""
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -164,6 +171,9 @@ class Gateway:
             elif verdict is Verdict.REFUSE:
                 packet.accept()
                 self._metrics.refused(Refusal.SOURCE_RATE)
+            elif self._in_the_making(_digest(packet)):
+                # with a cookie it would be another request, and served twice
+                self._drop_repeated(packet)
             else:
                 packet.drop()
                 self._answer(packet, self._cookies.challenge(seen, packet.src, packet.sport, now))
@@ -183,9 +193,21 @@ class Gateway:
             return
         # what a first look takes for a request with IKE_SA_SYNC is one, or malformed
         assert request is not None
-        digest = hashlib.sha256(packet.ike).digest()
-        if not self._answered_before(packet, request, digest):
+        digest = _digest(packet)
+        if digest in self._undecided:
+            self._drop_repeated(packet)
+        elif not self._answered_before(packet, request, digest):
             self._waiting.append((packet, request, digest))
+            self._undecided.add(digest)
+
+    def _in_the_making(self, digest: bytes) -> bool:
+        """Whether a request with this digest is being served."""
+        rebuilt = self.unconfirmed.of_request(digest)
+        return digest in self._undecided if rebuilt is None else rebuilt.state is State.INSTALLING
+
+    def _drop_repeated(self, packet: Packet) -> None:
+        packet.drop()
+        self._metrics.retransmissions.inc()
 
     def _malformed(self, packet: Packet, error: MalformedMessage) -> None:
         self._metrics.malformed.inc()
@@ -201,8 +223,7 @@ class Gateway:
             peer = Endpoint(packet.src, packet.sport)
             if not self.demanding or not self.unconfirmed.is_over(request.spi_i, peer):
                 return False
-        packet.drop()
-        self._metrics.retransmissions.inc()
+        self._drop_repeated(packet)
         if rebuilt is not None and rebuilt.state is State.UNCONFIRMED:
             self._answer(packet, rebuilt.response)
         return True
@@ -232,6 +253,7 @@ class Gateway:
                 self._serving = False
                 # fail open; for packets that were decided on this does nothing
                 for packet, _, digest in batch:
+                    self._undecided.discard(digest)
                     if self.unconfirmed.of_request(digest) is None:
                         packet.accept()
 

@@ -235,7 +235,7 @@ class GatewayProcess:
             "bank": {
                 "reachable": self._bank_reachable,
                 "pending": self._writer.pending,
-                "stubs": sum(sa.published is not None for sa in self._charon.tracker.established()),
+                "stubs": self._charon.tracker.count()[1],
                 **self._rotation.status(),
                 "banks": self._tiers.status() if self._tiers else [],
             },

@@ -21,7 +21,7 @@ def of_charon(metrics: Metrics, charon: Charon) -> None:
 
     gauge("charon_reachable", "1 while charon answers on VICI", lambda: float(charon.vici.connected))
     gauge("ha_ready", "1 while charon's ha plugin is there and understood", lambda: float(charon.channel.ready()))
-    gauge("ike_sas", "established IKE_SAs of charon", lambda: sum(1 for _ in charon.tracker.established()))
+    gauge("ike_sas", "established IKE_SAs of charon", lambda: charon.tracker.count()[0])
     total("ike_sas_unresumable", "IKE_SAs that cannot be resumed by their kind", lambda: charon.tracker.unresumable)
     total("ha_datagrams", "datagrams that charon's ha plugin sent", lambda: charon.channel.received)
     total("ha_malformed", "such datagrams that were not understood", lambda: charon.channel.malformed)
@@ -35,7 +35,7 @@ def of_stubs(metrics: Metrics, charon: Charon, writer: Writer, cache: CachedBank
     gauge(
         "stubs",
         "established IKE_SAs whose stub was given to the bank",
-        lambda: sum(sa.published is not None for sa in charon.tracker.established()),
+        lambda: charon.tracker.count()[1],
     )
     gauge("bank_pending", "stub changes waiting for the bank", lambda: writer.pending)
     total("bank_stored", "stubs that the bank took", lambda: counters.stored)

@@ -25,7 +25,7 @@ import socket
 import struct
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -140,6 +140,7 @@ class Generator:
             "answered_ms": [round((s.answered - s.began) * 1000, 4) for s in sessions if s.answered],
             "confirmed_ms": [round((s.confirmed - s.began) * 1000, 4) for s in sessions if s.confirmed],
             "confirmed": sum(s.state is State.CONFIRMED for s in sessions),
+            "states": Counter(s.state.name.lower() for s in sessions),
             "unproven": unproven,
             "retransmitted": retransmitted,
             "strange": self._strange,

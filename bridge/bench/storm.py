@@ -129,8 +129,13 @@ def growth(rig: Rig, sizes: list[int], sample: int, window: int, progress: Progr
             bundle = min(FILL_BUNDLE, size - present)
             rig.order("make", bundle)
             order = {"window": window, "count": bundle, "children": Children.NONE}
-            if rig.order("storm", order)["confirmed"] != bundle:
-                raise RuntimeError(f"the gateway lost resumptions on the way to {size} SAs")
+            outcome = rig.order("storm", order)
+            if outcome["confirmed"] != bundle:
+                counted = {name: value for name, value in rig.counters().items() if value}
+                raise RuntimeError(
+                    f"{bundle - outcome['confirmed']} of {bundle} resumptions failed with {present} SAs there: "
+                    f"{outcome['states']}, answers ignored {outcome['unproven']}; the gateway counts {counted}"
+                )
             present += bundle
             progress(f"{present} SAs", present / sizes[-1])
         # what the last ones left to do is not of the sample

@@ -354,6 +354,11 @@ class Tracker:
         # a copy: metrics are read in another thread
         return (sa for sa in list(self.sas.values()) if sa.up)
 
+    def count(self) -> tuple[int, int]:
+        """How many SAs are up, and how many of them have a stub that was given to the bank."""
+        up = [sa.published_at for sa in list(self.sas.values()) if sa.up]
+        return len(up), len(up) - up.count("")
+
     def reconcile(self, infos: Sequence[SaInfo], *, since: float) -> dict[bytes, SaInfo]:
         """Compare with a full list of VICI's that was asked for at `since` (clock seconds).
 
