@@ -80,7 +80,9 @@ class Batches:
             self._working = True
             try:
                 await self._land(batch)
-                if self._landed and installer.wait() == 0:
+                # where an activation takes long, it is for many
+                enough = not self._prepared or self._took >= installer.toggle_seconds
+                if self._landed and enough and installer.wait() == 0:
                     await self._activate()
             finally:
                 self._working = False

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from typing import Any
 
 import pytest
 
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.demo import Ping
+from bridge.lab.host import Host
 from bridge.lab.topology import SITE
 from failover_support import (
     agent_with,
@@ -124,10 +126,16 @@ def test_a_resumed_session_is_resumable(topology: Topology) -> None:
     assert topology.client.ping(SITE) == 3
 
 
+def rekeyed(host: Host, first: dict[str, Any]) -> bool:
+    """Whether a host's only IKE_SA is another one than `first`; for a moment of a rekeying none is established."""
+    now = [spis(sa) for sa in established(host)]
+    return len(now) == 1 and now != [spis(first)]
+
+
 def test_a_session_rekeyed_before_the_failure_is_resumed(topology: Topology) -> None:
     first = connect(topology)
     topology.client.swanctl("--rekey", "--ike", "home")
-    wait_until(lambda: spis(the_sa(topology.client)) != spis(first), "the rekeyed IKE_SA")
+    wait_until(lambda: rekeyed(topology.client, first), "the rekeyed IKE_SA")
     key = stub_key(topology.gw1.address, the_sa(topology.client)["responder-spi"])
     wait_until(lambda: topology.bank.stubs() == [key], "the stub at the new SPIs alone")
     topology.kill_gateway(topology.gw1)
@@ -138,7 +146,7 @@ def test_a_session_rekeyed_before_the_failure_is_resumed(topology: Topology) -> 
 def test_a_session_that_the_gateway_initiated_its_rekey_of_is_resumed(topology: Topology) -> None:
     first = connect(topology)
     topology.gw1.swanctl("--rekey", "--ike", "gw")
-    wait_until(lambda: spis(the_sa(topology.client)) != spis(first), "the rekeyed IKE_SA")
+    wait_until(lambda: rekeyed(topology.client, first), "the rekeyed IKE_SA")
     key = stub_key(topology.gw1.address, the_sa(topology.client)["initiator-spi"])
     wait_until(lambda: topology.bank.stubs() == [key], "the stub at the gateway's SPI, now the initiator's")
     topology.kill_gateway(topology.gw1)
@@ -254,6 +262,7 @@ def test_a_sidecar_restarted_while_the_bank_is_away_waits_for_it(topology: Topol
     wait_until(lambda: status(topology, "gw1")["sas"] != [], "the SA, known again")
     # charon was not asked: it would have rekeyed the CHILD_SA
     assert "event=resync" not in sidecar.text()[said:]
+    wait_until(lambda: status(topology, "gw2")["bank"]["reachable"], "the bank, as gw2 sees it")
     topology.kill_gateway(topology.gw1)
     assert resume(topology)["result"] == "resumed"
     assert topology.client.ping(SITE) == 3

@@ -78,17 +78,20 @@ def test_no_segment_is_deaf_for_more_than_its_share(count: int, seconds: float) 
         deaf[use(choice, now, seconds)] += 1
         now += seconds
         activations += 1
-    # each as often as the others; the last rest is not in it
+    # each as often as the others
     assert set(deaf.values()) == {20}
-    assert 20 * seconds / (now + choice.wait(now)) <= SHARE * 1.001
-    assert 20 * seconds / now > SHARE * 0.99
+    # two at once are allowed to begin with
+    assert 20 * seconds / now == pytest.approx(SHARE, rel=0.005 + 2 / (20 * count - 2))
 
 
 def test_activations_that_take_long_come_at_the_longest_pause() -> None:
     choice = LandingChoice(16)
     choice.established = Counter(dict.fromkeys(range(1, 17), 10_000))
-    use(choice, 0.0, 5.0)
-    assert choice.wait(5.0) == LONGEST_PAUSE
+    use(choice, 0.0, 0.5)
+    assert choice.wait(0.5) == 0
+    use(choice, 0.5, 0.5)
+    # the second one's own time is part of it
+    assert choice.wait(1.0) == LONGEST_PAUSE - 0.5
 
 
 def test_a_segment_without_sas_waits_for_nothing() -> None:
@@ -97,4 +100,5 @@ def test_a_segment_without_sas_waits_for_nothing() -> None:
     assert use(choice, 0.0, 0.1) == 2
     assert choice.wait(0.1) == 0
     choice.established = Counter({1: 10, 2: 10})
-    assert choice.wait(0.1) > 0
+    use(choice, 0.1, 0.1)
+    assert choice.wait(0.2) > 0

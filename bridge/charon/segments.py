@@ -73,7 +73,7 @@ class LandingChoice:
         self._handshakes = [float("-inf")] * (count + 1)
         self._used = [float("-inf")] * (count + 1)
         self._rests_until = [float("-inf")] * (count + 1)
-        self._pause_until = float("-inf")
+        self._due = float("-inf")
         self._in_use: int | None = None
         self.established: Counter[int] = Counter()
         """Established SAs by segment, kept by whoever tracks them."""
@@ -87,11 +87,11 @@ class LandingChoice:
         return segment_of(address, self.count)
 
     def disturbed(self, segment: int, now: float, seconds: float) -> None:
-        """An activation that ended at `now` kept the established SAs of `segment` deaf for `seconds`. The next one
-        comes so much later that, one segment after the other, none is disturbed for more than SHARE of its time; what
-        wants to be activated meanwhile shares it, for each makes charon look at every SA it has."""
-        pause = min(seconds / (SHARE * self.count) - seconds, LONGEST_PAUSE)
-        self._pause_until = now + pause
+        """An activation that ended at `now` kept the established SAs of `segment` deaf for `seconds`. They come at
+        such distances that, one segment after the other, none is disturbed for more than SHARE of its time, but two at
+        once after a pause; what wants to be activated meanwhile shares one, for each makes charon look at every SA."""
+        pause = min(seconds / (SHARE * self.count), LONGEST_PAUSE)
+        self._due = max(self._due, now - pause) + pause
         self._rests_until[segment] = now + self.count * pause
         self._in_use = None
 
@@ -102,7 +102,7 @@ class LandingChoice:
         return min(self._rest(number, now) for number in numbers)
 
     def _rest(self, segment: int, now: float) -> float:
-        until = max(self._rests_until[segment], self._pause_until) if self.established[segment] else now
+        until = max(self._rests_until[segment], self._due) if self.established[segment] else now
         return max(until - now, 0.0)
 
     def next(self, now: float) -> int:
