@@ -171,10 +171,7 @@ class Gateway:
             elif verdict is Verdict.REFUSE:
                 packet.accept()
                 self._metrics.refused(Refusal.SOURCE_RATE)
-            elif self._in_the_making(_digest(packet)):
-                # with a cookie it would be another request, and served twice
-                self._drop_repeated(packet)
-            else:
+            elif not self._known(packet, _digest(packet)):
                 packet.drop()
                 self._answer(packet, self._cookies.challenge(seen, packet.src, packet.sport, now))
                 demands[verdict] += 1
@@ -194,38 +191,34 @@ class Gateway:
         # what a first look takes for a request with IKE_SA_SYNC is one, or malformed
         assert request is not None
         digest = _digest(packet)
-        if digest in self._undecided:
-            self._drop_repeated(packet)
-        elif not self._answered_before(packet, request, digest):
+        if not self._known(packet, digest) and not self._too_late(packet, request):
             self._waiting.append((packet, request, digest))
             self._undecided.add(digest)
-
-    def _in_the_making(self, digest: bytes) -> bool:
-        """Whether a request with this digest is being served."""
-        rebuilt = self.unconfirmed.of_request(digest)
-        return digest in self._undecided if rebuilt is None else rebuilt.state is State.INSTALLING
-
-    def _drop_repeated(self, packet: Packet) -> None:
-        packet.drop()
-        self._metrics.retransmissions.inc()
 
     def _malformed(self, packet: Packet, error: MalformedMessage) -> None:
         self._metrics.malformed.inc()
         log.debug("request-malformed", peer=packet.src, reason=str(error))
         packet.accept()
 
-    def _answered_before(self, packet: Packet, request: SyncRequest, digest: bytes) -> bool:
+    def _known(self, packet: Packet, digest: bytes) -> bool:
         """Rule 3: one answer to one request. Same octets get the same answer, wherever they come from; while it is
-        still in the making, none. A gateway under load drops what a client that has resumed sent before it had: charon
-        would take it for a handshake."""
+        still in the making, none. They are not asked for a cookie: with it they would be another request."""
         rebuilt = self.unconfirmed.of_request(digest)
-        if rebuilt is None:
-            peer = Endpoint(packet.src, packet.sport)
-            if not self.demanding or not self.unconfirmed.is_over(request.spi_i, peer):
-                return False
-        self._drop_repeated(packet)
+        if rebuilt is None and digest not in self._undecided:
+            return False
+        packet.drop()
+        self._metrics.retransmissions.inc()
         if rebuilt is not None and rebuilt.state is State.UNCONFIRMED:
             self._answer(packet, rebuilt.response)
+        return True
+
+    def _too_late(self, packet: Packet, request: SyncRequest) -> bool:
+        """A gateway under load drops what a client that has resumed sent before it had: charon would take it for a
+        handshake."""
+        if not self.demanding or not self.unconfirmed.is_over(request.spi_i, Endpoint(packet.src, packet.sport)):
+            return False
+        packet.drop()
+        self._metrics.retransmissions.inc()
         return True
 
     def _answer(self, packet: Packet, response: bytes) -> None:
@@ -264,7 +257,7 @@ class Gateway:
         stubs = await self._lookup.find([request for _, request, _ in batch])
         for (packet, request, digest), stub in zip(batch, stubs, strict=True):
             # what the interceptor let go when it ended is charon's to answer
-            if not packet.held or self._answered_before(packet, request, digest):
+            if not packet.held or self._too_late(packet, request):
                 continue
             made = Refusal(stub) if isinstance(stub, Missing) else self._decision.of(packet, request, digest, stub)
             if isinstance(made, Refusal):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -115,6 +118,31 @@ def test_what_a_client_sent_before_it_had_resumed_is_no_handshake_for_a_gateway_
         assert topology.gw2.charon.text().count("is initiating an IKE_SA") == handshakes
         assert spis(the_sa(topology.gw2)) == (outcome["spi_i"], outcome["spi_r"])
     assert topology.client.ping(SITE) == 3
+
+
+def test_a_request_that_is_served_is_not_asked_for_a_cookie_when_it_comes_again(topology: Topology) -> None:
+    connect(topology)
+    message = request(the_stub(topology))
+    charon = topology.gw2.charon
+    with configured(topology.gateways["gw2"], "sync", cookie_threshold=1), ThreadPoolExecutor(1) as beside:
+        # so that the request stays in the making: charon takes in nothing
+        os.kill(charon.pid, signal.SIGSTOP)
+        try:
+            first = beside.submit(send, topology, message)
+            wait_until(lambda: counter(topology, "gw2", "requests_total") == 1, "the request")
+            burst(topology, [message])
+            wait_until(lambda: counter(topology, "gw2", "retransmissions_total") == 1, "the request, again")
+        finally:
+            os.kill(charon.pid, signal.SIGCONT)
+        [answer] = first.result()
+        assert isinstance(parse_response(answer, message), SyncResponse)
+        # and once it is answered
+        assert send(topology, message) == [answer]
+        told = status(topology, "gw2")["counters"]
+        assert told["retransmissions_total"] == 2
+        assert told["cookies_demanded"] == 1
+        assert told["cookies_total[unconfirmed]"] == 0
+        assert rebuilt(topology) == 1
 
 
 def test_ordinary_handshakes_are_never_asked_for_a_cookie_by_the_sidecar(topology: Topology) -> None:

@@ -45,10 +45,11 @@ PRICE = """\
 
 Installed SAs become active through one toggle of a segment of charon's HA plugin, during which the SAs of that
 segment leave IKE messages unanswered (ESP is untouched; the peer retransmits) and after which each gets one more
-liveness check. The sidecar measures each toggle, lands in a segment without SAs as long as there is one, and leaves a
-segment that was disturbed for t seconds in peace for 100 t: at most 1 % of anybody's time. The rest is never longer
-than 16 s, so with toggles of more than 160 ms it can be more than 1 %. Resumptions that come meanwhile wait,
-and share the next toggle: with all 16 segments occupied this, not CPU, is what the latency of a storm consists of.
+liveness check. The sidecar measures each toggle, and lands in a segment without SAs as long as there is one. Otherwise
+a toggle that took t seconds is followed by the next one 6.25 t later, in another of the 16 segments: 1 % of anybody's
+time on average, with two in a row after a pause. The distance is never longer than 2 s, so with toggles of more than
+320 ms it can be more than 1 %. What is rebuilt meanwhile lands in charon and shares the next toggle: with all 16
+segments occupied this, not CPU, is what the latency of a storm consists of.
 charon walks its whole IKE_SA table at each toggle: with `ikesa_table_size = 65536` an empty one took 4 ms of CPU for
 one resumption, with 4096 a third of that.
 """
