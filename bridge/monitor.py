@@ -61,7 +61,9 @@ class Watch:
                 try:
                     await self._look()
                 except BankUnavailable as error:
-                    self.state = str(error)
+                    if self.state != str(error):
+                        self.state = str(error)
+                        self._say("bank", "unreachable", reason=self.state)
                 await asyncio.sleep(SECONDS)
         finally:
             await self._keyspace.close()

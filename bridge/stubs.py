@@ -46,7 +46,11 @@ def _with_bank(path: str | None, work: Callable[[StubBank], Coroutine[Any, Any, 
 
     try:
         return asyncio.run(main())
-    except (BankUnavailable, SealError, OSError) as error:
+    except BankUnavailable as error:
+        own = "" if config.bank.url else "; without bank.url this is the sidecar's own Redis: does the sidecar run?"
+        cli.fail(f"{error}{own}")
+        raise  # not reached: fail() exits
+    except (SealError, OSError) as error:
         cli.fail(error)
         raise  # not reached: fail() exits
 

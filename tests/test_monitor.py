@@ -109,6 +109,17 @@ async def test_it_goes_on_after_redis_was_away(
     await until(process, event="stored", spi=stub.index.spi.hex())
 
 
+async def test_a_redis_that_is_not_there_is_told_with_the_reason(
+    watched: tuple[RedisBank, asyncio.subprocess.Process, RedisServer],
+) -> None:
+    _, process, server = watched
+    server.kill()
+    while str(server.socket) not in (await until(process, kind="bank", event="unreachable"))["reason"]:
+        pass
+    server.start()
+    await until(process, kind="bank", event="reachable")
+
+
 class Screen:
     """A terminal of 40 lines of 120 columns, and what a program draws on it."""
 

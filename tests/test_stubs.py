@@ -114,3 +114,13 @@ async def test_a_stub_that_is_not_there_and_one_that_does_not_open_are_told_apar
     assert "cut: shorter than its envelope" in done.stderr
     assert f"{stub.index.key} does not open" in done.stderr
     await operator.bank.close()
+
+
+def test_the_sidecars_own_redis_is_named_where_it_does_not_run(tmp_path: Path) -> None:
+    generate(tmp_path / "bank.key")
+    file = tmp_path / "gateway.yaml"
+    file.write_text(f"bank: {{key_file: {tmp_path}/bank.key, runtime: {tmp_path}/redis}}\n")
+    done = subprocess.run([*program(), "stubs", "list", "-c", str(file)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "does the sidecar run?" in done.stderr
+    assert done.stderr.count("\n") == 1
