@@ -19,6 +19,9 @@ from bank_support import GATEWAY, PASSWORD, PATIENCE, RedisServer, downloaded, k
 from bridge.bank.connect import connect
 from bridge.bank.keyspace import Keyspace
 from bridge.bank.redis import RedisBank
+from bridge.check import Grade
+from bridge.check.bank import bank as check_bank
+from bridge.config import Bank, GatewayConfig
 from bridge.seal import Keyring
 
 pytestmark = pytest.mark.redis
@@ -80,6 +83,24 @@ async def test_a_gateway_may_watch_the_keyspace(guarded: RedisServer, ring: Keyr
         assert await heard.get() == f"ike:gateway:{GATEWAY}"
     await keyspace.close()
     await bank.close()
+
+
+@pytest.mark.parametrize(
+    ("events", "told"),
+    [
+        ("Kg$hzxe", "tells what happens"),
+        ("Kg$h", "does not tell of expired"),
+        ("", "does not tell of del, expired, hset, set"),
+    ],
+)
+async def test_check_hears_with_a_gateways_rights_what_the_bank_tells(
+    guarded: RedisServer, events: str, told: str
+) -> None:
+    guarded.client.config_set("notify-keyspace-events", events)
+    config = GatewayConfig(bank=Bank(url=f"unix://gateway:{PASSWORD}@{guarded.socket}"))
+    [found] = [finding for finding in await check_bank(config, None) if finding.name == "keyspace events"]
+    assert told in found.text
+    assert (found.grade is Grade.OK) == (events == "Kg$hzxe")
 
 
 @pytest.mark.parametrize("user", ["gateway", "monitor"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import shutil
 import time
 from typing import Any
@@ -10,6 +12,7 @@ from redis.exceptions import RedisError
 
 from bridge import facts as shared
 from bridge.bank.connect import Client, connect
+from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis import GATEWAYS, HEARTBEAT
 from bridge.charon.reports import ViciError
 from bridge.charon.vici import Vici
@@ -23,6 +26,8 @@ PATIENCE = 3.0
 """seconds"""
 SLOW = 0.02
 """seconds from which on the way to the bank is felt"""
+EVENTS = {"hset", "del", "set", "expired"}
+"""what gateways have to hear of"""
 CLOCK_WARN, CLOCK_FAIL = 2.0, 60.0
 """seconds by which this host's clock may differ from the bank's: stubs expire by the clock"""
 
@@ -62,7 +67,7 @@ async def _main(config: GatewayConfig, charon: Charon | None) -> list[Finding]:
         return [fail("bank", str(error), "is bank.url right?")]
     try:
         findings = await _reach(client)
-        findings += await _events(client)
+        findings += await _events(config.bank.url, client)
         return findings + await _others(client, config, charon)
     except (RedisError, OSError) as error:
         return [fail("bank", printable(str(error)), "is bank.url right, and the server up?")]
@@ -94,23 +99,37 @@ async def _reach(client: Client) -> list[Finding]:
     return findings
 
 
-async def _events(client: Client) -> list[Finding]:
+async def _events(url: str, client: Client) -> list[Finding]:
+    """By trying: the user `gateway` of users.acl may not ask for settings."""
+    heard: set[str] = set()
+    hears, complete = asyncio.Event(), asyncio.Event()
+
+    def hear(event: Event) -> None:
+        heard.add(event.event)
+        if heard >= EVENTS:
+            complete.set()
+
+    key = f"ike:check:{os.urandom(8).hex()}"
+    keyspace = Keyspace(url, (key,), hear, lambda state: hears.set() if state else None)
+    keyspace.start()
     try:
-        answer = await client.config_get("notify-keyspace-events")
-    except RedisError as error:
-        # a user of users.acl may not ask
-        return [ok("keyspace events", f"not readable for this user ({printable(str(error))}): look on the server")]
-    events = next((_text(value) for name, value in answer.items() if _text(name).startswith("notify")), "")
-    seen = set(events.replace("A", "g$lshzxetd"))
-    if {"K", "h", "x", "e"} <= seen:
-        return [ok("keyspace events", f"notify-keyspace-events is {events}")]
-    return [
-        warn(
-            "keyspace events",
-            f"notify-keyspace-events is {events!r}: the stubs of a gateway that fails are not fetched ahead",
-            "use redis/redis.conf, or CONFIG SET notify-keyspace-events Kg$hzxe",
-        )
-    ]
+        async with asyncio.timeout(PATIENCE):
+            await hears.wait()
+            for command in (("HSET", key, "a", "b"), ("DEL", key), ("SET", key, "a", "PX", 20)):
+                await client.execute_command(*command)
+            await complete.wait()
+    except TimeoutError:
+        missing = ", ".join(sorted(EVENTS - heard))
+        return [
+            warn(
+                "keyspace events",
+                f"the bank does not tell of {missing}: the stubs of a gateway that fails are not fetched ahead",
+                "use redis/redis.conf, or CONFIG SET notify-keyspace-events Kg$hzxe",
+            )
+        ]
+    finally:
+        await keyspace.close()
+    return [ok("keyspace events", "the bank tells what happens to its keys")]
 
 
 def _text(value: Any) -> str:
