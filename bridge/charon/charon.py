@@ -193,7 +193,7 @@ class Charon:
         missing = await self._compare()
         if missing and self.channel.version is not None:
             await asyncio.sleep(IN_FLIGHT_SECONDS)
-            self._waited = IN_FLIGHT_SECONDS
+            self._waited += IN_FLIGHT_SECONDS
             # what ended meanwhile, or while the first list was on its way, is not missing
             missing = {spis: info for spis, info in (await self._compare()).items() if spis in missing}
         if missing and self._recover is not None:
@@ -215,9 +215,6 @@ class Charon:
             await self.installer.resync(segments)
             await self.channel.drained()
             self._asked |= unasked.keys()
-        self.landing.established = Counter(
-            self.landing.segment_of(sa.remote.address) for sa in self.tracker.established() if sa.remote
-        )
         self.tracker.recall.end()
         self.reconciled.set()
 
@@ -226,10 +223,19 @@ class Charon:
         return sa is not None and sa.up
 
     async def _compare(self) -> dict[bytes, SaInfo]:
-        since = time.monotonic()
-        infos = await self.vici.list_sas()
+        comparison = self.tracker.compare(since=time.monotonic())
+        established: Counter[int] = Counter()
+
+        def take(infos: list[SaInfo]) -> None:
+            comparison.take(infos)
+            established.update(
+                self.landing.segment_of(info.remote.address) for info in infos if info.state == "ESTABLISHED"
+            )
+
+        self._waited += await self.vici.each_sas(take)
         end = self.channel.charon_socket()
         if not self.vici.connected or end is None or end.inode != self._inode:
             # another charon's list: nothing of it says that the SAs of the first one ended in order
             raise ViciError("charon was restarted while it was asked, or has no ha plugin")
-        return self.tracker.reconcile(infos, since=since)
+        self.landing.established = established
+        return comparison.end()

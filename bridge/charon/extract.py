@@ -6,7 +6,7 @@ virtual IPs, moves to another address). Either may come first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Protocol
 
 import structlog
@@ -359,33 +359,52 @@ class Tracker:
         up = [sa.published_at for sa in list(self.sas.values()) if sa.up]
         return len(up), len(up) - up.count("")
 
-    def reconcile(self, infos: Sequence[SaInfo], *, since: float) -> dict[bytes, SaInfo]:
-        """Compare with a full list of VICI's that was asked for at `since` (clock seconds).
+    def compare(self, *, since: float) -> Comparison:
+        """Begin to compare with a full list of VICI's that was asked for at `since` (clock seconds)."""
+        return Comparison(self, since)
 
-        Updates lifetimes, ends SAs and CHILD_SAs that charon no longer has, and returns those whose keys are missing
-        here; and for those that were rekeyed before they were recalled, and lack CHILD_SAs, what they were before.
-        """
-        missing: dict[bytes, SaInfo] = {}
-        present: set[bytes] = set()
-        for info in infos:
-            present.add(info.spis)
-            if info.version != 2 or info.state != "ESTABLISHED":
-                continue
-            sa = self.sas.get(info.spis)
-            if sa is None or not (sa.up or sa.adopted):
-                missing[info.spis] = info
-                # for when the HA channel tells the rest
-                self._early[info.spis] = info
-                continue
-            if not sa.up:
-                continue
+    def listed(self, info: SaInfo, *, since: float) -> bool:
+        """Take what VICI lists of an SA that is up: its lifetime, where it is, CHILD_SAs that it no longer has. False
+        where the keys of it are missing here."""
+        sa = self.sas.get(info.spis)
+        if sa is None or not (sa.up or sa.adopted):
+            # for when the HA channel tells the rest
+            self._early[info.spis] = info
+            return False
+        if sa.up:
             changed = self._take_info(sa, info, since=since)
             if sa.children_at < since and drop_unlisted(sa, info):
                 changed = True
             if changed:
                 self._listener.changed(sa)
-        missing |= {info.spis: info for info in self.recall.awaited(infos)}
+        return True
+
+    def unlisted(self, present: Set[bytes], *, since: float) -> None:
+        """End the SAs that charon no longer has; `present` are the SPIs of those that it has."""
         for spis, sa in list(self.sas.items()):
             if sa.up and spis not in present and sa.seen < since:
                 self._delete(sa.id)
-        return missing
+
+
+class Comparison:
+    """What a tracker knows against all that VICI lists, which comes in parts."""
+
+    def __init__(self, tracker: Tracker, since: float) -> None:
+        self._tracker = tracker
+        self._since = since
+        self._present: set[bytes] = set()
+        self._missing: dict[bytes, SaInfo] = {}
+
+    def take(self, infos: Sequence[SaInfo]) -> None:
+        """Some of the list."""
+        for info in infos:
+            self._present.add(info.spis)
+            if info.version == 2 and info.state == "ESTABLISHED" and not self._tracker.listed(info, since=self._since):
+                self._missing[info.spis] = info
+        self._missing |= {info.spis: info for info in self._tracker.recall.awaited(infos)}
+
+    def end(self) -> dict[bytes, SaInfo]:
+        """That was all of it. Gives the SAs whose keys are missing; and for those that were rekeyed before they were
+        recalled, and lack CHILD_SAs, what they were before."""
+        self._tracker.unlisted(self._present, since=self._since)
+        return self._missing

@@ -12,7 +12,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -51,6 +51,11 @@ RETRY_SECONDS = 0.5
 """between attempts to reach a charon that is not there"""
 START_SECONDS = 2
 """how much too early the start may be that charon tells: two clocks, both cut to seconds"""
+
+LISTED_AT_ONCE = 128
+"""IKE_SAs of a long list that are handed over together"""
+LISTING_SHARE = 0.25
+"""of the interpreter's time, at most, that goes into reading a long list"""
 
 Result = TypeVar("Result")
 
@@ -219,16 +224,30 @@ class Vici:
     async def list_sas(self, connection: str | None = None) -> list[SaInfo]:
         """All IKE_SAs, or those of one connection; waits for those that a thread of charon's holds, so none is left
         out."""
+        return await self._run("list-sas", lambda session: list(_listed(session, connection)))
 
-        def command(session: Any) -> list[SaInfo]:
-            infos = []
-            for entry in session.list_sas({"ike": connection} if connection else None):
-                for name, section in entry.items():
-                    try:
-                        infos.append(parse_ike_sa(name, section))
-                    except ViciError as error:
-                        log.warning("vici-sa-unreadable", connection=name, reason=str(error))
-            return infos
+    async def each_sas(self, take: Callable[[list[SaInfo]], None]) -> float:
+        """All IKE_SAs, as `list_sas`, handed to `take` on the event loop some at a time.
+
+        Reading a long list leaves the event loop most of the interpreter's time. Gives the seconds it slept for that.
+        """
+        loop = asyncio.get_running_loop()
+
+        def command(session: Any) -> float:
+            slept, infos = 0.0, []
+            began = time.thread_time()
+            for info in _listed(session, None):
+                infos.append(info)
+                if len(infos) < LISTED_AT_ONCE:
+                    continue
+                loop.call_soon_threadsafe(take, infos)
+                infos = []
+                nap = (time.thread_time() - began) * (1 / LISTING_SHARE - 1)
+                time.sleep(nap)
+                slept += nap
+                began = time.thread_time()
+            loop.call_soon_threadsafe(take, infos)
+            return slept
 
         return await self._run("list-sas", command)
 
@@ -267,3 +286,13 @@ class Vici:
                 pass
 
         await self._run(f"terminate {connection}", command)
+
+
+def _listed(session: Any, connection: str | None) -> Iterator[SaInfo]:
+    """The answer to list-sas, what cannot be read left out."""
+    for entry in session.list_sas({"ike": connection} if connection else None):
+        for name, section in entry.items():
+            try:
+                yield parse_ike_sa(name, section)
+            except ViciError as error:
+                log.warning("vici-sa-unreadable", connection=name, reason=str(error))
