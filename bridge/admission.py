@@ -16,7 +16,7 @@ from bridge.ike.cookie import Cookies, Glance
 from bridge.rates import Rate, SourceRates
 
 HOLD_SECONDS = 5.0
-"""once the rate was too high, cookies are asked for at least so long"""
+"""once they were asked for, cookies are asked for at least so long"""
 
 
 class Demand(StrEnum):
@@ -62,6 +62,8 @@ class Admission:
         if not self._rate.take(now):
             self._busy_until = now + HOLD_SECONDS
         if load >= self._sync.cookie_threshold:
+            # a client that was asked comes back with its cookie; its retransmission must not be served before
+            self._busy_until = now + HOLD_SECONDS
             return Demand.UNCONFIRMED
         if now < self._busy_until:
             return Demand.RATE
