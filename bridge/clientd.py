@@ -85,7 +85,7 @@ class ClientProcess:
             "role": "client",
             "time": int(time.time()),
             "charon": charon_status(self._charon),
-            "sas": sa_rows(self._charon),
+            "sas": await sa_rows(self._charon),
             "last": msgspec.to_builtins(self._client.last) if self._client.last else None,
             "counters": self._metrics.values(),
         }

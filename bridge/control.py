@@ -7,13 +7,15 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 Answer = dict[str, Any]
 Command = Callable[[dict[str, Any]], Awaitable[Answer]]
 MAX_LINE = 65536
+SLICE = 256
+"""rows of a long list that are made, or encoded, before the event loop has its turn"""
 
 
 class ControlError(Exception):
@@ -56,7 +58,9 @@ class ControlServer:
         try:
             line = await reader.readline()
             answer = await self._answer(line)
-            writer.write(json.dumps(answer).encode() + b"\n")
+            async for part in encoded(answer):
+                writer.write(part.encode())
+            writer.write(b"\n")
             await writer.drain()
         except (ConnectionError, ValueError):
             pass
@@ -78,6 +82,21 @@ class ControlServer:
 
             structlog.get_logger().exception("control-command-failed", command=request["command"])
             return {"error": f"{request['command']}: {type(error).__name__}: {error}"}
+
+
+async def encoded(answer: Answer) -> AsyncIterator[str]:
+    """An answer in JSON, in parts: of a long list so much at a time that the event loop has its turn between."""
+    for count, (name, value) in enumerate(answer.items()):
+        yield f"{', ' if count else '{'}{json.dumps(name)}: "
+        if not isinstance(value, list):
+            yield json.dumps(value)
+            continue
+        yield "["
+        for first in range(0, len(value), SLICE):
+            yield (", " if first else "") + json.dumps(value[first : first + SLICE])[1:-1]
+            await asyncio.sleep(0)
+        yield "]"
+    yield "}" if answer else "{}"
 
 
 def _alive(path: Path) -> bool:

@@ -20,7 +20,7 @@ import uvloop
 from bridge import log as logging
 from bridge.charon.charon import Charon
 from bridge.config import Log
-from bridge.control import Answer
+from bridge.control import SLICE, Answer
 from bridge.metrics import Metrics
 from bridge.net.rawudp import RawUdp
 from bridge.tasks import end
@@ -157,23 +157,27 @@ async def wait_known(charon: Charon) -> None:
             await charon.reconciled.wait()
 
 
-def sa_rows(charon: Charon) -> list[dict[str, Any]]:
+async def sa_rows(charon: Charon) -> list[dict[str, Any]]:
     """The IKE_SAs that are up, as `status` lists them."""
-    return [
-        {
-            "connection": sa.connection,
-            "spi_i": sa.id.spi_i.hex(),
-            "spi_r": sa.id.spi_r.hex(),
-            "initiator": sa.id.initiator,
-            "remote": sa.remote.address if sa.remote else None,
-            "remote_id": sa.remote_id.text if sa.remote_id else None,
-            "virtual_ips": list(sa.remote_vips or sa.local_vips),
-            "children": [child.name for child in sa.children],
-            "expires": sa.expires,
-            "resumable": sa.resumable,
-        }
-        for sa in charon.tracker.established()
-    ]
+    rows = []
+    for sa in charon.tracker.established():
+        rows.append(
+            {
+                "connection": sa.connection,
+                "spi_i": sa.id.spi_i.hex(),
+                "spi_r": sa.id.spi_r.hex(),
+                "initiator": sa.id.initiator,
+                "remote": sa.remote.address if sa.remote else None,
+                "remote_id": sa.remote_id.text if sa.remote_id else None,
+                "virtual_ips": list(sa.remote_vips or sa.local_vips),
+                "children": [child.name for child in sa.children],
+                "expires": sa.expires,
+                "resumable": sa.resumable,
+            }
+        )
+        if len(rows) % SLICE == 0:
+            await asyncio.sleep(0)
+    return rows
 
 
 def charon_status(charon: Charon) -> dict[str, Any]:

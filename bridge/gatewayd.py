@@ -240,7 +240,7 @@ class GatewayProcess:
                 "banks": self._tiers.status() if self._tiers else [],
             },
             "unconfirmed": len(self._gateway.unconfirmed),
-            "sas": sa_rows(self._charon),
+            "sas": await sa_rows(self._charon),
             "counters": self._metrics.values(),
         }
 

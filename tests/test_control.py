@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bridge.control import MAX_LINE, Answer, ControlError, ControlServer, call
+from bridge.control import MAX_LINE, SLICE, Answer, ControlError, ControlServer, call, encoded
 
 
 async def _echo(request: dict[str, Any]) -> Answer:
@@ -48,6 +48,29 @@ async def test_a_command_gets_its_answer(path: str) -> None:
 async def test_the_status_of_a_hundred_thousand_sas_arrives_whole(path: str) -> None:
     answer = await call(path, {"command": "long", "count": 100_000})
     assert len(answer["sas"]) == 100_000
+
+
+async def test_others_have_their_turn_while_a_long_answer_is_encoded() -> None:
+    async def encode() -> list[str]:
+        return [part async for part in encoded({"sas": ["x"] * 10 * SLICE})]
+
+    turns, begun = 0, asyncio.create_task(encode())
+    while not begun.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns >= 10
+    assert json.loads("".join(begun.result())) == {"sas": ["x"] * 10 * SLICE}
+
+
+@pytest.mark.parametrize("answer", [{}, {"a": []}, {"a": [1], "b": {"c": 2}}, {"sas": [{"x": n} for n in range(600)]}])
+async def test_an_answer_in_parts_is_the_same_json(tmp_path: Path, answer: Answer) -> None:
+    async def give(_: dict[str, Any]) -> Answer:
+        return answer
+
+    server = ControlServer(str(tmp_path / "control.sock"), {"give": give})
+    await server.start()
+    assert await said(str(tmp_path / "control.sock"), b'{"command": "give"}\n') == json.dumps(answer).encode() + b"\n"
+    await server.close()
 
 
 async def test_a_command_that_fails_says_so_and_the_next_is_served(path: str) -> None:
