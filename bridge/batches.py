@@ -22,12 +22,16 @@ INSTALL_BATCH = 512
 """SAs installed with one activation at most: what comes first shall not wait long for what comes last"""
 GATHER_SECONDS = 0.05
 """for what comes between activations, at most: charon takes it in meanwhile"""
+WORTH = 3.0
+"""an activation that takes t waits so many t, at most, for others that are on their way: the next one is far"""
+POLL_SECONDS = 0.001
 
 Prepared = tuple[Packet, Rebuilt]
 
 
 class Batches:
-    """Installs what is added; `answer` sends the response to a packet's sender."""
+    """Installs what is added; `answer` sends the response to a packet's sender, `coming` tells whether more may follow
+    soon."""
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class Batches:
         unconfirmed: Unconfirmed,
         metrics: GatewayMetrics,
         answer: Callable[[Packet, bytes], None],
+        coming: Callable[[], bool],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -42,13 +47,16 @@ class Batches:
         self._unconfirmed = unconfirmed
         self._metrics = metrics
         self._answer = answer
+        self._coming = coming
         self._clock = clock
         self._prepared: list[Prepared] = []
         self._landed: list[Prepared] = []
         """what charon has, to be activated"""
         self._installable = asyncio.Event()
+        self._since = 0.0
+        """when the first of it began to land"""
         self._took = 0.0
-        """seconds, for that"""
+        """seconds that landing took"""
         self._working = False
 
     @property
@@ -76,18 +84,23 @@ class Batches:
             await self._installable.wait()
             if (wait := installer.wait()) > 0:
                 await asyncio.sleep(min(wait, GATHER_SECONDS))
+            elif self._landed and not self._prepared:
+                await asyncio.sleep(POLL_SECONDS)
             batch, self._prepared = self._prepared[:INSTALL_BATCH], self._prepared[INSTALL_BATCH:]
             self._working = True
             try:
                 await self._land(batch)
-                # where an activation takes long, it is for many
-                enough = not self._prepared or self._took >= installer.toggle_seconds
-                if self._landed and enough and installer.wait() == 0:
+                if self._landed and self._enough() and installer.wait() == 0:
                     await self._activate()
             finally:
                 self._working = False
             if not self.busy:
                 self._installable.clear()
+
+    def _enough(self) -> bool:
+        """Whether nobody else is on the way, or those that landed have waited for others as long as is worth it."""
+        others = bool(self._prepared) or self._coming()
+        return not others or self._clock() - self._since >= WORTH * self._charon.installer.toggle_seconds
 
     def _give_up(self, batch: list[Prepared]) -> None:
         for packet, made in batch:
@@ -112,6 +125,8 @@ class Batches:
         began = self._clock()
         try:
             await self._charon.installer.land([made.install for _, made in batch])
+            if not self._landed:
+                self._since = began
             self._landed += batch
         except HaError as error:
             if len(batch) == 1:

@@ -96,7 +96,7 @@ class Gateway:
         self._decision = Decision(
             charon, lookup.spent, handout, self.unconfirmed, self._admission, sync, random=random, wall=wall
         )
-        self._batches = Batches(charon, self.unconfirmed, metrics, self._answer, clock=clock)
+        self._batches = Batches(charon, self.unconfirmed, metrics, self._answer, self._coming, clock=clock)
         self._look_around_seconds = min(1.0, sync.confirm_timeout / 4)
         self._lines = Rate(REFUSALS_LOGGED)
         self._unlogged = 0
@@ -136,9 +136,12 @@ class Gateway:
         """SAs unconfirmed, and requests that wait to become one."""
         return len(self.unconfirmed) + len(self._waiting)
 
+    def _coming(self) -> bool:
+        return self._serving or bool(self._waiting)
+
     def busy(self) -> bool:
         """Whether some request is between its admission and its answer."""
-        return self._serving or bool(self._waiting) or self._batches.busy
+        return self._coming() or self._batches.busy
 
     # packets
 

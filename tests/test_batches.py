@@ -40,6 +40,8 @@ class Installer:
     def __init__(self) -> None:
         self.meanwhile: Callable[[], None] = lambda: None
         self.installed: list[Any] = []
+        self.activated: list[int] = []
+        """how many were installed at each activation"""
 
     def wait(self) -> float:
         return 0.0
@@ -48,6 +50,7 @@ class Installer:
         self.installed += batch
 
     async def activate(self) -> None:
+        self.activated.append(len(self.installed))
         await asyncio.sleep(0)
         self.meanwhile()
 
@@ -92,14 +95,21 @@ class Scene:
         self.installer = Installer()
         self.table = Table()
         self.answers: list[Any] = []
+        self.coming = False
         self.batches = Batches(
             cast(Charon, type("OneCharon", (), {"installer": self.installer})()),
             cast(Unconfirmed, self.table),
             GatewayMetrics(),
             lambda packet, _: self.answers.append(packet),
+            lambda: self.coming,
         )
-        self.request, self.made = Request(), Made()
-        self.batches.add(*cast(Prepared, (self.request, cast(Rebuilt, self.made))))
+        self.request, self.made = self.added()
+
+    def added(self) -> tuple[Request, Made]:
+        """One more request with what is rebuilt for it."""
+        request, made = Request(), Made()
+        self.batches.add(*cast(Prepared, (request, cast(Rebuilt, made))))
+        return request, made
 
     async def played(self) -> None:
         """Until the batch is through."""
@@ -110,6 +120,14 @@ class Scene:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert self.installer.installed
+
+
+async def until(done: Callable[[], bool]) -> None:
+    for _ in range(5000):
+        if done():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("waited in vain")
 
 
 async def test_a_request_is_kept_from_charon_and_answered_once_its_sa_is_there() -> None:
@@ -138,3 +156,29 @@ async def test_a_request_whose_session_was_confirmed_otherwise_meanwhile_goes_to
     assert scene.answers == []
     assert scene.request.accepted == 1
     assert scene.table.dropped == [scene.made]
+
+
+async def test_an_activation_that_takes_long_waits_for_those_that_are_on_their_way() -> None:
+    scene = Scene()
+    scene.installer.toggle_seconds = 3600.0
+    scene.coming = True
+    task = asyncio.create_task(scene.batches.run())
+    await until(lambda: bool(scene.installer.installed))
+    await asyncio.sleep(0.05)
+    assert scene.installer.activated == []
+    request, _ = scene.added()
+    scene.coming = False
+    await until(lambda: len(scene.answers) == 2)
+    task.cancel()
+    assert scene.installer.activated == [2]
+    assert scene.answers == [scene.request, request]
+
+
+async def test_those_that_are_on_their_way_are_not_waited_for_for_ever() -> None:
+    scene = Scene()
+    scene.installer.toggle_seconds = 0.001
+    scene.coming = True
+    task = asyncio.create_task(scene.batches.run())
+    await until(lambda: bool(scene.answers))
+    task.cancel()
+    assert scene.answers == [scene.request]
