@@ -12,6 +12,7 @@ import pytest
 
 from bridge.lab import Lab, LabError, Topology, space, standard
 from bridge.lab.charon import render
+from bridge.lab.sidecar import program
 from bridge.lab.topology import SITE
 
 pytestmark = pytest.mark.lab
@@ -199,6 +200,15 @@ def test_a_kept_lab_stays_until_it_is_removed(name: str) -> None:
     assert len(space.namespaces(name)) == 5
     space.remove(name)
     assert traces(name) == []
+
+
+def test_a_command_on_a_host_gets_its_options_and_finds_this_program(name: str) -> None:
+    with Lab(name) as lab:
+        standard(lab, sidecars=False)
+        argv = [*program(), "lab", "shell", "--lab", name, "gw1", "ike-sa-sync", "stubs", "list", "--help"]
+        environment = {**os.environ, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: ike-sa-sync stubs list ")
 
 
 def test_a_kept_lab_that_could_not_be_built_is_removed(name: str) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -73,9 +74,10 @@ def up(name: str) -> None:
     with working(f"setting lab {name} up: bank, gw1, gw2, client"):
         _reporting(work)
     click.echo(f"lab {name} is up: bank, gw1, gw2, and client with a session at gw1")
-    click.echo(f"  ike-sa-sync lab shell client ping {SITE}")
-    click.echo("  ike-sa-sync lab shell gw1 swanctl --list-sas")
-    click.echo("  ike-sa-sync lab clean")
+    which = "" if space.labs() == [name] else f"--lab {name} "
+    click.echo(f"  ike-sa-sync lab shell {which}client ping {SITE}")
+    click.echo(f"  ike-sa-sync lab shell {which}gw1 swanctl --list-sas")
+    click.echo(f"  ike-sa-sync lab clean {name if which else ''}".rstrip())
 
 
 @lab.command()
@@ -123,7 +125,7 @@ def kill(name: str | None, host: str) -> None:
     click.echo(f"{host} is dead")
 
 
-@lab.command(context_settings={"ignore_unknown_options": True})
+@lab.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--lab", "name", default=None, help="Which lab, if there are several.")
 @click.argument("host")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -134,5 +136,7 @@ def shell(name: str | None, host: str, command: tuple[str, ...]) -> None:
     """
     _, holder = _host(name, host)
     argv = [*space.into(holder), *(command or (os.environ.get("SHELL", "/bin/sh"),))]
+    # so that `ike-sa-sync` there is this one
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     sys.stdout.flush()
     os.execvp(argv[0], argv)  # noqa: S606
