@@ -186,9 +186,11 @@ def _never(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Finding
                 "remove it, the channel stays on this host; restart strongSwan",
             )
         )
-    if isinstance(config, ClientConfig) and _same("no", charon.setting("reuse_ikesa") or "yes"):
+    if _same("no", charon.setting("reuse_ikesa") or "yes"):
+        # a gateway brings CHILD_SAs up by itself for sites only
+        grade = fail if isinstance(config, ClientConfig) else warn
         findings.append(
-            fail(
+            grade(
                 "reuse_ikesa",
                 "charon.reuse_ikesa is no: CHILD_SAs get an IKE_SA of their own instead of the resumed one",
                 "remove that line, and restart strongSwan",

@@ -124,8 +124,20 @@ def key_file(config: GatewayConfig) -> list[Finding]:
         keyring = Keyring.load(path)
         mode = stat.S_IMODE(path.stat().st_mode)
     except (SealError, OSError) as error:
-        exposed = path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077
-        mend = f"chmod 600 {path}" if exposed else f"ike-sa-sync keygen {path}, the same file on all gateways"
-        return [fail("key file", str(error), mend)]
+        return [fail("key file", str(error), _key_mend(path))]
     keys = ", ".join(key_id.hex() for key_id in keyring.ids)
     return [ok("key file", f"{path}, mode {mode:04o}, key {keys}")]
+
+
+def _key_mend(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return f"ike-sa-sync keygen {path}, or copy that of another gateway"
+    except OSError:
+        return "run as root; is it a file?"
+    if stat.S_IMODE(mode) & 0o077:
+        return f"chmod 600 {path}"
+    if not os.access(path, os.R_OK):
+        return "run as root"
+    return f"copy that of another gateway, or write a new one: mv {path} {path}.old; ike-sa-sync keygen {path}"
