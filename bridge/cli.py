@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
-import yaml
 
 from bridge import control
-from bridge.config import ClientConfig, Config, ConfigError, GatewayConfig, LogLevel, canonical_address, load
+from bridge.config import ClientConfig, Config, ConfigError, GatewayConfig, LogLevel, canonical_address, load, read
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,18 +50,25 @@ def read_any(path: str | None) -> GatewayConfig | ClientConfig:
     if path is None:
         path = GATEWAY_FILE if Path(GATEWAY_FILE).exists() or not Path(CLIENT_FILE).exists() else CLIENT_FILE
     try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raw = None  # load() names what is wrong
+        raw = read(path)
+    except ConfigError as error:
+        fail(error, BAD_CONFIGURATION)
+        raise  # not reached: fail() exits
     if isinstance(raw, dict) and "gateways" in raw:
         return read_config(path, ClientConfig)
     return read_config(path, GatewayConfig)
 
 
-def config_option(function: Function) -> Function:
-    """-c FILE; without it the one that packages install."""
-    where = "Configuration file (YAML).  [default: /etc/ike-sa-sync/gateway.yaml or client.yaml]"
-    return click.option("-c", "--config", "path", metavar="FILE", help=where)(function)
+def _config_option(default: str) -> Callable[[Function], Function]:
+    where = f"Configuration file (YAML).  [default: {default}]"
+    return click.option("-c", "--config", "path", metavar="FILE", help=where)
+
+
+gateway_config_option = _config_option(GATEWAY_FILE)
+"""-c FILE; without it the one that packages install"""
+client_config_option = _config_option(CLIENT_FILE)
+config_option = _config_option(f"{GATEWAY_FILE} or client.yaml")
+"""where both roles have the command"""
 
 
 def an_address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -176,7 +182,7 @@ def cli(context: click.Context) -> None:
 
 
 @cli.command()
-@config_option
+@gateway_config_option
 def gateway(path: str | None) -> None:
     """Run the gateway's sidecar, in the foreground.
 
@@ -189,7 +195,7 @@ def gateway(path: str | None) -> None:
 
 
 @cli.command()
-@config_option
+@client_config_option
 def client(path: str | None) -> None:
     """Run the client's sidecar, in the foreground.
 
@@ -206,6 +212,8 @@ def _run(main: Callable[[], None]) -> None:
 
     try:
         main()
+    except ConfigError as error:
+        fail(error, BAD_CONFIGURATION)
     except (StartError, control.ControlError) as error:
         fail(error)
 
@@ -221,7 +229,7 @@ def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 @cli.command()
-@config_option
+@client_config_option
 @click.option("--connection", metavar="NAME", help="swanctl connection to move. [default: the first that is up]")
 @click.option(
     "--to",
@@ -396,7 +404,7 @@ def keygen(file: str, add: bool, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Entry point of the `ike-sa-sync` script."""
+    """Run one command; errors are one line each, and an exit code."""
     try:
         code = cli.main(prog_name="ike-sa-sync", standalone_mode=False)
     except click.UsageError as error:
@@ -408,7 +416,3 @@ def main() -> None:
     except click.Abort:
         code = 130
     sys.exit(code or 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -184,8 +184,8 @@ def parse_host_port(text: str) -> tuple[str, int]:
     return str(ip_address(host.strip("[]"))), int(port)
 
 
-def load(path: str | Path, kind: type[Config]) -> Config:
-    """Read and validate one file. Raises ConfigError, whose text fits one line."""
+def read(path: str | Path) -> object:
+    """What is in a YAML file, not validated; {} where it is empty. Raises ConfigError."""
     try:
         raw = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -199,10 +199,15 @@ def load(path: str | Path, kind: type[Config]) -> Config:
     except (ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML's constructors do not expect a date of month 13, a number without digits, a thousand brackets
         raise ConfigError(f"{path}: holds a value that cannot be read: quote it if it is text") from error
+    return {} if raw is None else raw
+
+
+def load(path: str | Path, kind: type[Config]) -> Config:
+    """Read and validate one file. Raises ConfigError, whose text fits one line."""
     try:
-        config = msgspec.convert({} if raw is None else raw, kind)
+        config = msgspec.convert(read(path), kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {printable(_key_and_reason(str(error)))}") from error
+        raise ConfigError(f"{path}: {printable(_key_and_reason(str(error), kind))}") from error
     _check(path, config)
     return _canonical(config)
 
@@ -227,12 +232,15 @@ def _canonical(config: Config) -> Config:
     return msgspec.structs.replace(config, gateways=entries)
 
 
-def _key_and_reason(text: str) -> str:
+def _key_and_reason(text: str, kind: type[Struct]) -> str:
     """msgspec's "reason - at `$.bank.url`" as "bank.url: reason"."""
     reason, _, where = text.partition(" - at `$")
     key = where.rstrip("`").lstrip(".")
     if reason.startswith("Object contains unknown field `"):
         unknown = reason.split("`")[1]
+        role, other = ("gateway", ClientConfig) if kind is GatewayConfig else ("client", GatewayConfig)
+        if not key and unknown in other.__struct_fields__:
+            return f"{unknown}: is not an option of a {role}'s file: is this the right one?"
         return f"{key + '.' if key else ''}{unknown}: is not a known option"
     return f"{key or 'file'}: {reason[:1].lower()}{reason[1:]}"
 

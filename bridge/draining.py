@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 
 @click.command()
-@cli.config_option
+@cli.gateway_config_option
 @click.option("--to", required=True, metavar="ADDRESS", callback=cli.an_address, help="The gateway to move clients to.")
 @click.option(
     "--share",

@@ -21,11 +21,10 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha import IkeId
 from bridge.charon.reports import SaInfo
 from bridge.charon.sa import Sa
-from bridge.config import GatewayConfig
+from bridge.config import ConfigError, GatewayConfig
 from bridge.control import Answer, Command, ControlServer
 from bridge.daemon import (
     RETRY_SECONDS,
-    StartError,
     charon_status,
     log_level,
     raw_udp,
@@ -69,7 +68,7 @@ class GatewayProcess:
         self._bank_reachable = False
 
     async def run(self) -> None:
-        """Serve until a stop signal. Raises StartError."""
+        """Serve until a stop signal. Raises ConfigError for a key file that cannot be used."""
         await serve(self._config.log, self._start)
 
     async def _start(self, stack: AsyncExitStack) -> None:
@@ -77,7 +76,7 @@ class GatewayProcess:
         try:
             keyring = Keyring.load(config.bank.key_file)
         except (SealError, OSError) as error:
-            raise StartError(f"bank.key_file: {error}") from error
+            raise ConfigError(f"bank.key_file: {error}") from error
         self._charon = charon = Charon(
             config.vici, config.ha, self, self._recover, at_once=config.sync.children_at_once
         )

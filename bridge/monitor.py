@@ -34,6 +34,8 @@ from bridge.stub import Index, StubError, printable
 SECONDS: Final = 1.0
 """between two looks"""
 EVENTS_SHOWN: Final = 200
+PAGE: Final = (160, 30)
+"""columns and lines of a view where there is no terminal"""
 STUB: Final = "ike:stub:"
 _SIGNALS: Final = {"hset": "stored", "del": "deleted", "expired": "expired"}
 
@@ -181,7 +183,7 @@ def _counters(raw: bytes | None) -> dict[str, float]:
 
 
 @click.command()
-@cli.config_option
+@cli.gateway_config_option
 @click.option("--url", metavar="URL", help="Another Redis, or another user, than the configuration names.")
 @cli.json_option
 def monitor(path: str | None, url: str | None, as_json: bool) -> None:
@@ -203,10 +205,25 @@ async def _lines(url: str) -> None:
     await Watch(url, lambda told: print(json.dumps(told), flush=True)).run()
 
 
+async def _pages(url: str) -> None:
+    """One view after the other, as `top -b`."""
+    console = Console(width=PAGE[0])
+
+    def tell(told: dict[str, Any]) -> None:
+        if told["kind"] in ("gateways", "bank"):
+            console.print(watch.view(PAGE[1]))
+
+    watch = Watch(url, tell)
+    await watch.run()
+
+
 async def _live(url: str) -> None:
     console = Console()
+    if not console.is_terminal:
+        await _pages(url)
+        return
     watch = Watch(url, lambda _: None)
-    with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+    with Live(console=console, screen=True, auto_refresh=False) as live:
         task = asyncio.create_task(watch.run())
         try:
             while not task.done():

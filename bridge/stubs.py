@@ -56,7 +56,7 @@ def _with_bank(path: str | None, work: Callable[[StubBank], Coroutine[Any, Any, 
 
 
 @stubs.command("list")
-@cli.config_option
+@cli.gateway_config_option
 @click.option("--gateway", metavar="ADDRESS", callback=cli.an_address, help="Only this gateway's stubs.")
 @cli.json_option
 def list_(path: str | None, gateway: str | None, as_json: bool) -> None:
@@ -99,7 +99,7 @@ def _a_spi(_: click.Context, __: click.Parameter, value: str) -> bytes:
 
 
 @stubs.command()
-@cli.config_option
+@cli.gateway_config_option
 @click.argument("gateway", callback=cli.an_address)
 @click.argument("spi", callback=_a_spi)
 @cli.json_option
@@ -182,7 +182,7 @@ def describe(stub: Stub) -> dict[str, Any]:
 
 
 @stubs.command()
-@cli.config_option
+@cli.gateway_config_option
 @click.argument("gateway", callback=cli.an_address)
 @click.argument("spi", callback=_a_spi)
 @cli.json_option
@@ -209,7 +209,7 @@ def delete(path: str | None, gateway: str, spi: bytes, as_json: bool) -> None:
 
 
 @stubs.command()
-@cli.config_option
+@cli.gateway_config_option
 @click.option(
     "--from",
     "gateway",

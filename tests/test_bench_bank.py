@@ -13,7 +13,7 @@ from bridge.bench.bank import gateways_of, section
 
 pytestmark = pytest.mark.redis
 
-BENCH = (sys.executable, "-m", "bridge.cli", "bench", "bank", "--stubs", "300", "--stubs", "600")
+BENCH = (sys.executable, "-m", "bridge", "bench", "bank", "--stubs", "300", "--stubs", "600")
 
 
 def test_it_gives_its_figures_for_each_size_as_json_with_their_circumstances(tmp_path: Path) -> None:

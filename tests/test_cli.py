@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -55,6 +57,40 @@ def test_a_missing_configuration_is_one_line_with_exit_status_2(tmp_path: Path) 
     assert done.stderr == f"ike-sa-sync: {tmp_path}/none.yaml: cannot be read: No such file or directory\n"
 
 
+@pytest.mark.parametrize("command", ["status", "check", "gateway", "client", "monitor"])
+def test_a_value_that_yaml_cannot_make_is_one_line_with_exit_status_2(tmp_path: Path, command: str) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("address: 2001-13-01\n")
+    done = run(command, "-c", str(file))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"ike-sa-sync: {file}: holds a value that cannot be read: quote it if it is text\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "key"),
+    [("client", "address: 192.0.2.1\n", "address"), ("gateway", "gateways: []\n", "gateways")],
+)
+def test_the_file_of_the_other_role_is_told_as_such(tmp_path: Path, command: str, text: str, key: str) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(text)
+    done = run(command, "-c", str(file))
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"ike-sa-sync: {file}: {key}: is not an option of a {command}'s file: is this the right one?\n"
+    )
+
+
+def test_a_key_file_that_cannot_be_used_is_bad_configuration(tmp_path: Path) -> None:
+    file, key = tmp_path / "gateway.yaml", tmp_path / "bank.key"
+    file.write_text(f"bank: {{key_file: {key}}}\n")
+    run("keygen", str(key))
+    key.chmod(0o644)
+    done = run("gateway", "-c", str(file))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"ike-sa-sync: bank.key_file: {key} is open to other users (mode 0644)")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_sidecar_that_does_not_run_is_one_line_with_exit_status_1(tmp_path: Path) -> None:
     file = tmp_path / "gateway.yaml"
     file.write_text(f"control: {tmp_path}/none.sock\n")
@@ -69,6 +105,56 @@ def test_errors_of_the_lab_look_like_all_others() -> None:
     done = run("lab", "shell", "--lab", "nosuchlab", "gw1")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "ike-sa-sync: no host gw1 in lab nosuchlab: none\n"
+
+
+def test_an_interrupt_while_a_command_starts_shows_no_traceback() -> None:
+    code = """
+import sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from bridge.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_live_view_leaves_the_terminal_as_it_was(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text(f"bank: {{url: unix://{tmp_path}/none.sock}}\n")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ["TERM"] = "xterm-256color"
+        argv = [*program(), "monitor", "-c", str(file)]
+        os.execvp(argv[0], argv)
+    said = b""
+    while b"events" not in said:
+        said += os.read(terminal, 65536)
+    os.kill(child, number)
+    try:
+        while part := os.read(terminal, 65536):
+            said += part
+    except OSError:
+        pass  # its end has been closed
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == code
+    for begin, end in ((b"\x1b[?25l", b"\x1b[?25h"), (b"\x1b[?1049h", b"\x1b[?1049l")):
+        assert said.rfind(end) > said.rfind(begin) >= 0
+
+
+def test_a_view_without_a_terminal_is_printed_again_and_again(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text(f"bank: {{url: unix://{tmp_path}/none.sock}}\n")
+    with subprocess.Popen([*program(), "monitor", "-c", str(file)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert next(process.stdout).startswith("bank: ")
+        process.terminate()
+        assert "\x1b" not in process.stdout.read()
+    assert process.returncode == 143
 
 
 def on_a_terminal(*arguments: str, **environment: str) -> bytes:

@@ -176,7 +176,7 @@ def test_a_password_in_a_bad_url_is_not_repeated(tmp_path: Path) -> None:
 def test_a_command_with_a_bad_file_prints_one_line_and_exits_with_2(tmp_path: Path, role: str) -> None:
     path = _file(tmp_path, "nonsense: 1")
     done = subprocess.run(
-        [sys.executable, "-m", "bridge.cli", role, "-c", str(path)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "bridge", role, "-c", str(path)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     assert done.stdout == ""

@@ -34,7 +34,7 @@ async def watched(tmp_path: Path) -> AsyncIterator[tuple[RedisBank, asyncio.subp
     with RedisServer(tmp_path, *settings, username="gateway", password="secret") as server:
         bank = RedisBank(f"unix://gateway:secret@{server.socket}", keyring(), get_timeout=5.0)
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "bridge.cli", "monitor", "--json", "-c", str(tmp_path / "gateway.yaml")),
+            *(sys.executable, "-m", "bridge", "monitor", "--json", "-c", str(tmp_path / "gateway.yaml")),
             *("--url", f"unix://monitor:secret@{server.socket}"),
             stdout=subprocess.PIPE,
         )
@@ -181,7 +181,7 @@ async def test_the_live_view_shows_gateways_their_counters_and_what_happens(tmp_
     with RedisServer(tmp_path, *shipped_users(tmp_path / "users.acl"), username="gateway", password="secret") as server:
         bank = RedisBank(f"unix://gateway:secret@{server.socket}", keyring(), get_timeout=5.0)
         screen = Screen(
-            *(sys.executable, "-m", "bridge.cli", "monitor", "-c", str(tmp_path / "gateway.yaml")),
+            *(sys.executable, "-m", "bridge", "monitor", "-c", str(tmp_path / "gateway.yaml")),
             *("--url", f"unix://monitor:secret@{server.socket}"),
         )
         try:

@@ -24,7 +24,7 @@ HA_PORT = f"{4510:04X}"
 def program() -> list[str]:
     """The command line of ike-sa-sync: the script installed beside this Python, else the module."""
     script = Path(sys.executable).with_name("ike-sa-sync")
-    return [str(script)] if script.exists() else [sys.executable, "-m", "bridge.cli"]
+    return [str(script)] if script.exists() else [sys.executable, "-m", "bridge"]
 
 
 class Sidecar(Daemon):

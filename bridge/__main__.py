@@ -1,0 +1,26 @@
+"""Entry point of `ike-sa-sync`, and `python -m bridge`: whenever it is told to end, there is no traceback."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+
+def main() -> None:
+    """Run the command line. Ctrl-C and SIGTERM unwind the stack, so that a terminal is as it was before."""
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        from bridge.cli import main as commands  # here: an interrupt may come while it is imported
+
+        commands()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    main()
