@@ -127,8 +127,12 @@ def working(text: str) -> Iterator[None]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(text):
-        yield
+    console = Console(stderr=True)
+    try:
+        with console.status(text):
+            yield
+    finally:
+        console.show_cursor()  # a signal may come while the status hides it
 
 
 def count(number: int, thing: str) -> str:
@@ -285,8 +289,9 @@ def status(path: str | None, as_json: bool) -> None:
         return
     charon = answer["charon"]
     reach = f"reachable, release {charon['release']}" if charon["reachable"] else "NOT REACHABLE"
-    plugin = f"ha version {charon['ha_version']}" if charon["ha_plugin"] else "ha plugin MISSING"
-    click.echo(f"charon      {reach}, {plugin}")
+    if charon["reachable"]:
+        reach += f", ha version {charon['ha_version']}" if charon["ha_plugin"] else ", ha plugin MISSING"
+    click.echo(f"charon      {reach}")
     if "bank" in answer:
         bank = answer["bank"]
         click.echo(

@@ -47,8 +47,8 @@ def _with_bank(path: str | None, work: Callable[[StubBank], Coroutine[Any, Any, 
     try:
         return asyncio.run(main())
     except BankUnavailable as error:
-        own = "" if config.bank.url else "; without bank.url this is the sidecar's own Redis: does the sidecar run?"
-        cli.fail(f"{error}{own}")
+        own = "without bank.url this is the sidecar's own Redis: does the sidecar run?"
+        cli.fail(f"{error}; {'is bank.url right, and the server up?' if config.bank.url else own}")
         raise  # not reached: fail() exits
     except (SealError, OSError) as error:
         cli.fail(error)
@@ -236,6 +236,8 @@ def download(path: str | None, gateway: str, as_json: bool) -> None:
         click.echo(f"{gateway} is this gateway: all others fetch its stubs")
     else:
         click.echo(f"{done['state']}: {cli.count(done['stubs'], 'stub')} of {gateway} in {done['seconds']:.2f} s")
+        if done["state"] == "done" and not done["stubs"]:
+            click.echo("the bank has none of that gateway; `ike-sa-sync stubs list` names those it has")
     sys.exit(0 if done["state"] in ("done", "own") else 1)
 
 

@@ -123,7 +123,10 @@ class Upkeep:
         gateway = str(request["from"])
         self._cache.progress.pop(gateway, None)
         self._fetch_heard.clear()
-        await self._cache.post("fetch", gateway, str(int(time.time())), FETCH_SECONDS)
+        try:
+            await self._cache.post("fetch", gateway, str(int(time.time())), FETCH_SECONDS)
+        except BankUnavailable as error:
+            return {"error": f"{error}; `ike-sa-sync check` tells more"}
         try:
             async with asyncio.timeout(HEAR_SECONDS):
                 await self._fetch_heard.wait()

@@ -127,6 +127,8 @@ def test_a_missing_charon(topology: Topology) -> None:
     topology.gw1.charon.stop()
     try:
         assert "start strongSwan" in the(check(topology.gw1), "charon")["mend"]
+        told = topology.gateways["gw1"].command("status").stdout
+        assert told.startswith("charon      NOT REACHABLE\n")
     finally:
         topology.gw1.charon.start()
 
@@ -269,8 +271,13 @@ def test_a_bank_that_does_not_answer(topology: Topology) -> None:
     topology.bank.stop()
     try:
         assert "is bank.url right" in the(check(topology.gw1), "bank")["mend"]
+        sidecar = topology.gateways["gw1"]
+        done = sidecar.command("stubs", "download", "--from", topology.gw2.address, check=False)
     finally:
         topology.bank.start()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("ike-sa-sync: Redis: ")
+    assert done.stderr.endswith("; `ike-sa-sync check` tells more\n")
 
 
 @pytest.mark.lab

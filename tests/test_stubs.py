@@ -124,3 +124,11 @@ def test_the_sidecars_own_redis_is_named_where_it_does_not_run(tmp_path: Path) -
     assert (done.returncode, done.stdout) == (1, "")
     assert "does the sidecar run?" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_bank_that_is_away_is_named_with_what_to_look_at(operator: Operator, server: RedisServer) -> None:
+    server.stop()
+    done = operator.stubs("list", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("ike-sa-sync: Redis: ")
+    assert done.stderr.endswith("; is bank.url right, and the server up?\n")
