@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -29,7 +30,7 @@ RECONCILE_SHARE = 100
 """a comparison that took t seconds is followed by a pause of this many t, for list-sas walks all SAs"""
 INSTALL_TRIES = 3
 UNLOADED_SECONDS = 0.5
-"""between two looks at a charon that has no connections yet"""
+"""between two looks for connections that charon did not have yet"""
 IN_FLIGHT_SECONDS = 0.5
 """what VICI lists may still be on its way over the HA channel for so long"""
 
@@ -59,6 +60,7 @@ class Charon:
         self._inode: int | None = None
         self._asked: set[bytes] = set()
         self._due = asyncio.Event()
+        self._unknown = False
         self._waited = 0.0
         self._task: asyncio.Task[None] | None = None
 
@@ -88,6 +90,7 @@ class Charon:
         """A configured connection by name; one that is not known makes the list be read again soon."""
         found = self.tracker.connections.get(name)
         if found is None:
+            self._unknown = True
             self._due.set()
         return found
 
@@ -176,8 +179,15 @@ class Charon:
             await self._pause(max(0.2, took * RECONCILE_SHARE))
 
     async def _pause(self, at_least: float) -> None:
-        await asyncio.sleep(at_least)
-        # a charon without connections has just been started: they are loaded next, which no event tells
+        until = time.monotonic() + at_least
+        while (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, UNLOADED_SECONDS))
+            # these are read at little cost, however many SAs there are. A charon that has none has just been started:
+            # they are loaded next, which no event tells
+            if self.vici.connected and (self._unknown or not self.tracker.connections):
+                # what is wrong the next comparison says
+                with contextlib.suppress(Exception):
+                    await self._read_connections()
         at_most = RECONCILE_SECONDS if self.tracker.connections else UNLOADED_SECONDS
         try:
             async with asyncio.timeout(max(at_most - at_least, 0)):
@@ -188,8 +198,7 @@ class Charon:
     async def reconcile(self) -> None:
         """Compare with VICI: connections, lifetimes, SAs that ended unseen, SAs whose keys are missing."""
         self._waited = 0.0
-        self.tracker.connections = await self.vici.list_connections()
-        self._pfs = await asyncio.to_thread(pfs_children, list(self.tracker.connections))
+        await self._read_connections()
         missing = await self._compare()
         if missing and self.channel.version is not None:
             await asyncio.sleep(IN_FLIGHT_SECONDS)
@@ -217,6 +226,11 @@ class Charon:
             self._asked |= unasked.keys()
         self.tracker.recall.end()
         self.reconciled.set()
+
+    async def _read_connections(self) -> None:
+        self._unknown = False
+        self.tracker.connections = await self.vici.list_connections()
+        self._pfs = await asyncio.to_thread(pfs_children, list(self.tracker.connections))
 
     def _known(self, spis: bytes) -> bool:
         sa = self.tracker.sas.get(spis)
