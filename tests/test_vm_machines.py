@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge.control import ControlError
 from bridge.lab.daemon import wait_until
 from vm_support import BRIDGE, PATIENCE, PROJECT, PROVISION, SECRETS, SITE, STATE, Machine, run
 
@@ -78,7 +79,10 @@ def active(machine: Machine, unit: str) -> bool:
 
 
 def reachable(machine: Machine, role: str) -> bool:
-    return bool(machine.status(role)["charon"]["reachable"])
+    try:
+        return bool(machine.status(role)["charon"]["reachable"])
+    except ControlError:
+        return False
 
 
 def bank_cli(machines: Machines, *command: str) -> str:
@@ -200,21 +204,71 @@ def test_the_units_are_sandboxed(machines: Machines, role: str) -> None:
     assert "CapBnd:\t0000000000003000" in status
 
 
+LEFT_BY_PROVISIONING = {"/etc/swanctl/swanctl.conf.before-ike-sa-sync", "/etc/sysctl.d/60-ike-sa-sync-gateway.conf"}
+"""what was there before it, and a gateway's forwarding"""
+
+
+def assert_no_trace(machine: Machine) -> None:
+    found = machine.run(
+        *("find", "/etc", "/usr", "/var/lib", "/run", "-xdev"),
+        *("-name", "*ike-sa-sync*", "!", "-path", "/var/lib/dpkg/*"),
+    )
+    assert set(found.split()) <= LEFT_BY_PROVISIONING
+    assert "ike-sa-sync" not in machine.run("nft", "list", "ruleset")
+    assert ":4510" not in machine.run("ss", "-Hunal")
+
+
 def test_the_package_goes_without_a_trace(machines: Machines) -> None:
     gw2 = machines["gw2"]
     gw2.run("systemctl", "stop", "ike-sa-sync-gateway")
     gw2.run("dpkg", "--purge", "ike-sa-sync")
     try:
-        found = gw2.run(
-            *("find", "/etc", "/usr", "/var/lib", "/run", "-xdev"),
-            *("-name", "*ike-sa-sync*", "!", "-path", "/var/lib/dpkg/*"),
-        )
-        # of the provisioning: what was there before it, and a gateway's forwarding
-        left = {"/etc/swanctl/swanctl.conf.before-ike-sa-sync", "/etc/sysctl.d/60-ike-sa-sync-gateway.conf"}
-        assert set(found.split()) <= left
-        assert "ike-sa-sync" not in gw2.run("nft", "list", "ruleset")
         gw2.run("systemctl", "restart", "strongswan")
-        assert ":4510" not in gw2.run("ss", "-Hunal")
+        assert_no_trace(gw2)
     finally:
         gw2.provision("install", PACKAGE)
         gw2.provision("gateway", gw2.address, machines["bank"].address, "10.20.2.0/24", "/secrets")
+
+
+def of_the_guide(after: str) -> list[str]:
+    """The first block of commands that follows these words in docs/deployment.md."""
+    text = (PROJECT / "source/docs/deployment.md").read_text().split(after, 1)[1]
+    block = re.search(r"(?:^    .*\n)+", text, re.MULTILINE)
+    assert block is not None
+    return [line.split("  #")[0].strip() for line in block[0].splitlines()]
+
+
+def test_the_deployment_guides_own_commands_take_it_away_and_put_it_there(machines: Machines) -> None:
+    bank, gw1, gw2, client = machines.values()
+    # whoever types them answers apt's question
+    gw2.run("sh", "-c", "echo 'APT::Get::Assume-Yes yes;' >/etc/apt/apt.conf.d/90yes")
+    gw2.run("sh", "-c", f"mkdir -p /root/dist && cp {PACKAGE} /root/dist/ike-sa-sync_0_amd64.deb")
+
+    *take_away, forget_stubs = of_the_guide("To leave no trace:")
+    assert take_away[-1] == "apt-get purge ike-sa-sync"
+    for command in take_away:
+        gw2.run("sh", "-c", command)
+    assert_no_trace(gw2)
+    password = (SECRETS / "bank-password").read_text().strip()
+    # when the last gateway is done
+    gw1.run("systemctl", "stop", "ike-sa-sync-gateway")
+    bank.run("env", f"REDISCLI_AUTH={password}", "sh", "-c", forget_stubs)
+    assert bank_cli(machines, "DBSIZE").strip() == "0"
+    gw1.run("systemctl", "start", "ike-sa-sync-gateway")
+
+    make, install = of_the_guide("## Install")
+    assert make == "make deb"
+    gw2.run("sh", "-c", f"cd /root && {install}")
+    guide = (PROJECT / "source/docs/deployment.md").read_text()
+    [config] = re.findall(r"```yaml gateway\n(.*?)```", guide, re.DOTALL)
+    config = config.replace("192.168.50.1 ", f"{gw2.address} ").replace("gateway:PASSWORD", f":{password}")
+    for file, text in (("gateway.yaml", config), ("bank.key", (SECRETS / "bank.key").read_text())):
+        path = Path(gw2.path(f"/etc/ike-sa-sync/{file}"))
+        path.touch(0o600)
+        path.write_text(text)
+    for command in of_the_guide("**3. One gateway**"):
+        print(gw2.run("sh", "-c", command))
+
+    wait_until(lambda: stubs(machines) == expected(gw1) != [], "the stub, again", PATIENCE)
+    for command in of_the_guide("Then move it once by hand, and back."):
+        assert client.run("sh", "-c", command).startswith("resumed: ")

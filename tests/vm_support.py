@@ -6,6 +6,7 @@ What `vagrant up` does with virtual machines is done here with these, by the sam
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -17,7 +18,8 @@ from typing import Any
 
 import vici
 
-from bridge.lab.daemon import wait_until
+from bridge import control
+from bridge.lab.daemon import SLOWNESS, wait_until
 
 log = logging.getLogger(__name__)
 """what takes minutes on an emulated processor: shown while the tests run"""
@@ -46,8 +48,8 @@ PATIENCE = 60.0
 
 
 def run(*argv: str, check: bool = True) -> str:
-    """Run a command in the test machine, give its output."""
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    """Run a command in the test machine, give its output. TimeoutExpired where it does not end."""
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=PATIENCE * SLOWNESS)
     assert not check or done.returncode == 0, f"{' '.join(argv)} ({done.returncode}): {done.stderr}{done.stdout}"
     return done.stdout
 
@@ -60,6 +62,7 @@ class Machine:
         self.address = address
         self.addresses = {"host0": f"{address}/24"} | ({"lo": f"{SITE}/32"} if site else {})
         self.root = STATE / name / "root"
+        self._leader = ""
 
     def boot(self) -> None:
         """Start it; `wait_up` waits for it."""
@@ -79,7 +82,8 @@ class Machine:
         (etc / "fstab").write_text("")
         (etc / "hostname").write_text(f"{self.name}\n")
         (etc / "machine-id").write_text(f"{uuid.uuid4().hex}\n")
-        (etc / "systemd/system/graphical.target.wants/ike-sa-sync-test.service").unlink()
+        for part in ("graphical.target.wants/", ""):
+            (etc / f"systemd/system/{part}ike-sa-sync-test.service").unlink()
         for unit in NOT_NEEDED:
             (etc / "systemd/system" / unit).symlink_to("/dev/null")
         commands = "".join(f"ExecStart=ip address add {it} dev {link}\n" for link, it in self.addresses.items())
@@ -121,7 +125,13 @@ class Machine:
 
     def leader(self) -> str:
         """The process id of its init; empty while it has none."""
-        return run("machinectl", "show", self.name, "--property=Leader", "--value", check=False).strip()
+        if not self._leader or not Path("/proc", self._leader, "root").exists():
+            self._leader = run("machinectl", "show", self.name, "--property=Leader", "--value", check=False).strip()
+        return self._leader
+
+    def path(self, inside: str) -> str:
+        """Where a path inside it is seen from outside."""
+        return f"/proc/{self.leader()}/root{inside}"
 
     def run(self, *argv: str, check: bool = True) -> str:
         """Run a command in it, give its output."""
@@ -140,9 +150,13 @@ class Machine:
         return self.run(str(PROVISION / script), *arguments)
 
     def power_off(self) -> None:
-        """Every process gone at once."""
+        """Every process gone at once. Harmless where it is off."""
+        if not self.leader():
+            return
         run("machinectl", "kill", "--signal=SIGKILL", "--kill-who=all", self.name)
         wait_until(lambda: not self.leader(), f"the end of {self.name}", PATIENCE)
+        # its network may live a little longer, and with it the name of the cable
+        run("ip", "link", "delete", f"vb-{self.name}", check=False)
 
     def power_on(self) -> None:
         """Boot it again, with the file system that it had."""
@@ -161,7 +175,7 @@ class Machine:
     def sas(self) -> list[dict[str, Any]]:
         """Its established IKE_SAs, as VICI's list-sas gives them, each with its connection as `name`."""
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(f"/proc/{self.leader()}/root/run/charon.vici")
+        connection.connect(self.path("/run/charon.vici"))
         found: list[dict[str, Any]] = []
         for entry in vici.Session(connection).list_sas():
             found += [{"name": name} | sa for name, sa in entry.items() if sa["state"] == b"ESTABLISHED"]
@@ -169,9 +183,10 @@ class Machine:
         return found
 
     def status(self, role: str) -> dict[str, Any]:
-        """`ike-sa-sync status --json` of its sidecar."""
-        answer = self.run("ike-sa-sync", "status", "-c", f"/etc/ike-sa-sync/{role}.yaml", "--json")
-        return dict(json.loads(answer))
+        """What `ike-sa-sync status --json` prints of its sidecar, without the seconds that its start takes here.
+        ControlError while it does not run."""
+        socket = self.path(f"/run/ike-sa-sync/{role}.sock")
+        return asyncio.run(control.call(socket, {"command": "status"}))
 
     def resume(self, *arguments: str) -> dict[str, Any]:
         """`ike-sa-sync resume --json` on a client."""
