@@ -10,7 +10,7 @@ from bridge.lab import Lab, Topology, space, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.esp import Esp
 from bridge.lab.topology import SITE
-from failover_support import connect, fresh, resume, the_sa
+from failover_support import complete, fresh, resume, stub_key, the_sa
 
 pytestmark = [pytest.mark.vm, pytest.mark.lab]
 
@@ -34,7 +34,12 @@ def test_esp_is_the_kernels(topology: Topology) -> None:
 @pytest.mark.parametrize("attempt", range(5))
 def test_a_killed_gateways_session_is_resumed_over_a_bad_network(topology: Topology, attempt: int) -> None:
     fresh(topology)
-    before = connect(topology)
+    topology.connect()
+    before = the_sa(topology.client)
+    key = stub_key(topology.gw1.address, before["responder-spi"])
+    wait_until(lambda: complete(topology, key), "the stub of the session")
+    # any of these may be lost
+    wait_until(lambda: topology.client.ping(SITE, count=1) == 1, "traffic")
     topology.kill_gateway(topology.gw1)
     outcome = resume(topology)
     assert outcome["result"] == "resumed", outcome
