@@ -12,7 +12,9 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
+from bridge.cli import cli
 from bridge.lab.sidecar import program
 from test_man import builder
 
@@ -105,6 +107,24 @@ def test_errors_of_the_lab_look_like_all_others() -> None:
     done = run("lab", "shell", "--lab", "nosuchlab", "gw1")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "ike-sa-sync: no host gw1 in lab nosuchlab: none\n"
+
+
+@pytest.mark.parametrize("command", ["up", "demo", "clean", "kill gw1", "shell gw1"])
+def test_the_lab_is_for_root(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    done = CliRunner().invoke(cli, ["lab", *command.split()], standalone_mode=False)
+    assert str(done.exception) == "the lab makes network namespaces: run it as root"
+
+
+def test_a_plot_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    done = run("bench", "bank", "--plot", f"{tmp_path}/none/plot.svg")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"'{tmp_path}/none' is not a folder that can be written to" in done.stderr
+
+
+def test_a_lab_that_is_not_there_is_not_said_to_be_removed() -> None:
+    done = run("lab", "clean", "nosuchlab")
+    assert (done.returncode, done.stdout) == (0, "no lab nosuchlab here\n")
 
 
 def test_an_interrupt_while_a_command_starts_shows_no_traceback() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,22 @@ def _publish(measured: dict[str, Any], plot: str | None, as_json: bool) -> None:
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-_plot = click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE", help="Write a plot there (SVG).")
+
+
+def _writable(_: click.Context, __: click.Parameter, file: str | None) -> str | None:
+    """Said before the work, not after it."""
+    if file is not None and not os.access(Path(file).parent, os.W_OK):
+        raise click.BadParameter(f"{str(Path(file).parent)!r} is not a folder that can be written to")
+    return file
+
+
+_plot = click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True),
+    callback=_writable,
+    metavar="FILE",
+    help="Write a plot there (SVG).",
+)
 _window = click.option("--window", default=WINDOW, show_default=True, help="Sessions that resume at a time.")
 
 

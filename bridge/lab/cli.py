@@ -87,10 +87,13 @@ def clean(names: tuple[str, ...]) -> None:
 
     Without a name, all that no running process uses.
     """
+    _reporting(space.need_root)
     if not names and not space.labs():
         click.echo("no lab here")
     for name in names or space.labs():
-        if space.is_owned(name):
+        if name not in space.labs() and not space.namespaces(name):
+            click.echo(f"no lab {name} here")
+        elif space.is_owned(name):
             click.echo(f"lab {name} is in use, left alone")
         else:
             _reporting(lambda name=name: space.remove(name))  # type: ignore[misc]
@@ -99,6 +102,7 @@ def clean(names: tuple[str, ...]) -> None:
 
 def _host(name: str | None, host: str) -> tuple[str, int]:
     """The network namespace of a host, and the process that holds it."""
+    _reporting(space.need_root)
     labs = [name] if name else space.labs()
     if len(labs) != 1:
         raise click.ClickException(f"{len(labs)} labs here ({', '.join(labs) or 'none'}): choose one with --lab")

@@ -6,7 +6,6 @@ several labs can run at once.
 
 import contextlib
 import ipaddress
-import os
 import re
 import secrets
 import signal
@@ -51,8 +50,7 @@ class Lab:
         return f"{self.name}-{SWITCH}"
 
     def __enter__(self) -> Self:
-        if os.geteuid() != 0:
-            raise LabError("the lab makes network namespaces: run it as root")
+        space.need_root()
         directory = space.STATE / self.name
         try:
             directory.mkdir(parents=True)

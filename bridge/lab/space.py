@@ -29,6 +29,12 @@ class LabError(Exception):
     """A lab cannot be built or used; the message names the cause and the mend."""
 
 
+def need_root() -> None:
+    """Raises LabError for anybody else."""
+    if os.geteuid() != 0:
+        raise LabError("the lab makes network namespaces: run it as root")
+
+
 def command(*argv: str) -> str:
     """Run a tool in the root namespaces, give its output; LabError with what it said if it fails."""
     try:
