@@ -200,7 +200,10 @@ class Upkeep:
             return False
         started = await self._charon.vici.started()
         # those whose keys are still missing here are in this list only
-        listed = {info.spi_i if info.initiator else info.spi_r for info in await self._charon.vici.list_sas()}
+        listed: set[bytes] = set()
+        await self._charon.vici.each_sas(
+            lambda infos: listed.update([info.spi_i if info.initiator else info.spi_r for info in infos])
+        )
         over: list[tuple[Index, int]] = []
         async for stubs in self._cache.download(self._address):
             known = {self._index(sa) for sa in self._charon.tracker.established()}

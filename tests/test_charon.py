@@ -31,7 +31,7 @@ class SlowVici:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    # the next comparison is 100 s away
+    # the next comparison is 30 s away
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - there is no event of it
             await asyncio.sleep(0.05)

@@ -299,6 +299,30 @@ def test_reconciliation_names_what_is_missing_and_ends_what_charon_no_longer_has
     assert recorder.news[-1] == ("gone", sa.id)
 
 
+def test_a_list_that_is_read_late_tells_of_when_it_was_asked_for() -> None:
+    known, _, clock = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    known.event(Event("ike-updown", info(sa, rekey=13000, established=50), True))
+    told = sa.rekey_at, sa.expires, sa.established
+    clock.now = 40.0
+    reconcile(known, [info(sa, rekey=13000, established=50)], since=0.0)
+    assert (sa.rekey_at, sa.expires, sa.established) == (told[0] - 40, told[1] - 40, told[2] - 40)
+
+
+def test_what_was_listed_of_an_sa_that_came_and_went_is_not_kept() -> None:
+    """Nobody tells of it again: it would be kept for ever."""
+    before, _, _ = tracker()
+    feed(before, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
+    [sa] = before.established()
+    known, _, _ = tracker()
+    known.connections = {sa.connection: ConnectionInfo(sa.connection, 14400, 0, ())}
+    reconcile(known, [info(sa, rekey=13000)], since=0.0)
+    reconcile(known, [], since=1.0)
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
+    assert next(known.established()).rekey_at == NOW + 14400
+
+
 def test_reconciliation_spares_what_came_up_after_the_list_was_asked_for() -> None:
     known, _, clock = tracker()
     clock.now = 10.0
@@ -356,7 +380,7 @@ def test_what_charon_told_of_child_sas_before_their_ike_sa_was_recalled_is_not_l
     added = told_of_children(VECTORS[0], MessageType.CHILD_ADD)[0]
     new = [(name, 77 if name is Attr.INBOUND_SPI else value) for name, value in added.attributes]
     known.handle(HaMessage(3, MessageType.CHILD_ADD, new))
-    assert known.take_back(sa, info(sa, children=listed(77)))
+    assert known.take_back(sa, info(sa, children=listed(77)), since=1.0)
     assert known.sas[sa.id.spis] is sa
     assert children(sa) == [77]
     assert recorder.news == [("changed", sa.id)]
@@ -367,7 +391,7 @@ def test_a_recalled_sa_that_lacks_a_child_sa_has_to_be_asked_for() -> None:
     feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
     [sa] = before.established()
     known, _, _ = tracker()
-    assert not known.take_back(sa, info(sa, children=listed(*children(sa), 77)))
+    assert not known.take_back(sa, info(sa, children=listed(*children(sa), 77)), since=1.0)
     assert not known.sas
 
 
@@ -399,11 +423,26 @@ def test_an_sa_that_was_rekeyed_before_it_was_recalled_leaves_its_child_sas_to_w
     awaited = reconcile(known, [now], since=5.0)
     assert list(awaited) == [old.id.spis]
     assert awaited[old.id.spis].initiator == old.id.initiator
-    assert known.take_back(old, awaited[old.id.spis])
+    assert known.take_back(old, awaited[old.id.spis], since=5.0)
     assert children(heir) == children(old)
     assert recorder.news[-1] == ("changed", third)
     assert old.id.spis not in known.sas
     assert not reconcile(known, [now], since=5.0)
+
+
+def test_a_list_that_is_read_late_takes_nothing_back_of_what_charon_told_of_child_sas_since() -> None:
+    before, _, _ = tracker()
+    feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
+    [sa] = before.established()
+    [old] = children(sa)
+    known, _, clock = tracker()
+    clock.now = 6.0
+    added = told_of_children(VECTORS[0], MessageType.CHILD_ADD)[0]
+    new = [(name, 77 if name is Attr.INBOUND_SPI else value) for name, value in added.attributes]
+    known.handle(HaMessage(3, MessageType.CHILD_ADD, new))
+    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, old)]))
+    assert known.take_back(sa, info(sa, children=listed(old)), since=5.0)
+    assert children(sa) == [77]
 
 
 def test_once_all_is_recalled_nothing_is_kept_for_sas_that_nobody_knows() -> None:
@@ -414,7 +453,7 @@ def test_once_all_is_recalled_nothing_is_kept_for_sas_that_nobody_knows() -> Non
     [sa] = before.established()
     [old] = children(sa)
     known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, old)]))
-    assert known.take_back(sa, info(sa, children=listed(old)))
+    assert known.take_back(sa, info(sa, children=listed(old)), since=1.0)
     assert children(sa) == [old]
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import pytest
 
-from bridge.charon.ha import VERSIONS, Attr, IkeId, decode
-from bridge.charon.install import Install, add_message, update_message
+from bridge.charon.channel import Channel, ChannelError
+from bridge.charon.ha import VERSIONS, Attr, IkeId, MessageType, decode
+from bridge.charon.install import Install, Installer, add_message, update_message
+from bridge.charon.peer import CharonSocket
 from bridge.charon.sa import Condition
+from bridge.charon.segments import LandingChoice
 from bridge.ike.transforms import Encr, Group, Prf, Suite
 from bridge.stub import Endpoint, Identity
 
@@ -52,3 +58,46 @@ def test_private_conditions_and_extensions_go_to_releases_that_know_them(version
     message = decode(update_message(version, REBUILT, "198.18.0.8"))
     assert message.all(Attr.CONDITIONS) == ((PLAIN, PRIVATE) if version == 5 else (PLAIN,))
     assert message.all(Attr.EXTENSIONS) == ((3, PRIVATE) if version == 5 else (3,))
+
+
+class OneChannel:
+    """Stands for a channel: that charon is restarted between two messages cannot be provoked at will."""
+
+    version = 3
+
+    def __init__(self) -> None:
+        self.inode = 1
+        self.sent: list[MessageType] = []
+
+    def charon_socket(self) -> CharonSocket:
+        return CharonSocket(0, 0, 0, self.inode)
+
+    async def send(self, messages: Iterable[bytes]) -> None:
+        self.sent += [decode(message).type for message in messages]
+
+    async def drained(self) -> None: ...
+
+
+async def test_what_landed_is_activated_together() -> None:
+    channel = OneChannel()
+    installer = Installer(cast(Channel, channel), LandingChoice())
+    await installer.land([REBUILT])
+    await installer.land([REBUILT])
+    assert MessageType.SEGMENT_DROP not in channel.sent
+    await installer.activate()
+    assert channel.sent.count(MessageType.SEGMENT_DROP) == 1
+    # and each gets its peer's address
+    assert channel.sent[-2:] == [MessageType.IKE_UPDATE] * 2
+
+
+async def test_what_landed_in_a_charon_that_was_restarted_since_is_not_there() -> None:
+    channel = OneChannel()
+    installer = Installer(cast(Channel, channel), LandingChoice())
+    await installer.land([REBUILT])
+    channel.inode = 2
+    with pytest.raises(ChannelError, match="restarted"):
+        await installer.activate()
+    channel.sent.clear()
+    await installer.install([REBUILT])
+    assert channel.sent.count(MessageType.IKE_ADD) == 1
+    assert channel.sent[-1] == MessageType.IKE_UPDATE

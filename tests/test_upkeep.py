@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -153,6 +154,49 @@ def test_what_the_ha_channel_dropped_is_asked_for_again(topology: Topology) -> N
         topology.kill_gateway(topology.gw1)
         assert resume(topology)["result"] == "resumed"
         assert topology.client.ping(SITE) == 3
+
+
+LAND = """
+import asyncio
+from bridge.charon.channel import Channel
+from bridge.charon.ha import IkeId, version_for
+from bridge.charon.install import Install, Installer
+from bridge.charon.segments import LandingChoice
+from bridge.ike.transforms import Encr, Group, Prf, Suite
+from bridge.stub import Endpoint, Identity
+import sys
+
+async def land():
+    channel = Channel("127.0.0.2", "127.0.0.1", lambda message: None)
+    channel.version = version_for(sys.argv[1])
+    channel.open()
+    await Installer(channel, LandingChoice()).land([Install(
+        id=IkeId.of(b"initiate", b"responds", False),
+        suite=Suite(Encr.AES_GCM_16, 256, 0, Prf.HMAC_SHA2_384, Group.CURVE_25519),
+        sk_d_old=bytes(48), nonce_i=bytes(32), nonce_r=bytes(32),
+        local_id=Identity(2, b"vpn.example.org"), remote_id=Identity(3, b"client@example.org"), eap_id=None,
+        local=Endpoint("192.168.50.2", 4500), remote=Endpoint("192.168.50.10", 4500), connection="gw",
+        conditions=(), extensions=(), local_vips=(), remote_vips=())])
+    await channel.drained()
+    channel.close()
+
+asyncio.run(land())
+"""
+
+
+def test_what_landed_in_charon_and_was_never_activated_is_removed(topology: Topology) -> None:
+    """A sidecar that is killed leaves charon with it: PASSIVE for ever, or active with an address that nobody has."""
+    sidecar = topology.gateways["gw2"]
+    sidecar.kill()
+    release = topology.gw2.charon.vici().version()["version"].decode()
+    topology.gw2.run(sys.executable, "-c", LAND, release)
+    [left] = topology.gw2.charon.sas()
+    assert left["state"] == "PASSIVE"
+    assert left["remote-host"].startswith("198.18.")
+    sidecar.start()
+    wait_until(lambda: not topology.gw2.charon.sas(), "its end")
+    assert said(topology, "gw2", "event=strays-removed") == 1
+    assert said(topology, "gw2", "event=resync") == 0
 
 
 def sealed_with(topology: Topology, key: str) -> str:

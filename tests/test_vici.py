@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bridge.charon.reports import ChildInfo, ViciError, parse_connection, parse_event, parse_ike_sa
-from bridge.charon.vici import EVENTS
+from bridge.charon import vici as module
+from bridge.charon.reports import ChildInfo, SaInfo, ViciError, parse_connection, parse_event, parse_ike_sa
+from bridge.charon.vici import EVENTS, Vici
 from bridge.stub import Endpoint
 
 SA: dict[str, Any] = {
@@ -78,3 +81,26 @@ def test_what_is_no_section_in_an_event_is_passed_over(kind: str) -> None:
 def test_a_connection_that_charon_would_not_send_is_an_error_of_its_own(section: dict[str, Any]) -> None:
     with pytest.raises(ViciError, match="home"):
         parse_connection("home", section)
+
+
+async def test_who_takes_a_long_list_in_parts_gets_its_own_error_and_no_further_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Or what comes next would be taken for all that there is."""
+    path = tmp_path / "vici"
+    monkeypatch.setattr(module, "LISTED_AT_ONCE", 1)
+    monkeypatch.setattr(module, "_listed", lambda session, connection: iter([parse_ike_sa("home", SA)] * 3))
+    taken: list[SaInfo] = []
+
+    def take(infos: list[SaInfo]) -> None:
+        taken.extend(infos)
+        raise RuntimeError("one that cannot be taken")
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        vici = Vici(str(path), on_event=print, on_connect=print, on_disconnect=print)
+        with pytest.raises(RuntimeError, match="cannot be taken"):
+            await vici.each_sas(take)
+        vici.close()
+    assert len(taken) == 1

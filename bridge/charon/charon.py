@@ -12,7 +12,7 @@ import structlog
 
 from bridge.charon.channel import Channel, ChannelError
 from bridge.charon.extract import Listener, Tracker
-from bridge.charon.ha import HaError, version_for
+from bridge.charon.ha import HaError, IkeId, version_for
 from bridge.charon.install import Install, Installer
 from bridge.charon.reports import ConnectionInfo, Event, SaInfo, ViciError
 from bridge.charon.sa import Sa
@@ -59,6 +59,7 @@ class Charon:
         self._pfs: dict[tuple[str, str], str] = {}
         self._inode: int | None = None
         self._asked: set[bytes] = set()
+        self._strays: set[bytes] = set()
         self._due = asyncio.Event()
         self._unknown = False
         self._waited = 0.0
@@ -162,21 +163,24 @@ class Charon:
         drops = 0
         while True:
             self._due.clear()
-            took = 0.0
+            took, most = 0.0, float("inf")
             if self.vici.connected:
                 began = time.monotonic()
                 try:
                     await self.reconcile()
-                except (ViciError, ChannelError) as error:
-                    log.warning("reconcile-failed", reason=str(error))
-                except Exception:
-                    log.exception("reconcile-failed")
+                except Exception as error:
+                    if isinstance(error, (ViciError, ChannelError)):
+                        log.warning("reconcile-failed", reason=str(error))
+                    else:
+                        log.exception("reconcile-failed")
+                    # how long it was asked in vain says nothing of its SAs
+                    most = RECONCILE_SECONDS
                 took = time.monotonic() - began - self._waited
             if (dropped := self.channel.drops()) > drops:
                 log.warning("ha-datagrams-dropped", count=dropped - drops, mend="raise ha.receive_buffer")
                 drops = dropped
                 self._due.set()
-            await self._pause(max(0.2, took * RECONCILE_SHARE))
+            await self._pause(min(max(0.2, took * RECONCILE_SHARE), most))
 
     async def _pause(self, at_least: float) -> None:
         until = time.monotonic() + at_least
@@ -199,12 +203,13 @@ class Charon:
         """Compare with VICI: connections, lifetimes, SAs that ended unseen, SAs whose keys are missing."""
         self._waited = 0.0
         await self._read_connections()
-        missing = await self._compare()
+        missing, since = await self._compare()
         if missing and self.channel.version is not None:
             await asyncio.sleep(IN_FLIGHT_SECONDS)
             self._waited += IN_FLIGHT_SECONDS
             # what ended meanwhile, or while the first list was on its way, is not missing
-            missing = {spis: info for spis, info in (await self._compare()).items() if spis in missing}
+            still, since = await self._compare()
+            missing = {spis: info for spis, info in still.items() if spis in missing}
         if missing and self._recover is not None:
             recovered = await self._recover(list(missing.values()))
             if recovered is None:
@@ -213,7 +218,7 @@ class Charon:
                 return
             for sa in recovered:
                 spis = sa.id.spis
-                if self._known(spis) or self.tracker.take_back(sa, missing[spis]):
+                if self._known(spis) or self.tracker.take_back(sa, missing[spis], since=since):
                     del missing[spis]
             # of one that was rekeyed, charon has nothing to tell
             missing = {spis: info for spis, info in missing.items() if not self.tracker.recall.was_rekeyed(spis)}
@@ -236,11 +241,18 @@ class Charon:
         sa = self.tracker.sas.get(spis)
         return sa is not None and sa.up
 
-    async def _compare(self) -> dict[bytes, SaInfo]:
-        comparison = self.tracker.compare(since=time.monotonic())
+    async def _compare(self) -> tuple[dict[bytes, SaInfo], float]:
+        """What is missing here of what VICI lists, and when it was asked (monotonic seconds)."""
+        since = time.monotonic()
+        comparison = self.tracker.compare(since=since)
         established: Counter[int] = Counter()
+        strays: dict[bytes, SaInfo] = {}
 
         def take(infos: list[SaInfo]) -> None:
+            left_over = [info for info in infos if self._is_stray(info)]
+            if left_over:
+                strays.update((info.spis, info) for info in left_over)
+                infos = [info for info in infos if info.spis not in strays]
             comparison.take(infos)
             established.update(
                 self.landing.segment_of(info.remote.address) for info in infos if info.state == "ESTABLISHED"
@@ -252,4 +264,20 @@ class Charon:
             # another charon's list: nothing of it says that the SAs of the first one ended in order
             raise ViciError("charon was restarted while it was asked, or has no ha plugin")
         self.landing.established = established
-        return comparison.end()
+        missing = comparison.end()
+        await self._remove_strays(strays)
+        return missing, since
+
+    def _is_stray(self, info: SaInfo) -> bool:
+        """Whether an SA is where they land, and nobody's: whoever was about to activate it was killed, or gave up."""
+        return self.installer.lands_at(info.remote.address) and info.spis not in self.tracker.sas
+
+    async def _remove_strays(self, strays: dict[bytes, SaInfo]) -> None:
+        """Remove those that were strays the last time too: a client's new SA lands before it is known."""
+        old = [info for spis, info in strays.items() if spis in self._strays]
+        self._strays = set(strays)
+        if old:
+            await self.installer.delete([IkeId.of(info.spi_i, info.spi_r, info.initiator) for info in old])
+            log.info("strays-removed", sas=len(old))
+        elif strays:
+            self._due.set()

@@ -238,7 +238,7 @@ class Tracker:
     def _child_add(self, ike_id: IkeId, message: HaMessage) -> None:
         sa = self.sas.get(ike_id.spis)
         if sa is None:
-            self.recall.keep(message)
+            self.recall.keep(message, self._clock())
             return
         self.put_child(sa, child_of(message))
         if sa.up:
@@ -247,7 +247,7 @@ class Tracker:
     def _child_delete(self, ike_id: IkeId, message: HaMessage) -> None:
         sa = self.sas.get(ike_id.spis)
         if sa is None:
-            self.recall.keep(message)
+            self.recall.keep(message, self._clock())
         elif sa.drop_child(message.first(Attr.INBOUND_SPI, 0)) and sa.up:
             self._listener.changed(sa)
 
@@ -285,7 +285,8 @@ class Tracker:
         """Join what VICI says, asked for at `since`; whether that changed the stub by more than a second of jitter."""
         if info.state != "ESTABLISHED":
             return False
-        now = self._wall()
+        # a long list tells of when it was asked for, however late it is read
+        now = self._wall() - (self._clock() - since)
         rekey_at, reauth_at, expires = expiry(info, self.connections.get(sa.connection), now)
         if not expires:
             # lives for ever: its stub is renewed in good time, not at every look
@@ -318,15 +319,17 @@ class Tracker:
         sa.children_at = sa.seen
         sa.share()
         self.sas[sa.id.spis] = sa
+        self._early.pop(sa.id.spis, None)
 
-    def take_back(self, sa: Sa, info: SaInfo) -> bool:
-        """An SA that the bank remembers and VICI lists; False where it has CHILD_SAs that nobody told of."""
+    def take_back(self, sa: Sa, info: SaInfo, *, since: float) -> bool:
+        """An SA that the bank remembers and VICI, asked at `since`, lists; False where it has CHILD_SAs that nobody
+        told of."""
         heir = self.recall.heir(sa)
         if heir is not None:
             self._listener.changed(heir)
             return True
         remembered = sa.children
-        if not self.recall.catch_up(sa, info):
+        if not self.recall.catch_up(sa, info, since=since):
             return False
         self.adopt(sa)
         if sa.children != remembered:
@@ -361,7 +364,7 @@ class Tracker:
 
     def compare(self, *, since: float) -> Comparison:
         """Begin to compare with a full list of VICI's that was asked for at `since` (clock seconds)."""
-        return Comparison(self, since)
+        return Comparison(self, since, set(self._early))
 
     def listed(self, info: SaInfo, *, since: float) -> bool:
         """Take what VICI lists of an SA that is up: its lifetime, where it is, CHILD_SAs that it no longer has. False
@@ -379,8 +382,11 @@ class Tracker:
                 self._listener.changed(sa)
         return True
 
-    def unlisted(self, present: Set[bytes], *, since: float) -> None:
-        """End the SAs that charon no longer has; `present` are the SPIs of those that it has."""
+    def unlisted(self, present: Set[bytes], early: Set[bytes], *, since: float) -> None:
+        """End the SAs that charon no longer has; `present` are the SPIs of those that it has, `early` of those that
+        were reported before."""
+        for spis in early - present:
+            self._early.pop(spis, None)
         for spis, sa in list(self.sas.items()):
             if sa.up and spis not in present and sa.seen < since:
                 self._delete(sa.id)
@@ -389,9 +395,10 @@ class Tracker:
 class Comparison:
     """What a tracker knows against all that VICI lists, which comes in parts."""
 
-    def __init__(self, tracker: Tracker, since: float) -> None:
+    def __init__(self, tracker: Tracker, since: float, early: Set[bytes]) -> None:
         self._tracker = tracker
         self._since = since
+        self._early = early
         self._present: set[bytes] = set()
         self._missing: dict[bytes, SaInfo] = {}
 
@@ -406,5 +413,5 @@ class Comparison:
     def end(self) -> dict[bytes, SaInfo]:
         """That was all of it. Gives the SAs whose keys are missing; and for those that were rekeyed before they were
         recalled, and lack CHILD_SAs, what they were before."""
-        self._tracker.unlisted(self._present, since=self._since)
+        self._tracker.unlisted(self._present, self._early, since=self._since)
         return self._missing

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from bridge.charon.channel import Channel
+from bridge.charon.channel import Channel, ChannelError
 from bridge.charon.ha import (
     ADDITIONAL_KEY_EXCHANGES_SINCE,
     PRIVATE_WORDS_SINCE,
@@ -220,9 +220,12 @@ class Installer:
         self._channel = channel
         self._landing = landing
         self._addresses = landing_addresses(landing.count)
+        self._landing_addresses = frozenset(self._addresses.values())
         self._landed: list[Install] = []
         self._afterwards: list[bytes] = []
         """what follows once these are active"""
+        self._where: int | None = None
+        """the charon that has them"""
         self._one_at_a_time = asyncio.Lock()
 
     async def install(self, batch: Sequence[Install]) -> None:
@@ -245,6 +248,10 @@ class Installer:
         async with self._one_at_a_time:
             await self._activate()
 
+    def lands_at(self, address: str) -> bool:
+        """Whether SAs have this address between their installation and their activation."""
+        return address in self._landing_addresses
+
     def wait(self) -> float:
         """Seconds until an activation costs running SAs no more than their share."""
         return self._landing.wait(asyncio.get_running_loop().time())
@@ -253,6 +260,8 @@ class Installer:
         segment = self._landing.next(asyncio.get_running_loop().time())
         # all of it before any is sent: what charon was told half it would derive other keys for
         messages, afterwards = list(self._installs(batch, segment)), list(self._activated(batch))
+        if not self._landed:
+            self._where = self._whose()
         await self._channel.send(messages)
         self._landed += batch
         self._afterwards += afterwards
@@ -262,6 +271,8 @@ class Installer:
         segment = self._landing.next(clock())
         batch, self._landed = self._landed, []
         afterwards, self._afterwards = self._afterwards, []
+        if self._whose() != self._where:
+            raise ChannelError("charon was restarted before the rebuilt SAs were active")
         if len(batch) > FEW:
             await self._channel.drained()
             began = clock()
@@ -278,6 +289,11 @@ class Installer:
         self._landing.disturbed(segment, clock(), self.toggle_seconds)
         self._landing.established.update(self._landing.segment_of(install.remote.address) for install in batch)
         self.toggles += 1
+
+    def _whose(self) -> int | None:
+        """Which charon is there."""
+        end = self._channel.charon_socket()
+        return None if end is None else end.inode
 
     def _installs(self, batch: Sequence[Install], segment: int) -> Iterator[bytes]:
         version = self._channel.version

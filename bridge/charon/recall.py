@@ -24,7 +24,9 @@ class Recall:
 
     def __init__(self) -> None:
         self._going_on = True
-        self._early: list[HaMessage] = []
+        self._early: dict[bytes, list[tuple[float, HaMessage]]] = {}
+        """by the SPIs of their IKE_SA, with when they came"""
+        self._kept = 0
         self._heirs: dict[bytes, tuple[IkeId, Sa]] = {}
         """by the SPIs of an SA that is not known: what it was rekeyed to"""
 
@@ -34,10 +36,11 @@ class Recall:
         self._early.clear()
         self._heirs.clear()
 
-    def keep(self, message: HaMessage) -> None:
+    def keep(self, message: HaMessage, now: float) -> None:
         """A CHILD_ADD or CHILD_DELETE of an SA that is not known."""
-        if self._going_on and len(self._early) < EARLY_MAX:
-            self._early.append(message)
+        if self._going_on and self._kept < EARLY_MAX:
+            self._early.setdefault(message.first(Attr.IKE_ID).spis, []).append((now, message))
+            self._kept += 1
 
     def rekeyed(self, old: IkeId, sa: Sa) -> None:
         """`sa` came of an SA that is not known."""
@@ -69,16 +72,27 @@ class Recall:
             inherit(sa, old)
         return sa
 
-    def catch_up(self, sa: Sa, info: SaInfo) -> bool:
-        """What happened since to an SA that the bank remembers; whether all its CHILD_SAs are known that VICI lists."""
-        for message in self._early:
-            if message.first(Attr.IKE_ID).spis == sa.id.spis:
-                if message.type == MessageType.CHILD_ADD:
-                    sa.put_child(child_of(message))
-                else:
-                    sa.drop_child(message.first(Attr.INBOUND_SPI, 0))
+    def catch_up(self, sa: Sa, info: SaInfo, *, since: float) -> bool:
+        """What happened since to an SA that the bank remembers; whether all its CHILD_SAs are known of those that VICI
+        lists, which was asked at `since`. A long list is old when its end is read: what came later stands."""
+        told = self._early.get(sa.id.spis, ())
+        later = [message for at, message in told if at >= since]
+        for at, message in told:
+            if at < since:
+                _apply(sa, message)
         drop_unlisted(sa, info)
-        return all_told(sa, info)
+        known = {child.spi_in for child in sa.children}
+        known |= {message.first(Attr.INBOUND_SPI, 0) for message in later}
+        for message in later:
+            _apply(sa, message)
+        return _works(info) <= known
+
+
+def _apply(sa: Sa, message: HaMessage) -> None:
+    if message.type == MessageType.CHILD_ADD:
+        sa.put_child(child_of(message))
+    else:
+        sa.drop_child(message.first(Attr.INBOUND_SPI, 0))
 
 
 def inherit(sa: Sa, old: Sa) -> None:
@@ -102,7 +116,11 @@ def drop_unlisted(sa: Sa, info: SaInfo) -> bool:
 
 def all_told(sa: Sa, info: SaInfo) -> bool:
     """Whether all CHILD_SAs are known that charon lists; what it is replacing may be missing."""
-    return {child.spi_in for child in info.children if child.works} <= {child.spi_in for child in sa.children}
+    return _works(info) <= {child.spi_in for child in sa.children}
+
+
+def _works(info: SaInfo) -> set[int]:
+    return {child.spi_in for child in info.children if child.works}
 
 
 def child_of(message: HaMessage) -> Child:

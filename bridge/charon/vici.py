@@ -229,9 +229,18 @@ class Vici:
     async def each_sas(self, take: Callable[[list[SaInfo]], None]) -> float:
         """All IKE_SAs, as `list_sas`, handed to `take` on the event loop some at a time.
 
-        Reading a long list leaves the event loop most of the interpreter's time. Gives the seconds it slept for that.
+        charon answers at once with all it has then, so the last of a long list may be minutes old. Reading it leaves
+        the event loop most of the interpreter's time. Gives the seconds it slept for that. Raises what `take` raises.
         """
         loop = asyncio.get_running_loop()
+        failures: list[Exception] = []
+
+        def hand_over(infos: list[SaInfo]) -> None:
+            try:
+                if not failures:
+                    take(infos)
+            except Exception as error:
+                failures.append(error)
 
         def command(session: Any) -> float:
             slept, infos = 0.0, []
@@ -240,16 +249,19 @@ class Vici:
                 infos.append(info)
                 if len(infos) < LISTED_AT_ONCE:
                     continue
-                loop.call_soon_threadsafe(take, infos)
+                loop.call_soon_threadsafe(hand_over, infos)
                 infos = []
                 nap = (time.thread_time() - began) * (1 / LISTING_SHARE - 1)
                 time.sleep(nap)
                 slept += nap
                 began = time.thread_time()
-            loop.call_soon_threadsafe(take, infos)
+            loop.call_soon_threadsafe(hand_over, infos)
             return slept
 
-        return await self._run("list-sas", command)
+        slept = await self._run("list-sas", command)
+        if failures:
+            raise failures[0]
+        return slept
 
     async def find_sa(self, connection: str, spis: bytes) -> SaInfo | None:
         """The IKE_SA of a connection that has these SPIs (16 octets)."""
