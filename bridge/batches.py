@@ -11,6 +11,7 @@ import structlog
 from bridge.charon.channel import ChannelError
 from bridge.charon.charon import Charon
 from bridge.charon.ha import HaError
+from bridge.charon.segments import LONGEST_PAUSE
 from bridge.decision import Refusal
 from bridge.metrics import GatewayMetrics
 from bridge.net.interface import Packet
@@ -19,7 +20,7 @@ from bridge.unconfirmed import Rebuilt, Unconfirmed
 log = structlog.get_logger()
 
 INSTALL_BATCH = 512
-"""SAs installed with one activation at most: what comes first shall not wait long for what comes last"""
+"""SAs that land at once at most: an activation that is due shall not wait long"""
 GATHER_SECONDS = 0.05
 """for what comes between activations, at most: charon takes it in meanwhile"""
 WORTH = 3.0
@@ -100,7 +101,9 @@ class Batches:
     def _enough(self) -> bool:
         """Whether nobody else is on the way, or those that landed have waited for others as long as is worth it."""
         others = bool(self._prepared) or self._coming()
-        return not others or self._clock() - self._since >= WORTH * self._charon.installer.toggle_seconds
+        # the last activation may have found charon stopped
+        worth = min(WORTH * self._charon.installer.toggle_seconds, LONGEST_PAUSE)
+        return not others or self._clock() - self._since >= worth
 
     def _give_up(self, batch: list[Prepared]) -> None:
         for packet, made in batch:
@@ -129,12 +132,13 @@ class Batches:
                 self._since = began
             self._landed += batch
         except HaError as error:
-            if len(batch) == 1:
-                log.warning("stub-not-installable", index=str(batch[0][1].old.index), reason=str(error))
-                self._give_up(batch)
-            # one stub that charon cannot be told must not cost the others their turn
-            for one in batch if len(batch) > 1 else ():
-                await self._land([one])
+            if len(batch) > 1:
+                # one stub that charon cannot be told must not cost the others their turn
+                for one in batch:
+                    await self._land([one])
+                return
+            log.warning("stub-not-installable", index=str(batch[0][1].old.index), reason=str(error))
+            self._give_up(batch)
         except Exception as error:
             self._failed(batch, error)
         self._took += self._clock() - began
@@ -147,17 +151,19 @@ class Batches:
         self._give_up(batch)
 
     async def _activate(self) -> None:
-        rebuilt, self._landed = self._landed, []
+        landed, self._landed = self._landed, []
+        try:
+            await self._activate_and_answer(landed)
+        except Exception as error:
+            self._failed([pair for pair in landed if pair[0].held], error)
+
+    async def _activate_and_answer(self, landed: list[Prepared]) -> None:
         took, self._took = self._took, 0.0
         began = self._clock()
-        try:
-            await self._charon.installer.activate()
-        except Exception as error:
-            self._failed(rebuilt, error)
-            return
+        await self._charon.installer.activate()
         self._metrics.install_seconds.observe(took + self._clock() - began)
         self._metrics.activation_seconds.observe(self._charon.installer.toggle_seconds)
-        rebuilt, void = self._still_wanted(rebuilt)
+        rebuilt, void = self._still_wanted(landed)
         while void:
             await self._unconfirmed.drop([made.sa.id for _, made in void])
             self._give_up(void)

@@ -132,7 +132,9 @@ class GatewayMetrics(Metrics):
         self.bank_errors = self.counter("bank_errors", "failed look-ups in the bank")
         self.bank_seconds = self.histogram("bank_get_seconds", "time to fetch the stubs of one batch of requests")
         self.ping_seconds = self.histogram("bank_ping_seconds", "time that the bank takes to answer")
-        self.install_seconds = self.histogram("install_seconds", "time to install and activate one batch of IKE_SAs")
+        self.install_seconds = self.histogram(
+            "install_seconds", "time to install IKE_SAs that share an activation, and for that; pauses are not in it"
+        )
         self.activation_seconds = self.histogram(
             "activation_seconds", "of that: how long the IKE_SAs of one segment did not answer, at most"
         )

@@ -9,8 +9,10 @@ from typing import Any, cast
 
 import pytest
 
+from bridge import batches as module
 from bridge.batches import Batches, Prepared
 from bridge.charon.charon import Charon
+from bridge.charon.ha import HaError
 from bridge.metrics import GatewayMetrics
 from bridge.unconfirmed import Rebuilt, State, Unconfirmed
 
@@ -47,6 +49,8 @@ class Installer:
         return 0.0
 
     async def land(self, batch: list[Any]) -> None:
+        if any(install.untold for install in batch):
+            raise HaError("too long")
         self.installed += batch
 
     async def activate(self) -> None:
@@ -87,6 +91,8 @@ class Made:
         self.index = self
         self.spi = self.spi_i = self.spi_r = b""
         self.gateway = self.connection = ""
+        self.untold = False
+        """charon cannot be told of it"""
         self.state = State.INSTALLING
 
 
@@ -100,7 +106,7 @@ class Scene:
             cast(Charon, type("OneCharon", (), {"installer": self.installer})()),
             cast(Unconfirmed, self.table),
             GatewayMetrics(),
-            lambda packet, _: self.answers.append(packet),
+            self.answer,
             lambda: self.coming,
         )
         self.request, self.made = self.added()
@@ -110,6 +116,9 @@ class Scene:
         request, made = Request(), Made()
         self.batches.add(*cast(Prepared, (request, cast(Rebuilt, made))))
         return request, made
+
+    def answer(self, packet: Any, response: bytes) -> None:
+        self.answers.append(packet)
 
     async def played(self) -> None:
         """Until the batch is through."""
@@ -182,3 +191,40 @@ async def test_those_that_are_on_their_way_are_not_waited_for_for_ever() -> None
     await until(lambda: bool(scene.answers))
     task.cancel()
     assert scene.answers == [scene.request]
+
+
+async def test_nor_longer_than_clients_wait_though_the_last_activation_took_very_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.01)
+    scene = Scene()
+    scene.installer.toggle_seconds = 3600.0
+    scene.coming = True
+    task = asyncio.create_task(scene.batches.run())
+    await until(lambda: bool(scene.answers))
+    task.cancel()
+    assert scene.answers == [scene.request]
+
+
+async def test_a_stub_that_charon_cannot_be_told_costs_no_other_its_turn() -> None:
+    scene = Scene()
+    scene.made.untold = True
+    request, made = scene.added()
+    await scene.played()
+    assert scene.answers == [request]
+    assert scene.request.accepted == 1
+    assert scene.table == [made]
+
+
+async def test_an_answer_that_fails_costs_no_later_request_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+
+    def fail(packet: Any, response: bytes) -> None:
+        raise ValueError("nothing that anybody thought of")
+
+    monkeypatch.setattr(scene.batches, "_answer", fail)
+    await scene.played()
+    monkeypatch.setattr(scene.batches, "_answer", scene.answer)
+    request, _ = scene.added()
+    await scene.played()
+    assert scene.answers == [request]

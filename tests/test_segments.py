@@ -94,6 +94,27 @@ def test_activations_that_take_long_come_at_the_longest_pause() -> None:
     assert choice.wait(1.0) == LONGEST_PAUSE - 0.5
 
 
+def test_however_often_empty_segments_were_used_a_full_one_waits_for_one_pause_at_most() -> None:
+    choice = LandingChoice(2)
+    choice.established = Counter({1: 10})
+    now = 0.0
+    for _ in range(100):
+        assert use(choice, now, 0.5) == 2
+        now += 0.5
+    choice.established = Counter({1: 10, 2: 10})
+    assert choice.wait(now) <= LONGEST_PAUSE
+
+
+def test_sas_that_were_not_there_were_not_disturbed() -> None:
+    choice = LandingChoice(2)
+    use(choice, 0.0, 0.5)
+    use(choice, 0.5, 0.5)
+    # chosen while it is empty
+    assert choice.next(1.0) == 1
+    choice.established = Counter({1: 10, 2: 10})
+    assert choice.wait(1.0) <= LONGEST_PAUSE
+
+
 def test_a_segment_without_sas_waits_for_nothing() -> None:
     choice = LandingChoice(2)
     choice.established = Counter({1: 10})

@@ -91,8 +91,10 @@ class LandingChoice:
         such distances that, one segment after the other, none is disturbed for more than SHARE of its time, but two at
         once after a pause; what wants to be activated meanwhile shares one, for each makes charon look at every SA."""
         pause = min(seconds / (SHARE * self.count), LONGEST_PAUSE)
-        self._due = max(self._due, now - pause) + pause
-        self._rests_until[segment] = now + self.count * pause
+        # those of segments without SAs, which wait for nothing, add up to no more than one pause
+        self._due = min(max(self._due + pause, now), now + pause)
+        if self.established[segment]:
+            self._rests_until[segment] = now + self.count * pause
         self._in_use = None
 
     def wait(self, now: float) -> float:
