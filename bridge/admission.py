@@ -48,6 +48,8 @@ class Admission:
         self._cookies = cookies
         self._rate = Rate(sync.cookie_rate)
         self._busy_until = float("-inf")
+        self._busy = Demand.RATE
+        """why"""
         self._unproved = SourceRates(sync.source_rate)
         self._proved = SourceRates(sync.source_rate)
         self._unconfirmed: dict[str | bytes, int] = {}
@@ -59,14 +61,13 @@ class Admission:
         """
         if seen.cookie is not None and self._cookies.valid(seen, address, port, now):
             return Verdict.SERVE if self._proved.take(source_of(address), now) else Verdict.REFUSE
+        # a client that was asked comes back with its cookie; its retransmission must not be served before
         if not self._rate.take(now):
-            self._busy_until = now + HOLD_SECONDS
+            self._busy_until, self._busy = now + HOLD_SECONDS, Demand.RATE
         if load >= self._sync.cookie_threshold:
-            # a client that was asked comes back with its cookie; its retransmission must not be served before
-            self._busy_until = now + HOLD_SECONDS
-            return Demand.UNCONFIRMED
+            self._busy_until, self._busy = now + HOLD_SECONDS, Demand.UNCONFIRMED
         if now < self._busy_until:
-            return Demand.RATE
+            return self._busy
         source = source_of(address)
         if 2 * self._unconfirmed.get(source, 0) >= self._sync.max_unconfirmed_per_source:
             return Demand.SOURCE_UNCONFIRMED

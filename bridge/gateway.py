@@ -148,7 +148,8 @@ class Gateway:
     def packets(self, batch: Sequence[Packet]) -> None:
         """Take in intercepted requests. Decides at once on all but those that name a stub.
 
-        In a flood almost all of them end with a cookie: up to there a packet meets nothing but `glance` and `judge`.
+        In a flood almost all of them end with a cookie: up to there a packet meets nothing but `glance`, `judge` and
+        `_known`.
         """
         now = self._clock()
         requests = 0
@@ -171,10 +172,12 @@ class Gateway:
             verdict = self._admission.judge(seen, packet.src, packet.sport, self._load, now)
             if verdict is Verdict.SERVE:
                 self._take(packet)
+            elif self._known(packet, _digest(packet)):
+                continue
             elif verdict is Verdict.REFUSE:
                 packet.accept()
                 self._metrics.refused(Refusal.SOURCE_RATE)
-            elif not self._known(packet, _digest(packet)):
+            else:
                 packet.drop()
                 self._answer(packet, self._cookies.challenge(seen, packet.src, packet.sport, now))
                 demands[verdict] += 1

@@ -65,6 +65,14 @@ def test_past_the_rate_of_requests_a_cookie_is_asked_for_until_it_is_quiet_again
     assert door.bare(A, now=HOLD_SECONDS + 1) is Verdict.SERVE
 
 
+def test_who_was_asked_because_of_many_unconfirmed_sas_is_not_served_without_when_they_are_fewer() -> None:
+    door = Door(cookie_threshold=100)
+    assert door.bare(load=100) is Demand.UNCONFIRMED
+    assert door.bare(load=0, now=HOLD_SECONDS - 1) is Demand.UNCONFIRMED
+    assert door.proved(load=0, now=HOLD_SECONDS - 1) is Verdict.SERVE
+    assert door.bare(load=0, now=HOLD_SECONDS + 1) is Verdict.SERVE
+
+
 def test_the_rate_is_held_up_by_the_flood_itself() -> None:
     door = Door(cookie_rate=50)
     verdicts = [door.bare(f"10.0.{n // 250}.{n % 250}", now=n / 1000) for n in range(20_000)]

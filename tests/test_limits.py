@@ -145,6 +145,25 @@ def test_a_request_that_is_served_is_not_asked_for_a_cookie_when_it_comes_again(
         assert rebuilt(topology) == 1
 
 
+def test_a_request_that_is_served_stays_the_sidecars_when_its_source_has_sent_too_many(topology: Topology) -> None:
+    connect(topology)
+    stub = the_stub(topology)
+    with configured(topology.gateways["gw2"], "sync", cookie_threshold=0, source_rate=1):
+        [octets] = send(topology, request(stub))
+        challenge = parse_response(octets, request(stub))
+        assert isinstance(challenge, CookieChallenge)
+        message = request(stub, cookie=challenge.cookie)
+        answers = [send(topology, message)[0] for _ in range(2)]
+        handshakes = topology.gw2.charon.text().count("is initiating an IKE_SA")
+        burst(topology, [message] * 5)
+        wait_until(lambda: counter(topology, "gw2", "retransmissions_total") == 6, "the request, again and again")
+        assert answers[0] == answers[1]
+        assert isinstance(parse_response(answers[0], message), SyncResponse)
+        assert counter(topology, "gw2", "refusals_total[source-rate]") == 0
+        assert topology.gw2.charon.text().count("is initiating an IKE_SA") == handshakes
+        assert rebuilt(topology) == 1
+
+
 def test_ordinary_handshakes_are_never_asked_for_a_cookie_by_the_sidecar(topology: Topology) -> None:
     with configured(topology.gateways["gw2"], "sync", cookie_threshold=0):
         connect(topology, "home-gw2")
@@ -170,12 +189,14 @@ def test_past_the_rate_of_a_source_it_is_asked_and_then_refused(topology: Topolo
         answers = send(topology, *unproved)
         assert counter(topology, "gw2", "cookies_total[source-rate]") >= 1
         challenges = [(octets[:8], parse_response(octets, octets)) for octets in answers]
-        spi_i, challenge = next(pair for pair in challenges if isinstance(pair[1], CookieChallenge))
-        assert isinstance(challenge, CookieChallenge)
-        # with the cookie it is within the rate once, and the same beyond it goes to charon
-        proved = request(stub, spi_i=spi_i, cookie=challenge.cookie)
-        answers = send(topology, *[proved] * 10)
-        assert {type(parse_response(octets, proved)) for octets in answers} == {SyncResponse, OrdinaryResponse}
+        # with their cookies one is within the rate, and others beyond it go to charon
+        proved = [
+            request(stub, spi_i=spi_i, cookie=challenge.cookie)
+            for spi_i, challenge in challenges
+            if isinstance(challenge, CookieChallenge)
+        ]
+        answers = send(topology, *proved[:3])
+        assert {type(parse_response(octets, octets)) for octets in answers} == {SyncResponse, OrdinaryResponse}
         assert counter(topology, "gw2", "refusals_total[source-rate]") >= 1
         assert rebuilt(topology) == 1
 

@@ -94,7 +94,7 @@ def seconds(text: str) -> list[float]:
 
 
 FIXED: dict[str, float | tuple[float, ...]] = {
-    "and how long after such a rate": admission.HOLD_SECONDS,
+    "and how long after either": admission.HOLD_SECONDS,
     "unconfirmed SAs of one stub": decision.ATTEMPTS_PER_STUB,
     "a secret makes cookies": cookie.SECRET_SECONDS,
     "each further one waits longer by the factor": asking.BACK_OFF,
