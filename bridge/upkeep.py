@@ -195,7 +195,8 @@ class Upkeep:
 
     async def _sweep(self) -> bool:
         """Delete the stubs of SAs that ended while no sidecar ran: charon has run since before they were set up, and
-        does not have them. Those of a charon before it stay: their clients may resume. Once, at start."""
+        does not have them. Those of a charon before it stay: their clients may resume. Once, at start; False while
+        charon lists an SA that is not known here and has a stub, for when that one ends nobody will notice."""
         if self._address is None or not self._charon.vici.connected:
             return False
         started = await self._charon.vici.started()
@@ -205,19 +206,20 @@ class Upkeep:
             lambda infos: listed.update([info.spi_i if info.initiator else info.spi_r for info in infos])
         )
         over: list[tuple[Index, int]] = []
+        ending = 0
         async for stubs in self._cache.download(self._address):
             known = {self._index(sa) for sa in self._charon.tracker.established()}
+            unknown = [stub for stub in stubs if stub.index not in known]
+            ending += sum(stub.index.spi in listed for stub in unknown)
             over += [
                 (stub.index, stub.revision)
-                for stub in stubs
-                if stub.index not in known
-                and stub.index.spi not in listed
-                and stub.established > started + START_SECONDS
+                for stub in unknown
+                if stub.index.spi not in listed and stub.established > started + START_SECONDS
             ]
         if over:
             deleted = sum(await self._cache.delete(over))
             log.info("stubs-of-ended-sas-deleted", stubs=deleted)
-        return True
+        return not ending
 
     # for monitors
 

@@ -109,6 +109,24 @@ def test_the_stub_of_a_session_that_ended_without_a_sidecar_is_deleted_at_its_st
     wait_until(lambda: not topology.bank.stubs(), "the end of its stub")
 
 
+def test_the_stub_of_a_session_that_was_ending_while_the_sidecar_started_is_deleted(topology: Topology) -> None:
+    time.sleep(3)  # as above
+    connect(topology)
+    sidecar, charon = topology.gateways["gw1"], topology.client.charon
+    sidecar.stop()
+    # charon waits for an answer to its DELETE, and lists the SA meanwhile
+    os.kill(charon.pid, signal.SIGSTOP)
+    try:
+        topology.gw1.swanctl("--terminate", "--ike", "gw", "--timeout", "1", check=False)
+        sidecar.start()
+        wait_until(lambda: status(topology, "gw1")["charon"]["reachable"], "charon, reached")
+        time.sleep(2.0)
+        assert len(topology.bank.stubs()) == 1
+    finally:
+        os.kill(charon.pid, signal.SIGCONT)
+    wait_until(lambda: topology.bank.stubs() == [], "the end of the stub", 60.0)
+
+
 def test_the_stub_of_a_charon_that_died_stays_at_the_start_of_the_next(topology: Topology) -> None:
     connect(topology)
     topology.kill_gateway(topology.gw1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def _connected(machines: Machines) -> None:
     for gateway in (gw1, gw2):
         if not gateway.leader():
             gateway.power_on()
+            time.sleep(5)  # charon's start and an SA of its first seconds cannot be told apart
     for machine, role in ((gw1, "gateway"), (gw2, "gateway"), (client, "client")):
         machine.run("systemctl", "start", "ike-sa-sync-ha.socket", f"ike-sa-sync-{role}", "strongswan")
         wait_until(lambda machine=machine, role=role: reachable(machine, role), "charon, reached", PATIENCE)  # type: ignore[misc]
