@@ -47,10 +47,15 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # seconds: a long list that VICI's thread parses must not keep the event loop waiting for 5 ms each time
     sys.setswitchinterval(0.0005)
-    # Next to nothing here refers to itself. To look through 100,000 SAs for it would keep every client waiting.
+    spare_collections()
+    uvloop.run(main())
+
+
+def spare_collections() -> None:
+    """Have Python look seldom for objects that refer to each other, and never among those that are there. Next to
+    nothing here does; to look through 100,000 SAs for it would keep every client waiting."""
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    uvloop.run(main())
 
 
 def notify(state: str) -> None:
