@@ -39,6 +39,11 @@ def aims(results: Reports) -> Iterator[Aim]:
         yield from _growth(results.get("growth-long") or results["growth"])
     if "bank" in results:
         yield from _bank(results["bank"]["rows"])
+    if "flood" in results:
+        quiet, flooded = results["flood"]["quiet"], results["flood"]["flooded"]
+        ratio = flooded["exchange_ms"] / quiet["exchange_ms"]
+        all_resumed = flooded["resumed"] == flooded["moves"]
+        yield Aim("flood: time to an answer, to that without", "2", f"{ratio:.1f}", ratio <= 2 and all_resumed)
 
 
 def _resumption(result: Mapping[str, Any]) -> Iterator[Aim]:
