@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 import click
 
@@ -30,7 +30,7 @@ CLIENT_FILE = "/etc/ike-sa-sync/client.yaml"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def fail(text: object, code: int = 1) -> None:
+def fail(text: object, code: int = 1) -> NoReturn:
     """One line on stderr, and out."""
     click.echo(f"ike-sa-sync: {text}", err=True)
     sys.exit(code)
@@ -42,7 +42,6 @@ def read_config(path: str | None, kind: type[Config]) -> Config:
         return load(path or (GATEWAY_FILE if kind is GatewayConfig else CLIENT_FILE), kind)
     except ConfigError as error:
         fail(error, BAD_CONFIGURATION)
-        raise  # not reached: fail() exits
 
 
 def read_any(path: str | None) -> GatewayConfig | ClientConfig:
@@ -53,7 +52,6 @@ def read_any(path: str | None) -> GatewayConfig | ClientConfig:
         raw = read(path)
     except ConfigError as error:
         fail(error, BAD_CONFIGURATION)
-        raise  # not reached: fail() exits
     if isinstance(raw, dict) and "gateways" in raw:
         return read_config(path, ClientConfig)
     return read_config(path, GatewayConfig)
@@ -227,7 +225,6 @@ def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:
         return asyncio.run(control.call(path, request))
     except control.ControlError as error:
         fail(error)
-        raise  # not reached: fail() exits
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -398,10 +395,8 @@ def keygen(file: str, add: bool, as_json: bool) -> None:
         key_id = generate(Path(file), add=add)
     except SealError as error:
         fail(error)
-        return
     except OSError as error:
         fail(f"{file} cannot be written: {error.strerror}")
-        return
     if as_json:
         print_json({"file": file, "key": key_id, "added": add})
     else:

@@ -55,7 +55,6 @@ def drain(path: str | None, to: str, share: float, rate: float, as_json: bool) -
             done = asyncio.run(control.call(socket, {"command": "drain-stop"}))
     except control.ControlError as error:
         cli.fail(error)
-        raise  # not reached: fail() exits
     if as_json:
         cli.print_json(done)
     else:

@@ -49,10 +49,8 @@ def _with_bank(path: str | None, work: Callable[[StubBank], Coroutine[Any, Any, 
     except BankUnavailable as error:
         own = "without bank.url this is the sidecar's own Redis: does the sidecar run?"
         cli.fail(f"{error}; {'is bank.url right, and the server up?' if config.bank.url else own}")
-        raise  # not reached: fail() exits
     except (SealError, OSError) as error:
         cli.fail(error)
-        raise  # not reached: fail() exits
 
 
 @stubs.command("list")
@@ -116,7 +114,6 @@ def show(path: str | None, gateway: str, spi: bytes, as_json: bool) -> None:
     stub, unreadable = _with_bank(path, work)
     if stub is None:
         cli.fail(f"{index.key} does not open: see above" if unreadable else f"no stub {index.key}")
-        return
     facts = describe(stub)
     if as_json:
         cli.print_json(facts)
@@ -229,7 +226,6 @@ def download(path: str | None, gateway: str, as_json: bool) -> None:
         done = asyncio.run(_download(config.control, gateway, sys.stderr.isatty() and not as_json))
     except control.ControlError as error:
         cli.fail(error)
-        raise  # not reached: fail() exits
     if as_json:
         cli.print_json(done)
     elif done["state"] == "own":
