@@ -148,8 +148,8 @@ class Gateway:
     def packets(self, batch: Sequence[Packet]) -> None:
         """Take in intercepted requests. Decides at once on all but those that name a stub.
 
-        In a flood almost all of them end with a cookie: up to there a packet meets nothing but `glance`, `judge` and
-        `_known`.
+        In a flood almost all of them end with a cookie: up to there a packet meets nothing but `glance` and `judge`;
+        and `_known`, while anything is served that it could be a repetition of.
         """
         now = self._clock()
         requests = 0
@@ -172,7 +172,7 @@ class Gateway:
             verdict = self._admission.judge(seen, packet.src, packet.sport, self._load, now)
             if verdict is Verdict.SERVE:
                 self._take(packet)
-            elif self._known(packet, _digest(packet)):
+            elif (self._undecided or self.unconfirmed) and self._known(packet, _digest(packet)):
                 continue
             elif verdict is Verdict.REFUSE:
                 packet.accept()
