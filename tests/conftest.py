@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from bank_support import RedisServer, keyring
+from bridge.bank.redis import RedisBank
 from bridge.lab import Lab, Topology, standard, valkey
+from bridge.seal import Keyring
 
 # how long drawing and running an example takes says how busy the machine is
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -19,6 +23,27 @@ settings.load_profile("unhurried")
 def program(request: pytest.FixtureRequest) -> list[str]:
     """The command line of a server for the bank: Redis 7, and with `-m releases` Valkey 8."""
     return ["redis-server"] if request.param == "redis" else valkey.program()
+
+
+@pytest.fixture
+def server(tmp_path: Path, program: list[str]) -> Iterator[RedisServer]:
+    """A server for the bank, up."""
+    with RedisServer(tmp_path, program=program) as server:
+        yield server
+
+
+@pytest.fixture
+def ring() -> Keyring:
+    """The gateways' key."""
+    return keyring()
+
+
+@pytest.fixture
+async def bank(server: RedisServer, ring: Keyring) -> AsyncIterator[RedisBank]:
+    """A bank in `server`."""
+    bank = RedisBank(server.url, ring, get_timeout=5.0)
+    yield bank
+    await bank.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from bank_support import GATEWAY, PATIENCE, RedisServer, keyring, stub_of
+from bank_support import GATEWAY, PATIENCE, RedisServer, stub_of
 from bridge.bank.cache import CachedBank
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
@@ -17,24 +16,6 @@ from bridge.bank.redis import RedisBank
 from bridge.seal import Keyring
 
 pytestmark = pytest.mark.redis
-
-
-@pytest.fixture
-def server(tmp_path: Path, program: list[str]) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path, program=program) as server:
-        yield server
-
-
-@pytest.fixture
-def ring() -> Keyring:
-    return keyring()
-
-
-@pytest.fixture
-async def bank(server: RedisServer, ring: Keyring) -> AsyncIterator[RedisBank]:
-    bank = RedisBank(server.url, ring, get_timeout=5.0)
-    yield bank
-    await bank.close()
 
 
 async def fetched(cache: CachedBank) -> str:

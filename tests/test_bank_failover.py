@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bank_support import PASSWORD, PATIENCE, RedisServer, downloaded, keyring, shipped_users, stub_of
+from bank_support import PASSWORD, PATIENCE, RedisServer, downloaded, shipped_users, stub_of
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis import RedisBank
@@ -22,11 +22,6 @@ from test_bank_servers import admin, cluster, cluster_url, free_port, three_prim
 __all__ = ["cluster"]
 
 pytestmark = pytest.mark.redis
-
-
-@pytest.fixture
-def ring() -> Keyring:
-    return keyring()
 
 
 async def until_back(bank: RedisBank) -> None:

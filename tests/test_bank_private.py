@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 import redis
-from bank_support import PATIENCE, keyring, stub_of
+from bank_support import PATIENCE, stub_of
 from bridge.bank import open_bank
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.private import PrivateBank
@@ -29,11 +29,6 @@ def directory(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "redis"
     if (pid := server_of(tmp_path / "redis")) is not None:
         os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def ring() -> Keyring:
-    return keyring()
 
 
 def server_of(directory: Path) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,24 +19,6 @@ from bridge.seal import Keyring
 from bridge.stub import Identity, Index, Stub
 
 pytestmark = pytest.mark.redis
-
-
-@pytest.fixture
-def server(tmp_path: Path, program: list[str]) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path, program=program) as server:
-        yield server
-
-
-@pytest.fixture
-def ring() -> Keyring:
-    return keyring()
-
-
-@pytest.fixture
-async def bank(server: RedisServer, ring: Keyring) -> AsyncIterator[RedisBank]:
-    bank = RedisBank(server.url, ring, get_timeout=5.0)
-    yield bank
-    await bank.close()
 
 
 # Initiate, Update, GET

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 import redis
-from bank_support import GATEWAY, PASSWORD, PATIENCE, RedisServer, downloaded, keyring, listed, shipped_users, stub_of
+from bank_support import GATEWAY, PASSWORD, PATIENCE, RedisServer, downloaded, listed, shipped_users, stub_of
 from bridge.bank.connect import connect
 from bridge.bank.keyspace import Keyspace
 from bridge.bank.redis import RedisBank
@@ -25,11 +25,6 @@ from bridge.config import Bank, GatewayConfig
 from bridge.seal import Keyring
 
 pytestmark = pytest.mark.redis
-
-
-@pytest.fixture
-def ring() -> Keyring:
-    return keyring()
 
 
 # users

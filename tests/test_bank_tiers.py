@@ -34,11 +34,6 @@ def servers(tmp_path: Path) -> Iterator[dict[str, RedisServer]]:
         }
 
 
-@pytest.fixture
-def ring() -> Keyring:
-    return keyring()
-
-
 Open = Callable[..., Awaitable[TieredBank]]
 
 

@@ -13,6 +13,7 @@ from bridge import batches as module
 from bridge.batches import Batches, Prepared
 from bridge.charon.charon import Charon
 from bridge.charon.ha import HaError
+from bridge.charon.segments import LONGEST_PAUSE
 from bridge.metrics import GatewayMetrics
 from bridge.unconfirmed import Rebuilt, State, Unconfirmed
 
@@ -183,22 +184,13 @@ async def test_an_activation_that_takes_long_waits_for_those_that_are_on_their_w
     assert scene.answers == [scene.request, request]
 
 
-async def test_those_that_are_on_their_way_are_not_waited_for_for_ever() -> None:
-    scene = Scene()
-    scene.installer.toggle_seconds = 0.001
-    scene.coming = True
-    task = asyncio.create_task(scene.batches.run())
-    await until(lambda: bool(scene.answers))
-    task.cancel()
-    assert scene.answers == [scene.request]
-
-
-async def test_nor_longer_than_clients_wait_though_the_last_activation_took_very_long(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("toggle_seconds", "longest"), [(0.001, LONGEST_PAUSE), (3600.0, 0.01)])
+async def test_they_are_waited_for_no_longer_than_a_few_activations_take_nor_than_clients_wait(
+    monkeypatch: pytest.MonkeyPatch, toggle_seconds: float, longest: float
 ) -> None:
-    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(module, "LONGEST_PAUSE", longest)
     scene = Scene()
-    scene.installer.toggle_seconds = 3600.0
+    scene.installer.toggle_seconds = toggle_seconds
     scene.coming = True
     task = asyncio.create_task(scene.batches.run())
     await until(lambda: bool(scene.answers))
