@@ -24,7 +24,7 @@ ifeq ($(shell . /etc/os-release && echo $$VERSION_CODENAME),bookworm)
 PACKAGES += vagrant
 endif
 
-DEVELOPMENT := mypy pytest pytest-asyncio hypothesis ruff jsonschema types-PyYAML types-jsonschema
+DEVELOPMENT := mypy pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis ruff import-linter jsonschema types-PyYAML types-jsonschema
 
 COMPILE = $(VENV)/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links

@@ -11,7 +11,7 @@ def main() -> None:
     """Run the command line. Ctrl-C and SIGTERM unwind the stack, so that a terminal is as it was before."""
     signal.signal(signal.SIGTERM, _leave)
     try:
-        from bridge.cli import main as commands  # here: an interrupt may come while it is imported
+        from bridge.cli.main import main as commands  # here: an interrupt may come while it is imported
 
         commands()
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ import msgspec
 import yaml
 from msgspec import Meta, Struct, field
 
-from bridge.stub import printable
+from bridge.stub.types import printable
 
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -324,7 +324,7 @@ def _check_url(path: str | Path, key: str, url: str) -> None:
     if not url.startswith(_SCHEMES):
         # the URL may hold a password: not repeated
         raise ConfigError(f"{path}: {key}: must start with one of {', '.join(_SCHEMES)}")
-    from bridge.bank.connect import connect
+    from bridge.bank.redis_url import connect
 
     try:
         connect(url, 1.0)  # which connects when it is first used

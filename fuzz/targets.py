@@ -17,28 +17,17 @@ from typing import Any, Final, NamedTuple
 import vici.exception
 import vici.protocol
 
-from bridge import heldfile
-from bridge.charon import ha
-from bridge.charon.reports import ViciError, parse_connection, parse_event
-from bridge.charon.vici import EVENTS
+from bridge.charon import ha_message as ha
+from bridge.charon.vici_client import EVENTS
+from bridge.charon.vici_types import ViciError, parse_connection, parse_event
+from bridge.client import session_file as heldfile
 from bridge.config import ClientConfig, ConfigError, GatewayConfig, load
-from bridge.control import Answer, ControlServer
-from bridge.ike.confirm import Confirmation
 from bridge.ike.cookie import Cookies, glance
-from bridge.ike.exchange import (
-    CookieChallenge,
-    SyncResponse,
-    build_request,
-    build_response,
-    parse_request,
-    parse_response,
-    verify_request,
-    verify_response,
-)
+from bridge.ike.encrypted_payload import NotAuthentic, Protection, protect, unprotect
+from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import derive_keys
 from bridge.ike.message import PAYLOAD_HEADER, VERSION, MalformedMessage, NotifyType, PayloadType, build, parse
-from bridge.ike.protect import NotAuthentic, Protection, protect, unprotect
-from bridge.ike.stubexchange import (
+from bridge.ike.stub_exchange import (
     MoveStatus,
     StubMessage,
     StubSa,
@@ -49,12 +38,24 @@ from bridge.ike.stubexchange import (
     parse_stub_message,
     verify,
 )
-from bridge.ike.sync import Attribute, Sync, encode_child
+from bridge.ike.sync_exchange import (
+    CookieChallenge,
+    SyncResponse,
+    build_request,
+    build_response,
+    parse_request,
+    parse_response,
+    verify_request,
+    verify_response,
+)
+from bridge.ike.sync_payload import Attribute, Sync, encode_child
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
-from bridge.net.datagram import MARKER, ipv6_packet, parse_datagram, udp_datagram
-from bridge.seal import Keyring, SealError
-from bridge.stub import Child, Endpoint, Identity, Index, Selector, Stub, StubError
-from bridge.stubcodec import decode, encode
+from bridge.net.packet import MARKER, ipv6_packet, parse_datagram, udp_datagram
+from bridge.service.control import Answer, ControlServer
+from bridge.stub.codec import decode, encode
+from bridge.stub.keyring import Keyring, SealError
+from bridge.stub.stub import Index, Stub, StubError
+from bridge.stub.types import Child, Endpoint, Identity, Selector
 
 SUITE: Final = Suite(Encr.AES_CBC, 128, Integ.HMAC_SHA2_256_128, Prf.HMAC_SHA2_256, Group.CURVE_25519)
 SK_D: Final = b"d" * 32
@@ -123,7 +124,7 @@ def message(data: bytes) -> None:
 
 
 def sync(data: bytes) -> None:
-    """bridge.ike.sync: what decodes is encoded to the same octets, but for the reserved ones."""
+    """bridge.ike.sync_payload: what decodes is encoded to the same octets, but for the reserved ones."""
     try:
         found = Sync.decode(data)
     except MalformedMessage:
@@ -133,7 +134,7 @@ def sync(data: bytes) -> None:
 
 
 def request(data: bytes) -> None:
-    """bridge.ike.exchange.parse_request: nothing but the one proven request proves itself, and it blanks PROOF only."""
+    """bridge.ike.sync_exchange.parse_request: nothing but the proven request proves itself; it blanks PROOF only."""
     try:
         found = parse_request(data)
     except MalformedMessage:
@@ -185,7 +186,7 @@ _COOKIES: Final = Cookies()
 
 
 def response(data: bytes) -> None:
-    """bridge.ike.exchange.parse_response: only the gateway's own answers prove themselves."""
+    """bridge.ike.sync_exchange.parse_response: only the gateway's own answers prove themselves."""
     try:
         found = parse_response(data, REQUEST)
     except MalformedMessage:
@@ -213,8 +214,8 @@ _WAYS: Final = [
 
 
 def protected(data: bytes) -> None:
-    """bridge.ike.protect.unprotect. The first octet chooses the suite, and whether the rest is a message, which nobody
-    without the keys can make, or what one with the keys put into it."""
+    """bridge.ike.encrypted_payload.unprotect. The first octet chooses the suite, and whether the rest is a message that
+    nobody without the keys can make, or what one with the keys put into it."""
     if not data:
         return
     way = _WAYS[data[0] % len(_WAYS)]
@@ -252,7 +253,7 @@ def _enclosed(way: Protection, first: int, plaintext: bytes) -> bytes:
 
 
 def confirmation(data: bytes) -> None:
-    """bridge.ike.confirm: nothing that the gateway did not protect answers; not even the request itself."""
+    """bridge.ike.key_confirmation: nothing that the gateway did not protect answers; not even the request itself."""
     assert not _CONFIRMATION.is_answered_by(data)
 
 
@@ -286,7 +287,7 @@ def _protected_seeds() -> list[bytes]:
 
 
 def stub_message(data: bytes) -> None:
-    """bridge.ike.stubexchange.parse_stub_message: only what the two sides made proves itself."""
+    """bridge.ike.stub_exchange.parse_stub_message: only what the two sides made proves itself."""
     try:
         found = parse_stub_message(data)
     except MalformedMessage:
@@ -321,7 +322,7 @@ def _stub_messages() -> list[bytes]:
 
 
 def ha_message(data: bytes) -> None:
-    """bridge.charon.ha.decode: what decodes is encoded to what decodes to the same."""
+    """bridge.charon.ha_message.decode: what decodes is encoded to what decodes to the same."""
     try:
         found = ha.decode(data)
     except ha.HaError:
@@ -367,7 +368,7 @@ def _ha_seeds() -> list[bytes]:
 
 
 def stub(data: bytes) -> None:
-    """bridge.stubcodec.decode: a stub that decodes is encoded to octets that decode to it."""
+    """bridge.stub.codec.decode: a stub that decodes is encoded to octets that decode to it."""
     try:
         found = decode(data)
     except StubError:
@@ -414,7 +415,7 @@ _AAD: Final = INDEX.key.encode()
 
 
 def sealed(data: bytes) -> None:
-    """bridge.seal.Keyring.open: nothing opens but what was sealed, where it was sealed for."""
+    """bridge.stub.keyring.Keyring.open: nothing opens but what was sealed, where it was sealed for."""
     with contextlib.suppress(SealError):
         _KEYRING.open(data, _AAD)
         raise AssertionError("an envelope that nobody sealed opened")
@@ -426,7 +427,7 @@ def sealed(data: bytes) -> None:
 
 
 def index(data: bytes) -> None:
-    """bridge.stub.Index.parse: of the key of a stub, or its short form."""
+    """bridge.stub.stub.Index.parse: of the key of a stub, or its short form."""
     try:
         found = Index.parse(data.decode(errors="replace"))
     except StubError:
@@ -435,7 +436,7 @@ def index(data: bytes) -> None:
 
 
 def datagram(data: bytes) -> None:
-    """bridge.net.datagram.parse_datagram: never raises, and finds nothing that is not in the packet."""
+    """bridge.net.packet.parse_datagram: never raises, and finds nothing that is not in the packet."""
     for answers in (False, True):
         found = parse_datagram(data, answers=answers)
         if found is not None:
@@ -457,10 +458,10 @@ def _datagram_seeds() -> list[bytes]:
 
 
 def vici_event(data: bytes) -> None:
-    """bridge.charon.reports: events, IKE_SAs and connections, of any sections that the `vici` package reads."""
+    """bridge.charon.vici_types: events, IKE_SAs and connections, of any sections that the `vici` package reads."""
     try:
         sections = vici.protocol.Message.deserialize(vici.protocol.FiniteStream(data))
-    except Exception:  # that package's own affair: bridge.charon.vici ends the connection
+    except Exception:  # that package's own affair: bridge.charon.vici_client ends the connection
         return
     for kind in EVENTS:
         with contextlib.suppress(ViciError):
@@ -539,7 +540,7 @@ resume_on_down: true
 
 
 def key_file(data: bytes) -> None:
-    """bridge.seal.Keyring.load: any file is a key file, or a SealError of one line that quotes no key."""
+    """bridge.stub.keyring.Keyring.load: any file is a key file, or a SealError of one line that quotes no key."""
     _FILE.write_bytes(data)
     os.chmod(_FILE, 0o600)
     try:
@@ -549,8 +550,8 @@ def key_file(data: bytes) -> None:
 
 
 def held_file(data: bytes) -> None:
-    """bridge.heldfile.load: any octets behind the header are sessions, written and read again the same, or an error of
-    one line."""
+    """bridge.client.session_file.load: any octets behind the header are sessions, written and read again the same, or
+    an error of one line."""
     _FILE.write_bytes(heldfile.HEADER + data)
     os.chmod(_FILE, 0o600)
     try:
@@ -576,7 +577,7 @@ _CONTROL: Final = ControlServer("/dev/null", {"status": _echo})
 
 
 def control(data: bytes) -> None:
-    """bridge.control: any line gets an answer."""
+    """bridge.service.control: any line gets an answer."""
     coroutine = _CONTROL._answer(data)
     try:
         coroutine.send(None)

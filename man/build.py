@@ -21,7 +21,7 @@ import msgspec
 from click.shell_completion import get_completion_class
 
 from bridge import config
-from bridge.cli import cli
+from bridge.cli.main import cli
 
 NAME = "ike-sa-sync"
 ROOT = Path(__file__).parents[1]

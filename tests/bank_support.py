@@ -13,11 +13,13 @@ from typing import Any
 import msgspec
 
 import redis
-from bridge import data
-from bridge.bank.interface import Readable, StubBank
+from bridge.bank.interface import StubBank
 from bridge.ike.transforms import Suite
-from bridge.seal import Keyring
-from bridge.stub import Child, Endpoint, Identity, Index, Selector, Stub
+from bridge.service import shipped_files as data
+from bridge.stub.keyring import Keyring
+from bridge.stub.readable import Readable
+from bridge.stub.stub import Index, Stub
+from bridge.stub.types import Child, Endpoint, Identity, Selector
 
 GATEWAY = "192.0.2.1"
 PATIENCE = 20.0

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from bank_support import RedisServer, keyring
-from bridge.bank.redis import RedisBank
+from bridge.bank.redis_bank import RedisBank
 from bridge.lab import Lab, Topology, standard, valkey
-from bridge.seal import Keyring
+from bridge.stub.keyring import Keyring
 
 # how long drawing and running an example takes says how busy the machine is
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -16,10 +16,10 @@ import sys
 import time
 from collections.abc import Callable
 
-from bridge.ike.exchange import build_response, parse_request
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build, encode_ke, encode_notify
-from bridge.net.datagram import parse_datagram
-from bridge.net.rawudp import RawUdp
+from bridge.ike.sync_exchange import build_response, parse_request
+from bridge.net.packet import parse_datagram
+from bridge.net.raw_socket import RawUdp
 
 ETH_P_IP = 0x0800
 

@@ -7,16 +7,16 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bridge.ike.exchange import OrdinaryResponse, build_request, parse_response
-from bridge.ike.groups import fresh_public_value
+from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.keys import prf
 from bridge.ike.message import ExchangeType, Flag, build, parse
+from bridge.ike.sync_exchange import OrdinaryResponse, build_request, parse_response
 from bridge.lab import Topology
 from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar
-from bridge.seal import Keyring
-from bridge.stub import Stub
-from bridge.stubcodec import decode
+from bridge.stub.codec import decode
+from bridge.stub.keyring import Keyring
+from bridge.stub.stub import Stub
 from failover_support import stub_key, the_sa
 
 # Sends datagrams (hex, a line each) from a port of its own to a gateway's, and prints the answers that come back, hex:

@@ -1,4 +1,4 @@
-"""Who is served: cookies and limits (bridge.admission, bridge.rates)."""
+"""Who is served: cookies and limits (bridge.gateway.admission, bridge.gateway.rate_limit)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from bridge.admission import HOLD_SECONDS, Admission, Demand, Verdict, source_of
 from bridge.config import Sync
+from bridge.gateway.admission import HOLD_SECONDS, Admission, Demand, Verdict, source_of
+from bridge.gateway.rate_limit import Rate, SourceRates
 from bridge.ike.cookie import Cookies, Glance
 from bridge.ike.message import NotifyType, parse
-from bridge.rates import Rate, SourceRates
 
 A, B = "192.0.2.10", "192.0.2.11"
 PORT = 4500

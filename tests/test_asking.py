@@ -1,4 +1,4 @@
-"""The client's side of the round trip (bridge.asking), with a gateway of the test's own at the other end."""
+"""The client's side of the round trip (bridge.client.sync_request), with a gateway of the test's own."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import pytest
 
-from bridge.asking import MAX_COOKIES, Answer, Asker, NoAnswerError, RefusedError
-from bridge.charon.ha import IkeId
-from bridge.charon.sa import Sa
-from bridge.children import NOTHING
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import Sa
+from bridge.client.sync_request import MAX_COOKIES, Answer, Asker, NoAnswerError, RefusedError
 from bridge.config import GatewayEntry, Resume
-from bridge.ike.exchange import Addresses, build_response, parse_request, verify_request
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build, encode_notify, parse
+from bridge.ike.sync_exchange import Addresses, build_response, parse_request, verify_request
 from bridge.ike.transforms import Suite
-from bridge.net.datagram import Datagram
-from bridge.stub import Endpoint
+from bridge.net.packet import Datagram
+from bridge.stub.child_sa import NOTHING
+from bridge.stub.types import Endpoint
 
 SUITE = Suite(12, 128, 12, 5, 31)
 SK_D = b"d" * 32

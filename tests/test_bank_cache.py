@@ -1,4 +1,4 @@
-"""Stubs of failed gateways, fetched ahead (bridge.bank.cache), out of a real Redis."""
+"""Stubs of failed gateways, fetched ahead (bridge.bank.prefetch), out of a real Redis."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from bank_support import GATEWAY, PATIENCE, RedisServer, stub_of
-from bridge.bank.cache import CachedBank
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
-from bridge.bank.redis import RedisBank
-from bridge.seal import Keyring
+from bridge.bank.prefetch import CachedBank
+from bridge.bank.redis_bank import RedisBank
+from bridge.stub.keyring import Keyring
 
 pytestmark = pytest.mark.redis
 

@@ -14,9 +14,9 @@ import pytest
 from bank_support import PASSWORD, PATIENCE, RedisServer, downloaded, shipped_users, stub_of
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
-from bridge.bank.redis import RedisBank
-from bridge.bank.writer import Writer
-from bridge.seal import Keyring
+from bridge.bank.redis_bank import RedisBank
+from bridge.bank.write_queue import Writer
+from bridge.stub.keyring import Keyring
 from test_bank_servers import admin, cluster, cluster_url, free_port, three_primaries
 
 __all__ = ["cluster"]

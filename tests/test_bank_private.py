@@ -16,9 +16,9 @@ import redis
 from bank_support import PATIENCE, stub_of
 from bridge.bank import open_bank
 from bridge.bank.interface import BankUnavailable
-from bridge.bank.private import PrivateBank
+from bridge.bank.private_redis import PrivateBank
 from bridge.config import Bank
-from bridge.seal import Keyring
+from bridge.stub.keyring import Keyring
 
 pytestmark = pytest.mark.redis
 
@@ -113,8 +113,8 @@ async def test_a_killed_server_is_started_again_with_its_stubs(directory: Path, 
 
 KILLED_SIDECAR = """
 import asyncio, os, signal, sys
-from bridge.bank.private import PrivateBank
-from bridge.seal import Keyring
+from bridge.bank.private_redis import PrivateBank
+from bridge.stub.keyring import Keyring
 
 async def main():
     bank = PrivateBank(sys.argv[1], Keyring({b"test": b"k" * 32}))

@@ -13,10 +13,11 @@ import structlog
 
 from bank_support import GATEWAY, RedisServer, downloaded, keyring, listed, revised, stub_of
 from bridge.bank.interface import BankUnavailable
-from bridge.bank.readable import readable_fields
-from bridge.bank.redis import RedisBank
-from bridge.seal import Keyring
-from bridge.stub import Identity, Index, Stub
+from bridge.bank.redis_bank import RedisBank
+from bridge.stub.keyring import Keyring
+from bridge.stub.readable import readable_fields
+from bridge.stub.stub import Index, Stub
+from bridge.stub.types import Identity
 
 pytestmark = pytest.mark.redis
 

@@ -16,13 +16,13 @@ import pytest
 
 import redis
 from bank_support import GATEWAY, PASSWORD, PATIENCE, RedisServer, downloaded, listed, shipped_users, stub_of
-from bridge.bank.connect import connect
 from bridge.bank.keyspace import Keyspace
-from bridge.bank.redis import RedisBank
+from bridge.bank.redis_bank import RedisBank
+from bridge.bank.redis_url import connect
 from bridge.check import Grade
 from bridge.check.bank import bank as check_bank
 from bridge.config import Bank, GatewayConfig
-from bridge.seal import Keyring
+from bridge.stub.keyring import Keyring
 
 pytestmark = pytest.mark.redis
 

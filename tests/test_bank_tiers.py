@@ -12,11 +12,11 @@ import pytest
 
 from bank_support import PATIENCE, RedisServer, downloaded, keyring, listed, revised, stub_of
 from bridge.bank.interface import BankUnavailable
-from bridge.bank.redis import RedisBank
-from bridge.bank.tier import Tier
-from bridge.bank.tiers import ANY_REVISION, TieredBank
-from bridge.seal import Keyring
-from bridge.stub import Stub
+from bridge.bank.redis_bank import RedisBank
+from bridge.bank.replica import Tier
+from bridge.bank.replicated import ANY_REVISION, TieredBank
+from bridge.stub.keyring import Keyring
+from bridge.stub.stub import Stub
 
 pytestmark = pytest.mark.redis
 

@@ -12,9 +12,9 @@ import pytest
 import structlog
 
 from bank_support import PATIENCE, RedisServer, keyring, revised, stub_of
-from bridge.bank.redis import RedisBank
-from bridge.bank.writer import Writer
-from bridge.stub import Index, Stub
+from bridge.bank.redis_bank import RedisBank
+from bridge.bank.write_queue import Writer
+from bridge.stub.stub import Index, Stub
 
 pytestmark = pytest.mark.redis
 

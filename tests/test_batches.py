@@ -1,5 +1,5 @@
-"""What is answered once a batch is installed (bridge.batches). Only what the lab cannot time is here: a request that is
-decided on while charon takes in its SA."""
+"""What is answered once a batch is installed (bridge.gateway.install_queue). Only what the lab cannot time is here: a
+request that is decided on while charon takes in its SA."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, cast
 
 import pytest
 
-from bridge import batches as module
-from bridge.batches import Batches, Prepared
 from bridge.charon.charon import Charon
-from bridge.charon.ha import HaError
-from bridge.charon.segments import LONGEST_PAUSE
-from bridge.metrics import GatewayMetrics
-from bridge.unconfirmed import Rebuilt, State, Unconfirmed
+from bridge.charon.ha_message import HaError
+from bridge.charon.ha_segments import LONGEST_PAUSE
+from bridge.gateway import install_queue as module
+from bridge.gateway.install_queue import Batches, Prepared
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.rebuilt import Rebuilt, State
+from bridge.gateway.unconfirmed import Unconfirmed
 
 
 class Request:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from bridge.charon.charon import Charon
-from bridge.charon.extract import Listener
-from bridge.charon.reports import SaInfo, ViciError
+from bridge.charon.sa_tracker import Listener
+from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.config import Ha
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from bridge.facts import Pool
+from bridge.bank.gateway_facts import Pool
+from bridge.check.foreign_rules import _holds_up
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar, program
-from bridge.net.foreign import _holds_up
 
 Finding = dict[str, Any]
 
@@ -384,7 +384,7 @@ def test_pools_overlap_where_they_share_an_address(one: Pool, other: Pool, overl
 
 
 def test_the_facts_of_a_gateway_are_not_believed_to_be_well_formed(tmp_path: Path) -> None:
-    from bridge.facts import Facts, decode, encode
+    from bridge.bank.gateway_facts import Facts, decode, encode
 
     facts = Facts({"gw": ["net"]}, [Pool("clients", "10.0.0.0", 254)])
     assert decode(encode(facts)) == facts

@@ -1,4 +1,4 @@
-"""CHILD_SAs in the same round trip as their IKE_SA (bridge.children), and what charon is told of them."""
+"""CHILD_SAs in the same round trip as their IKE_SA (bridge.stub.child_sa), and what charon is told of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.charon.ha import VERSIONS, Attr, IkeId, MessageType, decode
-from bridge.charon.install import child_message
-from bridge.children import (
+from bridge.charon.ha_commands import child_message
+from bridge.charon.ha_message import VERSIONS, Attr, IkeId, MessageType, decode
+from bridge.ike.keys import child_keymat
+from bridge.ike.transforms import Prf
+from bridge.stub.child_sa import (
     AT_ONCE,
     MAX_SELECTORS,
     TUNNEL,
@@ -26,9 +28,7 @@ from bridge.children import (
     stays,
     wire_spi,
 )
-from bridge.ike.keys import child_keymat
-from bridge.ike.transforms import Prf
-from bridge.stub import Child, Selector
+from bridge.stub.types import Child, Selector
 
 NI, NR = bytes(32), bytes(range(32))
 IKE = IkeId.of(b"initiate", b"responds", True)

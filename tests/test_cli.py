@@ -14,7 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from bridge.cli import cli
+from bridge.cli.main import cli
 from bridge.lab.sidecar import program
 from test_man import builder
 

@@ -1,4 +1,4 @@
-"""The first protected exchange on a rebuilt IKE_SA (bridge.ike.confirm)."""
+"""The first protected exchange on a rebuilt IKE_SA (bridge.ike.key_confirmation)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from bridge.ike.confirm import MESSAGE_ID, Confirmation, possible
+from bridge.ike.encrypted_payload import NotAuthentic, Protection, protect, unprotect
+from bridge.ike.key_confirmation import MESSAGE_ID, Confirmation, possible
 from bridge.ike.keys import IkeKeys, derive_keys
 from bridge.ike.message import ExchangeType, Flag
-from bridge.ike.protect import NotAuthentic, Protection, protect, unprotect
 from bridge.ike.transforms import Encr, Integ, Prf, Suite
 
 CBC = Suite(Encr.AES_CBC, 128, Integ.HMAC_SHA2_256_128, Prf.HMAC_SHA2_256, 31)

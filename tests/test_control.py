@@ -1,4 +1,4 @@
-"""The control socket of a running sidecar (bridge.control)."""
+"""The control socket of a running sidecar (bridge.service.control)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bridge.control import MAX_LINE, SLICE, Answer, ControlError, ControlServer, call, encoded
+from bridge.service.control import MAX_LINE, SLICE, Answer, ControlError, ControlServer, call, encoded
 
 
 async def _echo(request: dict[str, Any]) -> Answer:

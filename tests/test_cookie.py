@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.ike.cookie import COOKIE_OCTETS, SECRET_SECONDS, Cookies, Glance, glance
-from bridge.ike.exchange import CookieChallenge, build_request, parse_request, parse_response
 from bridge.ike.message import HEADER, Flag, MalformedMessage, NotifyType, PayloadType, build, encode_notify, parse
+from bridge.ike.sync_exchange import CookieChallenge, build_request, parse_request, parse_response
 from bridge.ike.transforms import Suite
 
 SUITE = Suite(12, 128, 12, 5, 31)

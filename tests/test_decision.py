@@ -1,4 +1,4 @@
-"""What a request gets that no client of ours sends, and that the lab's suite cannot show (bridge.decision)."""
+"""What a request gets that no client of ours sends, and that the lab's suite cannot show (bridge.gateway.rebuild)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import msgspec
 import pytest
 
 from bank_support import stub_of
-from bridge.admission import Admission
 from bridge.charon.charon import Charon
 from bridge.config import Sync
-from bridge.decision import Decision, Refusal
-from bridge.handout import Handout
-from bridge.ike.exchange import build_request, parse_request
+from bridge.gateway.admission import Admission
+from bridge.gateway.client_stubs import Handout
+from bridge.gateway.rebuild import Decision
+from bridge.gateway.recent import Spent
+from bridge.gateway.refusal import Refusal
+from bridge.gateway.unconfirmed import Unconfirmed
+from bridge.ike.sync_exchange import build_request, parse_request
 from bridge.ike.transforms import PRF_OUTPUT, Prf
-from bridge.lookup import Spent
 from bridge.net.interface import Packet
-from bridge.unconfirmed import Unconfirmed
 
 
 class CharonWithoutConnections:

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 
-from bridge.handout import stub_sa
-from bridge.ike.stubexchange import build_move, move_message_id
+from bridge.charon.ike_sa import sa_of, stub_sa
+from bridge.ike.stub_exchange import build_move, move_message_id
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.demo import Ping
 from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar, program
 from bridge.lab.topology import BANK_KEY, CHOICES, SITE, bank_key, client_config, client_host
-from bridge.publish import sa_of
 from failover_support import complete, established, fresh, resume, spis, stub_key, the_sa
 from probe_support import the_stub
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from bridge import data
 from bridge.lab import Topology
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import DPD_DELAY, SITE
+from bridge.service import shipped_files as data
 from failover_support import connect, established, fresh, resume, the_sa
 
 pytestmark = pytest.mark.lab

@@ -1,4 +1,4 @@
-"""The one round trip of a resumption, both sides (bridge.ike.exchange)."""
+"""The one round trip of a resumption, both sides (bridge.ike.sync_exchange)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.ike.exchange import (
+from bridge.ike.keys import prf
+from bridge.ike.message import Flag, MalformedMessage, NotifyType, PayloadType, build, encode_notify, parse
+from bridge.ike.sync_exchange import (
     CookieChallenge,
     OrdinaryResponse,
     SyncRequest,
@@ -24,9 +26,7 @@ from bridge.ike.exchange import (
     verify_request,
     verify_response,
 )
-from bridge.ike.keys import prf
-from bridge.ike.message import Flag, MalformedMessage, NotifyType, PayloadType, build, encode_notify, parse
-from bridge.ike.sync import Sync
+from bridge.ike.sync_payload import Sync
 from bridge.ike.transforms import PRF_OUTPUT, Prf, Suite
 
 SUITE = Suite(12, 128, 12, 5, 31)

@@ -1,4 +1,4 @@
-"""HA messages and VICI reports, joined into IKE_SAs (bridge.charon.extract), on what real charons sent."""
+"""HA messages and VICI reports, joined into IKE_SAs (bridge.charon.sa_tracker), on what real charons sent."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from bridge.charon.extract import HALF_OPEN_SECONDS, Tracker
-from bridge.charon.ha import Attr, HaMessage, IkeId, MessageType, decode
-from bridge.charon.reports import ChildInfo, ConnectionInfo, Event, SaInfo
-from bridge.charon.sa import Condition, Sa, new_conditions
+from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType, decode
+from bridge.charon.ike_sa import Condition, Sa, new_conditions
+from bridge.charon.sa_tracker import HALF_OPEN_SECONDS, Tracker
+from bridge.charon.vici_types import ChildInfo, ConnectionInfo, Event, SaInfo
 from bridge.ike.transforms import Group
-from bridge.stub import Endpoint, Index
+from bridge.stub.stub import Index
+from bridge.stub.types import Endpoint
 from vectors_support import NAMES, SIDES, VECTORS, messages
 
 NOW = 1_800_000_000

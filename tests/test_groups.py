@@ -1,4 +1,4 @@
-"""Public values of key exchange groups (bridge.ike.groups), given to a real charon."""
+"""Public values of key exchange groups (bridge.ike.key_exchange), given to a real charon."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge.ike.groups import fresh_public_value
+from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.message import ExchangeType, Flag, Message, PayloadType, build, encode_ke, parse
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
 from bridge.lab import Lab

@@ -1,4 +1,4 @@
-"""The message format of strongSwan's ha plugin (bridge.charon.ha)."""
+"""The message format of strongSwan's ha plugin (bridge.charon.ha_message)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.charon.ha import Attr, HaError, IkeId, MessageType, decode, encode, version_for
-from bridge.stub import Endpoint, Identity, Selector
+from bridge.charon.ha_message import Attr, HaError, IkeId, MessageType, decode, encode, version_for
+from bridge.stub.types import Endpoint, Identity, Selector
 from vectors_support import NAMES, SIDES, VECTORS, messages
 
 VERSIONS = (3, 4, 5)

@@ -1,4 +1,5 @@
-"""Stubs that clients hold, sealed and opened, and found (bridge.handout, bridge.lookup); the bank is a real Redis."""
+"""Stubs that clients hold, sealed and opened, and found (bridge.gateway.client_stubs, bridge.gateway.stub_lookup); the
+bank is a real Redis."""
 
 from __future__ import annotations
 
@@ -11,18 +12,19 @@ import msgspec
 import pytest
 
 from bank_support import GATEWAY, RedisServer, keyring, stub_of
-from bridge.bank.redis import RedisBank
-from bridge.charon.extract import Tracker
-from bridge.charon.sa import Sa
-from bridge.handout import ANSWER_SECONDS, ANSWERS_A_SECOND, HELD_SECONDS, Handout, Policy
-from bridge.ike.exchange import SyncRequest, build_request, parse_request
-from bridge.ike.stubexchange import StubSa, build_get, parse_stub_message, verify
-from bridge.lookup import Lookup, Missing, Spent
-from bridge.metrics import GatewayMetrics
-from bridge.publish import sa_of
-from bridge.seal import Keyring, SealError
-from bridge.stub import Index, Selector, Stub
-from bridge.stubcodec import encode
+from bridge.bank.redis_bank import RedisBank
+from bridge.charon.ike_sa import Sa, sa_of
+from bridge.charon.sa_tracker import Tracker
+from bridge.gateway.client_stubs import ANSWER_SECONDS, ANSWERS_A_SECOND, HELD_SECONDS, Handout, Policy
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.recent import Spent
+from bridge.gateway.stub_lookup import Lookup, Missing
+from bridge.ike.stub_exchange import StubSa, build_get, parse_stub_message, verify
+from bridge.ike.sync_exchange import SyncRequest, build_request, parse_request
+from bridge.stub.codec import encode
+from bridge.stub.keyring import Keyring, SealError
+from bridge.stub.stub import Index, Stub
+from bridge.stub.types import Selector
 
 pytestmark = pytest.mark.redis
 

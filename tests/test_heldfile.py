@@ -1,4 +1,4 @@
-"""The file in which a client keeps its sessions (bridge.heldfile)."""
+"""The file in which a client keeps its sessions (bridge.client.session_file)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bank_support import stub_of
-from bridge.heldfile import HEADER, HeldFileError, Session, load, pack, write
+from bridge.client.session_file import HEADER, HeldFileError, Session, load, pack, write
 
 SESSIONS = [Session(stub_of(), b"sealed", 2e9), Session(stub_of(), None, 0.0)]
 

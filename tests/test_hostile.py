@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from bridge.ike.exchange import OrdinaryResponse, SyncResponse, parse_response
 from bridge.ike.message import ExchangeType, Flag, PayloadType, parse
-from bridge.ike.sync import Attribute, Sync
+from bridge.ike.sync_exchange import OrdinaryResponse, SyncResponse, parse_response
+from bridge.ike.sync_payload import Attribute, Sync
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host

@@ -1,4 +1,4 @@
-"""What a charon is told of a rebuilt IKE_SA (bridge.charon.install)."""
+"""What a charon is told of a rebuilt IKE_SA (bridge.charon.installer)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import cast
 
 import pytest
 
-from bridge.charon.channel import Channel, ChannelError
-from bridge.charon.ha import VERSIONS, Attr, IkeId, MessageType, decode
-from bridge.charon.install import Install, Installer, add_message, update_message
-from bridge.charon.peer import CharonSocket
-from bridge.charon.sa import Condition
-from bridge.charon.segments import LandingChoice
+from bridge.charon.ha_channel import Channel, ChannelError
+from bridge.charon.ha_commands import Install, add_message, update_message
+from bridge.charon.ha_message import VERSIONS, Attr, IkeId, MessageType, decode
+from bridge.charon.ha_segments import LandingChoice
+from bridge.charon.ike_sa import Condition
+from bridge.charon.installer import Installer
+from bridge.charon.socket_diag import CharonSocket
 from bridge.ike.transforms import Encr, Group, Prf, Suite
-from bridge.stub import Endpoint, Identity
+from bridge.stub.types import Endpoint, Identity
 
 PLAIN, PRIVATE = int(Condition.NAT_ANY), int(Condition.PRIVATE) | 4
 REBUILT = Install(

@@ -13,10 +13,10 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.address import address_text
-from bridge.net import rules
-from bridge.net.datagram import parse_datagram, udp_datagram
-from bridge.net.intercept import READ_AT_ONCE, Interceptor, InterceptUnavailable, Packet
+from bridge.ike.address import address_text
+from bridge.net import firewall as rules
+from bridge.net.nfqueue import READ_AT_ONCE, Interceptor, InterceptUnavailable, Packet
+from bridge.net.packet import parse_datagram, udp_datagram
 from net_support import FAMILIES, IKE_AUTH, RESPONSE, Wire, ike, inside, received, until, wire
 
 QUEUE = 4511

@@ -49,7 +49,7 @@ def test_events_have_names_of_one_form_and_no_text_but_values() -> None:
     for where, call in found:
         [event] = call.args
         if isinstance(event, ast.JoinedStr):
-            continue  # bridge/daemon.py: NAME-unavailable
+            continue  # bridge/service/process.py: NAME-unavailable
         assert isinstance(event, ast.Constant), where
         assert re.fullmatch(r"[a-z]+(-[a-z]+)*", str(event.value)), (where, event.value)
         for keyword in call.keywords:

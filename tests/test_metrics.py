@@ -10,10 +10,12 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
-from bridge import log
-from bridge.admission import Demand
-from bridge.decision import Refusal
-from bridge.metrics import ClientMetrics, GatewayMetrics, Metrics
+from bridge.client.metrics import ClientMetrics
+from bridge.gateway.admission import Demand
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.refusal import Refusal
+from bridge.service import log
+from bridge.service.metrics import Metrics
 
 
 def scrape(port: int) -> dict[str, float]:

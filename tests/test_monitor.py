@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from bank_support import GATEWAY, PATIENCE, RedisServer, keyring, shipped_users, stub_of
-from bridge.bank.redis import RedisBank
+from bridge.bank.redis_bank import RedisBank
 
 pytestmark = pytest.mark.redis
 

@@ -1,4 +1,4 @@
-"""What a client makes of a Move (bridge.moving)."""
+"""What a client makes of a Move (bridge.client.move_handler)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import asyncio
 import time
 from typing import Any
 
-from bridge.charon.extract import Tracker
-from bridge.charon.ha import IkeId
-from bridge.charon.sa import Sa
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import Sa
+from bridge.charon.sa_tracker import Tracker
+from bridge.client.move_handler import Mover
+from bridge.client.outcome import Outcome, Result
 from bridge.config import GatewayEntry
-from bridge.ike.stubexchange import (
+from bridge.ike.stub_exchange import (
     Move,
     MoveStatus,
     StubMessage,
@@ -21,9 +23,7 @@ from bridge.ike.stubexchange import (
     verify,
 )
 from bridge.ike.transforms import Suite
-from bridge.moving import Mover
-from bridge.outcome import Outcome, Result
-from bridge.stub import Endpoint
+from bridge.stub.types import Endpoint
 
 GATEWAY, TARGET = "192.0.2.1", "192.0.2.2"
 SK_D = b"d" * 32

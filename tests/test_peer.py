@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge.charon.ha import PORT
-from bridge.charon.peer import CharonSocket, Peer
+from bridge.charon.ha_message import PORT
+from bridge.charon.socket_diag import CharonSocket, Peer
 from net_support import inside, run
 
 SIDECAR, CHARON = "127.0.0.2", "127.0.0.1"

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
+from bridge.ike.encrypted_payload import NotAuthentic, Protection, protect, unprotect
 from bridge.ike.keys import derive_keys
 from bridge.ike.message import ExchangeType, Flag, MalformedMessage, NotifyType, PayloadType, encode_notify
-from bridge.ike.protect import NotAuthentic, Protection, protect, unprotect
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite, UnsupportedSuite
 
 SUITES = [

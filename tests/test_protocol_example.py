@@ -6,7 +6,8 @@ import hashlib
 import hmac
 import re
 
-from bridge.ike.exchange import (
+from bridge.ike.keys import derive_keys, skeyseed_resume
+from bridge.ike.sync_exchange import (
     SyncResponse,
     build_request,
     build_response,
@@ -15,7 +16,6 @@ from bridge.ike.exchange import (
     verify_request,
     verify_response,
 )
-from bridge.ike.keys import derive_keys, skeyseed_resume
 from bridge.ike.transforms import Suite
 from docs_support import DOCS
 

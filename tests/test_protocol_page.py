@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from bridge import admission, asking, children, decision, drain, handout, held
+from bridge.client import stub_keeper as held
+from bridge.client import sync_request as asking
 from bridge.config import ClientConfig, GatewayConfig
+from bridge.gateway import admission, drain
+from bridge.gateway import client_stubs as handout
+from bridge.gateway import rebuild as decision
 from bridge.ike import cookie
 from bridge.ike.transforms import Suite
+from bridge.stub import child_sa as children
 from docs_support import DOCS, missing_tests
 
 PAGE = DOCS / "protocol.md"

@@ -12,8 +12,8 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.net.datagram import udp_datagram
-from bridge.net.rawudp import Datagram, RawUdp, ResponseListener
+from bridge.net.packet import udp_datagram
+from bridge.net.raw_socket import Datagram, RawUdp, ResponseListener
 from net_support import FAMILIES, GET_STUB, IKE_AUTH, RESPONSE, Wire, ike, inside, received, until, wire
 
 MARKER = bytes(4)

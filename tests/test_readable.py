@@ -1,4 +1,4 @@
-"""What people read of a stub without its key (bridge.bank.readable)."""
+"""What people read of a stub without its key (bridge.stub.readable)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from bank_support import stub_of
-from bridge.bank.readable import READABLE, readable_fields
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
+from bridge.stub.readable import READABLE, readable_fields
 
 
 @pytest.mark.parametrize(

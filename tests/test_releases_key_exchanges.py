@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge import stubcodec
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import BANK_KEY, SITE
-from bridge.seal import Keyring
-from bridge.stub import Stub
+from bridge.stub import codec as stubcodec
+from bridge.stub.keyring import Keyring
+from bridge.stub.stub import Stub
 from failover_support import connect, established, fresh, resume, spis, stub_key, the_sa
 from vectors.record import logged
 

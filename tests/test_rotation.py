@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from bank_support import PATIENCE, RedisServer, stub_of
-from bridge.bank.redis import RedisBank
-from bridge.rotation import Rotation
-from bridge.seal import Keyring, generate
-from bridge.tasks import end
+from bridge.bank.key_rotation import Rotation
+from bridge.bank.redis_bank import RedisBank
+from bridge.service.tasks import end
+from bridge.stub.keyring import Keyring, generate
 
 pytestmark = pytest.mark.redis
 

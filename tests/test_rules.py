@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.net import rules
+from bridge.net import firewall as rules
 from net_support import FAMILIES, GET_STUB, IKE_AUTH, IKE_SA_INIT, INITIATOR, RESPONSE, Wire, ike, inside, wire
 
 QUEUE = 4510
@@ -267,7 +267,7 @@ def nft_queue_works() -> bool:
 
 
 UNPRIVILEGED = """
-from bridge.net import rules
+from bridge.net import firewall as rules
 try:
     rules.install(4510)
 except rules.RulesError as error:

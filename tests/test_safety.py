@@ -13,12 +13,13 @@ import time
 
 import pytest
 
-from bridge.ike.exchange import OrdinaryResponse, SyncResponse, parse_response, verify_response
+from bridge.ike.sync_exchange import OrdinaryResponse, SyncResponse, parse_response, verify_response
 from bridge.ike.transforms import Suite
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE, bank_key
-from bridge.stub import Endpoint, Identity, Index, Stub
+from bridge.stub.stub import Index, Stub
+from bridge.stub.types import Endpoint, Identity
 from failover_support import connect, counter, established, failed_over, fresh, resume, status, stub_key, the_sa
 from probe_support import rebuilt, refused, request, send, the_stub
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.seal import OVERHEAD, Keyring, SealError, generate
+from bridge.stub.keyring import OVERHEAD, Keyring, SealError, generate
 
 OLD, NEW = {b"old.": b"o" * 32}, {b"new.": b"n" * 32}
 PLACE = b"ike:stub:{192.0.2.1/ab}:ab00000000000001"

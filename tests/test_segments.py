@@ -1,11 +1,11 @@
-"""Segments of the ha plugin (bridge.charon.segments)."""
+"""Segments of the ha plugin (bridge.charon.ha_segments)."""
 
 from collections import Counter
 from ipaddress import ip_address, ip_network
 
 import pytest
 
-from bridge.charon.segments import LONGEST_PAUSE, SHARE, LandingChoice, landing_addresses, segment_of
+from bridge.charon.ha_segments import LONGEST_PAUSE, SHARE, LandingChoice, landing_addresses, segment_of
 
 
 @pytest.mark.parametrize(("address", "segment"), [("192.168.50.10", 13), ("198.18.0.8", 7), ("198.18.0.9", 3)])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.charon.settings import Settings
+from bridge.charon.conf_parser import Settings
 
 
 def settings(folder: Path, text: str) -> Settings:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from bank_support import stub_of
 from bridge.ike.transforms import Suite
-from bridge.stub import Child, Endpoint, Identity, Index, Selector, Stub, StubError
-from bridge.stubcodec import decode, encode
+from bridge.stub.codec import decode, encode
+from bridge.stub.stub import Index, Stub, StubError
+from bridge.stub.types import Child, Endpoint, Identity, Selector
 
 octet = st.integers(0, 255)
 word = st.integers(0, 2**16 - 1)

@@ -1,4 +1,4 @@
-"""GET and Download Stub, Move and Moving (bridge.ike.stubexchange)."""
+"""GET and Download Stub, Move and Moving (bridge.ike.stub_exchange)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.ike.message import Flag, MalformedMessage, PayloadType, build, parse
-from bridge.ike.stubexchange import (
+from bridge.ike.stub_exchange import (
     GET_MESSAGE_ID,
     Move,
     MoveStatus,
@@ -23,7 +23,7 @@ from bridge.ike.stubexchange import (
     parse_stub_message,
     verify,
 )
-from bridge.ike.sync import Attribute, Sync
+from bridge.ike.sync_payload import Attribute, Sync
 from bridge.ike.transforms import PRF_OUTPUT, Prf
 
 SK_D = b"d" * 32

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from bank_support import GATEWAY, RedisServer, stub_of
-from bridge.bank.redis import RedisBank
+from bridge.bank.redis_bank import RedisBank
 from bridge.lab.sidecar import program
-from bridge.seal import Keyring, generate
+from bridge.stub.keyring import Keyring, generate
 
 pytestmark = pytest.mark.redis
 

@@ -7,7 +7,7 @@ from itertools import cycle
 
 import pytest
 
-from bridge.ike.groups import fresh_public_value
+from bridge.ike.key_exchange import fresh_public_value
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE

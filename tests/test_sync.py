@@ -1,4 +1,4 @@
-"""The IKE_SA_SYNC payload (bridge.ike.sync)."""
+"""The IKE_SA_SYNC payload (bridge.ike.sync_payload)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.ike.message import MalformedMessage
-from bridge.ike.sync import Attribute, Sync, encode_child, proof_offset
+from bridge.ike.sync_payload import Attribute, Sync, encode_child, proof_offset
 
 SPI = bytes.fromhex("0123456789abcdef")
 addresses = st.one_of(

@@ -7,7 +7,7 @@ import struct
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, x448, x25519
 
-from bridge.ike.groups import fresh_public_value
+from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite, UnsupportedSuite, check_resumable, child_name
 
 CLASSIC = Suite(12, 128, 12, 5, 31)

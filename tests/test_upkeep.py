@@ -176,12 +176,13 @@ def test_what_the_ha_channel_dropped_is_asked_for_again(topology: Topology) -> N
 
 LAND = """
 import asyncio
-from bridge.charon.channel import Channel
-from bridge.charon.ha import IkeId, version_for
-from bridge.charon.install import Install, Installer
-from bridge.charon.segments import LandingChoice
+from bridge.charon.ha_channel import Channel
+from bridge.charon.ha_message import IkeId, version_for
+from bridge.charon.ha_commands import Install
+from bridge.charon.installer import Installer
+from bridge.charon.ha_segments import LandingChoice
 from bridge.ike.transforms import Encr, Group, Prf, Suite
-from bridge.stub import Endpoint, Identity
+from bridge.stub.types import Endpoint, Identity
 import sys
 
 async def land():

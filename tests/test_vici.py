@@ -1,4 +1,4 @@
-"""What charon says over VICI, read (bridge.charon.reports); that real charons say it: every test with a lab."""
+"""What charon says over VICI, read (bridge.charon.vici_types); that real charons say it: every test with a lab."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from bridge.charon import vici as module
-from bridge.charon.reports import ChildInfo, SaInfo, ViciError, parse_connection, parse_event, parse_ike_sa
-from bridge.charon.vici import EVENTS, Vici
-from bridge.stub import Endpoint
+from bridge.charon import vici_client as module
+from bridge.charon.vici_client import EVENTS, Vici
+from bridge.charon.vici_types import ChildInfo, SaInfo, ViciError, parse_connection, parse_event, parse_ike_sa
+from bridge.stub.types import Endpoint
 
 SA: dict[str, Any] = {
     "version": b"2",

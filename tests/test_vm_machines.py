@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge.control import ControlError
 from bridge.lab.daemon import wait_until
+from bridge.service.control import ControlError
 from vm_support import BRIDGE, PATIENCE, PROJECT, PROVISION, SECRETS, SITE, STATE, Machine, run
 
 pytestmark = pytest.mark.vm

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from bridge.ike.exchange import build_request
-from bridge.ike.groups import fresh_public_value
+from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.message import ExchangeType, NotifyType, PayloadType
+from bridge.ike.sync_exchange import build_request
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.charon import render

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from bridge.ike.cookie import Cookies, glance
-from bridge.ike.exchange import build_request, build_response, nat_hash, parse_request
-from bridge.ike.groups import fresh_public_value
-from bridge.ike.stubexchange import (
+from bridge.ike.key_exchange import fresh_public_value
+from bridge.ike.stub_exchange import (
     MoveStatus,
     StubSa,
     build_download,
@@ -21,8 +20,9 @@ from bridge.ike.stubexchange import (
     build_moving,
     parse_stub_message,
 )
+from bridge.ike.sync_exchange import build_request, build_response, nat_hash, parse_request
 from bridge.ike.transforms import Suite
-from bridge.net.datagram import MARKER, udp_datagram
+from bridge.net.packet import MARKER, udp_datagram
 from wire_support import as_codec_reads, as_tshark_reads, dissect, from_hex, values
 
 SUITE = Suite(12, 128, 12, 5, 31)

@@ -18,8 +18,8 @@ from typing import Any
 
 import vici
 
-from bridge import control
 from bridge.lab.daemon import SLOWNESS, wait_until
+from bridge.service import control
 
 log = logging.getLogger(__name__)
 """what takes minutes on an emulated processor: shown while the tests run"""

@@ -13,7 +13,7 @@ from typing import Any, Self
 import pytest
 
 from bridge.ike.message import ExchangeType, PayloadType, decode_ke, decode_notify, parse
-from bridge.ike.sync import Sync
+from bridge.ike.sync_payload import Sync
 from bridge.ike.transforms import Suite, TransformType
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bridge.bank.interface import StubBank
-from bridge.bank.private import PrivateBank
-from bridge.bank.redis import RedisBank
-from bridge.bank.tier import Tier
-from bridge.bank.tiers import TieredBank
+from bridge.bank.private_redis import PrivateBank
+from bridge.bank.redis_bank import RedisBank
+from bridge.bank.replica import Tier
+from bridge.bank.replicated import TieredBank
 from bridge.config import Bank
-from bridge.seal import Keyring
+from bridge.stub.keyring import Keyring
 
 
 def bank_url(config: Bank) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from msgspec import Struct
-
-from bridge.stub import Index, Stub
+from bridge.stub.readable import Readable
+from bridge.stub.stub import Index, Stub
 
 HEARTBEAT_SECONDS = 5.0
 """between two heartbeats of a gateway"""
@@ -19,34 +18,6 @@ DOWNLOAD_BATCH = 256
 
 class BankUnavailable(Exception):
     """The bank cannot be reached, or refuses: the text names the cause. Nothing is known of what was asked of it."""
-
-
-class Readable(Struct, frozen=True):
-    """What people may read of a stub without its key. Anyone who can write to the bank can forge it."""
-
-    index: Index
-    id_i: str
-    id_r: str
-    spi_i: str
-    """hex"""
-    spi_r: str
-    """hex"""
-    proposal: str
-    connection: str
-    vips: tuple[str, ...]
-    established: int
-    """Unix seconds"""
-    expires: int
-    """Unix seconds"""
-    revision: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: the index as `gateway` and `spi` (hex), the rest by name."""
-        fields: dict[str, Any] = {"gateway": self.index.gateway, "spi": self.index.spi.hex()}
-        for name in self.__struct_fields__[1:]:
-            fields[name] = getattr(self, name)
-        fields["vips"] = list(self.vips)
-        return fields
 
 
 class GatewaySign(NamedTuple):

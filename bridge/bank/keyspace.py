@@ -16,8 +16,8 @@ import structlog
 from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisError
 
-from bridge.bank.connect import connect
-from bridge.tasks import end
+from bridge.bank.redis_url import connect
+from bridge.service.tasks import end
 
 log = structlog.get_logger()
 
@@ -43,7 +43,7 @@ class Keyspace:
     """Listens to the keys that match `patterns` (globs), until `close`.
 
     `on_event` gets what happens. `on_state` gets True when it begins to hear all of it, False when it no longer does.
-    Both are called on the event loop. The URL is one of `bridge.bank.connect`.
+    Both are called on the event loop. The URL is one of `bridge.bank.redis_url`.
     """
 
     def __init__(

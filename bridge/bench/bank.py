@@ -12,15 +12,16 @@ from typing import Any, Final
 
 import uvloop
 
-from bridge import log as logging
-from bridge.bank.private import PrivateBank
-from bridge.bank.writer import Writer
+from bridge.bank.private_redis import PrivateBank
+from bridge.bank.write_queue import Writer
 from bridge.bench.plot import bars
 from bridge.bench.usage import Meter
-from bridge.daemon import spare_collections
 from bridge.ike.transforms import Suite
-from bridge.seal import Keyring
-from bridge.stub import Child, Endpoint, Identity, Index, Selector, Stub
+from bridge.service import log as logging
+from bridge.service.process import spare_collections
+from bridge.stub.keyring import Keyring
+from bridge.stub.stub import Index, Stub
+from bridge.stub.types import Child, Endpoint, Identity, Selector
 
 GATEWAY_STUBS: Final = 100_000
 """stubs of one gateway, unless told otherwise: a larger bank is that of more gateways"""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from bridge.address import packed
+from bridge.ike.address import packed
 from bridge.ike.message import Payload, PayloadType
 from bridge.ike.transforms import TransformType
-from bridge.stub import Child, Selector
+from bridge.stub.types import Child, Selector
 
 PROTOCOL_ESP = 3
 _KEY_LENGTH = 0x800E

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from bridge import control
 from bridge.lab.daemon import wait_until
 from bridge.lab.demo import Ping
 from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar
 from bridge.lab.topology import CHOICES, SITE, Topology, client_config, client_host
+from bridge.service import control
 
 FIRST = 100
 """last octet of the first one's address"""

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bridge import control
 from bridge.bench.generator import CLIENTS
 from bridge.bench.plot import bars
 from bridge.bench.usage import cpu_seconds, memory_octets, quantile
@@ -21,6 +20,7 @@ from bridge.lab.host import Host
 from bridge.lab.lab import Lab
 from bridge.lab.space import LabError
 from bridge.lab.topology import Topology, client_host, standard
+from bridge.service import control
 
 ADDRESS = "192.168.50.30"
 VISITOR = "192.168.50.40"

@@ -29,13 +29,13 @@ from collections import Counter, deque
 from ipaddress import IPv4Address
 from typing import Any
 
-from bridge.bank.redis import RedisBank
+from bridge.bank.redis_bank import RedisBank
 from bridge.bench.sessions import ESP_SPI, Children, Session, State, Unproven, imagine, is_answer
-from bridge.ike.groups import fresh_public_value
+from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.message import MalformedMessage
-from bridge.net.datagram import MARKER, PORT_NAT_T
-from bridge.seal import Keyring
-from bridge.stub import Index, Stub
+from bridge.net.packet import MARKER, PORT_NAT_T
+from bridge.stub.keyring import Keyring
+from bridge.stub.stub import Index, Stub
 
 CLIENTS = "10.128.0.0/9"
 """addresses of the imagined clients"""

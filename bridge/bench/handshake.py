@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bridge import control
 from bridge.bench.methods import METHODS, configure
 from bridge.bench.rig import Rig
 from bridge.bench.sessions import Children
@@ -29,6 +28,7 @@ from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar
 from bridge.lab.space import LabError
 from bridge.lab.topology import CHOICES, Topology, client_config, client_host
+from bridge.service import control
 
 DELAYS_MS = (0, 20, 100)
 """of the cable, each way"""

@@ -17,7 +17,7 @@ from bridge.lab.host import Host
 from bridge.lab.lab import Lab
 from bridge.lab.space import LabError
 from bridge.lab.topology import BANK_KEY, Topology, standard
-from bridge.stub import Index
+from bridge.stub.stub import Index
 
 ADDRESS = "192.168.50.30"
 PORT = 4500

@@ -16,11 +16,12 @@ from ipaddress import IPv4Address
 import msgspec
 
 from bridge.bench import child
-from bridge.ike.exchange import CookieChallenge, OrdinaryResponse, build_request, parse_response, verify_response
+from bridge.ike.encrypted_payload import Protection, protect, unprotect
 from bridge.ike.keys import derive_keys, skeyseed_resume
 from bridge.ike.message import ExchangeType, Flag, PayloadType, parse_header
-from bridge.ike.protect import Protection, protect, unprotect
-from bridge.stub import Endpoint, Identity, IdType, Index, Stub
+from bridge.ike.sync_exchange import CookieChallenge, OrdinaryResponse, build_request, parse_response, verify_response
+from bridge.stub.stub import Index, Stub
+from bridge.stub.types import Endpoint, Identity, IdType
 
 NONCE_OCTETS = 32
 FIRST_MESSAGE_ID = 1

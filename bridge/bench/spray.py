@@ -18,9 +18,9 @@ import time
 from ipaddress import IPv4Address
 
 from bridge.bench.generator import CLIENTS
-from bridge.ike.exchange import build_request
+from bridge.ike.sync_exchange import build_request
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
-from bridge.net.datagram import IPPROTO_UDP, PORT_NAT_T, udp_datagram
+from bridge.net.packet import IPPROTO_UDP, PORT_NAT_T, udp_datagram
 
 DIFFERENT = 16_384
 """packets, then the same once more: longer than any limit remembers a source"""

@@ -10,17 +10,18 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from bridge.charon.channel import Channel, ChannelError
-from bridge.charon.extract import Listener, Tracker
-from bridge.charon.ha import HaError, IkeId, version_for
-from bridge.charon.install import Install, Installer
-from bridge.charon.reports import ConnectionInfo, Event, SaInfo, ViciError
-from bridge.charon.sa import Sa
-from bridge.charon.segments import LandingChoice
-from bridge.charon.settings import pfs_children
-from bridge.charon.vici import Vici
-from bridge.children import SpiChoice
+from bridge.charon.conf_parser import pfs_children
+from bridge.charon.ha_channel import Channel, ChannelError
+from bridge.charon.ha_commands import Install
+from bridge.charon.ha_message import HaError, IkeId, version_for
+from bridge.charon.ha_segments import LandingChoice
+from bridge.charon.ike_sa import Sa
+from bridge.charon.installer import Installer
+from bridge.charon.sa_tracker import Listener, Tracker
+from bridge.charon.vici_client import Vici
+from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
 from bridge.config import Ha
+from bridge.stub.child_sa import SpiChoice
 
 log = structlog.get_logger()
 

@@ -10,17 +10,17 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from bridge import facts as shared
-from bridge.bank.connect import Client, connect
+from bridge.bank import gateway_facts as shared
+from bridge.bank.gateway_facts import Facts, Pool
 from bridge.bank.keyspace import Event, Keyspace
-from bridge.bank.redis import GATEWAYS, HEARTBEAT
-from bridge.charon.reports import ViciError
-from bridge.charon.vici import Vici
+from bridge.bank.redis_bank import GATEWAYS, HEARTBEAT
+from bridge.bank.redis_url import Client, connect
+from bridge.charon.vici_client import Vici
+from bridge.charon.vici_types import ViciError
 from bridge.check.charon import Charon
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.config import GatewayConfig
-from bridge.facts import Facts, Pool
-from bridge.stub import printable
+from bridge.stub.types import printable
 
 PATIENCE = 3.0
 """seconds"""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bridge import data
-from bridge.charon.ha import PORT, HaError, version_for
-from bridge.charon.peer import proc_address
-from bridge.charon.reports import ConnectionInfo, ViciError
-from bridge.charon.settings import Settings
-from bridge.charon.vici import START_SECONDS, Vici
+from bridge.charon.conf_parser import Settings
+from bridge.charon.ha_message import PORT, HaError, version_for
+from bridge.charon.socket_diag import proc_address
+from bridge.charon.vici_client import START_SECONDS, Vici
+from bridge.charon.vici_types import ConnectionInfo, ViciError
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import UdpSocket, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
+from bridge.service import shipped_files as data
 
 STRONGSWAN_CONF = Path("/etc/strongswan.conf")
 DROP_IN = "strongswan-conf/ike-sa-sync.conf"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bridge.charon.settings import SWANCTL_CONF, pfs_children
+from bridge.charon.conf_parser import SWANCTL_CONF, pfs_children
 from bridge.check.charon import Charon
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.config import ClientConfig

@@ -8,13 +8,14 @@ import stat
 import struct
 from pathlib import Path
 
-from bridge.charon.ha import PORT
+from bridge.charon.ha_message import PORT
+from bridge.check import foreign_rules as foreign
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import process_name, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.net import foreign, rules
-from bridge.net.intercept import queue_owner
-from bridge.seal import Keyring, SealError
+from bridge.net import firewall as rules
+from bridge.net.nfqueue import queue_owner
+from bridge.stub.keyring import Keyring, SealError
 
 
 def privileges() -> list[Finding]:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge.charon.peer import proc_address
+from bridge.charon.socket_diag import proc_address
 
 
 class Holder(NamedTuple):

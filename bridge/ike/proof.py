@@ -14,7 +14,7 @@ import hmac
 from typing import Final
 
 from bridge.ike.keys import prf as prf_of
-from bridge.ike.sync import Attribute, Sync, proof_offset
+from bridge.ike.sync_payload import Attribute, Sync, proof_offset
 from bridge.ike.transforms import PRF_OUTPUT, UnsupportedSuite
 
 _LABELS: Final = {False: b"IKE_SA_SYNC initiator", True: b"IKE_SA_SYNC responder"}

@@ -1,8 +1,8 @@
 """The bank's host: a real Redis with the shipped configuration."""
 
-from bridge import data
 from bridge.lab.daemon import Daemon
 from bridge.lab.host import Host
+from bridge.service import shipped_files as data
 
 PORT = 6379
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import vici
 
-from bridge import data
 from bridge.lab import space
 from bridge.lab.daemon import Daemon
 from bridge.lab.esp import Esp
 from bridge.lab.space import LabError
+from bridge.service import shipped_files as data
 
 if TYPE_CHECKING:
     from bridge.lab.host import Host

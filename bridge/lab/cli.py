@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import click
 
-from bridge.cli import json_option, print_json, working
+from bridge.cli.options import json_option
+from bridge.cli.output import print_json, working
 from bridge.lab import demo as demonstration
 from bridge.lab import space
 from bridge.lab.lab import Lab

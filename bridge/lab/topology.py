@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bridge import data
 from bridge.lab.bank import Bank
 from bridge.lab.charon import render
 from bridge.lab.daemon import SLOWNESS
 from bridge.lab.host import Host
 from bridge.lab.lab import Lab
 from bridge.lab.sidecar import Sidecar
+from bridge.service import shipped_files as data
 
 SITE = "10.10.0.1"
 BANK_KEY = "/etc/ike-sa-sync/bank.key"

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Packet(Protocol):
-    """An intercepted datagram; see bridge.net.intercept.Packet."""
+    """An intercepted datagram; see bridge.net.nfqueue.Packet."""
 
     src: str
     sport: int
@@ -22,6 +22,6 @@ class Packet(Protocol):
 
 
 class Sender(Protocol):
-    """See bridge.net.rawudp.RawUdp."""
+    """See bridge.net.raw_socket.RawUdp."""
 
     def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None: ...

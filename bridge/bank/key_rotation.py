@@ -1,0 +1,116 @@
+"""Rotation of the bank's keys without a gap: a new key seals once every living gateway has it, and then what other keys
+sealed is sealed anew, in the background.
+
+Which keys a gateway has is in its heartbeat. A Redis that was emptied names gateways again only with their next
+heartbeats: so a key has to be seen at all gateways for as long as a heartbeat lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from bridge.bank.interface import HEARTBEAT_TTL, BankUnavailable, StubBank
+from bridge.stub.keyring import Keyring, SealError
+
+log = structlog.get_logger()
+
+LOOK_SECONDS: Final = 2.0
+"""between two looks at the key file, and at which keys the other gateways have"""
+
+
+class Rotation:
+    """Keeps `keyring` as `key_file` has it, and chooses what seals. `address` is this gateway's in the index.
+
+    `settle` in seconds: how long all gateways have to be seen with a key before it seals.
+    """
+
+    def __init__(
+        self,
+        bank: StubBank,
+        keyring: Keyring,
+        key_file: str | Path,
+        address: str | None,
+        *,
+        settle: float = HEARTBEAT_TTL,
+        look: float = LOOK_SECONDS,
+    ) -> None:
+        self._bank = bank
+        self._keyring = keyring
+        self._file = Path(key_file)
+        self._address = address
+        self._settle = settle
+        self._look = look
+        self._stamp = self._stamp_of_file()
+        self._candidate: tuple[bytes, float] | None = None
+        """the key that would seal, and since when it has been so"""
+        self._resealed: set[str] = set()
+        # until the others are seen: the key that all have if any is on its way
+        keyring.prefer(keyring.ids[-1:])
+
+    def status(self) -> dict[str, Any]:
+        """For `ike-sa-sync status`: the key that seals, all keys of the file, whether an older one may go."""
+        return {
+            "sealing": self._keyring.sealing.hex(),
+            "keys": [key_id.hex() for key_id in self._keyring.ids],
+            "resealed": self._address in self._resealed,
+        }
+
+    def returned(self) -> None:
+        """The bank was away, or is another one than before: what it holds may be sealed with any key."""
+        self._resealed.clear()
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        first = True
+        while True:
+            self._reload()
+            try:
+                gateways = await self._bank.gateways()
+                others = [sign.keys for name, sign in gateways.items() if sign.alive and name != self._address]
+                # whoever starts among others that live does as they do
+                self._choose(frozenset(self._keyring.ids).intersection(*others), at_once=first and bool(others))
+                first = False
+                # each its own, and of those that are gone the first who comes
+                todo = {name for name, sign in gateways.items() if not sign.alive or name == self._address}
+                for gateway in todo - self._resealed:
+                    if count := await self._bank.reseal(gateway):
+                        log.info("stubs-resealed", gateway=gateway, stubs=count, key=self._keyring.sealing.hex())
+                    self._resealed.add(gateway)
+                self._resealed &= todo
+            except BankUnavailable:
+                self._candidate = None
+            await asyncio.sleep(self._look)
+
+    def _choose(self, everywhere: frozenset[bytes], *, at_once: bool) -> None:
+        """Let the first key of the file that is `everywhere` seal, if that has been so for long enough."""
+        chosen = next((key_id for key_id in self._keyring.ids if key_id in everywhere), self._keyring.sealing)
+        now = time.monotonic()
+        if self._candidate is None or self._candidate[0] != chosen:
+            self._candidate = (chosen, now)
+        if (at_once or now - self._candidate[1] >= self._settle) and self._keyring.prefer((chosen,)):
+            log.info("key-in-use", key=chosen.hex())
+            self._resealed.clear()
+
+    def _reload(self) -> None:
+        stamp = self._stamp_of_file()
+        if stamp in (None, self._stamp):
+            return
+        try:
+            self._keyring.replace(Keyring.load(self._file))
+        except SealError as error:
+            log.warning("keys-not-reloaded", reason=str(error), mend="the keys in memory stay in use")
+        else:
+            log.info("keys-reloaded", keys=[key_id.hex() for key_id in self._keyring.ids])
+        self._stamp = stamp
+
+    def _stamp_of_file(self) -> tuple[int, ...] | None:
+        try:
+            stat = self._file.stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino

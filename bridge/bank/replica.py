@@ -1,0 +1,102 @@
+"""One bank among several: whether it answers, and what it has yet to be told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import structlog
+
+from bridge.bank.interface import BankUnavailable
+from bridge.bank.keyspace import Keyspace
+from bridge.bank.redis_bank import GATEWAYS, RedisBank
+from bridge.bank.write_queue import LIMIT, Writer
+from bridge.stub.stub import Index, Stub
+
+log = structlog.get_logger()
+
+Answer = TypeVar("Answer")
+
+LATE: Final = "no answer in time"
+
+
+class Tier:
+    """A bank with a name for people: `local`, `central`, or the address of the gateway whose bank it is.
+
+    A bank that did not answer counts as down until it answers something that nobody waits for: a heartbeat, what it is
+    owed, or the watch that `start` begins. `on_up` is called when it comes back.
+    """
+
+    def __init__(self, name: str, url: str, bank: RedisBank, *, pending: int = LIMIT) -> None:
+        self.name = name
+        self.bank = bank
+        self.up = True
+        self.on_up: Callable[[Tier], None] = lambda _: None
+        self._owed = Writer(self, limit=pending, name=name)
+        self._watch = Keyspace(url, (GATEWAYS,), lambda _: None, self._watched)
+
+    def __repr__(self) -> str:
+        return f"Tier({self.name})"
+
+    def start(self) -> None:
+        """Watch whether it is there."""
+        self._watch.start()
+
+    async def close(self) -> None:
+        """Give it what it is owed, for a moment, and let go of it."""
+        await self._watch.close()
+        await self._owed.close()
+        await self.bank.close()
+
+    @property
+    def owed(self) -> int:
+        """Changes that other banks have and this one does not."""
+        return self._owed.pending
+
+    def status(self) -> dict[str, Any]:
+        """For `ike-sa-sync status`."""
+        return {"bank": self.name, "reachable": self.up, "pending": self.owed}
+
+    async def answer(self, asked: Awaitable[Answer], timeout: float | None = None) -> Answer:
+        """What it answers, within `timeout` s; whether it does is remembered. Raises BankUnavailable."""
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await asked
+        except TimeoutError:
+            self._is(False, LATE)
+            raise BankUnavailable(f"the bank of {self.name}: {LATE}") from None
+        except BankUnavailable as error:
+            self._is(False, str(error))
+            raise
+        self._is(True)
+        return answer
+
+    async def store(self, stubs: Sequence[Stub]) -> list[bool]:
+        """See StubBank."""
+        return await self.answer(self.bank.store(stubs))
+
+    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]:
+        """See StubBank."""
+        return await self.answer(self.bank.delete(items))
+
+    def owe(self, stub: Stub) -> None:
+        """Store `stub` when it is back."""
+        self._owed.submit(stub)
+
+    def owe_deletion(self, index: Index, revision: int) -> None:
+        """Delete the stub of `index` when it is back."""
+        self._owed.submit_delete(index, revision)
+
+    def _watched(self, hears: bool) -> None:
+        self._is(hears, "its connection has gone")
+
+    def _is(self, up: bool, reason: str = "") -> None:
+        if up == self.up:
+            return
+        self.up = up
+        if up:
+            log.info("bank-back", bank=self.name, owed=self.owed)
+            self.on_up(self)
+        else:
+            log.warning("bank-away", bank=self.name, reason=reason)

@@ -1,0 +1,361 @@
+"""Stubs in more banks than one: distributed and mixed, draft-xu-ike-sa-sync-01 section 3.5.
+
+A gateway's own bank is *near*, all others are *far*: those of its peers, and in mode mixed the central one. What makes
+copies agree is in the banks themselves (redis/*.lua): of two revisions the newer stays, and a session that ended is
+never stored again. So changes may come to them in any order, and more than once.
+
+    store     near, central, and the banks of the stub's targets
+    delete    everywhere: whoever holds a copy, and whoever might get one
+    get       near and central at once; what neither has is asked of all peers in parallel, for a bounded time. An end
+              that any of them knows of counts, and of several copies the one with the greatest revision
+
+A bank that was away may have missed ends. What only the near bank says is asked of the others too until it has caught
+up: it knows all ends that they know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
+from hashlib import blake2b
+from typing import Any, Final, TypeVar
+
+import structlog
+
+from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, GatewaySign
+from bridge.bank.redis_bank import RedisBank
+from bridge.bank.replica import Tier
+from bridge.service.tasks import end
+from bridge.stub.readable import Readable
+from bridge.stub.stub import Index, Stub
+
+log = structlog.get_logger()
+
+Answer = TypeVar("Answer")
+
+ANY_REVISION: Final = 2**53
+"""more than any revision, which is milliseconds of Unix time"""
+SETTLE_SECONDS: Final = 2.0
+"""after which every gateway that can reach a bank that is back writes to it again: only then it can catch up"""
+
+
+class TieredBank:
+    """StubBank over a near bank, a central one if there is any, and those of `peers`, by their gateways' addresses.
+
+    Stubs go to the peers in `targets`, or without any to `copies` of the peers, by the stub's index. A look-up waits
+    `peer_timeout` s for peers. `on_return` is called when one of the banks is back: it may have lost what it held.
+    """
+
+    def __init__(
+        self,
+        near: Tier,
+        central: Tier | None,
+        peers: Sequence[Tier],
+        *,
+        targets: Sequence[str] = (),
+        copies: int = 1,
+        peer_timeout: float = 0.1,
+    ) -> None:
+        self.near = near
+        self.on_return: Callable[[], None] = lambda: None
+        self._central = central
+        self._peers = list(peers)
+        self._far = [*([central] if central else []), *peers]
+        self._all = [near, *self._far]
+        self._targets = [peer for peer in peers if peer.name in targets]
+        self._copies = copies
+        self._peer_timeout = peer_timeout
+        # far banks that may know of ends which the near one has missed, and since when
+        self._ahead: dict[Tier, float] = {}
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Serve: watch the banks, bring them what they missed, and catch up with them."""
+        self._returned(self.near)
+        for tier in self._all:
+            tier.on_up = self._returned
+            tier.start()
+        self._task = asyncio.create_task(self._catch_up(), name="catch-up")
+
+    async def close(self) -> None:
+        """Let go of all banks."""
+        if self._task is not None:
+            await end(self._task)
+        await asyncio.gather(*(tier.close() for tier in self._all))
+
+    @property
+    def unreadable(self) -> int:
+        """Stubs found that did not open."""
+        return sum(tier.bank.unreadable for tier in self._all)
+
+    @property
+    def owed(self) -> int:
+        """Changes that one bank has and another one has yet to get."""
+        return sum(tier.owed for tier in self._all)
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether the near bank knows every end that a bank within reach knows."""
+        return not any(tier.up for tier in self._ahead)
+
+    def status(self) -> list[dict[str, Any]]:
+        """For `ike-sa-sync status`: each bank."""
+        return [tier.status() for tier in self._all]
+
+    # Initiate, Update, Delete
+
+    def holders(self, index: Index) -> list[Tier]:
+        """The banks that a stub of this gateway's is stored in."""
+        chosen = self._targets or sorted(self._peers, key=lambda peer: _weight(peer.name, index))[: self._copies]
+        return [self.near, *([self._central] if self._central else []), *chosen]
+
+    async def store(self, stubs: Sequence[Stub]) -> list[bool]:
+        """See StubBank. Stored is what one bank has; the others, if they are down, are owed it. False where one of
+        them refused."""
+        shares: dict[Tier, list[int]] = {}
+        for position, stub in enumerate(stubs):
+            for tier in self.holders(stub.index):
+                shares.setdefault(tier, []).append(position)
+        up = [tier for tier in shares if tier.up] or list(shares)
+        outcomes = await _each(up, lambda tier: tier.store([stubs[position] for position in shares[tier]]))
+        taken: dict[int, bool] = {}
+        for tier, stored in outcomes.items():
+            for position, done in zip(shares[tier], stored, strict=True):
+                taken[position] = taken.get(position, True) and done
+        if len(taken) < len(stubs):
+            raise BankUnavailable("none of the banks took it")
+        for tier in shares.keys() - outcomes.keys():
+            for position in shares[tier]:
+                tier.owe(stubs[position])
+        return [taken[position] for position in range(len(stubs))]
+
+    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]:
+        """See StubBank. True where any bank deleted; those that are down are owed it.
+
+        Without `start` nobody would bring it to them: then it raises BankUnavailable where one did not answer.
+        """
+        serving = self._task is not None
+        up = [tier for tier in self._all if tier.up or not serving] or self._all
+        outcomes = await _each(up, lambda tier: tier.delete(items))
+        away = [tier for tier in self._all if tier not in outcomes]
+        if len(away) == len(self._all):
+            raise BankUnavailable("none of the banks took it")
+        if away and not serving:
+            names = ", ".join(tier.name for tier in away)
+            raise BankUnavailable(f"deleted, but not in the bank of {names}, which does not answer: repeat it later")
+        for tier in away:
+            for index, revision in items:
+                tier.owe_deletion(index, revision)
+        return [any(deleted) for deleted in zip(*outcomes.values(), strict=True)]
+
+    # GET
+
+    async def get(self, indexes: Sequence[Index]) -> list[Stub | None]:
+        """See StubBank. What no bank has within its time is None."""
+        found: dict[Index, Stub] = {}
+        ended: set[Index] = set()
+        first = [tier for tier in (self.near, self._central) if tier is not None and tier.up]
+        answered = await self._look(dict.fromkeys(first, indexes), None, found, ended)
+        missing = [index for index in indexes if index not in found and index not in ended]
+        at_hand = list(found)
+        questions: dict[Tier, Sequence[Index]] = {}
+        for tier in self._far:
+            wanted = missing + at_hand if tier in self._ahead else missing
+            if wanted and tier not in first and tier.up:
+                questions[tier] = wanted
+        answered += await self._look(questions, self._peer_timeout, found, ended)
+        if not answered and indexes:
+            raise BankUnavailable("none of the banks answers")
+        return [None if index in ended else found.get(index) for index in indexes]
+
+    async def _look(
+        self,
+        questions: dict[Tier, Sequence[Index]],
+        timeout: float | None,
+        found: dict[Index, Stub],
+        ended: set[Index],
+    ) -> int:
+        """Ask banks in parallel, adding to `found` and `ended`; how many answered."""
+        answers = await _each(questions, lambda tier: tier.answer(tier.bank.look(questions[tier]), timeout))
+        for tier, rows in answers.items():
+            for index, (stub, over) in zip(questions[tier], rows, strict=True):
+                if over:
+                    ended.add(index)
+                if stub is not None and (index not in found or found[index].revision < stub.revision):
+                    found[index] = stub
+        return len(answers)
+
+    async def revisions(self, indexes: Sequence[Index]) -> list[int]:
+        """See StubBank: of the banks that a stub should be in and that answer, the one that is most behind counts."""
+        shares: dict[Tier, list[int]] = {}
+        for position, index in enumerate(indexes):
+            for tier in self.holders(index):
+                if tier.up:
+                    shares.setdefault(tier, []).append(position)
+        answers = await _each(
+            shares, lambda tier: tier.answer(tier.bank.revisions([indexes[position] for position in shares[tier]]))
+        )
+        least: dict[int, int] = {}
+        for tier, revisions in answers.items():
+            for position, revision in zip(shares[tier], revisions, strict=True):
+                least[position] = min(revision, least.get(position, revision))
+        if len(least) < len(indexes):
+            raise BankUnavailable("none of the banks answers")
+        return [least[position] for position in range(len(indexes))]
+
+    async def ended(self, indexes: Sequence[Index]) -> list[bool]:
+        """See StubBank: an end that any bank knows of counts."""
+        answers = await self._ask(lambda bank: bank.ended(indexes))
+        return [any(known) for known in zip(*answers.values(), strict=True)]
+
+    # Download
+
+    async def download(self, gateway: str, batch: int = DOWNLOAD_BATCH) -> AsyncGenerator[list[Stub]]:
+        """See StubBank: what is near first, then what only others have. A stub may come again at a newer revision."""
+        seen: dict[Index, int] = {}
+
+        async def read(tier: Tier) -> AsyncGenerator[list[Stub]]:
+            async with aclosing(tier.bank.download(gateway, batch)) as pages:
+                async for page in pages:
+                    if tier is not self.near and self.near.up:
+                        over = await self.near.bank.ended([stub.index for stub in page])
+                        page = [stub for stub, gone in zip(page, over, strict=True) if not gone]
+                    yield [stub for stub in page if seen.get(stub.index, -1) < stub.revision]
+
+        async with aclosing(self._read_all(read)) as pages:
+            async for page in pages:
+                seen.update((stub.index, stub.revision) for stub in page)
+                yield page
+
+    async def _read_all(self, read: Callable[[Tier], AsyncGenerator[Answer]]) -> AsyncGenerator[Answer]:
+        """What `read` gives of each bank that answers, one after the other. Raises BankUnavailable if none does."""
+        complete = 0
+        for tier in [tier for tier in self._all if tier.up]:
+            try:
+                async with aclosing(read(tier)) as pages:
+                    async for page in pages:
+                        yield page
+                complete += 1
+            except BankUnavailable as error:
+                log.warning("bank-unread", bank=tier.name, reason=str(error))
+        if not complete:
+            raise BankUnavailable("none of the banks answers")
+
+    # gateways and keys
+
+    async def reseal(self, gateway: str) -> int:
+        """See StubBank: in all banks within reach."""
+        return sum((await self._ask(lambda bank: bank.reseal(gateway))).values())
+
+    async def heartbeat(self, gateway: str, ttl: float) -> None:
+        """See StubBank: in all banks; one that was down and takes it is up again."""
+        if not await _each(self._all, lambda tier: tier.answer(tier.bank.heartbeat(gateway, ttl))):
+            raise BankUnavailable("none of the banks took it")
+
+    async def gateways(self) -> dict[str, GatewaySign]:
+        """See StubBank: a gateway lives if any bank says so, and has the keys that all of those name."""
+        merged: dict[str, GatewaySign] = {}
+        for signs in (await self._ask(lambda bank: bank.gateways())).values():
+            for name, sign in signs.items():
+                before = merged.get(name)
+                if before is None or not before.alive:
+                    merged[name] = sign
+                elif sign.alive:
+                    merged[name] = GatewaySign(True, before.keys & sign.keys)
+        return merged
+
+    async def post(self, kind: str, gateway: str, value: str, ttl: float) -> None:
+        """See StubBank: in all banks within reach."""
+        await self._ask(lambda bank: bank.post(kind, gateway, value, ttl))
+
+    async def posted(self, kind: str, gateway: str) -> bytes | None:
+        """See StubBank: what any bank has."""
+        answers = await self._ask(lambda bank: bank.posted(kind, gateway))
+        return next((value for value in answers.values() if value is not None), None)
+
+    async def ping(self) -> float:
+        """See StubBank: of the fastest."""
+        return min((await self._ask(lambda bank: bank.ping())).values())
+
+    async def _ask(self, question: Callable[[RedisBank], Awaitable[Answer]]) -> dict[Tier, Answer]:
+        """The answers of all banks within reach. Raises BankUnavailable if there is none."""
+        up = [tier for tier in self._all if tier.up] or self._all
+        answers = await _each(up, lambda tier: tier.answer(question(tier.bank)))
+        if not answers:
+            raise BankUnavailable("none of the banks answers")
+        return answers
+
+    # catching up
+
+    def _returned(self, tier: Tier) -> None:
+        now = time.monotonic()
+        self._ahead.update((each, now) for each in (self._far if tier is self.near else [tier]))
+        self._news.set()
+        self.on_return()
+
+    async def _catch_up(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            await asyncio.sleep(SETTLE_SECONDS)
+            for tier, since in list(self._ahead.items()):
+                if not tier.up or not self.near.up:
+                    continue  # its return is news
+                if time.monotonic() - since < SETTLE_SECONDS:
+                    self._news.set()
+                    continue
+                try:
+                    deleted = await self._take_endings(tier)
+                except BankUnavailable as error:
+                    log.debug("catch-up-waits", bank=tier.name, reason=str(error))
+                    self._news.set()
+                    with contextlib.suppress(BankUnavailable):
+                        await tier.answer(tier.bank.ping())
+                    continue
+                if self._ahead.get(tier) == since:
+                    del self._ahead[tier]
+                    log.info("caught-up", bank=tier.name, deleted=deleted)
+
+    async def _take_endings(self, tier: Tier) -> int:
+        """Delete near what has ended according to a far bank; how many stubs that were."""
+        deleted = 0
+        async with aclosing(tier.bank.endings()) as pages:
+            async for page in pages:
+                held = await self.near.answer(self.near.bank.revisions(page))
+                over = [(index, ANY_REVISION) for index, revision in zip(page, held, strict=True) if revision]
+                if over:
+                    deleted += sum(await self.near.delete(over))
+        return deleted
+
+    # last: from here on `list` is this method in the annotations of the class
+
+    async def list(self, gateway: str | None = None) -> AsyncGenerator[list[Readable]]:
+        """See StubBank: each stub once, from the nearest bank that has it."""
+        seen: set[Index] = set()
+        async with aclosing(self._read_all(lambda tier: tier.bank.list(gateway))) as pages:
+            async for page in pages:
+                yield [row for row in page if row.index not in seen]
+                seen.update(row.index for row in page)
+
+
+async def _each(tiers: Iterable[Tier], ask: Callable[[Tier], Awaitable[Answer]]) -> dict[Tier, Answer]:
+    """The answers of those banks that answer, asked in parallel."""
+    asked = list(tiers)
+    answers = await asyncio.gather(*(ask(tier) for tier in asked), return_exceptions=True)
+    given: dict[Tier, Answer] = {}
+    for tier, answer in zip(asked, answers, strict=True):
+        if isinstance(answer, BaseException):
+            if not isinstance(answer, BankUnavailable):
+                raise answer
+        else:
+            given[tier] = answer
+    return given
+
+
+def _weight(peer: str, index: Index) -> bytes:
+    """Rendezvous hashing: each stub ranks the peers its own way, and the ranks of the others stay when one goes."""
+    return blake2b(b"%s/%s" % (peer.encode(), index.spi), digest_size=8).digest()

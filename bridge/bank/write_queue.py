@@ -1,0 +1,212 @@
+"""Stub changes on their way to the bank: coalesced, bundled, kept while the bank is away."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import structlog
+
+from bridge.bank.interface import BankUnavailable
+from bridge.service.tasks import end
+from bridge.stub.codec import encode
+from bridge.stub.stub import Index, Stub, StubError
+
+log = structlog.get_logger()
+
+LIMIT: Final = 200_000
+"""changes kept while the bank is away"""
+DELAY: Final = 0.005
+"""seconds that a change waits for others to travel with"""
+BUNDLE: Final = 4096
+"""changes written at once, at most: enough that each bucket has several"""
+BACK_OFF_MIN: Final = 0.05
+BACK_OFF_MAX: Final = 0.5
+"""seconds between two attempts to write: what waits is on its way within this time of the bank's return"""
+CLOSE_PATIENCE: Final = 2.0
+"""seconds that `close` gives the bank to take what waits"""
+
+Change = Stub | int
+"""a stub to store, or the greatest revision to delete"""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What became of the changes."""
+
+    stored: int = 0
+    refused: int = 0
+    """not stored, since the bank holds a newer revision"""
+    deleted: int = 0
+    dropped: int = 0
+    """lost for want of room, or since they cannot be encoded, or at `close`"""
+    failures: int = 0
+    """attempts to write that the bank did not take"""
+
+
+class Writable(Protocol):
+    """What a Writer needs of a bank: see StubBank."""
+
+    async def store(self, stubs: Sequence[Stub]) -> list[bool]: ...
+    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]: ...
+
+
+class Writer:
+    """Writes stub changes behind the caller's back; one change an index waits at most, the latest.
+
+    Past `limit` waiting changes the one whose stub expires first is dropped, deletions last. Used within one running
+    event loop. `delay` in seconds. `name` is the bank's in the log.
+    """
+
+    def __init__(
+        self, bank: Writable, *, limit: int = LIMIT, delay: float = DELAY, bundle: int = BUNDLE, name: str = "bank"
+    ) -> None:
+        self.counters = Counters()
+        self._log = log.bind(bank=name)
+        self._bank = bank
+        self._limit = limit
+        self._delay = delay
+        self._bundle = bundle
+        self._waiting: dict[Index, Change] = {}
+        self._under_way: dict[Index, Change] = {}
+        # (expiry, order, index) of what waits; what has since been replaced or written is skipped when met
+        self._by_expiry: list[tuple[float, int, Index]] = []
+        self._order = itertools.count()
+        self._news = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def pending(self) -> int:
+        """Changes that the bank has not confirmed."""
+        return len(self._waiting) + sum(index not in self._waiting for index in self._under_way)
+
+    def submit(self, stub: Stub) -> None:
+        """Store `stub` soon, in place of whatever waits for its index."""
+        self._put(stub.index, stub)
+
+    def submit_delete(self, index: Index, revision: int) -> None:
+        """Delete the stub of `index` soon, unless the bank holds a newer revision than `revision`."""
+        # behind the stubs that were submitted before it: the stub of a rekeyed IKE_SA goes when the new one is there
+        self._waiting.pop(index, None)
+        self._put(index, revision)
+
+    async def flush(self) -> None:
+        """Wait until nothing is pending; for ever if the bank does not come back."""
+        await self._idle.wait()
+
+    async def close(self, patience: float = CLOSE_PATIENCE) -> None:
+        """Give the bank `patience` s to take what is pending, and end. What it does not take is lost, and logged."""
+        try:
+            async with asyncio.timeout(patience):
+                await self.flush()
+        except TimeoutError:
+            self._log.warning(
+                "stub-changes-lost", count=self.pending, reason="the bank did not take them before the end"
+            )
+            self.counters.dropped += self.pending
+        if self._task is not None:
+            await end(self._task)
+            self._task = None
+
+    # what waits
+
+    def _put(self, index: Index, change: Change) -> None:
+        self._waiting[index] = change
+        heapq.heappush(self._by_expiry, (_expiry(change), next(self._order), index))
+        if len(self._waiting) > self._limit:
+            self._drop()
+        if len(self._by_expiry) > 2 * len(self._waiting) + self._bundle:
+            self._by_expiry = [(_expiry(held), next(self._order), index) for index, held in self._waiting.items()]
+            heapq.heapify(self._by_expiry)
+        self._idle.clear()
+        self._news.set()
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._write(), name="bank-writer")
+
+    def _drop(self) -> None:
+        while self._by_expiry:
+            expiry, _, index = heapq.heappop(self._by_expiry)
+            held = self._waiting.get(index)
+            if held is not None and _expiry(held) == expiry:
+                del self._waiting[index]
+                self.counters.dropped += 1
+                return
+
+    # writing
+
+    async def _write(self) -> None:
+        pause = BACK_OFF_MIN
+        away = False
+        while True:
+            await self._news.wait()
+            await asyncio.sleep(self._delay)
+            while self._waiting:
+                bundle = list(itertools.islice(self._waiting.items(), self._bundle))
+                self._under_way = dict(bundle)
+                for index, _ in bundle:
+                    del self._waiting[index]
+                try:
+                    await self._write_bundle(self._under_way)
+                except BankUnavailable as error:
+                    self.counters.failures += 1
+                    self._take_back()
+                    if not away:
+                        self._log.warning("bank-writes-wait", reason=str(error), pending=self.pending)
+                        away = True
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, BACK_OFF_MAX)
+                else:
+                    if away:
+                        self._log.info("bank-writes-resume", pending=len(self._waiting))
+                        away = False
+                    pause = BACK_OFF_MIN
+                self._under_way = {}
+            self._by_expiry.clear()
+            self._news.clear()
+            self._idle.set()
+
+    def _take_back(self) -> None:
+        """Put what did not get through in front of what came since, which wins where both are of one index."""
+        since = self._waiting
+        self._waiting = {index: change for index, change in self._under_way.items() if index not in since}
+        self._waiting.update(since)
+        for index, change in self._under_way.items():
+            heapq.heappush(self._by_expiry, (_expiry(change), next(self._order), index))
+        self._under_way = {}
+        while len(self._waiting) > self._limit:
+            self._drop()
+
+    async def _write_bundle(self, bundle: dict[Index, Change]) -> None:
+        """Write a bundle, stubs before deletions. Raises BankUnavailable."""
+        stubs = [change for change in bundle.values() if isinstance(change, Stub)]
+        deletions = [(index, change) for index, change in bundle.items() if isinstance(change, int)]
+        if stubs:
+            try:
+                stored = await self._bank.store(stubs)
+            except StubError:
+                stored = await self._bank.store([stub for stub in stubs if self._fits(stub)])
+            self.counters.stored += sum(stored)
+            self.counters.refused += len(stored) - sum(stored)
+        if deletions:
+            self.counters.deleted += sum(await self._bank.delete(deletions))
+
+    def _fits(self, stub: Stub) -> bool:
+        try:
+            encode(stub)
+        except StubError as error:
+            self.counters.dropped += 1
+            self._log.error("stub-unfit", index=str(stub.index), reason=str(error))
+            return False
+        return True
+
+
+def _expiry(change: Change) -> float:
+    # a deletion that is lost leaves a stub of a session that is over, until it expires: the worst to lose
+    return change.expires if isinstance(change, Stub) else math.inf

@@ -1,0 +1,198 @@
+"""The HA messages that the sidecar sends to charon: install, update, activate, delete."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+from bridge.charon.ha_message import (
+    ADDITIONAL_KEY_EXCHANGES_SINCE,
+    PRIVATE_WORDS_SINCE,
+    Attr,
+    IkeId,
+    MessageType,
+    encode,
+)
+from bridge.charon.ike_sa import Condition, Sa
+from bridge.ike.transforms import Suite
+from bridge.stub.child_sa import NewChild
+from bridge.stub.types import Endpoint, Identity
+
+FIRST_MESSAGE_ID = 1
+"""of the client's requests on a rebuilt SA; IKE_SA_INIT with IKE_SA_SYNC was message 0"""
+
+_PRIVATE = int(Condition.PRIVATE)
+
+Attributes = list[tuple[Attr, Any]]
+
+
+class Install(msgspec.Struct, frozen=True, gc=False):
+    """All that charon is told of one rebuilt IKE_SA. `local` is this host, `id.initiator` whether it is the client."""
+
+    id: IkeId
+    suite: Suite
+    sk_d_old: bytes
+    nonce_i: bytes
+    nonce_r: bytes
+    local_id: Identity
+    remote_id: Identity
+    eap_id: Identity | None
+    local: Endpoint
+    remote: Endpoint
+    connection: str
+    conditions: tuple[int, ...]
+    extensions: tuple[int, ...]
+    local_vips: tuple[str, ...]
+    remote_vips: tuple[str, ...]
+    children: tuple[NewChild, ...] = ()
+    """to be installed with it"""
+    message_id: int = FIRST_MESSAGE_ID
+    """of the client's next request"""
+
+    def __repr__(self) -> str:
+        # keys are in it
+        return f"Install({self.id.spi_i.hex()}, {self.id.spi_r.hex()})"
+
+    @classmethod
+    def of(
+        cls,
+        sa: Sa,
+        *,
+        sk_d_old: bytes,
+        nonce_i: bytes,
+        nonce_r: bytes,
+        local_vips: tuple[str, ...],
+        remote_vips: tuple[str, ...],
+        children: tuple[NewChild, ...] = (),
+        message_id: int = FIRST_MESSAGE_ID,
+    ) -> Install:
+        """What makes charon have `sa`, whose peers and their identities are known."""
+        assert sa.local_id is not None
+        assert sa.remote_id is not None
+        assert sa.local is not None
+        assert sa.remote is not None
+        return cls(
+            id=sa.id,
+            suite=sa.suite,
+            sk_d_old=sk_d_old,
+            nonce_i=nonce_i,
+            nonce_r=nonce_r,
+            local_id=sa.local_id,
+            remote_id=sa.remote_id,
+            eap_id=sa.eap_id,
+            local=sa.local,
+            remote=sa.remote,
+            connection=sa.connection,
+            conditions=sa.conditions,
+            extensions=sa.extensions,
+            local_vips=local_vips,
+            remote_vips=remote_vips,
+            children=children,
+            message_id=message_id,
+        )
+
+
+def add_message(version: int, install: Install, landing: str) -> bytes:
+    """IKE_ADD: keys. charon derives as for a rekey; with an empty shared secret that is the draft's SKEYSEED
+    (draft-xu-ike-sa-sync-01 section 3.3)."""
+    suite = install.suite
+    attributes: Attributes = [
+        (Attr.IKE_VERSION, 2),
+        (Attr.IKE_ID, install.id),
+        (Attr.ALG_OLD_PRF, suite.prf),
+        (Attr.OLD_SKD, install.sk_d_old),
+        (Attr.ALG_ENCR, suite.encr),
+    ]
+    if suite.encr_len:
+        attributes.append((Attr.ALG_ENCR_LEN, suite.encr_len))
+    if suite.integ:
+        attributes.append((Attr.ALG_INTEG, suite.integ))
+    attributes += [
+        (Attr.ALG_PRF, suite.prf),
+        (Attr.ALG_KE, suite.group),
+    ]
+    if suite.additional and version >= ADDITIONAL_KEY_EXCHANGES_SINCE:
+        # what the SA was made with; none of them is done again
+        attributes.append((Attr.ALG_ADD_KES, struct.pack(f"!{len(suite.additional)}H", *suite.additional)))
+    attributes += [
+        (Attr.NONCE_I, install.nonce_i),
+        (Attr.NONCE_R, install.nonce_r),
+        (Attr.SECRET, b""),
+        (Attr.REMOTE_ADDR, Endpoint(landing, install.remote.port)),
+    ]
+    return encode(version, MessageType.IKE_ADD, attributes)
+
+
+def update_message(version: int, install: Install, landing: str) -> bytes:
+    """IKE_UPDATE: who the peers are; makes the SA PASSIVE. charon wants IKE_ID first."""
+    attributes: Attributes = [
+        (Attr.IKE_ID, install.id),
+        (Attr.LOCAL_ID, install.local_id),
+        (Attr.REMOTE_ID, install.remote_id),
+    ]
+    if install.eap_id is not None:
+        attributes.append((Attr.REMOTE_EAP_ID, install.eap_id))
+    attributes += [
+        (Attr.LOCAL_ADDR, install.local),
+        (Attr.REMOTE_ADDR, Endpoint(landing, install.remote.port)),
+    ]
+    attributes += [(Attr.CONDITIONS, word) for word in _words(version, install.conditions)]
+    attributes += [(Attr.EXTENSIONS, word) for word in _words(version, install.extensions)]
+    attributes.append((Attr.CONFIG_NAME, install.connection))
+    attributes += [(Attr.LOCAL_VIP, Endpoint(vip, 0)) for vip in install.local_vips]
+    attributes += [(Attr.REMOTE_VIP, Endpoint(vip, 0)) for vip in install.remote_vips]
+    return encode(version, MessageType.IKE_UPDATE, attributes)
+
+
+def _words(version: int, words: tuple[int, ...]) -> tuple[int, ...]:
+    """Those words of conditions or extensions that a charon of this version takes for what they are. An older one
+    reads the private word of a newer one's SA as another plain word, which takes NAT_ANY back."""
+    return words if version >= PRIVATE_WORDS_SINCE else tuple([word for word in words if not word & _PRIVATE])
+
+
+def message_id_message(version: int, install: Install) -> bytes:
+    """Where the client's requests go on; the gateway's first is 0, where charon starts anyway."""
+    kind = MessageType.IKE_MID_INITIATOR if install.id.initiator else MessageType.IKE_MID_RESPONDER
+    return encode(version, kind, [(Attr.IKE_ID, install.id), (Attr.MID, install.message_id)])
+
+
+def address_message(version: int, ike_id: IkeId, remote: Endpoint) -> bytes:
+    """IKE_UPDATE that only moves the SA to `remote`; charon applies it in any state."""
+    return encode(version, MessageType.IKE_UPDATE, [(Attr.IKE_ID, ike_id), (Attr.REMOTE_ADDR, remote)])
+
+
+def child_message(version: int, ike_id: IkeId, new: NewChild) -> bytes:
+    """CHILD_ADD: charon derives its keys from SK_d and the nonces (RFC 7296 section 2.17) and installs it."""
+    child = new.child
+    attributes: Attributes = [
+        (Attr.IKE_ID, ike_id),
+        (Attr.INITIATOR, int(child.initiator)),
+        (Attr.INBOUND_SPI, child.spi_in),
+        (Attr.OUTBOUND_SPI, child.spi_out),
+        (Attr.INBOUND_CPI, 0),
+        (Attr.OUTBOUND_CPI, 0),
+        (Attr.IPSEC_MODE, child.mode),
+        (Attr.IPCOMP, child.ipcomp),
+        (Attr.CONFIG_NAME, child.name),
+        (Attr.ALG_ENCR, child.encr),
+    ]
+    if child.encr_len:
+        attributes.append((Attr.ALG_ENCR_LEN, child.encr_len))
+    if child.integ:
+        attributes.append((Attr.ALG_INTEG, child.integ))
+    attributes += [(Attr.ESN, child.esn), (Attr.NONCE_I, new.nonce_i), (Attr.NONCE_R, new.nonce_r)]
+    attributes += [(Attr.LOCAL_TS, selector) for selector in child.local_ts]
+    attributes += [(Attr.REMOTE_TS, selector) for selector in child.remote_ts]
+    return encode(version, MessageType.CHILD_ADD, attributes)
+
+
+def delete_message(version: int, ike_id: IkeId) -> bytes:
+    """IKE_DELETE: charon drops the SA in silence, no DELETE to the peer, no updown event."""
+    return encode(version, MessageType.IKE_DELETE, [(Attr.IKE_ID, ike_id)])
+
+
+def segment_message(version: int, kind: MessageType, segment: int) -> bytes:
+    """SEGMENT_TAKE, SEGMENT_DROP or RESYNC of one segment."""
+    return encode(version, kind, [(Attr.SEGMENT, segment)])

@@ -1,0 +1,165 @@
+"""Rebuilt IKE_SAs into an unmodified charon, over its HA channel.
+
+An SA is installed as the HA peer's, which leaves it PASSIVE, in a landing segment (`segments`); one toggle of that
+segment activates all that were installed into it; then each gets its peer's real address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from bridge.charon.ha_channel import Channel, ChannelError
+from bridge.charon.ha_commands import (
+    Install,
+    add_message,
+    address_message,
+    child_message,
+    delete_message,
+    message_id_message,
+    segment_message,
+    update_message,
+)
+from bridge.charon.ha_message import (
+    IkeId,
+    MessageType,
+)
+from bridge.charon.ha_segments import LandingChoice, landing_addresses
+from bridge.stub.child_sa import NewChild
+
+FEW = 8
+"""SAs in a batch whose activation is not measured apart from their installation: that costs a client time"""
+
+
+class Installer:
+    """Installs batches into one charon, one after the other. Raises ChannelError when charon is not there."""
+
+    def __init__(self, channel: Channel, landing: LandingChoice) -> None:
+        self.toggles = 0
+        self.toggle_seconds = 0.0
+        """how long the last activation kept the SAs of its segment from answering, at most"""
+        self._channel = channel
+        self._landing = landing
+        self._addresses = landing_addresses(landing.count)
+        self._landing_addresses = frozenset(self._addresses.values())
+        self._landed: list[Install] = []
+        self._afterwards: list[bytes] = []
+        """what follows once these are active"""
+        self._where: int | None = None
+        """the charon that has them"""
+        self._one_at_a_time = asyncio.Lock()
+
+    async def install(self, batch: Sequence[Install]) -> None:
+        """Install and activate all of `batch`; done when charon has them established.
+
+        Raises HaError, with nothing sent, where one of them does not fit the format; ChannelError.
+        """
+        async with self._one_at_a_time:
+            await self._land(batch)
+            await self._activate()
+
+    async def land(self, batch: Sequence[Install]) -> None:
+        """Have charon take in all of `batch`, for the next activation. Raises as `install`."""
+        async with self._one_at_a_time:
+            await self._land(batch)
+
+    async def activate(self) -> None:
+        """Activate all that landed; done when charon has them established. Raises ChannelError, and then they are not
+        to be had any more."""
+        async with self._one_at_a_time:
+            await self._activate()
+
+    def lands_at(self, address: str) -> bool:
+        """Whether SAs have this address between their installation and their activation."""
+        return address in self._landing_addresses
+
+    def wait(self) -> float:
+        """Seconds until an activation costs running SAs no more than their share."""
+        return self._landing.wait(asyncio.get_running_loop().time())
+
+    async def _land(self, batch: Sequence[Install]) -> None:
+        segment = self._landing.next(asyncio.get_running_loop().time())
+        # all of it before any is sent: what charon was told half it would derive other keys for
+        messages, afterwards = list(self._installs(batch, segment)), list(self._activated(batch))
+        if not self._landed:
+            self._where = self._whose()
+        await self._channel.send(messages)
+        self._landed += batch
+        self._afterwards += afterwards
+
+    async def _activate(self) -> None:
+        clock = asyncio.get_running_loop().time
+        segment = self._landing.next(clock())
+        batch, self._landed = self._landed, []
+        afterwards, self._afterwards = self._afterwards, []
+        if self._whose() != self._where:
+            raise ChannelError("charon was restarted before the rebuilt SAs were active")
+        if len(batch) > FEW:
+            await self._channel.drained()
+            began = clock()
+            await self._channel.send(self._toggle(segment))
+            await self._channel.drained()
+            self.toggle_seconds = clock() - began
+            await self._channel.send(afterwards)
+            await self._channel.drained()
+        else:
+            began = clock()
+            await self._channel.send(chain(self._toggle(segment), afterwards))
+            await self._channel.drained()
+            self.toggle_seconds = clock() - began
+        self._landing.disturbed(segment, clock(), self.toggle_seconds)
+        self._landing.established.update(self._landing.segment_of(install.remote.address) for install in batch)
+        self.toggles += 1
+
+    def _whose(self) -> int | None:
+        """Which charon is there."""
+        end = self._channel.charon_socket()
+        return None if end is None else end.inode
+
+    def _installs(self, batch: Sequence[Install], segment: int) -> Iterator[bytes]:
+        version = self._channel.version
+        assert version is not None
+        landing = self._addresses[segment]
+        for install in batch:
+            yield add_message(version, install, landing)
+            yield update_message(version, install, landing)
+            yield message_id_message(version, install)
+
+    def _toggle(self, segment: int) -> Iterator[bytes]:
+        version = self._channel.version
+        assert version is not None
+        # charon takes no notice of a TAKE where the segment is not active yet
+        yield segment_message(version, MessageType.SEGMENT_TAKE, segment)
+        yield segment_message(version, MessageType.SEGMENT_DROP, segment)
+
+    def _activated(self, batch: Sequence[Install]) -> Iterator[bytes]:
+        """What follows once they are active."""
+        version = self._channel.version
+        assert version is not None
+        for install in batch:
+            yield address_message(version, install.id, install.remote)
+            # these take over the addresses that their IKE_SA has
+            for child in install.children:
+                yield child_message(version, install.id, child)
+
+    async def add_children(self, ike_id: IkeId, children: Sequence[NewChild]) -> None:
+        """Install CHILD_SAs of an IKE_SA that is there; done when charon has them."""
+        version = self._channel.version
+        assert version is not None
+        await self._channel.send([child_message(version, ike_id, child) for child in children])
+        await self._channel.drained()
+
+    async def delete(self, ike_ids: Sequence[IkeId]) -> None:
+        """Drop SAs in silence."""
+        version = self._channel.version
+        if version is not None and ike_ids:
+            await self._channel.send([delete_message(version, ike_id) for ike_id in ike_ids])
+
+    async def resync(self, segments: set[int]) -> None:
+        """Ask charon for everything about the SAs of these segments; it rekeys their CHILD_SAs afterwards."""
+        version = self._channel.version
+        if version is not None:
+            await self._channel.send(
+                [segment_message(version, MessageType.RESYNC, segment) for segment in sorted(segments)]
+            )

@@ -1,0 +1,417 @@
+"""HA messages and VICI reports of one charon, joined into its IKE_SAs. No I/O.
+
+HA messages bring the keys and what each SA is; VICI brings how long it lives and what HA leaves out (a client's own
+virtual IPs, moves to another address). Either may come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import Protocol
+
+import structlog
+
+from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
+from bridge.charon.ike_sa import Condition, Sa
+from bridge.charon.sa_recovery import Recall, child_of, drop_unlisted, groups, inherit
+from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, expiry
+from bridge.ike.keys import derive_sk_d, skeyseed_initial, skeyseed_rekey
+from bridge.ike.transforms import Suite, UnsupportedSuite, check_resumable
+from bridge.stub.types import Child
+
+log = structlog.get_logger()
+
+NO_EXPIRY_SECONDS = 86_400
+"""how long the stub of an SA without rekey and reauth time lives; reconciliation renews it"""
+EARLY_MAX = 200_000
+"""reports of VICI's kept for SAs whose HA messages are still to come"""
+FIRST_MESSAGE_ID = 1
+"""what a rebuilt SA expects first; more means that a request verified"""
+HALF_OPEN_SECONDS = 60.0
+"""an SA that has keys but is not up after this long never will be"""
+
+
+class Listener(Protocol):
+    """What happens to the SAs. Called from `Tracker`'s methods, in order."""
+
+    def changed(self, sa: Sa) -> None:
+        """`sa` came up, was rekeyed, moved, or its CHILD_SAs or virtual IPs changed."""
+
+    def gone(self, sa: Sa) -> None:
+        """`sa` ended: deleted by either side, timed out, or replaced by its rekeyed successor."""
+
+    def verified(self, ike_id: IkeId) -> None:
+        """charon received a request on `ike_id` that verified under its keys."""
+
+    def down(self, sa: SaInfo) -> None:
+        """VICI says that an IKE_SA went down; its state is DELETING if one of the sides asked for that."""
+
+
+class Tracker:
+    """The IKE_SAs of one charon, by both SPIs.
+
+    `wall` gives Unix seconds, `clock` monotonic ones.
+    """
+
+    def __init__(self, listener: Listener, *, wall: Callable[[], float], clock: Callable[[], float]) -> None:
+        self.sas: dict[bytes, Sa] = {}
+        self.connections: dict[str, ConnectionInfo] = {}
+        self.unresumable = 0
+        self._listener = listener
+        self._wall = wall
+        self._clock = clock
+        self._early: dict[bytes, SaInfo] = {}
+        self.recall = Recall()
+        self._half_open: dict[bytes, Sa] = {}
+
+    # HA
+
+    def handle(self, message: HaMessage) -> None:
+        """Take in one message of charon's."""
+        ike_id: IkeId | None = message.first(Attr.IKE_ID)
+        if ike_id is None:
+            return
+        match message.type:
+            case MessageType.IKE_MID_RESPONDER:
+                self._verified(ike_id, message.first(Attr.MID, 0))
+            case MessageType.IKE_ADD:
+                self._add(ike_id, message)
+            case MessageType.IKE_UPDATE:
+                self._update(ike_id, message)
+            case MessageType.IKE_DELETE:
+                self._delete(ike_id)
+            case MessageType.CHILD_ADD:
+                self._child_add(ike_id, message)
+            case MessageType.CHILD_DELETE:
+                self._child_delete(ike_id, message)
+            case _:
+                pass
+
+    def _verified(self, ike_id: IkeId, next_id: int) -> None:
+        sa = self.sas.get(ike_id.spis)
+        if sa is not None and sa.unproven and next_id > FIRST_MESSAGE_ID:
+            sa.unproven = False
+            self._come_up(sa)
+            self._listener.changed(sa)
+        self._listener.verified(ike_id)
+
+    def _add(self, ike_id: IkeId, message: HaMessage) -> None:
+        if message.first(Attr.IKE_VERSION) != 2:
+            return
+        suite = Suite(
+            encr=message.first(Attr.ALG_ENCR, 0),
+            encr_len=message.first(Attr.ALG_ENCR_LEN, 0),
+            integ=message.first(Attr.ALG_INTEG, 0),
+            prf=message.first(Attr.ALG_PRF, 0),
+            group=message.first(Attr.ALG_KE, 0),
+            additional=groups(message.first(Attr.ALG_ADD_KES, b"")),
+        )
+        known = self.sas.get(ike_id.spis)
+        if not suite.prf:
+            # a further key exchange of the same SA (RFC 9370) comes without its proposal
+            if known is None:
+                return
+            suite = known.suite
+        try:
+            check_resumable(suite)
+            sk_d, secret = self._keys(ike_id, suite, known, message)
+        except (UnsupportedSuite, ValueError) as error:
+            self.unresumable += 1
+            log.warning("sa-not-resumable", spi_i=ike_id.spi_i.hex(), spi_r=ike_id.spi_r.hex(), reason=str(error))
+            sk_d, secret, resumable = b"", None, False
+        else:
+            resumable = True
+        rekeyed: IkeId | None = message.first(Attr.IKE_REKEY_ID)
+        if known is not None:
+            # a resynchronisation repeats what is known; RFC 9370 updates the keys
+            known.sk_d, known.shared_secret, known.suite, known.resumable = sk_d, secret, suite, resumable
+            return
+        self._sweep()
+        sa = Sa(ike_id, suite, sk_d, secret, seen=self._clock(), resumable=resumable)
+        if rekeyed is not None:
+            sa.rekeyed_from = self.sas.get(rekeyed.spis)
+            if sa.rekeyed_from is None:
+                self.recall.rekeyed(rekeyed, sa)
+        # a rebuilt SA, told again after the sidecar forgot it: perhaps nobody ever proved the keys
+        sa.unproven = message.first(Attr.OLD_SKD) is not None and rekeyed is None and not ike_id.initiator
+        self.sas[ike_id.spis] = sa
+        self._half_open[ike_id.spis] = sa
+
+    @staticmethod
+    def _keys(ike_id: IkeId, suite: Suite, known: Sa | None, message: HaMessage) -> tuple[bytes, bytes | None]:
+        """SK_d and the shared secret, that of all key exchanges one after the other.
+
+        RFC 7296 sections 2.14 and 2.18, RFC 9370 sections 2.2.2 and 2.2.4.
+        """
+        ni, nr = message.first(Attr.NONCE_I), message.first(Attr.NONCE_R)
+        secret: bytes = message.first(Attr.SECRET, b"")
+        additional: bytes = message.first(Attr.ADD_SECRET, b"")
+        old_sk_d: bytes | None = message.first(Attr.OLD_SKD)
+        prf: int = suite.prf
+        earlier = b""
+        if ni is None or nr is None:
+            raise ValueError("charon sent no nonces")
+        if old_sk_d is not None:
+            prf = message.first(Attr.ALG_OLD_PRF, prf)
+        elif known is not None and message.first(Attr.ALG_PRF) is None:
+            old_sk_d, earlier = known.sk_d, known.shared_secret or b""
+        if old_sk_d is None:
+            seed = skeyseed_initial(prf, secret, ni, nr)
+        else:
+            seed = skeyseed_rekey(prf, old_sk_d, secret, ni, nr, additional)
+        sk_d = derive_sk_d(suite, seed, ni, nr, ike_id.spi_i, ike_id.spi_r, algorithm=prf)
+        return sk_d, earlier + secret + additional or None
+
+    def _update(self, ike_id: IkeId, message: HaMessage) -> None:
+        sa = self.sas.get(ike_id.spis)
+        if sa is None:
+            return
+        for name, value in message.attributes:
+            match name:
+                case Attr.LOCAL_ID:
+                    sa.local_id = value
+                case Attr.REMOTE_ID:
+                    sa.remote_id = value
+                case Attr.REMOTE_EAP_ID:
+                    sa.eap_id = value
+                case Attr.LOCAL_ADDR:
+                    sa.local = value
+                case Attr.REMOTE_ADDR:
+                    sa.remote = value
+                case Attr.CONFIG_NAME:
+                    sa.connection = value
+        if conditions := message.all(Attr.CONDITIONS):
+            sa.conditions = conditions
+        if extensions := message.all(Attr.EXTENSIONS):
+            sa.extensions = extensions
+        if peers := message.all(Attr.PEER_ADDR):
+            sa.peer_addresses = peers
+        if vips := message.all(Attr.REMOTE_VIP):
+            sa.remote_vips = tuple(vip.address for vip in vips)
+        if vips := message.all(Attr.LOCAL_VIP):
+            sa.local_vips = tuple(vip.address for vip in vips)
+        if not sa.up and sa.connection and not sa.unproven:
+            self._come_up(sa)
+        if sa.up:
+            self._listener.changed(sa)
+
+    def _come_up(self, sa: Sa) -> None:
+        sa.up = True
+        sa.share()
+        self._half_open.pop(sa.id.spis, None)
+        if sa.has(Condition.PPK) and sa.resumable:
+            # charon mixes the PPK into SK_d behind the ha plugin's back (RFC 8784)
+            sa.resumable = False
+            self.unresumable += 1
+            log.warning(
+                "sa-not-resumable",
+                spi_i=sa.id.spi_i.hex(),
+                spi_r=sa.id.spi_r.hex(),
+                reason="it uses a post-quantum preshared key (RFC 8784), which charon's ha plugin does not carry",
+            )
+        if (old := sa.rekeyed_from) is not None:
+            inherit(sa, old)
+            self.recall.rekeyed_again(old, sa)
+            sa.rekeyed_from = None
+        now = int(self._wall())
+        sa.established = now
+        info = self._early.pop(sa.id.spis, None)
+        if info is not None:
+            self._take_info(sa, info, since=self._clock())
+        else:
+            self._assume_lifetime(sa, now)
+
+    def _assume_lifetime(self, sa: Sa, now: int) -> None:
+        """Until VICI says better: what the connection is configured to, which jitter can only shorten."""
+        connection = self.connections.get(sa.connection)
+        lifetime = connection.lifetime if connection else 0
+        sa.rekey_at = now + connection.rekey_time if connection and connection.rekey_time else 0
+        sa.expires = now + (lifetime or NO_EXPIRY_SECONDS)
+
+    def _delete(self, ike_id: IkeId) -> None:
+        sa = self.sas.pop(ike_id.spis, None)
+        self._half_open.pop(ike_id.spis, None)
+        self._early.pop(ike_id.spis, None)
+        if sa is not None and (sa.up or sa.adopted):
+            self._listener.gone(sa)
+
+    def _child_add(self, ike_id: IkeId, message: HaMessage) -> None:
+        sa = self.sas.get(ike_id.spis)
+        if sa is None:
+            self.recall.keep(message, self._clock())
+            return
+        self.put_child(sa, child_of(message))
+        if sa.up:
+            self._listener.changed(sa)
+
+    def _child_delete(self, ike_id: IkeId, message: HaMessage) -> None:
+        sa = self.sas.get(ike_id.spis)
+        if sa is None:
+            self.recall.keep(message, self._clock())
+        elif sa.drop_child(message.first(Attr.INBOUND_SPI, 0)) and sa.up:
+            self._listener.changed(sa)
+
+    def _sweep(self) -> None:
+        """Forget handshakes that came to nothing; the oldest come first."""
+        limit = self._clock() - HALF_OPEN_SECONDS
+        while self._half_open:
+            spis, sa = next(iter(self._half_open.items()))
+            if sa.seen > limit:
+                return
+            del self._half_open[spis]
+            self.sas.pop(spis, None)
+
+    # VICI
+
+    def event(self, event: Event) -> None:
+        """Take in one VICI event."""
+        if event.kind == "ike-updown" and event.up is False:
+            self._early.pop(event.sa.spis, None)
+            self._listener.down(event.sa)
+            return
+        sa = self.sas.get(event.sa.spis)
+        if sa is not None and sa.up:
+            now = self._clock()
+            if event.kind == "ike-update":
+                sa.moved = now
+            if self._take_info(sa, event.sa, since=now):
+                self._listener.changed(sa)
+        elif event.kind in ("ike-updown", "ike-rekey"):
+            if len(self._early) > EARLY_MAX:
+                self._early.clear()
+            self._early[event.sa.spis] = event.sa
+
+    def _take_info(self, sa: Sa, info: SaInfo, *, since: float) -> bool:
+        """Join what VICI says, asked for at `since`; whether that changed the stub by more than a second of jitter."""
+        if info.state != "ESTABLISHED":
+            return False
+        # a long list tells of when it was asked for, however late it is read
+        now = self._wall() - (self._clock() - since)
+        rekey_at, reauth_at, expires = expiry(info, self.connections.get(sa.connection), now)
+        if not expires:
+            # lives for ever: its stub is renewed in good time, not at every look
+            left = sa.expires - now
+            expires = sa.expires if left > NO_EXPIRY_SECONDS / 2 else int(now) + NO_EXPIRY_SECONDS
+        moved = abs(sa.expires - expires) > 2 or abs(sa.rekey_at - rekey_at) > 2 or abs(sa.reauth_at - reauth_at) > 2
+        if moved:
+            sa.rekey_at, sa.reauth_at, sa.expires = rekey_at, reauth_at, expires
+        sa.established = int(now) - info.established
+        # a list that was on its way while the SA moved has it where it was
+        local, remote = (info.local, info.remote) if since >= sa.moved else (sa.local, sa.remote)
+        where = (local, remote, info.local_vips or sa.local_vips, info.remote_vips or sa.remote_vips)
+        # what is equal stays the object that others share
+        if where != (sa.local, sa.remote, sa.local_vips, sa.remote_vips):
+            sa.local, sa.remote, sa.local_vips, sa.remote_vips = where
+            return True
+        return moved
+
+    # what no message tells
+
+    def put_child(self, sa: Sa, child: Child) -> None:
+        """A CHILD_SA that `sa` has from now on."""
+        sa.put_child(child)
+        sa.children_at = self._clock()
+
+    def adopt(self, sa: Sa) -> None:
+        """An SA that the sidecar itself installed, or knew before it restarted: charon is silent about these."""
+        sa.seen = self._clock()
+        sa.adopted = True
+        sa.children_at = sa.seen
+        sa.share()
+        self.sas[sa.id.spis] = sa
+        self._early.pop(sa.id.spis, None)
+
+    def take_back(self, sa: Sa, info: SaInfo, *, since: float) -> bool:
+        """An SA that the bank remembers and VICI, asked at `since`, lists; False where it has CHILD_SAs that nobody
+        told of."""
+        heir = self.recall.heir(sa)
+        if heir is not None:
+            self._listener.changed(heir)
+            return True
+        remembered = sa.children
+        if not self.recall.catch_up(sa, info, since=since):
+            return False
+        self.adopt(sa)
+        if sa.children != remembered:
+            self._listener.changed(sa)
+        return True
+
+    def forget(self, ike_id: IkeId) -> Sa | None:
+        """Drop an SA that the sidecar itself removes; nobody is told."""
+        self._half_open.pop(ike_id.spis, None)
+        return self.sas.pop(ike_id.spis, None)
+
+    def forget_all(self) -> None:
+        """charon died: its SAs are gone without a word, and their stubs are what clients resume from."""
+        self.sas.clear()
+        self._half_open.clear()
+        self._early.clear()
+        self.recall.end()
+
+    def child_spis(self) -> Iterator[int]:
+        """The inbound ESP SPIs of all CHILD_SAs."""
+        return (child.spi_in for sa in self.sas.values() for child in sa.children)
+
+    def established(self) -> Iterator[Sa]:
+        """All SAs that are up."""
+        # a copy: metrics are read in another thread
+        return (sa for sa in list(self.sas.values()) if sa.up)
+
+    def count(self) -> tuple[int, int]:
+        """How many SAs are up, and how many of them have a stub that was given to the bank."""
+        up = [sa.published_at for sa in list(self.sas.values()) if sa.up]
+        return len(up), len(up) - up.count("")
+
+    def compare(self, *, since: float) -> Comparison:
+        """Begin to compare with a full list of VICI's that was asked for at `since` (clock seconds)."""
+        return Comparison(self, since, set(self._early))
+
+    def listed(self, info: SaInfo, *, since: float) -> bool:
+        """Take what VICI lists of an SA that is up: its lifetime, where it is, CHILD_SAs that it no longer has. False
+        where the keys of it are missing here."""
+        sa = self.sas.get(info.spis)
+        if sa is None or not (sa.up or sa.adopted):
+            # for when the HA channel tells the rest
+            self._early[info.spis] = info
+            return False
+        if sa.up:
+            changed = self._take_info(sa, info, since=since)
+            if sa.children_at < since and drop_unlisted(sa, info):
+                changed = True
+            if changed:
+                self._listener.changed(sa)
+        return True
+
+    def unlisted(self, present: Set[bytes], early: Set[bytes], *, since: float) -> None:
+        """End the SAs that charon no longer has; `present` are the SPIs of those that it has, `early` of those that
+        were reported before."""
+        for spis in early - present:
+            self._early.pop(spis, None)
+        for spis, sa in list(self.sas.items()):
+            if sa.up and spis not in present and sa.seen < since:
+                self._delete(sa.id)
+
+
+class Comparison:
+    """What a tracker knows against all that VICI lists, which comes in parts."""
+
+    def __init__(self, tracker: Tracker, since: float, early: Set[bytes]) -> None:
+        self._tracker = tracker
+        self._since = since
+        self._early = early
+        self._present: set[bytes] = set()
+        self._missing: dict[bytes, SaInfo] = {}
+
+    def take(self, infos: Sequence[SaInfo]) -> None:
+        """Some of the list."""
+        for info in infos:
+            self._present.add(info.spis)
+            if info.version == 2 and info.state == "ESTABLISHED" and not self._tracker.listed(info, since=self._since):
+                self._missing[info.spis] = info
+        self._missing |= {info.spis: info for info in self._tracker.recall.awaited(infos)}
+
+    def end(self) -> dict[bytes, SaInfo]:
+        """That was all of it. Gives the SAs whose keys are missing; and for those that were rekeyed before they were
+        recalled, and lack CHILD_SAs, what they were before."""
+        self._tracker.unlisted(self._present, self._early, since=self._since)
+        return self._missing

@@ -1,0 +1,250 @@
+"""The commands that run a sidecar or ask one: gateway, client, resume, status, check, keygen."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from bridge.cli.options import (
+    BAD_CONFIGURATION,
+    an_address,
+    client_config_option,
+    config_option,
+    fail,
+    gateway_config_option,
+    json_option,
+    read_any,
+    read_config,
+)
+from bridge.cli.output import count, duration, print_json, show, table, working
+from bridge.config import ClientConfig, ConfigError, GatewayConfig, LogLevel
+from bridge.service import control
+
+if TYPE_CHECKING:
+    from bridge.check import Finding
+
+
+@click.command()
+@gateway_config_option
+def gateway(path: str | None) -> None:
+    """Run the gateway's sidecar, in the foreground.
+
+    Stores a stub of every IKE_SA of the local charon in the bank, and answers clients that resume here.
+    """
+    config = read_config(path, GatewayConfig)
+    from bridge.gateway.daemon import run_gateway
+
+    _run(lambda: run_gateway(config))
+
+
+@click.command()
+@client_config_option
+def client(path: str | None) -> None:
+    """Run the client's sidecar, in the foreground.
+
+    Moves the local charon's IKE_SA to another gateway when its own dies, or when `resume` asks for it.
+    """
+    config = read_config(path, ClientConfig)
+    from bridge.client.daemon import run_client
+
+    _run(lambda: run_client(config))
+
+
+def _run(main: Callable[[], None]) -> None:
+    from bridge.service.process import StartError
+
+    try:
+        main()
+    except ConfigError as error:
+        fail(error, BAD_CONFIGURATION)
+    except (StartError, control.ControlError) as error:
+        fail(error)
+
+
+def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return asyncio.run(control.call(path, request))
+    except control.ControlError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@click.command()
+@client_config_option
+@click.option("--connection", metavar="NAME", help="swanctl connection to move. [default: the first that is up]")
+@click.option(
+    "--to",
+    metavar="ADDRESS",
+    callback=an_address,
+    help="Gateway to move to. [default: the configured ones in order]",
+)
+@json_option
+def resume(path: str | None, connection: str | None, to: str | None, as_json: bool) -> None:
+    """Move the client's session now.
+
+    Asks the running client sidecar, and waits for the outcome.
+
+    Exit code 0 when the session continues (resumed, or by an ordinary handshake: fallback), 1 when it does not.
+    """
+    config = read_config(path, ClientConfig)
+    with working("moving the session"):
+        outcome = _call(config.control, {"command": "resume", "connection": connection, "to": to})
+    if as_json:
+        print_json(outcome)
+    else:
+        _print_outcome(outcome)
+    sys.exit(1 if outcome["result"] == "failed" else 0)
+
+
+def _print_outcome(outcome: dict[str, Any]) -> None:
+    where = f"{outcome['connection']} at {outcome['gateway']}" if outcome["gateway"] else outcome["connection"] or ""
+    click.echo(f"{outcome['result']}: {where}")
+    if outcome["spi_i"]:
+        click.echo(f"  SPIs      {outcome['spi_i']}_i {outcome['spi_r']}_r")
+    if outcome["children"]:
+        click.echo(f"  CHILD_SAs {', '.join(outcome['children'])}")
+    if outcome["exchange_ms"] is not None:
+        click.echo(f"  answer    {outcome['exchange_ms']:.1f} ms")
+    if outcome["total_ms"] is not None:
+        click.echo(f"  total     {outcome['total_ms']:.1f} ms")
+    if outcome["reason"]:
+        click.echo(f"  reason    {outcome['reason']}")
+
+
+@click.command()
+@config_option
+@json_option
+def status(path: str | None, as_json: bool) -> None:
+    """Show what the running sidecar knows.
+
+    IKE_SAs, unconfirmed ones, counters, and whether bank and charon answer.
+    """
+    config = read_any(path)
+    answer = _call(config.control, {"command": "status"})
+    if as_json:
+        print_json(answer)
+        return
+    charon = answer["charon"]
+    reach = f"reachable, release {charon['release']}" if charon["reachable"] else "NOT REACHABLE"
+    if charon["reachable"]:
+        reach += f", ha version {charon['ha_version']}" if charon["ha_plugin"] else ", ha plugin MISSING"
+    click.echo(f"charon      {reach}")
+    if "bank" in answer:
+        bank = answer["bank"]
+        click.echo(
+            f"bank        {'reachable' if bank['reachable'] else 'NOT REACHABLE'}, "
+            f"{count(bank['stubs'], 'stub')}, {count(bank['pending'], 'change')} waiting"
+        )
+        for each in bank["banks"]:
+            reach = "reachable" if each["reachable"] else "NOT REACHABLE"
+            click.echo(f"  {each['bank']:<17} {reach}, {each['pending']} changes waiting for it")
+        click.echo(f"unconfirmed {answer['unconfirmed']}")
+    if answer.get("last"):
+        last = answer["last"]
+        click.echo(f"last move   {last['result']} {last['gateway'] or ''} {last['reason'] or ''}".rstrip())
+    click.echo()
+    _print_sas(answer["sas"], answer["time"])
+    counters = table("counter", "value")
+    for name, value in answer["counters"].items():
+        if value and not name.endswith("_sum"):
+            counters.add_row(name, f"{value:g}")
+    if counters.row_count:
+        click.echo()
+        show(counters)
+
+
+def _print_sas(rows: list[dict[str, Any]], now: int) -> None:
+    sas = table("connection", "peer", "identity", "virtual IPs", "CHILD_SAs", "expires in", "resumable")
+    for row in rows:
+        sas.add_row(
+            row["connection"],
+            row["remote"] or "",
+            row["remote_id"] or "",
+            " ".join(row["virtual_ips"]),
+            " ".join(row["children"]),
+            duration(row["expires"] - now),
+            "yes" if row["resumable"] else "no",
+        )
+    if rows:
+        show(sas)
+    else:
+        click.echo("no IKE_SA")
+
+
+@click.command("log-level")
+@config_option
+@click.argument("level", required=False, type=click.Choice(get_args(LogLevel)))
+@json_option
+def log_level(path: str | None, level: str | None, as_json: bool) -> None:
+    """Show or set the level of the running sidecar's log.
+
+    Until it is restarted: then `log.level` of its configuration holds again.
+    """
+    answer = _call(read_any(path).control, {"command": "log-level", "level": level})
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(answer["level"])
+
+
+@click.command()
+@config_option
+@json_option
+def check(path: str | None, as_json: bool) -> None:
+    """Say whether this host is ready.
+
+    Each finding comes with its mend; exit code 1 when something fails.
+    """
+    config = read_any(path)
+    from bridge.check import Grade, run_checks
+    from bridge.service import log as logging
+
+    logging.configure("warning")
+    with working("looking"):
+        findings = asyncio.run(run_checks(config))
+    if as_json:
+        print_json([finding.as_dict() for finding in findings])
+    else:
+        _print_findings(findings)
+    sys.exit(1 if any(finding.grade is Grade.FAIL for finding in findings) else 0)
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    from bridge.check import Grade
+
+    colour = {Grade.OK: "green", Grade.WARN: "yellow", Grade.FAIL: "red"}
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        grade = f"{finding.grade.upper() if finding.grade is Grade.FAIL else finding.grade:<4}"
+        click.echo(f"{click.style(grade, fg=colour[finding.grade])}  {finding.name:<{width}}  {finding.text}")
+        if finding.mend:
+            click.echo(f"{'':<{width + 6}}  mend: {finding.mend}")
+    grades = Counter(finding.grade for finding in findings)
+    click.echo(f"{count(len(findings), 'check')}: {grades[Grade.FAIL]} fail, {grades[Grade.WARN]} warn")
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--add", is_flag=True, help="Put a new key in front of those in FILE: it seals, the old ones still open.")
+@json_option
+def keygen(file: str, add: bool, as_json: bool) -> None:
+    """Write a new bank key to FILE (mode 0600). All gateways of one bank need the same file."""
+    from bridge.stub.keyring import SealError, generate
+
+    try:
+        key_id = generate(Path(file), add=add)
+    except SealError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"{file} cannot be written: {error.strerror}")
+    if as_json:
+        print_json({"file": file, "key": key_id, "added": add})
+    else:
+        click.echo(f"{file}: key {key_id}{' added in front' if add else ''}")

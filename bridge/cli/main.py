@@ -1,0 +1,83 @@
+"""The command line: `ike-sa-sync COMMAND`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from bridge.cli import commands
+from bridge.cli.options import BAD_CONFIGURATION
+
+LAZY = {
+    "lab": ("bridge.lab.cli", "Real strongSwan hosts in network namespaces: try it, see it."),
+    "bench": ("bridge.bench.cli", "Measure what resumption costs on this machine."),
+    "drain": ("bridge.cli.drain", "Move clients of this gateway to another one, while it lives."),
+    "stubs": ("bridge.cli.stubs", "Look at the stubs in the bank, delete or download them."),
+    "monitor": ("bridge.cli.monitor", "Watch the bank: gateways, stubs, resumptions, fallbacks."),
+}
+"""commands in modules that take long to import, which `resume` in an outage shall not wait for"""
+
+
+class Commands(click.Group):
+    """The commands of this file, and those of LAZY, imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *LAZY])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in LAZY:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = getattr(import_module(LAZY[cmd_name][0]), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [
+            (name, LAZY[name][1] if name in LAZY else self.commands[name].get_short_help_str(100))
+            for name in self.list_commands(ctx)
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ike-sa-sync", prog_name="ike-sa-sync")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """IKEv2 SA synchronization for session resumption (draft-xu-ike-sa-sync-01), beside an unmodified strongSwan.
+
+    When a VPN gateway dies or is drained, its IKE_SAs continue on another one, in one round trip.
+
+    Begin with `ike-sa-sync lab demo`, as root: it shows that on this machine, and leaves nothing behind.
+    """
+    if os.environ.get("NO_COLOR"):
+        context.color = False
+
+
+for command in (
+    commands.gateway,
+    commands.client,
+    commands.resume,
+    commands.status,
+    commands.log_level,
+    commands.check,
+    commands.keygen,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run one command; errors are one line each, and an exit code."""
+    try:
+        code = cli.main(prog_name="ike-sa-sync", standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        code = BAD_CONFIGURATION
+    except click.ClickException as error:
+        click.echo(f"ike-sa-sync: {error.format_message()}", err=True)
+        code = error.exit_code
+    except click.Abort:
+        code = 130
+    sys.exit(code or 0)

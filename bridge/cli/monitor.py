@@ -1,0 +1,236 @@
+"""`ike-sa-sync monitor`: the bank as it lives, read from Redis alone.
+
+What happens comes from keyspace notifications; how many stubs there are, which gateways live and what they count is
+asked for every second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from bridge.bank import bank_url
+from bridge.bank.interface import BankUnavailable
+from bridge.bank.keyspace import Event, Keyspace
+from bridge.bank.redis_bank import BUCKETS, FORGET_GATEWAY, GATEWAYS, HEARTBEAT, TIMEOUT
+from bridge.bank.redis_client import Server
+from bridge.cli import options, output
+from bridge.config import GatewayConfig
+from bridge.service import log as logging
+from bridge.stub.stub import Index, StubError
+from bridge.stub.types import printable
+
+SECONDS: Final = 1.0
+"""between two looks"""
+EVENTS_SHOWN: Final = 200
+PAGE: Final = (160, 30)
+"""columns and lines of a view where there is no terminal"""
+STUB: Final = "ike:stub:"
+_SIGNALS: Final = {"hset": "stored", "del": "deleted", "expired": "expired"}
+
+
+class Watch:
+    """What a monitor knows. `tell` gets each event as an object for JSON."""
+
+    def __init__(self, url: str, tell: Callable[[dict[str, Any]], None]) -> None:
+        self.gateways: list[dict[str, Any]] = []
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_SHOWN)
+        self.counts: Counter[str] = Counter()
+        """stored, deleted, expired stubs since the start"""
+        self.state = "connecting"
+        self._tell = tell
+        self._server = Server(url, TIMEOUT)
+        self._keyspace = Keyspace(url, (f"{STUB}*", f"{HEARTBEAT}*", "ike:fetch:*"), self._event, self._heard)
+        self._before: dict[str, tuple[float, dict[str, float]]] = {}
+        self._alive: dict[str, bool] = {}
+
+    async def run(self) -> None:
+        """Watch for ever; `gateways` is news after each turn of the loop."""
+        self._keyspace.start()
+        try:
+            while True:
+                try:
+                    await self._look()
+                except BankUnavailable as error:
+                    if self.state != str(error):
+                        self.state = str(error)
+                        self._say("bank", "unreachable", reason=self.state)
+                await asyncio.sleep(SECONDS)
+        finally:
+            await self._keyspace.close()
+            await self._server.close()
+
+    # what happens
+
+    def _heard(self, hears: bool) -> None:
+        self.state = "listening" if hears else "Redis is away"
+        self._say("bank", "reachable" if hears else "lost")
+
+    def _event(self, event: Event) -> None:
+        if event.key.startswith(STUB):
+            if (signal := _SIGNALS.get(event.event)) is None:
+                return
+            self.counts[signal] += 1
+            try:
+                index = Index.parse(event.key)
+            except StubError:
+                return
+            self._say("stub", signal, gateway=index.gateway, spi=index.spi.hex())
+        elif event.key.startswith(HEARTBEAT):
+            gateway = printable(event.key.removeprefix(HEARTBEAT))
+            alive = event.event != "expired" and event.event != "del"
+            if self._alive.get(gateway) != alive and event.event in ("set", "expired", "del"):
+                self._alive[gateway] = alive
+                self._say("gateway", "alive" if alive else "failed", gateway=gateway)
+        elif event.event == "set":
+            self._say("gateway", "stubs fetched by the others", gateway=printable(event.key.rpartition("fetch:")[2]))
+
+    def _say(self, kind: str, what: str, **more: str) -> None:
+        told = {"time": round(time.time(), 3), "kind": kind, "event": what, **more}
+        self.events.appendleft(told)
+        self._tell(told)
+
+    # how things are
+
+    async def _look(self) -> None:
+        now = time.time()
+        [names] = await self._server.pipeline([("ZRANGEBYSCORE", GATEWAYS, now - FORGET_GATEWAY, "+inf")])
+        gateways = []
+        for name in (printable(raw.decode(errors="replace")) for raw in names):
+            commands: list[tuple[Any, ...]] = [("PTTL", f"{HEARTBEAT}{name}"), ("GET", f"ike:stats:{name}")]
+            buckets = (Index(name, bytes((octet,))).bucket for octet in range(BUCKETS))
+            commands += [("ZCOUNT", bucket, f"({now}", "+inf") for bucket in buckets]
+            ttl, stats, *stubs = await self._server.pipeline(commands)
+            gateways.append(
+                {
+                    "gateway": name,
+                    "alive": ttl > 0,
+                    "heartbeat_s": round(max(ttl, 0) / 1000, 1),
+                    "stubs": sum(stubs),
+                    **self._rates(name, _counters(stats), now),
+                }
+            )
+        self.gateways = gateways
+        self._tell({"time": round(now, 3), "kind": "gateways", "gateways": gateways})
+
+    def _rates(self, name: str, counters: dict[str, float], now: float) -> dict[str, Any]:
+        """Resumptions and fallbacks: in all, and a second since the look before; fallbacks by reason."""
+        then, before = self._before.get(name, (now, counters))
+        self._before[name] = (now, counters)
+        elapsed = max(now - then, 0.001)
+        refusals = {
+            key.partition("[")[2].rstrip("]"): value
+            for key, value in counters.items()
+            if key.startswith("refusals") and value
+        }
+        resumed, refused = counters.get("resumptions_total", 0.0), sum(refusals.values())
+        refused_before = sum(value for key, value in before.items() if key.startswith("refusals"))
+        return {
+            "resumed": int(resumed),
+            "resumed_per_s": round(max(resumed - before.get("resumptions_total", 0.0), 0) / elapsed, 1),
+            "fallbacks": int(refused),
+            "fallbacks_per_s": round(max(refused - refused_before, 0) / elapsed, 1),
+            "reasons": {printable(reason): int(value) for reason, value in sorted(refusals.items())},
+        }
+
+    def view(self, height: int) -> Group:
+        """The whole of it, for a terminal of so many lines."""
+        table = output.table("gateway", "heartbeat", "stubs", "resumed", "/s", "fallbacks", "/s", "reasons")
+        for row in self.gateways:
+            table.add_row(
+                row["gateway"],
+                Text(f"{row['heartbeat_s']:.0f} s", "green") if row["alive"] else Text("failed", "bold red"),
+                f"{row['stubs']:,}",
+                f"{row['resumed']:,}",
+                f"{row['resumed_per_s']:g}",
+                f"{row['fallbacks']:,}",
+                f"{row['fallbacks_per_s']:g}",
+                " ".join(f"{reason} {count}" for reason, count in row["reasons"].items()),
+            )
+        signals = "   ".join(f"{name} {self.counts[name]:,}" for name in ("stored", "deleted", "expired"))
+        lines = Table.grid(padding=(0, 2))
+        for event in list(self.events)[: max(height - len(self.gateways) - 9, 3)]:
+            clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+            lines.add_row(
+                Text(clock, "dim"), event["kind"], event["event"], event.get("gateway", ""), event.get("spi", "")
+            )
+        return Group(
+            Text(f"bank: {self.state}", "" if self.state == "listening" else "bold red"),
+            table,
+            Text(f"stubs since the start of this view: {signals}"),
+            Panel(lines, title="events", title_align="left"),
+        )
+
+
+def _counters(raw: bytes | None) -> dict[str, float]:
+    """A gateway's counters; none where they are not what a gateway writes."""
+    try:
+        counters = json.loads(raw or b"{}")
+        return {str(key): float(value) for key, value in counters.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
+@click.command()
+@options.gateway_config_option
+@click.option("--url", metavar="URL", help="Another Redis, or another user, than the configuration names.")
+@options.json_option
+def monitor(path: str | None, url: str | None, as_json: bool) -> None:
+    """Watch the bank: gateways, stubs, resumptions, fallbacks, and what happens to stubs, as it happens.
+
+    Reads nothing but Redis, with no more rights than the user `monitor` of users.acl; needs no key file.
+    """
+    config = options.read_config(path, GatewayConfig)
+    logging.configure("error", "logfmt")
+    try:
+        asyncio.run(_lines(url or bank_url(config.bank)) if as_json else _live(url or bank_url(config.bank)))
+    except ValueError as error:
+        options.fail(error, options.BAD_CONFIGURATION)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)
+
+
+async def _lines(url: str) -> None:
+    await Watch(url, lambda told: print(json.dumps(told), flush=True)).run()
+
+
+async def _pages(url: str) -> None:
+    """One view after the other, as `top -b`."""
+    console = Console(width=PAGE[0])
+
+    def tell(told: dict[str, Any]) -> None:
+        if told["kind"] in ("gateways", "bank"):
+            console.print(watch.view(PAGE[1]))
+
+    watch = Watch(url, tell)
+    await watch.run()
+
+
+async def _live(url: str) -> None:
+    console = Console()
+    if not console.is_terminal:
+        await _pages(url)
+        return
+    watch = Watch(url, lambda _: None)
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        task = asyncio.create_task(watch.run())
+        try:
+            while not task.done():
+                live.update(watch.view(console.height), refresh=True)
+                await asyncio.sleep(0.25)
+            task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,76 @@
+"""Options and configuration files that the commands have in common."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from bridge.config import ClientConfig, Config, ConfigError, GatewayConfig, canonical_address, load, read
+
+BAD_CONFIGURATION = 2
+
+GATEWAY_FILE = "/etc/ike-sa-sync/gateway.yaml"
+
+CLIENT_FILE = "/etc/ike-sa-sync/client.yaml"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def fail(text: object, code: int = 1) -> NoReturn:
+    """One line on stderr, and out."""
+    click.echo(f"ike-sa-sync: {text}", err=True)
+    sys.exit(code)
+
+
+def read_config(path: str | None, kind: type[Config]) -> Config:
+    """The configuration, or one line and exit 2."""
+    try:
+        return load(path or (GATEWAY_FILE if kind is GatewayConfig else CLIENT_FILE), kind)
+    except ConfigError as error:
+        fail(error, BAD_CONFIGURATION)
+
+
+def read_any(path: str | None) -> GatewayConfig | ClientConfig:
+    """A configuration of either role: one with `gateways` is a client's."""
+    if path is None:
+        path = GATEWAY_FILE if Path(GATEWAY_FILE).exists() or not Path(CLIENT_FILE).exists() else CLIENT_FILE
+    try:
+        raw = read(path)
+    except ConfigError as error:
+        fail(error, BAD_CONFIGURATION)
+    if isinstance(raw, dict) and "gateways" in raw:
+        return read_config(path, ClientConfig)
+    return read_config(path, GatewayConfig)
+
+
+def _config_option(default: str) -> Callable[[Function], Function]:
+    where = f"Configuration file (YAML).  [default: {default}]"
+    return click.option("-c", "--config", "path", metavar="FILE", help=where)
+
+
+gateway_config_option = _config_option(GATEWAY_FILE)
+"""-c FILE; without it the one that packages install"""
+
+client_config_option = _config_option(CLIENT_FILE)
+
+config_option = _config_option(f"{GATEWAY_FILE} or client.yaml")
+"""where both roles have the command"""
+
+
+def an_address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Callback of an argument or option: an IP address, as everything here writes it."""
+    if value is None:
+        return None
+    try:
+        return canonical_address(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not an IP address") from None
+
+
+def json_option(function: Function) -> Function:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(function)

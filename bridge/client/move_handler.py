@@ -1,0 +1,106 @@
+"""What a client does when its gateway asks it to go on at another one (Move, bridge.ike.stub_exchange).
+
+Only a Move that is proved under the SA's keys counts, each one once, and only to a gateway of the client's own
+configuration. The session moves by resumption or stays where it is: there is no reason for a new handshake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from bridge.charon.ike_sa import Sa, client_sa
+from bridge.charon.sa_tracker import Tracker
+from bridge.client.outcome import Outcome, Result
+from bridge.config import GatewayEntry
+from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, verify
+from bridge.net.interface import Sender
+from bridge.net.packet import PORT_NAT_T
+
+log = structlog.get_logger()
+
+NONCE_OCTETS: Final = 32
+
+
+@dataclass(slots=True, eq=False)
+class _Heeded:
+    """The last Move about an IKE_SA."""
+
+    message: StubMessage
+    status: MoveStatus
+
+
+class Mover:
+    """Heeds what gateways ask. `begin` starts to move the session of a connection to an address, None where it moves
+    already."""
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        sender: Sender,
+        gateways: tuple[GatewayEntry, ...],
+        begin: Callable[[str, str], asyncio.Task[Outcome] | None],
+        *,
+        random: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._tracker = tracker
+        self._sender = sender
+        self._targets = {gateway.address for gateway in gateways}
+        self._connections = {gateway.connection for gateway in gateways}
+        self._begin = begin
+        self._random = random
+        self._heeded: dict[bytes, _Heeded] = {}
+
+    def asked(self, message: StubMessage) -> None:
+        """A Move, not proved yet."""
+        sa = self._tracker.sas.get(message.spis)
+        if (
+            sa is None
+            or not (sa.up and sa.resumable and sa.connection in self._connections)
+            or not verify(message, sa.suite.prf, sa.sk_d)
+        ):
+            return
+        last = self._heeded.get(message.spis)
+        if last is None or message.message_id > last.message.message_id:
+            self._heeded = {spis: one for spis, one in self._heeded.items() if spis in self._tracker.sas}
+            last = self._heeded[message.spis] = _Heeded(message, MoveStatus.MOVING)
+            self._heed(sa, last)
+        if message.message_id == last.message.message_id:
+            # asked again, it may be: the report was lost
+            self._tell(sa, last)
+
+    def _heed(self, sa: Sa, heeded: _Heeded) -> None:
+        assert heeded.message.move is not None
+        target = heeded.message.move.target
+        if target not in self._targets:
+            log.warning("move-refused", target=target, reason="it is none of the configured gateways", **sa.id.logged)
+            heeded.status = MoveStatus.NOT_CONFIGURED
+            return
+        log.info("move-asked", connection=sa.connection, target=target, **sa.id.logged)
+        task = self._begin(sa.connection, target)
+        if task is None:
+            heeded.status = MoveStatus.BUSY
+            return
+        task.add_done_callback(lambda done: self._done(sa, heeded, done))
+
+    def _done(self, sa: Sa, heeded: _Heeded, task: asyncio.Task[Outcome]) -> None:
+        if task.cancelled() or task.result().result is not Result.FAILED:
+            return
+        heeded.status = MoveStatus.NO_ANSWER if task.result().reason == "no-answer" else MoveStatus.REFUSED
+        if self._tracker.sas.get(sa.id.spis) is sa:
+            self._tell(sa, heeded)
+
+    def _tell(self, sa: Sa, heeded: _Heeded) -> None:
+        assert sa.local is not None
+        assert sa.remote is not None
+        local, remote = sa.local, sa.remote
+        octets = build_moving(client_sa(sa), heeded.message, heeded.status, self._random(NONCE_OCTETS))
+        try:
+            self._sender.send(local.address, local.port, remote.address, remote.port, octets, local.port == PORT_NAT_T)
+        except OSError as error:
+            log.info("report-not-sent", gateway=remote.address, reason=error.strerror, **sa.id.logged)

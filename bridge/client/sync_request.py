@@ -1,0 +1,267 @@
+"""The one round trip with one gateway, on the client's side (draft-xu-ike-sa-sync-01 section 3.1).
+
+What the wire says before the keys have proved themselves is believed in nothing but the responder's nonce (protocol
+rule 6): an ordinary answer ends the attempt only after the time in which a proven one could still come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import Sa
+from bridge.config import GatewayEntry, Resume
+from bridge.ike.key_confirmation import Confirmation
+from bridge.ike.key_exchange import fresh_public_value
+from bridge.ike.message import MalformedMessage
+from bridge.ike.sync_exchange import (
+    CookieChallenge,
+    OrdinaryResponse,
+    SyncResponse,
+    build_request,
+    nat_hash,
+    parse_response,
+    verify_response,
+)
+from bridge.ike.sync_payload import Attribute
+from bridge.net.interface import Sender
+from bridge.net.packet import Datagram
+from bridge.stub.child_sa import NewChild, Offer, granted
+from bridge.stub.types import Endpoint
+
+log = structlog.get_logger()
+
+NONCE_OCTETS = 32
+BACK_OFF = 1.8
+"""each retransmission waits this much longer than the one before, as charon's do"""
+MAX_COOKIES = 4
+"""taken in one attempt: the first may be forged, or the gateway's secret change meanwhile"""
+QUEUED = 64
+"""answers to one request that may wait; more is a flood"""
+IKE_PORT = 500
+NATT_PORT = 4500
+
+
+class RefusedError(Exception):
+    """The gateway did not resume; the text is the reason."""
+
+
+class NoAnswerError(Exception):
+    """The gateway did not answer."""
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """A proven answer, and what belongs to it."""
+
+    ike_id: IkeId
+    nonce_i: bytes = field(repr=False)
+    nonce_r: bytes = field(repr=False)
+    local: Endpoint
+    remote: Endpoint
+    nat_here: bool
+    nat_there: bool
+    exchange: float
+    """seconds from the request to the accepted answer"""
+    sealed_stub: bytes | None = field(repr=False)
+    lifetime: int | None
+    children: tuple[NewChild, ...]
+    """CHILD_SAs that come up with it"""
+
+
+class Asker:
+    """Asks gateways to resume. Datagrams arrive through `datagram`; `sealed_stub` gives the stub that the client holds
+    of an IKE_SA, `offer` the CHILD_SAs of one that may come up at a gateway at once."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        config: Resume,
+        sealed_stub: Callable[[Sa], bytes | None],
+        offer: Callable[[Sa, GatewayEntry, Endpoint], Offer],
+        *,
+        random: Callable[[int], bytes] = os.urandom,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sender = sender
+        self._config = config
+        self._sealed_stub = sealed_stub
+        self._offer = offer
+        self._random = random
+        self._clock = clock
+        self._listening: dict[bytes, asyncio.Queue[Datagram]] = {}
+
+    def datagram(self, datagram: Datagram) -> None:
+        """An answer to IKE_SA_INIT or INFORMATIONAL that reached this host."""
+        queue = self._listening.get(datagram.ike[:8])
+        if queue is not None and queue.qsize() < QUEUED:
+            queue.put_nowait(datagram)
+
+    async def ask(self, sa: Sa, gateway: GatewayEntry) -> Answer:
+        """Raises NoAnswerError or RefusedError."""
+        assert sa.local is not None
+        answer = await self._ask_from(sa.local.port, sa, gateway)
+        if answer.local.port == IKE_PORT and (answer.nat_here or answer.nat_there):
+            # RFC 7296 section 2.23 wants the SA on port 4500, and only a request from there shows the gateway what the
+            # NAT makes of that port; what it rebuilt for this answer goes with the next one's confirmation
+            log.info("nat-found", gateway=gateway.address, **sa.id.logged)
+            answer = await self._ask_from(NATT_PORT, sa, gateway)
+        return answer
+
+    async def _ask_from(self, local_port: int, sa: Sa, gateway: GatewayEntry) -> Answer:
+        """One attempt, from this port of the client's."""
+        assert sa.local is not None
+        spi_i, nonce = self._random(8), self._random(NONCE_OCTETS)
+        port = NATT_PORT if local_port == NATT_PORT else IKE_PORT
+        marker = port == NATT_PORT
+        source = _source_address(gateway.address)
+        if source is None or source in sa.local_vips:
+            # a tunnel that covers its own gateways: the kernel would send into it
+            source = sa.local.address
+        local = Endpoint(source, local_port)
+        index = sa.index_there()
+        offered = self._offer(sa, gateway, local)
+        cookies: list[bytes] = []
+        requests: list[bytes] = []
+        queue: asyncio.Queue[Datagram] = asyncio.Queue()
+        self._listening[spi_i] = queue
+        ke_value = fresh_public_value(sa.suite.group)
+        try:
+            began = self._clock()
+            deadline = began + self._config.answer_timeout
+            wait, refusal = self._config.retransmit, None
+            while (now := self._clock()) < deadline:
+                request = build_request(
+                    spi_i=spi_i,
+                    suite=sa.suite,
+                    ke_value=ke_value,
+                    nonce=nonce,
+                    sync_index=(index.gateway, index.spi),
+                    prf=sa.suite.prf,
+                    sk_d_old=sa.sk_d,
+                    nat=(local.address, local.port, gateway.address, port),
+                    cookie=cookies[-1] if cookies else None,
+                    children=offered.requested,
+                    old_children=offered.old_spis,
+                    sealed_stub=self._sealed_stub(sa),
+                )
+                if request not in requests:
+                    requests.append(request)
+                self._send(local, Endpoint(gateway.address, port), request, marker)
+                until, wait = min(now + wait, deadline), wait * BACK_OFF
+                while (left := (refusal or until) - self._clock()) > 0:
+                    try:
+                        async with asyncio.timeout(left):
+                            datagram = await queue.get()
+                    except TimeoutError:
+                        break
+                    if datagram.src != gateway.address:
+                        continue
+                    answer = self._judge(datagram, requests, sa)
+                    if isinstance(answer, SyncResponse):
+                        return self._accepted(answer, offered, spi_i, nonce, local, datagram, began)
+                    if isinstance(answer, CookieChallenge):
+                        # the answer to a retransmission holds the same one once more
+                        if len(cookies) < MAX_COOKIES and answer.cookie not in cookies:
+                            cookies.append(answer.cookie)
+                            break
+                        continue
+                    if isinstance(answer, OrdinaryResponse) and refusal is None:
+                        refusal = self._clock() + self._config.refusal_grace
+                if refusal is not None and self._clock() >= refusal:
+                    raise RefusedError("refused")
+            raise NoAnswerError
+        finally:
+            del self._listening[spi_i]
+
+    def _judge(
+        self, datagram: Datagram, requests: list[bytes], sa: Sa
+    ) -> SyncResponse | OrdinaryResponse | CookieChallenge | None:
+        """What an answer to the last of `requests` is; one that resumes may be to any of them, for nothing shows
+        whether a cookie came from the gateway."""
+        try:
+            answer = parse_response(datagram.ike, requests[-1])
+        except MalformedMessage as error:
+            log.debug("answer-malformed", gateway=datagram.src, reason=str(error), **sa.id.logged)
+            return None
+        if isinstance(answer, SyncResponse) and not any(
+            verify_response(answer, request, sa.suite.prf, sa.sk_d) for request in requests
+        ):
+            log.warning("answer-proof-wrong", gateway=datagram.src, **sa.id.logged)
+            return None
+        return answer
+
+    async def confirm(self, confirmation: Confirmation, answer: Answer) -> bool:
+        """Carry the first protected exchange of the SA that `answer` is of; whether the gateway answered in time."""
+        queue: asyncio.Queue[Datagram] = asyncio.Queue()
+        self._listening[answer.ike_id.spi_i] = queue
+        marker = answer.local.port == NATT_PORT
+        wait = self._config.retransmit
+        try:
+            async with asyncio.timeout(self._config.answer_timeout):
+                while True:
+                    self._send(answer.local, answer.remote, confirmation.request, marker)
+                    try:
+                        async with asyncio.timeout(wait):
+                            while not confirmation.is_answered_by((await queue.get()).ike):
+                                pass
+                            return True
+                    except TimeoutError:
+                        wait *= BACK_OFF
+        except TimeoutError:
+            return False
+        finally:
+            del self._listening[answer.ike_id.spi_i]
+
+    def _accepted(
+        self,
+        answer: SyncResponse,
+        offered: Offer,
+        spi_i: bytes,
+        nonce: bytes,
+        local: Endpoint,
+        datagram: Datagram,
+        began: float,
+    ) -> Answer:
+        remote = Endpoint(datagram.src, datagram.sport)
+        here, there = answer.nat_destination, answer.nat_source
+        spi_r = answer.spi_r
+        return Answer(
+            ike_id=IkeId.of(spi_i, spi_r, True),
+            nonce_i=nonce,
+            nonce_r=answer.nonce,
+            local=local,
+            remote=remote,
+            nat_here=bool(here) and nat_hash(spi_i, spi_r, local.address, local.port) not in here,
+            nat_there=bool(there) and nat_hash(spi_i, spi_r, remote.address, remote.port) not in there,
+            exchange=self._clock() - began,
+            sealed_stub=answer.sync.first(Attribute.SEALED_STUB) if answer.sync else None,
+            lifetime=answer.lifetime,
+            children=granted(offered, answer.sync.children if answer.sync else (), nonce, answer.nonce),
+        )
+
+    def _send(self, local: Endpoint, remote: Endpoint, request: bytes, marker: bool) -> None:
+        try:
+            self._sender.send(local.address, local.port, remote.address, remote.port, request, marker)
+        except OSError as error:
+            # no route just now: the next retransmission may have one
+            spi_i = request[:8].hex()
+            log.info("request-not-sent", gateway=remote.address, reason=error.strerror, spi_i=spi_i)
+
+
+def _source_address(gateway: str) -> str | None:
+    """The local address the kernel would use towards `gateway`; None where it has no route."""
+    family = socket.AF_INET6 if ":" in gateway else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((gateway, IKE_PORT))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])

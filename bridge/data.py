@@ -1,9 +1,0 @@
-"""Files that the package ships beside its code."""
-
-from pathlib import Path
-
-
-def path(name: str) -> Path:
-    """Where a shipped file is, in the wheel or in the source tree (`redis/store.lua`)."""
-    packaged = Path(__file__).parent / "_data" / name
-    return packaged if packaged.exists() else Path(__file__).parent.parent / name

@@ -1,0 +1,248 @@
+"""What a gateway does for the bank beside its own changes: it fetches the stubs of gateways that fail, puts back what a
+Redis lost, and takes away what nobody ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from typing import Any, Final
+
+import structlog
+
+from bridge.bank import gateway_facts as facts
+from bridge.bank.interface import BankUnavailable
+from bridge.bank.key_rotation import Rotation
+from bridge.bank.keyspace import Event, Keyspace
+from bridge.bank.prefetch import CachedBank
+from bridge.bank.redis_bank import HEARTBEAT
+from bridge.charon.charon import Charon
+from bridge.charon.ike_sa import Sa
+from bridge.charon.vici_client import START_SECONDS
+from bridge.charon.vici_types import ViciError
+from bridge.config import GatewayConfig
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.publisher import Publisher
+from bridge.service.tasks import end
+from bridge.stub.stub import Index
+
+log = structlog.get_logger()
+
+FETCH: Final = "ike:fetch:"
+"""with a gateway's address behind it: an operator wants all others to fetch its stubs"""
+FETCH_SECONDS: Final = 60.0
+HEAR_SECONDS: Final = 2.0
+"""within which this gateway hears of that itself, where the bank's keyspace can be heard"""
+COMPARE_SECONDS: Final = 30.0
+"""between two comparisons with the bank that nothing gave cause for"""
+COMPARE_BUNDLE: Final = 512
+STATS_SECONDS: Final = 1.0
+STATS_TTL: Final = 60.0
+
+
+class Upkeep:
+    """Runs from `start` to `close`, on the event loop. `address` is this gateway's in the index."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        url: str,
+        cache: CachedBank,
+        rotation: Rotation,
+        charon: Charon,
+        publisher: Publisher,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._address = config.address
+        self._cache = cache
+        self._rotation = rotation
+        self._charon = charon
+        self._publisher = publisher
+        self._metrics = metrics
+        self._failed: set[str] = set()
+        self._compare_now = asyncio.Event()
+        self._fetch_heard = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._keyspace = Keyspace(url, (f"{HEARTBEAT}*", f"{FETCH}*"), self._event, self._heard)
+        cache.attach(self._keyspace)
+
+    def start(self) -> None:
+        """Begin."""
+        self._keyspace.start()
+        self._tasks = [
+            asyncio.create_task(self._keep_compared(), name="compare"),
+            asyncio.create_task(self._rotation.run(), name="keys"),
+            asyncio.create_task(self._keep_stats(), name="stats"),
+            asyncio.create_task(self._keep_facts(), name="facts"),
+        ]
+
+    async def close(self) -> None:
+        """End."""
+        await end(*self._tasks)
+        await self._keyspace.close()
+
+    # what the keyspace tells
+
+    def _heard(self, hears: bool) -> None:
+        self._cache.heard(hears)
+        if hears:
+            self.returned()
+
+    def returned(self) -> None:
+        """A bank was away, or is another one than before: it may lack what it had."""
+        self._compare_now.set()
+        self._rotation.returned()
+
+    def _event(self, event: Event) -> None:
+        self._cache.hear(event)
+        if event.key.startswith(FETCH) and event.event == "set":
+            gateway = event.key.removeprefix(FETCH)
+            if gateway != self._address:
+                self._cache.fetch(gateway)
+            self._fetch_heard.set()
+        elif event.key.startswith(HEARTBEAT):
+            gateway = event.key.removeprefix(HEARTBEAT)
+            if gateway == self._address:
+                return
+            if event.event == "expired":
+                log.warning("gateway-failed", gateway=gateway, reason="its heartbeat in the bank has expired")
+                self._failed.add(gateway)
+                self._cache.fetch(gateway)
+            elif event.event == "set" and gateway in self._failed:
+                log.info("gateway-back", gateway=gateway)
+                self._failed.discard(gateway)
+                self._cache.drop(gateway)
+
+    async def fetch(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Control command: have all other gateways fetch the stubs of one.
+
+        This one begins when it hears of it, as they do: of a keyspace that is silent it would not hear either that a
+        fetched stub has ended.
+        """
+        gateway = str(request["from"])
+        self._cache.progress.pop(gateway, None)
+        self._fetch_heard.clear()
+        try:
+            await self._cache.post("fetch", gateway, str(int(time.time())), FETCH_SECONDS)
+        except BankUnavailable as error:
+            return {"error": f"{error}; `ike-sa-sync check` tells more"}
+        try:
+            async with asyncio.timeout(HEAR_SECONDS):
+                await self._fetch_heard.wait()
+        except TimeoutError:
+            return {"error": "the bank's keyspace events are not heard here: is notify-keyspace-events Kg$hzxe there?"}
+        return await self.progress(request)
+
+    async def progress(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Control command: how far the download from one gateway is here."""
+        progress = self._cache.progress.get(str(request["from"]))
+        if progress is None:
+            return {"gateway": request["from"], "state": "own", "stubs": 0, "seconds": 0.0}
+        return {
+            "gateway": progress.gateway,
+            "state": progress.state,
+            "stubs": progress.stubs,
+            "seconds": round(progress.seconds, 3),
+        }
+
+    # comparing the bank with charon
+
+    async def _keep_compared(self) -> None:
+        await self._charon.reconciled.wait()
+        swept = False
+        while True:
+            self._compare_now.clear()
+            took = time.monotonic()
+            try:
+                await self._refill()
+                swept = swept or await self._sweep()
+            except (BankUnavailable, ViciError) as error:
+                log.debug("comparison-waits", reason=str(error))
+                await asyncio.sleep(0.2)
+                continue
+            took = time.monotonic() - took
+            try:
+                async with asyncio.timeout(max(COMPARE_SECONDS, took * 100)):
+                    await self._compare_now.wait()
+            except TimeoutError:
+                pass
+
+    async def _refill(self) -> None:
+        """Store again what the bank lacks: a Redis without its data, or a replica that was behind when it took over."""
+        sas = [sa for sa in self._charon.tracker.established() if sa.resumable and sa.revision]
+        refilled = 0
+        for first in range(0, len(sas), COMPARE_BUNDLE):
+            bundle = sas[first : first + COMPARE_BUNDLE]
+            seen = [sa.revision for sa in bundle]
+            revisions = await self._cache.revisions([self._index(sa) for sa in bundle])
+            behind = [
+                sa for sa, ours, theirs in zip(bundle, seen, revisions, strict=True) if theirs < ours == sa.revision
+            ]
+            if behind:
+                ended = await self._cache.ended([self._index(sa) for sa in behind])
+                for sa, over in zip(behind, ended, strict=True):
+                    # one that ended in the bank went on at another gateway; charon has yet to notice
+                    if not over and self._charon.tracker.sas.get(sa.id.spis) is sa:
+                        self._publisher.publish(sa)
+                        refilled += 1
+            await asyncio.sleep(0)
+        if refilled:
+            log.warning("bank-refilled", stubs=refilled, of=len(sas), reason="the bank did not have them")
+
+    def _index(self, sa: Sa) -> Index:
+        return sa.index_here(self._address)
+
+    async def _sweep(self) -> bool:
+        """Delete the stubs of SAs that ended while no sidecar ran: charon has run since before they were set up, and
+        does not have them. Those of a charon before it stay: their clients may resume. Once, at start; False while
+        charon lists an SA that is not known here and has a stub, for when that one ends nobody will notice."""
+        if self._address is None or not self._charon.vici.connected:
+            return False
+        started = await self._charon.vici.started()
+        # those whose keys are still missing here are in this list only
+        listed: set[bytes] = set()
+        await self._charon.vici.each_sas(
+            lambda infos: listed.update([info.spi_i if info.initiator else info.spi_r for info in infos])
+        )
+        over: list[tuple[Index, int]] = []
+        ending = 0
+        async for stubs in self._cache.download(self._address):
+            known = {self._index(sa) for sa in self._charon.tracker.established()}
+            unknown = [stub for stub in stubs if stub.index not in known]
+            ending += sum(stub.index.spi in listed for stub in unknown)
+            over += [
+                (stub.index, stub.revision)
+                for stub in unknown
+                if stub.index.spi not in listed and stub.established > started + START_SECONDS
+            ]
+        if over:
+            deleted = sum(await self._cache.delete(over))
+            log.info("stubs-of-ended-sas-deleted", stubs=deleted)
+        return not ending
+
+    # for monitors
+
+    async def _keep_stats(self) -> None:
+        while True:
+            if self._address is not None:
+                counters = {
+                    name: value
+                    for name, value in self._metrics.values().items()
+                    if name.startswith(("resumptions", "refusals", "ike_sas", "unconfirmed"))
+                }
+                with contextlib.suppress(BankUnavailable):
+                    await self._cache.post("stats", self._address, json.dumps(counters), STATS_TTL)
+            await asyncio.sleep(STATS_SECONDS)
+
+    async def _keep_facts(self) -> None:
+        await self._charon.reconciled.wait()
+        while True:
+            connections = {
+                name: [child.name for child in info.children] for name, info in self._charon.tracker.connections.items()
+            }
+            if self._address is not None:
+                with contextlib.suppress(BankUnavailable, ViciError):
+                    told = facts.Facts(connections, await self._charon.vici.pools())
+                    await self._cache.post(facts.KIND, self._address, facts.encode(told), facts.TTL)
+            await asyncio.sleep(facts.SECONDS)

@@ -1,0 +1,161 @@
+"""Stubs that clients hold themselves (draft-xu-ike-sa-sync-01 section 3.5, fourth form), on the gateway's side.
+
+The client gets its stub sealed with the gateways' key and can only hand it back. It is bound to its index, and to being
+held by a client: one out of the bank does not open here, nor one of these in the bank. GET Stub is answered without
+any state but a time stamp of the SA's, to the address that the SA's peer has, and not often: a replay gives nobody more
+than what was on the wire before, sealed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final, Literal
+
+import structlog
+
+from bridge.charon.ike_sa import Sa, stub_sa
+from bridge.charon.sa_tracker import Tracker
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.rate_limit import Rate
+from bridge.ike.message import MalformedMessage
+from bridge.ike.stub_exchange import StubMessage, build_download, parse_stub_message, verify
+from bridge.net.interface import Packet, Sender
+from bridge.stub.codec import decode, encode
+from bridge.stub.keyring import Keyring, SealError
+from bridge.stub.stub import Index, Stub, StubError
+
+log = structlog.get_logger()
+
+Policy = Literal["off", "fallback", "prefer"]
+
+HELD_OCTETS: Final = 2000
+"""a sealed stub at most: with the largest public value beside it, a request still passes NFQUEUE whole
+(bridge.net.nfqueue.COPY_OCTETS)"""
+HELD_SECONDS: Final = 86_400
+"""how long a client's stub is good for, at most: the bank remembers an ended session no longer (redis/delete.lua)"""
+ANSWER_SECONDS: Final = 0.2
+"""between two answers to GET Stub about one SA"""
+SPIS_OCTETS: Final = 16
+"""at the beginning of an IKE header"""
+ANSWERS_A_SECOND: Final = 2000
+"""to all clients together"""
+
+
+class Handout:
+    """Seals stubs for their clients, opens what clients present, and answers GET Stub. `address` is this gateway's in
+    the index, or None for the local address of each SA."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        keyring: Keyring,
+        tracker: Tracker,
+        sender: Sender,
+        address: str | None,
+        metrics: GatewayMetrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.policy: Policy = policy
+        self._keyring = keyring
+        self._tracker = tracker
+        self._sender = sender
+        self._address = address
+        self._metrics = metrics
+        self._clock = clock
+        self._wall = wall
+        self._rate = Rate(ANSWERS_A_SECOND)
+
+    # sealing
+
+    def index(self, sa: Sa) -> Index:
+        """The index of an SA's stub."""
+        return sa.published or sa.index_here(self._address)
+
+    def seal(self, sa: Sa) -> bytes | None:
+        """The stub of an SA of this gateway's, for its client: without the shared secret. None where clients get none,
+        or where it is too large."""
+        if self.policy == "off":
+            return None
+        stub = sa.stub(self.index(sa), with_secret=False, expires=self.expiry(sa))
+        try:
+            sealed = self._keyring.seal(encode(stub), _place(stub.index))
+        except StubError as error:
+            log.warning("stub-not-encodable", index=str(stub.index), reason=str(error))
+            return None
+        if len(sealed) > HELD_OCTETS:
+            log.info("stub-too-large-for-client", index=str(stub.index), octets=len(sealed), limit=HELD_OCTETS)
+            return None
+        return sealed
+
+    def expiry(self, sa: Sa) -> int:
+        """Until when a client's stub of an SA is good (Unix seconds): no longer than the one in the bank, by which the
+        bank remembers that the session ended."""
+        return min(sa.stub_expires or sa.expires, int(self._wall()) + HELD_SECONDS)
+
+    def open(self, sealed: bytes, index: Index) -> Stub | None:
+        """What a client presents; None where that is allowed to count for nothing: another index's, expired, altered,
+        sealed with another key."""
+        if self.policy == "off":
+            return None
+        try:
+            stub = decode(self._keyring.open(sealed, _place(index)))
+        except (SealError, StubError) as error:
+            log.debug("client-stub-unreadable", index=str(index), reason=str(error))
+            return None
+        return stub if stub.index == index and stub.expires > self._wall() else None
+
+    # GET Stub
+
+    def received(self, packet: Packet) -> StubMessage | None:
+        """Take in a message of exchange type 240. Answers GET Stub; gives a Moving, which is not proved yet."""
+        if packet.ike[:SPIS_OCTETS] not in self._tracker.sas:
+            # a flood of messages about SAs that nobody has shall cost no more than this
+            packet.drop()
+            return None
+        try:
+            message = parse_stub_message(packet.ike)
+        except MalformedMessage as error:
+            self._metrics.malformed.inc()
+            log.debug("stub-message-malformed", peer=packet.src, reason=str(error))
+            packet.accept()
+            return None
+        packet.drop()
+        sa = self._tracker.sas.get(message.spis)
+        if message.sync.from_gateway or sa is None or not sa.up or not sa.resumable:
+            return None
+        if message.move is not None:
+            return message
+        now = self._clock()
+        if (
+            self.policy != "off"
+            and sa.remote is not None
+            and packet.src == sa.remote.address
+            and now >= sa.handed + ANSWER_SECONDS
+            and verify(message, sa.suite.prf, sa.sk_d)
+        ):
+            sa.companion = True
+            if self._rate.take(now):
+                sa.handed = now
+                self._answer(packet, message, sa)
+        return None
+
+    def _answer(self, packet: Packet, request: StubMessage, sa: Sa) -> None:
+        sealed = self.seal(sa)
+        if sealed is None:
+            return
+        lifetime = max(self.expiry(sa) - int(self._wall()), 0)
+        answer = build_download(stub_sa(sa, (request.sync.gateway, request.sync.spi)), request, sealed, lifetime)
+        try:
+            self._sender.send(packet.dst, packet.dport, packet.src, packet.sport, answer, packet.marker)
+        except OSError as error:
+            log.warning("answer-not-sent", peer=packet.src, reason=error.strerror)
+            return
+        self._metrics.handed.inc()
+
+
+def _place(index: Index) -> bytes:
+    """The associated data: what a client holds is not what the bank keeps under the same index."""
+    return b"client-held " + index.key.encode()

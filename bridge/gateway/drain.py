@@ -1,0 +1,322 @@
+"""Draining: clients of this gateway are asked to go on at another one, while this one lives (the load-balance scenario
+of draft-xu-ike-sa-sync-01).
+
+A target that could resume none of the sessions is refused before anybody is asked: one without a heartbeat, without a
+bank key of this gateway's, or without the sessions' connections. Sessions that it could not resume are left alone.
+
+Each chosen client gets a Move (bridge.ike.stub_exchange). One whose sidecar answers resumes at the target; when the
+bank says that the session went on there, its IKE_SA here is dropped in silence. One without a sidecar notices nothing.
+
+    ASKED --Moving: MOVING--> MOVING --the bank says so--> moved
+      |  '--Moving: another--> left alone or failed | '--Moving: another, or MOVE_SECONDS--> failed
+      '--no answer--> left alone
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+import structlog
+
+from bridge.bank import gateway_facts as facts
+from bridge.bank.gateway_facts import Facts
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ike_sa import Sa, stub_sa
+from bridge.config import canonical_address
+from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_move, move_message_id, parse_stub_message, verify
+from bridge.net.interface import Sender
+from bridge.net.packet import PORT_NAT_T
+from bridge.service.tasks import end
+from bridge.stub.stub import Index
+
+log = structlog.get_logger()
+
+TICK_SECONDS: Final = 0.05
+ASK_SECONDS: Final = (0.5, 1.0, 2.0)
+"""how long each Move waits for an answer; after the last the client is left alone"""
+REMIND_SECONDS: Final = 1.0
+"""between two questions to a client that moves: its report may have been lost"""
+MOVE_SECONDS: Final = 30.0
+"""how long a move may take"""
+RATE: Final = 50.0
+"""moves begun a second, unless told otherwise"""
+FAILURES_SHOWN: Final = 50
+
+
+class Result(StrEnum):
+    MOVED = "moved"
+    LEFT = "left alone"
+    FAILED = "failed"
+
+
+_OUTCOMES: Final = {
+    MoveStatus.NOT_CONFIGURED: (Result.LEFT, "the target is none of the client's gateways"),
+    MoveStatus.BUSY: (Result.LEFT, "the client was moving already"),
+    MoveStatus.NO_ANSWER: (Result.FAILED, "the target did not answer the client"),
+    MoveStatus.REFUSED: (Result.FAILED, "the target did not resume the session"),
+}
+"""what a client reports, but for MOVING"""
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A client that was sent a Move."""
+
+    sa: Sa
+    index: Index
+    move: StubMessage
+    octets: bytes = field(repr=False)
+    deadline: float
+    again: float = 0.0
+    sent: int = 0
+    status: MoveStatus = MoveStatus.ASKED
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One drain, from its start to its end."""
+
+    to: str
+    rate: float
+    began: float
+    sessions: int
+    wanted: int
+    waiting: deque[Sa]
+    asked: dict[bytes, _Asked] = field(default_factory=dict)
+    outcomes: Counter[tuple[Result, str]] = field(default_factory=Counter)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    stopping: bool = False
+    ended: float | None = None
+
+    def count(self, result: Result) -> int:
+        return sum(number for (kind, _), number in self.outcomes.items() if kind is result)
+
+
+def _lacks(target: Facts | None, sa: Sa) -> str | None:
+    """What the target lacks for a session, by what it says of itself; None if nothing, or if it says nothing."""
+    if target is None:
+        return None
+    children = target.connections.get(sa.connection)
+    if children is None:
+        return f"the target has no connection {sa.connection!r}"
+    missing = sorted({child.name for child in sa.children} - set(children))
+    return f"the target's connection {sa.connection!r} has no child {missing[0]!r}" if missing else None
+
+
+class Drain:
+    """Drains this gateway, one run at a time. Its coroutines are commands of the control socket."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        bank: StubBank,
+        sender: Sender,
+        address: str | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._charon = charon
+        self._bank = bank
+        self._sender = sender
+        self._address = address
+        self._clock = clock
+        self._wall = wall
+        self._run: _Run | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        """End without waiting for anybody."""
+        if self._task is not None:
+            await end(self._task)
+
+    # commands
+
+    async def start(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Begin. `to`: address of the target, `share` of the sessions, `rate`: moves begun a second."""
+        if self._task is not None and not self._task.done():
+            return {"error": "this gateway is being drained already"}
+        to = canonical_address(request["to"])
+        sas = [sa for sa in self._charon.tracker.established() if sa.resumable and sa.published and sa.remote]
+        if to == self._address or any(sa.local is not None and sa.local.address == to for sa in sas):
+            return {"error": f"{to} is this gateway"}
+        try:
+            gateways = await self._bank.gateways()
+            told = await self._bank.posted(facts.KIND, to)
+        except BankUnavailable as error:
+            return {"error": f"the bank does not answer, and no session can move without it: {error}"}
+        if to not in gateways or not gateways[to].alive:
+            alive = ", ".join(sorted(name for name, sign in gateways.items() if sign.alive and name != self._address))
+            return {"error": f"no gateway lives at {to}; others that do: {alive or 'none'}"}
+        mine = gateways[self._address].keys if self._address in gateways else frozenset()
+        if mine and not mine & gateways[to].keys:
+            return {"error": f"{to} has another bank key, and could open no stub of this gateway: copy the key file"}
+        lacking = {sa.id.spis: reason for sa in sas if (reason := _lacks(facts.decode(told or b""), sa))}
+        able = [sa for sa in sas if sa.id.spis not in lacking]
+        if sas and not able:
+            reasons = "; ".join(sorted(set(lacking.values())))
+            return {"error": f"{to} could resume no session of this gateway: {reasons}"}
+        # those known to have a sidecar first: fewer others are asked in vain
+        random.shuffle(able)
+        able.sort(key=lambda sa: not sa.companion)
+        wanted = math.ceil(request["share"] * len(sas))
+        self._run = _Run(to, request["rate"], self._clock(), len(sas), wanted, deque(able))
+        self._run.outcomes.update((Result.LEFT, reason) for reason in lacking.values())
+        self._task = asyncio.create_task(self._drain(self._run), name="drain")
+        log.info("drain-begins", to=to, sessions=len(sas), wanted=wanted)
+        return await self.progress({})
+
+    async def progress(self, _: dict[str, Any]) -> dict[str, Any]:
+        """How far the last run is."""
+        run = self._run
+        if run is None:
+            return {"error": "this gateway was not drained"}
+        ended = self._clock() if run.ended is None else run.ended
+        return {
+            "state": "running" if run.ended is None else "stopped" if run.stopping else "done",
+            "to": run.to,
+            "sessions": run.sessions,
+            "wanted": run.wanted,
+            "moved": run.count(Result.MOVED),
+            "left": run.count(Result.LEFT),
+            "failed": run.count(Result.FAILED),
+            "under_way": len(run.asked),
+            "outcomes": [
+                {"result": str(result), "reason": reason, "sessions": number}
+                for (result, reason), number in sorted(run.outcomes.items())
+            ],
+            "failures": run.failures,
+            "seconds": round(ended - run.began, 3),
+        }
+
+    async def stop(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Ask no more clients, and wait for those that move."""
+        if self._run is not None and self._task is not None and not self._task.done():
+            self._run.stopping = True
+            await asyncio.wait([self._task])
+        return await self.progress({})
+
+    # what clients say
+
+    def moving(self, message: StubMessage) -> None:
+        """A client's report, not proved yet."""
+        asked = self._run.asked.get(message.spis) if self._run is not None else None
+        if self._run is None or asked is None or message.move is None:
+            return
+        sa = asked.sa
+        if not verify(message, sa.suite.prf, sa.sk_d, before=asked.move):
+            return
+        sa.companion = True
+        status = message.move.status
+        if status in _OUTCOMES:
+            self._settle(self._run, asked, *_OUTCOMES[status])
+        elif asked.status is MoveStatus.ASKED and status is MoveStatus.MOVING:
+            asked.status, asked.again = status, self._clock() + REMIND_SECONDS
+
+    # the run
+
+    async def _drain(self, run: _Run) -> None:
+        begin = self._clock()
+        try:
+            while (run.waiting and not run.stopping and run.count(Result.MOVED) < run.wanted) or run.asked:
+                now = self._clock()
+                # a pause pays for no burst
+                begin = max(begin, now - TICK_SECONDS)
+                while (
+                    begin <= now
+                    and run.waiting
+                    and not run.stopping
+                    and run.count(Result.MOVED) + len(run.asked) < run.wanted
+                ):
+                    self._ask(run, run.waiting.popleft())
+                    begin += 1 / run.rate
+                for asked in list(run.asked.values()):
+                    self._look_after(run, asked, now)
+                await self._collect(run)
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            run.ended = self._clock()
+            log.info(
+                "drain-ends",
+                to=run.to,
+                moved=run.count(Result.MOVED),
+                left=run.count(Result.LEFT),
+                failed=run.count(Result.FAILED),
+            )
+
+    def _ask(self, run: _Run, sa: Sa) -> None:
+        if self._charon.tracker.sas.get(sa.id.spis) is not sa or sa.published is None:
+            run.outcomes[(Result.LEFT, "the session ended, or was rekeyed")] += 1
+            return
+        octets = build_move(stub_sa(sa, sa.published), run.to, move_message_id(self._wall()))
+        move = parse_stub_message(octets)
+        run.asked[sa.id.spis] = _Asked(sa, sa.published, move, octets, self._clock() + MOVE_SECONDS)
+
+    def _look_after(self, run: _Run, asked: _Asked, now: float) -> None:
+        sa = asked.sa
+        if self._charon.tracker.sas.get(sa.id.spis) is not sa:
+            self._settle(run, asked, Result.LEFT, "the session ended, or was rekeyed")
+        elif now > asked.deadline:
+            self._settle(run, asked, Result.FAILED, "the client did not arrive")
+        elif now >= asked.again:
+            if asked.status is MoveStatus.MOVING:
+                asked.again = now + REMIND_SECONDS
+            elif asked.sent < len(ASK_SECONDS):
+                asked.again = now + ASK_SECONDS[asked.sent]
+            else:
+                self._settle(run, asked, Result.LEFT, "no sidecar at the client answered")
+                return
+            asked.sent += 1
+            self._send(sa, asked.octets)
+
+    def _send(self, sa: Sa, octets: bytes) -> None:
+        assert sa.local is not None
+        assert sa.remote is not None
+        local, remote = sa.local, sa.remote
+        try:
+            self._sender.send(local.address, local.port, remote.address, remote.port, octets, local.port == PORT_NAT_T)
+        except OSError as error:
+            log.info("move-not-sent", peer=remote.address, reason=error.strerror, **sa.id.logged)
+
+    async def _collect(self, run: _Run) -> None:
+        """Drop the IKE_SAs of those that went on elsewhere: the bank knows when the target has confirmed."""
+        moving = [asked for asked in run.asked.values() if asked.status is MoveStatus.MOVING]
+        if not moving:
+            return
+        try:
+            ended = await self._bank.ended([asked.index for asked in moving])
+        except BankUnavailable as error:
+            log.info("drain-waits-for-bank", reason=str(error))
+            return
+        over = [
+            asked
+            for asked, gone in zip(moving, ended, strict=True)
+            if gone and self._charon.tracker.sas.get(asked.sa.id.spis) is asked.sa
+        ]
+        for asked in over:
+            self._charon.tracker.forget(asked.sa.id)
+            self._settle(run, asked, Result.MOVED, "")
+        try:
+            await self._charon.installer.delete([asked.sa.id for asked in over])
+        except ChannelError as error:
+            log.warning("old-sas-not-removed", sas=len(over), reason=str(error))
+
+    def _settle(self, run: _Run, asked: _Asked, result: Result, reason: str) -> None:
+        run.asked.pop(asked.sa.id.spis, None)
+        run.outcomes[(result, reason)] += 1
+        sa = asked.sa
+        identity = sa.remote_id.text if sa.remote_id else ""
+        address = sa.remote.address if sa.remote else ""
+        if result is Result.FAILED and len(run.failures) < FAILURES_SHOWN:
+            run.failures.append({"identity": identity, "address": address, "reason": reason})
+        log.info("drained", result=str(result), identity=identity, peer=address, reason=reason, **sa.id.logged)

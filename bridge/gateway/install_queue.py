@@ -1,0 +1,184 @@
+"""Rebuilt SAs into charon, all that are ready with one activation; then their clients are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import structlog
+
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_message import HaError
+from bridge.charon.ha_segments import LONGEST_PAUSE
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.rebuilt import Rebuilt
+from bridge.gateway.refusal import Refusal
+from bridge.gateway.unconfirmed import Unconfirmed
+from bridge.net.interface import Packet
+
+log = structlog.get_logger()
+
+INSTALL_BATCH = 512
+"""SAs that land at once at most: an activation that is due shall not wait long"""
+GATHER_SECONDS = 0.05
+"""for what comes between activations, at most: charon takes it in meanwhile"""
+WORTH = 3.0
+"""an activation that takes t waits so many t, at most, for others that are on their way: the next one is far"""
+POLL_SECONDS = 0.001
+
+Prepared = tuple[Packet, Rebuilt]
+
+
+class Batches:
+    """Installs what is added; `answer` sends the response to a packet's sender, `coming` tells whether more may follow
+    soon."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        unconfirmed: Unconfirmed,
+        metrics: GatewayMetrics,
+        answer: Callable[[Packet, bytes], None],
+        coming: Callable[[], bool],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._charon = charon
+        self._unconfirmed = unconfirmed
+        self._metrics = metrics
+        self._answer = answer
+        self._coming = coming
+        self._clock = clock
+        self._prepared: list[Prepared] = []
+        self._landed: list[Prepared] = []
+        """what charon has, to be activated"""
+        self._installable = asyncio.Event()
+        self._since = 0.0
+        """when the first of it began to land"""
+        self._took = 0.0
+        """seconds that landing took"""
+        self._working = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether something was added and is not answered yet."""
+        return self._working or bool(self._landed or self._prepared)
+
+    def add(self, packet: Packet, made: Rebuilt) -> None:
+        """Install `made` soon, and answer `packet` then; or let the packet go on to charon."""
+        self._unconfirmed.add(made)
+        self._prepared.append((packet, made))
+        self._installable.set()
+
+    def close(self) -> None:
+        """Let go of packets that were not answered yet; `run` must have ended."""
+        for packet, _ in self._landed + self._prepared:
+            packet.accept()
+        self._landed.clear()
+        self._prepared.clear()
+
+    async def run(self) -> None:
+        """Install batch after batch, activate as often as that may be; meanwhile the next stubs are fetched."""
+        installer = self._charon.installer
+        while True:
+            await self._installable.wait()
+            if (wait := installer.wait()) > 0:
+                await asyncio.sleep(min(wait, GATHER_SECONDS))
+            elif self._landed and not self._prepared:
+                await asyncio.sleep(POLL_SECONDS)
+            batch, self._prepared = self._prepared[:INSTALL_BATCH], self._prepared[INSTALL_BATCH:]
+            self._working = True
+            try:
+                await self._land(batch)
+                if self._landed and self._enough() and installer.wait() == 0:
+                    await self._activate()
+            finally:
+                self._working = False
+            if not self.busy:
+                self._installable.clear()
+
+    def _enough(self) -> bool:
+        """Whether nobody else is on the way, or those that landed have waited for others as long as is worth it."""
+        others = bool(self._prepared) or self._coming()
+        # the last activation may have found charon stopped
+        worth = min(WORTH * self._charon.installer.toggle_seconds, LONGEST_PAUSE)
+        return not others or self._clock() - self._since >= worth
+
+    def _give_up(self, batch: list[Prepared]) -> None:
+        for packet, made in batch:
+            self._unconfirmed.forget(made)
+            packet.accept()
+            self._metrics.refused(Refusal.CHARON_UNAVAILABLE)
+
+    def _still_wanted(self, batch: list[Prepared]) -> tuple[list[Prepared], list[Prepared]]:
+        """Those to go on with, and the others: another attempt of the same client may have been confirmed meanwhile;
+        or the interceptor ended, and charon has the request and answers it."""
+        wanted: list[Prepared] = []
+        void: list[Prepared] = []
+        for pair in batch:
+            (wanted if pair[1] in self._unconfirmed and pair[0].held else void).append(pair)
+        return wanted, void
+
+    async def _land(self, batch: list[Prepared]) -> None:
+        batch, void = self._still_wanted(batch)
+        self._give_up(void)
+        if not batch:
+            return
+        began = self._clock()
+        try:
+            await self._charon.installer.land([made.install for _, made in batch])
+            if not self._landed:
+                self._since = began
+            self._landed += batch
+        except HaError as error:
+            if len(batch) > 1:
+                # one stub that charon cannot be told must not cost the others their turn
+                for one in batch:
+                    await self._land([one])
+                return
+            log.warning("stub-not-installable", index=str(batch[0][1].old.index), reason=str(error))
+            self._give_up(batch)
+        except Exception as error:
+            self._failed(batch, error)
+        self._took += self._clock() - began
+
+    def _failed(self, batch: list[Prepared], error: Exception) -> None:
+        if isinstance(error, ChannelError):
+            log.error("install-failed", sas=len(batch), reason=str(error))
+        else:
+            log.error("install-failed", sas=len(batch), exc_info=error)
+        self._give_up(batch)
+
+    async def _activate(self) -> None:
+        landed, self._landed = self._landed, []
+        try:
+            await self._activate_and_answer(landed)
+        except Exception as error:
+            self._failed([pair for pair in landed if pair[0].held], error)
+
+    async def _activate_and_answer(self, landed: list[Prepared]) -> None:
+        took, self._took = self._took, 0.0
+        began = self._clock()
+        await self._charon.installer.activate()
+        self._metrics.install_seconds.observe(took + self._clock() - began)
+        self._metrics.activation_seconds.observe(self._charon.installer.toggle_seconds)
+        rebuilt, void = self._still_wanted(landed)
+        while void:
+            await self._unconfirmed.drop([made.sa.id for _, made in void])
+            self._give_up(void)
+            rebuilt, void = self._still_wanted(rebuilt)
+        for packet, made in rebuilt:
+            self._unconfirmed.installed(made)
+            packet.drop()
+            self._answer(packet, made.response)
+            log.debug(
+                "sa-rebuilt",
+                peer=packet.src,
+                connection=made.sa.connection,
+                spi_i=made.sa.id.spi_i.hex(),
+                spi_r=made.sa.id.spi_r.hex(),
+                old_gateway=made.old.index.gateway,
+                old_spi=made.old.index.spi.hex(),
+            )

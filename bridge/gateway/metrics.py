@@ -1,0 +1,87 @@
+"""A gateway's metrics: of requests, stubs and the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from bridge.bank.prefetch import CachedBank
+from bridge.bank.write_queue import Writer
+from bridge.charon.charon import Charon
+from bridge.net.nfqueue import Interceptor
+from bridge.service.metrics import Metrics
+
+
+def of_stubs(metrics: Metrics, charon: Charon, writer: Writer, cache: CachedBank) -> None:
+    """A gateway's stubs, on their way to the bank and back."""
+    gauge, total, counters = metrics.gauge, metrics.total, writer.counters
+    gauge(
+        "stubs",
+        "established IKE_SAs whose stub was given to the bank",
+        lambda: charon.tracker.count()[1],
+    )
+    gauge("bank_pending", "stub changes waiting for the bank", lambda: writer.pending)
+    total("bank_stored", "stubs that the bank took", lambda: counters.stored)
+    total("bank_deleted", "stubs that were deleted from the bank", lambda: counters.deleted)
+    total("bank_refused", "stubs the bank had a newer revision of", lambda: counters.refused)
+    total("bank_dropped", "stub changes lost for want of room", lambda: counters.dropped)
+    total("bank_write_failures", "attempts to write that the bank did not take", lambda: counters.failures)
+    total("stubs_unreadable", "stubs found that did not open", lambda: cache.unreadable)
+    gauge("bank_cached", "stubs of failed gateways held here", lambda: cache.size)
+    total("bank_cache_hits", "stubs served without a look into the bank", lambda: cache.hits)
+
+
+def of_queue(metrics: Metrics, interceptor: Callable[[], Interceptor | None]) -> None:
+    """The kernel's queue of requests; there is none until the sidecar has got it."""
+
+    def read(what: str) -> Callable[[], float]:
+        def value() -> float:
+            queue = interceptor()
+            return float(getattr(queue.stats(), what)) if queue else 0.0
+
+        return value
+
+    metrics.total("nfqueue_drops", "requests the kernel dropped from the queue", read("drops"))
+    metrics.total("nfqueue_packets", "packets read from the queue", read("seen"))
+    metrics.gauge("nfqueue_waiting", "packets in the kernel's queue", read("waiting"))
+
+
+class GatewayMetrics(Metrics):
+    """Counters of the gateway."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = self.counter("requests", "IKE_SA_INIT requests with IKE_SA_SYNC")
+        self.malformed = self.counter("malformed_requests", "IKE_SA_INIT requests that could not be parsed")
+        self.retransmissions = self.counter("retransmissions", "requests that were seen before")
+        self.resumed = self.counter("resumptions", "rebuilt IKE_SAs that were confirmed")
+        self._refused = self.counter("refusals", "requests with IKE_SA_SYNC that went on to charon", ("reason",))
+        self._cookies = self.counter(
+            "cookies", "requests with IKE_SA_SYNC that were answered with a cookie", ("reason",)
+        )
+        self.removed = self.counter("unconfirmed_removed", "rebuilt IKE_SAs removed because none confirmed them")
+        self.handed = self.counter("stubs_handed", "stubs given to clients that asked for theirs")
+        self.presented = self.counter("stubs_presented", "requests served with a stub that the client held")
+        self.bank_errors = self.counter("bank_errors", "failed look-ups in the bank")
+        self.bank_seconds = self.histogram("bank_get_seconds", "time to fetch the stubs of one batch of requests")
+        self.ping_seconds = self.histogram("bank_ping_seconds", "time that the bank takes to answer")
+        self.install_seconds = self.histogram(
+            "install_seconds", "time to install IKE_SAs that share an activation, and for that; pauses are not in it"
+        )
+        self.activation_seconds = self.histogram(
+            "activation_seconds", "of that: how long the IKE_SAs of one segment did not answer, at most"
+        )
+
+    def expect(self, refusals: Iterable[str], demands: Iterable[str]) -> None:
+        """Show what has not happened yet as 0: a rate needs a value before the first."""
+        for reason in refusals:
+            self._refused.labels(str(reason))
+        for reason in demands:
+            self._cookies.labels(str(reason))
+
+    def refused(self, reason: str) -> None:
+        """Count a request that went on to charon."""
+        self._refused.labels(str(reason)).inc()
+
+    def challenged(self, reason: str, count: int) -> None:
+        """Count requests that have to come again with a cookie."""
+        self._cookies.labels(str(reason)).inc(count)

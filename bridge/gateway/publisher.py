@@ -1,0 +1,79 @@
+"""From the SAs of this gateway to stubs in the bank: Initiate, Update and Delete Stub (draft-xu-ike-sa-sync-01
+section 3.4), and back at start, so that charon need not be asked for what the bank still has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.write_queue import Writer
+from bridge.charon.ike_sa import Sa, gateway_address, sa_of
+from bridge.charon.vici_types import SaInfo
+from bridge.config import Sync
+from bridge.stub.stub import Index
+
+log = structlog.get_logger()
+
+
+class Publisher:
+    """Keeps one stub per SA of this gateway in the bank. `address` is the gateway's in the index, or None for the
+    local address of each SA."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        bank: StubBank,
+        address: str | None,
+        sync: Sync,
+        *,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._writer = writer
+        self._bank = bank
+        self._address = address
+        self._sync = sync
+        self._wall = wall
+
+    def publish(self, sa: Sa) -> None:
+        """Store the stub of an SA that is up, as it is now."""
+        if not sa.resumable:
+            return
+        # milliseconds: grows with every change, and across restarts of the sidecar
+        sa.revision = max(sa.revision + 1, int(self._wall() * 1000))
+        expires = sa.expires
+        if self._sync.lifetime is not None:
+            expires = min(expires, int(self._wall()) + self._sync.lifetime)
+        index = sa.index_here(self._address)
+        before = sa.published
+        if before is not None and before != index:
+            # it moved to another address of this gateway
+            self._writer.submit_delete(before, sa.revision)
+        sa.published_at, sa.stub_expires = index.gateway, expires
+        self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
+
+    def withdraw(self, sa: Sa) -> None:
+        """Delete the stub of an SA that ended."""
+        if sa.resumable and sa.local is not None:
+            index = sa.published or sa.index_here(self._address)
+            self._writer.submit_delete(index, max(sa.revision, int(self._wall() * 1000)))
+
+    async def recover(self, infos: list[SaInfo]) -> list[Sa] | None:
+        """SAs that charon has and this sidecar does not know, from their stubs. None while the bank is away."""
+        indexes = [
+            Index(gateway_address(self._address, info.local.address), info.spi_i if info.initiator else info.spi_r)
+            for info in infos
+        ]
+        found: list[Sa] = []
+        try:
+            stubs = await self._bank.get(indexes)
+        except BankUnavailable as error:
+            log.warning("recovery-waits-for-bank", reason=str(error))
+            return None
+        for info, stub in zip(infos, stubs, strict=True):
+            if stub is not None and stub.spi_i + stub.spi_r == info.spis:
+                found.append(sa_of(stub))
+        log.info("recovered", listed=len(infos), from_bank=len(found))
+        return found

@@ -1,0 +1,160 @@
+"""What a request with IKE_SA_SYNC gets, once its stub was looked up: a rebuilt SA with its answer, or a refusal."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from bridge.charon.charon import Charon
+from bridge.charon.ha_commands import Install
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import Sa, new_conditions
+from bridge.config import Sync
+from bridge.gateway.admission import Admission
+from bridge.gateway.client_stubs import Handout
+from bridge.gateway.rebuilt import Rebuilt
+from bridge.gateway.recent import Spent
+from bridge.gateway.refusal import Refusal
+from bridge.gateway.unconfirmed import Unconfirmed
+from bridge.ike.keys import derive_sk_d, skeyseed_resume
+from bridge.ike.sync_exchange import SyncRequest, build_response, nat_hash, verify_request
+from bridge.ike.transforms import least_nonce
+from bridge.net.interface import Packet
+from bridge.stub.child_sa import grant, stays
+from bridge.stub.stub import Stub
+from bridge.stub.types import Endpoint
+
+NONCE_OCTETS = 32
+"""at least half the key size of every prf (RFC 7296 section 2.10)"""
+ATTEMPTS_PER_STUB = 4
+"""unconfirmed SAs from one stub at most: a client may start anew, and an old request of its may be replayed"""
+
+
+class Decision:
+    """Judges requests, and rebuilds the SAs of those that pass."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        spent: Spent,
+        handout: Handout,
+        unconfirmed: Unconfirmed,
+        admission: Admission,
+        sync: Sync,
+        *,
+        random: Callable[[int], bytes] = os.urandom,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._charon = charon
+        self._spent = spent
+        self._handout = handout
+        self._unconfirmed = unconfirmed
+        self._admission = admission
+        self._sync = sync
+        self._random = random
+        self._wall = wall
+
+    def of(self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub) -> Rebuilt | Refusal:
+        """Rules 1 and 7: a proven request and the sealed stub alone decide. `digest` is the request's."""
+        if stub.index in self._spent:
+            # while the stubs of this batch were fetched
+            return Refusal.NO_STUB
+        if stub.expires <= self._wall():
+            return Refusal.STUB_EXPIRED
+        if request.proof is None:
+            if self._sync.proof == "required" or request.sync.attributes:
+                return Refusal.PROOF_MISSING
+        elif not verify_request(request, stub.suite.prf, stub.sk_d):
+            return Refusal.PROOF_WRONG
+        if len(request.nonce) < least_nonce(stub.suite.prf):
+            return Refusal.NONCE_SHORT
+        if self._charon.connection(stub.connection) is None:
+            return Refusal.CONNECTION_MISSING
+        if (
+            len(self._unconfirmed) >= self._sync.max_unconfirmed
+            or self._unconfirmed.attempts(stub.index) >= ATTEMPTS_PER_STUB
+        ):
+            return Refusal.TOO_MANY_UNCONFIRMED
+        if self._admission.full(packet.src):
+            return Refusal.SOURCE_UNCONFIRMED
+        return self._rebuild(packet, request, digest, stub)
+
+    def _rebuild(self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub) -> Rebuilt:
+        ike_id = IkeId.of(request.spi_i, self._random(8), False)
+        nonce = self._random(NONCE_OCTETS)
+        suite = stub.suite
+        local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
+        seed = skeyseed_resume(suite.prf, stub.sk_d, request.nonce, nonce)
+        lifetime = self._lifetime(stub)
+        moved = {stub.local.address, stub.remote.address} - {local.address, remote.address}
+        # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
+        # that is here from it; and those of two attempts would share policies, which go with the first that ends. Then
+        # they come up by CREATE_CHILD_SA, under keys that a replay has not.
+        alone = stub.spi_i + stub.spi_r not in self._charon.tracker.sas and not self._unconfirmed.attempts(stub.index)
+        granted = grant(
+            stub.children,
+            request.sync.children if alone else (),
+            request.sync.old_children,
+            lambda child: self._charon.takes_at_once(stub.connection, child.name) and stays(child, moved),
+            self._charon.spis.next,
+            request.nonce,
+            nonce,
+        )
+        conditions = new_conditions(
+            stub.conditions,
+            initiator=False,
+            nat_here=_differs(request.nat_destination, request.spi_i, local),
+            nat_there=_differs(request.nat_source, request.spi_i, remote),
+        )
+        now = int(self._wall())
+        sa = Sa(
+            id=ike_id,
+            suite=suite,
+            sk_d=derive_sk_d(suite, seed, request.nonce, nonce, ike_id.spi_i, ike_id.spi_r),
+            local_id=stub.local_id,
+            remote_id=stub.remote_id,
+            eap_id=stub.eap_id,
+            local=local,
+            remote=remote,
+            connection=stub.connection,
+            conditions=conditions,
+            extensions=stub.extensions,
+            remote_vips=stub.remote_vips,
+            # charon tells nobody of what it is given
+            children=tuple(new.child for new in granted.children),
+            established=now,
+            expires=now + lifetime,
+            companion=True,
+        )
+        response = build_response(
+            request,
+            spi_r=ike_id.spi_r,
+            nonce=nonce,
+            prf=suite.prf,
+            sk_d_old=stub.sk_d,
+            lifetime=lifetime,
+            children=granted.answer,
+            sealed_stub=self._handout.seal(sa) if request.sync.attributes else None,
+            nat=(local.address, local.port, remote.address, remote.port),
+        )
+        install = Install.of(
+            sa,
+            sk_d_old=stub.sk_d,
+            nonce_i=request.nonce,
+            nonce_r=nonce,
+            local_vips=stub.local_vips,
+            remote_vips=stub.remote_vips,
+            children=granted.children,
+        )
+        return Rebuilt(digest, response, stub, sa, install)
+
+    def _lifetime(self, stub: Stub) -> int:
+        """What charon will give the rebuilt SA: that of a fresh one of its connection."""
+        connection = self._charon.connection(stub.connection)
+        return connection.lifetime if connection and connection.lifetime else int(stub.expires - self._wall())
+
+
+def _differs(hashes: Sequence[bytes], spi_i: bytes, seen: Endpoint) -> bool:
+    """NAT detection (RFC 7296 section 2.23): the peer sent hashes and none is of the address seen here."""
+    return bool(hashes) and nat_hash(spi_i, bytes(8), seen.address, seen.port) not in hashes

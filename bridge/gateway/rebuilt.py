@@ -1,0 +1,29 @@
+"""An SA that was rebuilt here, until its first verified message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from bridge.charon.ha_commands import Install
+from bridge.charon.ike_sa import Sa
+from bridge.stub.stub import Stub
+
+
+class State(StrEnum):
+    INSTALLING = "installing"
+    UNCONFIRMED = "unconfirmed"
+
+
+@dataclass(slots=True, eq=False)
+class Rebuilt:
+    """An SA that was rebuilt here and has not carried a verified message yet."""
+
+    digest: bytes
+    """of the request"""
+    response: bytes
+    old: Stub
+    sa: Sa
+    install: Install
+    state: State = State.INSTALLING
+    deadline: float = field(default=0.0)

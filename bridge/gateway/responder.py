@@ -1,0 +1,311 @@
+"""The gateway's side of a resumption: from a request with IKE_SA_SYNC to a confirmed IKE_SA, or to plain charon.
+
+Packets come in batches and stay in order; one task takes all that wait, has their stubs looked up in one round trip and
+each request judged (`decision`), and gives what is to be rebuilt to the next batch that is installed (`batches`), which
+answers. What was rebuilt is removed again unless its client confirms it (`unconfirmed`). Whatever is not answered goes
+on to charon as it came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from bridge.bank.write_queue import Writer
+from bridge.charon.charon import Charon
+from bridge.charon.ike_sa import Sa
+from bridge.config import Sync
+from bridge.gateway.admission import Admission, Demand, Verdict
+from bridge.gateway.client_stubs import Handout
+from bridge.gateway.install_queue import Batches
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.rate_limit import Rate
+from bridge.gateway.rebuild import Decision
+from bridge.gateway.rebuilt import State
+from bridge.gateway.refusal import Refusal
+from bridge.gateway.stub_lookup import Lookup, Missing
+from bridge.gateway.unconfirmed import Unconfirmed
+from bridge.ike.cookie import Cookies, glance
+from bridge.ike.message import ExchangeType, MalformedMessage
+from bridge.ike.stub_exchange import StubMessage
+from bridge.ike.sync_exchange import SyncRequest, parse_request
+from bridge.net.interface import Packet, Sender
+from bridge.net.packet import EXCHANGE_OFFSET
+from bridge.stub.types import Endpoint
+
+log = structlog.get_logger()
+
+GET_BATCH = 256
+"""stubs asked of the bank at once at most: opening them is work, and must not make their own answer late"""
+REFUSALS_LOGGED = 20
+"""lines a second at most: whoever sends nonsense shall not fill the disk with it"""
+
+Waiting = tuple[Packet, SyncRequest, bytes]
+"""a packet, the request that it is, and its digest"""
+
+
+def _digest(packet: Packet) -> bytes:
+    return hashlib.sha256(packet.ike).digest()
+
+
+class Gateway:
+    """Answers IKE_SA_SYNC on one gateway. `packets` takes intercepted batches; what charon says of rebuilt SAs goes to
+    `unconfirmed`, what clients report of a move to `moving`."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        lookup: Lookup,
+        handout: Handout,
+        writer: Writer,
+        sender: Sender,
+        sync: Sync,
+        metrics: GatewayMetrics,
+        publish: Callable[[Sa], None],
+        moving: Callable[[StubMessage], None],
+        *,
+        random: Callable[[int], bytes] = os.urandom,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._charon = charon
+        self._lookup = lookup
+        self._handout = handout
+        self._sender = sender
+        self._moving = moving
+        self._cookies = Cookies(random=random)
+        self._admission = Admission(sync, self._cookies)
+        self._metrics = metrics
+        metrics.expect(Refusal, Demand)
+        self._clock = clock
+        self.unconfirmed = Unconfirmed(
+            charon,
+            lookup.spent,
+            handout,
+            writer,
+            self._admission,
+            metrics,
+            publish,
+            confirm_timeout=sync.confirm_timeout,
+            clock=clock,
+        )
+        self._decision = Decision(
+            charon, lookup.spent, handout, self.unconfirmed, self._admission, sync, random=random, wall=wall
+        )
+        self._batches = Batches(charon, self.unconfirmed, metrics, self._answer, self._coming, clock=clock)
+        self._look_around_seconds = min(1.0, sync.confirm_timeout / 4)
+        self._lines = Rate(REFUSALS_LOGGED)
+        self._unlogged = 0
+        self._demanding = False
+        self._serving = False
+        self._waiting: list[Waiting] = []
+        self._undecided: set[bytes] = set()
+        """digests of requests whose stubs are being looked up, or that wait for it"""
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to serve; call on the event loop."""
+        self._tasks = [
+            asyncio.create_task(self._serve(), name="serve"),
+            asyncio.create_task(self._batches.run(), name="install"),
+            asyncio.create_task(self._look_around(), name="unconfirmed"),
+        ]
+
+    async def close(self) -> None:
+        """Stop serving; undecided packets go to charon, unconfirmed SAs are removed."""
+        for task in self._tasks:
+            task.cancel()
+        for packet, _, _ in self._waiting:
+            packet.accept()
+        self._waiting.clear()
+        self._batches.close()
+        await self.unconfirmed.close()
+
+    @property
+    def demanding(self) -> bool:
+        """Whether every request must carry a cookie now."""
+        return self._admission.demanding(self._load, self._clock())
+
+    @property
+    def _load(self) -> int:
+        """SAs unconfirmed, and requests that wait to become one."""
+        return len(self.unconfirmed) + len(self._waiting)
+
+    def _coming(self) -> bool:
+        return self._serving or bool(self._waiting)
+
+    def busy(self) -> bool:
+        """Whether some request is between its admission and its answer."""
+        return self._coming() or self._batches.busy
+
+    # packets
+
+    def packets(self, batch: Sequence[Packet]) -> None:
+        """Take in intercepted requests. Decides at once on all but those that name a stub.
+
+        In a flood almost all of them end with a cookie: up to there a packet meets nothing but `glance` and `judge`;
+        and `_known`, while anything is served that it could be a repetition of.
+        """
+        now = self._clock()
+        requests = 0
+        demands: Counter[Demand] = Counter()
+        for packet in batch:
+            if packet.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
+                if (moving := self._handout.received(packet)) is not None:
+                    self._moving(moving)
+                continue
+            try:
+                seen = glance(packet.ike)
+            except MalformedMessage as error:
+                self._malformed(packet, error)
+                continue
+            if seen is None:
+                self._charon.landing.handshake_seen(packet.src, now)
+                packet.accept()
+                continue
+            requests += 1
+            verdict = self._admission.judge(seen, packet.src, packet.sport, self._load, now)
+            if verdict is Verdict.SERVE:
+                self._take(packet)
+            elif (self._undecided or self.unconfirmed) and self._known(packet, _digest(packet)):
+                continue
+            elif verdict is Verdict.REFUSE:
+                packet.accept()
+                self._metrics.refused(Refusal.SOURCE_RATE)
+            else:
+                packet.drop()
+                self._answer(packet, self._cookies.challenge(seen, packet.src, packet.sport, now))
+                demands[verdict] += 1
+        self._metrics.requests.inc(requests)
+        for demand, count in demands.items():
+            self._metrics.challenged(demand, count)
+        if self._waiting:
+            self._wake.set()
+
+    def _take(self, packet: Packet) -> None:
+        """A request that may be served."""
+        try:
+            request = parse_request(packet.ike)
+        except MalformedMessage as error:
+            self._malformed(packet, error)
+            return
+        # what a first look takes for a request with IKE_SA_SYNC is one, or malformed
+        assert request is not None
+        digest = _digest(packet)
+        if not self._known(packet, digest) and not self._too_late(packet, request):
+            self._waiting.append((packet, request, digest))
+            self._undecided.add(digest)
+
+    def _malformed(self, packet: Packet, error: MalformedMessage) -> None:
+        self._metrics.malformed.inc()
+        log.debug("request-malformed", peer=packet.src, reason=str(error))
+        packet.accept()
+
+    def _known(self, packet: Packet, digest: bytes) -> bool:
+        """Rule 3: one answer to one request. Same octets get the same answer, wherever they come from; while it is
+        still in the making, none. They are not asked for a cookie: with it they would be another request."""
+        rebuilt = self.unconfirmed.of_request(digest)
+        if rebuilt is None and digest not in self._undecided:
+            return False
+        packet.drop()
+        self._metrics.retransmissions.inc()
+        if rebuilt is not None and rebuilt.state is State.UNCONFIRMED:
+            self._answer(packet, rebuilt.response)
+        return True
+
+    def _too_late(self, packet: Packet, request: SyncRequest) -> bool:
+        """A gateway under load drops what a client that has resumed sent before it had: charon would take it for a
+        handshake."""
+        if not self.demanding or not self.unconfirmed.is_over(request.spi_i, Endpoint(packet.src, packet.sport)):
+            return False
+        packet.drop()
+        self._metrics.retransmissions.inc()
+        return True
+
+    def _answer(self, packet: Packet, response: bytes) -> None:
+        try:
+            self._sender.send(packet.dst, packet.dport, packet.src, packet.sport, response, packet.marker)
+        except OSError as error:
+            # to an address that somebody made up, perhaps
+            if self._lines.take(self._clock()):
+                log.warning("answer-not-sent", peer=packet.src, reason=error.strerror)
+
+    async def _serve(self) -> None:
+        while True:
+            await self._wake.wait()
+            batch, self._waiting = self._waiting[:GET_BATCH], self._waiting[GET_BATCH:]
+            if not self._waiting:
+                self._wake.clear()
+            if not batch:
+                continue
+            self._serving = True
+            try:
+                await self._serve_batch(batch)
+            except Exception:
+                log.exception("batch-failed", requests=len(batch))
+            finally:
+                self._serving = False
+                # fail open; for packets that were decided on this does nothing
+                for packet, _, digest in batch:
+                    self._undecided.discard(digest)
+                    if self.unconfirmed.of_request(digest) is None:
+                        packet.accept()
+
+    async def _serve_batch(self, batch: list[Waiting]) -> None:
+        if not self._charon.ready():
+            self._refuse_all(batch, Refusal.CHARON_UNAVAILABLE)
+            return
+        stubs = await self._lookup.find([request for _, request, _ in batch])
+        for (packet, request, digest), stub in zip(batch, stubs, strict=True):
+            # what the interceptor let go when it ended is charon's to answer
+            if not packet.held or self._too_late(packet, request):
+                continue
+            made = Refusal(stub) if isinstance(stub, Missing) else self._decision.of(packet, request, digest, stub)
+            if isinstance(made, Refusal):
+                self._refuse(packet, request, made)
+            else:
+                self._batches.add(packet, made)
+
+    def _refuse_all(self, batch: list[Waiting], reason: Refusal) -> None:
+        for packet, request, _ in batch:
+            self._refuse(packet, request, reason)
+
+    def _refuse(self, packet: Packet, request: SyncRequest, reason: Refusal) -> None:
+        packet.accept()
+        self._metrics.refused(reason)
+        if not self._lines.take(self._clock()):
+            self._unlogged += 1
+            return
+        unlogged, self._unlogged = self._unlogged, 0
+        level = log.warning if reason in (Refusal.PROOF_WRONG, Refusal.CONNECTION_MISSING) else log.info
+        level(
+            "resumption-refused",
+            reason=str(reason),
+            peer=packet.src,
+            spi_i=request.spi_i.hex(),
+            old_gateway=request.sync.gateway,
+            old_spi=request.sync.spi.hex(),
+            **({"not_logged_before": unlogged} if unlogged else {}),
+        )
+
+    async def _look_around(self) -> None:
+        while True:
+            await asyncio.sleep(self._look_around_seconds)
+            await self.unconfirmed.remove_late()
+            self._tell_whether_demanding()
+
+    def _tell_whether_demanding(self) -> None:
+        if self.demanding == self._demanding:
+            return
+        self._demanding = not self._demanding
+        if self._demanding:
+            log.warning("cookies-demanded", unconfirmed=len(self.unconfirmed), waiting=len(self._waiting))
+        else:
+            log.info("cookies-no-longer-demanded")

@@ -1,0 +1,114 @@
+"""Where a gateway finds the stubs that requests name: in the bank, or in the requests themselves, where clients hold
+their own (`sync.client_stub`).
+
+A client's stub counts only with the request's PROOF under it, and not after its session ended or went on elsewhere, as
+far as that can be known: the bank is asked, and while it is away this gateway's own memory has to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Final
+
+import structlog
+
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.gateway.client_stubs import HELD_SECONDS, Handout
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.recent import Spent
+from bridge.ike.sync_exchange import SyncRequest, verify_request
+from bridge.stub.stub import Index, Stub
+
+log = structlog.get_logger()
+
+
+SPENT_SECONDS: Final = 60.0
+"""how long an index that was resumed from here is refused, whatever the bank still says"""
+
+
+class Missing(StrEnum):
+    """Why there is no stub."""
+
+    NO_STUB = "no-stub"
+    BANK_UNAVAILABLE = "bank-unavailable"
+
+
+class Lookup:
+    """Finds stubs. `reachable` tells whether the bank is worth asking, `timeout` (s) how long it may take."""
+
+    def __init__(
+        self,
+        bank: StubBank,
+        handout: Handout,
+        metrics: GatewayMetrics,
+        *,
+        reachable: Callable[[], bool],
+        timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.spent = Spent(SPENT_SECONDS if handout.policy == "off" else HELD_SECONDS, clock=clock)
+        self._bank = bank
+        self._handout = handout
+        self._metrics = metrics
+        self._reachable = reachable
+        self._timeout = timeout
+        self._clock = clock
+
+    async def find(self, requests: Sequence[SyncRequest]) -> list[Stub | Missing]:
+        """The stub that each request names, or why there is none."""
+        indexes = [Index(request.sync.gateway, request.sync.spi) for request in requests]
+        held = [self._held(request, index) for request, index in zip(requests, indexes, strict=True)]
+        stubs: dict[Index, Stub | None] = {}
+        ended: dict[Index, bool] = {}
+        # known from the heartbeat: no client shall wait to learn it
+        if self._reachable():
+            began = self._clock()
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self._ask(indexes, held, stubs, ended)
+            except (BankUnavailable, TimeoutError) as error:
+                self._metrics.bank_errors.inc()
+                log.warning("bank-unavailable", reason=str(error) or f"no answer in {self._timeout} s")
+            finally:
+                self._metrics.bank_seconds.observe(self._clock() - began)
+        return [self._choose(index, own, stubs, ended) for index, own in zip(indexes, held, strict=True)]
+
+    def _held(self, request: SyncRequest, index: Index) -> Stub | None:
+        """The stub in the request, if it opens and the request proves that it is the sender's."""
+        if request.sealed_stub is None:
+            return None
+        stub = self._handout.open(request.sealed_stub, index)
+        return stub if stub is not None and verify_request(request, stub.suite.prf, stub.sk_d) else None
+
+    async def _ask(
+        self,
+        indexes: Sequence[Index],
+        held: Sequence[Stub | None],
+        stubs: dict[Index, Stub | None],
+        ended: dict[Index, bool],
+    ) -> None:
+        """Fill in what the bank says."""
+        pairs = list(zip(indexes, held, strict=True))
+        prefer = self._handout.policy == "prefer"
+        wanted = list(dict.fromkeys(index for index, own in pairs if own is None or not prefer))
+        if wanted:
+            stubs.update(zip(wanted, await self._bank.get(wanted), strict=True))
+        doubtful = list(dict.fromkeys(index for index, own in pairs if own is not None and stubs.get(index) is None))
+        if doubtful:
+            ended.update(zip(doubtful, await self._bank.ended(doubtful), strict=True))
+
+    def _choose(
+        self, index: Index, own: Stub | None, stubs: dict[Index, Stub | None], ended: dict[Index, bool]
+    ) -> Stub | Missing:
+        if index in self.spent or ended.get(index, False):
+            return Missing.NO_STUB
+        stub = stubs.get(index)
+        if stub is not None:
+            return stub
+        if own is not None:
+            self._metrics.presented.inc()
+            return own
+        return Missing.NO_STUB if index in stubs else Missing.BANK_UNAVAILABLE

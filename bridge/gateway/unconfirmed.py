@@ -1,0 +1,212 @@
+"""The IKE_SAs that were rebuilt here and have not proved themselves: the table of them, and how each leaves it.
+
+An SA that was rebuilt here is in one of these states (protocol rules 2 and 3):
+
+    INSTALLING --charon has it, answer sent--> UNCONFIRMED --first verified request--> confirmed: an SA like any other
+                                                    '-----confirm_timeout------------> removed in silence
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import structlog
+
+from bridge.bank.write_queue import Writer
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import Sa
+from bridge.gateway.admission import Admission
+from bridge.gateway.client_stubs import Handout
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.rebuilt import Rebuilt, State
+from bridge.gateway.recent import Recent, Spent
+from bridge.stub.stub import Index
+from bridge.stub.types import Endpoint
+
+log = structlog.get_logger()
+
+LATE_SECONDS = 30.0
+"""how long after its SA was confirmed a request may still lie in a queue, or be repeated by a client that was slow"""
+ANY_REVISION = 2**53
+"""more than any revision, which is milliseconds of Unix time"""
+
+
+class Unconfirmed:
+    """The rebuilt SAs that wait for their first verified request, oldest first. `confirm_timeout` in seconds."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        spent: Spent,
+        handout: Handout,
+        writer: Writer,
+        admission: Admission,
+        metrics: GatewayMetrics,
+        publish: Callable[[Sa], None],
+        *,
+        confirm_timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._charon = charon
+        self._spent = spent
+        self._handout = handout
+        self._writer = writer
+        self._admission = admission
+        self._metrics = metrics
+        self._publish = publish
+        self._confirm_timeout = confirm_timeout
+        self._clock = clock
+        self._by_digest: dict[bytes, Rebuilt] = {}
+        self._by_spis: OrderedDict[bytes, Rebuilt] = OrderedDict()
+        self._by_index: dict[Index, list[Rebuilt]] = {}
+        self._confirmed: Recent[tuple[bytes, Endpoint]] = Recent(LATE_SECONDS, clock=clock)
+        self._drops: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Remove all of them."""
+        for task in self._drops:
+            task.cancel()
+        with contextlib.suppress(ChannelError):
+            await self._remove(list(self._by_spis.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_spis)
+
+    def __contains__(self, made: Rebuilt) -> bool:
+        return self._by_spis.get(made.sa.id.spis) is made
+
+    def of_request(self, digest: bytes) -> Rebuilt | None:
+        """What a request with this digest made."""
+        return self._by_digest.get(digest)
+
+    def is_over(self, spi_i: bytes, peer: Endpoint) -> bool:
+        """Whether a request with this SPIi, from where the confirmed SA's client is, comes too late: it has its SA."""
+        return (spi_i, peer) in self._confirmed
+
+    def attempts(self, index: Index) -> int:
+        """How many wait that were made from one stub."""
+        return len(self._by_index.get(index, ()))
+
+    def add(self, made: Rebuilt) -> None:
+        """One that is about to be installed."""
+        self._by_digest[made.digest] = made
+        self._by_index.setdefault(made.old.index, []).append(made)
+        self._by_spis[made.sa.id.spis] = made
+        self._admission.rebuilt(made.install.remote.address)
+        self._charon.tracker.adopt(made.sa)
+
+    def installed(self, made: Rebuilt) -> None:
+        """charon has it: from now on its client has `confirm_timeout`."""
+        made.state = State.UNCONFIRMED
+        made.deadline = self._clock() + self._confirm_timeout
+
+    def verified(self, ike_id: IkeId) -> None:
+        """Rule 2: the first request that verified under the new keys confirms the SA."""
+        made = self._by_spis.get(ike_id.spis)
+        if made is None:
+            return
+        self._take_out(made)
+        index, sa = made.old.index, made.sa
+        others = self._by_index.get(index, [])[:]
+        for other in others:
+            self.forget(other)
+        self._spent.add(index)
+        self._confirmed.add((sa.id.spi_i, made.install.remote))
+        # whatever the old gateway may have written since: the session is here now
+        self._writer.submit_delete(index, ANY_REVISION)
+        void = [other.sa.id for other in others]
+        old_id = IkeId.of(made.old.spi_i, made.old.spi_r, made.old.initiator)
+        if self._charon.tracker.forget(old_id) is not None:
+            # the old SA is here too: the client lost its path, not this gateway
+            void.append(old_id)
+        if void:
+            self._drop_later(void)
+        sa.up = True
+        self._metrics.resumed.inc()
+        self._publish(sa)
+        self._charon.reconcile_soon()
+        log.info(
+            "sa-resumed",
+            connection=sa.connection,
+            spi_i=sa.id.spi_i.hex(),
+            spi_r=sa.id.spi_r.hex(),
+            peer=sa.remote.address if sa.remote else "",
+            old_gateway=index.gateway,
+            old_spi=index.spi.hex(),
+        )
+
+    def gone(self, sa: Sa) -> None:
+        """charon ended an SA: nothing waits for it any more."""
+        if self._handout.policy != "off":
+            # its client may still hold a stub, and the bank be away
+            self._spent.add(self._handout.index(sa))
+        made = self._by_spis.get(sa.id.spis)
+        if made is not None:
+            self.forget(made)
+
+    def forget(self, made: Rebuilt) -> None:
+        """It will never be confirmed."""
+        self._take_out(made)
+        self._charon.tracker.forget(made.sa.id)
+        if made.state is State.UNCONFIRMED and self._handout.policy != "off":
+            # its client got a stub of it: worth nothing now
+            self._spent.add(self._handout.index(made.sa))
+            self._writer.submit_delete(self._handout.index(made.sa), ANY_REVISION)
+
+    def _take_out(self, made: Rebuilt) -> None:
+        self._by_digest.pop(made.digest, None)
+        if self._by_spis.pop(made.sa.id.spis, None) is not None:
+            self._admission.settled(made.install.remote.address)
+        attempts = self._by_index.get(made.old.index, [])
+        if made in attempts:
+            attempts.remove(made)
+        if not attempts:
+            self._by_index.pop(made.old.index, None)
+
+    async def remove_late(self) -> None:
+        """Remove what was not confirmed in time."""
+        now = self._clock()
+        late = []
+        for made in self._by_spis.values():
+            if made.state is State.UNCONFIRMED:
+                if made.deadline > now:
+                    break
+                late.append(made)
+        try:
+            await self._remove(late)
+        except ChannelError as error:
+            log.warning("unconfirmed-not-removed", reason=str(error))
+            return
+        for made in late:
+            self._metrics.removed.inc()
+            log.info(
+                "sa-unconfirmed-removed",
+                spi_i=made.sa.id.spi_i.hex(),
+                spi_r=made.sa.id.spi_r.hex(),
+                peer=made.install.remote.address,
+            )
+
+    async def _remove(self, gone: list[Rebuilt]) -> None:
+        """Raises ChannelError, and then has forgotten none: the next attempt is soon."""
+        if gone and self._charon.channel.ready():
+            await self._charon.installer.delete([made.sa.id for made in gone])
+        for made in gone:
+            self.forget(made)
+
+    def _drop_later(self, ike_ids: list[IkeId]) -> None:
+        task = asyncio.ensure_future(self.drop(ike_ids))
+        self._drops.add(task)
+        task.add_done_callback(self._drops.discard)
+
+    async def drop(self, ike_ids: list[IkeId]) -> None:
+        """Take from charon what a confirmed SA stands for."""
+        try:
+            await self._charon.installer.delete(ike_ids)
+        except ChannelError as error:
+            log.warning("old-sa-not-removed", reason=str(error))

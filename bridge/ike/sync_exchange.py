@@ -1,0 +1,351 @@
+"""The one round trip of a resumption (draft-xu-ike-sa-sync-01 section 3.1), both sides of it, no I/O.
+
+    Initiator                                Responder (target gateway)
+    HDR, SAi1, KEi, Ni, SYN       -->
+                                  <--        HDR, Nr, SYN
+
+SYN carries PROOF, which the draft lacks: see bridge.ike.proof.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+from msgspec import Struct
+
+from bridge.ike.address import packed
+from bridge.ike.message import (
+    HEADER,
+    ExchangeType,
+    Flag,
+    MalformedMessage,
+    Message,
+    NotifyType,
+    Payload,
+    PayloadType,
+    build,
+    check_nonce,
+    decode_notify,
+    encode_ke,
+    encode_notify,
+    parse,
+)
+from bridge.ike.proof import blank, empty_proof, prove, proves
+from bridge.ike.sync_payload import Attribute, Sync, encode_child, encode_old_children
+from bridge.ike.transforms import Suite, least_nonce
+
+_NO_SPI: Final = bytes(8)
+_FIRST_STATUS: Final = 16384
+_MAX_COOKIE: Final = 64
+"""octets (RFC 7296 section 2.6)"""
+
+Addresses = tuple[str, int, str, int]
+"""source address and port, destination address and port"""
+
+
+def nat_hash(spi_i: bytes, spi_r: bytes, address: str, port: int) -> bytes:
+    """SHA-1(SPIi | SPIr | address | port), 20 octets: the data of NAT detection (RFC 7296 section 2.23)."""
+    octets = spi_i + spi_r + packed(address) + port.to_bytes(2)
+    return hashlib.sha1(octets, usedforsecurity=False).digest()
+
+
+def _nat_notifies(spi_i: bytes, spi_r: bytes, nat: Addresses) -> list[tuple[int, bytes]]:
+    src, sport, dst, dport = nat
+    return [
+        (
+            PayloadType.NOTIFY,
+            encode_notify(NotifyType.NAT_DETECTION_SOURCE_IP, nat_hash(spi_i, spi_r, src, sport)),
+        ),
+        (
+            PayloadType.NOTIFY,
+            encode_notify(NotifyType.NAT_DETECTION_DESTINATION_IP, nat_hash(spi_i, spi_r, dst, dport)),
+        ),
+    ]
+
+
+# the client's request
+
+
+def build_request(
+    *,
+    spi_i: bytes,
+    suite: Suite,
+    ke_value: bytes,
+    nonce: bytes,
+    sync_index: tuple[str, bytes],
+    prf: int,
+    sk_d_old: bytes | None,
+    children: Sequence[tuple[int, int]] = (),
+    old_children: Sequence[int] = (),
+    sealed_stub: bytes | None = None,
+    nat: Addresses | None = None,
+    cookie: bytes | None = None,
+) -> bytes:
+    """The client's IKE_SA_INIT request. Without `sk_d_old` the plain draft form, which carries no attributes.
+
+    `sync_index` is (old gateway's address, its SPI); `children` are (child number, the client's inbound ESP SPI), and
+    `old_children` by that number the old gateway's inbound ESP SPIs.
+    """
+    attributes: list[tuple[int, bytes]] = []
+    if sk_d_old is not None:
+        attributes += [encode_child(number, spi) for number, spi in children]
+        if old_children:
+            attributes.append(encode_old_children(old_children))
+        if sealed_stub is not None:
+            attributes.append((Attribute.SEALED_STUB, sealed_stub))
+        attributes.append(empty_proof(prf))
+    payloads: list[tuple[int, bytes]] = []
+    if cookie is not None:
+        payloads.append((PayloadType.NOTIFY, encode_notify(NotifyType.COOKIE, cookie)))
+    payloads += [
+        (PayloadType.SA, suite.proposal()),
+        (PayloadType.KE, encode_ke(suite.group, ke_value)),
+        (PayloadType.NONCE, nonce),
+    ]
+    if nat is not None:
+        payloads += _nat_notifies(spi_i, _NO_SPI, nat)
+    # last, so that PROOF is the end of the message
+    payloads.append((PayloadType.SYNC, Sync(False, *sync_index, tuple(attributes)).encode()))
+    message = build(
+        spi_i=spi_i,
+        spi_r=_NO_SPI,
+        exchange=ExchangeType.IKE_SA_INIT,
+        flags=Flag.INITIATOR,
+        message_id=0,
+        payloads=payloads,
+    )
+    return message if sk_d_old is None else prove(message, prf, sk_d_old, from_gateway=False)
+
+
+class SyncRequest(Struct, frozen=True, gc=False):
+    """An IKE_SA_INIT request with IKE_SA_SYNC. Nothing in it is proved before `verify_request`."""
+
+    blank: bytes
+    """the message with the octets of PROOF zero"""
+    spi_i: bytes
+    nonce: bytes
+    sync: Sync
+    cookie: bytes | None
+    nat_source: tuple[bytes, ...]
+    nat_destination: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"SyncRequest({self.spi_i.hex()})"
+
+    @property
+    def proof(self) -> bytes | None:
+        """The value of PROOF."""
+        return self.sync.first(Attribute.PROOF)
+
+    @property
+    def sealed_stub(self) -> bytes | None:
+        """The value of SEALED_STUB."""
+        return self.sync.first(Attribute.SEALED_STUB)
+
+
+_UNDERSTOOD: Final = frozenset(map(int, PayloadType))
+"""payload types that may be critical: those of RFC 7296, and ours"""
+# plain numbers: comparing with enums takes far longer
+_INIT, _RESPONSE, _INITIATOR = int(ExchangeType.IKE_SA_INIT), int(Flag.RESPONSE), int(Flag.INITIATOR)
+_SYNC, _NONCE, _NOTIFY = int(PayloadType.SYNC), int(PayloadType.NONCE), int(PayloadType.NOTIFY)
+_COOKIE = int(NotifyType.COOKIE)
+_NAT_SOURCE, _NAT_DESTINATION = int(NotifyType.NAT_DETECTION_SOURCE_IP), int(NotifyType.NAT_DETECTION_DESTINATION_IP)
+_EXPECTED: Final = frozenset((_SYNC, _NONCE, int(PayloadType.SA), int(PayloadType.KE)))
+"""there once each"""
+_SYNC_MARK: Final = bytes((_SYNC,))
+
+
+def parse_request(data: bytes) -> SyncRequest | None:
+    """A request with IKE_SA_SYNC; None for any other message, which is none of our business.
+
+    Raises MalformedMessage for one that has the payload and breaks a rule: cut payloads; IKE_SA_SYNC, SAi1, KEi, Ni or
+    a cookie twice, or one of the first four not there; an unknown critical payload; C = 1; an SPIi of zero, an SPIr, a
+    message ID other than 0, the flag I not set.
+    """
+    if len(data) < HEADER.size or data[18] != _INIT or data[19] & _RESPONSE or _SYNC_MARK not in data:
+        # ordinary requests are not ours to judge
+        return None
+    header, payloads = parse(data)
+    if not any(one.type == _SYNC for one in payloads):
+        return None
+    if header.spi_i == _NO_SPI or header.spi_r != _NO_SPI or header.message_id != 0 or not header.flags & _INITIATOR:
+        raise MalformedMessage("a first request has an SPIi, no SPIr, message ID 0, and the flag I")
+    once: dict[int, Payload] = {}
+    notified: dict[int, list[bytes]] = {_COOKIE: [], _NAT_SOURCE: [], _NAT_DESTINATION: []}
+    for one in payloads:
+        kind = one.type
+        if kind == _NOTIFY:
+            number, value = decode_notify(one.body)
+            if number in notified:
+                notified[number].append(value)
+        elif kind in _EXPECTED:
+            if kind in once:
+                raise MalformedMessage(f"several payloads of type {kind}")
+            once[kind] = one
+        elif one.critical and kind not in _UNDERSTOOD:
+            raise MalformedMessage(f"a critical payload of unknown type {kind}")
+    if len(once) < len(_EXPECTED):
+        raise MalformedMessage("not all of SAi1, KEi and Ni are there")
+    payload = once[_SYNC]
+    sync = Sync.decode(payload.body)
+    if sync.from_gateway:
+        raise MalformedMessage("a request from a gateway")
+    cookies = notified[_COOKIE]
+    if len(cookies) > 1:
+        raise MalformedMessage("several cookies")
+    return SyncRequest(
+        blank=blank(data, payload.offset, payload.body),
+        spi_i=header.spi_i,
+        nonce=check_nonce(once[_NONCE].body),
+        sync=sync,
+        cookie=cookies[0] if cookies else None,
+        nat_source=tuple(notified[_NAT_SOURCE]),
+        nat_destination=tuple(notified[_NAT_DESTINATION]),
+    )
+
+
+def verify_request(request: SyncRequest, prf: int, sk_d_old: bytes) -> bool:
+    """Whether whoever sent the request holds SK_d of the old SA. Constant time; False without PROOF."""
+    return proves(request.sync, request.blank, prf, sk_d_old)
+
+
+# the gateway's response
+
+
+def build_response(
+    request: SyncRequest,
+    *,
+    spi_r: bytes,
+    nonce: bytes,
+    prf: int,
+    sk_d_old: bytes,
+    lifetime: int | None = None,
+    children: Sequence[tuple[int, int]] = (),
+    sealed_stub: bytes | None = None,
+    nat: Addresses | None = None,
+) -> bytes:
+    """The answer: `HDR, Nr` to a request without attributes (draft), else `HDR, Nr, SYN`.
+
+    `lifetime` is in seconds. NAT detection is answered where the request asked for it.
+    """
+    payloads: list[tuple[int, bytes]] = [(PayloadType.NONCE, nonce)]
+    proven = bool(request.sync.attributes)
+    if nat is not None and request.nat_source and request.nat_destination:
+        payloads += _nat_notifies(request.spi_i, spi_r, nat)
+    if proven:
+        attributes = [encode_child(number, spi) for number, spi in children]
+        if sealed_stub is not None:
+            attributes.append((Attribute.SEALED_STUB, sealed_stub))
+        if lifetime is not None:
+            attributes.append((Attribute.LIFETIME, struct.pack("!I", min(lifetime, 0xFFFFFFFF))))
+        attributes.append(empty_proof(prf))
+        sync = Sync(True, request.sync.gateway, request.sync.spi, tuple(attributes))
+        payloads.append((PayloadType.SYNC, sync.encode()))
+    message = build(
+        spi_i=request.spi_i,
+        spi_r=spi_r,
+        exchange=ExchangeType.IKE_SA_INIT,
+        flags=Flag.RESPONSE,
+        message_id=0,
+        payloads=payloads,
+    )
+    if not proven:
+        return message
+    return prove(message, prf, sk_d_old, from_gateway=True, before=request.blank)
+
+
+class SyncResponse(Struct, frozen=True, gc=False):
+    """An answer that claims to resume. Nothing in it is proved before `verify_response`."""
+
+    blank: bytes
+    spi_r: bytes
+    nonce: bytes
+    sync: Sync | None
+    """None in the plain draft form"""
+    nat_source: tuple[bytes, ...]
+    nat_destination: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"SyncResponse({self.spi_r.hex()})"
+
+    @property
+    def lifetime(self) -> int | None:
+        """Seconds that the gateway grants."""
+        value = self.sync.first(Attribute.LIFETIME) if self.sync else None
+        return int.from_bytes(value) if value is not None else None
+
+
+class CookieChallenge(NamedTuple):
+    """The gateway wants the request again, with this cookie in front (RFC 7296 section 2.6)."""
+
+    cookie: bytes
+
+
+class OrdinaryResponse(NamedTuple):
+    """What a gateway answers that does not resume: an IKE_SA_INIT response, or an error notification."""
+
+    error: int | None
+    """the notification's type, None for an ordinary response"""
+
+
+def parse_response(data: bytes, request_raw: bytes) -> SyncResponse | OrdinaryResponse | CookieChallenge:
+    """An answer to `request_raw`. Raises MalformedMessage, also when it answers another request."""
+    message = parse(data)
+    header = message.header
+    if (
+        header.exchange != ExchangeType.IKE_SA_INIT
+        or not header.flags & Flag.RESPONSE
+        or header.flags & Flag.INITIATOR
+        or header.message_id != 0
+        or header.spi_i != request_raw[:8]
+    ):
+        raise MalformedMessage("not the answer to this request")
+    cookies = message.notifies(NotifyType.COOKIE)
+    if cookies:
+        if not 1 <= len(cookies[0]) <= _MAX_COOKIE:
+            raise MalformedMessage(f"a cookie of {len(cookies[0])} octets")
+        return CookieChallenge(cookies[0])
+    nonce = message.only(PayloadType.NONCE)
+    payload = message.only(PayloadType.SYNC)
+    if nonce is None or message.only(PayloadType.SA) is not None:
+        if not message.payloads:
+            raise MalformedMessage("an answer with nothing in it")
+        return OrdinaryResponse(next(_errors(message), None) if nonce is None else None)
+    if header.spi_r == _NO_SPI:
+        raise MalformedMessage("an answer that resumes has an SPIr")
+    sync, blanked = None, data
+    if payload is not None:
+        sync, blanked = Sync.decode(payload.body), blank(data, payload.offset, payload.body)
+        if not sync.from_gateway:
+            raise MalformedMessage("an answer from a client")
+    return SyncResponse(
+        blank=blanked,
+        spi_r=header.spi_r,
+        nonce=check_nonce(nonce.body),
+        sync=sync,
+        nat_source=tuple(message.notifies(NotifyType.NAT_DETECTION_SOURCE_IP)),
+        nat_destination=tuple(message.notifies(NotifyType.NAT_DETECTION_DESTINATION_IP)),
+    )
+
+
+def _errors(message: Message) -> Iterator[int]:
+    """The error types among the notifications; status types begin at 16384 (RFC 7296 section 3.10.1)."""
+    for payload in message.payloads:
+        if payload.type == PayloadType.NOTIFY:
+            kind, _ = decode_notify(payload.body)
+            if kind < _FIRST_STATUS:
+                yield kind
+
+
+def verify_response(response: SyncResponse, request_raw: bytes, prf: int, sk_d_old: bytes) -> bool:
+    """Whether the gateway holds the stub that the request names, and answered this very request. Constant time;
+    False without PROOF, for another index, or with a nonce too short for `prf`."""
+    request = parse_request(request_raw)
+    if request is None or response.sync is None or len(response.nonce) < least_nonce(prf):
+        return False
+    if (response.sync.gateway, response.sync.spi) != (request.sync.gateway, request.sync.spi):
+        return False
+    return proves(response.sync, response.blank, prf, sk_d_old, before=request.blank)

@@ -1,0 +1,58 @@
+"""The packet filter of the raw socket: classic BPF, which passes answers of our exchanges only."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import struct
+
+from bridge.net.packet import (
+    ANSWERED,
+    EXCHANGE_OFFSET,
+    FLAG_RESPONSE,
+    PORT_IKE,
+    PORT_NAT_T,
+    UDP_HEADER,
+)
+
+_SO_ATTACH_FILTER = 26
+
+Instruction = tuple[int, int, int, int]
+"""code, jump if true, jump if false, operand"""
+
+LOAD_X_NUMBER, LOAD_X_IPV4_HEADER = 0x01, 0xB1
+
+_LOAD_WORD, _LOAD_HALF = 0x40, 0x48
+"""at X plus the operand"""
+
+_AND, _JUMP, _JUMP_EQUAL, _RETURN = 0x54, 0x05, 0x15, 0x06
+
+_RETURN_ALL, RETURN_NONE = (_RETURN, 0, 0, 0xFFFFFFFF), (_RETURN, 0, 0, 0)
+
+
+def answers_filter(load_x: Instruction) -> list[Instruction]:
+    """Passes answers of the exchanges in question. `load_x` puts the offset of the UDP header into X."""
+    exchange, answers = UDP_HEADER + EXCHANGE_OFFSET, [kind << 8 | FLAG_RESPONSE for kind in ANSWERED]
+    last = len(answers) - 1
+    return [
+        load_x,
+        (_LOAD_HALF, 0, 0, 0),  # the source port
+        (_JUMP_EQUAL, 0, 2, PORT_IKE),
+        (_LOAD_HALF, 0, 0, exchange),
+        (_JUMP, 0, 0, 4),
+        (_JUMP_EQUAL, 0, len(answers) + 5, PORT_NAT_T),
+        (_LOAD_WORD, 0, 0, UDP_HEADER),
+        (_JUMP_EQUAL, 0, len(answers) + 3, 0),  # the non-ESP marker
+        (_LOAD_HALF, 0, 0, exchange + 4),
+        (_AND, 0, 0, 0xFF00 | FLAG_RESPONSE),
+        *((_JUMP_EQUAL, last - at, 0 if at < last else 1, answer) for at, answer in enumerate(answers)),
+        _RETURN_ALL,
+        RETURN_NONE,
+    ]
+
+
+def attach(sock: socket.socket, program: list[Instruction]) -> None:
+    """Have the kernel pass only what `program` lets through. Raises OSError."""
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(buffer)))

@@ -1,0 +1,113 @@
+"""What the sidecars count, for Prometheus and for `ike-sa-sync status`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from bridge.config import parse_host_port
+
+PREFIX = "ike_sa_sync"
+SCRAPE_SECONDS = 5.0
+"""an event loop that has no time for a scrape for so long hangs"""
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Metrics:
+    """A registry of one process. `serve` makes it readable over HTTP."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._totals = _Totals()
+        self.registry.register(self._totals)
+        ProcessCollector(registry=self.registry)
+
+    def counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
+
+    def histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, namespace=PREFIX, registry=self.registry, buckets=_SECONDS)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A value that is read when it is asked for."""
+        Gauge(name, text, namespace=PREFIX, registry=self.registry).set_function(read)
+
+    def total(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A value that only grows, counted elsewhere and read when it is asked for; `_total` is added to its name."""
+        self._totals.add(f"{PREFIX}_{name}", text, read)
+
+    def serve(self, address: str | None) -> Callable[[], None]:
+        """Serve at `address` (host:port); returns what stops it. Call on the event loop: what is read belongs to it.
+        Raises OSError when the port is taken.
+        """
+        if address is None:
+            return lambda: None
+        host, port = parse_host_port(address)
+        served = CollectorRegistry()
+        served.register(_OnLoop(self.registry, asyncio.get_running_loop()))
+        server, thread = start_http_server(port, host, registry=served)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join(timeout=2)
+
+        return stop
+
+    def values(self) -> dict[str, Any]:
+        """All counters and gauges, by name without the prefix, labels in brackets."""
+        found: dict[str, Any] = {}
+        for family in self.registry.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_bucket") or not sample.name.startswith(PREFIX):
+                    continue
+                labels = ",".join(filter(None, sample.labels.values()))
+                name = sample.name.removeprefix(f"{PREFIX}_")
+                found[f"{name}[{labels}]" if labels else name] = sample.value
+        return found
+
+
+class _Totals(Collector):
+    """Counters that live elsewhere."""
+
+    def __init__(self) -> None:
+        self._reads: list[tuple[str, str, Callable[[], float]]] = []
+
+    def add(self, name: str, text: str, read: Callable[[], float]) -> None:
+        self._reads.append((name, text, read))
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, read in self._reads:
+            yield CounterMetricFamily(name, text, value=read())
+
+
+class _OnLoop(Collector):
+    """Another registry, collected on the event loop: the server's threads must not look at what it changes."""
+
+    def __init__(self, registry: CollectorRegistry, loop: asyncio.AbstractEventLoop) -> None:
+        self._registry = registry
+        self._loop = loop
+
+    def describe(self) -> Iterable[Metric]:
+        return self._registry.collect()
+
+    def collect(self) -> Iterable[Metric]:
+        async def work() -> list[Metric]:
+            return list(self._registry.collect())
+
+        return asyncio.run_coroutine_threadsafe(work(), self._loop).result(SCRAPE_SECONDS)

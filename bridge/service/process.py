@@ -1,0 +1,141 @@
+"""What the two sidecars have in common as processes: starting, being watched, stopping, and what `status` tells."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+import structlog
+import uvloop
+
+from bridge.config import Log
+from bridge.net.raw_socket import RawUdp
+from bridge.service import log as logging
+from bridge.service.control import Answer
+from bridge.service.metrics import Metrics
+from bridge.service.systemd import notify
+from bridge.service.tasks import end
+
+log = structlog.get_logger()
+
+RETRY_SECONDS = 1.0
+"""between attempts at something that is missing at start"""
+
+
+GC_THRESHOLDS = (50_000, 50, 100)
+"""objects made, and collections of the younger generation, before each generation is looked through"""
+
+
+class StartError(Exception):
+    """The sidecar cannot run at all; the text names the cause and the mend."""
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run one sidecar to its end. Raises StartError."""
+    # keys are in this process's memory: no core dump may hold them
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # seconds: a long list that VICI's thread parses must not keep the event loop waiting for 5 ms each time
+    sys.setswitchinterval(0.0005)
+    spare_collections()
+    uvloop.run(main())
+
+
+def spare_collections() -> None:
+    """Have Python look seldom for objects that refer to each other, and never among those that are there. Next to
+    nothing here does; to look through 100,000 SAs for it would keep every client waiting."""
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+
+
+def _announce_ready() -> None:
+    """Tell systemd and whoever reads stdout that the sidecar serves."""
+    notify("READY=1")
+    print("ready", flush=True)
+
+
+async def _until_stopped() -> None:
+    """Wait for SIGTERM or SIGINT; meanwhile systemd is told that this process lives."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    while not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(watchdog or None):
+                await stop.wait()
+        if watchdog:
+            notify("WATCHDOG=1")
+    notify("STOPPING=1")
+
+
+async def _or_stopped(work: Coroutine[Any, Any, None]) -> bool:
+    """Run `work` until it ends or a stop signal comes; whether it ended. Its exceptions pass through."""
+    task = asyncio.ensure_future(work)
+    stop = asyncio.ensure_future(_until_stopped())
+    done, pending = await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+    await end(*pending)
+    if task in done:
+        task.result()
+    return task in done
+
+
+async def serve(log_as: Log, start: Callable[[AsyncExitStack], Coroutine[Any, Any, None]]) -> None:
+    """Start a sidecar's parts, and keep them until a stop signal. Raises StartError."""
+    logging.configure(log_as.level, log_as.format)
+    async with AsyncExitStack() as stack:
+        if await _or_stopped(start(stack)):
+            _announce_ready()
+            await _until_stopped()
+
+
+async def retry(name: str, attempt: Callable[[], object], *errors: type[Exception]) -> None:
+    """Try until it works; say why not whenever the reason changes."""
+    told = ""
+    while True:
+        try:
+            attempt()
+        except errors as error:
+            # what is missing here keeps nobody from starting strongSwan, which systemd does after the sidecar
+            notify("READY=1")
+            if str(error) != told:
+                log.warning(f"{name}-unavailable", reason=str(error), retrying_every_s=RETRY_SECONDS)
+            told = str(error)
+            await asyncio.sleep(RETRY_SECONDS)
+        else:
+            return
+
+
+def serve_metrics(metrics: Metrics, address: str | None) -> Callable[[], None]:
+    """Serve metrics at `address`, if any; what ends that. Raises StartError."""
+    try:
+        return metrics.serve(address)
+    except OSError as error:
+        raise StartError(f"metrics: {address} cannot be served ({error.strerror}): set another address") from error
+
+
+def raw_udp(stack: AsyncExitStack) -> RawUdp:
+    """The raw sockets, closed with `stack`. Raises StartError."""
+    try:
+        raw = RawUdp()
+    except OSError as error:
+        raise StartError(f"raw sockets: {error}") from error
+    stack.callback(raw.close)
+    return raw
+
+
+async def log_level(request: dict[str, Any]) -> Answer:
+    """The level that is written, after it was changed if the request names one."""
+    if (level := request.get("level")) is not None:
+        before = logging.level()
+        logging.set_level(str(level))
+        log.info("log-level", level_before=before, level_now=level)
+    return {"level": logging.level()}

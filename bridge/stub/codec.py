@@ -1,0 +1,311 @@
+"""The encoding of a stub: one octet of format version, then one MessagePack array.
+
+Redis holds one for every client, so it is made small: addresses are octets, what repeats another field is left out,
+times are differences.
+
+What many stubs have in common is worked out once: algorithms, addresses of gateways, the networks behind them.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from ipaddress import IPv6Address
+from socket import AF_INET, AF_INET6, inet_ntoa, inet_pton
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from bridge.ike.transforms import Suite
+from bridge.stub.stub import Index, Stub, StubError
+from bridge.stub.types import Child, Endpoint, Identity, Selector
+
+FORMAT = 1
+"""Version of the encoding; a reader refuses any other."""
+
+_Spis = Annotated[bytes, Meta(min_length=16, max_length=16)]
+_ChildSpis = Annotated[bytes, Meta(min_length=8, max_length=8)]
+_IdOctets = Annotated[bytes, Meta(min_length=1)]
+
+
+class _WireChild(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    name: str
+    initiator: bool
+    mode: int
+    ipcomp: int
+    encr: int
+    encr_len: int
+    integ: int
+    esn: int
+    groups: tuple[int, ...]
+    spis: _ChildSpis
+    local_ts: bytes
+    remote_ts: bytes
+
+
+class _WireStub(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    index: bytes | None
+    """SPI and address; none where they are the maker's own, as on a gateway"""
+    spis: _Spis
+    initiator: bool
+    local_id: _IdOctets
+    remote_id: _IdOctets
+    eap_id: _IdOctets | None
+    suite: Annotated[tuple[int, ...], Meta(min_length=5)]
+    sk_d: bytes
+    shared_secret: bytes | None
+    local: bytes
+    remote: bytes
+    connection: str
+    local_vips: tuple[bytes, ...]
+    remote_vips: tuple[bytes, ...]
+    conditions: tuple[int, ...]
+    extensions: tuple[int, ...]
+    peer_addresses: tuple[bytes, ...] | None
+    """none: the remote endpoint alone"""
+    children: tuple[_WireChild, ...]
+    established: int
+    rekey_after: int | None
+    reauth_after: int | None
+    expires_after: int
+    revision: int
+    """as the difference to `established` in milliseconds, which is small where revisions are a time"""
+    ike_version: int
+
+
+SHARED = 256
+"""values kept of each kind that many stubs have in common"""
+
+_CHILD_SPIS = struct.Struct(">II")
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_WireStub)
+
+
+def encode(stub: Stub) -> bytes:
+    """The stub as octets, its secrets in the clear: for `bridge.stub.keyring` only.
+
+    Raises StubError where a field holds what the encoding cannot.
+    """
+    if len(stub.spi_i) != 8 or len(stub.spi_r) != 8 or len(stub.index.spi) != 8:
+        raise StubError(f"stub {stub.index}: an IKE SPI has 8 octets")
+    try:
+        octets = _encoder.encode(_to_wire(stub))
+    except (ValueError, TypeError, OverflowError, OSError, struct.error) as error:
+        raise StubError(f"stub {stub.index} cannot be encoded: {error}") from None
+    return bytes((FORMAT,)) + octets
+
+
+def decode(octets: bytes) -> Stub:
+    """The stub that `encode` turned into `octets`. Raises StubError, and nothing else, on any other octets."""
+    if octets[:1] != bytes((FORMAT,)):
+        found = f"format {octets[0]}" if octets else "no octets"
+        raise StubError(f"not a stub of format {FORMAT}: {found}")
+    try:
+        return _from_wire(_decoder.decode(memoryview(octets)[1:]))
+    except (ValueError, msgspec.MsgspecError, RecursionError, struct.error) as error:
+        # the text of struct.error and msgspec's errors names places and types, never values
+        raise StubError(f"not a stub: {error}") from None
+
+
+def _to_wire(stub: Stub) -> _WireStub:
+    suite = stub.suite
+    made_by_gateway = stub.index == (stub.local.address, stub.spi_i if stub.initiator else stub.spi_r)
+    return _WireStub(
+        None if made_by_gateway else stub.index.spi + _pack_address(stub.index.gateway),
+        stub.spi_i + stub.spi_r,
+        stub.initiator,
+        _pack_identity(stub.local_id),
+        _pack_identity(stub.remote_id),
+        None if stub.eap_id is None else _pack_identity(stub.eap_id),
+        (suite.encr, suite.encr_len, suite.integ, suite.prf, suite.group, *suite.additional),
+        stub.sk_d,
+        stub.shared_secret,
+        _pack_endpoint(stub.local),
+        _pack_endpoint(stub.remote),
+        stub.connection,
+        tuple([_pack_address(vip) for vip in stub.local_vips]),
+        tuple([_pack_address(vip) for vip in stub.remote_vips]),
+        stub.conditions,
+        stub.extensions,
+        None
+        if stub.peer_addresses == (stub.remote,)
+        else tuple([_pack_endpoint(peer) for peer in stub.peer_addresses]),
+        tuple([_child_to_wire(child) for child in stub.children]),
+        stub.established,
+        stub.rekey_at - stub.established if stub.rekey_at else None,
+        stub.reauth_at - stub.established if stub.reauth_at else None,
+        stub.expires - stub.established,
+        stub.revision - stub.established * 1000,
+        stub.ike_version,
+    )
+
+
+def _from_wire(wire: _WireStub) -> Stub:
+    spi_i, spi_r = wire.spis[:8], wire.spis[8:]
+    local, remote = _shared_endpoint(wire.local), _unpack_endpoint(wire.remote)
+    if wire.index is None:
+        index = Index(local.address, spi_i if wire.initiator else spi_r)
+    else:
+        index = Index(_unpack_address(wire.index[8:]), wire.index[:8])
+    established = wire.established
+    return Stub(
+        index,
+        spi_i,
+        spi_r,
+        wire.initiator,
+        _shared_identity(wire.local_id),
+        Identity(wire.remote_id[0], wire.remote_id[1:]),
+        None if wire.eap_id is None else Identity(wire.eap_id[0], wire.eap_id[1:]),
+        _shared_suite(wire.suite),
+        wire.sk_d,
+        wire.shared_secret,
+        local,
+        remote,
+        wire.connection,
+        tuple([_unpack_address(vip) for vip in wire.local_vips]),
+        tuple([_unpack_address(vip) for vip in wire.remote_vips]),
+        wire.conditions,
+        wire.extensions,
+        (remote,) if wire.peer_addresses is None else tuple([_unpack_endpoint(peer) for peer in wire.peer_addresses]),
+        tuple([_child_from_wire(child) for child in wire.children]),
+        established,
+        0 if wire.rekey_after is None else established + wire.rekey_after,
+        0 if wire.reauth_after is None else established + wire.reauth_after,
+        established + wire.expires_after,
+        established * 1000 + wire.revision,
+        wire.ike_version,
+    )
+
+
+def _child_to_wire(child: Child) -> _WireChild:
+    return _WireChild(
+        child.name,
+        child.initiator,
+        child.mode,
+        child.ipcomp,
+        child.encr,
+        child.encr_len,
+        child.integ,
+        child.esn,
+        child.groups,
+        _CHILD_SPIS.pack(child.spi_in, child.spi_out),
+        _pack_selectors(child.local_ts),
+        _pack_selectors(child.remote_ts),
+    )
+
+
+def _child_from_wire(wire: _WireChild) -> Child:
+    spi_in, spi_out = _CHILD_SPIS.unpack(wire.spis)
+    return Child(
+        wire.name,
+        wire.mode,
+        wire.ipcomp,
+        wire.encr,
+        wire.encr_len,
+        wire.integ,
+        wire.esn,
+        wire.groups,
+        spi_in,
+        spi_out,
+        _unpack_selectors(wire.local_ts),
+        _unpack_selectors(wire.remote_ts),
+        wire.initiator,
+    )
+
+
+@lru_cache(maxsize=SHARED)
+def _shared_suite(numbers: tuple[int, ...]) -> Suite:
+    encr, encr_len, integ, prf, group, *additional = numbers
+    return Suite(encr, encr_len, integ, prf, group, tuple(additional))
+
+
+@lru_cache(maxsize=SHARED)
+def _shared_identity(octets: bytes) -> Identity:
+    return Identity(octets[0], octets[1:])
+
+
+def _pack_identity(identity: Identity) -> bytes:
+    return bytes((identity.type,)) + identity.data
+
+
+def _pack_endpoint(endpoint: Endpoint) -> bytes:
+    return _pack_address(endpoint.address) + endpoint.port.to_bytes(2, "big")
+
+
+def _unpack_endpoint(octets: bytes) -> Endpoint:
+    return Endpoint(_unpack_address(octets[:-2]), int.from_bytes(octets[-2:], "big"))
+
+
+_shared_endpoint = lru_cache(maxsize=SHARED)(_unpack_endpoint)
+
+
+def _pack_address(address: str) -> bytes:
+    return inet_pton(AF_INET6 if ":" in address else AF_INET, address)
+
+
+# gateways and ends of selectors are in many stubs: one string each
+@lru_cache(maxsize=4096)
+def _unpack_address(octets: bytes) -> str:
+    return inet_ntoa(octets) if len(octets) == 4 else str(IPv6Address(octets))
+
+
+# A selector: an octet of these flags, the first address, the last if another, protocol and ports if any.
+_IPV6, _DYNAMIC, _NARROW, _RANGE = 1, 2, 4, 8
+_NARROWING = struct.Struct(">BHH")
+_ANY_PORT = (0, 0, 0xFFFF)
+_TYPE_IPV4, _TYPE_IPV6 = 7, 8
+
+
+def _pack_selectors(selectors: tuple[Selector, ...]) -> bytes:
+    return b"".join([_pack_selector(s) if s.dynamic else _pack_network(s) for s in selectors])
+
+
+def _pack_selector(selector: Selector) -> bytes:
+    first = _pack_address(selector.first)
+    last = first if selector.last == selector.first else _pack_address(selector.last)
+    ipv6 = selector.type == _TYPE_IPV6
+    if not (ipv6 or selector.type == _TYPE_IPV4) or not len(first) == len(last) == (16 if ipv6 else 4):
+        raise ValueError("a traffic selector has type 7 and IPv4 addresses or type 8 and IPv6 addresses")
+    narrowing = (selector.protocol, selector.from_port, selector.to_port)
+    flags = (_IPV6 if ipv6 else 0) | (_DYNAMIC if selector.dynamic else 0)
+    octets = first
+    if first != last:
+        flags |= _RANGE
+        octets += last
+    if narrowing != _ANY_PORT:
+        flags |= _NARROW
+        octets += _NARROWING.pack(*narrowing)
+    return bytes((flags,)) + octets
+
+
+_pack_network = lru_cache(maxsize=SHARED)(_pack_selector)
+
+
+def _unpack_selectors(octets: bytes) -> tuple[Selector, ...]:
+    # a client's virtual IP is its own; networks recur
+    return _parse_selectors(octets) if octets and octets[0] & _DYNAMIC else _shared_selectors(octets)
+
+
+def _parse_selectors(octets: bytes) -> tuple[Selector, ...]:
+    selectors = []
+    offset = 0
+    while offset < len(octets):
+        flags = octets[offset]
+        size = 16 if flags & _IPV6 else 4
+        first = last = _unpack_address(octets[offset + 1 : offset + 1 + size])
+        offset += 1 + size
+        if flags & _RANGE:
+            last = _unpack_address(octets[offset : offset + size])
+            offset += size
+        narrowing = _ANY_PORT
+        if flags & _NARROW:
+            narrowing = _NARROWING.unpack_from(octets, offset)
+            offset += _NARROWING.size
+        kind = _TYPE_IPV6 if flags & _IPV6 else _TYPE_IPV4
+        selectors.append(Selector(kind, *narrowing, bool(flags & _DYNAMIC), first, last))
+    return tuple(selectors)
+
+
+_shared_selectors = lru_cache(maxsize=SHARED)(_parse_selectors)

@@ -1,0 +1,122 @@
+"""What people may read of a stub without its key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+from msgspec import Struct
+
+from bridge.ike.transforms import Suite
+from bridge.stub.stub import Index, Stub
+from bridge.stub.types import printable
+
+
+class Readable(Struct, frozen=True):
+    """What people may read of a stub without its key. Anyone who can write to the bank can forge it."""
+
+    index: Index
+    id_i: str
+    id_r: str
+    spi_i: str
+    """hex"""
+    spi_r: str
+    """hex"""
+    proposal: str
+    connection: str
+    vips: tuple[str, ...]
+    established: int
+    """Unix seconds"""
+    expires: int
+    """Unix seconds"""
+    revision: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the index as `gateway` and `spi` (hex), the rest by name."""
+        fields: dict[str, Any] = {"gateway": self.index.gateway, "spi": self.index.spi.hex()}
+        for name in self.__struct_fields__[1:]:
+            fields[name] = getattr(self, name)
+        fields["vips"] = list(self.vips)
+        return fields
+
+
+READABLE: Final = (
+    "id_i",
+    "id_r",
+    "spi_i",
+    "spi_r",
+    "proposal",
+    "connection",
+    "vips",
+    "established",
+    "expires",
+    "revision",
+)
+"""fields for people, in the order of redis/store.lua"""
+
+
+def readable_fields(stub: Stub) -> tuple[str, ...]:
+    """The values of READABLE for a stub; "" where there is none. The SPI that the key names is not repeated."""
+    local, remote = stub.local_id.text, stub.remote_id.text
+    return (
+        local if stub.initiator else remote,
+        remote if stub.initiator else local,
+        "" if stub.spi_i == stub.index.spi else stub.spi_i.hex(),
+        "" if stub.spi_r == stub.index.spi else stub.spi_r.hex(),
+        _proposal(stub.suite),
+        stub.connection,
+        " ".join(stub.remote_vips or stub.local_vips),
+        str(stub.established),
+        str(stub.expires),
+        str(stub.revision),
+    )
+
+
+_KEYWORDS: Final = (
+    ("_cbc", ""),
+    (r"_(ctr|[gc]cm_\d+)_(\d+)", r"\2\1"),
+    (r"hmac_sha2_(\d+)(_\d+)?", r"sha\1"),
+    ("hmac_", ""),
+    (r"_96\b", ""),
+    (r"aes128_(xcbc|cmac)", r"aes\1"),
+    ("curve_", "x"),
+    (r"modp_(\d+)_(\d+)", r"modp\1s\2"),
+    (r"(?<!ke\d)(?<!sha1)_", ""),
+)
+"""what makes strongSwan's keywords of IANA's names in small letters: patterns and what replaces them, in this order"""
+
+
+@lru_cache(maxsize=256)
+def _proposal(suite: Suite) -> str:
+    """As swanctl.conf has it, the prf left out where the integrity algorithm names it: aes128-sha256-x25519.
+
+    Short, since a hash that is some octets longer may take 128 more in Redis.
+    """
+    text = suite.name.lower()
+    for pattern, keyword in _KEYWORDS:
+        text = re.sub(pattern, keyword, text)
+    words = text.split("/")
+    named = {f"prf{word}" for word in words}
+    return "-".join(word for word in words if word not in named)
+
+
+def readable(index: Index, values: Sequence[bytes | None]) -> Readable:
+    texts = [printable((value or b"").decode(errors="backslashreplace")) for value in values]
+    id_i, id_r, spi_i, spi_r, proposal, connection, vips = texts[:7]
+    established, expires, revision = (int(text) if text.isdecimal() else 0 for text in texts[7:])
+    own = index.spi.hex()
+    return Readable(
+        index,
+        id_i,
+        id_r,
+        spi_i or own,
+        spi_r or own,
+        proposal,
+        connection,
+        tuple(vips.split()),
+        established,
+        expires,
+        revision,
+    )

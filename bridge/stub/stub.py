@@ -1,0 +1,110 @@
+"""A stub: what another gateway needs to continue an IKE_SA (draft-xu-ike-sa-sync-01 section 3.2).
+
+"Local" is always the host that made the stub. Addresses are canonical text, times whole Unix seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address
+from typing import Any, NamedTuple
+
+from msgspec import Struct
+
+from bridge.ike.transforms import Suite
+from bridge.stub.types import Child, Endpoint, Identity, printable
+
+
+class StubError(ValueError):
+    """Octets that are no stub, text that is no index, or a stub that the encoding cannot hold."""
+
+
+class Index(NamedTuple):
+    """What names a stub: the gateway's address, and the gateway's own SPI (8 octets) of the IKE_SA."""
+
+    gateway: str
+    spi: bytes
+
+    @property
+    def tag(self) -> str:
+        """`<gateway>/<first SPI octet>`: what keeps a stub and its bucket on one Cluster node."""
+        return f"{self.gateway}/{self.spi[:1].hex()}"
+
+    @property
+    def key(self) -> str:
+        """The stub's key in Redis."""
+        return f"ike:stub:{{{self.tag}}}:{self.spi.hex()}"
+
+    @property
+    def bucket(self) -> str:
+        """The key of the sorted set, by expiry, that lists the stub."""
+        return f"ike:stubs:{{{self.tag}}}"
+
+    @property
+    def gone(self) -> str:
+        """The key of the sorted set, by expiry, of the bucket's sessions that have ended."""
+        return f"ike:gone:{{{self.tag}}}"
+
+    def __str__(self) -> str:
+        return f"{self.gateway}/{self.spi.hex()}"
+
+    @classmethod
+    def parse(cls, text: str) -> Index:
+        """The index that a key names, or its short form `<gateway>/<SPI hex>`, as `str` gives it.
+
+        Raises StubError.
+        """
+        match = _KEY.fullmatch(text) or _SHORT.fullmatch(text)
+        if match is None:
+            raise StubError(f"{printable(text)!r} is no stub index: ADDRESS/SPI, the SPI as 16 hex digits")
+        try:
+            index = cls(str(ip_address(match["gateway"])), bytes.fromhex(match["spi"]))
+        except ValueError:
+            raise StubError(f"{printable(match['gateway'])!r} is not an IP address") from None
+        if text.startswith("ike:") and index.key != text:
+            raise StubError(f"{printable(text)!r} is not in the form of a stub's key")
+        return index
+
+
+_KEY = re.compile(r"ike:stub:\{(?P<gateway>[^{}/]+)/[0-9a-f]{2}\}:(?P<spi>[0-9a-f]{16})")
+_SHORT = re.compile(r"(?P<gateway>[^{}/]+)/(?P<spi>[0-9A-Fa-f]{16})")
+
+
+class Stub(Struct, frozen=True, gc=False):
+    """One IKE_SA, in the fields of draft-xu-ike-sa-sync-01 section 3.2 and those of docs/protocol.md."""
+
+    index: Index
+    spi_i: bytes
+    spi_r: bytes
+    initiator: bool
+    """whether the host that made the stub initiated the IKE_SA"""
+    local_id: Identity
+    remote_id: Identity
+    eap_id: Identity | None
+    suite: Suite
+    sk_d: bytes
+    shared_secret: bytes | None
+    local: Endpoint
+    remote: Endpoint
+    connection: str
+    local_vips: tuple[str, ...]
+    remote_vips: tuple[str, ...]
+    conditions: tuple[int, ...]
+    extensions: tuple[int, ...]
+    peer_addresses: tuple[Endpoint, ...]
+    children: tuple[Child, ...]
+    established: int
+    rekey_at: int
+    """0: never"""
+    reauth_at: int
+    """0: never"""
+    expires: int
+    revision: int
+    """grows with every change; the bank keeps the greatest"""
+    ike_version: int = 2
+
+    def __repr__(self) -> str:
+        return f"Stub({self.index}, revision={self.revision}, connection={self.connection!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("index", str(self.index)), ("revision", self.revision), ("connection", self.connection)]
