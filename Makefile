@@ -83,9 +83,10 @@ test-vm: $(VENV)/.project deb ## provisioning, package and units on a Debian mac
 	@.ci/packages qemu-system-x86 mmdebstrap e2fsprogs
 	@PYTEST_ARGS='$(PYTEST_ARGS)' vagrant/vm/run .vm dist/ike-sa-sync_*.deb $(BIN)/python
 
-lint: setup ## ruff
+lint: setup ## ruff, and who may import whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
 
 typecheck: setup ## mypy --strict
 	@$(BIN)/mypy
@@ -107,5 +108,5 @@ lock: $(VENV)/.packages ## bring requirements.lock and requirements-dev.lock up 
 
 clean: ## remove what the commands above made, but for Debian packages
 	@if [ -x $(BIN)/ike-sa-sync ]; then $(BIN)/ike-sa-sync lab clean; fi
-	@rm -rf $(VENV) .vm /var/cache/ike-sa-sync build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf $(VENV) .import_linter_cache .vm /var/cache/ike-sa-sync build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ import msgspec
 import yaml
 from msgspec import Meta, Struct, field
 
+from bridge.net import redis_url
 from bridge.stub.types import printable
 
 Seconds = Annotated[float, Meta(gt=0)]
@@ -24,7 +25,7 @@ class ConfigError(Exception):
     """A configuration file that cannot be used; the text names file, key and reason on one line."""
 
 
-class Ha(Struct, forbid_unknown_fields=True, frozen=True):
+class HaConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """The ends of charon's ha plugin: `local` and `remote` of charon.plugins.ha, seen from the sidecar."""
 
     listen: str = "127.0.0.2"
@@ -37,7 +38,7 @@ class Ha(Struct, forbid_unknown_fields=True, frozen=True):
     """octets asked of the kernel for charon's datagrams"""
 
 
-class Bank(Struct, forbid_unknown_fields=True, frozen=True):
+class BankConfig(Struct, forbid_unknown_fields=True, frozen=True):
     mode: Literal["centralised", "distributed", "mixed"] = "centralised"
     """one bank for all gateways; one at each gateway; or both"""
     url: str | None = None
@@ -65,7 +66,7 @@ class Bank(Struct, forbid_unknown_fields=True, frozen=True):
     """stubs of failed gateways kept in memory"""
 
 
-class Sync(Struct, forbid_unknown_fields=True, frozen=True):
+class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     proof: Literal["required", "optional"] = "required"
     """optional also serves plain requests of the draft, which prove nothing"""
     confirm_timeout: Seconds = 10.0
@@ -91,7 +92,7 @@ class Sync(Struct, forbid_unknown_fields=True, frozen=True):
     """stubs that clients hold themselves: given to none, used where the bank has none or is away, or used before it"""
 
 
-class Intercept(Struct, forbid_unknown_fields=True, frozen=True):
+class InterceptConfig(Struct, forbid_unknown_fields=True, frozen=True):
     rules: Literal["auto", "nftables", "iptables", "external"] = "auto"
     """who sets the rules that show requests to the sidecar; external: you"""
     queue: Annotated[int, Meta(ge=0, le=65535)] = 4510
@@ -101,7 +102,7 @@ class Intercept(Struct, forbid_unknown_fields=True, frozen=True):
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-class Log(Struct, forbid_unknown_fields=True, frozen=True):
+class LogConfig(Struct, forbid_unknown_fields=True, frozen=True):
     level: LogLevel = "info"
     """until `ike-sa-sync log-level` changes it"""
     format: Literal["logfmt", "json"] = "logfmt"
@@ -113,15 +114,15 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """this gateway's address in the index, for SAs of its family; none, and for others: the local address of each SA"""
     vici: str = "/run/charon.vici"
     """charon's socket"""
-    ha: Ha = field(default_factory=Ha)
-    bank: Bank = field(default_factory=Bank)
-    sync: Sync = field(default_factory=Sync)
-    intercept: Intercept = field(default_factory=Intercept)
+    ha: HaConfig = field(default_factory=HaConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    intercept: InterceptConfig = field(default_factory=InterceptConfig)
     control: str = "/run/ike-sa-sync/gateway.sock"
     """where `status` and others ask the running sidecar"""
     metrics: str | None = "127.0.0.1:9470"
     """where Prometheus scrapes; none: nowhere"""
-    log: Log = field(default_factory=Log)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 class GatewayEntry(Struct, forbid_unknown_fields=True, frozen=True):
@@ -133,7 +134,7 @@ class GatewayEntry(Struct, forbid_unknown_fields=True, frozen=True):
     """the swanctl connection to it"""
 
 
-class Resume(Struct, forbid_unknown_fields=True, frozen=True):
+class ResumeConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """The client's timers."""
 
     answer_timeout: Seconds = 4.0
@@ -148,7 +149,7 @@ class Resume(Struct, forbid_unknown_fields=True, frozen=True):
     """whether to ask for CHILD_SAs without PFS in the round trip of their IKE_SA"""
 
 
-class Held(Struct, forbid_unknown_fields=True, frozen=True):
+class HeldConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """Stubs of its own that the client holds, where the gateways give it any."""
 
     fetch: bool = True
@@ -160,17 +161,17 @@ class Held(Struct, forbid_unknown_fields=True, frozen=True):
 class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
     vici: str = "/run/charon.vici"
     """charon's socket"""
-    ha: Ha = field(default_factory=Ha)
+    ha: HaConfig = field(default_factory=HaConfig)
     control: str = "/run/ike-sa-sync/client.sock"
     """where `resume` and `status` ask the running sidecar"""
     gateways: Annotated[tuple[GatewayEntry, ...], Meta(min_length=1)] = ()
     resume_on_down: bool = True
     """a dead gateway (DPD, retransmissions) starts a resumption by itself"""
-    resume: Resume = field(default_factory=Resume)
-    held: Held = field(default_factory=Held)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    held: HeldConfig = field(default_factory=HeldConfig)
     metrics: str | None = "127.0.0.1:9471"
     """where Prometheus scrapes; none: nowhere"""
-    log: Log = field(default_factory=Log)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 Config = TypeVar("Config", GatewayConfig, ClientConfig)
@@ -270,9 +271,6 @@ def _check(path: str | Path, config: GatewayConfig | ClientConfig) -> None:
             raise ConfigError(f"{path}: metrics: {error}") from None
 
 
-_SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "redis+cluster://")
-
-
 def _check_bank(path: str | Path, config: GatewayConfig) -> None:
     bank = config.bank
     if bank.url is not None:
@@ -321,14 +319,8 @@ def _misplaced(config: GatewayConfig, peers: list[str]) -> str | None:
 
 
 def _check_url(path: str | Path, key: str, url: str) -> None:
-    if not url.startswith(_SCHEMES):
-        # the URL may hold a password: not repeated
-        raise ConfigError(f"{path}: {key}: must start with one of {', '.join(_SCHEMES)}")
-    from bridge.bank.redis_url import connect
-
     try:
-        connect(url, 1.0)  # which connects when it is first used
+        redis_url.parse(url)
     except ValueError as error:
-        # our own forms are named without the URL; of the others the library's text could quote it
-        form = str(error) if url.startswith("redis+") else "is not SCHEME://[USER:PASSWORD@]HOST[:PORT][/DATABASE]"
-        raise ConfigError(f"{path}: {key}: {form}") from None
+        # the URL may hold a password: not repeated
+        raise ConfigError(f"{path}: {key}: {error}") from None

@@ -20,7 +20,7 @@ import vici.protocol
 from bridge.charon import ha_message as ha
 from bridge.charon.vici_client import EVENTS
 from bridge.charon.vici_types import ViciError, parse_connection, parse_event
-from bridge.client import session_file as heldfile
+from bridge.client import session_file
 from bridge.config import ClientConfig, ConfigError, GatewayConfig, load
 from bridge.ike.cookie import Cookies, glance
 from bridge.ike.encrypted_payload import NotAuthentic, Protection, protect, unprotect
@@ -48,14 +48,14 @@ from bridge.ike.sync_exchange import (
     verify_request,
     verify_response,
 )
-from bridge.ike.sync_payload import Attribute, Sync, encode_child
+from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
 from bridge.net.packet import MARKER, ipv6_packet, parse_datagram, udp_datagram
 from bridge.service.control import Answer, ControlServer
 from bridge.stub.codec import decode, encode
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.stub import Index, Stub, StubError
-from bridge.stub.types import Child, Endpoint, Identity, Selector
+from bridge.stub.types import ChildSa, Endpoint, Identity, TrafficSelector
 
 SUITE: Final = Suite(Encr.AES_CBC, 128, Integ.HMAC_SHA2_256_128, Prf.HMAC_SHA2_256, Group.CURVE_25519)
 SK_D: Final = b"d" * 32
@@ -126,7 +126,7 @@ def message(data: bytes) -> None:
 def sync(data: bytes) -> None:
     """bridge.ike.sync_payload: what decodes is encoded to the same octets, but for the reserved ones."""
     try:
-        found = Sync.decode(data)
+        found = SyncPayload.decode(data)
     except MalformedMessage:
         return
     assert found.encode() == data[:2] + bytes(2) + data[4:]
@@ -338,7 +338,7 @@ def ha_message(data: bytes) -> None:
 def _ha_seeds() -> list[bytes]:
     ike_id = ha.IkeId.of(b"I" * 8, b"R" * 8, False)
     v4, v6 = Endpoint("192.0.2.1", 4500), Endpoint("2001:db8::1", 500)
-    selector = Selector(7, 0, 0, 65535, False, "10.0.0.0", "10.255.255.255")
+    selector = TrafficSelector(7, 0, 0, 65535, False, "10.0.0.0", "10.255.255.255")
     update = [
         (ha.Attr.IKE_ID, ike_id),
         (ha.Attr.LOCAL_ID, Identity(2, b"vpn.example.org")),
@@ -378,10 +378,10 @@ def stub(data: bytes) -> None:
 
 
 def _stub() -> Stub:
-    selector = Selector(7, 0, 0, 65535, False, "10.0.0.0", "10.255.255.255")
-    narrow = Selector(8, 17, 500, 500, True, "2001:db8::1", "2001:db8::1")
+    selector = TrafficSelector(7, 0, 0, 65535, False, "10.0.0.0", "10.255.255.255")
+    narrow = TrafficSelector(8, 17, 500, 500, True, "2001:db8::1", "2001:db8::1")
     end = Endpoint("192.0.2.1", 4500)
-    child = Child("net", 2, 0, 12, 128, 12, 0, (31,), 1, 2, (selector, narrow), (selector,), False)
+    child = ChildSa("net", 2, 0, 12, 128, 12, 0, (31,), 1, 2, (selector, narrow), (selector,), False)
     return Stub(
         index=INDEX,
         spi_i=b"I" * 8,
@@ -552,21 +552,22 @@ def key_file(data: bytes) -> None:
 def held_file(data: bytes) -> None:
     """bridge.client.session_file.load: any octets behind the header are sessions, written and read again the same, or
     an error of one line."""
-    _FILE.write_bytes(heldfile.HEADER + data)
+    _FILE.write_bytes(session_file.HEADER + data)
     os.chmod(_FILE, 0o600)
     try:
-        sessions = heldfile.load(_FILE)
-    except heldfile.HeldFileError as error:
+        sessions = session_file.load(_FILE)
+    except session_file.SessionFileError as error:
         _one_line(error)
         return
     with contextlib.suppress(StubError):
-        _FILE.write_bytes(heldfile.pack(sessions))
-        assert heldfile.load(_FILE) == sessions
+        _FILE.write_bytes(session_file.pack(sessions))
+        assert session_file.load(_FILE) == sessions
 
 
 def _held_file_seeds() -> list[bytes]:
-    whole = heldfile.pack([heldfile.Session(_stub(), b"sealed" * 20, 1.5), heldfile.Session(_stub(), None, 0.0)])
-    return [whole[len(heldfile.HEADER) :], b"\x90"]
+    sessions = [session_file.Session(_stub(), b"sealed" * 20, 1.5), session_file.Session(_stub(), None, 0.0)]
+    whole = session_file.pack(sessions)
+    return [whole[len(session_file.HEADER) :], b"\x90"]
 
 
 async def _echo(request: dict[str, Any]) -> Answer:
@@ -593,9 +594,13 @@ TARGETS: Final = {
     "sync": Target(
         sync,
         lambda: [
-            Sync(False, "192.0.2.1", b"O" * 8).encode(),
-            Sync(True, "2001:db8::1", b"O" * 8, (encode_child(0, 1), (Attribute.PROOF, bytes(32)), (9, b""))).encode(),
-            Sync(True, "192.0.2.1", b"O" * 8, ((Attribute.LIFETIME, bytes(4)), (Attribute.SEALED_STUB, b"s"))).encode(),
+            SyncPayload(False, "192.0.2.1", b"O" * 8).encode(),
+            SyncPayload(
+                True, "2001:db8::1", b"O" * 8, (encode_child(0, 1), (Attribute.PROOF, bytes(32)), (9, b""))
+            ).encode(),
+            SyncPayload(
+                True, "192.0.2.1", b"O" * 8, ((Attribute.LIFETIME, bytes(4)), (Attribute.SEALED_STUB, b"s"))
+            ).encode(),
         ],
     ),
     "request": Target(request, _requests),

@@ -15,11 +15,11 @@ import msgspec
 import redis
 from bridge.bank.interface import StubBank
 from bridge.ike.transforms import Suite
-from bridge.service import shipped_files as data
+from bridge.service import shipped_files
 from bridge.stub.keyring import Keyring
 from bridge.stub.readable import Readable
 from bridge.stub.stub import Index, Stub
-from bridge.stub.types import Child, Endpoint, Identity, Selector
+from bridge.stub.types import ChildSa, Endpoint, Identity, TrafficSelector
 
 GATEWAY = "192.0.2.1"
 PATIENCE = 20.0
@@ -31,7 +31,7 @@ ADMIN = f"user admin on >{PASSWORD} ~* &* +@all\n"
 
 def shipped_users(file: Path) -> tuple[str, ...]:
     """Writes the shipped users, each with PASSWORD, and an administrator for the tests; the settings that name them."""
-    users = data.path("redis/users.acl").read_text().splitlines()
+    users = shipped_files.path("redis/users.acl").read_text().splitlines()
     lines = [f"{line} >{PASSWORD}\n" if line.startswith("user ") else f"{line}\n" for line in users]
     file.write_text("".join([*lines, ADMIN]))
     return ("--aclfile", str(file))
@@ -67,7 +67,7 @@ def stub_of(spi: bytes | None = None, *, gateway: str = GATEWAY, revision: int =
         extensions=(0x1FF,),
         peer_addresses=(client,),
         children=(
-            Child(
+            ChildSa(
                 name="net",
                 mode=2,
                 ipcomp=0,
@@ -78,8 +78,8 @@ def stub_of(spi: bytes | None = None, *, gateway: str = GATEWAY, revision: int =
                 groups=(),
                 spi_in=0xC0010203,
                 spi_out=0xC0040506,
-                local_ts=(Selector(7, 0, 0, 65535, False, "10.10.0.0", "10.10.255.255"),),
-                remote_ts=(Selector(7, 0, 0, 65535, True, "10.20.0.7", "10.20.0.7"),),
+                local_ts=(TrafficSelector(7, 0, 0, 65535, False, "10.10.0.0", "10.10.255.255"),),
+                remote_ts=(TrafficSelector(7, 0, 0, 65535, True, "10.20.0.7", "10.20.0.7"),),
                 initiator=False,
             ),
         ),
@@ -115,7 +115,7 @@ class RedisServer:
         # a copy: Redis rewrites the file that it was started with when Sentinel changes its role
         own = directory / "redis.conf"
         directory.mkdir(exist_ok=True, parents=True)
-        own.write_text((conf or data.path("redis/redis.conf")).read_text())
+        own.write_text((conf or shipped_files.path("redis/redis.conf")).read_text())
         self._command = [
             *(*program, str(own), "--port", "0"),
             *("--unixsocket", str(self.socket), "--dir", str(directory), "--logfile", str(directory / "redis.log")),

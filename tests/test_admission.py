@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bridge.config import Sync
+from bridge.config import SyncConfig
 from bridge.gateway.admission import HOLD_SECONDS, Admission, Demand, Verdict, source_of
 from bridge.gateway.rate_limit import Rate, SourceRates
 from bridge.ike.cookie import Cookies, Glance
@@ -22,7 +22,7 @@ class Door:
 
     def __init__(self, **limits: Any) -> None:
         self.cookies = Cookies()
-        self.admission = Admission(Sync(**limits), self.cookies)
+        self.admission = Admission(SyncConfig(**limits), self.cookies)
 
     def bare(self, address: str = A, *, load: int = 0, now: float = 0.0) -> Verdict | Demand:
         return self.admission.judge(BARE, address, PORT, load, now)

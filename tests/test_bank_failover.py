@@ -15,7 +15,7 @@ from bank_support import PASSWORD, PATIENCE, RedisServer, downloaded, shipped_us
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis_bank import RedisBank
-from bridge.bank.write_queue import Writer
+from bridge.bank.write_queue import WriteQueue
 from bridge.stub.keyring import Keyring
 from test_bank_servers import admin, cluster, cluster_url, free_port, three_primaries
 
@@ -86,7 +86,7 @@ async def test_writing_goes_on_at_the_replica_that_sentinel_promotes(
     keyspace = Keyspace(url, ("ike:stub:*",), lambda event: heard.add(event.key), hears.put_nowait)
     keyspace.start()
     assert await hears.get()
-    writer = Writer(bank, bundle=16)
+    writer = WriteQueue(bank, bundle=16)
     stubs = [stub_of() for _ in range(800)]
     for number, stub in enumerate(stubs):
         writer.submit(stub)
@@ -153,7 +153,7 @@ def layout(client: Any) -> frozenset[tuple[str, str, tuple[str, ...]]]:
 
 async def test_a_cluster_may_move_buckets_while_gateways_write(cluster: list[int], ring: Keyring) -> None:
     bank = RedisBank(cluster_url(cluster), ring, get_timeout=5.0)
-    writer = Writer(bank, bundle=64)
+    writer = WriteQueue(bank, bundle=64)
     stubs = [stub_of() for _ in range(1500)]
     moves: asyncio.Task[None] | None = None
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from bridge.bank.gateway_facts import Pool
 from bridge.check.foreign_rules import _holds_up
+from bridge.ike.address import Pool
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until

@@ -14,7 +14,7 @@ from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import DPD_DELAY, SITE
-from bridge.service import shipped_files as data
+from bridge.service import shipped_files
 from failover_support import connect, established, fresh, resume, the_sa
 
 pytestmark = pytest.mark.lab
@@ -60,7 +60,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def set_up(host: Host, example: str, role: str, certificates: Path, own: str | None) -> None:
     """The example as the host's swanctl.conf, with the files that its first lines name."""
     swanctl = host.etc / "swanctl"
-    shutil.copy(data.path(f"strongswan-conf/{example}/{role}.conf"), swanctl / "swanctl.conf")
+    shutil.copy(shipped_files.path(f"strongswan-conf/{example}/{role}.conf"), swanctl / "swanctl.conf")
     for folder in ("x509", "x509ca", "private"):
         shutil.rmtree(swanctl / folder, ignore_errors=True)
         (swanctl / folder).mkdir()

@@ -18,7 +18,7 @@ import pytest
 
 from bridge.ike.message import ExchangeType, Flag, PayloadType, parse
 from bridge.ike.sync_exchange import OrdinaryResponse, SyncResponse, parse_response
-from bridge.ike.sync_payload import Attribute, Sync
+from bridge.ike.sync_payload import Attribute, SyncPayload
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
@@ -217,7 +217,7 @@ def test_an_attribute_put_in_on_the_way_rebuilds_nothing(topology: Topology, kin
     proof = honest[-32:]
 
     def put_in(payloads: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-        sync = Sync.decode(payloads[-1][1])
+        sync = SyncPayload.decode(payloads[-1][1])
         value = bytes(6) if kind == Attribute.CHILD else bytes(4)
         return [
             *payloads[:-1],
@@ -298,12 +298,15 @@ def twice(position: int) -> Any:
 
 
 def second_proof(payloads: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-    sync = Sync.decode(payloads[-1][1])
+    sync = SyncPayload.decode(payloads[-1][1])
     return [*payloads[:-1], (PayloadType.SYNC, sync._replace(attributes=sync.attributes * 2).encode())]
 
 
 def from_gateway(payloads: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-    return [*payloads[:-1], (PayloadType.SYNC, Sync.decode(payloads[-1][1])._replace(from_gateway=True).encode())]
+    return [
+        *payloads[:-1],
+        (PayloadType.SYNC, SyncPayload.decode(payloads[-1][1])._replace(from_gateway=True).encode()),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Keys (bridge.ike.keys): the RFCs' own vectors, and the formulas. What charons derive is in test_extract.py."""
+"""Keys (bridge.ike.keys): the RFCs' own vectors, and the formulas. What charons derive is in test_sa_tracker.py."""
 
 from __future__ import annotations
 

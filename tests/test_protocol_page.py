@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bridge.client import stub_keeper as held
-from bridge.client import sync_request as asking
+from bridge.client import stub_keeper, sync_request
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.gateway import admission, drain
-from bridge.gateway import client_stubs as handout
-from bridge.gateway import rebuild as decision
+from bridge.gateway import admission, client_stubs, drain, rebuild
 from bridge.ike import cookie
 from bridge.ike.transforms import Suite
-from bridge.stub import child_sa as children
+from bridge.stub import child_sa
 from docs_support import DOCS, missing_tests
 
 PAGE = DOCS / "protocol.md"
@@ -100,19 +97,19 @@ def seconds(text: str) -> list[float]:
 
 FIXED: dict[str, float | tuple[float, ...]] = {
     "and how long after either": admission.HOLD_SECONDS,
-    "unconfirmed SAs of one stub": decision.ATTEMPTS_PER_STUB,
+    "unconfirmed SAs of one stub": rebuild.ATTEMPTS_PER_STUB,
     "a secret makes cookies": cookie.SECRET_SECONDS,
-    "each further one waits longer by the factor": asking.BACK_OFF,
-    "cookies taken in one attempt": asking.MAX_COOKIES,
-    "octets of a nonce": asking.NONCE_OCTETS,
-    "CHILD_SAs in one round trip": children.AT_ONCE,
-    "octets of a stub that a client holds": handout.HELD_OCTETS,
-    "and how long it is good for": handout.HELD_SECONDS,
-    "between two answers to GET Stub of one SA": handout.ANSWER_SECONDS,
-    "answers to GET Stub a second": handout.ANSWERS_A_SECOND,
-    "the client waits after a change before it asks with GET Stub": held.SETTLE_SECONDS,
-    "then sends it again after": held.RETRANSMIT_SECONDS,
-    "and asks a silent gateway anew after at least": held.RETRY_MIN,
+    "each further one waits longer by the factor": sync_request.BACK_OFF,
+    "cookies taken in one attempt": sync_request.MAX_COOKIES,
+    "octets of a nonce": sync_request.NONCE_OCTETS,
+    "CHILD_SAs in one round trip": child_sa.AT_ONCE,
+    "octets of a stub that a client holds": client_stubs.HELD_OCTETS,
+    "and how long it is good for": client_stubs.HELD_SECONDS,
+    "between two answers to GET Stub of one SA": client_stubs.ANSWER_SECONDS,
+    "answers to GET Stub a second": client_stubs.ANSWERS_A_SECOND,
+    "the client waits after a change before it asks with GET Stub": stub_keeper.SETTLE_SECONDS,
+    "then sends it again after": stub_keeper.RETRANSMIT_SECONDS,
+    "and asks a silent gateway anew after at least": stub_keeper.RETRY_MIN,
     "a gateway sends Move again after": drain.ASK_SECONDS,
     "and gives a moving client up after": drain.MOVE_SECONDS,
 }
@@ -130,4 +127,4 @@ def test_timers_and_limits_are_those_of_the_code() -> None:
             section, _, key = where.strip("`").partition(".")
             assert seconds(default) == [getattr(configs[section], key)], where
     assert fixed == {what: list(value) if isinstance(value, tuple) else [value] for what, value in FIXED.items()}
-    assert asking.NONCE_OCTETS == decision.NONCE_OCTETS == held.NONCE_OCTETS
+    assert sync_request.NONCE_OCTETS == rebuild.NONCE_OCTETS == stub_keeper.NONCE_OCTETS

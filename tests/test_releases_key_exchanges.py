@@ -14,7 +14,7 @@ from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import BANK_KEY, SITE
-from bridge.stub import codec as stubcodec
+from bridge.stub import codec
 from bridge.stub.keyring import Keyring
 from bridge.stub.stub import Stub
 from failover_support import connect, established, fresh, resume, spis, stub_key, the_sa
@@ -68,7 +68,7 @@ def stub_of(topology: Topology, gateway: Host) -> Stub:
     wait_until(lambda: topology.bank.stubs() == [key], "the session's stub")
     sealed = bytes.fromhex(topology.bank.cli("EVAL", HEX_OF_SEALED, "1", key))
     keyring = Keyring.load(gateway.etc / BANK_KEY.removeprefix("/etc/"))
-    return stubcodec.decode(keyring.open(sealed, key.encode()))
+    return codec.decode(keyring.open(sealed, key.encode()))
 
 
 def sk_d(host: Host) -> str:

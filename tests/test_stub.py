@@ -16,7 +16,7 @@ from bank_support import stub_of
 from bridge.ike.transforms import Suite
 from bridge.stub.codec import decode, encode
 from bridge.stub.stub import Index, Stub, StubError
-from bridge.stub.types import Child, Endpoint, Identity, Selector
+from bridge.stub.types import ChildSa, Endpoint, Identity, TrafficSelector
 
 octet = st.integers(0, 255)
 word = st.integers(0, 2**16 - 1)
@@ -30,16 +30,16 @@ maybe_never = st.just(0) | times
 
 
 @st.composite
-def selectors(draw: st.DrawFn) -> Selector:
+def selectors(draw: st.DrawFn) -> TrafficSelector:
     kind, family = draw(st.sampled_from([(7, IPv4Address), (8, IPv6Address)]))
     bound = st.ip_addresses(v=4 if family is IPv4Address else 6).map(str)
     first = draw(bound)
     last = draw(st.just(first) | bound)
-    return Selector(kind, draw(octet), draw(word), draw(word), draw(st.booleans()), first, last)
+    return TrafficSelector(kind, draw(octet), draw(word), draw(word), draw(st.booleans()), first, last)
 
 
 children = st.builds(
-    Child,
+    ChildSa,
     name=st.text(max_size=20),
     mode=octet,
     ipcomp=octet,
@@ -150,7 +150,7 @@ def test_a_stub_that_the_encoding_cannot_hold_is_refused(change: dict[str, objec
 
 def test_a_traffic_selector_of_mixed_families_is_refused() -> None:
     stub = stub_of()
-    mixed = Selector(7, 0, 0, 65535, False, "10.0.0.0", "2001:db8::1")
+    mixed = TrafficSelector(7, 0, 0, 65535, False, "10.0.0.0", "2001:db8::1")
     child = msgspec.structs.replace(stub.children[0], local_ts=(mixed,))
     with pytest.raises(StubError):
         encode(msgspec.structs.replace(stub, children=(child,)))
@@ -240,16 +240,16 @@ def test_the_text_of_an_identity_is_fit_for_a_terminal(identity: Identity) -> No
 @pytest.mark.parametrize(
     ("selector", "text"),
     [
-        (Selector(7, 0, 0, 65535, False, "10.1.0.0", "10.1.255.255"), "10.1.0.0/16"),
-        (Selector(7, 0, 0, 65535, True, "10.1.0.7", "10.1.0.7"), "10.1.0.7/32"),
-        (Selector(7, 0, 0, 65535, False, "10.1.0.7", "10.1.0.9"), "10.1.0.7..10.1.0.9"),
-        (Selector(8, 17, 0, 65535, False, "2001:db8::", "2001:db8::ffff"), "2001:db8::/112[17]"),
-        (Selector(7, 6, 443, 443, False, "10.1.0.0", "10.1.255.255"), "10.1.0.0/16[6/443]"),
-        (Selector(7, 0, 1024, 2048, False, "10.1.0.0", "10.1.255.255"), "10.1.0.0/16[any/1024-2048]"),
-        (Selector(7, 0, 65535, 0, False, "10.1.0.9", "10.1.0.7"), "10.1.0.9..10.1.0.7[any/65535-0]"),
+        (TrafficSelector(7, 0, 0, 65535, False, "10.1.0.0", "10.1.255.255"), "10.1.0.0/16"),
+        (TrafficSelector(7, 0, 0, 65535, True, "10.1.0.7", "10.1.0.7"), "10.1.0.7/32"),
+        (TrafficSelector(7, 0, 0, 65535, False, "10.1.0.7", "10.1.0.9"), "10.1.0.7..10.1.0.9"),
+        (TrafficSelector(8, 17, 0, 65535, False, "2001:db8::", "2001:db8::ffff"), "2001:db8::/112[17]"),
+        (TrafficSelector(7, 6, 443, 443, False, "10.1.0.0", "10.1.255.255"), "10.1.0.0/16[6/443]"),
+        (TrafficSelector(7, 0, 1024, 2048, False, "10.1.0.0", "10.1.255.255"), "10.1.0.0/16[any/1024-2048]"),
+        (TrafficSelector(7, 0, 65535, 0, False, "10.1.0.9", "10.1.0.7"), "10.1.0.9..10.1.0.7[any/65535-0]"),
     ],
 )
-def test_a_traffic_selector_has_a_form_for_people(selector: Selector, text: str) -> None:
+def test_a_traffic_selector_has_a_form_for_people(selector: TrafficSelector, text: str) -> None:
     assert selector.text == text
 
 

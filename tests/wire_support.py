@@ -13,7 +13,7 @@ from typing import Any, Self
 import pytest
 
 from bridge.ike.message import ExchangeType, PayloadType, decode_ke, decode_notify, parse
-from bridge.ike.sync_payload import Sync
+from bridge.ike.sync_payload import SyncPayload
 from bridge.ike.transforms import Suite, TransformType
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
@@ -150,7 +150,7 @@ def _codec_fields(kind: int, body: bytes) -> Any:
         case PayloadType.NOTIFY:
             return decode_notify(body)
         case PayloadType.SYNC:
-            sync = Sync.decode(body)
+            sync = SyncPayload.decode(body)
             return (sync.from_gateway, sync.gateway, sync.spi, list(sync.attributes))
     return body
 

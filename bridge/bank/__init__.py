@@ -5,18 +5,18 @@ from __future__ import annotations
 from bridge.bank.interface import StubBank
 from bridge.bank.private_redis import PrivateBank
 from bridge.bank.redis_bank import RedisBank
-from bridge.bank.replica import Tier
-from bridge.bank.replicated import TieredBank
-from bridge.config import Bank
+from bridge.bank.replica import Replica
+from bridge.bank.replicated import ReplicatedBank
+from bridge.config import BankConfig
 from bridge.stub.keyring import Keyring
 
 
-def bank_url(config: Bank) -> str:
+def bank_url(config: BankConfig) -> str:
     """Where the bank that `config` names is, the private one included; in mode mixed, the central one."""
     return config.url or PrivateBank.url_of(config.runtime)
 
 
-async def open_bank(config: Bank, keyring: Keyring, *, serve: bool = False) -> StubBank:
+async def open_bank(config: BankConfig, keyring: Keyring, *, serve: bool = False) -> StubBank:
     """The bank that `config` names. It need not be reachable yet.
 
     Without a URL that is the private Redis in `config.runtime`: with `serve` it is started, watched, and stopped by
@@ -28,7 +28,7 @@ async def open_bank(config: Bank, keyring: Keyring, *, serve: bool = False) -> S
     # what is at hand is asked first, then the peers; a request waits for both
     at_hand = config.get_timeout - (config.peer_timeout if config.peers else 0.0)
     near_url = config.url if config.mode == "distributed" else config.local
-    near = Tier(
+    near = Replica(
         "local",
         near_url or PrivateBank.url_of(config.runtime),
         await _one(config, near_url, keyring, at_hand, serve),
@@ -37,12 +37,12 @@ async def open_bank(config: Bank, keyring: Keyring, *, serve: bool = False) -> S
     central = None
     if config.mode == "mixed":
         url = bank_url(config)
-        central = Tier("central", url, RedisBank(url, keyring, get_timeout=at_hand), pending=config.pending)
+        central = Replica("central", url, RedisBank(url, keyring, get_timeout=at_hand), pending=config.pending)
     peers = [
-        Tier(address, url, RedisBank(url, keyring, get_timeout=config.peer_timeout), pending=config.pending)
+        Replica(address, url, RedisBank(url, keyring, get_timeout=config.peer_timeout), pending=config.pending)
         for address, url in config.peers.items()
     ]
-    bank = TieredBank(
+    bank = ReplicatedBank(
         near, central, peers, targets=config.targets, copies=config.copies, peer_timeout=config.peer_timeout
     )
     if serve:
@@ -50,7 +50,7 @@ async def open_bank(config: Bank, keyring: Keyring, *, serve: bool = False) -> S
     return bank
 
 
-async def _one(config: Bank, url: str | None, keyring: Keyring, get_timeout: float, serve: bool) -> RedisBank:
+async def _one(config: BankConfig, url: str | None, keyring: Keyring, get_timeout: float, serve: bool) -> RedisBank:
     if url is not None:
         return RedisBank(url, keyring, get_timeout=get_timeout)
     bank = PrivateBank(config.runtime, keyring, get_timeout=get_timeout)

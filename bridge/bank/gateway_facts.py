@@ -7,32 +7,13 @@ from ipaddress import ip_address
 
 import msgspec
 
+from bridge.ike.address import Pool
+
 KIND = "facts"
 """they are kept under ike:facts:<gateway>"""
 SECONDS = 20.0
 """between two times that they are told"""
 TTL = 3 * SECONDS
-
-
-class Pool(msgspec.Struct, frozen=True):
-    """Virtual IPs that charon gives out from its memory."""
-
-    name: str
-    base: str
-    """the first address"""
-    size: int
-
-    @property
-    def text(self) -> str:
-        """first-last"""
-        return f"{self.base}-{ip_address(self.base) + max(self.size - 1, 0)}"
-
-    def overlaps(self, other: Pool) -> bool:
-        """Whether some address is in both."""
-        mine, theirs = ip_address(self.base), ip_address(other.base)
-        if mine.version != theirs.version:
-            return False
-        return int(mine) < int(theirs) + other.size and int(theirs) < int(mine) + self.size
 
 
 class Facts(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ LOOK_SECONDS: Final = 2.0
 """between two looks at the key file, and at which keys the other gateways have"""
 
 
-class Rotation:
+class KeyRotation:
     """Keeps `keyring` as `key_file` has it, and chooses what seals. `address` is this gateway's in the index.
 
     `settle` in seconds: how long all gateways have to be seen with a key before it seals.

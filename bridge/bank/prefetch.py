@@ -40,7 +40,7 @@ class Progress(Struct):
     seconds: float = 0.0
 
 
-class CachedBank:
+class Prefetch:
     """StubBank that answers from what it fetched of failed gateways, else from `bank`.
 
     `fetch` starts a download, `drop` ends what it brought. `hear` and `heard` are fed by a Keyspace. Where `near` is

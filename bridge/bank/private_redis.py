@@ -16,7 +16,7 @@ import structlog
 
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.redis_bank import GET_TIMEOUT, RedisBank
-from bridge.service import shipped_files as data
+from bridge.service import shipped_files
 from bridge.service.tasks import end
 from bridge.stub.keyring import Keyring
 
@@ -132,7 +132,7 @@ class PrivateBank(RedisBank):
         # its own session: Ctrl-C is for the sidecar, which stops it after its last writes
         self._server = server = await asyncio.create_subprocess_exec(
             binary,
-            str(data.path("redis/redis.conf")),
+            str(shipped_files.path("redis/redis.conf")),
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from bridge.bank.interface import DOWNLOAD_BATCH, GatewaySign
-from bridge.bank.redis_client import Script, Server
+from bridge.bank.redis_client import RedisClient, Script
 from bridge.service.tasks import end
 from bridge.stub.codec import decode, encode
 from bridge.stub.keyring import Keyring, SealError
@@ -75,7 +75,7 @@ class RedisBank:
         self._store, self._delete, self._fetch, self._reseal = scripts = [
             Script(name) for name in ("store", "delete", "fetch", "reseal")
         ]
-        self._redis = Server(url, timeout, scripts)
+        self._redis = RedisClient(url, timeout, scripts)
 
     async def store(self, stubs: Sequence[Stub]) -> list[bool]:
         """See StubBank. Stubs of one bucket are stored atomically, together."""

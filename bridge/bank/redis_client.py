@@ -12,7 +12,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.redis_url import Client, connect
-from bridge.service import shipped_files as data
+from bridge.service import shipped_files
 from bridge.stub.types import printable
 
 
@@ -20,7 +20,7 @@ class Script:
     """A Lua script that is shipped in redis/, called by its digest."""
 
     def __init__(self, name: str) -> None:
-        self.source = data.path(f"redis/{name}.lua").read_bytes()
+        self.source = shipped_files.path(f"redis/{name}.lua").read_bytes()
         self.digest = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
 
     def call(self, keys: Sequence[str | bytes], arguments: Iterable[Any]) -> tuple[Any, ...]:
@@ -28,7 +28,7 @@ class Script:
         return ("EVALSHA", self.digest, len(keys), *keys, *arguments)
 
 
-class Server:
+class RedisClient:
     """What a URL of `bridge.bank.redis_url` leads to; connects when it is first used. `timeout` in seconds."""
 
     def __init__(self, url: str, timeout: float, scripts: Sequence[Script] = ()) -> None:

@@ -11,7 +11,7 @@ import structlog
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Keyspace
 from bridge.bank.redis_bank import GATEWAYS, RedisBank
-from bridge.bank.write_queue import LIMIT, Writer
+from bridge.bank.write_queue import LIMIT, WriteQueue
 from bridge.stub.stub import Index, Stub
 
 log = structlog.get_logger()
@@ -21,7 +21,7 @@ Answer = TypeVar("Answer")
 LATE: Final = "no answer in time"
 
 
-class Tier:
+class Replica:
     """A bank with a name for people: `local`, `central`, or the address of the gateway whose bank it is.
 
     A bank that did not answer counts as down until it answers something that nobody waits for: a heartbeat, what it is
@@ -32,8 +32,8 @@ class Tier:
         self.name = name
         self.bank = bank
         self.up = True
-        self.on_up: Callable[[Tier], None] = lambda _: None
-        self._owed = Writer(self, limit=pending, name=name)
+        self.on_up: Callable[[Replica], None] = lambda _: None
+        self._owed = WriteQueue(self, limit=pending, name=name)
         self._watch = Keyspace(url, (GATEWAYS,), lambda _: None, self._watched)
 
     def __repr__(self) -> str:

@@ -27,7 +27,7 @@ import structlog
 
 from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, GatewaySign
 from bridge.bank.redis_bank import RedisBank
-from bridge.bank.replica import Tier
+from bridge.bank.replica import Replica
 from bridge.service.tasks import end
 from bridge.stub.readable import Readable
 from bridge.stub.stub import Index, Stub
@@ -42,7 +42,7 @@ SETTLE_SECONDS: Final = 2.0
 """after which every gateway that can reach a bank that is back writes to it again: only then it can catch up"""
 
 
-class TieredBank:
+class ReplicatedBank:
     """StubBank over a near bank, a central one if there is any, and those of `peers`, by their gateways' addresses.
 
     Stubs go to the peers in `targets`, or without any to `copies` of the peers, by the stub's index. A look-up waits
@@ -51,9 +51,9 @@ class TieredBank:
 
     def __init__(
         self,
-        near: Tier,
-        central: Tier | None,
-        peers: Sequence[Tier],
+        near: Replica,
+        central: Replica | None,
+        peers: Sequence[Replica],
         *,
         targets: Sequence[str] = (),
         copies: int = 1,
@@ -69,7 +69,7 @@ class TieredBank:
         self._copies = copies
         self._peer_timeout = peer_timeout
         # far banks that may know of ends which the near one has missed, and since when
-        self._ahead: dict[Tier, float] = {}
+        self._ahead: dict[Replica, float] = {}
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -108,7 +108,7 @@ class TieredBank:
 
     # Initiate, Update, Delete
 
-    def holders(self, index: Index) -> list[Tier]:
+    def holders(self, index: Index) -> list[Replica]:
         """The banks that a stub of this gateway's is stored in."""
         chosen = self._targets or sorted(self._peers, key=lambda peer: _weight(peer.name, index))[: self._copies]
         return [self.near, *([self._central] if self._central else []), *chosen]
@@ -116,7 +116,7 @@ class TieredBank:
     async def store(self, stubs: Sequence[Stub]) -> list[bool]:
         """See StubBank. Stored is what one bank has; the others, if they are down, are owed it. False where one of
         them refused."""
-        shares: dict[Tier, list[int]] = {}
+        shares: dict[Replica, list[int]] = {}
         for position, stub in enumerate(stubs):
             for tier in self.holders(stub.index):
                 shares.setdefault(tier, []).append(position)
@@ -162,7 +162,7 @@ class TieredBank:
         answered = await self._look(dict.fromkeys(first, indexes), None, found, ended)
         missing = [index for index in indexes if index not in found and index not in ended]
         at_hand = list(found)
-        questions: dict[Tier, Sequence[Index]] = {}
+        questions: dict[Replica, Sequence[Index]] = {}
         for tier in self._far:
             wanted = missing + at_hand if tier in self._ahead else missing
             if wanted and tier not in first and tier.up:
@@ -174,7 +174,7 @@ class TieredBank:
 
     async def _look(
         self,
-        questions: dict[Tier, Sequence[Index]],
+        questions: dict[Replica, Sequence[Index]],
         timeout: float | None,
         found: dict[Index, Stub],
         ended: set[Index],
@@ -191,7 +191,7 @@ class TieredBank:
 
     async def revisions(self, indexes: Sequence[Index]) -> list[int]:
         """See StubBank: of the banks that a stub should be in and that answer, the one that is most behind counts."""
-        shares: dict[Tier, list[int]] = {}
+        shares: dict[Replica, list[int]] = {}
         for position, index in enumerate(indexes):
             for tier in self.holders(index):
                 if tier.up:
@@ -218,7 +218,7 @@ class TieredBank:
         """See StubBank: what is near first, then what only others have. A stub may come again at a newer revision."""
         seen: dict[Index, int] = {}
 
-        async def read(tier: Tier) -> AsyncGenerator[list[Stub]]:
+        async def read(tier: Replica) -> AsyncGenerator[list[Stub]]:
             async with aclosing(tier.bank.download(gateway, batch)) as pages:
                 async for page in pages:
                     if tier is not self.near and self.near.up:
@@ -231,7 +231,7 @@ class TieredBank:
                 seen.update((stub.index, stub.revision) for stub in page)
                 yield page
 
-    async def _read_all(self, read: Callable[[Tier], AsyncGenerator[Answer]]) -> AsyncGenerator[Answer]:
+    async def _read_all(self, read: Callable[[Replica], AsyncGenerator[Answer]]) -> AsyncGenerator[Answer]:
         """What `read` gives of each bank that answers, one after the other. Raises BankUnavailable if none does."""
         complete = 0
         for tier in [tier for tier in self._all if tier.up]:
@@ -281,7 +281,7 @@ class TieredBank:
         """See StubBank: of the fastest."""
         return min((await self._ask(lambda bank: bank.ping())).values())
 
-    async def _ask(self, question: Callable[[RedisBank], Awaitable[Answer]]) -> dict[Tier, Answer]:
+    async def _ask(self, question: Callable[[RedisBank], Awaitable[Answer]]) -> dict[Replica, Answer]:
         """The answers of all banks within reach. Raises BankUnavailable if there is none."""
         up = [tier for tier in self._all if tier.up] or self._all
         answers = await _each(up, lambda tier: tier.answer(question(tier.bank)))
@@ -291,7 +291,7 @@ class TieredBank:
 
     # catching up
 
-    def _returned(self, tier: Tier) -> None:
+    def _returned(self, tier: Replica) -> None:
         now = time.monotonic()
         self._ahead.update((each, now) for each in (self._far if tier is self.near else [tier]))
         self._news.set()
@@ -320,7 +320,7 @@ class TieredBank:
                     del self._ahead[tier]
                     log.info("caught-up", bank=tier.name, deleted=deleted)
 
-    async def _take_endings(self, tier: Tier) -> int:
+    async def _take_endings(self, tier: Replica) -> int:
         """Delete near what has ended according to a far bank; how many stubs that were."""
         deleted = 0
         async with aclosing(tier.bank.endings()) as pages:
@@ -342,11 +342,11 @@ class TieredBank:
                 seen.update(row.index for row in page)
 
 
-async def _each(tiers: Iterable[Tier], ask: Callable[[Tier], Awaitable[Answer]]) -> dict[Tier, Answer]:
+async def _each(tiers: Iterable[Replica], ask: Callable[[Replica], Awaitable[Answer]]) -> dict[Replica, Answer]:
     """The answers of those banks that answer, asked in parallel."""
     asked = list(tiers)
     answers = await asyncio.gather(*(ask(tier) for tier in asked), return_exceptions=True)
-    given: dict[Tier, Answer] = {}
+    given: dict[Replica, Answer] = {}
     for tier, answer in zip(asked, answers, strict=True):
         if isinstance(answer, BaseException):
             if not isinstance(answer, BankUnavailable):

@@ -56,7 +56,7 @@ class Writable(Protocol):
     async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]: ...
 
 
-class Writer:
+class WriteQueue:
     """Writes stub changes behind the caller's back; one change an index waits at most, the latest.
 
     Past `limit` waiting changes the one whose stub expires first is dropped, deletions last. Used within one running

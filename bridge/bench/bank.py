@@ -13,7 +13,7 @@ from typing import Any, Final
 import uvloop
 
 from bridge.bank.private_redis import PrivateBank
-from bridge.bank.write_queue import Writer
+from bridge.bank.write_queue import WriteQueue
 from bridge.bench.plot import bars
 from bridge.bench.usage import Meter
 from bridge.ike.transforms import Suite
@@ -21,7 +21,7 @@ from bridge.service import log as logging
 from bridge.service.process import spare_collections
 from bridge.stub.keyring import Keyring
 from bridge.stub.stub import Index, Stub
-from bridge.stub.types import Child, Endpoint, Identity, Selector
+from bridge.stub.types import ChildSa, Endpoint, Identity, TrafficSelector
 
 GATEWAY_STUBS: Final = 100_000
 """stubs of one gateway, unless told otherwise: a larger bank is that of more gateways"""
@@ -66,7 +66,7 @@ def make_stub(number: int, gateway: str, now: int) -> Stub:
         extensions=(0x1FF,),
         peer_addresses=(client,),
         children=(
-            Child(
+            ChildSa(
                 name="net",
                 mode=2,
                 ipcomp=0,
@@ -77,8 +77,8 @@ def make_stub(number: int, gateway: str, now: int) -> Stub:
                 groups=(),
                 spi_in=int.from_bytes(spis[:4], "big"),
                 spi_out=int.from_bytes(spis[4:], "big"),
-                local_ts=(Selector(7, 0, 0, 65535, False, "10.10.0.0", "10.10.255.255"),),
-                remote_ts=(Selector(7, 0, 0, 65535, True, vip, vip),),
+                local_ts=(TrafficSelector(7, 0, 0, 65535, False, "10.10.0.0", "10.10.255.255"),),
+                remote_ts=(TrafficSelector(7, 0, 0, 65535, True, vip, vip),),
                 initiator=False,
             ),
         ),
@@ -162,7 +162,7 @@ async def _initiate(
     bank: PrivateBank, count: int, gateways: int, clock: Clock, told: Told
 ) -> tuple[list[Index], dict[str, Any]]:
     """Through the writer, as a gateway does; one gateway after the other."""
-    writer, indexes = Writer(bank), []
+    writer, indexes = WriteQueue(bank), []
     now = int(time.time())
     for first in range(0, count, CHUNK):
         numbers = range(first, min(first + CHUNK, count))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from bridge.ike.address import packed
 from bridge.ike.message import Payload, PayloadType
 from bridge.ike.transforms import TransformType
-from bridge.stub.types import Child, Selector
+from bridge.stub.types import ChildSa, TrafficSelector
 
 PROTOCOL_ESP = 3
 _KEY_LENGTH = 0x800E
@@ -16,7 +16,7 @@ _SELECTOR = struct.Struct("!BBHHH")
 _GRANTED = frozenset({PayloadType.SA, PayloadType.NONCE, PayloadType.TS_I, PayloadType.TS_R})
 
 
-def _proposal(child: Child, spi: int) -> bytes:
+def _proposal(child: ChildSa, spi: int) -> bytes:
     """The body of an SA payload (section 3.3) with the algorithms of `child`."""
     transforms = [(TransformType.ENCR, child.encr, child.encr_len)]
     if child.integ:
@@ -30,7 +30,7 @@ def _proposal(child: Child, spi: int) -> bytes:
     return head + octets
 
 
-def _selectors(selectors: Sequence[Selector]) -> bytes:
+def _selectors(selectors: Sequence[TrafficSelector]) -> bytes:
     """The body of a TS payload (section 3.13)."""
     octets = struct.pack("!B3x", len(selectors))
     for one in selectors:
@@ -40,7 +40,7 @@ def _selectors(selectors: Sequence[Selector]) -> bytes:
     return octets
 
 
-def request(child: Child, spi: int, nonce: bytes) -> list[tuple[int, bytes]]:
+def request(child: ChildSa, spi: int, nonce: bytes) -> list[tuple[int, bytes]]:
     """The payloads that ask for `child`, which is as the gateway has it, with the client's inbound ESP SPI."""
     return [
         (PayloadType.SA, _proposal(child, spi)),

@@ -11,16 +11,16 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from bridge.charon.conf_parser import pfs_children
-from bridge.charon.ha_channel import Channel, ChannelError
+from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import HaError, IkeId, version_for
-from bridge.charon.ha_segments import LandingChoice
-from bridge.charon.ike_sa import Sa
+from bridge.charon.ha_segments import SegmentChooser
+from bridge.charon.ike_sa import IkeSa
 from bridge.charon.installer import Installer
-from bridge.charon.sa_tracker import Listener, Tracker
-from bridge.charon.vici_client import Vici
+from bridge.charon.sa_tracker import Listener, SaTracker
+from bridge.charon.vici_client import ViciClient
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
-from bridge.config import Ha
+from bridge.config import HaConfig
 from bridge.stub.child_sa import SpiChoice
 
 log = structlog.get_logger()
@@ -35,7 +35,7 @@ UNLOADED_SECONDS = 0.5
 IN_FLIGHT_SECONDS = 0.5
 """what VICI lists may still be on its way over the HA channel for so long"""
 
-Recover = Callable[[list[SaInfo]], Awaitable[list[Sa] | None]]
+Recover = Callable[[list[SaInfo]], Awaitable[list[IkeSa] | None]]
 """the SAs of a list whose keys are known elsewhere; None where that cannot be told now"""
 
 
@@ -44,14 +44,14 @@ class Charon:
     be asked, which has it rekey their CHILD_SAs."""
 
     def __init__(
-        self, vici: str, ha: Ha, listener: Listener, recover: Recover | None = None, *, at_once: bool = True
+        self, vici: str, ha: HaConfig, listener: Listener, recover: Recover | None = None, *, at_once: bool = True
     ) -> None:
-        self.tracker = Tracker(listener, wall=time.time, clock=time.monotonic)
-        self.channel = Channel(ha.listen, ha.charon, self.tracker.handle, receive_buffer=ha.receive_buffer)
-        self.landing = LandingChoice(ha.segments)
+        self.tracker = SaTracker(listener, wall=time.time, clock=time.monotonic)
+        self.channel = HaChannel(ha.listen, ha.charon, self.tracker.handle, receive_buffer=ha.receive_buffer)
+        self.landing = SegmentChooser(ha.segments)
         self.installer = Installer(self.channel, self.landing)
         self.spis = SpiChoice(self.tracker.child_spis)
-        self.vici = Vici(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
+        self.vici = ViciClient(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
         self.release = ""
         self.reconciled = asyncio.Event()
         """set once the SAs that charon had when the sidecar came are known"""

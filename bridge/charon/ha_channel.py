@@ -45,7 +45,7 @@ class ChannelError(Exception):
     """The HA channel cannot be used; the text names the cause and the mend."""
 
 
-class Channel:
+class HaChannel:
     """Both directions of the HA channel. `open()` holds the address, `start()` hands what charon sends to `handler`."""
 
     def __init__(

@@ -15,7 +15,7 @@ from bridge.charon.ha_message import (
     MessageType,
     encode,
 )
-from bridge.charon.ike_sa import Condition, Sa
+from bridge.charon.ike_sa import Condition, IkeSa
 from bridge.ike.transforms import Suite
 from bridge.stub.child_sa import NewChild
 from bridge.stub.types import Endpoint, Identity
@@ -58,7 +58,7 @@ class Install(msgspec.Struct, frozen=True, gc=False):
     @classmethod
     def of(
         cls,
-        sa: Sa,
+        sa: IkeSa,
         *,
         sk_d_old: bytes,
         nonce_i: bytes,

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 from bridge.ike.address import packed
-from bridge.stub.types import Endpoint, Identity, Selector
+from bridge.stub.types import Endpoint, Identity, TrafficSelector
 
 PORT = 4510
 """UDP port of both ends, fixed in charon."""
@@ -187,8 +187,8 @@ def _endpoint(address: bytes, port: int) -> Endpoint:
 @lru_cache(maxsize=_REMEMBERED)
 def _selector(
     kind: int, protocol: int, from_port: int, to_port: int, dynamic: int, first: bytes, last: bytes
-) -> Selector:
-    return Selector(kind, protocol, from_port, to_port, bool(dynamic), _address(first), _address(last))
+) -> TrafficSelector:
+    return TrafficSelector(kind, protocol, from_port, to_port, bool(dynamic), _address(first), _address(last))
 
 
 # One kind of value each: a reader (data, offset) -> (value, next offset) and a writer value -> octets.
@@ -265,14 +265,14 @@ def _write_endpoint(value: Endpoint) -> bytes:
     return struct.pack("!HB", value.port, AF_INET if len(octets) == 4 else AF_INET6) + octets
 
 
-def _read_selector(data: bytes, offset: int) -> tuple[Selector, int]:
+def _read_selector(data: bytes, offset: int) -> tuple[TrafficSelector, int]:
     kind, protocol, from_port, to_port, dynamic = struct.unpack_from("!BBHHB", data, offset)
     length = {7: 4, 8: 16}[kind]
     first, last = _take(data, offset + 7, length), _take(data, offset + 7 + length, length)
     return _selector(kind, protocol, from_port, to_port, dynamic, first, last), offset + 7 + 2 * length
 
 
-def _write_selector(value: Selector) -> bytes:
+def _write_selector(value: TrafficSelector) -> bytes:
     head = struct.pack("!BBHHB", value.type, value.protocol, value.from_port, value.to_port, 1 if value.dynamic else 0)
     return head + packed(value.first) + packed(value.last)
 

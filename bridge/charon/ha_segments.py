@@ -59,7 +59,7 @@ def landing_addresses(count: int = MAX_SEGMENTS) -> dict[int, str]:
     return found
 
 
-class LandingChoice:
+class SegmentChooser:
     """Chooses the segment to land the next batch in.
 
     A toggle of an active segment makes its established SAs deaf for a moment, and in strongSwan 6 ends handshakes in

@@ -12,7 +12,7 @@ from bridge.charon.ha_message import IkeId
 from bridge.ike.stub_exchange import StubSa
 from bridge.ike.transforms import Suite
 from bridge.stub.stub import Index, Stub
-from bridge.stub.types import Child, Endpoint, Identity
+from bridge.stub.types import ChildSa, Endpoint, Identity
 
 Value = TypeVar("Value")
 
@@ -50,7 +50,7 @@ _NOT_KEPT = int(Condition.ORIGINAL_INITIATOR | Condition.STALE | Condition.REAUT
 
 
 @dataclass(slots=True, eq=False)
-class Sa:
+class IkeSa:
     """An IKE_SA. `local` is this host. Times in Unix seconds, 0 = never."""
 
     id: IkeId
@@ -60,7 +60,7 @@ class Sa:
     up: bool = False
     seen: float = 0.0
     """when the first message of it came, in the tracker's clock"""
-    rekeyed_from: Sa | None = field(default=None, repr=False)
+    rekeyed_from: IkeSa | None = field(default=None, repr=False)
     local_id: Identity | None = None
     remote_id: Identity | None = None
     eap_id: Identity | None = None
@@ -74,7 +74,7 @@ class Sa:
     peer_addresses: tuple[Endpoint, ...] = ()
     local_vips: tuple[str, ...] = ()
     remote_vips: tuple[str, ...] = ()
-    children: tuple[Child, ...] = ()
+    children: tuple[ChildSa, ...] = ()
     """oldest first"""
     children_at: float = 0.0
     """when charon told of the last of them, in the tracker's clock"""
@@ -110,7 +110,7 @@ class Sa:
         """The index that its stub was stored under last."""
         return Index(self.published_at, self.local_spi) if self.published_at else None
 
-    def put_child(self, child: Child) -> None:
+    def put_child(self, child: ChildSa) -> None:
         """One more CHILD_SA, or one that is known as it is now."""
         self.children = (*(one for one in self.children if one.spi_in != child.spi_in), child)
 
@@ -200,19 +200,19 @@ def new_conditions(conditions: tuple[int, ...], *, initiator: bool, nat_here: bo
     return tuple([word if word & _PRIVATE else word & ~_NOT_KEPT | added for word in conditions or (0,)])
 
 
-def stub_sa(sa: Sa, index: tuple[str, bytes]) -> StubSa:
+def stub_sa(sa: IkeSa, index: tuple[str, bytes]) -> StubSa:
     """What messages of exchange type 240 about an SA need of it."""
     return StubSa(sa.id.spi_i, sa.id.spi_r, sa.id.initiator, index, sa.suite.prf, sa.sk_d)
 
 
-def client_sa(sa: Sa) -> StubSa:
+def client_sa(sa: IkeSa) -> StubSa:
     """What messages of exchange type 240 about an SA of the client's need of it."""
     return StubSa(sa.id.spi_i, sa.id.spi_r, sa.id.initiator, sa.index_there(), sa.suite.prf, sa.sk_d)
 
 
-def sa_of(stub: Stub) -> Sa:
+def sa_of(stub: Stub) -> IkeSa:
     """The SA that a stub of this gateway's tells of."""
-    return Sa(
+    return IkeSa(
         id=IkeId.of(stub.spi_i, stub.spi_r, stub.initiator),
         suite=stub.suite,
         sk_d=stub.sk_d,

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from bridge.charon.ha_channel import Channel, ChannelError
+from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import (
     Install,
     add_message,
@@ -25,7 +25,7 @@ from bridge.charon.ha_message import (
     IkeId,
     MessageType,
 )
-from bridge.charon.ha_segments import LandingChoice, landing_addresses
+from bridge.charon.ha_segments import SegmentChooser, landing_addresses
 from bridge.stub.child_sa import NewChild
 
 FEW = 8
@@ -35,7 +35,7 @@ FEW = 8
 class Installer:
     """Installs batches into one charon, one after the other. Raises ChannelError when charon is not there."""
 
-    def __init__(self, channel: Channel, landing: LandingChoice) -> None:
+    def __init__(self, channel: HaChannel, landing: SegmentChooser) -> None:
         self.toggles = 0
         self.toggle_seconds = 0.0
         """how long the last activation kept the SAs of its segment from answering, at most"""

@@ -11,15 +11,15 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
-from bridge.charon.ike_sa import Sa
+from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo
-from bridge.stub.types import Child
+from bridge.stub.types import ChildSa
 
 EARLY_MAX: Final = 20_000
 """messages about CHILD_SAs kept"""
 
 
-class Recall:
+class SaRecovery:
     """Over once `end` was called: what comes then is about SAs that are known."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Recall:
         self._early: dict[bytes, list[tuple[float, HaMessage]]] = {}
         """by the SPIs of their IKE_SA, with when they came"""
         self._kept = 0
-        self._heirs: dict[bytes, tuple[IkeId, Sa]] = {}
+        self._heirs: dict[bytes, tuple[IkeId, IkeSa]] = {}
         """by the SPIs of an SA that is not known: what it was rekeyed to"""
 
     def end(self) -> None:
@@ -42,12 +42,12 @@ class Recall:
             self._early.setdefault(message.first(Attr.IKE_ID).spis, []).append((now, message))
             self._kept += 1
 
-    def rekeyed(self, old: IkeId, sa: Sa) -> None:
+    def rekeyed(self, old: IkeId, sa: IkeSa) -> None:
         """`sa` came of an SA that is not known."""
         if self._going_on:
             self._heirs[old.spis] = (old, sa)
 
-    def rekeyed_again(self, old: Sa, sa: Sa) -> None:
+    def rekeyed_again(self, old: IkeSa, sa: IkeSa) -> None:
         """What `old` had to inherit is for `sa`."""
         self._heirs |= {spis: (first, sa) for spis, (first, heir) in self._heirs.items() if heir is old}
 
@@ -65,14 +65,14 @@ class Recall:
         """Whether an SA came of the one with these SPIs."""
         return spis in self._heirs
 
-    def heir(self, old: Sa) -> Sa | None:
+    def heir(self, old: IkeSa) -> IkeSa | None:
         """What came of an SA that the bank remembers, with what charon moved to it."""
         _, sa = self._heirs.pop(old.id.spis, (None, None))
         if sa is not None:
             inherit(sa, old)
         return sa
 
-    def catch_up(self, sa: Sa, info: SaInfo, *, since: float) -> bool:
+    def catch_up(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
         """What happened since to an SA that the bank remembers; whether all its CHILD_SAs are known of those that VICI
         lists, which was asked at `since`. A long list is old when its end is read: what came later stands."""
         told = self._early.get(sa.id.spis, ())
@@ -88,14 +88,14 @@ class Recall:
         return _works(info) <= known
 
 
-def _apply(sa: Sa, message: HaMessage) -> None:
+def _apply(sa: IkeSa, message: HaMessage) -> None:
     if message.type == MessageType.CHILD_ADD:
         sa.put_child(child_of(message))
     else:
         sa.drop_child(message.first(Attr.INBOUND_SPI, 0))
 
 
-def inherit(sa: Sa, old: Sa) -> None:
+def inherit(sa: IkeSa, old: IkeSa) -> None:
     """What charon moves to the new SA of an IKE rekey without a message."""
     known = {child.spi_in for child in sa.children}
     sa.children = (*(child for child in old.children if child.spi_in not in known), *sa.children)
@@ -106,7 +106,7 @@ def inherit(sa: Sa, old: Sa) -> None:
     sa.companion = old.companion
 
 
-def drop_unlisted(sa: Sa, info: SaInfo) -> bool:
+def drop_unlisted(sa: IkeSa, info: SaInfo) -> bool:
     """Forget CHILD_SAs that charon does not have; whether there were any."""
     listed = {child.spi_in for child in info.children}
     left = tuple(child for child in sa.children if child.spi_in in listed)
@@ -114,7 +114,7 @@ def drop_unlisted(sa: Sa, info: SaInfo) -> bool:
     return dropped
 
 
-def all_told(sa: Sa, info: SaInfo) -> bool:
+def all_told(sa: IkeSa, info: SaInfo) -> bool:
     """Whether all CHILD_SAs are known that charon lists; what it is replacing may be missing."""
     return _works(info) <= {child.spi_in for child in sa.children}
 
@@ -123,10 +123,10 @@ def _works(info: SaInfo) -> set[int]:
     return {child.spi_in for child in info.children if child.works}
 
 
-def child_of(message: HaMessage) -> Child:
+def child_of(message: HaMessage) -> ChildSa:
     """The CHILD_SA of a CHILD_ADD."""
     group: int = message.first(Attr.ALG_KE, 0)
-    return Child(
+    return ChildSa(
         name=message.first(Attr.CONFIG_NAME, ""),
         mode=message.first(Attr.IPSEC_MODE, 0),
         ipcomp=message.first(Attr.IPCOMP, 0),

@@ -12,12 +12,12 @@ from typing import Protocol
 import structlog
 
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
-from bridge.charon.ike_sa import Condition, Sa
-from bridge.charon.sa_recovery import Recall, child_of, drop_unlisted, groups, inherit
+from bridge.charon.ike_sa import Condition, IkeSa
+from bridge.charon.sa_recovery import SaRecovery, child_of, drop_unlisted, groups, inherit
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, expiry
 from bridge.ike.keys import derive_sk_d, skeyseed_initial, skeyseed_rekey
 from bridge.ike.transforms import Suite, UnsupportedSuite, check_resumable
-from bridge.stub.types import Child
+from bridge.stub.types import ChildSa
 
 log = structlog.get_logger()
 
@@ -34,10 +34,10 @@ HALF_OPEN_SECONDS = 60.0
 class Listener(Protocol):
     """What happens to the SAs. Called from `Tracker`'s methods, in order."""
 
-    def changed(self, sa: Sa) -> None:
+    def changed(self, sa: IkeSa) -> None:
         """`sa` came up, was rekeyed, moved, or its CHILD_SAs or virtual IPs changed."""
 
-    def gone(self, sa: Sa) -> None:
+    def gone(self, sa: IkeSa) -> None:
         """`sa` ended: deleted by either side, timed out, or replaced by its rekeyed successor."""
 
     def verified(self, ike_id: IkeId) -> None:
@@ -47,22 +47,22 @@ class Listener(Protocol):
         """VICI says that an IKE_SA went down; its state is DELETING if one of the sides asked for that."""
 
 
-class Tracker:
+class SaTracker:
     """The IKE_SAs of one charon, by both SPIs.
 
     `wall` gives Unix seconds, `clock` monotonic ones.
     """
 
     def __init__(self, listener: Listener, *, wall: Callable[[], float], clock: Callable[[], float]) -> None:
-        self.sas: dict[bytes, Sa] = {}
+        self.sas: dict[bytes, IkeSa] = {}
         self.connections: dict[str, ConnectionInfo] = {}
         self.unresumable = 0
         self._listener = listener
         self._wall = wall
         self._clock = clock
         self._early: dict[bytes, SaInfo] = {}
-        self.recall = Recall()
-        self._half_open: dict[bytes, Sa] = {}
+        self.recall = SaRecovery()
+        self._half_open: dict[bytes, IkeSa] = {}
 
     # HA
 
@@ -127,7 +127,7 @@ class Tracker:
             known.sk_d, known.shared_secret, known.suite, known.resumable = sk_d, secret, suite, resumable
             return
         self._sweep()
-        sa = Sa(ike_id, suite, sk_d, secret, seen=self._clock(), resumable=resumable)
+        sa = IkeSa(ike_id, suite, sk_d, secret, seen=self._clock(), resumable=resumable)
         if rekeyed is not None:
             sa.rekeyed_from = self.sas.get(rekeyed.spis)
             if sa.rekeyed_from is None:
@@ -138,7 +138,7 @@ class Tracker:
         self._half_open[ike_id.spis] = sa
 
     @staticmethod
-    def _keys(ike_id: IkeId, suite: Suite, known: Sa | None, message: HaMessage) -> tuple[bytes, bytes | None]:
+    def _keys(ike_id: IkeId, suite: Suite, known: IkeSa | None, message: HaMessage) -> tuple[bytes, bytes | None]:
         """SK_d and the shared secret, that of all key exchanges one after the other.
 
         RFC 7296 sections 2.14 and 2.18, RFC 9370 sections 2.2.2 and 2.2.4.
@@ -195,7 +195,7 @@ class Tracker:
         if sa.up:
             self._listener.changed(sa)
 
-    def _come_up(self, sa: Sa) -> None:
+    def _come_up(self, sa: IkeSa) -> None:
         sa.up = True
         sa.share()
         self._half_open.pop(sa.id.spis, None)
@@ -221,7 +221,7 @@ class Tracker:
         else:
             self._assume_lifetime(sa, now)
 
-    def _assume_lifetime(self, sa: Sa, now: int) -> None:
+    def _assume_lifetime(self, sa: IkeSa, now: int) -> None:
         """Until VICI says better: what the connection is configured to, which jitter can only shorten."""
         connection = self.connections.get(sa.connection)
         lifetime = connection.lifetime if connection else 0
@@ -281,7 +281,7 @@ class Tracker:
                 self._early.clear()
             self._early[event.sa.spis] = event.sa
 
-    def _take_info(self, sa: Sa, info: SaInfo, *, since: float) -> bool:
+    def _take_info(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
         """Join what VICI says, asked for at `since`; whether that changed the stub by more than a second of jitter."""
         if info.state != "ESTABLISHED":
             return False
@@ -307,12 +307,12 @@ class Tracker:
 
     # what no message tells
 
-    def put_child(self, sa: Sa, child: Child) -> None:
+    def put_child(self, sa: IkeSa, child: ChildSa) -> None:
         """A CHILD_SA that `sa` has from now on."""
         sa.put_child(child)
         sa.children_at = self._clock()
 
-    def adopt(self, sa: Sa) -> None:
+    def adopt(self, sa: IkeSa) -> None:
         """An SA that the sidecar itself installed, or knew before it restarted: charon is silent about these."""
         sa.seen = self._clock()
         sa.adopted = True
@@ -321,7 +321,7 @@ class Tracker:
         self.sas[sa.id.spis] = sa
         self._early.pop(sa.id.spis, None)
 
-    def take_back(self, sa: Sa, info: SaInfo, *, since: float) -> bool:
+    def take_back(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
         """An SA that the bank remembers and VICI, asked at `since`, lists; False where it has CHILD_SAs that nobody
         told of."""
         heir = self.recall.heir(sa)
@@ -336,7 +336,7 @@ class Tracker:
             self._listener.changed(sa)
         return True
 
-    def forget(self, ike_id: IkeId) -> Sa | None:
+    def forget(self, ike_id: IkeId) -> IkeSa | None:
         """Drop an SA that the sidecar itself removes; nobody is told."""
         self._half_open.pop(ike_id.spis, None)
         return self.sas.pop(ike_id.spis, None)
@@ -352,7 +352,7 @@ class Tracker:
         """The inbound ESP SPIs of all CHILD_SAs."""
         return (child.spi_in for sa in self.sas.values() for child in sa.children)
 
-    def established(self) -> Iterator[Sa]:
+    def established(self) -> Iterator[IkeSa]:
         """All SAs that are up."""
         # a copy: metrics are read in another thread
         return (sa for sa in list(self.sas.values()) if sa.up)
@@ -395,7 +395,7 @@ class Tracker:
 class Comparison:
     """What a tracker knows against all that VICI lists, which comes in parts."""
 
-    def __init__(self, tracker: Tracker, since: float, early: Set[bytes]) -> None:
+    def __init__(self, tracker: SaTracker, since: float, early: Set[bytes]) -> None:
         self._tracker = tracker
         self._since = since
         self._early = early

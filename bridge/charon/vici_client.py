@@ -20,7 +20,6 @@ import structlog
 import vici
 import vici.exception
 
-from bridge.bank.gateway_facts import Pool
 from bridge.charon.vici_types import (
     ConnectionInfo,
     Event,
@@ -33,6 +32,7 @@ from bridge.charon.vici_types import (
     parse_event,
     parse_ike_sa,
 )
+from bridge.ike.address import Pool
 
 log = structlog.get_logger()
 
@@ -60,7 +60,7 @@ LISTING_SHARE = 0.25
 Result = TypeVar("Result")
 
 
-class Vici:
+class ViciClient:
     """One charon's VICI socket.
 
     `on_event` gets each Event, `on_connect` charon's release whenever the socket is (re)connected, `on_disconnect`

@@ -10,16 +10,17 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from bridge.bank import gateway_facts as shared
-from bridge.bank.gateway_facts import Facts, Pool
+from bridge.bank import gateway_facts
+from bridge.bank.gateway_facts import Facts
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis_bank import GATEWAYS, HEARTBEAT
 from bridge.bank.redis_url import Client, connect
-from bridge.charon.vici_client import Vici
+from bridge.charon.vici_client import ViciClient
 from bridge.charon.vici_types import ViciError
-from bridge.check.charon import Charon
+from bridge.check.charon import CharonAnswer
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.config import GatewayConfig
+from bridge.ike.address import Pool
 from bridge.stub.types import printable
 
 PATIENCE = 3.0
@@ -32,7 +33,7 @@ CLOCK_WARN, CLOCK_FAIL = 2.0, 60.0
 """seconds by which this host's clock may differ from the bank's: stubs expire by the clock"""
 
 
-async def bank(config: GatewayConfig, charon: Charon | None) -> list[Finding]:
+async def bank(config: GatewayConfig, charon: CharonAnswer | None) -> list[Finding]:
     """Everything about the banks that `config` names."""
     findings = await _main(config, charon)
     other = {f"bank of {address}": url for address, url in config.bank.peers.items()}
@@ -55,7 +56,7 @@ async def _another(name: str, url: str) -> Finding:
     return ok(name, f"answers in {(time.monotonic() - began) * 1000:.1f} ms")
 
 
-async def _main(config: GatewayConfig, charon: Charon | None) -> list[Finding]:
+async def _main(config: GatewayConfig, charon: CharonAnswer | None) -> list[Finding]:
     if config.bank.url is None:
         binary = shutil.which("redis-server") or shutil.which("valkey-server")
         if binary:
@@ -136,7 +137,7 @@ def _text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-async def _others(client: Client, config: GatewayConfig, charon: Charon | None) -> list[Finding]:
+async def _others(client: Client, config: GatewayConfig, charon: CharonAnswer | None) -> list[Finding]:
     """This gateway beside the others that live: keys, connections, pools."""
     names = [_text(name) for name in await client.zrange(GATEWAYS, 0, -1)]
     others: dict[str, Facts] = {}
@@ -144,7 +145,7 @@ async def _others(client: Client, config: GatewayConfig, charon: Charon | None) 
     for name in names:
         if name == config.address:
             continue
-        told = shared.decode(await client.get(f"ike:{shared.KIND}:{name}") or b"")
+        told = gateway_facts.decode(await client.get(f"ike:{gateway_facts.KIND}:{name}") or b"")
         if told is not None and await client.exists(f"{HEARTBEAT}{name}"):
             others[printable(name)] = told
     if not others:
@@ -194,7 +195,7 @@ def _pools(mine: list[Pool], others: dict[str, Facts]) -> list[Finding]:
 
 
 async def _own_pools(config: GatewayConfig) -> list[Pool]:
-    vici = Vici(config.vici, on_event=lambda _: None, on_connect=lambda _: None, on_disconnect=lambda: None)
+    vici = ViciClient(config.vici, on_event=lambda _: None, on_connect=lambda _: None, on_disconnect=lambda: None)
     try:
         return await vici.pools()
     except ViciError:

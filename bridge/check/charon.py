@@ -8,12 +8,12 @@ from pathlib import Path
 from bridge.charon.conf_parser import Settings
 from bridge.charon.ha_message import PORT, HaError, version_for
 from bridge.charon.socket_diag import proc_address
-from bridge.charon.vici_client import START_SECONDS, Vici
+from bridge.charon.vici_client import START_SECONDS, ViciClient
 from bridge.charon.vici_types import ConnectionInfo, ViciError
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import UdpSocket, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.service import shipped_files as data
+from bridge.service import shipped_files
 
 STRONGSWAN_CONF = Path("/etc/strongswan.conf")
 DROP_IN = "strongswan-conf/ike-sa-sync.conf"
@@ -27,7 +27,7 @@ RETRANSMIT_DEFAULTS = {"retransmit_timeout": 4.0, "retransmit_base": 1.8, "retra
 
 
 @dataclass
-class Charon:
+class CharonAnswer:
     """What VICI and the files tell of one charon."""
 
     release: str
@@ -43,13 +43,13 @@ class Charon:
         return self.settings.get(f"charon.{name}") if found is None else found
 
 
-async def ask(config: GatewayConfig | ClientConfig) -> tuple[Charon | None, list[Finding]]:
+async def ask(config: GatewayConfig | ClientConfig) -> tuple[CharonAnswer | None, list[Finding]]:
     """What there is to know of this host's charon; None where it does not answer."""
-    vici = Vici(config.vici, on_event=lambda _: None, on_connect=lambda _: None, on_disconnect=lambda: None)
+    vici = ViciClient(config.vici, on_event=lambda _: None, on_connect=lambda _: None, on_disconnect=lambda: None)
     try:
         release = await vici.version()
         version = version_for(release)
-        charon = Charon(
+        charon = CharonAnswer(
             release,
             await vici.plugins(),
             await vici.started(),
@@ -66,7 +66,7 @@ async def ask(config: GatewayConfig | ClientConfig) -> tuple[Charon | None, list
     return charon, [ok("charon", f"strongSwan {release}, ha message version {version}")]
 
 
-def plugin(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Finding]:
+def plugin(config: GatewayConfig | ClientConfig, charon: CharonAnswer) -> list[Finding]:
     """Whether the ha plugin is there, and speaks with the sidecar."""
     end = f"{config.ha.charon}:{PORT}"
     if "ha" not in charon.plugins:
@@ -115,10 +115,10 @@ def _held_by_charon(socket: UdpSocket, end: str) -> Finding:
     return ok("ha plugin", f"charon holds UDP {end}")
 
 
-def drop_in(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Finding]:
+def drop_in(config: GatewayConfig | ClientConfig, charon: CharonAnswer) -> list[Finding]:
     """Each option of the drop-in that charon's files set otherwise."""
     findings = []
-    wanted = dict(Settings(data.path(DROP_IN)).leaves())
+    wanted = dict(Settings(shipped_files.path(DROP_IN)).leaves())
     wanted["charon.plugins.ha.local"] = config.ha.charon
     wanted["charon.plugins.ha.remote"] = config.ha.listen
     wanted["charon.plugins.ha.segment_count"] = str(config.ha.segments)
@@ -161,7 +161,7 @@ def _same(wanted: str, found: str) -> bool:
     return wanted == found or (wanted in ("yes", "no") and synonyms.get(found.lower(), found.lower()) == wanted)
 
 
-def _hash_table(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Finding]:
+def _hash_table(config: GatewayConfig | ClientConfig, charon: CharonAnswer) -> list[Finding]:
     """More than in the drop-in is fine, and on a client it matters little."""
     buckets = _number(charon.setting("ikesa_table_size"), 1)
     if buckets >= GOOD_HASH_TABLE or isinstance(config, ClientConfig):
@@ -175,7 +175,7 @@ def _hash_table(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Fi
     ]
 
 
-def _never(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Finding]:
+def _never(config: GatewayConfig | ClientConfig, charon: CharonAnswer) -> list[Finding]:
     """What is not in the drop-in, and must not be set elsewhere."""
     findings = []
     if charon.setting("plugins.ha.secret") is not None:
@@ -199,7 +199,7 @@ def _never(config: GatewayConfig | ClientConfig, charon: Charon) -> list[Finding
     return findings
 
 
-def unread(charon: Charon) -> list[Finding]:
+def unread(charon: CharonAnswer) -> list[Finding]:
     """Files that were changed after charon had read them."""
     changed = []
     for path in charon.settings.files:
@@ -219,7 +219,7 @@ def unread(charon: Charon) -> list[Finding]:
     ]
 
 
-def patience(config: ClientConfig, charon: Charon) -> list[Finding]:
+def patience(config: ClientConfig, charon: CharonAnswer) -> list[Finding]:
     """How long this client takes to notice that its gateway is dead."""
     if not config.resume_on_down:
         return []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from bridge.charon.conf_parser import SWANCTL_CONF, pfs_children
-from bridge.check.charon import Charon
+from bridge.check.charon import CharonAnswer
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.config import ClientConfig
 
 
-def of_client(config: ClientConfig, charon: Charon) -> list[Finding]:
+def of_client(config: ClientConfig, charon: CharonAnswer) -> list[Finding]:
     """One for each gateway, with the same children: a session goes on under the names it had."""
     findings = []
     children: dict[str, set[str]] = {}
@@ -49,7 +49,7 @@ def of_client(config: ClientConfig, charon: Charon) -> list[Finding]:
     return findings + without_pfs(charon, [entry.connection for entry in config.gateways])
 
 
-def without_pfs(charon: Charon, names: list[str], path: Path | None = None) -> list[Finding]:
+def without_pfs(charon: CharonAnswer, names: list[str], path: Path | None = None) -> list[Finding]:
     """Children with a key exchange of their own."""
     known = [name for name in names if name in charon.connections]
     found = pfs_children(known, path or SWANCTL_CONF)

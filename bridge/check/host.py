@@ -9,11 +9,11 @@ import struct
 from pathlib import Path
 
 from bridge.charon.ha_message import PORT
-from bridge.check import foreign_rules as foreign
+from bridge.check import foreign_rules
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import process_name, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.net import firewall as rules
+from bridge.net import firewall
 from bridge.net.nfqueue import queue_owner
 from bridge.stub.keyring import Keyring, SealError
 
@@ -79,8 +79,8 @@ def queue(config: GatewayConfig, pid: int | None) -> list[Finding]:
     """The kernel's queue, who reads it, and the rules that fill it."""
     number = config.intercept.queue
     try:
-        backend = rules.detect()
-    except rules.RulesError as error:
+        backend = firewall.detect()
+    except firewall.RulesError as error:
         return [fail("NFQUEUE", str(error), "install nftables or iptables; modprobe nfnetlink_queue")]
     findings = [ok("NFQUEUE", f"this kernel takes rules by {backend}")]
     owner = queue_owner(number)
@@ -100,11 +100,11 @@ def queue(config: GatewayConfig, pid: int | None) -> list[Finding]:
             f"a rule without bypass: {rule}",
             "add bypass (--queue-bypass): without it IKE stops when the sidecar does",
         )
-        for rule in foreign.without_bypass(number)
+        for rule in foreign_rules.without_bypass(number)
     ]
     if config.intercept.rules == "external":
         return findings
-    if rules.present(number):
+    if firewall.present(number):
         findings.append(ok("rules", f"requests with IKE_SA_SYNC come to queue {number}"))
     else:
         mend = "they come with `ike-sa-sync gateway`; is it running, or did something flush them?"

@@ -25,7 +25,7 @@ from bridge.bank import bank_url
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis_bank import BUCKETS, FORGET_GATEWAY, GATEWAYS, HEARTBEAT, TIMEOUT
-from bridge.bank.redis_client import Server
+from bridge.bank.redis_client import RedisClient
 from bridge.cli import options, output
 from bridge.config import GatewayConfig
 from bridge.service import log as logging
@@ -51,7 +51,7 @@ class Watch:
         """stored, deleted, expired stubs since the start"""
         self.state = "connecting"
         self._tell = tell
-        self._server = Server(url, TIMEOUT)
+        self._server = RedisClient(url, TIMEOUT)
         self._keyspace = Keyspace(url, (f"{STUB}*", f"{HEARTBEAT}*", "ike:fetch:*"), self._event, self._heard)
         self._before: dict[str, tuple[float, dict[str, float]]] = {}
         self._alive: dict[str, bool] = {}

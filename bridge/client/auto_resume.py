@@ -15,7 +15,7 @@ RETURN_MIN, RETURN_MAX = 5.0, 60.0
 """between attempts to come back when no gateway can be reached"""
 
 
-class Comeback:
+class AutoResume:
     """Resumes what went down, again and again while no gateway can be reached: the fault may be on this side.
 
     `begin` starts to move the SA of a connection.

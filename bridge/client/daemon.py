@@ -13,10 +13,10 @@ from bridge.charon import metrics as gauges
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
-from bridge.charon.ike_sa import Sa
+from bridge.charon.ike_sa import IkeSa
 from bridge.charon.status import charon_status, sa_rows, wait_known
 from bridge.charon.vici_types import SaInfo
-from bridge.client.initiator import Client
+from bridge.client.initiator import Initiator
 from bridge.client.metrics import ClientMetrics
 from bridge.config import ClientConfig, canonical_address
 from bridge.net.raw_socket import RawUdp, ResponseListener
@@ -30,7 +30,7 @@ class ClientProcess:
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
         self._metrics = ClientMetrics()
-        self._client: Client | None = None
+        self._client: Initiator | None = None
         self._charon: Charon | None = None
 
     async def run(self) -> None:
@@ -84,12 +84,12 @@ class ClientProcess:
 class _Relay:
     """Listener that exists before the client it speaks to: the client needs charon, and charon a listener."""
 
-    client: Client
+    client: Initiator
 
-    def changed(self, sa: Sa) -> None:
+    def changed(self, sa: IkeSa) -> None:
         self.client.changed(sa)
 
-    def gone(self, sa: Sa) -> None:
+    def gone(self, sa: IkeSa) -> None:
         self.client.gone(sa)
 
     def verified(self, ike_id: IkeId) -> None:
@@ -99,10 +99,10 @@ class _Relay:
         self.client.down(sa)
 
 
-def _client(config: ClientConfig, raw: RawUdp, metrics: ClientMetrics) -> tuple[Charon, Client]:
+def _client(config: ClientConfig, raw: RawUdp, metrics: ClientMetrics) -> tuple[Charon, Initiator]:
     relay = _Relay()
     charon = Charon(config.vici, config.ha, relay, at_once=config.resume.children_at_once)
-    relay.client = Client(charon, raw, config, metrics)
+    relay.client = Initiator(charon, raw, config, metrics)
     return charon, relay.client
 
 

@@ -22,16 +22,16 @@ import structlog
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import HaError, IkeId
-from bridge.charon.ike_sa import Sa
+from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo, ViciError
-from bridge.client.auto_resume import Comeback
+from bridge.client.auto_resume import AutoResume
 from bridge.client.metrics import ClientMetrics
-from bridge.client.move_handler import Mover
+from bridge.client.move_handler import MoveHandler
 from bridge.client.outcome import Outcome, Result
 from bridge.client.sessions import Sessions
-from bridge.client.stub_keeper import Keeper, gateway_message
-from bridge.client.switchover import Handover
-from bridge.client.sync_request import Asker, NoAnswerError, RefusedError
+from bridge.client.stub_keeper import StubKeeper, gateway_message
+from bridge.client.switchover import Switchover
+from bridge.client.sync_request import NoAnswerError, RefusedError, SyncRequester
 from bridge.config import ClientConfig, GatewayEntry
 from bridge.ike.message import ExchangeType
 from bridge.net.interface import Sender
@@ -40,7 +40,7 @@ from bridge.net.packet import EXCHANGE_OFFSET, Datagram
 log = structlog.get_logger()
 
 
-class Client:
+class Initiator:
     """Moves the IKE_SAs of one charon. Datagrams arrive through `datagrams`, charon's news through the methods of
     bridge.charon.sa_tracker.Listener."""
 
@@ -60,16 +60,16 @@ class Client:
         self._metrics = metrics
         self._clock = clock
         self._sessions = Sessions(charon, config.gateways, clock=clock, wall=wall)
-        self.keeper = Keeper(config.held, charon.tracker, sender, lambda: self._sessions, random=random, wall=wall)
-        self._handover = Handover(
+        self.keeper = StubKeeper(config.held, charon.tracker, sender, lambda: self._sessions, random=random, wall=wall)
+        self._handover = Switchover(
             charon, self._sessions, config.resume.initiate_timeout, random=random, clock=clock, wall=wall
         )
-        self._asker = Asker(
+        self._asker = SyncRequester(
             sender, config.resume, self.keeper.stub_of, self._handover.offer, random=random, clock=clock
         )
-        self._comeback = Comeback(charon, self._sessions, lambda connection: self._begin(connection, None))
+        self._comeback = AutoResume(charon, self._sessions, lambda connection: self._begin(connection, None))
         self._moving: dict[str, asyncio.Task[Outcome]] = {}
-        self._mover = Mover(charon.tracker, sender, config.gateways, self._sent_away, random=random)
+        self._mover = MoveHandler(charon.tracker, sender, config.gateways, self._sent_away, random=random)
         self._restored: set[bytes] = set()
         self.last: Outcome | None = None
 
@@ -85,13 +85,13 @@ class Client:
 
     # news from charon (Listener)
 
-    def changed(self, sa: Sa) -> None:
+    def changed(self, sa: IkeSa) -> None:
         """An SA that is up replaces what was lost of its connection."""
         self._sessions.replaced(sa.connection)
         if self._sessions.configured(sa.connection) and sa.resumable:
             self.keeper.changed(sa)
 
-    def gone(self, sa: Sa) -> None:
+    def gone(self, sa: IkeSa) -> None:
         """charon ended an SA."""
         self._sessions.gone(sa)
         self.keeper.save_soon()
@@ -234,7 +234,7 @@ class Client:
             return Outcome(Result.FAILED, connection, to, reason=reason)
         return await self._fallback(candidates, sa, reason, began)
 
-    def _candidates(self, sa: Sa | None, to: str | None) -> list[GatewayEntry]:
+    def _candidates(self, sa: IkeSa | None, to: str | None) -> list[GatewayEntry]:
         if to is not None:
             return [g for g in self._config.gateways if g.address == to]
         here = sa.remote.address if sa and sa.remote else None
@@ -249,7 +249,7 @@ class Client:
         first = sa is not None and sa.id.spis in self._restored
         return sorted(known or self._config.gateways, key=lambda g: (g.address == here) is not first)
 
-    async def _fallback(self, candidates: list[GatewayEntry], old: Sa | None, reason: str, began: float) -> Outcome:
+    async def _fallback(self, candidates: list[GatewayEntry], old: IkeSa | None, reason: str, began: float) -> Outcome:
         """The usual handshake (draft-xu-ike-sa-sync-01 section 4), at the first gateway that takes it."""
         for gateway in candidates:
             if self._charon.connection(gateway.connection) is None:

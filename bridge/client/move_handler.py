@@ -14,8 +14,8 @@ from typing import Final
 
 import structlog
 
-from bridge.charon.ike_sa import Sa, client_sa
-from bridge.charon.sa_tracker import Tracker
+from bridge.charon.ike_sa import IkeSa, client_sa
+from bridge.charon.sa_tracker import SaTracker
 from bridge.client.outcome import Outcome, Result
 from bridge.config import GatewayEntry
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, verify
@@ -35,13 +35,13 @@ class _Heeded:
     status: MoveStatus
 
 
-class Mover:
+class MoveHandler:
     """Heeds what gateways ask. `begin` starts to move the session of a connection to an address, None where it moves
     already."""
 
     def __init__(
         self,
-        tracker: Tracker,
+        tracker: SaTracker,
         sender: Sender,
         gateways: tuple[GatewayEntry, ...],
         begin: Callable[[str, str], asyncio.Task[Outcome] | None],
@@ -74,7 +74,7 @@ class Mover:
             # asked again, it may be: the report was lost
             self._tell(sa, last)
 
-    def _heed(self, sa: Sa, heeded: _Heeded) -> None:
+    def _heed(self, sa: IkeSa, heeded: _Heeded) -> None:
         assert heeded.message.move is not None
         target = heeded.message.move.target
         if target not in self._targets:
@@ -88,14 +88,14 @@ class Mover:
             return
         task.add_done_callback(lambda done: self._done(sa, heeded, done))
 
-    def _done(self, sa: Sa, heeded: _Heeded, task: asyncio.Task[Outcome]) -> None:
+    def _done(self, sa: IkeSa, heeded: _Heeded, task: asyncio.Task[Outcome]) -> None:
         if task.cancelled() or task.result().result is not Result.FAILED:
             return
         heeded.status = MoveStatus.NO_ANSWER if task.result().reason == "no-answer" else MoveStatus.REFUSED
         if self._tracker.sas.get(sa.id.spis) is sa:
             self._tell(sa, heeded)
 
-    def _tell(self, sa: Sa, heeded: _Heeded) -> None:
+    def _tell(self, sa: IkeSa, heeded: _Heeded) -> None:
         assert sa.local is not None
         assert sa.remote is not None
         local, remote = sa.local, sa.remote

@@ -24,7 +24,7 @@ HEADER = b"ike-sa-sync: sessions of a client, format 1\n"
 MAX_OCTETS = 1 << 20
 
 
-class HeldFileError(Exception):
+class SessionFileError(Exception):
     """A file that cannot be read, written, or trusted; the text names the cause. Never holds a key."""
 
 
@@ -50,22 +50,22 @@ def load(path: Path) -> list[Session]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise HeldFileError(f"{path} cannot be read: {error.strerror}") from None
+        raise SessionFileError(f"{path} cannot be read: {error.strerror}") from None
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise HeldFileError(f"{path} is not a file of this user's: remove it")
+            raise SessionFileError(f"{path} is not a file of this user's: remove it")
         if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             mode = stat.S_IMODE(status.st_mode)
-            raise HeldFileError(f"{path} is open to other users (mode {mode:04o}): remove it, its keys may be known")
+            raise SessionFileError(f"{path} is open to other users (mode {mode:04o}): remove it, its keys may be known")
         octets = file.read(MAX_OCTETS)
     if not octets.startswith(HEADER):
-        raise HeldFileError(f"{path} holds something else than the sessions of a client: remove it")
+        raise SessionFileError(f"{path} holds something else than the sessions of a client: remove it")
     try:
         rows = _decoder.decode(octets[len(HEADER) :])
         return [Session(decode(stub), sealed, until) for stub, sealed, until in rows]
     except (msgspec.MsgspecError, StubError) as error:
-        raise HeldFileError(f"{path} is damaged ({error}): remove it") from None
+        raise SessionFileError(f"{path} is damaged ({error}): remove it") from None
 
 
 def pack(sessions: Sequence[Session]) -> bytes:
@@ -99,4 +99,4 @@ def write(path: Path, octets: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise HeldFileError(f"{path} cannot be written: {error.strerror}") from None
+        raise SessionFileError(f"{path} cannot be written: {error.strerror}") from None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from bridge.charon.charon import Charon
-from bridge.charon.ike_sa import Sa
+from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo
 from bridge.config import GatewayEntry
 
@@ -33,11 +33,11 @@ class Sessions:
         self._names = tuple(dict.fromkeys(gateway.connection for gateway in gateways))
         self._clock = clock
         self._wall = wall
-        self._lost: dict[str, tuple[Sa, float]] = {}
+        self._lost: dict[str, tuple[IkeSa, float]] = {}
         self._leaving: set[bytes] = set()
         self._ended: deque[bytes] = deque(maxlen=ENDED)
 
-    def __iter__(self) -> Iterator[Sa]:
+    def __iter__(self) -> Iterator[IkeSa]:
         """Those that could be resumed now."""
         return iter([sa for name in self._names if (sa := self.find(name)) is not None])
 
@@ -59,7 +59,7 @@ class Sessions:
             or next((name for name in self._names if self.unresumable(name) is not None), None)
         )
 
-    def find(self, connection: str) -> Sa | None:
+    def find(self, connection: str) -> IkeSa | None:
         """The youngest SA of a connection that is up, or the one that was lost."""
         alive = [sa for sa in self._charon.tracker.established() if sa.connection == connection and sa.resumable]
         if alive:
@@ -70,7 +70,7 @@ class Sessions:
             return None
         return sa
 
-    def unresumable(self, connection: str) -> Sa | None:
+    def unresumable(self, connection: str) -> IkeSa | None:
         """The SA of a connection that is up and cannot be resumed by its kind."""
         every = self._charon.tracker.established()
         return next((sa for sa in every if sa.connection == connection and not sa.resumable), None)
@@ -79,7 +79,7 @@ class Sessions:
         """The connection of one that was lost."""
         return next(iter(self._lost), None)
 
-    def lose(self, sa: Sa) -> None:
+    def lose(self, sa: IkeSa) -> None:
         """It is gone, and can be resumed."""
         self._lost[sa.connection] = (sa, self._clock() + LOST_SECONDS)
 
@@ -93,7 +93,7 @@ class Sessions:
 
     # what charon says
 
-    def gone(self, sa: Sa) -> None:
+    def gone(self, sa: IkeSa) -> None:
         """charon ended an SA. Until VICI says why, it may have to be resumed."""
         spis = sa.id.spis
         if spis not in self._leaving and spis not in self._ended and sa.resumable and self.configured(sa.connection):
@@ -105,7 +105,7 @@ class Sessions:
         self._ended.append(info.spis)
 
     @contextmanager
-    def leaving(self, sa: Sa) -> Iterator[None]:
+    def leaving(self, sa: IkeSa) -> Iterator[None]:
         """While the sidecar itself takes an SA out of charon, its end is no news."""
         self._leaving.add(sa.id.spis)
         try:

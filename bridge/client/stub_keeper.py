@@ -17,10 +17,10 @@ from typing import Final
 
 import structlog
 
-from bridge.charon.ike_sa import Sa, client_sa, sa_of
-from bridge.charon.sa_tracker import Tracker
-from bridge.client.session_file import HeldFileError, Session, load, pack, write
-from bridge.config import Held
+from bridge.charon.ike_sa import IkeSa, client_sa, sa_of
+from bridge.charon.sa_tracker import SaTracker
+from bridge.client.session_file import Session, SessionFileError, load, pack, write
+from bridge.config import HeldConfig
 from bridge.ike.message import MalformedMessage
 from bridge.ike.stub_exchange import StubMessage, build_get, parse_stub_message, verify
 from bridge.net.interface import Sender
@@ -56,15 +56,15 @@ class _Holding:
     task: asyncio.Task[None] | None = None
 
 
-class Keeper:
+class StubKeeper:
     """Holds the client's stubs. `sessions` gives the IKE_SAs that could be resumed now, those lost included."""
 
     def __init__(
         self,
-        config: Held,
-        tracker: Tracker,
+        config: HeldConfig,
+        tracker: SaTracker,
         sender: Sender,
-        sessions: Callable[[], Iterable[Sa]],
+        sessions: Callable[[], Iterable[IkeSa]],
         *,
         random: Callable[[int], bytes] = os.urandom,
         wall: Callable[[], float] = time.time,
@@ -81,13 +81,13 @@ class Keeper:
         self._dirty = asyncio.Event()
         self._saving: asyncio.Task[None] | None = None
 
-    def restore(self) -> list[Sa]:
+    def restore(self) -> list[IkeSa]:
         """The sessions in the file that have not expired."""
         if self._file is None:
             return []
         try:
             sessions = load(self._file)
-        except HeldFileError as error:
+        except SessionFileError as error:
             log.error("sessions-not-restored", reason=str(error))
             return []
         found = []
@@ -110,19 +110,19 @@ class Keeper:
 
     # what is held
 
-    def stub_of(self, sa: Sa) -> bytes | None:
+    def stub_of(self, sa: IkeSa) -> bytes | None:
         """The sealed stub of an IKE_SA, if one is held and still good."""
         holding = self._held.get(sa.id.spis)
         return holding.sealed if holding is not None and holding.until > self._wall() else None
 
-    def given(self, sa: Sa, sealed: bytes | None, lifetime: int | None) -> None:
+    def given(self, sa: IkeSa, sealed: bytes | None, lifetime: int | None) -> None:
         """An IKE_SA was resumed, perhaps with a first stub of its own."""
         if sealed is not None and self._fetches:
             holding = self._held.setdefault(sa.id.spis, _Holding())
             holding.sealed, holding.until = sealed, self._wall() + (lifetime or 0)
         self.changed(sa)
 
-    def changed(self, sa: Sa) -> None:
+    def changed(self, sa: IkeSa) -> None:
         """An IKE_SA to a configured gateway is up, or is another than before."""
         self.save_soon()
         if not self._fetches:
@@ -134,7 +134,7 @@ class Keeper:
                 holding.task.cancel()
             holding.task = asyncio.create_task(self._keep(sa, holding), name=f"hold {sa.connection}")
 
-    async def _keep(self, sa: Sa, holding: _Holding) -> None:
+    async def _keep(self, sa: IkeSa, holding: _Holding) -> None:
         pause, retry = SETTLE_SECONDS, RETRY_MIN
         while True:
             await asyncio.sleep(pause)
@@ -146,7 +146,7 @@ class Keeper:
                 log.debug("no-stub-given", connection=sa.connection, **sa.id.logged)
                 pause, retry = retry, min(2 * retry, RETRY_MAX)
 
-    async def _fetch(self, sa: Sa, holding: _Holding) -> bool:
+    async def _fetch(self, sa: IkeSa, holding: _Holding) -> bool:
         """GET Stub; whether an answer came."""
         assert sa.local is not None
         assert sa.remote is not None
@@ -216,10 +216,10 @@ class Keeper:
                     # fsync takes its time
                     await asyncio.to_thread(write, self._file, octets)
                     self._written = octets
-            except (HeldFileError, StubError, ValueError) as error:
+            except (SessionFileError, StubError, ValueError) as error:
                 log.error("sessions-not-saved", reason=str(error))
 
-    def _session(self, sa: Sa) -> Session:
+    def _session(self, sa: IkeSa) -> Session:
         holding = self._held.get(sa.id.spis) or _Holding()
         stub = sa.stub(sa.index_there(), with_secret=False, expires=sa.expires)
         return Session(stub, holding.sealed, holding.until)
@@ -241,12 +241,12 @@ def gateway_message(octets: bytes) -> StubMessage | None:
     return message if message.sync.from_gateway else None
 
 
-def _from_to(sa: Sa) -> tuple[str, int, str, int]:
+def _from_to(sa: IkeSa) -> tuple[str, int, str, int]:
     assert sa.local is not None
     assert sa.remote is not None
     return sa.local.address, sa.local.port, sa.remote.address, sa.remote.port
 
 
-def _shape(sa: Sa) -> object:
+def _shape(sa: IkeSa) -> object:
     """What a stub tells of an IKE_SA and can change while it lives."""
     return (sa.remote, sa.local_vips, tuple(child.spi_in for child in sa.children))

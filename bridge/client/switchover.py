@@ -14,12 +14,12 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import HaError
-from bridge.charon.ike_sa import Sa, new_conditions
+from bridge.charon.ike_sa import IkeSa, new_conditions
 from bridge.charon.vici_types import ViciError
 from bridge.client.sessions import Sessions
 from bridge.client.sync_request import Answer
 from bridge.config import GatewayEntry
-from bridge.ike import key_confirmation as confirm
+from bridge.ike import key_confirmation
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import derive_keys, derive_sk_d, skeyseed_resume
 from bridge.stub.child_sa import NOTHING, Offer, offer, stays
@@ -31,7 +31,7 @@ Confirm = Callable[[Confirmation, Answer], Awaitable[bool]]
 """carries the first protected exchange of an SA; whether it was answered in time"""
 
 
-class Handover:
+class Switchover:
     """Makes the client's charon go on with an IKE_SA at another gateway. `patience`: how long charon has to bring up an
     SA or a CHILD_SA, in seconds."""
 
@@ -52,10 +52,10 @@ class Handover:
         self._clock = clock
         self._wall = wall
 
-    def offer(self, sa: Sa, gateway: GatewayEntry, local: Endpoint) -> Offer:
+    def offer(self, sa: IkeSa, gateway: GatewayEntry, local: Endpoint) -> Offer:
         """The CHILD_SAs of an SA to ask a gateway for at once, from `local`: none where the exchange that then has to
         confirm them cannot be made."""
-        if not confirm.possible(sa.suite):
+        if not key_confirmation.possible(sa.suite):
             return NOTHING
         assert sa.local is not None
         assert sa.remote is not None
@@ -67,8 +67,8 @@ class Handover:
         )
 
     async def resume(
-        self, old: Sa, gateway: GatewayEntry, answer: Answer, confirmed_by: Confirm
-    ) -> tuple[Sa, list[str], float]:
+        self, old: IkeSa, gateway: GatewayEntry, answer: Answer, confirmed_by: Confirm
+    ) -> tuple[IkeSa, list[str], float]:
         """The new SA in place of `old`, the names of its CHILD_SAs that are up, and since when (clock seconds).
 
         Raises ViciError, ChannelError or HaError; what could be resumed before still can.
@@ -110,16 +110,16 @@ class Handover:
         self._charon.reconcile_soon()
         return new, names, up
 
-    def _confirmation(self, old: Sa, answer: Answer) -> Confirmation | None:
+    def _confirmation(self, old: IkeSa, answer: Answer) -> Confirmation | None:
         """None where no messages of this suite can be made here: then charon's own liveness check has to do."""
         suite, ike_id = old.suite, answer.ike_id
-        if not confirm.possible(suite):
+        if not key_confirmation.possible(suite):
             return None
         seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r)
         keys = derive_keys(suite, seed, answer.nonce_i, answer.nonce_r, ike_id.spi_i, ike_id.spi_r)
         return Confirmation(suite, keys, ike_id.spi_i, ike_id.spi_r, random=self._random)
 
-    async def _installed(self, new: Sa, answer: Answer) -> list[str]:
+    async def _installed(self, new: IkeSa, answer: Answer) -> list[str]:
         """Take charon's word for the CHILD_SAs that came with the answer: the names of those that it has."""
         if not answer.children:
             return []
@@ -133,7 +133,7 @@ class Handover:
                 log.warning("child-not-installed", connection=new.connection, child=made.child.name, **new.id.logged)
         return list(dict.fromkeys(child.name for child in new.children))
 
-    async def anew(self, old: Sa | None, gateway: GatewayEntry) -> list[str]:
+    async def anew(self, old: IkeSa | None, gateway: GatewayEntry) -> list[str]:
         """An IKE_SA by an ordinary handshake, in place of `old`; names of the CHILD_SAs that came up.
 
         Raises ViciError without any, ChannelError, HaError.
@@ -147,11 +147,11 @@ class Handover:
             await self._drop(old)
         return up
 
-    def _rebuilt(self, old: Sa, gateway: GatewayEntry, answer: Answer) -> Sa:
+    def _rebuilt(self, old: IkeSa, gateway: GatewayEntry, answer: Answer) -> IkeSa:
         """The new SA: keys per draft-xu-ike-sa-sync-01 section 3.3, all else as in the old one."""
         suite, ike_id = old.suite, answer.ike_id
         seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r)
-        return Sa(
+        return IkeSa(
             id=ike_id,
             suite=suite,
             sk_d=derive_sk_d(suite, seed, answer.nonce_i, answer.nonce_r, ike_id.spi_i, ike_id.spi_r),
@@ -172,7 +172,7 @@ class Handover:
         )
 
     @staticmethod
-    def _install(old: Sa, new: Sa, answer: Answer, confirming: bool) -> Install:
+    def _install(old: IkeSa, new: IkeSa, answer: Answer, confirming: bool) -> Install:
         return Install.of(
             new,
             sk_d_old=old.sk_d,
@@ -181,17 +181,17 @@ class Handover:
             local_vips=new.local_vips,
             remote_vips=(),
             # the confirming request is not charon's
-            message_id=confirm.MESSAGE_ID + 1 if confirming else confirm.MESSAGE_ID,
+            message_id=key_confirmation.MESSAGE_ID + 1 if confirming else key_confirmation.MESSAGE_ID,
         )
 
-    def _children_of(self, old: Sa | None, gateway: GatewayEntry) -> list[str]:
+    def _children_of(self, old: IkeSa | None, gateway: GatewayEntry) -> list[str]:
         """Names of the CHILD_SAs to bring up: those of the old SA that the connection has; else all it has."""
         connection = self._charon.connection(gateway.connection)
         configured = [child.name for child in connection.children] if connection else []
         wanted = list(dict.fromkeys(child.name for child in old.children)) if old is not None else []
         return [name for name in wanted if name in configured] or configured
 
-    async def _drop(self, sa: Sa) -> None:
+    async def _drop(self, sa: IkeSa) -> None:
         """Remove an SA from charon in silence: no DELETE to the peer, no updown event."""
         with self._sessions.leaving(sa):
             self._charon.tracker.forget(sa.id)
@@ -209,7 +209,7 @@ class Handover:
             raise ViciError(f"{connection}: no CHILD_SA came up")
         return up
 
-    async def _bring_up(self, connection: str, children: list[str], new: Sa | None = None) -> list[str]:
+    async def _bring_up(self, connection: str, children: list[str], new: IkeSa | None = None) -> list[str]:
         """Initiate CHILD_SAs; the names of those that came up. Where not even the first does, no other is tried."""
         up: list[str] = []
         for name in children:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import structlog
 
 from bridge.charon.ha_message import IkeId
-from bridge.charon.ike_sa import Sa
-from bridge.config import GatewayEntry, Resume
+from bridge.charon.ike_sa import IkeSa
+from bridge.config import GatewayEntry, ResumeConfig
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.message import MalformedMessage
@@ -76,16 +76,16 @@ class Answer:
     """CHILD_SAs that come up with it"""
 
 
-class Asker:
+class SyncRequester:
     """Asks gateways to resume. Datagrams arrive through `datagram`; `sealed_stub` gives the stub that the client holds
     of an IKE_SA, `offer` the CHILD_SAs of one that may come up at a gateway at once."""
 
     def __init__(
         self,
         sender: Sender,
-        config: Resume,
-        sealed_stub: Callable[[Sa], bytes | None],
-        offer: Callable[[Sa, GatewayEntry, Endpoint], Offer],
+        config: ResumeConfig,
+        sealed_stub: Callable[[IkeSa], bytes | None],
+        offer: Callable[[IkeSa, GatewayEntry, Endpoint], Offer],
         *,
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
@@ -104,7 +104,7 @@ class Asker:
         if queue is not None and queue.qsize() < QUEUED:
             queue.put_nowait(datagram)
 
-    async def ask(self, sa: Sa, gateway: GatewayEntry) -> Answer:
+    async def ask(self, sa: IkeSa, gateway: GatewayEntry) -> Answer:
         """Raises NoAnswerError or RefusedError."""
         assert sa.local is not None
         answer = await self._ask_from(sa.local.port, sa, gateway)
@@ -115,7 +115,7 @@ class Asker:
             answer = await self._ask_from(NATT_PORT, sa, gateway)
         return answer
 
-    async def _ask_from(self, local_port: int, sa: Sa, gateway: GatewayEntry) -> Answer:
+    async def _ask_from(self, local_port: int, sa: IkeSa, gateway: GatewayEntry) -> Answer:
         """One attempt, from this port of the client's."""
         assert sa.local is not None
         spi_i, nonce = self._random(8), self._random(NONCE_OCTETS)
@@ -182,7 +182,7 @@ class Asker:
             del self._listening[spi_i]
 
     def _judge(
-        self, datagram: Datagram, requests: list[bytes], sa: Sa
+        self, datagram: Datagram, requests: list[bytes], sa: IkeSa
     ) -> SyncResponse | OrdinaryResponse | CookieChallenge | None:
         """What an answer to the last of `requests` is; one that resumes may be to any of them, for nothing shows
         whether a cookie came from the gateway."""

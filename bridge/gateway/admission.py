@@ -11,7 +11,7 @@ from __future__ import annotations
 from enum import StrEnum
 from socket import AF_INET6, inet_pton
 
-from bridge.config import Sync
+from bridge.config import SyncConfig
 from bridge.gateway.rate_limit import Rate, SourceRates
 from bridge.ike.cookie import Cookies, Glance
 
@@ -43,7 +43,7 @@ def source_of(address: str) -> str | bytes:
 class Admission:
     """Decides on requests before anything is known of them but their address, SPIi, nonce and cookie."""
 
-    def __init__(self, sync: Sync, cookies: Cookies) -> None:
+    def __init__(self, sync: SyncConfig, cookies: Cookies) -> None:
         self._sync = sync
         self._cookies = cookies
         self._rate = Rate(sync.cookie_rate)

@@ -11,14 +11,14 @@ from typing import Any, Final
 
 import structlog
 
-from bridge.bank import gateway_facts as facts
+from bridge.bank import gateway_facts
 from bridge.bank.interface import BankUnavailable
-from bridge.bank.key_rotation import Rotation
+from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.keyspace import Event, Keyspace
-from bridge.bank.prefetch import CachedBank
+from bridge.bank.prefetch import Prefetch
 from bridge.bank.redis_bank import HEARTBEAT
 from bridge.charon.charon import Charon
-from bridge.charon.ike_sa import Sa
+from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_client import START_SECONDS
 from bridge.charon.vici_types import ViciError
 from bridge.config import GatewayConfig
@@ -41,15 +41,15 @@ STATS_SECONDS: Final = 1.0
 STATS_TTL: Final = 60.0
 
 
-class Upkeep:
+class BankReconciler:
     """Runs from `start` to `close`, on the event loop. `address` is this gateway's in the index."""
 
     def __init__(
         self,
         config: GatewayConfig,
         url: str,
-        cache: CachedBank,
-        rotation: Rotation,
+        cache: Prefetch,
+        rotation: KeyRotation,
         charon: Charon,
         publisher: Publisher,
         metrics: GatewayMetrics,
@@ -190,7 +190,7 @@ class Upkeep:
         if refilled:
             log.warning("bank-refilled", stubs=refilled, of=len(sas), reason="the bank did not have them")
 
-    def _index(self, sa: Sa) -> Index:
+    def _index(self, sa: IkeSa) -> Index:
         return sa.index_here(self._address)
 
     async def _sweep(self) -> bool:
@@ -243,6 +243,8 @@ class Upkeep:
             }
             if self._address is not None:
                 with contextlib.suppress(BankUnavailable, ViciError):
-                    told = facts.Facts(connections, await self._charon.vici.pools())
-                    await self._cache.post(facts.KIND, self._address, facts.encode(told), facts.TTL)
-            await asyncio.sleep(facts.SECONDS)
+                    told = gateway_facts.Facts(connections, await self._charon.vici.pools())
+                    await self._cache.post(
+                        gateway_facts.KIND, self._address, gateway_facts.encode(told), gateway_facts.TTL
+                    )
+            await asyncio.sleep(gateway_facts.SECONDS)

@@ -14,8 +14,8 @@ from typing import Final, Literal
 
 import structlog
 
-from bridge.charon.ike_sa import Sa, stub_sa
-from bridge.charon.sa_tracker import Tracker
+from bridge.charon.ike_sa import IkeSa, stub_sa
+from bridge.charon.sa_tracker import SaTracker
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
 from bridge.ike.message import MalformedMessage
@@ -42,7 +42,7 @@ ANSWERS_A_SECOND: Final = 2000
 """to all clients together"""
 
 
-class Handout:
+class ClientStubs:
     """Seals stubs for their clients, opens what clients present, and answers GET Stub. `address` is this gateway's in
     the index, or None for the local address of each SA."""
 
@@ -50,7 +50,7 @@ class Handout:
         self,
         policy: Policy,
         keyring: Keyring,
-        tracker: Tracker,
+        tracker: SaTracker,
         sender: Sender,
         address: str | None,
         metrics: GatewayMetrics,
@@ -70,11 +70,11 @@ class Handout:
 
     # sealing
 
-    def index(self, sa: Sa) -> Index:
+    def index(self, sa: IkeSa) -> Index:
         """The index of an SA's stub."""
         return sa.published or sa.index_here(self._address)
 
-    def seal(self, sa: Sa) -> bytes | None:
+    def seal(self, sa: IkeSa) -> bytes | None:
         """The stub of an SA of this gateway's, for its client: without the shared secret. None where clients get none,
         or where it is too large."""
         if self.policy == "off":
@@ -90,7 +90,7 @@ class Handout:
             return None
         return sealed
 
-    def expiry(self, sa: Sa) -> int:
+    def expiry(self, sa: IkeSa) -> int:
         """Until when a client's stub of an SA is good (Unix seconds): no longer than the one in the bank, by which the
         bank remembers that the session ended."""
         return min(sa.stub_expires or sa.expires, int(self._wall()) + HELD_SECONDS)
@@ -142,7 +142,7 @@ class Handout:
                 self._answer(packet, message, sa)
         return None
 
-    def _answer(self, packet: Packet, request: StubMessage, sa: Sa) -> None:
+    def _answer(self, packet: Packet, request: StubMessage, sa: IkeSa) -> None:
         sealed = self.seal(sa)
         if sealed is None:
             return

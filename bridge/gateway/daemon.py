@@ -12,27 +12,27 @@ import structlog
 
 from bridge.bank import bank_url, open_bank
 from bridge.bank.interface import HEARTBEAT_SECONDS, HEARTBEAT_TTL, BankUnavailable
-from bridge.bank.key_rotation import Rotation
-from bridge.bank.prefetch import CachedBank
-from bridge.bank.replicated import TieredBank
-from bridge.bank.write_queue import Writer
+from bridge.bank.key_rotation import KeyRotation
+from bridge.bank.prefetch import Prefetch
+from bridge.bank.replicated import ReplicatedBank
+from bridge.bank.write_queue import WriteQueue
 from bridge.charon import metrics as gauges
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
-from bridge.charon.ike_sa import Sa
+from bridge.charon.ike_sa import IkeSa
 from bridge.charon.status import charon_status, sa_rows, wait_known
 from bridge.charon.vici_types import SaInfo
 from bridge.config import ConfigError, GatewayConfig
 from bridge.gateway import metrics
-from bridge.gateway.bank_reconciler import Upkeep
-from bridge.gateway.client_stubs import Handout
+from bridge.gateway.bank_reconciler import BankReconciler
+from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.drain import Drain
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
-from bridge.gateway.responder import Gateway
-from bridge.gateway.stub_lookup import Lookup
-from bridge.net import firewall as rules
+from bridge.gateway.responder import Responder
+from bridge.gateway.stub_lookup import StubLookup
+from bridge.net import firewall
 from bridge.net.interface import Packet
 from bridge.net.nfqueue import Interceptor, InterceptUnavailable
 from bridge.service.control import Answer, Command, ControlServer
@@ -48,14 +48,14 @@ class GatewayProcess:
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
         self._metrics = GatewayMetrics()
-        self._gateway: Gateway | None = None
+        self._gateway: Responder | None = None
         self._publisher: Publisher | None = None
-        self._writer: Writer | None = None
-        self._bank: CachedBank | None = None
+        self._writer: WriteQueue | None = None
+        self._bank: Prefetch | None = None
         self._interceptor: Interceptor | None = None
         self._charon: Charon | None = None
-        self._rotation: Rotation | None = None
-        self._tiers: TieredBank | None = None
+        self._rotation: KeyRotation | None = None
+        self._tiers: ReplicatedBank | None = None
         self._bank_reachable = False
 
     async def run(self) -> None:
@@ -75,18 +75,18 @@ class GatewayProcess:
         await retry("ha-channel", charon.channel.open, ChannelError)
         stack.push_async_callback(charon.close)
         places = await open_bank(config.bank, keyring, serve=True)
-        self._tiers = tiers = places if isinstance(places, TieredBank) else None
+        self._tiers = tiers = places if isinstance(places, ReplicatedBank) else None
         # in mode distributed the bank at hand is as near as this process's memory, and all others know it
         near = tiers.near if tiers is not None and config.bank.mode == "distributed" else None
-        cache = CachedBank(places, limit=config.bank.cache, near=near)
+        cache = Prefetch(places, limit=config.bank.cache, near=near)
         self._bank = bank = cache
         stack.push_async_callback(bank.close)
-        self._writer = writer = Writer(bank, limit=config.bank.pending)
+        self._writer = writer = WriteQueue(bank, limit=config.bank.pending)
         stack.push_async_callback(writer.close)
         self._publisher = publisher = Publisher(writer, bank, config.address, config.sync)
         raw = raw_udp(stack)
-        handout = Handout(config.sync.client_stub, keyring, charon.tracker, raw, config.address, self._metrics)
-        lookup = Lookup(
+        handout = ClientStubs(config.sync.client_stub, keyring, charon.tracker, raw, config.address, self._metrics)
+        lookup = StubLookup(
             bank,
             handout,
             self._metrics,
@@ -94,13 +94,13 @@ class GatewayProcess:
             timeout=config.bank.get_timeout,
         )
         drain = Drain(charon, bank, raw, config.address)
-        self._gateway = gateway = Gateway(
+        self._gateway = gateway = Responder(
             charon, lookup, handout, writer, raw, config.sync, self._metrics, publisher.publish, drain.moving
         )
         self._gauges(charon, gateway, writer, cache)
         stack.callback(serve_metrics(self._metrics, config.metrics))
-        self._rotation = rotation = Rotation(bank, keyring, config.bank.key_file, config.address)
-        upkeep = Upkeep(config, bank_url(config.bank), cache, rotation, charon, publisher, self._metrics)
+        self._rotation = rotation = KeyRotation(bank, keyring, config.bank.key_file, config.address)
+        upkeep = BankReconciler(config, bank_url(config.bank), cache, rotation, charon, publisher, self._metrics)
         if tiers is not None:
             tiers.on_return = upkeep.returned
         commands: dict[str, Command] = {
@@ -138,17 +138,17 @@ class GatewayProcess:
         stack.callback(interceptor.stop)
         if config.rules != "external":
             backend = config.rules
-            await retry("rules", lambda: rules.install(config.queue, backend=backend), rules.RulesError)
-            stack.callback(rules.remove)
+            await retry("rules", lambda: firewall.install(config.queue, backend=backend), firewall.RulesError)
+            stack.callback(firewall.remove)
 
     # charon's news (bridge.charon.sa_tracker.Listener)
 
-    def changed(self, sa: Sa) -> None:
+    def changed(self, sa: IkeSa) -> None:
         """An SA of this gateway came up or changed."""
         assert self._publisher is not None
         self._publisher.publish(sa)
 
-    def gone(self, sa: Sa) -> None:
+    def gone(self, sa: IkeSa) -> None:
         """An SA of this gateway ended."""
         assert self._publisher is not None
         assert self._gateway is not None
@@ -164,7 +164,7 @@ class GatewayProcess:
     def down(self, info: SaInfo) -> None:
         """The HA channel tells the same, with the order kept."""
 
-    async def _recover(self, infos: list[SaInfo]) -> list[Sa] | None:
+    async def _recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
         assert self._publisher is not None
         return await self._publisher.recover(infos)
 
@@ -192,7 +192,7 @@ class GatewayProcess:
         assert self._charon is not None
         return next((sa.local.address for sa in self._charon.tracker.established() if sa.local), None)
 
-    def _gauges(self, charon: Charon, gateway: Gateway, writer: Writer, cache: CachedBank) -> None:
+    def _gauges(self, charon: Charon, gateway: Responder, writer: WriteQueue, cache: Prefetch) -> None:
         gauges.of_charon(self._metrics, charon)
         metrics.of_stubs(self._metrics, charon, writer, cache)
         metrics.of_queue(self._metrics, lambda: self._interceptor)

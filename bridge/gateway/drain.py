@@ -26,12 +26,12 @@ from typing import Any, Final
 
 import structlog
 
-from bridge.bank import gateway_facts as facts
+from bridge.bank import gateway_facts
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
-from bridge.charon.ike_sa import Sa, stub_sa
+from bridge.charon.ike_sa import IkeSa, stub_sa
 from bridge.config import canonical_address
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_move, move_message_id, parse_stub_message, verify
 from bridge.net.interface import Sender
@@ -72,7 +72,7 @@ _OUTCOMES: Final = {
 class _Asked:
     """A client that was sent a Move."""
 
-    sa: Sa
+    sa: IkeSa
     index: Index
     move: StubMessage
     octets: bytes = field(repr=False)
@@ -91,7 +91,7 @@ class _Run:
     began: float
     sessions: int
     wanted: int
-    waiting: deque[Sa]
+    waiting: deque[IkeSa]
     asked: dict[bytes, _Asked] = field(default_factory=dict)
     outcomes: Counter[tuple[Result, str]] = field(default_factory=Counter)
     failures: list[dict[str, str]] = field(default_factory=list)
@@ -102,7 +102,7 @@ class _Run:
         return sum(number for (kind, _), number in self.outcomes.items() if kind is result)
 
 
-def _lacks(target: Facts | None, sa: Sa) -> str | None:
+def _lacks(target: Facts | None, sa: IkeSa) -> str | None:
     """What the target lacks for a session, by what it says of itself; None if nothing, or if it says nothing."""
     if target is None:
         return None
@@ -152,7 +152,7 @@ class Drain:
             return {"error": f"{to} is this gateway"}
         try:
             gateways = await self._bank.gateways()
-            told = await self._bank.posted(facts.KIND, to)
+            told = await self._bank.posted(gateway_facts.KIND, to)
         except BankUnavailable as error:
             return {"error": f"the bank does not answer, and no session can move without it: {error}"}
         if to not in gateways or not gateways[to].alive:
@@ -161,7 +161,7 @@ class Drain:
         mine = gateways[self._address].keys if self._address in gateways else frozenset()
         if mine and not mine & gateways[to].keys:
             return {"error": f"{to} has another bank key, and could open no stub of this gateway: copy the key file"}
-        lacking = {sa.id.spis: reason for sa in sas if (reason := _lacks(facts.decode(told or b""), sa))}
+        lacking = {sa.id.spis: reason for sa in sas if (reason := _lacks(gateway_facts.decode(told or b""), sa))}
         able = [sa for sa in sas if sa.id.spis not in lacking]
         if sas and not able:
             reasons = "; ".join(sorted(set(lacking.values())))
@@ -254,7 +254,7 @@ class Drain:
                 failed=run.count(Result.FAILED),
             )
 
-    def _ask(self, run: _Run, sa: Sa) -> None:
+    def _ask(self, run: _Run, sa: IkeSa) -> None:
         if self._charon.tracker.sas.get(sa.id.spis) is not sa or sa.published is None:
             run.outcomes[(Result.LEFT, "the session ended, or was rekeyed")] += 1
             return
@@ -279,7 +279,7 @@ class Drain:
             asked.sent += 1
             self._send(sa, asked.octets)
 
-    def _send(self, sa: Sa, octets: bytes) -> None:
+    def _send(self, sa: IkeSa, octets: bytes) -> None:
         assert sa.local is not None
         assert sa.remote is not None
         local, remote = sa.local, sa.remote

@@ -31,7 +31,7 @@ POLL_SECONDS = 0.001
 Prepared = tuple[Packet, Rebuilt]
 
 
-class Batches:
+class InstallQueue:
     """Installs what is added; `answer` sends the response to a packet's sender, `coming` tells whether more may follow
     soon."""
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from bridge.bank.prefetch import CachedBank
-from bridge.bank.write_queue import Writer
+from bridge.bank.prefetch import Prefetch
+from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
 from bridge.net.nfqueue import Interceptor
 from bridge.service.metrics import Metrics
 
 
-def of_stubs(metrics: Metrics, charon: Charon, writer: Writer, cache: CachedBank) -> None:
+def of_stubs(metrics: Metrics, charon: Charon, writer: WriteQueue, cache: Prefetch) -> None:
     """A gateway's stubs, on their way to the bank and back."""
     gauge, total, counters = metrics.gauge, metrics.total, writer.counters
     gauge(

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import structlog
 
 from bridge.bank.interface import BankUnavailable, StubBank
-from bridge.bank.write_queue import Writer
-from bridge.charon.ike_sa import Sa, gateway_address, sa_of
+from bridge.bank.write_queue import WriteQueue
+from bridge.charon.ike_sa import IkeSa, gateway_address, sa_of
 from bridge.charon.vici_types import SaInfo
-from bridge.config import Sync
+from bridge.config import SyncConfig
 from bridge.stub.stub import Index
 
 log = structlog.get_logger()
@@ -24,10 +24,10 @@ class Publisher:
 
     def __init__(
         self,
-        writer: Writer,
+        writer: WriteQueue,
         bank: StubBank,
         address: str | None,
-        sync: Sync,
+        sync: SyncConfig,
         *,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -37,7 +37,7 @@ class Publisher:
         self._sync = sync
         self._wall = wall
 
-    def publish(self, sa: Sa) -> None:
+    def publish(self, sa: IkeSa) -> None:
         """Store the stub of an SA that is up, as it is now."""
         if not sa.resumable:
             return
@@ -54,19 +54,19 @@ class Publisher:
         sa.published_at, sa.stub_expires = index.gateway, expires
         self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
 
-    def withdraw(self, sa: Sa) -> None:
+    def withdraw(self, sa: IkeSa) -> None:
         """Delete the stub of an SA that ended."""
         if sa.resumable and sa.local is not None:
             index = sa.published or sa.index_here(self._address)
             self._writer.submit_delete(index, max(sa.revision, int(self._wall() * 1000)))
 
-    async def recover(self, infos: list[SaInfo]) -> list[Sa] | None:
+    async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
         """SAs that charon has and this sidecar does not know, from their stubs. None while the bank is away."""
         indexes = [
             Index(gateway_address(self._address, info.local.address), info.spi_i if info.initiator else info.spi_r)
             for info in infos
         ]
-        found: list[Sa] = []
+        found: list[IkeSa] = []
         try:
             stubs = await self._bank.get(indexes)
         except BankUnavailable as error:

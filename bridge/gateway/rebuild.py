@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from bridge.charon.charon import Charon
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import IkeId
-from bridge.charon.ike_sa import Sa, new_conditions
-from bridge.config import Sync
+from bridge.charon.ike_sa import IkeSa, new_conditions
+from bridge.config import SyncConfig
 from bridge.gateway.admission import Admission
-from bridge.gateway.client_stubs import Handout
+from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.recent import Spent
 from bridge.gateway.refusal import Refusal
@@ -38,10 +38,10 @@ class Decision:
         self,
         charon: Charon,
         spent: Spent,
-        handout: Handout,
+        handout: ClientStubs,
         unconfirmed: Unconfirmed,
         admission: Admission,
-        sync: Sync,
+        sync: SyncConfig,
         *,
         random: Callable[[int], bytes] = os.urandom,
         wall: Callable[[], float] = time.time,
@@ -108,7 +108,7 @@ class Decision:
             nat_there=_differs(request.nat_source, request.spi_i, remote),
         )
         now = int(self._wall())
-        sa = Sa(
+        sa = IkeSa(
             id=ike_id,
             suite=suite,
             sk_d=derive_sk_d(suite, seed, request.nonce, nonce, ike_id.spi_i, ike_id.spi_r),

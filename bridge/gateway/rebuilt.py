@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from bridge.charon.ha_commands import Install
-from bridge.charon.ike_sa import Sa
+from bridge.charon.ike_sa import IkeSa
 from bridge.stub.stub import Stub
 
 
@@ -23,7 +23,7 @@ class Rebuilt:
     """of the request"""
     response: bytes
     old: Stub
-    sa: Sa
+    sa: IkeSa
     install: Install
     state: State = State.INSTALLING
     deadline: float = field(default=0.0)

@@ -17,19 +17,19 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from bridge.bank.write_queue import Writer
+from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
-from bridge.charon.ike_sa import Sa
-from bridge.config import Sync
+from bridge.charon.ike_sa import IkeSa
+from bridge.config import SyncConfig
 from bridge.gateway.admission import Admission, Demand, Verdict
-from bridge.gateway.client_stubs import Handout
-from bridge.gateway.install_queue import Batches
+from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.install_queue import InstallQueue
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
 from bridge.gateway.rebuild import Decision
 from bridge.gateway.rebuilt import State
 from bridge.gateway.refusal import Refusal
-from bridge.gateway.stub_lookup import Lookup, Missing
+from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.cookie import Cookies, glance
 from bridge.ike.message import ExchangeType, MalformedMessage
@@ -54,20 +54,20 @@ def _digest(packet: Packet) -> bytes:
     return hashlib.sha256(packet.ike).digest()
 
 
-class Gateway:
+class Responder:
     """Answers IKE_SA_SYNC on one gateway. `packets` takes intercepted batches; what charon says of rebuilt SAs goes to
     `unconfirmed`, what clients report of a move to `moving`."""
 
     def __init__(
         self,
         charon: Charon,
-        lookup: Lookup,
-        handout: Handout,
-        writer: Writer,
+        lookup: StubLookup,
+        handout: ClientStubs,
+        writer: WriteQueue,
         sender: Sender,
-        sync: Sync,
+        sync: SyncConfig,
         metrics: GatewayMetrics,
-        publish: Callable[[Sa], None],
+        publish: Callable[[IkeSa], None],
         moving: Callable[[StubMessage], None],
         *,
         random: Callable[[int], bytes] = os.urandom,
@@ -98,7 +98,7 @@ class Gateway:
         self._decision = Decision(
             charon, lookup.spent, handout, self.unconfirmed, self._admission, sync, random=random, wall=wall
         )
-        self._batches = Batches(charon, self.unconfirmed, metrics, self._answer, self._coming, clock=clock)
+        self._batches = InstallQueue(charon, self.unconfirmed, metrics, self._answer, self._coming, clock=clock)
         self._look_around_seconds = min(1.0, sync.confirm_timeout / 4)
         self._lines = Rate(REFUSALS_LOGGED)
         self._unlogged = 0

@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 
 from bridge.bank.interface import BankUnavailable, StubBank
-from bridge.gateway.client_stubs import HELD_SECONDS, Handout
+from bridge.gateway.client_stubs import HELD_SECONDS, ClientStubs
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.recent import Spent
 from bridge.ike.sync_exchange import SyncRequest, verify_request
@@ -36,13 +36,13 @@ class Missing(StrEnum):
     BANK_UNAVAILABLE = "bank-unavailable"
 
 
-class Lookup:
+class StubLookup:
     """Finds stubs. `reachable` tells whether the bank is worth asking, `timeout` (s) how long it may take."""
 
     def __init__(
         self,
         bank: StubBank,
-        handout: Handout,
+        handout: ClientStubs,
         metrics: GatewayMetrics,
         *,
         reachable: Callable[[], bool],

@@ -16,13 +16,13 @@ from collections.abc import Callable
 
 import structlog
 
-from bridge.bank.write_queue import Writer
+from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
-from bridge.charon.ike_sa import Sa
+from bridge.charon.ike_sa import IkeSa
 from bridge.gateway.admission import Admission
-from bridge.gateway.client_stubs import Handout
+from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt, State
 from bridge.gateway.recent import Recent, Spent
@@ -44,11 +44,11 @@ class Unconfirmed:
         self,
         charon: Charon,
         spent: Spent,
-        handout: Handout,
-        writer: Writer,
+        handout: ClientStubs,
+        writer: WriteQueue,
         admission: Admission,
         metrics: GatewayMetrics,
-        publish: Callable[[Sa], None],
+        publish: Callable[[IkeSa], None],
         *,
         confirm_timeout: float,
         clock: Callable[[], float] = time.monotonic,
@@ -141,7 +141,7 @@ class Unconfirmed:
             old_spi=index.spi.hex(),
         )
 
-    def gone(self, sa: Sa) -> None:
+    def gone(self, sa: IkeSa) -> None:
         """charon ended an SA: nothing waits for it any more."""
         if self._handout.policy != "off":
             # its client may still hold a stub, and the bank be away

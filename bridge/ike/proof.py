@@ -14,7 +14,7 @@ import hmac
 from typing import Final
 
 from bridge.ike.keys import prf as prf_of
-from bridge.ike.sync_payload import Attribute, Sync, proof_offset
+from bridge.ike.sync_payload import Attribute, SyncPayload, proof_offset
 from bridge.ike.transforms import PRF_OUTPUT, UnsupportedSuite
 
 _LABELS: Final = {False: b"IKE_SA_SYNC initiator", True: b"IKE_SA_SYNC responder"}
@@ -45,7 +45,7 @@ def blank(message: bytes, offset: int, body: bytes) -> bytes:
     return message[:start] + bytes(length) + message[start + length :]
 
 
-def proves(sync: Sync, message: bytes, algorithm: int, sk_d_old: bytes, *, before: bytes = b"") -> bool:
+def proves(sync: SyncPayload, message: bytes, algorithm: int, sk_d_old: bytes, *, before: bytes = b"") -> bool:
     """Whether the PROOF in `sync` is that of `message`, which is blank, after `before`. Constant time; False without
     PROOF."""
     proof = sync.first(Attribute.PROOF)

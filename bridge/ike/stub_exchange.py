@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 from bridge.ike.address import packed
 from bridge.ike.message import ExchangeType, Flag, MalformedMessage, PayloadType, build, check_nonce, parse
 from bridge.ike.proof import blank, empty_proof, prove, proves
-from bridge.ike.sync_payload import Attribute, Sync
+from bridge.ike.sync_payload import Attribute, SyncPayload
 
 GET_MESSAGE_ID: Final = 1 << 31
 """of GET and Download Stub; that of Move and Moving is greater"""
@@ -78,7 +78,7 @@ class StubMessage:
     spi_i: bytes
     spi_r: bytes
     message_id: int
-    sync: Sync
+    sync: SyncPayload
     move: Move | None
 
     @property
@@ -122,7 +122,7 @@ def parse_stub_message(data: bytes) -> StubMessage:
     payload = message.only(PayloadType.SYNC)
     if payload is None:
         raise MalformedMessage("no IKE_SA_SYNC payload")
-    sync = Sync.decode(payload.body)
+    sync = SyncPayload.decode(payload.body)
     if sync.from_gateway != bool(header.flags & Flag.RESPONSE):
         raise MalformedMessage("C and the flag R differ")
     if not sync.from_gateway:
@@ -186,7 +186,7 @@ def _build(
     before: bytes = b"",
 ) -> bytes:
     payloads: list[tuple[int, bytes]] = [(PayloadType.NONCE, nonce)] if nonce is not None else []
-    sync = Sync(from_gateway, *sa.index, (*attributes, empty_proof(sa.prf)))
+    sync = SyncPayload(from_gateway, *sa.index, (*attributes, empty_proof(sa.prf)))
     # last, so that PROOF is the end of the message
     payloads.append((PayloadType.SYNC, sync.encode()))
     message = build(

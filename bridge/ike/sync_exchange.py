@@ -34,7 +34,7 @@ from bridge.ike.message import (
     parse,
 )
 from bridge.ike.proof import blank, empty_proof, prove, proves
-from bridge.ike.sync_payload import Attribute, Sync, encode_child, encode_old_children
+from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, encode_old_children
 from bridge.ike.transforms import Suite, least_nonce
 
 _NO_SPI: Final = bytes(8)
@@ -108,7 +108,7 @@ def build_request(
     if nat is not None:
         payloads += _nat_notifies(spi_i, _NO_SPI, nat)
     # last, so that PROOF is the end of the message
-    payloads.append((PayloadType.SYNC, Sync(False, *sync_index, tuple(attributes)).encode()))
+    payloads.append((PayloadType.SYNC, SyncPayload(False, *sync_index, tuple(attributes)).encode()))
     message = build(
         spi_i=spi_i,
         spi_r=_NO_SPI,
@@ -127,7 +127,7 @@ class SyncRequest(Struct, frozen=True, gc=False):
     """the message with the octets of PROOF zero"""
     spi_i: bytes
     nonce: bytes
-    sync: Sync
+    sync: SyncPayload
     cookie: bytes | None
     nat_source: tuple[bytes, ...]
     nat_destination: tuple[bytes, ...]
@@ -190,7 +190,7 @@ def parse_request(data: bytes) -> SyncRequest | None:
     if len(once) < len(_EXPECTED):
         raise MalformedMessage("not all of SAi1, KEi and Ni are there")
     payload = once[_SYNC]
-    sync = Sync.decode(payload.body)
+    sync = SyncPayload.decode(payload.body)
     if sync.from_gateway:
         raise MalformedMessage("a request from a gateway")
     cookies = notified[_COOKIE]
@@ -242,7 +242,7 @@ def build_response(
         if lifetime is not None:
             attributes.append((Attribute.LIFETIME, struct.pack("!I", min(lifetime, 0xFFFFFFFF))))
         attributes.append(empty_proof(prf))
-        sync = Sync(True, request.sync.gateway, request.sync.spi, tuple(attributes))
+        sync = SyncPayload(True, request.sync.gateway, request.sync.spi, tuple(attributes))
         payloads.append((PayloadType.SYNC, sync.encode()))
     message = build(
         spi_i=request.spi_i,
@@ -263,7 +263,7 @@ class SyncResponse(Struct, frozen=True, gc=False):
     blank: bytes
     spi_r: bytes
     nonce: bytes
-    sync: Sync | None
+    sync: SyncPayload | None
     """None in the plain draft form"""
     nat_source: tuple[bytes, ...]
     nat_destination: tuple[bytes, ...]
@@ -318,7 +318,7 @@ def parse_response(data: bytes, request_raw: bytes) -> SyncResponse | OrdinaryRe
         raise MalformedMessage("an answer that resumes has an SPIr")
     sync, blanked = None, data
     if payload is not None:
-        sync, blanked = Sync.decode(payload.body), blank(data, payload.offset, payload.body)
+        sync, blanked = SyncPayload.decode(payload.body), blank(data, payload.offset, payload.body)
         if not sync.from_gateway:
             raise MalformedMessage("an answer from a client")
     return SyncResponse(

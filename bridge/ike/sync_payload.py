@@ -53,7 +53,7 @@ SPI_OCTETS: Final = 4
 """of an ESP SPI"""
 
 
-class Sync(NamedTuple):
+class SyncPayload(NamedTuple):
     """`gateway` and `spi` (8 octets) are the index of the stub. `attributes` are (type, value), unknown types too."""
 
     from_gateway: bool
@@ -77,7 +77,7 @@ class Sync(NamedTuple):
         return b"".join(parts)
 
     @classmethod
-    def decode(cls, body: bytes) -> Sync:
+    def decode(cls, body: bytes) -> SyncPayload:
         """Raises MalformedMessage: another version or address family, cut, octets left over, an attribute twice that
         may be there once, or one of a wrong length. Reserved octets are not looked at."""
         if len(body) < _FIXED.size:

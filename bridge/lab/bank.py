@@ -2,7 +2,7 @@
 
 from bridge.lab.daemon import Daemon
 from bridge.lab.host import Host
-from bridge.service import shipped_files as data
+from bridge.service import shipped_files
 
 PORT = 6379
 
@@ -22,7 +22,7 @@ class Bank(Daemon):
 
     def start(self) -> None:
         """Start it with redis/redis.conf and wait until it answers."""
-        shipped = data.path("redis/redis.conf")
+        shipped = shipped_files.path("redis/redis.conf")
         # No password in the lab's own network: protected mode would refuse every other host.
         lab = {
             "bind": f"{self.host.address} 127.0.0.1",

@@ -11,7 +11,7 @@ from bridge.lab import space
 from bridge.lab.daemon import Daemon
 from bridge.lab.esp import Esp
 from bridge.lab.space import LabError
-from bridge.service import shipped_files as data
+from bridge.service import shipped_files
 
 if TYPE_CHECKING:
     from bridge.lab.host import Host
@@ -84,7 +84,7 @@ class Charon(Daemon):
         (etc / "strongswan.conf").write_text(MAIN)
         drop_ins = etc / "strongswan.d"
         shutil.copytree(self.host.root / PLUGIN_DEFAULTS, drop_ins / "charon", dirs_exist_ok=True)
-        shutil.copy(data.path("strongswan-conf/ike-sa-sync.conf"), drop_ins)
+        shutil.copy(shipped_files.path("strongswan-conf/ike-sa-sync.conf"), drop_ins)
         libipsec = "yes" if self.host.esp is Esp.USERSPACE else "no"
         (drop_ins / "lab.conf").write_text(LAB % {"log": self.log, "libipsec": libipsec})
         (drop_ins / "lab-settings.conf").write_text(render(self.settings) + "\n")

@@ -20,7 +20,7 @@ from bridge.lab.daemon import SLOWNESS
 from bridge.lab.host import Host
 from bridge.lab.lab import Lab
 from bridge.lab.sidecar import Sidecar
-from bridge.service import shipped_files as data
+from bridge.service import shipped_files
 
 SITE = "10.10.0.1"
 BANK_KEY = "/etc/ike-sa-sync/bank.key"
@@ -148,5 +148,5 @@ def client_host(
 
 
 def _swanctl(host: Host, role: str, secret: str) -> None:
-    shutil.copy(data.path(f"strongswan-conf/{role}/swanctl.conf"), host.etc / "swanctl/swanctl.conf")
+    shutil.copy(shipped_files.path(f"strongswan-conf/{role}/swanctl.conf"), host.etc / "swanctl/swanctl.conf")
     host.configure(f"secrets {{ {secret} }}\n", "secrets.conf")

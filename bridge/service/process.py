@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 import uvloop
 
-from bridge.config import Log
+from bridge.config import LogConfig
 from bridge.net.raw_socket import RawUdp
 from bridge.service import log as logging
 from bridge.service.control import Answer
@@ -88,7 +88,7 @@ async def _or_stopped(work: Coroutine[Any, Any, None]) -> bool:
     return task in done
 
 
-async def serve(log_as: Log, start: Callable[[AsyncExitStack], Coroutine[Any, Any, None]]) -> None:
+async def serve(log_as: LogConfig, start: Callable[[AsyncExitStack], Coroutine[Any, Any, None]]) -> None:
     """Start a sidecar's parts, and keep them until a stop signal. Raises StartError."""
     logging.configure(log_as.level, log_as.format)
     async with AsyncExitStack() as stack:

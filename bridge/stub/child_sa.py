@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from bridge.ike.sync_payload import SPI_OCTETS
-from bridge.stub.types import Child
+from bridge.stub.types import ChildSa
 
 TRANSPORT, TUNNEL = 1, 2
 """charon's modes of a CHILD_SA that can be rebuilt so"""
@@ -36,7 +36,7 @@ _SCAN_FIRST: Final = 10_000
 class NewChild(NamedTuple):
     """A CHILD_SA to install: as this host has it, with its new SPIs, and the nonces of its keys."""
 
-    child: Child
+    child: ChildSa
     nonce_i: bytes
     nonce_r: bytes
 
@@ -70,7 +70,7 @@ class SpiChoice:
         return spi
 
 
-def is_plain(child: Child) -> bool:
+def is_plain(child: ChildSa) -> bool:
     """Whether a CHILD_SA can be rebuilt from nonces alone: no key exchange of its own (PFS), no IPComp."""
     return (
         not child.groups
@@ -80,7 +80,7 @@ def is_plain(child: Child) -> bool:
     )
 
 
-def stays(child: Child, moved: Collection[str]) -> bool:
+def stays(child: ChildSa, moved: Collection[str]) -> bool:
     """Whether a CHILD_SA means the same once the addresses `moved`, of either peer, are no more those of the IKE_SA:
     transport mode never does, nor does a selector of just such an address."""
     return not moved or (
@@ -92,7 +92,7 @@ def stays(child: Child, moved: Collection[str]) -> bool:
 class Offer(NamedTuple):
     """What a client asks for: CHILD_SAs of its old SA by number, and its inbound SPI for each."""
 
-    children: tuple[Child, ...]
+    children: tuple[ChildSa, ...]
     spis: dict[int, int]
 
     @property
@@ -109,7 +109,7 @@ class Offer(NamedTuple):
 NOTHING: Final = Offer((), {})
 
 
-def offer(children: Iterable[Child], wanted: Callable[[Child], bool], choose: Callable[[], int]) -> Offer:
+def offer(children: Iterable[ChildSa], wanted: Callable[[ChildSa], bool], choose: Callable[[], int]) -> Offer:
     """Ask for those of an old SA's CHILD_SAs that are plain and `wanted`. `choose` gives inbound ESP SPIs."""
     every = tuple([child for child in children if is_plain(child) and wanted(child)][:AT_ONCE])
     spis = {number: choose() for number in range(len(every))}
@@ -135,10 +135,10 @@ class Grant(NamedTuple):
 
 
 def grant(
-    children: Sequence[Child],
+    children: Sequence[ChildSa],
     requested: Sequence[tuple[int, int]],
     old_spis: Sequence[int] | None,
-    allowed: Callable[[Child], bool],
+    allowed: Callable[[ChildSa], bool],
     choose: Callable[[], int],
     ni: bytes,
     nr: bytes,
@@ -165,7 +165,7 @@ def grant(
     return Grant(tuple(answer), tuple(made))
 
 
-def _new(child: Child, client: bool, ni: bytes, spi_client: int, nr: bytes, spi_gateway: int) -> NewChild:
+def _new(child: ChildSa, client: bool, ni: bytes, spi_client: int, nr: bytes, spi_gateway: int) -> NewChild:
     here, there = (spi_client, spi_gateway) if client else (spi_gateway, spi_client)
     new = msgspec.structs.replace(child, spi_in=wire_spi(here), spi_out=wire_spi(there), initiator=client)
     return NewChild(new, ni + spi_client.to_bytes(SPI_OCTETS), nr + spi_gateway.to_bytes(SPI_OCTETS))

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
-from ipaddress import IPv6Address
-from socket import AF_INET, AF_INET6, inet_ntoa, inet_pton
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
 
+from bridge.ike.address import address_text, packed
 from bridge.ike.transforms import Suite
 from bridge.stub.stub import Index, Stub, StubError
-from bridge.stub.types import Child, Endpoint, Identity, Selector
+from bridge.stub.types import ChildSa, Endpoint, Identity, TrafficSelector
 
 FORMAT = 1
 """Version of the encoding; a reader refuses any other."""
@@ -113,7 +112,7 @@ def _to_wire(stub: Stub) -> _WireStub:
     suite = stub.suite
     made_by_gateway = stub.index == (stub.local.address, stub.spi_i if stub.initiator else stub.spi_r)
     return _WireStub(
-        None if made_by_gateway else stub.index.spi + _pack_address(stub.index.gateway),
+        None if made_by_gateway else stub.index.spi + packed(stub.index.gateway),
         stub.spi_i + stub.spi_r,
         stub.initiator,
         _pack_identity(stub.local_id),
@@ -125,8 +124,8 @@ def _to_wire(stub: Stub) -> _WireStub:
         _pack_endpoint(stub.local),
         _pack_endpoint(stub.remote),
         stub.connection,
-        tuple([_pack_address(vip) for vip in stub.local_vips]),
-        tuple([_pack_address(vip) for vip in stub.remote_vips]),
+        tuple([packed(vip) for vip in stub.local_vips]),
+        tuple([packed(vip) for vip in stub.remote_vips]),
         stub.conditions,
         stub.extensions,
         None
@@ -148,7 +147,7 @@ def _from_wire(wire: _WireStub) -> Stub:
     if wire.index is None:
         index = Index(local.address, spi_i if wire.initiator else spi_r)
     else:
-        index = Index(_unpack_address(wire.index[8:]), wire.index[:8])
+        index = Index(address_text(wire.index[8:]), wire.index[:8])
     established = wire.established
     return Stub(
         index,
@@ -164,8 +163,8 @@ def _from_wire(wire: _WireStub) -> Stub:
         local,
         remote,
         wire.connection,
-        tuple([_unpack_address(vip) for vip in wire.local_vips]),
-        tuple([_unpack_address(vip) for vip in wire.remote_vips]),
+        tuple([address_text(vip) for vip in wire.local_vips]),
+        tuple([address_text(vip) for vip in wire.remote_vips]),
         wire.conditions,
         wire.extensions,
         (remote,) if wire.peer_addresses is None else tuple([_unpack_endpoint(peer) for peer in wire.peer_addresses]),
@@ -179,7 +178,7 @@ def _from_wire(wire: _WireStub) -> Stub:
     )
 
 
-def _child_to_wire(child: Child) -> _WireChild:
+def _child_to_wire(child: ChildSa) -> _WireChild:
     return _WireChild(
         child.name,
         child.initiator,
@@ -196,9 +195,9 @@ def _child_to_wire(child: Child) -> _WireChild:
     )
 
 
-def _child_from_wire(wire: _WireChild) -> Child:
+def _child_from_wire(wire: _WireChild) -> ChildSa:
     spi_in, spi_out = _CHILD_SPIS.unpack(wire.spis)
-    return Child(
+    return ChildSa(
         wire.name,
         wire.mode,
         wire.ipcomp,
@@ -231,24 +230,14 @@ def _pack_identity(identity: Identity) -> bytes:
 
 
 def _pack_endpoint(endpoint: Endpoint) -> bytes:
-    return _pack_address(endpoint.address) + endpoint.port.to_bytes(2, "big")
+    return packed(endpoint.address) + endpoint.port.to_bytes(2, "big")
 
 
 def _unpack_endpoint(octets: bytes) -> Endpoint:
-    return Endpoint(_unpack_address(octets[:-2]), int.from_bytes(octets[-2:], "big"))
+    return Endpoint(address_text(octets[:-2]), int.from_bytes(octets[-2:], "big"))
 
 
 _shared_endpoint = lru_cache(maxsize=SHARED)(_unpack_endpoint)
-
-
-def _pack_address(address: str) -> bytes:
-    return inet_pton(AF_INET6 if ":" in address else AF_INET, address)
-
-
-# gateways and ends of selectors are in many stubs: one string each
-@lru_cache(maxsize=4096)
-def _unpack_address(octets: bytes) -> str:
-    return inet_ntoa(octets) if len(octets) == 4 else str(IPv6Address(octets))
 
 
 # A selector: an octet of these flags, the first address, the last if another, protocol and ports if any.
@@ -258,13 +247,13 @@ _ANY_PORT = (0, 0, 0xFFFF)
 _TYPE_IPV4, _TYPE_IPV6 = 7, 8
 
 
-def _pack_selectors(selectors: tuple[Selector, ...]) -> bytes:
+def _pack_selectors(selectors: tuple[TrafficSelector, ...]) -> bytes:
     return b"".join([_pack_selector(s) if s.dynamic else _pack_network(s) for s in selectors])
 
 
-def _pack_selector(selector: Selector) -> bytes:
-    first = _pack_address(selector.first)
-    last = first if selector.last == selector.first else _pack_address(selector.last)
+def _pack_selector(selector: TrafficSelector) -> bytes:
+    first = packed(selector.first)
+    last = first if selector.last == selector.first else packed(selector.last)
     ipv6 = selector.type == _TYPE_IPV6
     if not (ipv6 or selector.type == _TYPE_IPV4) or not len(first) == len(last) == (16 if ipv6 else 4):
         raise ValueError("a traffic selector has type 7 and IPv4 addresses or type 8 and IPv6 addresses")
@@ -283,28 +272,28 @@ def _pack_selector(selector: Selector) -> bytes:
 _pack_network = lru_cache(maxsize=SHARED)(_pack_selector)
 
 
-def _unpack_selectors(octets: bytes) -> tuple[Selector, ...]:
+def _unpack_selectors(octets: bytes) -> tuple[TrafficSelector, ...]:
     # a client's virtual IP is its own; networks recur
     return _parse_selectors(octets) if octets and octets[0] & _DYNAMIC else _shared_selectors(octets)
 
 
-def _parse_selectors(octets: bytes) -> tuple[Selector, ...]:
+def _parse_selectors(octets: bytes) -> tuple[TrafficSelector, ...]:
     selectors = []
     offset = 0
     while offset < len(octets):
         flags = octets[offset]
         size = 16 if flags & _IPV6 else 4
-        first = last = _unpack_address(octets[offset + 1 : offset + 1 + size])
+        first = last = address_text(octets[offset + 1 : offset + 1 + size])
         offset += 1 + size
         if flags & _RANGE:
-            last = _unpack_address(octets[offset : offset + size])
+            last = address_text(octets[offset : offset + size])
             offset += size
         narrowing = _ANY_PORT
         if flags & _NARROW:
             narrowing = _NARROWING.unpack_from(octets, offset)
             offset += _NARROWING.size
         kind = _TYPE_IPV6 if flags & _IPV6 else _TYPE_IPV4
-        selectors.append(Selector(kind, *narrowing, bool(flags & _DYNAMIC), first, last))
+        selectors.append(TrafficSelector(kind, *narrowing, bool(flags & _DYNAMIC), first, last))
     return tuple(selectors)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 from bridge.ike.transforms import Suite
-from bridge.stub.types import Child, Endpoint, Identity, printable
+from bridge.stub.types import ChildSa, Endpoint, Identity, printable
 
 
 class StubError(ValueError):
@@ -92,7 +92,7 @@ class Stub(Struct, frozen=True, gc=False):
     conditions: tuple[int, ...]
     extensions: tuple[int, ...]
     peer_addresses: tuple[Endpoint, ...]
-    children: tuple[Child, ...]
+    children: tuple[ChildSa, ...]
     established: int
     rekey_at: int
     """0: never"""

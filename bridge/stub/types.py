@@ -63,7 +63,7 @@ class Endpoint(Struct, frozen=True, gc=False):
     port: int
 
 
-class Selector(Struct, frozen=True, gc=False):
+class TrafficSelector(Struct, frozen=True, gc=False):
     """A traffic selector (RFC 7296 section 3.13.1): `type` is 7 (IPv4 range) or 8 (IPv6 range).
 
     Ranges include their ends. `dynamic`: charon narrows it to a host's address or virtual IP.
@@ -92,7 +92,7 @@ class Selector(Struct, frozen=True, gc=False):
         return f"{text}[{self.protocol or 'any'}{'' if (self.from_port, self.to_port) == (0, 0xFFFF) else f'/{ports}'}]"
 
 
-class Child(Struct, frozen=True, gc=False):
+class ChildSa(Struct, frozen=True, gc=False):
     """A CHILD_SA. `name` is its swanctl child.
 
     Algorithms are IANA transform ids, `encr_len` is in bits, 0 where absent. `groups`: the key exchange methods
@@ -109,8 +109,8 @@ class Child(Struct, frozen=True, gc=False):
     groups: tuple[int, ...]
     spi_in: int
     spi_out: int
-    local_ts: tuple[Selector, ...]
-    remote_ts: tuple[Selector, ...]
+    local_ts: tuple[TrafficSelector, ...]
+    remote_ts: tuple[TrafficSelector, ...]
     initiator: bool
 
     @property

@@ -7,10 +7,10 @@ from typing import cast
 
 import pytest
 
-from bridge.charon.ha_channel import Channel, ChannelError
+from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import Install, add_message, update_message
 from bridge.charon.ha_message import VERSIONS, Attr, IkeId, MessageType, decode
-from bridge.charon.ha_segments import LandingChoice
+from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.ike_sa import Condition
 from bridge.charon.installer import Installer
 from bridge.charon.socket_diag import CharonSocket
@@ -81,7 +81,7 @@ class OneChannel:
 
 async def test_what_landed_is_activated_together() -> None:
     channel = OneChannel()
-    installer = Installer(cast(Channel, channel), LandingChoice())
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
     await installer.land([REBUILT])
     await installer.land([REBUILT])
     assert MessageType.SEGMENT_DROP not in channel.sent
@@ -93,7 +93,7 @@ async def test_what_landed_is_activated_together() -> None:
 
 async def test_what_landed_in_a_charon_that_was_restarted_since_is_not_there() -> None:
     channel = OneChannel()
-    installer = Installer(cast(Channel, channel), LandingChoice())
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
     await installer.land([REBUILT])
     channel.inode = 2
     with pytest.raises(ChannelError, match="restarted"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.net import firewall as rules
+from bridge.net import firewall
 from net_support import FAMILIES, GET_STUB, IKE_AUTH, IKE_SA_INIT, INITIATOR, RESPONSE, Wire, ike, inside, wire
 
 QUEUE = 4510
@@ -28,7 +28,7 @@ def cable() -> Iterator[Wire]:
 def host(cable: Wire) -> Iterator[Wire]:
     yield cable
     with inside(cable.host.namespace):
-        rules.remove()
+        firewall.remove()
 
 
 def ruleset() -> str:
@@ -74,18 +74,18 @@ class Counting:
     def set_up(self) -> None:
         with inside(self._host.namespace):
             if self._backend == "nftables":
-                text = rules.nftables_rules(QUEUE).replace(f"queue num {QUEUE} bypass", "counter")
+                text = firewall.nftables_rules(QUEUE).replace(f"queue num {QUEUE} bypass", "counter")
                 self._feed(text, "nft", "-f", "-")
             else:
                 for family in ("ip", "ip6"):
-                    text = rules.iptables_rules(QUEUE, "ip6" if family == "ip6" else "ip")
+                    text = firewall.iptables_rules(QUEUE, "ip6" if family == "ip6" else "ip")
                     self._feed(re.sub("-j NFQUEUE .*", "-j RETURN", text), f"{family}tables-restore", "--noflush")
 
     def matched(self) -> int:
         if self._backend == "nftables":
-            return counted(self._host.run("nft", "list", "table", "inet", rules.NAME))
+            return counted(self._host.run("nft", "list", "table", "inet", firewall.NAME))
         listings = [
-            self._host.run(f"{family}tables", "-t", rules.TABLE, "-nvxL", rules.NAME) for family in ("ip", "ip6")
+            self._host.run(f"{family}tables", "-t", firewall.TABLE, "-nvxL", firewall.NAME) for family in ("ip", "ip6")
         ]
         return sum(int(line.split()[0]) for text in listings for line in text.splitlines() if "RETURN" in line)
 
@@ -120,12 +120,12 @@ class TestMatch:
 @pytest.mark.lab
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nftables_see_a_request_in_ip_fragments_whole(host: Wire, family: str) -> None:
-    """iptables: test_intercept, by way of the queue."""
+    """iptables: test_nfqueue, by way of the queue."""
     counting = Counting(host, "nftables")
     counting.set_up()
     with inside(host.host.namespace):
-        subprocess.run(["nft", "-f", "-"], input=rules.NFTABLES_WHOLE, text=True, check=True)
-    host.host.run("nft", "add", "rule", "inet", rules.NAME, "input", "meta", "length", ">", "3000", "counter")
+        subprocess.run(["nft", "-f", "-"], input=firewall.NFTABLES_WHOLE, text=True, check=True)
+    host.host.run("nft", "add", "rule", "inet", firewall.NAME, "input", "meta", "length", ">", "3000", "counter")
     charon, client = host.host.udp(family, 500), host.peer.udp(family, 0)
     client.sendto(ike(size=3000), charon.getsockname())
     assert len(charon.recv(65535)) == 3000
@@ -138,95 +138,99 @@ def test_nftables_see_a_request_in_ip_fragments_whole(host: Wire, family: str) -
 class TestInstall:
     def test_rules_are_present_once_installed(self, host: Wire) -> None:
         with inside(host.host.namespace):
-            assert not rules.present()
-            rules.install(QUEUE)
-            assert rules.present()
-            assert rules.present(QUEUE)
-            assert not rules.present(QUEUE + 1)
+            assert not firewall.present()
+            firewall.install(QUEUE)
+            assert firewall.present()
+            assert firewall.present(QUEUE)
+            assert not firewall.present(QUEUE + 1)
 
     def test_rules_leave_no_trace(self, host: Wire) -> None:
         with inside(host.host.namespace):
             before = ruleset()
-            rules.install(QUEUE)
+            firewall.install(QUEUE)
             assert ruleset() != before
-            rules.remove()
+            firewall.remove()
             assert ruleset() == before
 
     def test_rules_of_a_killed_sidecar_are_replaced(self, host: Wire) -> None:
         with inside(host.host.namespace):
             before = ruleset()
-            rules.install(QUEUE)
+            firewall.install(QUEUE)
             once = ruleset()
-            rules.install(QUEUE + 1)
-            rules.install(QUEUE)
+            firewall.install(QUEUE + 1)
+            firewall.install(QUEUE)
             assert ruleset() == once
-            rules.remove()
+            firewall.remove()
             assert ruleset() == before
 
     def test_removing_what_is_not_there_does_nothing(self, host: Wire) -> None:
         with inside(host.host.namespace):
             before = ruleset()
-            rules.remove()
+            firewall.remove()
             assert ruleset() == before
 
     def test_rules_of_others_in_the_same_table_stay(self, host: Wire) -> None:
-        theirs = ("-t", rules.TABLE, "-A", "INPUT", "-p", "udp", "--dport", "1", "-j", "ACCEPT")
+        theirs = ("-t", firewall.TABLE, "-A", "INPUT", "-p", "udp", "--dport", "1", "-j", "ACCEPT")
         host.host.run("iptables-nft", *theirs)
-        host.host.run("iptables-nft", "-t", rules.TABLE, "-N", "theirs")
+        host.host.run("iptables-nft", "-t", firewall.TABLE, "-N", "theirs")
         with inside(host.host.namespace):
             before = ruleset()
-            rules.install(QUEUE, backend="iptables")
-            rules.remove()
+            firewall.install(QUEUE, backend="iptables")
+            firewall.remove()
             assert ruleset() == before
-        host.host.run("nft", "delete", "table", "ip", rules.TABLE)
+        host.host.run("nft", "delete", "table", "ip", firewall.TABLE)
 
     def test_legacy_iptables_serve_where_the_others_cannot(self, host: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
         if shutil.which("iptables-legacy") is None:
             pytest.skip("no iptables-legacy")
-        monkeypatch.setattr(rules, "_KINDS", ("-legacy",))
+        monkeypatch.setattr(firewall, "_KINDS", ("-legacy",))
         with inside(host.host.namespace):
-            rules.install(QUEUE, backend="iptables")
+            firewall.install(QUEUE, backend="iptables")
             saved = [run_text(f"{family}tables-legacy-save") for family in ("ip", "ip6")]
             assert all(text.count("NFQUEUE") == 2 for text in saved)
-            assert rules.present(QUEUE)
-            rules.remove()
+            assert firewall.present(QUEUE)
+            firewall.remove()
             saved = [run_text(f"{family}tables-legacy-save") for family in ("ip", "ip6")]
-            assert not any(rules.NAME in text for text in saved)
+            assert not any(firewall.NAME in text for text in saved)
 
     def test_looking_for_rules_registers_no_legacy_table(self, cable: Wire) -> None:
         names = cable.peer.run("cat", "/proc/thread-self/net/ip_tables_names")
         with inside(cable.peer.namespace):
-            rules.remove()
-            assert not rules.present()
+            firewall.remove()
+            assert not firewall.present()
         assert cable.peer.run("cat", "/proc/thread-self/net/ip_tables_names") == names
 
     def test_detecting_changes_nothing(self, host: Wire) -> None:
         with inside(host.host.namespace):
             before = ruleset()
-            backend = rules.detect()
+            backend = firewall.detect()
             assert ruleset() == before
-            assert rules.install(QUEUE) == backend
+            assert firewall.install(QUEUE) == backend
 
     def test_both_families_are_covered(self, host: Wire) -> None:
         with inside(host.host.namespace):
-            backend = rules.install(QUEUE)
+            backend = firewall.install(QUEUE)
             if backend == "iptables":
                 for family in ("ip", "ip6"):
-                    assert run_text("nft", "list", "table", family, rules.TABLE).count(f"queue num {QUEUE} bypass") == 2
+                    assert (
+                        run_text("nft", "list", "table", family, firewall.TABLE).count(f"queue num {QUEUE} bypass") == 2
+                    )
 
     def test_a_host_that_can_do_neither_is_told_why(self, host: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(rules, "_found", lambda tool: False)
-        with pytest.raises(rules.RulesError, match=r"nft is not installed; iptables is not installed.*rules: external"):
-            rules.install(QUEUE)
+        monkeypatch.setattr(firewall, "_found", lambda tool: False)
+        with pytest.raises(
+            firewall.RulesError, match=r"nft is not installed; iptables is not installed.*rules: external"
+        ):
+            firewall.install(QUEUE)
 
     def test_a_backend_that_was_asked_for_is_the_only_one_tried(self, host: Wire) -> None:
         with inside(host.host.namespace):
             if nft_queue_works():
-                assert rules.install(QUEUE, backend="nftables") == "nftables"
+                assert firewall.install(QUEUE, backend="nftables") == "nftables"
             else:
-                with pytest.raises(rules.RulesError, match="nft: "):
-                    rules.install(QUEUE, backend="nftables")
-                assert not rules.present()
+                with pytest.raises(firewall.RulesError, match="nft: "):
+                    firewall.install(QUEUE, backend="nftables")
+                assert not firewall.present()
 
 
 @pytest.mark.lab
@@ -235,7 +239,7 @@ def test_nft_understands_the_rules_and_queues_with_bypass(host: Wire) -> None:
     with inside(host.host.namespace):
         done = subprocess.run(
             ["nft", "--check", "--debug=netlink", "-f", "-"],
-            input=rules.nftables_rules(QUEUE),
+            input=firewall.nftables_rules(QUEUE),
             capture_output=True,
             text=True,
             check=False,
@@ -250,7 +254,7 @@ def test_without_permission_the_error_says_so() -> None:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(rules.__file__).parents[2],
+        cwd=Path(firewall.__file__).parents[2],
     )
     if done.stderr.startswith("unshare:"):
         pytest.skip("this host allows no user namespaces")
@@ -262,14 +266,14 @@ def run_text(*command: str) -> str:
 
 
 def nft_queue_works() -> bool:
-    command, text = ["nft", "--check", "-f", "-"], rules.nftables_rules(QUEUE)
+    command, text = ["nft", "--check", "-f", "-"], firewall.nftables_rules(QUEUE)
     return subprocess.run(command, input=text, text=True, capture_output=True, check=False).returncode == 0
 
 
 UNPRIVILEGED = """
-from bridge.net import firewall as rules
+from bridge.net import firewall
 try:
-    rules.install(4510)
-except rules.RulesError as error:
+    firewall.install(4510)
+except firewall.RulesError as error:
     print(error)
 """

@@ -12,8 +12,8 @@ import pytest
 from bridge.charon.charon import Charon
 from bridge.charon.ha_message import HaError
 from bridge.charon.ha_segments import LONGEST_PAUSE
-from bridge.gateway import install_queue as module
-from bridge.gateway.install_queue import Batches, Prepared
+from bridge.gateway import install_queue
+from bridge.gateway.install_queue import InstallQueue, Prepared
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt, State
 from bridge.gateway.unconfirmed import Unconfirmed
@@ -104,7 +104,7 @@ class Scene:
         self.table = Table()
         self.answers: list[Any] = []
         self.coming = False
-        self.batches = Batches(
+        self.batches = InstallQueue(
             cast(Charon, type("OneCharon", (), {"installer": self.installer})()),
             cast(Unconfirmed, self.table),
             GatewayMetrics(),
@@ -189,7 +189,7 @@ async def test_an_activation_that_takes_long_waits_for_those_that_are_on_their_w
 async def test_they_are_waited_for_no_longer_than_a_few_activations_take_nor_than_clients_wait(
     monkeypatch: pytest.MonkeyPatch, toggle_seconds: float, longest: float
 ) -> None:
-    monkeypatch.setattr(module, "LONGEST_PAUSE", longest)
+    monkeypatch.setattr(install_queue, "LONGEST_PAUSE", longest)
     scene = Scene()
     scene.installer.toggle_seconds = toggle_seconds
     scene.coming = True

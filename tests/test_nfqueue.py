@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.ike.address import address_text
-from bridge.net import firewall as rules
+from bridge.net import firewall
 from bridge.net.nfqueue import READ_AT_ONCE, Interceptor, InterceptUnavailable, Packet
 from bridge.net.packet import parse_datagram, udp_datagram
 from net_support import FAMILIES, IKE_AUTH, RESPONSE, Wire, ike, inside, received, until, wire
@@ -146,7 +146,7 @@ def with_ports(addresses: tuple[str, str], sport: int, dport: int) -> tuple[str,
 def cable() -> Iterator[Wire]:
     with wire() as made:
         with inside(made.host.namespace):
-            rules.install(QUEUE)
+            firewall.install(QUEUE)
         yield made
 
 

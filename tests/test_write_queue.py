@@ -13,7 +13,7 @@ import structlog
 
 from bank_support import PATIENCE, RedisServer, keyring, revised, stub_of
 from bridge.bank.redis_bank import RedisBank
-from bridge.bank.write_queue import Writer
+from bridge.bank.write_queue import WriteQueue
 from bridge.stub.stub import Index, Stub
 
 pytestmark = pytest.mark.redis
@@ -47,13 +47,13 @@ async def bank(server: RedisServer) -> AsyncIterator[WatchedBank]:
     await bank.close()
 
 
-async def written(writer: Writer) -> None:
+async def written(writer: WriteQueue) -> None:
     """Wait until the bank has it all."""
     async with asyncio.timeout(PATIENCE):
         await writer.flush()
 
 
-async def failed(writer: Writer) -> None:
+async def failed(writer: WriteQueue) -> None:
     """Wait until an attempt to write did not get through."""
     async with asyncio.timeout(PATIENCE):
         while not writer.counters.failures:  # noqa: ASYNC110 - there is no event of it
@@ -61,7 +61,7 @@ async def failed(writer: Writer) -> None:
 
 
 async def test_what_is_submitted_is_soon_in_the_bank(bank: WatchedBank) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     stub = stub_of()
     writer.submit(stub)
     assert writer.pending == 1
@@ -72,7 +72,7 @@ async def test_what_is_submitted_is_soon_in_the_bank(bank: WatchedBank) -> None:
 
 
 async def test_changes_of_many_stubs_travel_together(bank: WatchedBank) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     for _ in range(300):
         writer.submit(stub_of())
     await written(writer)
@@ -81,7 +81,7 @@ async def test_changes_of_many_stubs_travel_together(bank: WatchedBank) -> None:
 
 
 async def test_no_bundle_is_larger_than_the_largest(bank: WatchedBank) -> None:
-    writer = Writer(bank, bundle=100)
+    writer = WriteQueue(bank, bundle=100)
     for _ in range(250):
         writer.submit(stub_of())
     await written(writer)
@@ -90,7 +90,7 @@ async def test_no_bundle_is_larger_than_the_largest(bank: WatchedBank) -> None:
 
 
 async def test_of_several_changes_of_one_stub_only_the_latest_travels(bank: WatchedBank) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     stub = stub_of()
     for revision in range(1, 6):
         writer.submit(revised(stub, revision))
@@ -101,7 +101,7 @@ async def test_of_several_changes_of_one_stub_only_the_latest_travels(bank: Watc
 
 
 async def test_a_deletion_takes_the_place_of_the_store_before_it(bank: WatchedBank) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     stub = stub_of()
     await bank.store([stub])
     writer.submit(revised(stub, 2))
@@ -113,7 +113,7 @@ async def test_a_deletion_takes_the_place_of_the_store_before_it(bank: WatchedBa
 
 
 async def test_a_store_takes_the_place_of_the_deletion_before_it(bank: WatchedBank) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     stub = stub_of()
     writer.submit_delete(stub.index, 1)
     writer.submit(revised(stub, 2))
@@ -123,7 +123,7 @@ async def test_a_store_takes_the_place_of_the_deletion_before_it(bank: WatchedBa
 
 
 async def test_the_stub_of_a_rekeyed_sa_goes_only_when_the_new_one_is_there(bank: WatchedBank) -> None:
-    writer = Writer(bank, bundle=1)
+    writer = WriteQueue(bank, bundle=1)
     old, new = stub_of(), stub_of()
     writer.submit(old)
     writer.submit(new)
@@ -134,7 +134,7 @@ async def test_the_stub_of_a_rekeyed_sa_goes_only_when_the_new_one_is_there(bank
 
 
 async def test_a_newer_revision_in_the_bank_stays_and_is_counted(bank: WatchedBank) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     stub = stub_of(revision=9)
     await bank.store([stub])
     writer.submit(revised(stub, 8))
@@ -145,7 +145,7 @@ async def test_a_newer_revision_in_the_bank_stays_and_is_counted(bank: WatchedBa
 
 
 async def test_a_stub_that_cannot_be_encoded_holds_up_no_other(bank: WatchedBank) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     good, bad = stub_of(), msgspec.structs.replace(stub_of(), remote_vips=("no address",))
     writer.submit(bad)
     writer.submit(good)
@@ -161,7 +161,7 @@ async def test_a_stub_that_cannot_be_encoded_holds_up_no_other(bank: WatchedBank
 
 
 async def test_changes_wait_for_redis_and_are_written_when_it_is_back(bank: WatchedBank, server: RedisServer) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     server.stop()
     stubs = [stub_of() for _ in range(700)]
     for stub in stubs:
@@ -175,7 +175,7 @@ async def test_changes_wait_for_redis_and_are_written_when_it_is_back(bank: Watc
 
 
 async def test_while_redis_is_away_one_stub_takes_one_place(bank: WatchedBank, server: RedisServer) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     stub = stub_of()
     server.stop()
     writer.submit(stub)
@@ -190,7 +190,7 @@ async def test_while_redis_is_away_one_stub_takes_one_place(bank: WatchedBank, s
 
 
 async def test_an_outage_is_logged_once_and_so_is_its_end(bank: WatchedBank, server: RedisServer) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     server.stop()
     with structlog.testing.capture_logs() as events:
         writer.submit(stub_of())
@@ -206,7 +206,7 @@ async def test_an_outage_is_logged_once_and_so_is_its_end(bank: WatchedBank, ser
 async def test_nothing_submitted_is_lost_when_redis_is_killed_in_mid_writing(
     bank: WatchedBank, server: RedisServer
 ) -> None:
-    writer = Writer(bank, bundle=32)
+    writer = WriteQueue(bank, bundle=32)
     stubs: list[Stub] = []
     for round_ in range(3):
         half_way = len(stubs) + 500
@@ -226,7 +226,7 @@ async def test_nothing_submitted_is_lost_when_redis_is_killed_in_mid_writing(
 
 
 async def test_past_the_limit_the_stub_that_expires_first_is_dropped(bank: WatchedBank, server: RedisServer) -> None:
-    writer = Writer(bank, limit=10)
+    writer = WriteQueue(bank, limit=10)
     server.stop()
     soon = [stub_of(lifetime=100 + n) for n in range(5)]
     late = [stub_of(lifetime=5000 + n) for n in range(9)]
@@ -245,7 +245,7 @@ async def test_past_the_limit_the_stub_that_expires_first_is_dropped(bank: Watch
 
 
 async def test_the_limit_holds_while_a_bundle_comes_back(bank: WatchedBank, server: RedisServer) -> None:
-    writer = Writer(bank, limit=10)
+    writer = WriteQueue(bank, limit=10)
     server.freeze()
     early = [stub_of(lifetime=100) for _ in range(10)]
     for stub in early:
@@ -266,7 +266,7 @@ async def test_the_limit_holds_while_a_bundle_comes_back(bank: WatchedBank, serv
 async def test_updates_of_few_stubs_for_a_long_outage_take_little_memory(
     bank: WatchedBank, server: RedisServer
 ) -> None:
-    writer = Writer(bank, bundle=8)
+    writer = WriteQueue(bank, bundle=8)
     server.stop()
     stub = stub_of()
     for revision in range(5000):
@@ -278,7 +278,7 @@ async def test_updates_of_few_stubs_for_a_long_outage_take_little_memory(
 
 
 async def test_close_writes_what_waits(bank: WatchedBank) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     stub = stub_of()
     writer.submit(stub)
     await writer.close()
@@ -286,7 +286,7 @@ async def test_close_writes_what_waits(bank: WatchedBank) -> None:
 
 
 async def test_close_without_redis_ends_in_time_and_says_what_is_lost(bank: WatchedBank, server: RedisServer) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     server.kill()
     for _ in range(7):
         writer.submit(stub_of(os.urandom(8)))
@@ -298,6 +298,6 @@ async def test_close_without_redis_ends_in_time_and_says_what_is_lost(bank: Watc
 
 
 async def test_a_writer_that_was_never_used_closes(bank: WatchedBank) -> None:
-    writer = Writer(bank)
+    writer = WriteQueue(bank)
     await writer.flush()
     await writer.close()

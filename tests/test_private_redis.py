@@ -17,7 +17,7 @@ from bank_support import PATIENCE, stub_of
 from bridge.bank import open_bank
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.private_redis import PrivateBank
-from bridge.config import Bank
+from bridge.config import BankConfig
 from bridge.stub.keyring import Keyring
 
 pytestmark = pytest.mark.redis
@@ -196,7 +196,7 @@ async def test_ctrl_c_reaches_the_sidecar_and_not_its_server(directory: Path, ri
 
 
 async def test_whoever_does_not_serve_only_speaks_to_the_server(directory: Path, ring: Keyring) -> None:
-    config = Bank(runtime=str(directory))
+    config = BankConfig(runtime=str(directory))
     with pytest.raises(BankUnavailable):
         await (await open_bank(config, ring)).ping()
     assert not directory.exists()
@@ -210,7 +210,7 @@ async def test_whoever_does_not_serve_only_speaks_to_the_server(directory: Path,
 
 
 async def test_with_a_url_no_private_server_is_started(directory: Path, ring: Keyring) -> None:
-    bank = await open_bank(Bank(url=f"unix://{directory}/elsewhere", runtime=str(directory)), ring, serve=True)
+    bank = await open_bank(BankConfig(url=f"unix://{directory}/elsewhere", runtime=str(directory)), ring, serve=True)
     with pytest.raises(BankUnavailable):
         await bank.ping()
     assert not directory.exists()

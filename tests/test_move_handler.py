@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 from bridge.charon.ha_message import IkeId
-from bridge.charon.ike_sa import Sa
-from bridge.charon.sa_tracker import Tracker
-from bridge.client.move_handler import Mover
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.sa_tracker import SaTracker
+from bridge.client.move_handler import MoveHandler
 from bridge.client.outcome import Outcome, Result
 from bridge.config import GatewayEntry
 from bridge.ike.stub_exchange import (
@@ -32,8 +32,8 @@ NOW = move_message_id(1_800_000_000)
 
 
 class Nobody:
-    def changed(self, sa: Sa) -> None: ...
-    def gone(self, sa: Sa) -> None: ...
+    def changed(self, sa: IkeSa) -> None: ...
+    def gone(self, sa: IkeSa) -> None: ...
     def verified(self, ike_id: Any) -> None: ...
     def down(self, sa: Any) -> None: ...
 
@@ -42,8 +42,8 @@ class Client:
     """A client with one session; `moves` are where it was told to go, `told` what it said of that."""
 
     def __init__(self) -> None:
-        tracker = Tracker(Nobody(), wall=time.time, clock=time.monotonic)
-        self.sa = Sa(
+        tracker = SaTracker(Nobody(), wall=time.time, clock=time.monotonic)
+        self.sa = IkeSa(
             IkeId.of(b"initiate", b"responds", True),
             SUITE,
             SK_D,
@@ -58,7 +58,7 @@ class Client:
         self.busy = False
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         gateways = (GatewayEntry(GATEWAY, "home"), GatewayEntry(TARGET, "home-gw2"))
-        self._mover = Mover(tracker, self, gateways, self._begin)
+        self._mover = MoveHandler(tracker, self, gateways, self._begin)
         self._last: StubMessage | None = None
 
     def _begin(self, connection: str, to: str) -> asyncio.Task[Outcome] | None:

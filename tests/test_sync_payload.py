@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.ike.message import MalformedMessage
-from bridge.ike.sync_payload import Attribute, Sync, encode_child, proof_offset
+from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, proof_offset
 
 SPI = bytes.fromhex("0123456789abcdef")
 addresses = st.one_of(
@@ -25,48 +25,48 @@ children = st.lists(
 )
 lifetimes = st.lists(st.binary(min_size=4, max_size=4).map(lambda value: (int(Attribute.LIFETIME), value)), max_size=1)
 attributes = st.tuples(once, children, lifetimes).map(lambda parts: tuple(parts[0] + parts[1] + parts[2]))
-payloads = st.builds(Sync, st.booleans(), addresses, st.binary(min_size=8, max_size=8), attributes)
+payloads = st.builds(SyncPayload, st.booleans(), addresses, st.binary(min_size=8, max_size=8), attributes)
 
 
 def test_the_payload_is_laid_out_as_its_figure_shows() -> None:
-    sync = Sync(False, "192.0.2.1", SPI, ((Attribute.PROOF, b"\xaa\xbb"), encode_child(1, 0xC0010203)))
+    sync = SyncPayload(False, "192.0.2.1", SPI, ((Attribute.PROOF, b"\xaa\xbb"), encode_child(1, 0xC0010203)))
     assert sync.encode().hex() == (
         "00040000" + "0123456789abcdef" + "c0000201" + "00010002aabb" + "00020006" + "0001" + "c0010203"
     )
 
 
 def test_the_direction_is_the_first_bit() -> None:
-    assert Sync(True, "192.0.2.1", SPI).encode()[0] == 0x80
-    assert Sync(False, "192.0.2.1", SPI).encode()[0] == 0x00
+    assert SyncPayload(True, "192.0.2.1", SPI).encode()[0] == 0x80
+    assert SyncPayload(False, "192.0.2.1", SPI).encode()[0] == 0x00
 
 
 def test_an_ipv6_address_has_16_octets() -> None:
-    body = Sync(False, "2001:db8::1", SPI).encode()
+    body = SyncPayload(False, "2001:db8::1", SPI).encode()
     assert body[1] == 6
     assert len(body) == 12 + 16
 
 
 @given(payloads)
-def test_every_payload_survives_the_round_trip(sync: Sync) -> None:
-    assert Sync.decode(sync.encode()) == sync
+def test_every_payload_survives_the_round_trip(sync: SyncPayload) -> None:
+    assert SyncPayload.decode(sync.encode()) == sync
 
 
 @given(st.binary(max_size=120))
 def test_arbitrary_octets_raise_nothing_but_malformed_message(body: bytes) -> None:
     with suppress(MalformedMessage):
-        Sync.decode(body)
+        SyncPayload.decode(body)
 
 
 @given(payloads, st.data())
-def test_a_payload_with_any_octet_altered_raises_nothing_else(sync: Sync, data: st.DataObject) -> None:
+def test_a_payload_with_any_octet_altered_raises_nothing_else(sync: SyncPayload, data: st.DataObject) -> None:
     body = bytearray(sync.encode())
     body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     with suppress(MalformedMessage):
-        Sync.decode(bytes(body))
+        SyncPayload.decode(bytes(body))
 
 
 @given(payloads)
-def test_the_place_of_the_proof_is_that_of_its_value(sync: Sync) -> None:
+def test_the_place_of_the_proof_is_that_of_its_value(sync: SyncPayload) -> None:
     body = sync.encode()
     offset = proof_offset(body)
     proof = sync.first(Attribute.PROOF)
@@ -76,9 +76,9 @@ def test_the_place_of_the_proof_is_that_of_its_value(sync: Sync) -> None:
 
 
 def test_reserved_octets_are_not_looked_at_and_unknown_attributes_skipped() -> None:
-    body = bytearray(Sync(False, "192.0.2.1", SPI, ((999, b"?"), (Attribute.PROOF, b"p"))).encode())
+    body = bytearray(SyncPayload(False, "192.0.2.1", SPI, ((999, b"?"), (Attribute.PROOF, b"p"))).encode())
     body[2:4] = b"\xff\xff"
-    sync = Sync.decode(bytes(body))
+    sync = SyncPayload.decode(bytes(body))
     assert sync.first(Attribute.PROOF) == b"p"
 
 
@@ -123,11 +123,11 @@ ONCE = [bytes.fromhex(text) for text in ("0003000100", "0004000400000e10", "0005
 )
 def test_what_breaks_the_layout_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedMessage):
-        Sync.decode(body)
+        SyncPayload.decode(body)
 
 
 def test_children_are_numbered_pairs() -> None:
-    sync = Sync(False, "192.0.2.1", SPI, (encode_child(0, 1), encode_child(5, 0xFFFFFFFF)))
+    sync = SyncPayload(False, "192.0.2.1", SPI, (encode_child(0, 1), encode_child(5, 0xFFFFFFFF)))
     assert sync.children == ((0, 1), (5, 0xFFFFFFFF))
 
 
@@ -140,4 +140,4 @@ def test_a_child_that_does_not_fit_cannot_be_encoded(number: int, spi: int) -> N
 @pytest.mark.parametrize(("gateway", "spi"), [("gateway", SPI), ("192.0.2.1", SPI[:7])])
 def test_an_index_that_is_none_cannot_be_encoded(gateway: str, spi: bytes) -> None:
     with pytest.raises(ValueError, match=r"address|octets"):
-        Sync(False, gateway, spi).encode()
+        SyncPayload(False, gateway, spi).encode()

@@ -23,7 +23,7 @@ from bridge.ike.stub_exchange import (
     parse_stub_message,
     verify,
 )
-from bridge.ike.sync_payload import Attribute, Sync
+from bridge.ike.sync_payload import Attribute, SyncPayload
 from bridge.ike.transforms import PRF_OUTPUT, Prf
 
 SK_D = b"d" * 32
@@ -144,9 +144,9 @@ def test_move_ids_grow_with_time_and_are_never_that_of_get_stub() -> None:
     assert move_message_id(2**31 - 1) > GET_MESSAGE_ID
 
 
-sync = Sync(False, *INDEX, ((Attribute.PROOF, bytes(32)),)).encode()
-from_gateway = Sync(True, *INDEX, ((Attribute.PROOF, bytes(32)),)).encode()
-with_move = Sync(False, *INDEX, (Move(MoveStatus.MOVING, TARGET).encode(),)).encode()
+sync = SyncPayload(False, *INDEX, ((Attribute.PROOF, bytes(32)),)).encode()
+from_gateway = SyncPayload(True, *INDEX, ((Attribute.PROOF, bytes(32)),)).encode()
+with_move = SyncPayload(False, *INDEX, (Move(MoveStatus.MOVING, TARGET).encode(),)).encode()
 nonce = (PayloadType.NONCE, NONCE)
 
 

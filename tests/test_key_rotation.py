@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bank_support import PATIENCE, RedisServer, stub_of
-from bridge.bank.key_rotation import Rotation
+from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.redis_bank import RedisBank
 from bridge.service.tasks import end
 from bridge.stub.keyring import Keyring, generate
@@ -32,7 +32,7 @@ class Sidecar:
         self.file = file
         self.ring = Keyring.load(file)
         self.bank = RedisBank(url, self.ring, get_timeout=5.0)
-        self.rotation = Rotation(self.bank, self.ring, file, address, settle=SETTLE, look=LOOK)
+        self.rotation = KeyRotation(self.bank, self.ring, file, address, settle=SETTLE, look=LOOK)
         self.beating = True
         self._tasks = [asyncio.create_task(self.rotation.run()), asyncio.create_task(self._beat())]
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bank_support import stub_of
-from bridge.client.session_file import HEADER, HeldFileError, Session, load, pack, write
+from bridge.client.session_file import HEADER, Session, SessionFileError, load, pack, write
 
 SESSIONS = [Session(stub_of(), b"sealed", 2e9), Session(stub_of(), None, 0.0)]
 
@@ -60,7 +60,7 @@ def test_it_is_replaced_in_one_step_and_nothing_is_left_beside_it(path: Path) ->
 
 def test_a_failed_write_leaves_the_old_one_and_nothing_beside_it(path: Path) -> None:
     path.mkdir(parents=True)
-    with pytest.raises(HeldFileError, match="cannot be written"):
+    with pytest.raises(SessionFileError, match="cannot be written"):
         write(path, pack(SESSIONS))
     assert os.listdir(path.parent) == [path.name]
 
@@ -69,14 +69,14 @@ def test_a_failed_write_leaves_the_old_one_and_nothing_beside_it(path: Path) -> 
 def test_one_that_others_can_read_is_not_trusted(path: Path, mode: int) -> None:
     write(path, pack(SESSIONS))
     path.chmod(mode)
-    with pytest.raises(HeldFileError, match=f"mode {mode:04o}"):
+    with pytest.raises(SessionFileError, match=f"mode {mode:04o}"):
         load(path)
 
 
 def test_one_of_another_user_is_not_trusted(path: Path) -> None:
     write(path, pack(SESSIONS))
     os.chown(path, 65534, 65534)
-    with pytest.raises(HeldFileError, match="not a file of this user"):
+    with pytest.raises(SessionFileError, match="not a file of this user"):
         load(path)
 
 
@@ -84,14 +84,14 @@ def test_a_link_is_not_followed(path: Path) -> None:
     write(path, pack(SESSIONS))
     link = path.with_name("link")
     link.symlink_to(path)
-    with pytest.raises(HeldFileError, match="cannot be read"):
+    with pytest.raises(SessionFileError, match="cannot be read"):
         load(link)
 
 
 @given(st.binary(max_size=200))
 def test_arbitrary_octets_raise_nothing_but_held_file_error(octets: bytes) -> None:
     for candidate in (octets, HEADER + octets):
-        with pytest.raises(HeldFileError):
+        with pytest.raises(SessionFileError):
             damaged(candidate + b"\xc1")
 
 
@@ -99,13 +99,13 @@ def test_arbitrary_octets_raise_nothing_but_held_file_error(octets: bytes) -> No
 def test_a_damaged_file_raises_nothing_but_held_file_error(data: st.DataObject) -> None:
     octets = bytearray(pack(SESSIONS))
     octets = octets[: data.draw(st.integers(0, len(octets) - 1))]
-    with pytest.raises(HeldFileError):
+    with pytest.raises(SessionFileError):
         damaged(bytes(octets))
 
 
 def test_no_key_is_in_what_it_complains(path: Path) -> None:
     write(path, pack(SESSIONS)[:-3])
-    with pytest.raises(HeldFileError) as caught:
+    with pytest.raises(SessionFileError) as caught:
         load(path)
     assert SESSIONS[0].stub.sk_d.hex() not in str(caught.value)
     assert repr(SESSIONS[0].stub.sk_d) not in str(caught.value)

@@ -13,8 +13,8 @@ import pytest
 from bank_support import PATIENCE, RedisServer, downloaded, keyring, listed, revised, stub_of
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.redis_bank import RedisBank
-from bridge.bank.replica import Tier
-from bridge.bank.replicated import ANY_REVISION, TieredBank
+from bridge.bank.replica import Replica
+from bridge.bank.replicated import ANY_REVISION, ReplicatedBank
 from bridge.stub.keyring import Keyring
 from bridge.stub.stub import Stub
 
@@ -34,7 +34,7 @@ def servers(tmp_path: Path) -> Iterator[dict[str, RedisServer]]:
         }
 
 
-Open = Callable[..., Awaitable[TieredBank]]
+Open = Callable[..., Awaitable[ReplicatedBank]]
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ async def bank_of(servers: dict[str, RedisServer], ring: Keyring) -> AsyncIterat
 
         async def bank_of(
             name: str, *, central: bool = False, copies: int = 1, targets: tuple[str, ...] = (), serve: bool = True
-        ) -> TieredBank:
-            def tier(name: str, timeout: float = 5.0) -> Tier:
-                return Tier(name, servers[name].url, RedisBank(servers[name].url, ring, get_timeout=timeout))
+        ) -> ReplicatedBank:
+            def tier(name: str, timeout: float = 5.0) -> Replica:
+                return Replica(name, servers[name].url, RedisBank(servers[name].url, ring, get_timeout=timeout))
 
-            bank = TieredBank(
+            bank = ReplicatedBank(
                 tier(name),
                 tier(CENTRAL) if central else None,
                 [tier(other, PEER_TIMEOUT) for other in (ONE, TWO, THREE) if other != name],
@@ -95,8 +95,8 @@ async def test_the_choice_of_a_stub_stays_when_another_peer_goes(servers: dict[s
     ring, stubs = keyring(), [stub_of() for _ in range(100)]
 
     def chosen(*peers: str) -> list[str]:
-        tiers = [Tier(peer, servers[peer].url, RedisBank(servers[peer].url, ring)) for peer in peers]
-        bank = TieredBank(tiers[0], None, tiers[1:])
+        tiers = [Replica(peer, servers[peer].url, RedisBank(servers[peer].url, ring)) for peer in peers]
+        bank = ReplicatedBank(tiers[0], None, tiers[1:])
         return [bank.holders(stub.index)[1].name for stub in stubs]
 
     for before, after in zip(chosen(CENTRAL, ONE, TWO, THREE), chosen(CENTRAL, ONE, TWO), strict=True):

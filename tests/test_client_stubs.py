@@ -13,18 +13,18 @@ import pytest
 
 from bank_support import GATEWAY, RedisServer, keyring, stub_of
 from bridge.bank.redis_bank import RedisBank
-from bridge.charon.ike_sa import Sa, sa_of
-from bridge.charon.sa_tracker import Tracker
-from bridge.gateway.client_stubs import ANSWER_SECONDS, ANSWERS_A_SECOND, HELD_SECONDS, Handout, Policy
+from bridge.charon.ike_sa import IkeSa, sa_of
+from bridge.charon.sa_tracker import SaTracker
+from bridge.gateway.client_stubs import ANSWER_SECONDS, ANSWERS_A_SECOND, HELD_SECONDS, ClientStubs, Policy
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.recent import Spent
-from bridge.gateway.stub_lookup import Lookup, Missing
+from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.ike.stub_exchange import StubSa, build_get, parse_stub_message, verify
 from bridge.ike.sync_exchange import SyncRequest, build_request, parse_request
 from bridge.stub.codec import encode
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.stub import Index, Stub
-from bridge.stub.types import Selector
+from bridge.stub.types import TrafficSelector
 
 pytestmark = pytest.mark.redis
 
@@ -37,15 +37,15 @@ class Nobody:
     def send(self, *datagram: Any) -> None:
         raise AssertionError("nothing is sent here")
 
-    def changed(self, sa: Sa) -> None: ...
-    def gone(self, sa: Sa) -> None: ...
+    def changed(self, sa: IkeSa) -> None: ...
+    def gone(self, sa: IkeSa) -> None: ...
     def verified(self, ike_id: Any) -> None: ...
     def down(self, sa: Any) -> None: ...
 
 
-def handout(policy: Policy = "fallback", ring: Keyring = RING) -> Handout:
-    tracker = Tracker(Nobody(), wall=time.time, clock=time.monotonic)
-    return Handout(policy, ring, tracker, Nobody(), GATEWAY, GatewayMetrics())
+def handout(policy: Policy = "fallback", ring: Keyring = RING) -> ClientStubs:
+    tracker = SaTracker(Nobody(), wall=time.time, clock=time.monotonic)
+    return ClientStubs(policy, ring, tracker, Nobody(), GATEWAY, GatewayMetrics())
 
 
 def held(stub: Stub) -> bytes:
@@ -114,10 +114,10 @@ class Wire:
     def __init__(self, policy: Policy = "fallback") -> None:
         self.stub = stub_of()
         self.answers: list[tuple[Any, ...]] = []
-        tracker = Tracker(Nobody(), wall=time.time, clock=time.monotonic)
+        tracker = SaTracker(Nobody(), wall=time.time, clock=time.monotonic)
         self.sa = sa_of(self.stub)
         tracker.adopt(self.sa)
-        self._handout = Handout(policy, RING, tracker, self, GATEWAY, GatewayMetrics(), clock=lambda: self.now)
+        self._handout = ClientStubs(policy, RING, tracker, self, GATEWAY, GatewayMetrics(), clock=lambda: self.now)
 
     def send(self, *datagram: Any) -> None:
         self.answers.append(datagram)
@@ -219,7 +219,7 @@ def test_it_expires_with_the_stub_in_the_bank_and_within_a_day() -> None:
 
 def test_one_that_a_request_could_not_carry_is_not_given() -> None:
     stub = stub_of()
-    selectors = tuple(Selector(7, 0, 0, 65535, False, f"10.{n}.0.0", f"10.{n}.3.255") for n in range(250))
+    selectors = tuple(TrafficSelector(7, 0, 0, 65535, False, f"10.{n}.0.0", f"10.{n}.3.255") for n in range(250))
     [child] = stub.children
     large = msgspec.structs.replace(stub, children=(msgspec.structs.replace(child, local_ts=selectors),))
     assert handout().seal(sa_of(large)) is None
@@ -242,8 +242,8 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 def lookup(
     server: RedisServer, policy: Policy, metrics: GatewayMetrics | None = None, *, reachable: bool = True
-) -> Lookup:
-    return Lookup(
+) -> StubLookup:
+    return StubLookup(
         RedisBank(server.url, RING),
         handout(policy),
         metrics or GatewayMetrics(),
@@ -252,7 +252,7 @@ def lookup(
     )
 
 
-async def found(look: Lookup, *requests: SyncRequest) -> list[int | str]:
+async def found(look: StubLookup, *requests: SyncRequest) -> list[int | str]:
     """The revision of each stub found, or why there is none."""
     return [str(one) if isinstance(one, Missing) else one.revision for one in await look.find(requests)]
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.charon.ha_message import Attr, HaError, IkeId, MessageType, decode, encode, version_for
-from bridge.stub.types import Endpoint, Identity, Selector
+from bridge.stub.types import Endpoint, Identity, TrafficSelector
 from vectors_support import NAMES, SIDES, VECTORS, messages
 
 VERSIONS = (3, 4, 5)
@@ -29,9 +29,9 @@ texts = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=
 ports = st.integers(0, 65535)
 
 
-def _selectors(kind: int, bits: int, form: Any) -> st.SearchStrategy[Selector]:
+def _selectors(kind: int, bits: int, form: Any) -> st.SearchStrategy[TrafficSelector]:
     address = st.integers(0, 2**bits - 1).map(lambda n: str(form(n)))
-    return st.builds(Selector, st.just(kind), st.integers(0, 255), ports, ports, st.booleans(), address, address)
+    return st.builds(TrafficSelector, st.just(kind), st.integers(0, 255), ports, ports, st.booleans(), address, address)
 
 
 selectors = st.one_of(_selectors(7, 32, IPv4Address), _selectors(8, 128, IPv6Address))

@@ -10,9 +10,9 @@ import pytest
 
 from bank_support import stub_of
 from bridge.charon.charon import Charon
-from bridge.config import Sync
+from bridge.config import SyncConfig
 from bridge.gateway.admission import Admission
-from bridge.gateway.client_stubs import Handout
+from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.rebuild import Decision
 from bridge.gateway.recent import Spent
 from bridge.gateway.refusal import Refusal
@@ -44,10 +44,10 @@ def decided(prf: Prf, nonce: bytes, *, proven: bool = True) -> Any:
     decision = Decision(
         cast(Charon, CharonWithoutConnections()),
         Spent(60.0, clock=time.monotonic),
-        cast(Handout, None),
+        cast(ClientStubs, None),
         cast(Unconfirmed, None),
         cast(Admission, None),
-        Sync(proof="required" if proven else "optional"),
+        SyncConfig(proof="required" if proven else "optional"),
     )
     return decision.of(cast(Packet, None), request, b"", stub)
 

@@ -5,7 +5,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from bridge.charon.ha_segments import LONGEST_PAUSE, SHARE, LandingChoice, landing_addresses, segment_of
+from bridge.charon.ha_segments import LONGEST_PAUSE, SHARE, SegmentChooser, landing_addresses, segment_of
 
 
 @pytest.mark.parametrize(("address", "segment"), [("192.168.50.10", 13), ("198.18.0.8", 7), ("198.18.0.9", 3)])
@@ -32,7 +32,7 @@ def test_addresses_spread_over_all_segments() -> None:
     assert max(spread.values()) < 2 * min(spread.values())
 
 
-def use(choice: LandingChoice, now: float, seconds: float = 0.0) -> int:
+def use(choice: SegmentChooser, now: float, seconds: float = 0.0) -> int:
     """Where a batch lands at `now`; its activation takes `seconds`."""
     segment = choice.next(now)
     choice.disturbed(segment, now + seconds, seconds)
@@ -40,7 +40,7 @@ def use(choice: LandingChoice, now: float, seconds: float = 0.0) -> int:
 
 
 def test_a_batch_lands_where_no_handshake_is_in_progress() -> None:
-    choice = LandingChoice(2, handshake_seconds=5)
+    choice = SegmentChooser(2, handshake_seconds=5)
     address = landing_addresses(2)[1]
     choice.handshake_seen(address, now=100.0)
     assert use(choice, 101.0) == 2
@@ -49,18 +49,18 @@ def test_a_batch_lands_where_no_handshake_is_in_progress() -> None:
 
 
 def test_a_batch_lands_where_the_fewest_clients_are() -> None:
-    choice = LandingChoice(3)
+    choice = SegmentChooser(3)
     choice.established = Counter({1: 10, 2: 3, 3: 7})
     assert use(choice, 1.0) == 2
 
 
 def test_among_equals_the_segment_disturbed_longest_ago_is_next() -> None:
-    choice = LandingChoice(4)
+    choice = SegmentChooser(4)
     assert [use(choice, float(i)) for i in range(8)] == [1, 2, 3, 4, 1, 2, 3, 4]
 
 
 def test_what_comes_before_an_activation_lands_where_the_others_landed() -> None:
-    choice = LandingChoice(4)
+    choice = SegmentChooser(4)
     assert choice.next(1.0) == choice.next(2.0) == 1
     choice.disturbed(1, 3.0, 0.0)
     assert choice.next(4.0) == 2
@@ -68,7 +68,7 @@ def test_what_comes_before_an_activation_lands_where_the_others_landed() -> None
 
 @pytest.mark.parametrize(("count", "seconds"), [(1, 0.001), (1, 0.02), (2, 0.03), (16, 0.001), (16, 0.02), (16, 0.3)])
 def test_no_segment_is_deaf_for_more_than_its_share(count: int, seconds: float) -> None:
-    choice = LandingChoice(count)
+    choice = SegmentChooser(count)
     choice.established = Counter(dict.fromkeys(range(1, count + 1), 100))
     deaf: Counter[int] = Counter()
     now, activations = 0.0, 0
@@ -85,7 +85,7 @@ def test_no_segment_is_deaf_for_more_than_its_share(count: int, seconds: float) 
 
 
 def test_activations_that_take_long_come_at_the_longest_pause() -> None:
-    choice = LandingChoice(16)
+    choice = SegmentChooser(16)
     choice.established = Counter(dict.fromkeys(range(1, 17), 10_000))
     use(choice, 0.0, 0.5)
     assert choice.wait(0.5) == 0
@@ -95,7 +95,7 @@ def test_activations_that_take_long_come_at_the_longest_pause() -> None:
 
 
 def test_however_often_empty_segments_were_used_a_full_one_waits_for_one_pause_at_most() -> None:
-    choice = LandingChoice(2)
+    choice = SegmentChooser(2)
     choice.established = Counter({1: 10})
     now = 0.0
     for _ in range(100):
@@ -106,7 +106,7 @@ def test_however_often_empty_segments_were_used_a_full_one_waits_for_one_pause_a
 
 
 def test_sas_that_were_not_there_were_not_disturbed() -> None:
-    choice = LandingChoice(2)
+    choice = SegmentChooser(2)
     use(choice, 0.0, 0.5)
     use(choice, 0.5, 0.5)
     # chosen while it is empty
@@ -116,7 +116,7 @@ def test_sas_that_were_not_there_were_not_disturbed() -> None:
 
 
 def test_a_segment_without_sas_waits_for_nothing() -> None:
-    choice = LandingChoice(2)
+    choice = SegmentChooser(2)
     choice.established = Counter({1: 10})
     assert use(choice, 0.0, 0.1) == 2
     assert choice.wait(0.1) == 0

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bridge.charon import vici_client as module
-from bridge.charon.vici_client import EVENTS, Vici
+from bridge.charon import vici_client
+from bridge.charon.vici_client import EVENTS, ViciClient
 from bridge.charon.vici_types import ChildInfo, SaInfo, ViciError, parse_connection, parse_event, parse_ike_sa
 from bridge.stub.types import Endpoint
 
@@ -88,8 +88,8 @@ async def test_who_takes_a_long_list_in_parts_gets_its_own_error_and_no_further_
 ) -> None:
     """Or what comes next would be taken for all that there is."""
     path = tmp_path / "vici"
-    monkeypatch.setattr(module, "LISTED_AT_ONCE", 1)
-    monkeypatch.setattr(module, "_listed", lambda session, connection: iter([parse_ike_sa("home", SA)] * 3))
+    monkeypatch.setattr(vici_client, "LISTED_AT_ONCE", 1)
+    monkeypatch.setattr(vici_client, "_listed", lambda session, connection: iter([parse_ike_sa("home", SA)] * 3))
     taken: list[SaInfo] = []
 
     def take(infos: list[SaInfo]) -> None:
@@ -99,7 +99,7 @@ async def test_who_takes_a_long_list_in_parts_gets_its_own_error_and_no_further_
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
-        vici = Vici(str(path), on_event=print, on_connect=print, on_disconnect=print)
+        vici = ViciClient(str(path), on_event=print, on_connect=print, on_disconnect=print)
         with pytest.raises(RuntimeError, match="cannot be taken"):
             await vici.each_sas(take)
         vici.close()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType, decode
-from bridge.charon.ike_sa import Condition, Sa, new_conditions
-from bridge.charon.sa_tracker import HALF_OPEN_SECONDS, Tracker
+from bridge.charon.ike_sa import Condition, IkeSa, new_conditions
+from bridge.charon.sa_tracker import HALF_OPEN_SECONDS, SaTracker
 from bridge.charon.vici_types import ChildInfo, ConnectionInfo, Event, SaInfo
 from bridge.ike.transforms import Group
 from bridge.stub.stub import Index
@@ -24,10 +24,10 @@ class Recorder:
     def __init__(self) -> None:
         self.news: list[tuple[str, Any]] = []
 
-    def changed(self, sa: Sa) -> None:
+    def changed(self, sa: IkeSa) -> None:
         self.news.append(("changed", sa.id))
 
-    def gone(self, sa: Sa) -> None:
+    def gone(self, sa: IkeSa) -> None:
         self.news.append(("gone", sa.id))
 
     def verified(self, ike_id: IkeId) -> None:
@@ -45,12 +45,12 @@ class Clock:
         return self.now
 
 
-def tracker() -> tuple[Tracker, Recorder, Clock]:
+def tracker() -> tuple[SaTracker, Recorder, Clock]:
     recorder, clock = Recorder(), Clock()
-    return Tracker(recorder, wall=lambda: NOW, clock=clock), recorder, clock
+    return SaTracker(recorder, wall=lambda: NOW, clock=clock), recorder, clock
 
 
-def reconcile(known: Tracker, infos: list[SaInfo], *, since: float) -> dict[bytes, SaInfo]:
+def reconcile(known: SaTracker, infos: list[SaInfo], *, since: float) -> dict[bytes, SaInfo]:
     """Compare with a list of VICI's that comes in parts of one."""
     comparison = known.compare(since=since)
     for one in infos:
@@ -58,7 +58,7 @@ def reconcile(known: Tracker, infos: list[SaInfo], *, since: float) -> dict[byte
     return comparison.end()
 
 
-def feed(into: Tracker, vector: dict[str, Any], side: str, until: MessageType | None = None, count: int = 1) -> None:
+def feed(into: SaTracker, vector: dict[str, Any], side: str, until: MessageType | None = None, count: int = 1) -> None:
     """The vector's messages, up to and with the `count`th of type `until`."""
     for octets in messages(vector, side):
         message = decode(octets)
@@ -69,7 +69,7 @@ def feed(into: Tracker, vector: dict[str, Any], side: str, until: MessageType | 
                 return
 
 
-def info(sa: Sa, **changes: Any) -> SaInfo:
+def info(sa: IkeSa, **changes: Any) -> SaInfo:
     """What VICI would say of an SA."""
     assert sa.local is not None
     assert sa.remote is not None
@@ -349,7 +349,7 @@ def listed(*spis: int) -> tuple[ChildInfo, ...]:
     return tuple(ChildInfo("net", "INSTALLED", spi) for spi in spis)
 
 
-def children(sa: Sa) -> list[int]:
+def children(sa: IkeSa) -> list[int]:
     return [child.spi_in for child in sa.children]
 
 
@@ -396,7 +396,7 @@ def test_a_recalled_sa_that_lacks_a_child_sa_has_to_be_asked_for() -> None:
     assert not known.sas
 
 
-def rekeyed(known: Tracker, old: IkeId, new: IkeId) -> Sa:
+def rekeyed(known: SaTracker, old: IkeId, new: IkeId) -> IkeSa:
     """The IKE rekey of the first vector, as one of `old` to `new`."""
     ids = {Attr.IKE_ID: new, Attr.IKE_REKEY_ID: old}
     sent = [decode(octets) for octets in messages(VECTORS[0], "gateway")]

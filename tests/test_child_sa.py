@@ -28,17 +28,17 @@ from bridge.stub.child_sa import (
     stays,
     wire_spi,
 )
-from bridge.stub.types import Child, Selector
+from bridge.stub.types import ChildSa, TrafficSelector
 
 NI, NR = bytes(32), bytes(range(32))
 IKE = IkeId.of(b"initiate", b"responds", True)
 
 
-def selector(first: str, last: str | None = None) -> Selector:
-    return Selector(7, 0, 0, 65535, False, first, last or first)
+def selector(first: str, last: str | None = None) -> TrafficSelector:
+    return TrafficSelector(7, 0, 0, 65535, False, first, last or first)
 
 
-CHILD = Child(
+CHILD = ChildSa(
     name="net",
     mode=TUNNEL,
     ipcomp=0,
@@ -55,11 +55,11 @@ CHILD = Child(
 )
 
 
-def changed(**changes: object) -> Child:
+def changed(**changes: object) -> ChildSa:
     return msgspec.structs.replace(CHILD, **changes)
 
 
-def seen_by_the_gateway(child: Child) -> Child:
+def seen_by_the_gateway(child: ChildSa) -> ChildSa:
     return msgspec.structs.replace(
         child,
         spi_in=child.spi_out,
@@ -77,7 +77,7 @@ families = st.lists(
 
 
 def both_sides(
-    client: list[Child], stub: list[Child], *, numbered: bool = True
+    client: list[ChildSa], stub: list[ChildSa], *, numbered: bool = True
 ) -> tuple[tuple[NewChild, ...], tuple[NewChild, ...]]:
     """The CHILD_SAs that either side makes, of those that the client had and those in the stub."""
     here, there = SpiChoice(lambda: ()), SpiChoice(lambda: ())
@@ -88,7 +88,7 @@ def both_sides(
 
 @given(families, st.randoms())
 def test_both_sides_make_the_same_child_sas_whatever_order_they_know_them_in(
-    children: list[Child], random: object
+    children: list[ChildSa], random: object
 ) -> None:
     stub = [seen_by_the_gateway(child) for child in children]
     random.shuffle(stub)  # type: ignore[attr-defined]
@@ -165,7 +165,7 @@ def test_what_a_gateway_cannot_mean_makes_no_child_sa(answer: list[tuple[int, in
     [changed(groups=(31,)), changed(ipcomp=2), changed(mode=3), changed(remote_ts=CHILD.remote_ts * MAX_SELECTORS)],
     ids=["PFS", "IPComp", "BEET mode", "more selectors than a message to charon holds"],
 )
-def test_some_child_sas_come_back_by_create_child_sa_only(child: Child) -> None:
+def test_some_child_sas_come_back_by_create_child_sa_only(child: ChildSa) -> None:
     assert is_plain(CHILD)
     assert not is_plain(child)
     assert offer([child], lambda _: True, SpiChoice(lambda: ()).next).requested == []
@@ -223,7 +223,7 @@ def test_charon_is_told_all_of_a_child_sa(version: int) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_as_many_selectors_as_may_come_fit_into_a_message_to_charon(version: int) -> None:
-    wide = Selector(8, 0, 0, 65535, False, "2001:db8::", "2001:db8::ffff")
+    wide = TrafficSelector(8, 0, 0, 65535, False, "2001:db8::", "2001:db8::ffff")
     child = changed(name="n" * 64, local_ts=(wide,) * (MAX_SELECTORS - 1), remote_ts=(wide,))
     [new], _ = both_sides([child], [seen_by_the_gateway(child)])
     assert len(decode(child_message(version, IKE, new)).all(Attr.LOCAL_TS)) == MAX_SELECTORS - 1

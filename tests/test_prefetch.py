@@ -11,14 +11,14 @@ import pytest
 from bank_support import GATEWAY, PATIENCE, RedisServer, stub_of
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
-from bridge.bank.prefetch import CachedBank
+from bridge.bank.prefetch import Prefetch
 from bridge.bank.redis_bank import RedisBank
 from bridge.stub.keyring import Keyring
 
 pytestmark = pytest.mark.redis
 
 
-async def fetched(cache: CachedBank) -> str:
+async def fetched(cache: Prefetch) -> str:
     """Fetch the gateway's stubs; the state in the end."""
     cache.fetch(GATEWAY)
     async with asyncio.timeout(PATIENCE):
@@ -30,7 +30,7 @@ async def fetched(cache: CachedBank) -> str:
 async def test_what_was_fetched_is_found_without_the_bank(bank: RedisBank, server: RedisServer) -> None:
     stubs = [stub_of() for _ in range(300)]
     await bank.store(stubs)
-    cache = CachedBank(bank)
+    cache = Prefetch(bank)
     assert await fetched(cache) == "done"
     assert cache.progress[GATEWAY].stubs == 300
     server.kill()
@@ -43,7 +43,7 @@ async def test_what_was_fetched_is_found_without_the_bank(bank: RedisBank, serve
 async def test_while_the_keyspace_is_not_heard_nothing_is_answered_from_memory(bank: RedisBank) -> None:
     stub = stub_of()
     await bank.store([stub])
-    cache = CachedBank(bank)
+    cache = Prefetch(bank)
     await fetched(cache)
     cache.heard(False)
     assert await cache.get([stub.index]) == [stub]
@@ -53,7 +53,7 @@ async def test_while_the_keyspace_is_not_heard_nothing_is_answered_from_memory(b
 async def test_a_stub_that_changes_in_the_bank_is_let_go(bank: RedisBank, server: RedisServer) -> None:
     stub, other = stub_of(), stub_of()
     await bank.store([stub, other])
-    cache = CachedBank(bank)
+    cache = Prefetch(bank)
     hears, gone = asyncio.Event(), asyncio.Event()
 
     def heard(event: Event) -> None:
@@ -78,7 +78,7 @@ async def test_a_fetched_stub_that_expired_is_not_served_from_memory(
 ) -> None:
     stub = stub_of()
     await bank.store([stub])
-    cache = CachedBank(bank)
+    cache = Prefetch(bank)
     await fetched(cache)
     monkeypatch.setattr(time, "time", lambda: stub.expires + 1)
     # whatever the bank says, whose clock has not moved
@@ -88,7 +88,7 @@ async def test_a_fetched_stub_that_expired_is_not_served_from_memory(
 
 async def test_no_more_is_kept_than_there_is_room_for(bank: RedisBank) -> None:
     await bank.store([stub_of() for _ in range(2000)])
-    cache = CachedBank(bank, limit=500)
+    cache = Prefetch(bank, limit=500)
     assert await fetched(cache) == "full"
     # what came with the last bundle is kept
     assert 500 < cache.size <= 500 + 256
@@ -96,12 +96,12 @@ async def test_no_more_is_kept_than_there_is_room_for(bank: RedisBank) -> None:
 
 async def test_a_download_that_breaks_off_says_so(bank: RedisBank, server: RedisServer) -> None:
     server.kill()
-    assert await fetched(CachedBank(bank)) == "failed"
+    assert await fetched(Prefetch(bank)) == "failed"
 
 
 async def test_a_gateway_that_is_back_is_asked_again_for_everything(bank: RedisBank) -> None:
     await bank.store([stub_of() for _ in range(10)])
-    cache = CachedBank(bank)
+    cache = Prefetch(bank)
     await fetched(cache)
     cache.drop(GATEWAY)
     assert cache.size == 0
@@ -112,7 +112,7 @@ async def test_with_a_bank_at_hand_stubs_are_fetched_into_it(bank: RedisBank, ri
     await bank.store(stubs)
     with RedisServer(tmp_path / "near") as near:
         own = RedisBank(near.url, ring, get_timeout=5.0)
-        cache = CachedBank(bank, near=own)
+        cache = Prefetch(bank, near=own)
         assert await fetched(cache) == "done"
         assert cache.size == 0
         assert await own.get([stub.index for stub in stubs]) == stubs

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from bridge.charon.ha_message import IkeId
-from bridge.charon.ike_sa import Sa
-from bridge.client.sync_request import MAX_COOKIES, Answer, Asker, NoAnswerError, RefusedError
-from bridge.config import GatewayEntry, Resume
+from bridge.charon.ike_sa import IkeSa
+from bridge.client.sync_request import MAX_COOKIES, Answer, NoAnswerError, RefusedError, SyncRequester
+from bridge.config import GatewayEntry, ResumeConfig
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build, encode_notify, parse
 from bridge.ike.sync_exchange import Addresses, build_response, parse_request, verify_request
 from bridge.ike.transforms import Suite
@@ -21,9 +21,9 @@ from bridge.stub.types import Endpoint
 SUITE = Suite(12, 128, 12, 5, 31)
 SK_D = b"d" * 32
 GATEWAY, OLD_GATEWAY = "127.0.0.9", "192.0.2.1"
-SOON = Resume(answer_timeout=0.3, retransmit=0.05, refusal_grace=0.05)
-OFTEN = Resume(answer_timeout=60.0, retransmit=0.02)
-PATIENT = Resume(answer_timeout=30.0, retransmit=20.0, refusal_grace=20.0)
+SOON = ResumeConfig(answer_timeout=0.3, retransmit=0.05, refusal_grace=0.05)
+OFTEN = ResumeConfig(answer_timeout=60.0, retransmit=0.02)
+PATIENT = ResumeConfig(answer_timeout=30.0, retransmit=20.0, refusal_grace=20.0)
 
 Answers = Callable[[bytes, int], list[bytes]]
 """what a gateway answers to a request, and to which in order of arrival it is"""
@@ -57,12 +57,12 @@ def cookie(request: bytes, value: bytes) -> bytes:
 class Gateway:
     """Takes the client's requests, and answers as it is told."""
 
-    def __init__(self, answers: Answers = lambda *_: [], config: Resume = SOON, port: int = 4500) -> None:
+    def __init__(self, answers: Answers = lambda *_: [], config: ResumeConfig = SOON, port: int = 4500) -> None:
         self.requests: list[bytes] = []
         self.ways: list[tuple[str, int, str, int, bool]] = []
         self._answers = answers
-        self._asker = Asker(self, config, lambda _: None, lambda *_: NOTHING)
-        self.sa = Sa(
+        self._asker = SyncRequester(self, config, lambda _: None, lambda *_: NOTHING)
+        self.sa = IkeSa(
             IkeId.of(b"initiate", b"responds", True),
             SUITE,
             SK_D,
@@ -202,7 +202,7 @@ async def test_after_an_ordinary_answer_a_proven_one_is_still_taken() -> None:
 
 async def test_an_ordinary_answer_ends_the_attempt_when_its_grace_is_over() -> None:
     gateway = Gateway(
-        lambda octets, _: [refusal(octets)], Resume(answer_timeout=60.0, retransmit=60.0, refusal_grace=0.1)
+        lambda octets, _: [refusal(octets)], ResumeConfig(answer_timeout=60.0, retransmit=60.0, refusal_grace=0.1)
     )
     began = asyncio.get_running_loop().time()
     with pytest.raises(RefusedError):

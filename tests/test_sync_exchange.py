@@ -26,7 +26,7 @@ from bridge.ike.sync_exchange import (
     verify_request,
     verify_response,
 )
-from bridge.ike.sync_payload import Sync
+from bridge.ike.sync_payload import SyncPayload
 from bridge.ike.transforms import PRF_OUTPUT, Prf, Suite
 
 SUITE = Suite(12, 128, 12, 5, 31)
@@ -281,7 +281,7 @@ def test_an_answer_whose_nonce_has_less_than_16_or_more_than_256_octets_is_malfo
 
 def test_an_answer_about_another_index_proves_nothing() -> None:
     asked = request()
-    elsewhere = msgspec.structs.replace(parsed(asked), sync=Sync(False, INDEX[0], b"other SA", ((1, b""),)))
+    elsewhere = msgspec.structs.replace(parsed(asked), sync=SyncPayload(False, INDEX[0], b"other SA", ((1, b""),)))
     answer = accepted(build_response(elsewhere, spi_r=SPI_R, nonce=NR, prf=SUITE.prf, sk_d_old=SK_D), asked)
     assert answer.sync is not None
     assert answer.sync.spi == b"other SA"
