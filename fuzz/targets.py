@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import vici.exception
 import vici.protocol
 
@@ -410,6 +411,10 @@ def _stub() -> Stub:
     )
 
 
+def _extended_stub() -> Stub:
+    return msgspec.structs.replace(_stub(), authenticated_until=1_700_028_800, predecessor=Index("192.0.2.9", b"P" * 8))
+
+
 _KEYRING: Final = Keyring({b"key0": b"k" * 32})
 _AAD: Final = INDEX.key.encode()
 
@@ -618,7 +623,7 @@ TARGETS: Final = {
     "protected": Target(protected, _protected_seeds),
     "confirmation": Target(confirmation, lambda: [_CONFIRMATION.request, _CONFIRMATION.request[:-8] + bytes(8)]),
     "ha": Target(ha_message, _ha_seeds),
-    "stub": Target(stub, lambda: [encode(_stub())]),
+    "stub": Target(stub, lambda: [encode(_stub()), encode(_extended_stub())]),
     "sealed": Target(sealed, lambda: [b"key0" + bytes(60), b"key1" + bytes(60)]),
     "index": Target(index, lambda: [INDEX.key.encode(), str(Index("2001:db8::1", b"\xff" * 8)).encode()]),
     "datagram": Target(datagram, _datagram_seeds),

@@ -84,6 +84,8 @@ stubs = st.builds(
     expires=times,
     revision=st.integers(0, 2**53),
     ike_version=octet,
+    authenticated_until=maybe_never,
+    predecessor=st.none() | st.builds(Index, addresses, spi),
 )
 
 
@@ -101,7 +103,7 @@ def test_a_gateways_own_stub_survives_the_encoding(stub: Stub) -> None:
 
 @given(st.binary(max_size=400))
 def test_arbitrary_octets_raise_nothing_but_stub_error(octets: bytes) -> None:
-    for candidate in (octets, b"\x01" + octets):
+    for candidate in (octets, b"\x01" + octets, b"\x02" + octets):
         with contextlib.suppress(StubError):
             decode(candidate)
 
@@ -125,17 +127,149 @@ def test_another_format_version_is_refused_by_its_number() -> None:
         decode(b"\x09" + encode(stub_of())[1:])
 
 
-def test_a_stub_with_more_fields_than_known_is_refused() -> None:
-    plain = encode(stub_of())
+@pytest.mark.parametrize("until", [0, 1_700_028_800])
+def test_a_stub_with_more_fields_than_known_is_refused(until: int) -> None:
+    plain = encode(msgspec.structs.replace(stub_of(), authenticated_until=until))
     fields = msgspec.msgpack.decode(plain[1:])
     with pytest.raises(StubError):
         decode(plain[:1] + msgspec.msgpack.encode([*fields, 1]))
+
+
+# extensions, and the formats of other releases
+
+NETWORK = TrafficSelector(7, 0, 0, 65535, False, "10.10.0.0", "10.10.255.255")
+VIRTUAL_IP = TrafficSelector(7, 0, 0, 65535, True, "10.20.0.7", "10.20.0.7")
+NARROW_IPV6 = TrafficSelector(8, 17, 500, 500, False, "2001:db8::1", "2001:db8::1")
+CHILD = ChildSa("net", 2, 0, 12, 128, 12, 0, (31,), 0xC0010203, 0xC0040506, (NETWORK,), (VIRTUAL_IP,), False)
+OF_GATEWAY = Stub(
+    index=Index("192.0.2.1", b"R" * 8),
+    spi_i=b"I" * 8,
+    spi_r=b"R" * 8,
+    initiator=False,
+    local_id=Identity(2, b"gw1.example"),
+    remote_id=Identity(3, b"client@example"),
+    eap_id=Identity(3, b"alice"),
+    suite=Suite(encr=12, encr_len=128, integ=12, prf=5, group=31),
+    sk_d=b"d" * 32,
+    shared_secret=b"g" * 32,
+    local=Endpoint("192.0.2.1", 4500),
+    remote=Endpoint("198.51.100.7", 4500),
+    connection="home",
+    local_vips=(),
+    remote_vips=("10.20.0.7",),
+    conditions=(0x41,),
+    extensions=(0x1FF,),
+    peer_addresses=(Endpoint("198.51.100.7", 4500),),
+    children=(CHILD,),
+    established=1_700_000_000,
+    rekey_at=1_700_014_400,
+    reauth_at=0,
+    expires=1_700_015_840,
+    revision=1_700_000_000_123,
+)
+OF_CLIENT = Stub(
+    index=Index("2001:db8::2", b"R" * 8),
+    spi_i=b"I" * 8,
+    spi_r=b"R" * 8,
+    initiator=True,
+    local_id=Identity(3, b"client@example"),
+    remote_id=Identity(2, b"gw1.example"),
+    eap_id=None,
+    suite=Suite(encr=20, encr_len=256, integ=0, prf=7, group=20, additional=(36,)),
+    sk_d=b"d" * 64,
+    shared_secret=None,
+    local=Endpoint("2001:db8::7", 500),
+    remote=Endpoint("2001:db8::2", 500),
+    connection="home",
+    local_vips=("10.20.0.7", "fd00::7"),
+    remote_vips=(),
+    conditions=(0x41, 1 << 31),
+    extensions=(0x1FF, 1 << 31),
+    peer_addresses=(),
+    children=(
+        ChildSa("net", 2, 0, 20, 256, 0, 0, (), 0xC0010203, 0xC0040506, (VIRTUAL_IP, NARROW_IPV6), (NETWORK,), True),
+    ),
+    established=1_700_000_000,
+    rekey_at=0,
+    reauth_at=1_700_010_000,
+    expires=1_700_015_840,
+    revision=7,
+)
+RECORDED_0_1 = {
+    "a gateway's": (
+        OF_GATEWAY,
+        "01dc0018c0c41049494949494949495252525252525252c2c40c026777312e6578616d706c65c40f03636c69656e74406578616d706c65"
+        "c40603616c696365950ccc800c051fc4206464646464646464646464646464646464646464646464646464646464646464c42067676767"
+        "67676767676767676767676767676767676767676767676767676767c406c00002011194c406c63364071194a4686f6d659091c4040a14"
+        "0007914191cd01ffc0919ca36e6574c202000ccc800c00911fc408c0010203c0040506c409080a0a00000a0affffc405020a140007ce65"
+        "53f100cd3840c0cd3de07b02",
+    ),
+    "a client's": (
+        OF_CLIENT,
+        "01dc0018c418525252525252525220010db8000000000000000000000002c41049494949494949495252525252525252c3c40f03636c69"
+        "656e74406578616d706c65c40c026777312e6578616d706c65c09614cd010000071424c440646464646464646464646464646464646464"
+        "64646464646464646464646464646464646464646464646464646464646464646464646464646464646464646464c0c41220010db80000"
+        "0000000000000000000701f4c41220010db800000000000000000000000201f4a4686f6d6592c4040a140007c410fd0000000000000000"
+        "00000000000007909241ce8000000092cd01ffce8000000090919ca36e6574c3020014cd0100000090c408c0010203c0040506c41b020a"
+        "1400070520010db80000000000000000000000011101f401f4c409080a0a00000a0affffce6553f100c0cd2710cd3de0d3fffffe74301a"
+        "980702",
+    ),
+}
+"""what release 0.1 wrote"""
+
+
+@pytest.mark.parametrize("whose", RECORDED_0_1)
+def test_stubs_that_release_0_1_wrote_are_read(whose: str) -> None:
+    stub, octets = RECORDED_0_1[whose]
+    assert decode(bytes.fromhex(octets)) == stub
+
+
+@pytest.mark.parametrize("whose", RECORDED_0_1)
+def test_a_stub_without_extensions_is_written_as_release_0_1_reads_it(whose: str) -> None:
+    stub, octets = RECORDED_0_1[whose]
+    assert encode(stub).hex() == octets
+
+
+def test_a_stub_with_an_extension_is_of_format_2_which_release_0_1_refuses() -> None:
+    octets = encode(msgspec.structs.replace(OF_GATEWAY, authenticated_until=1_700_028_800))
+    assert octets[0] == 2
+    assert len(octets) == len(encode(OF_GATEWAY)) + 7
+
+
+def extended(more: object) -> bytes:
+    """A stub of format 2 with these extensions."""
+    fields = msgspec.msgpack.decode(encode(OF_GATEWAY)[1:])
+    return b"\x02" + msgspec.msgpack.encode([*fields, more])
+
+
+def test_an_extension_that_is_not_known_is_ignored() -> None:
+    assert decode(extended({3: b"reserved", 127: 1})) == OF_GATEWAY
+
+
+def test_a_stub_with_an_extension_that_must_be_known_and_is_not_is_refused() -> None:
+    with pytest.raises(StubError, match="extension"):
+        decode(extended({1: 1_700_028_800, 128: 1}))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{1: b"octets"}, {1: -1}, {2: 5}, {2: b"short"}, {2: b"P" * 8 + b"\x01\x02\x03"}, {3: [1]}, {"1": 1}, [], None],
+)
+def test_a_stub_with_a_malformed_extension_is_refused(more: object) -> None:
+    with pytest.raises(StubError):
+        decode(extended(more))
+
+
+def test_format_2_without_its_map_is_refused() -> None:
+    with pytest.raises(StubError):
+        decode(b"\x02" + encode(OF_GATEWAY)[1:])
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"spi_i": b"short"},
+        {"predecessor": Index("192.0.2.1", b"short")},
         {"local": Endpoint("no address", 1)},
         {"remote": Endpoint("192.0.2.1", 70_000)},
         {"remote_vips": ("10.0.0.256",)},

@@ -1,5 +1,8 @@
 """The encoding of a stub: one octet of format version, then one MessagePack array.
 
+Format 2 is format 1 with a map of extensions at the end of the array. A stub without extensions is written in format 1,
+which gateways of release 0.1 read.
+
 Redis holds one for every client, so it is made small: addresses are octets, what repeats another field is left out,
 times are differences.
 
@@ -9,6 +12,7 @@ What many stubs have in common is worked out once: algorithms, addresses of gate
 from __future__ import annotations
 
 import struct
+from enum import IntEnum
 from functools import lru_cache
 from typing import Annotated
 
@@ -21,7 +25,24 @@ from bridge.stub.stub import Index, Stub, StubError
 from bridge.stub.types import ChildSa, Endpoint, Identity, TrafficSelector
 
 FORMAT = 1
-"""Version of the encoding; a reader refuses any other."""
+"""Version of the encoding without extensions, the only one that release 0.1 reads."""
+FORMAT_EXTENDED = 2
+"""Version of the encoding whose array ends with a map of extensions. A reader refuses any other version."""
+
+
+class Extension(IntEnum):
+    """Numbers of extensions. A reader ignores an unknown one below `CRITICAL` and refuses a stub with any other."""
+
+    AUTHENTICATED_UNTIL = 1
+    """integer, Unix seconds"""
+    PREDECESSOR = 2
+    """octets: SPI and address, as the index"""
+    TAKEOVER = 3
+    """reserved"""
+
+
+CRITICAL = 128
+"""from this number on an extension has to be known to its reader; none is defined yet, so a stub with one is refused"""
 
 _Spis = Annotated[bytes, Meta(min_length=16, max_length=16)]
 _ChildSpis = Annotated[bytes, Meta(min_length=8, max_length=8)]
@@ -73,13 +94,21 @@ class _WireStub(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
     ike_version: int
 
 
+class _ExtendedWireStub(_WireStub, array_like=True, forbid_unknown_fields=True, gc=False):
+    more: dict[int, int | bytes]
+    """extensions by their number"""
+
+
 SHARED = 256
 """values kept of each kind that many stubs have in common"""
 
 _CHILD_SPIS = struct.Struct(">II")
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_WireStub)
+_decoders: dict[int, msgspec.msgpack.Decoder[_WireStub] | msgspec.msgpack.Decoder[_ExtendedWireStub]] = {
+    FORMAT: msgspec.msgpack.Decoder(_WireStub),
+    FORMAT_EXTENDED: msgspec.msgpack.Decoder(_ExtendedWireStub),
+}
 
 
 def encode(stub: Stub) -> bytes:
@@ -87,32 +116,64 @@ def encode(stub: Stub) -> bytes:
 
     Raises StubError where a field holds what the encoding cannot.
     """
-    if len(stub.spi_i) != 8 or len(stub.spi_r) != 8 or len(stub.index.spi) != 8:
+    indexes = (stub.index,) if stub.predecessor is None else (stub.index, stub.predecessor)
+    if len(stub.spi_i) != 8 or len(stub.spi_r) != 8 or any(len(index.spi) != 8 for index in indexes):
         raise StubError(f"stub {stub.index}: an IKE SPI has 8 octets")
     try:
-        octets = _encoder.encode(_to_wire(stub))
+        wire = _to_wire(stub)
+        more = _extensions(stub)
+        if not more:
+            return bytes((FORMAT,)) + _encoder.encode(wire)
+        extended = _ExtendedWireStub(**msgspec.structs.asdict(wire), more=more)
+        return bytes((FORMAT_EXTENDED,)) + _encoder.encode(extended)
     except (ValueError, TypeError, OverflowError, OSError, struct.error) as error:
         raise StubError(f"stub {stub.index} cannot be encoded: {error}") from None
-    return bytes((FORMAT,)) + octets
 
 
 def decode(octets: bytes) -> Stub:
     """The stub that `encode` turned into `octets`. Raises StubError, and nothing else, on any other octets."""
-    if octets[:1] != bytes((FORMAT,)):
+    decoder = _decoders.get(octets[0]) if octets else None
+    if decoder is None:
         found = f"format {octets[0]}" if octets else "no octets"
-        raise StubError(f"not a stub of format {FORMAT}: {found}")
+        raise StubError(f"not a stub of format {FORMAT} or {FORMAT_EXTENDED}: {found}")
     try:
-        return _from_wire(_decoder.decode(memoryview(octets)[1:]))
+        wire = decoder.decode(memoryview(octets)[1:])
+        return _from_wire(wire, wire.more if isinstance(wire, _ExtendedWireStub) else {})
     except (ValueError, msgspec.MsgspecError, RecursionError, struct.error) as error:
         # the text of struct.error and msgspec's errors names places and types, never values
         raise StubError(f"not a stub: {error}") from None
+
+
+def _extensions(stub: Stub) -> dict[int, int | bytes]:
+    more: dict[int, int | bytes] = {}
+    if stub.authenticated_until:
+        more[Extension.AUTHENTICATED_UNTIL] = stub.authenticated_until
+    if stub.predecessor is not None:
+        more[Extension.PREDECESSOR] = _pack_index(stub.predecessor)
+    return more
+
+
+def _authenticated_until(more: dict[int, int | bytes]) -> int:
+    until = more.get(Extension.AUTHENTICATED_UNTIL, 0)
+    if not isinstance(until, int) or until < 0:
+        raise ValueError("the end of an authentication is Unix seconds")
+    return until
+
+
+def _predecessor(more: dict[int, int | bytes]) -> Index | None:
+    octets = more.get(Extension.PREDECESSOR)
+    if octets is None:
+        return None
+    if isinstance(octets, int):
+        raise ValueError("a predecessor is an index in octets")
+    return _unpack_index(octets)
 
 
 def _to_wire(stub: Stub) -> _WireStub:
     suite = stub.suite
     made_by_gateway = stub.index == (stub.local.address, stub.spi_i if stub.initiator else stub.spi_r)
     return _WireStub(
-        None if made_by_gateway else stub.index.spi + packed(stub.index.gateway),
+        None if made_by_gateway else _pack_index(stub.index),
         stub.spi_i + stub.spi_r,
         stub.initiator,
         _pack_identity(stub.local_id),
@@ -141,13 +202,15 @@ def _to_wire(stub: Stub) -> _WireStub:
     )
 
 
-def _from_wire(wire: _WireStub) -> Stub:
+def _from_wire(wire: _WireStub, more: dict[int, int | bytes]) -> Stub:
+    if more and max(more) >= CRITICAL:
+        raise ValueError("it has an extension that has to be understood and is not known")
     spi_i, spi_r = wire.spis[:8], wire.spis[8:]
     local, remote = _shared_endpoint(wire.local), _unpack_endpoint(wire.remote)
     if wire.index is None:
         index = Index(local.address, spi_i if wire.initiator else spi_r)
     else:
-        index = Index(address_text(wire.index[8:]), wire.index[:8])
+        index = _unpack_index(wire.index)
     established = wire.established
     return Stub(
         index,
@@ -175,6 +238,8 @@ def _from_wire(wire: _WireStub) -> Stub:
         established + wire.expires_after,
         established * 1000 + wire.revision,
         wire.ike_version,
+        _authenticated_until(more),
+        _predecessor(more),
     )
 
 
@@ -223,6 +288,14 @@ def _shared_suite(numbers: tuple[int, ...]) -> Suite:
 @lru_cache(maxsize=SHARED)
 def _shared_identity(octets: bytes) -> Identity:
     return Identity(octets[0], octets[1:])
+
+
+def _pack_index(index: Index) -> bytes:
+    return index.spi + packed(index.gateway)
+
+
+def _unpack_index(octets: bytes) -> Index:
+    return Index(address_text(octets[8:]), octets[:8])
 
 
 def _pack_identity(identity: Identity) -> bytes:

@@ -102,6 +102,10 @@ class Stub(Struct, frozen=True, gc=False):
     revision: int
     """grows with every change; the bank keeps the greatest"""
     ike_version: int = 2
+    authenticated_until: int = 0
+    """when the peer's authentication ends, whatever resumed or rekeyed the session since; 0: never"""
+    predecessor: Index | None = None
+    """the stub of the session that this one was resumed from"""
 
     def __repr__(self) -> str:
         return f"Stub({self.index}, revision={self.revision}, connection={self.connection!r})"
