@@ -235,6 +235,6 @@ async def test_sentinel_leads_to_the_primary(sentinel: int, ring: Keyring) -> No
 )
 def test_a_url_of_no_known_form_is_refused_without_repeating_it(url: str) -> None:
     url = url.replace("://", "://user:pa55word@")
-    with pytest.raises(ValueError, match="URL|must start with one of redis://") as caught:
+    with pytest.raises(ValueError, match=r"URL|must start with one of redis://") as caught:
         connect(url, 1.0)
     assert "pa55word" not in str(caught.value)
