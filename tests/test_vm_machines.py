@@ -27,7 +27,7 @@ def provision(machines: Machines) -> None:
         gateway.provision("install", PACKAGE)
         gateway.provision("gateway", gateway.address, bank.address, f"10.20.{number}.0/24", "/secrets")
     client.provision("install", PACKAGE)
-    client.provision("client", gw1.address, gw2.address, "/secrets")
+    client.provision("client", gw1.address, gw2.address, SITE, "/secrets")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def machines() -> Iterator[Machines]:
     run("ip", "link", "add", BRIDGE, "type", "bridge")
     run("ip", "link", "set", BRIDGE, "up")
     found = {
-        name: Machine(name, address, site=name in ("gw1", "gw2"))
+        # a Redis that apt has started, with Debian's configuration
+        name: Machine(name, address, name in ("gw1", "gw2"), ("redis-server.service",) if name == "bank" else ())
         for name, address in {
             "bank": "192.168.50.20",
             "gw1": "192.168.50.1",
@@ -71,7 +72,7 @@ def _connected(machines: Machines) -> None:
         for connection in ("home", "home-gw2") if machine is client else ("gw",):
             machine.run("swanctl", "--terminate", "--ike", connection, "--force", check=False)
     wait_until(lambda: not any(machine.sas() for machine in (gw1, gw2, client)), "no SA", PATIENCE)
-    bank_cli(machines, "FLUSHALL")
+    empty_bank(machines)
     client.run("swanctl", "--initiate", "--child", "net", "--ike", "home")
     wait_until(lambda: len(stubs(machines)) == 1, "the stub", PATIENCE)
 
@@ -90,7 +91,13 @@ def reachable(machine: Machine, role: str) -> bool:
 def bank_cli(machines: Machines, *command: str) -> str:
     bank = machines["bank"]
     password = (SECRETS / "bank-password").read_text().strip()
-    return bank.run("env", f"REDISCLI_AUTH={password}", "redis-cli", *command)
+    return bank.run("env", f"REDISCLI_AUTH={password}", "redis-cli", "--user", "gateway", *command)
+
+
+def empty_bank(machines: Machines) -> None:
+    """No user of the bank may do it with one command."""
+    if keys := bank_cli(machines, "--scan", "--pattern", "ike:*").split():
+        bank_cli(machines, "DEL", *keys)
 
 
 def stubs(machines: Machines) -> list[str]:

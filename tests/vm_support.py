@@ -57,8 +57,10 @@ def run(*argv: str, check: bool = True) -> str:
 class Machine:
     """One booted container on the bridge `lan`."""
 
-    def __init__(self, name: str, address: str, site: bool = False) -> None:
+    def __init__(self, name: str, address: str, site: bool = False, enabled: tuple[str, ...] = ()) -> None:
+        """`enabled`: units that run from the first boot on, as those of a package that apt has installed do."""
         self.name = name
+        self._enabled = enabled
         self.address = address
         self.addresses = {"host0": f"{address}/24"} | ({"lo": f"{SITE}/32"} if site else {})
         self.root = STATE / name / "root"
@@ -89,6 +91,8 @@ class Machine:
         commands = "".join(f"ExecStart=ip address add {it} dev {link}\n" for link, it in self.addresses.items())
         (etc / "systemd/system/addresses.service").write_text(ADDRESSES + commands)
         (etc / "systemd/system/sysinit.target.wants/addresses.service").symlink_to("../addresses.service")
+        for unit in self._enabled:
+            (etc / "systemd/system/multi-user.target.wants" / unit).symlink_to(f"/lib/systemd/system/{unit}")
         shutil.rmtree(self.root / "project", ignore_errors=True)
         self._start()
 
