@@ -262,7 +262,7 @@ def test_the_deployment_guides_own_commands_take_it_away_and_put_it_there(machin
     # when the last gateway is done
     gw1.run("systemctl", "stop", "ike-sa-sync-gateway")
     bank.run("env", f"REDISCLI_AUTH={password}", "sh", "-c", forget_stubs)
-    assert bank_cli(machines, "DBSIZE").strip() == "0"
+    assert bank_cli(machines, "--scan", "--pattern", "ike:*").strip() == ""
     gw1.run("systemctl", "start", "ike-sa-sync-gateway")
 
     make, install = of_the_guide("## Install")
