@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import re
+from typing import Any
 
+import msgspec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from bridge.config import canonical_address
 from bridge.ike.keys import derive_keys, skeyseed_resume
+from bridge.ike.stub_exchange import MoveStatus, StubSa, build_move, build_moving, move_message_id, parse_stub_message
 from bridge.ike.sync_exchange import (
     SyncResponse,
     build_request,
@@ -17,6 +24,9 @@ from bridge.ike.sync_exchange import (
     verify_response,
 )
 from bridge.ike.transforms import Suite
+from bridge.stub.codec import decode, encode
+from bridge.stub.stub import Index
+from bridge.stub.types import Endpoint
 from docs_support import DOCS
 
 SUITE = Suite(12, 128, 12, 5, 31)
@@ -73,6 +83,13 @@ def test_every_value_is_there() -> None:
         **dict.fromkeys(("SK_d", "SK_ai", "SK_ar", "SK_pi", "SK_pr"), 32),
         **dict.fromkeys(("SK_ei", "SK_er"), 16),
         "KEYMAT_0": 40,
+        "stub": 197,
+        "bank key": 32,
+        "key id": 4,
+        "seal nonce": 12,
+        "sealed": 197 + 32,
+        "Move": int.from_bytes(VALUES["Move"][24:28]),
+        "Moving": int.from_bytes(VALUES["Moving"][24:28]),
     }
 
 
@@ -138,3 +155,57 @@ def test_this_project_makes_the_same_messages_and_keys() -> None:
     seed = skeyseed_resume(SUITE.prf, v["SK_d_old"], v["Ni"], v["Nr"])
     keys = derive_keys(SUITE, seed, v["Ni"], v["Nr"], v["SPIi"], v["SPIr"])
     assert tuple(keys) == tuple(v[name] for name in ("SK_d", "SK_ai", "SK_ar", "SK_ei", "SK_er", "SK_pi", "SK_pr"))
+
+
+ESTABLISHED = 1795910400
+KEY = f"ike:stub:{{{OLD}/cd}}:cddb1f1df6a1b967"
+
+
+def test_the_stub_is_the_pages_table_of_elements_in_messagepack() -> None:
+    assert VALUES["stub"][0] == 1
+    elements: list[Any] = msgspec.msgpack.decode(VALUES["stub"][1:])
+    old, client = bytes((192, 0, 2, 1)) + (4500).to_bytes(2), bytes((192, 0, 2, 10)) + (4500).to_bytes(2)
+    spis = bytes.fromhex("5a1e2f3d4c5b6a79") + VALUES["old SPI"]
+    assert elements[:6] == [None, spis, False, b"\x02vpn.example.org", b"\x03client@example.org", None]
+    assert elements[6:12] == [[12, 128, 12, 5, 31], VALUES["SK_d_old"], None, old, client, "gw"]
+    assert elements[12:14] == [[], [bytes((10, 20, 1, 1))]]
+    assert elements[16] is None
+    # the gateway's network is a range (8), the client's virtual IP dynamic (2)
+    inner = b"\x08" + bytes((10, 10, 0, 0, 10, 10, 255, 255))
+    outer = b"\x02" + bytes((10, 20, 1, 1))
+    spi_pair = SPI_OLD.to_bytes(4) + bytes.fromhex("c4d5e6f7")
+    assert elements[17] == [["net", False, 2, 0, 20, 128, 0, 0, [], spi_pair, inner, outer]]
+    assert elements[18:] == [ESTABLISHED, 14400, None, 15840, 250, 2]
+
+
+def test_the_sealed_stub_opens_with_the_line_of_the_key_file_at_its_place_alone() -> None:
+    key_id, _, key = section().partition("the line of the key file `")[2].partition("`")[0].partition(" ")
+    assert bytes.fromhex(key_id) == VALUES["key id"]
+    assert base64.b64decode(key) == VALUES["bank key"]
+    sealed = VALUES["sealed"]
+    assert sealed[:16] == VALUES["key id"] + VALUES["seal nonce"]
+    assert AESGCM(VALUES["bank key"]).decrypt(VALUES["seal nonce"], sealed[16:], KEY.encode()) == VALUES["stub"]
+
+
+def test_the_proofs_of_move_and_moving_have_the_label_of_their_sender() -> None:
+    sk_d, move, moving = VALUES["SK_d_old"], without_proof(VALUES["Move"]), without_proof(VALUES["Moving"])
+    assert VALUES["Move"][-32:] == prf(prf(sk_d, b"IKE_SA_SYNC responder"), move)
+    assert VALUES["Moving"][-32:] == prf(prf(sk_d, b"IKE_SA_SYNC initiator"), move + moving)
+
+
+def test_this_project_makes_the_same_stub_move_and_moving() -> None:
+    stub = decode(VALUES["stub"])
+    assert encode(stub) == VALUES["stub"]
+    assert (stub.index.key, stub.remote) == (KEY, Endpoint(CLIENT, 4500))
+    sa = StubSa(stub.spi_i, stub.spi_r, False, stub.index, SUITE.prf, stub.sk_d)
+    move = build_move(sa, TARGET, move_message_id(ESTABLISHED + 60))
+    assert move == VALUES["Move"]
+    client = StubSa(stub.spi_i, stub.spi_r, True, stub.index, SUITE.prf, stub.sk_d)
+    assert build_moving(client, parse_stub_message(move), MoveStatus.MOVING, b"\xaa" * 32) == VALUES["Moving"]
+
+
+def test_a_key_has_its_gateway_in_canonical_text() -> None:
+    index = Index(canonical_address("2001:0DB8:0:0::1"), bytes.fromhex("0123456789abcdef"))
+    assert index.key == "ike:stub:{2001:db8::1/01}:0123456789abcdef"
+    assert index.bucket == "ike:stubs:{2001:db8::1/01}"
+    assert index.gone == "ike:gone:{2001:db8::1/01}"
