@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from bridge.charon.charon import Charon
-from bridge.charon.sa_tracker import Listener
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.config import HaConfig
 
@@ -38,7 +37,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_connections_loaded_after_a_slow_comparison_are_known_before_the_next_one() -> None:
-    charon = Charon("/nowhere", HaConfig(), cast(Listener, None))
+    charon = Charon("/nowhere", HaConfig())
     vici = SlowVici()
     charon.vici = cast(Any, vici)
     task = asyncio.create_task(charon._keep_in_step())

@@ -102,7 +102,7 @@ class KeyRotation:
             return
         try:
             self._keyring.replace(Keyring.load(self._file))
-        except SealError as error:
+        except (SealError, OSError) as error:
             log.warning("keys-not-reloaded", reason=str(error), mend="the keys in memory stay in use")
         else:
             log.info("keys-reloaded", keys=[key_id.hex() for key_id in self._keyring.ids])

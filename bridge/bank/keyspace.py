@@ -14,10 +14,9 @@ from typing import Any, Final, NamedTuple
 
 import structlog
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import RedisError
 
-from bridge.bank.redis_url import connect
-from bridge.service.tasks import end
+from bridge.bank.redis_url import FAILURES, connect
+from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
 
@@ -62,7 +61,7 @@ class Keyspace:
 
     def start(self) -> None:
         """Begin to listen, and begin again whenever Redis goes."""
-        self._task = asyncio.create_task(self._keep(), name="keyspace")
+        self._task = spawn("keyspace", self._keep())
 
     async def close(self) -> None:
         """Stop listening."""
@@ -82,7 +81,7 @@ class Keyspace:
     async def _change(self, method: str, pattern: str) -> None:
         for listening in self._listening:
             # one that has gone is opened again with the patterns of then
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(*FAILURES):
                 await getattr(listening, method)(_channel(pattern))
 
     async def _keep(self) -> None:
@@ -90,7 +89,7 @@ class Keyspace:
         while True:
             try:
                 await self._listen()
-            except (RedisError, OSError, TimeoutError) as error:
+            except FAILURES as error:
                 if self._listening:
                     delay, told = BACK_OFF_MIN, False
                     self._listening = []
@@ -136,7 +135,7 @@ class Keyspace:
         finally:
             await end(*tasks)
             for client in {*clients, main}:
-                with contextlib.suppress(RedisError, OSError):
+                with contextlib.suppress(*FAILURES):
                     await client.aclose()
 
     async def _read(self, listening: Any) -> None:

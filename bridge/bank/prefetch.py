@@ -19,7 +19,7 @@ from msgspec import Struct
 from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, GatewaySign, StubBank
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.write_queue import Writable
-from bridge.service.tasks import end
+from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Index, Stub, StubError
 
 log = structlog.get_logger()
@@ -101,7 +101,7 @@ class Prefetch:
         """Fetch all stubs of a gateway in the background, unless that goes on already."""
         if gateway not in self._tasks:
             self.progress[gateway] = Progress(gateway)
-            task = asyncio.create_task(self._fetch(gateway), name=f"download {gateway}")
+            task = spawn(f"download {gateway}", self._fetch(gateway))
             self._tasks[gateway] = task
             task.add_done_callback(lambda done: self._ended(gateway, done))
 
@@ -111,7 +111,7 @@ class Prefetch:
             task.cancel()
         self._changed.pop(gateway, None)
         if self._stubs.pop(gateway, None) is not None and self._keyspace is not None:
-            task = asyncio.ensure_future(self._keyspace.remove(_pattern(gateway)))
+            task = spawn(f"remove {gateway}", self._keyspace.remove(_pattern(gateway)))
             self._tasks[f"remove {gateway}"] = task
             task.add_done_callback(lambda _: self._tasks.pop(f"remove {gateway}", None))
 

@@ -17,7 +17,7 @@ import structlog
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.redis_bank import GET_TIMEOUT, RedisBank
 from bridge.service import shipped_files
-from bridge.service.tasks import end
+from bridge.service.tasks import end, spawn
 from bridge.stub.keyring import Keyring
 
 log = structlog.get_logger()
@@ -61,7 +61,7 @@ class PrivateBank(RedisBank):
         Where that fails it is logged and tried again: calls to the bank raise BankUnavailable meanwhile.
         """
         first = asyncio.get_running_loop().create_future()
-        self._keeper = asyncio.create_task(self._keep(first), name="private-redis")
+        self._keeper = spawn("private-redis", self._keep(first))
         await first
 
     async def close(self) -> None:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from redis.asyncio import RedisCluster
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError
 
 from bridge.bank.interface import BankUnavailable
-from bridge.bank.redis_url import Client, connect
+from bridge.bank.redis_url import FAILURES, Client, connect
 from bridge.service import shipped_files
 from bridge.stub.types import printable
 
@@ -72,7 +72,7 @@ class RedisClient:
             yield
         except TimeoutError:
             raise BankUnavailable("Redis did not answer in time") from None
-        except (RedisError, OSError) as error:
+        except FAILURES as error:
             raise BankUnavailable(_cause(error)) from None
 
     async def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
@@ -11,10 +11,15 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisClusterException, RedisError
 
 from bridge.net.redis_url import CLUSTER, SINGLE, parse
 
 Client: TypeAlias = "Redis | RedisCluster"
+
+FAILURES: Final = (RedisError, RedisClusterException, OSError)
+"""all that a client raises where Redis cannot be reached, or refuses: redis-py's errors of a Cluster without a
+reachable node, or with a slot that no node serves, are no RedisError. TimeoutError is an OSError."""
 
 
 def connect(url: str, timeout: float) -> Client:

@@ -28,7 +28,7 @@ import structlog
 from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, GatewaySign
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.replica import Replica
-from bridge.service.tasks import end
+from bridge.service.tasks import end, spawn
 from bridge.stub.readable import Readable
 from bridge.stub.stub import Index, Stub
 
@@ -79,7 +79,7 @@ class ReplicatedBank:
         for tier in self._all:
             tier.on_up = self._returned
             tier.start()
-        self._task = asyncio.create_task(self._catch_up(), name="catch-up")
+        self._task = spawn("catch-up", self._catch_up())
 
     async def close(self) -> None:
         """Let go of all banks."""

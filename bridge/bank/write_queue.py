@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import structlog
 
 from bridge.bank.interface import BankUnavailable
-from bridge.service.tasks import end
+from bridge.service.tasks import end, spawn
 from bridge.stub.codec import encode
 from bridge.stub.stub import Index, Stub, StubError
 
@@ -67,6 +67,7 @@ class WriteQueue:
         self, bank: Writable, *, limit: int = LIMIT, delay: float = DELAY, bundle: int = BUNDLE, name: str = "bank"
     ) -> None:
         self.counters = Counters()
+        self._name = name
         self._log = log.bind(bank=name)
         self._bank = bank
         self._limit = limit
@@ -128,7 +129,7 @@ class WriteQueue:
         self._idle.clear()
         self._news.set()
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._write(), name="bank-writer")
+            self._task = spawn(f"write {self._name}", self._write())
 
     def _drop(self) -> None:
         while self._by_expiry:

@@ -17,10 +17,11 @@ from bridge.charon.ha_message import HaError, IkeId, version_for
 from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.installer import Installer
-from bridge.charon.sa_tracker import Listener, SaTracker
+from bridge.charon.sa_tracker import Listener, Listeners, SaTracker
 from bridge.charon.vici_client import ViciClient
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
 from bridge.config import HaConfig
+from bridge.service.tasks import end, spawn
 from bridge.stub.child_sa import SpiChoice
 
 log = structlog.get_logger()
@@ -39,14 +40,17 @@ Recover = Callable[[list[SaInfo]], Awaitable[list[IkeSa] | None]]
 """the SAs of a list whose keys are known elsewhere; None where that cannot be told now"""
 
 
-class Charon:
-    """One charon. `recover` may supply SAs whose keys are known from elsewhere (the bank), so that charon need not
-    be asked, which has it rekey their CHILD_SAs."""
+async def no_recovery(_: list[SaInfo]) -> list[IkeSa]:
+    """Recover where no keys are known from elsewhere."""
+    return []
 
-    def __init__(
-        self, vici: str, ha: HaConfig, listener: Listener, recover: Recover | None = None, *, at_once: bool = True
-    ) -> None:
-        self.tracker = SaTracker(listener, wall=time.time, clock=time.monotonic)
+
+class Charon:
+    """One charon. What its SAs do is passed on from `start` on; until then the kernel and charon keep it."""
+
+    def __init__(self, vici: str, ha: HaConfig) -> None:
+        self._listeners = Listeners()
+        self.tracker = SaTracker(self._listeners, wall=time.time, clock=time.monotonic)
         self.channel = HaChannel(ha.listen, ha.charon, self.tracker.handle, receive_buffer=ha.receive_buffer)
         self.landing = SegmentChooser(ha.segments)
         self.installer = Installer(self.channel, self.landing)
@@ -55,8 +59,7 @@ class Charon:
         self.release = ""
         self.reconciled = asyncio.Event()
         """set once the SAs that charon had when the sidecar came are known"""
-        self._recover = recover
-        self._at_once = at_once
+        self._recover: Recover = no_recovery
         self._pfs: dict[tuple[str, str], str] = {}
         self._inode: int | None = None
         self._asked: set[bytes] = set()
@@ -64,24 +67,27 @@ class Charon:
         self._due = asyncio.Event()
         self._unknown = False
         self._waited = 0.0
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self) -> None:
-        """Begin to listen; the HA channel is held from before, by `channel.open()`."""
+    def start(self, *listeners: Listener, recover: Recover = no_recovery) -> None:
+        """Begin to pass on to `listeners` what charon's SAs do; the HA channel is held from before, by
+        `channel.open()`. `recover` supplies SAs whose keys are known from elsewhere (the bank), so that charon need
+        not be asked, which has it rekey their CHILD_SAs."""
+        self._listeners.each = listeners
+        self._recover = recover
         self.channel.start()
         self.vici.start()
-        self._task = asyncio.create_task(self._keep_in_step(), name="reconcile")
+        self._tasks.append(spawn("reconcile", self._keep_in_step()))
 
-    def pause(self) -> None:
-        """Hear nothing more. What the HA channel brings from here on the kernel keeps for the next process."""
-        if self._task is not None:
-            self._task.cancel()
+    async def pause(self) -> None:
+        """Pass on nothing more. What the HA channel brings from here on the kernel keeps for the next process."""
+        await end(*self._tasks)
         self.vici.close()
         self.channel.pause()
 
     async def close(self) -> None:
         """Let go of charon; its SAs stay."""
-        self.pause()
+        await self.pause()
         self.channel.close()
 
     def ready(self) -> bool:
@@ -97,12 +103,11 @@ class Charon:
         return found
 
     def takes_at_once(self, connection: str, child: str) -> bool:
-        """Whether a CHILD_SA may come up in the round trip of its IKE_SA here: configured, and without a key exchange
+        """Whether a CHILD_SA can come up in the round trip of its IKE_SA here: configured, and without a key exchange
         of its own (PFS), as far as swanctl.conf tells."""
         found = self.tracker.connections.get(connection)
         return (
-            self._at_once
-            and found is not None
+            found is not None
             and any(configured.name == child for configured in found.children)
             and (connection, child) not in self._pfs
         )
@@ -211,7 +216,7 @@ class Charon:
             # what ended meanwhile, or while the first list was on its way, is not missing
             still, since = await self._compare()
             missing = {spis: info for spis, info in still.items() if spis in missing}
-        if missing and self._recover is not None:
+        if missing:
             recovered = await self._recover(list(missing.values()))
             if recovered is None:
                 # charon would have to rekey CHILD_SAs for what the bank may well have

@@ -47,6 +47,34 @@ class Listener(Protocol):
         """VICI says that an IKE_SA went down; its state is DELETING if one of the sides asked for that."""
 
 
+class Listeners:
+    """Listener that passes on everything to those in `each`, in their order: there are none before charon's news is
+    read, and one for each role of the sidecar afterwards."""
+
+    def __init__(self) -> None:
+        self.each: tuple[Listener, ...] = ()
+
+    def changed(self, sa: IkeSa) -> None:
+        """See Listener."""
+        for listener in self.each:
+            listener.changed(sa)
+
+    def gone(self, sa: IkeSa) -> None:
+        """See Listener."""
+        for listener in self.each:
+            listener.gone(sa)
+
+    def verified(self, ike_id: IkeId) -> None:
+        """See Listener."""
+        for listener in self.each:
+            listener.verified(ike_id)
+
+    def down(self, sa: SaInfo) -> None:
+        """See Listener."""
+        for listener in self.each:
+            listener.down(sa)
+
+
 class SaTracker:
     """The IKE_SAs of one charon, by both SPIs.
 

@@ -8,13 +8,11 @@ import shutil
 import time
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from bridge.bank import gateway_facts
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis_bank import GATEWAYS, HEARTBEAT
-from bridge.bank.redis_url import Client, connect
+from bridge.bank.redis_url import FAILURES, Client, connect
 from bridge.charon.vici_client import ViciClient
 from bridge.charon.vici_types import ViciError
 from bridge.check.charon import CharonAnswer
@@ -49,7 +47,7 @@ async def _another(name: str, url: str) -> Finding:
     try:
         began = time.monotonic()
         await client.ping()
-    except (RedisError, OSError) as error:
+    except FAILURES as error:
         return fail(name, printable(str(error)), "is its URL right, and the server up and open to this gateway?")
     finally:
         await client.aclose()
@@ -70,7 +68,7 @@ async def _main(config: GatewayConfig, charon: CharonAnswer | None) -> list[Find
         findings = await _reach(client)
         findings += await _events(config.bank.url, client)
         return findings + await _others(client, config, charon)
-    except (RedisError, OSError) as error:
+    except FAILURES as error:
         return [fail("bank", printable(str(error)), "is bank.url right, and the server up?")]
     finally:
         await client.aclose()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -38,9 +37,7 @@ def gateway(path: str | None) -> None:
     Stores a stub of every IKE_SA of the local charon in the bank, and answers clients that resume here.
     """
     config = read_config(path, GatewayConfig)
-    from bridge.gateway.daemon import run_gateway
-
-    _run(lambda: run_gateway(config))
+    _run(config)
 
 
 @click.command()
@@ -51,20 +48,22 @@ def client(path: str | None) -> None:
     Moves the local charon's IKE_SA to another gateway when its own dies, or when `resume` asks for it.
     """
     config = read_config(path, ClientConfig)
-    from bridge.client.daemon import run_client
-
-    _run(lambda: run_client(config))
+    _run(config)
 
 
-def _run(main: Callable[[], None]) -> None:
-    from bridge.service.process import StartError
+def _run(*configs: GatewayConfig | ClientConfig) -> None:
+    from bridge.service.process import StartError, TaskFailed
+    from bridge.sidecar import run_sidecar
 
     try:
-        main()
+        run_sidecar(configs)
     except ConfigError as error:
         fail(error, BAD_CONFIGURATION)
     except (StartError, control.ControlError) as error:
         fail(error)
+    except TaskFailed:
+        # the units start it again (Restart=on-failure)
+        sys.exit(1)
 
 
 def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from bridge.charon.charon import Charon
 from bridge.client.outcome import Outcome, Result
 from bridge.client.sessions import Sessions
 from bridge.config import GatewayEntry
+from bridge.service.tasks import end, spawn
 
 NEWS_SECONDS = 0.05
 RETURN_MIN, RETURN_MAX = 5.0, 60.0
@@ -31,13 +32,17 @@ class AutoResume:
         """Try from now on."""
         task = self._returning.get(connection)
         if task is None or task.done():
-            self._returning[connection] = asyncio.create_task(self._return(connection))
+            self._returning[connection] = spawn(f"return {connection}", self._return(connection))
 
     def stop(self, connection: str) -> None:
         """Try no more."""
         task = self._returning.pop(connection, None)
         if task is not None:
             task.cancel()
+
+    async def close(self) -> None:
+        """Stop."""
+        await end(*self._returning.values())
 
     async def _return(self, connection: str) -> None:
         # the HA message with the same news may still be on its way

@@ -36,6 +36,7 @@ from bridge.config import ClientConfig, GatewayEntry
 from bridge.ike.message import ExchangeType
 from bridge.net.interface import Sender
 from bridge.net.packet import EXCHANGE_OFFSET, Datagram
+from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
 
@@ -61,9 +62,7 @@ class Initiator:
         self._clock = clock
         self._sessions = Sessions(charon, config.gateways, clock=clock, wall=wall)
         self.keeper = StubKeeper(config.held, charon.tracker, sender, lambda: self._sessions, random=random, wall=wall)
-        self._handover = Switchover(
-            charon, self._sessions, config.resume.initiate_timeout, random=random, clock=clock, wall=wall
-        )
+        self._handover = Switchover(charon, self._sessions, config.resume, random=random, clock=clock, wall=wall)
         self._asker = SyncRequester(
             sender, config.resume, self.keeper.stub_of, self._handover.offer, random=random, clock=clock
         )
@@ -82,6 +81,12 @@ class Initiator:
                 self._restored.add(sa.id.spis)
         if self._restored and self._config.resume_on_down:
             await self._comeback.restored(self._config.gateways)
+
+    async def close(self) -> None:
+        """Stop; what is held on disk stays."""
+        await self._comeback.close()
+        await end(*self._moving.values())
+        await self.keeper.close()
 
     # news from charon (Listener)
 
@@ -151,7 +156,7 @@ class Initiator:
         """`stay`: its gateway lives, so it stays there where the other one does not resume it."""
         task = self._moving.get(connection)
         if task is None:
-            task = asyncio.create_task(self._move(connection, to, stay), name=f"move {connection}")
+            task = spawn(f"move {connection}", self._move(connection, to, stay))
             self._moving[connection] = task
             task.add_done_callback(lambda _: self._moving.pop(connection, None))
         return task

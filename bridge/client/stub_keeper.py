@@ -25,6 +25,7 @@ from bridge.ike.message import MalformedMessage
 from bridge.ike.stub_exchange import StubMessage, build_get, parse_stub_message, verify
 from bridge.net.interface import Sender
 from bridge.net.packet import PORT_NAT_T
+from bridge.service.tasks import end, spawn
 from bridge.stub.stub import StubError
 
 log = structlog.get_logger()
@@ -103,10 +104,7 @@ class StubKeeper:
     async def close(self) -> None:
         """Stop; what is held on disk stays."""
         tasks = [holding.task for holding in self._held.values()]
-        waiting = [task for task in (*tasks, self._saving) if task is not None]
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        await end(*(task for task in (*tasks, self._saving) if task is not None))
 
     # what is held
 
@@ -132,7 +130,7 @@ class StubKeeper:
             holding.shape = _shape(sa)
             if holding.task is not None:
                 holding.task.cancel()
-            holding.task = asyncio.create_task(self._keep(sa, holding), name=f"hold {sa.connection}")
+            holding.task = spawn(f"hold {sa.connection}", self._keep(sa, holding))
 
     async def _keep(self, sa: IkeSa, holding: _Holding) -> None:
         pause, retry = SETTLE_SECONDS, RETRY_MIN
@@ -199,7 +197,7 @@ class StubKeeper:
         """The sessions are others than before, or their stubs are."""
         self._dirty.set()
         if self._saving is None:
-            self._saving = asyncio.create_task(self._save(), name="held")
+            self._saving = spawn("save", self._save())
 
     async def _save(self) -> None:
         while True:

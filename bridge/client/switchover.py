@@ -18,10 +18,11 @@ from bridge.charon.ike_sa import IkeSa, new_conditions
 from bridge.charon.vici_types import ViciError
 from bridge.client.sessions import Sessions
 from bridge.client.sync_request import Answer
-from bridge.config import GatewayEntry
+from bridge.config import GatewayEntry, ResumeConfig
 from bridge.ike import key_confirmation
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import derive_keys, derive_sk_d, skeyseed_resume
+from bridge.service.tasks import end
 from bridge.stub.child_sa import NOTHING, Offer, offer, stays
 from bridge.stub.types import Endpoint
 
@@ -32,14 +33,13 @@ Confirm = Callable[[Confirmation, Answer], Awaitable[bool]]
 
 
 class Switchover:
-    """Makes the client's charon go on with an IKE_SA at another gateway. `patience`: how long charon has to bring up an
-    SA or a CHILD_SA, in seconds."""
+    """Makes the client's charon go on with an IKE_SA at another gateway."""
 
     def __init__(
         self,
         charon: Charon,
         sessions: Sessions,
-        patience: float,
+        config: ResumeConfig,
         *,
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
@@ -47,7 +47,8 @@ class Switchover:
     ) -> None:
         self._charon = charon
         self._sessions = sessions
-        self._patience = patience
+        self._patience = config.initiate_timeout
+        self._children_at_once = config.children_at_once
         self._random = random
         self._clock = clock
         self._wall = wall
@@ -55,7 +56,7 @@ class Switchover:
     def offer(self, sa: IkeSa, gateway: GatewayEntry, local: Endpoint) -> Offer:
         """The CHILD_SAs of an SA to ask a gateway for at once, from `local`: none where the exchange that then has to
         confirm them cannot be made."""
-        if not key_confirmation.possible(sa.suite):
+        if not self._children_at_once or not key_confirmation.possible(sa.suite):
             return NOTHING
         assert sa.local is not None
         assert sa.remote is not None
@@ -105,7 +106,7 @@ class Switchover:
             raise
         finally:
             if confirmed is not None:
-                confirmed.cancel()
+                await end(confirmed)
         self._sessions.replaced(old.connection)
         self._charon.reconcile_soon()
         return new, names, up

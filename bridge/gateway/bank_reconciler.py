@@ -24,7 +24,7 @@ from bridge.charon.vici_types import ViciError
 from bridge.config import GatewayConfig
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
-from bridge.service.tasks import end
+from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Index
 
 log = structlog.get_logger()
@@ -71,10 +71,10 @@ class BankReconciler:
         """Begin."""
         self._keyspace.start()
         self._tasks = [
-            asyncio.create_task(self._keep_compared(), name="compare"),
-            asyncio.create_task(self._rotation.run(), name="keys"),
-            asyncio.create_task(self._keep_stats(), name="stats"),
-            asyncio.create_task(self._keep_facts(), name="facts"),
+            spawn("compare", self._keep_compared()),
+            spawn("keys", self._rotation.run()),
+            spawn("stats", self._keep_stats()),
+            spawn("facts", self._keep_facts()),
         ]
 
     async def close(self) -> None:

@@ -36,7 +36,7 @@ from bridge.config import canonical_address
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_move, move_message_id, parse_stub_message, verify
 from bridge.net.interface import Sender
 from bridge.net.packet import PORT_NAT_T
-from bridge.service.tasks import end
+from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Index
 
 log = structlog.get_logger()
@@ -172,7 +172,7 @@ class Drain:
         wanted = math.ceil(request["share"] * len(sas))
         self._run = _Run(to, request["rate"], self._clock(), len(sas), wanted, deque(able))
         self._run.outcomes.update((Result.LEFT, reason) for reason in lacking.values())
-        self._task = asyncio.create_task(self._drain(self._run), name="drain")
+        self._task = spawn("drain", self._drain(self._run))
         log.info("drain-begins", to=to, sessions=len(sas), wanted=wanted)
         return await self.progress({})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from bridge.bank.prefetch import Prefetch
 from bridge.bank.write_queue import WriteQueue
@@ -30,19 +30,11 @@ def of_stubs(metrics: Metrics, charon: Charon, writer: WriteQueue, cache: Prefet
     total("bank_cache_hits", "stubs served without a look into the bank", lambda: cache.hits)
 
 
-def of_queue(metrics: Metrics, interceptor: Callable[[], Interceptor | None]) -> None:
-    """The kernel's queue of requests; there is none until the sidecar has got it."""
-
-    def read(what: str) -> Callable[[], float]:
-        def value() -> float:
-            queue = interceptor()
-            return float(getattr(queue.stats(), what)) if queue else 0.0
-
-        return value
-
-    metrics.total("nfqueue_drops", "requests the kernel dropped from the queue", read("drops"))
-    metrics.total("nfqueue_packets", "packets read from the queue", read("seen"))
-    metrics.gauge("nfqueue_waiting", "packets in the kernel's queue", read("waiting"))
+def of_queue(metrics: Metrics, queue: Interceptor) -> None:
+    """The kernel's queue of requests."""
+    metrics.total("nfqueue_drops", "requests the kernel dropped from the queue", lambda: queue.stats().drops)
+    metrics.total("nfqueue_packets", "packets read from the queue", lambda: queue.stats().seen)
+    metrics.gauge("nfqueue_waiting", "packets in the kernel's queue", lambda: queue.stats().waiting)
 
 
 class GatewayMetrics(Metrics):

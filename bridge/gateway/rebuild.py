@@ -91,7 +91,11 @@ class Decision:
         # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
         # that is here from it; and those of two attempts would share policies, which go with the first that ends. Then
         # they come up by CREATE_CHILD_SA, under keys that a replay has not.
-        alone = stub.spi_i + stub.spi_r not in self._charon.tracker.sas and not self._unconfirmed.attempts(stub.index)
+        alone = (
+            self._sync.children_at_once
+            and stub.spi_i + stub.spi_r not in self._charon.tracker.sas
+            and not self._unconfirmed.attempts(stub.index)
+        )
         granted = grant(
             stub.children,
             request.sync.children if alone else (),

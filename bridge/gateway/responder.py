@@ -37,6 +37,7 @@ from bridge.ike.stub_exchange import StubMessage
 from bridge.ike.sync_exchange import SyncRequest, parse_request
 from bridge.net.interface import Packet, Sender
 from bridge.net.packet import EXCHANGE_OFFSET
+from bridge.service.tasks import end, spawn
 from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
@@ -113,15 +114,14 @@ class Responder:
     def start(self) -> None:
         """Begin to serve; call on the event loop."""
         self._tasks = [
-            asyncio.create_task(self._serve(), name="serve"),
-            asyncio.create_task(self._batches.run(), name="install"),
-            asyncio.create_task(self._look_around(), name="unconfirmed"),
+            spawn("serve", self._serve()),
+            spawn("install", self._batches.run()),
+            spawn("unconfirmed", self._look_around()),
         ]
 
     async def close(self) -> None:
         """Stop serving; undecided packets go to charon, unconfirmed SAs are removed."""
-        for task in self._tasks:
-            task.cancel()
+        await end(*self._tasks)
         for packet, _, _ in self._waiting:
             packet.accept()
         self._waiting.clear()

@@ -26,6 +26,7 @@ from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt, State
 from bridge.gateway.recent import Recent, Spent
+from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Index
 from bridge.stub.types import Endpoint
 
@@ -70,8 +71,7 @@ class Unconfirmed:
 
     async def close(self) -> None:
         """Remove all of them."""
-        for task in self._drops:
-            task.cancel()
+        await end(*self._drops)
         with contextlib.suppress(ChannelError):
             await self._remove(list(self._by_spis.values()))
 
@@ -200,7 +200,7 @@ class Unconfirmed:
             self.forget(made)
 
     def _drop_later(self, ike_ids: list[IkeId]) -> None:
-        task = asyncio.ensure_future(self.drop(ike_ids))
+        task = spawn("drop", self.drop(ike_ids))
         self._drops.add(task)
         task.add_done_callback(self._drops.discard)
 

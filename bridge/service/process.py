@@ -22,7 +22,7 @@ from bridge.service import log as logging
 from bridge.service.control import Answer
 from bridge.service.metrics import Metrics
 from bridge.service.systemd import notify
-from bridge.service.tasks import end
+from bridge.service.tasks import SUPERVISED, end
 
 log = structlog.get_logger()
 
@@ -38,8 +38,12 @@ class StartError(Exception):
     """The sidecar cannot run at all; the text names the cause and the mend."""
 
 
+class TaskFailed(Exception):
+    """A background task failed. The log has its name and why; nothing but the exit status is left to be said."""
+
+
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run one sidecar to its end. Raises StartError."""
+    """Run one sidecar to its end. Raises StartError, TaskFailed."""
     # keys are in this process's memory: no core dump may hold them
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # seconds: a long list that VICI's thread parses must not keep the event loop waiting for 5 ms each time
@@ -61,40 +65,61 @@ def _announce_ready() -> None:
     print("ready", flush=True)
 
 
-async def _until_stopped() -> None:
-    """Wait for SIGTERM or SIGINT; meanwhile systemd is told that this process lives."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
-    while not stop.is_set():
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(watchdog or None):
-                await stop.wait()
-        if watchdog:
-            notify("WATCHDOG=1")
-    notify("STOPPING=1")
+class _Life:
+    """How long the process runs: until SIGTERM, SIGINT, or the failure of a background task (bridge.service.tasks)."""
 
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.failed = False
+        self._over = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._over.set)
+        loop.set_exception_handler(self._report)
 
-async def _or_stopped(work: Coroutine[Any, Any, None]) -> bool:
-    """Run `work` until it ends or a stop signal comes; whether it ended. Its exceptions pass through."""
-    task = asyncio.ensure_future(work)
-    stop = asyncio.ensure_future(_until_stopped())
-    done, pending = await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-    await end(*pending)
-    if task in done:
-        task.result()
-    return task in done
+    def _report(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        reason = context["message"] if error is None else f"{type(error).__name__}: {error}"
+        name = context.get(SUPERVISED)
+        if name is None:
+            # a callback, which is called again for the next packet; or a task of a library
+            log.error("callback-failed", message=context["message"], reason=reason, exc_info=error)
+            return
+        log.error("task-failed", task=name, reason=reason, exc_info=error, mend="the process ends; systemd restarts it")
+        self.failed = True
+        self._over.set()
+
+    async def over(self) -> None:
+        """Wait for the end; meanwhile systemd is told that this process lives."""
+        watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+        while not self._over.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(watchdog or None):
+                    await self._over.wait()
+            if watchdog:
+                notify("WATCHDOG=1")
+        notify("STOPPING=1")
+
+    async def completes(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Run `work` until it returns or this life is over; whether it returned. Its exceptions pass through."""
+        task = asyncio.create_task(work, name="start")
+        over = asyncio.create_task(self.over(), name="over")
+        done, pending = await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
+        await end(*pending)
+        if task in done:
+            task.result()
+        return task in done
 
 
 async def serve(log_as: LogConfig, start: Callable[[AsyncExitStack], Coroutine[Any, Any, None]]) -> None:
-    """Start a sidecar's parts, and keep them until a stop signal. Raises StartError."""
+    """Start a sidecar's parts, and keep them until a stop signal or the failure of a background task; then stop them
+    in order. Raises StartError, TaskFailed."""
     logging.configure(log_as.level, log_as.format)
+    life = _Life(asyncio.get_running_loop())
     async with AsyncExitStack() as stack:
-        if await _or_stopped(start(stack)):
+        if await life.completes(start(stack)):
             _announce_ready()
-            await _until_stopped()
+            await life.over()
+    if life.failed:
+        raise TaskFailed
 
 
 async def retry(name: str, attempt: Callable[[], object], *errors: type[Exception]) -> None:

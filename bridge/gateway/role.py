@@ -1,0 +1,203 @@
+"""The gateway role of a sidecar: its parts put together, started and stopped (bridge.sidecar says in which order)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from bridge.bank import bank_url, open_bank
+from bridge.bank.interface import StubBank
+from bridge.bank.key_rotation import KeyRotation
+from bridge.bank.prefetch import Prefetch
+from bridge.bank.replicated import ReplicatedBank
+from bridge.bank.write_queue import WriteQueue
+from bridge.charon import metrics as charon_metrics
+from bridge.charon.charon import Charon
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.status import charon_status, sa_rows
+from bridge.charon.vici_types import SaInfo
+from bridge.config import ConfigError, GatewayConfig
+from bridge.gateway import metrics
+from bridge.gateway.bank_reconciler import BankReconciler
+from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.drain import Drain
+from bridge.gateway.heartbeat import Heartbeat
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.publisher import Publisher
+from bridge.gateway.responder import Responder
+from bridge.gateway.stub_lookup import StubLookup
+from bridge.net import firewall
+from bridge.net.interface import Sender
+from bridge.net.nfqueue import Interceptor, InterceptUnavailable
+from bridge.service.control import Answer, Command, ControlServer
+from bridge.service.process import log_level, raw_udp, retry, serve_metrics
+from bridge.service.tasks import end, spawn
+from bridge.stub.keyring import Keyring, SealError
+
+
+def load_keyring(key_file: str | Path) -> Keyring:
+    """The gateways' keys. Raises ConfigError for a file that cannot be used."""
+    try:
+        return Keyring.load(key_file)
+    except (SealError, OSError) as error:
+        raise ConfigError(f"bank.key_file: {error}") from error
+
+
+class GatewayRole:
+    """Stores a stub of each of charon's IKE_SAs in the bank, and resumes from it. It is a Listener of charon's
+    (bridge.charon.sa_tracker)."""
+
+    @classmethod
+    async def open(cls, config: GatewayConfig, keyring: Keyring, charon: Charon, stack: AsyncExitStack) -> GatewayRole:
+        """The role with its bank and its raw socket, closed with `stack`. Raises StartError."""
+        raw = raw_udp(stack)
+        bank = await open_bank(config.bank, keyring, serve=True)
+        role = cls(config, keyring, charon, bank, raw)
+        stack.push_async_callback(role._bank.close)
+        stack.push_async_callback(role._writer.close)
+        return role
+
+    def __init__(
+        self, config: GatewayConfig, keyring: Keyring, charon: Charon, places: StubBank, sender: Sender
+    ) -> None:
+        self._config = config
+        self._charon = charon
+        self._metrics = GatewayMetrics()
+        self._replicas = places if isinstance(places, ReplicatedBank) else None
+        # in mode distributed the bank at hand is as near as this process's memory, and all others know it
+        near = self._replicas.near if self._replicas is not None and config.bank.mode == "distributed" else None
+        self._bank = bank = Prefetch(places, limit=config.bank.cache, near=near)
+        self._writer = WriteQueue(bank, limit=config.bank.pending)
+        self._heartbeat = Heartbeat(bank, charon.tracker, config.address, self._metrics)
+        self._publisher = Publisher(self._writer, bank, config.address, config.sync)
+        stubs = ClientStubs(config.sync.client_stub, keyring, charon.tracker, sender, config.address, self._metrics)
+        lookup = StubLookup(
+            bank,
+            stubs,
+            self._metrics,
+            reachable=lambda: self._heartbeat.bank_reachable,
+            timeout=config.bank.get_timeout,
+        )
+        self._drain = Drain(charon, bank, sender, config.address)
+        self._responder = Responder(
+            charon,
+            lookup,
+            stubs,
+            self._writer,
+            sender,
+            config.sync,
+            self._metrics,
+            self._publisher.publish,
+            self._drain.moving,
+        )
+        self._interceptor = Interceptor(config.intercept.queue, self._responder.packets, self._responder.busy)
+        self._rotation = KeyRotation(bank, keyring, config.bank.key_file, config.address)
+        self._reconciler = BankReconciler(
+            config, bank_url(config.bank), bank, self._rotation, charon, self._publisher, self._metrics
+        )
+        if self._replicas is not None:
+            self._replicas.on_return = self._reconciler.returned
+        self._gauges()
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Begin to serve metrics and the control socket, and to answer; ended with `stack`. Raises StartError,
+        ControlError."""
+        stack.callback(serve_metrics(self._metrics, self._config.metrics))
+        commands: dict[str, Command] = {
+            "status": self._status,
+            "log-level": log_level,
+            "fetch": self._reconciler.fetch,
+            "fetched": self._reconciler.progress,
+            "drain": self._drain.start,
+            "drained": self._drain.progress,
+            "drain-stop": self._drain.stop,
+        }
+        control = ControlServer(self._config.control, commands)
+        await control.start()
+        stack.push_async_callback(control.close)
+        self._responder.start()
+        stack.push_async_callback(self._responder.close)
+        stack.push_async_callback(self._drain.close)
+
+    async def follow(self, stack: AsyncExitStack) -> None:
+        """What follows charon: the bank is kept in step, and requests are intercepted; ended with `stack`."""
+        self._reconciler.start()
+        stack.push_async_callback(self._reconciler.close)
+        stack.push_async_callback(end, spawn("heartbeat", self._heartbeat.run()))
+        await self._intercept(stack)
+
+    async def _intercept(self, stack: AsyncExitStack) -> None:
+        config = self._config.intercept
+        loop = asyncio.get_running_loop()
+        await retry("nfqueue", lambda: self._interceptor.start(loop), InterceptUnavailable)
+        stack.callback(self._interceptor.stop)
+        if config.rules != "external":
+            backend = config.rules
+            await retry("rules", lambda: firewall.install(config.queue, backend=backend), firewall.RulesError)
+            stack.callback(firewall.remove)
+
+    # charon's news (bridge.charon.sa_tracker.Listener)
+
+    def changed(self, sa: IkeSa) -> None:
+        """An SA of this gateway came up or changed."""
+        self._publisher.publish(sa)
+
+    def gone(self, sa: IkeSa) -> None:
+        """An SA of this gateway ended."""
+        self._responder.unconfirmed.gone(sa)
+        if sa.up:
+            self._publisher.withdraw(sa)
+
+    def verified(self, ike_id: IkeId) -> None:
+        """A request of a client's verified."""
+        self._responder.unconfirmed.verified(ike_id)
+
+    def down(self, info: SaInfo) -> None:
+        """The HA channel tells the same, with the order kept."""
+
+    async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
+        """SAs that charon has and this sidecar does not know, from the bank (bridge.charon.charon.Recover)."""
+        return await self._publisher.recover(infos)
+
+    # what is told of it
+
+    def _gauges(self) -> None:
+        charon_metrics.of_charon(self._metrics, self._charon)
+        metrics.of_stubs(self._metrics, self._charon, self._writer, self._bank)
+        metrics.of_queue(self._metrics, self._interceptor)
+        gauge, responder, replicas = self._metrics.gauge, self._responder, self._replicas
+        gauge(
+            "toggle_seconds",
+            "how long the last activation kept the IKE_SAs of one segment from answering, at most",
+            lambda: self._charon.installer.toggle_seconds,
+        )
+        gauge("unconfirmed", "rebuilt IKE_SAs not confirmed yet", lambda: len(responder.unconfirmed))
+        gauge("cookies_demanded", "1 while every request must carry a cookie", lambda: float(responder.demanding))
+        gauge(
+            "bank_owed",
+            "stub changes that one bank has and another has yet to get",
+            lambda: replicas.owed if replicas is not None else 0,
+        )
+        gauge("bank_reachable", "1 while the bank answers", lambda: float(self._heartbeat.bank_reachable))
+
+    async def _status(self, _: dict[str, Any]) -> Answer:
+        return {
+            "role": "gateway",
+            "address": self._config.address,
+            "time": int(time.time()),
+            "charon": charon_status(self._charon),
+            "bank": {
+                "reachable": self._heartbeat.bank_reachable,
+                "pending": self._writer.pending,
+                "stubs": self._charon.tracker.count()[1],
+                **self._rotation.status(),
+                "banks": self._replicas.status() if self._replicas else [],
+            },
+            "unconfirmed": len(self._responder.unconfirmed),
+            "sas": await sa_rows(self._charon),
+            "counters": self._metrics.values(),
+        }

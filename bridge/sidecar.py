@@ -1,0 +1,86 @@
+"""The composition root: one charon and the roles that are configured for it, started and stopped in order.
+
+    charon's HA channel is held   what charon sends while the rest is started must not be lost
+    each role is opened           its bank and sockets; its parts are built, and none of them lacks another
+    each role is started          control socket, metrics, answers to requests
+    charon is started             what its SAs do goes to all roles
+    each role follows             what needs charon: the bank is compared with it, requests are intercepted
+    `ready`
+
+They are stopped in the reverse order: charon's news stops before the parts that take it, and the bank's writer ends
+after all that writes. A background task that fails stops everything the same way (bridge.service.process).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Protocol
+
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.sa_tracker import Listener
+from bridge.charon.status import wait_known
+from bridge.charon.vici_types import SaInfo
+from bridge.client.role import ClientRole
+from bridge.config import ClientConfig, GatewayConfig
+from bridge.gateway.role import GatewayRole, load_keyring
+from bridge.service.process import retry, run, serve
+
+RoleConfig = GatewayConfig | ClientConfig
+
+
+class Role(Listener, Protocol):
+    """What this host is for its peers."""
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Begin to serve; what ends it is pushed to `stack`. charon's news is not read yet."""
+
+    async def follow(self, stack: AsyncExitStack) -> None:
+        """Begin with what needs charon's news, which is read now."""
+
+    async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
+        """Those SAs whose keys the role has from elsewhere; None where that cannot be told now."""
+
+
+Open = Callable[[Charon, AsyncExitStack], Awaitable[Role]]
+
+
+def run_sidecar(configs: Sequence[RoleConfig]) -> None:
+    """Run the roles of `configs`, which name the same charon, until a stop signal. Raises ConfigError for a key file
+    that cannot be used, StartError, ControlError, TaskFailed."""
+    run(lambda: serve(configs[0].log, partial(_start, configs)))
+
+
+def _opener(config: RoleConfig) -> Open:
+    """What opens the role of `config`; its files are read before anything is touched. Raises ConfigError."""
+    if isinstance(config, GatewayConfig):
+        return partial(GatewayRole.open, config, load_keyring(config.bank.key_file))
+    return partial(ClientRole.open, config)
+
+
+async def _start(configs: Sequence[RoleConfig], stack: AsyncExitStack) -> None:
+    openers = [_opener(config) for config in configs]
+    charon = Charon(configs[0].vici, configs[0].ha)
+    await retry("ha-channel", charon.channel.open, ChannelError)
+    stack.push_async_callback(charon.close)
+    roles = [await open_role(charon, stack) for open_role in openers]
+    for role in roles:
+        await role.start(stack)
+    charon.start(*roles, recover=partial(_recover, roles))
+    stack.push_async_callback(charon.pause)
+    for role in roles:
+        await role.follow(stack)
+    await wait_known(charon)
+
+
+async def _recover(roles: Sequence[Role], infos: list[SaInfo]) -> list[IkeSa] | None:
+    found: list[IkeSa] = []
+    for role in roles:
+        recovered = await role.recover(infos)
+        if recovered is None:
+            return None
+        found += recovered
+    return found
