@@ -11,6 +11,7 @@ import pytest
 from bank_support import stub_of
 from bridge.charon.charon import Charon
 from bridge.config import SyncConfig
+from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.rebuild import Decision
@@ -47,6 +48,7 @@ def decided(prf: Prf, nonce: bytes, *, proven: bool = True) -> Any:
         cast(ClientStubs, None),
         cast(Unconfirmed, None),
         cast(Admission, None),
+        cast(AddressHolders, None),
         SyncConfig(proof="required" if proven else "optional"),
     )
     return decision.of(cast(Packet, None), request, b"", stub)

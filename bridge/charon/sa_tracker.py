@@ -15,6 +15,7 @@ from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
 from bridge.charon.ike_sa import Condition, IkeSa
 from bridge.charon.sa_recovery import SaRecovery, child_of, drop_unlisted, groups, inherit
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, expiry
+from bridge.charon.virtual_ips import VirtualIps
 from bridge.ike.keys import derive_sk_d, skeyseed_initial, skeyseed_rekey
 from bridge.ike.transforms import Suite, UnsupportedSuite, check_resumable
 from bridge.stub.types import ChildSa
@@ -85,6 +86,7 @@ class SaTracker:
         self.sas: dict[bytes, IkeSa] = {}
         self.connections: dict[str, ConnectionInfo] = {}
         self.unresumable = 0
+        self.virtual_ips = VirtualIps()
         self._listener = listener
         self._wall = wall
         self._clock = clock
@@ -216,6 +218,7 @@ class SaTracker:
             sa.peer_addresses = peers
         if vips := message.all(Attr.REMOTE_VIP):
             sa.remote_vips = tuple(vip.address for vip in vips)
+            self.virtual_ips.put(ike_id.spis, sa.remote_vips, self._clock())
         if vips := message.all(Attr.LOCAL_VIP):
             sa.local_vips = tuple(vip.address for vip in vips)
         if not sa.up and sa.connection and not sa.unproven:
@@ -241,6 +244,7 @@ class SaTracker:
             inherit(sa, old)
             self.recall.rekeyed_again(old, sa)
             sa.rekeyed_from = None
+            self.virtual_ips.put(sa.id.spis, sa.remote_vips, self._clock())
         now = int(self._wall())
         sa.established = now
         info = self._early.pop(sa.id.spis, None)
@@ -260,6 +264,7 @@ class SaTracker:
         sa = self.sas.pop(ike_id.spis, None)
         self._half_open.pop(ike_id.spis, None)
         self._early.pop(ike_id.spis, None)
+        self.virtual_ips.drop(ike_id.spis)
         if sa is not None and (sa.up or sa.adopted):
             self._listener.gone(sa)
 
@@ -295,8 +300,12 @@ class SaTracker:
         """Take in one VICI event."""
         if event.kind == "ike-updown" and event.up is False:
             self._early.pop(event.sa.spis, None)
+            self.virtual_ips.drop(event.sa.spis)
             self._listener.down(event.sa)
             return
+        if event.kind == "ike-updown" and event.sa.remote_vips:
+            # its end is reported in the same way, and after all other events of it
+            self.virtual_ips.put(event.sa.spis, event.sa.remote_vips, self._clock())
         sa = self.sas.get(event.sa.spis)
         if sa is not None and sa.up:
             now = self._clock()
@@ -347,6 +356,7 @@ class SaTracker:
         sa.children_at = sa.seen
         sa.share()
         self.sas[sa.id.spis] = sa
+        self.virtual_ips.put(sa.id.spis, sa.remote_vips, sa.seen)
         self._early.pop(sa.id.spis, None)
 
     def take_back(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
@@ -367,6 +377,7 @@ class SaTracker:
     def forget(self, ike_id: IkeId) -> IkeSa | None:
         """Drop an SA that the sidecar itself removes; nobody is told."""
         self._half_open.pop(ike_id.spis, None)
+        self.virtual_ips.drop(ike_id.spis)
         return self.sas.pop(ike_id.spis, None)
 
     def forget_all(self) -> None:
@@ -374,6 +385,7 @@ class SaTracker:
         self.sas.clear()
         self._half_open.clear()
         self._early.clear()
+        self.virtual_ips.clear()
         self.recall.end()
 
     def child_spis(self) -> Iterator[int]:
@@ -418,6 +430,7 @@ class SaTracker:
         for spis, sa in list(self.sas.items()):
             if sa.up and spis not in present and sa.seen < since:
                 self._delete(sa.id)
+        self.virtual_ips.keep(present, since=since)
 
 
 class Comparison:
@@ -434,6 +447,8 @@ class Comparison:
         """Some of the list."""
         for info in infos:
             self._present.add(info.spis)
+            if info.remote_vips:
+                self._tracker.virtual_ips.put(info.spis, info.remote_vips, self._since)
             if info.version == 2 and info.state == "ESTABLISHED" and not self._tracker.listed(info, since=self._since):
                 self._missing[info.spis] = info
         self._missing |= {info.spis: info for info in self._tracker.recall.awaited(infos)}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 
 from bridge.charon.charon import Charon
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa, new_conditions
 from bridge.config import SyncConfig
+from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.rebuilt import Rebuilt
@@ -27,6 +29,7 @@ from bridge.stub.types import Endpoint
 
 NONCE_OCTETS = 32
 """at least half the key size of every prf (RFC 7296 section 2.10)"""
+NONE: AbstractSet[bytes] = frozenset()
 ATTEMPTS_PER_STUB = 4
 """unconfirmed SAs from one stub at most: a client may start anew, and an old request of its may be replayed"""
 
@@ -41,6 +44,7 @@ class Decision:
         handout: ClientStubs,
         unconfirmed: Unconfirmed,
         admission: Admission,
+        holders: AddressHolders,
         sync: SyncConfig,
         *,
         random: Callable[[int], bytes] = os.urandom,
@@ -51,12 +55,16 @@ class Decision:
         self._handout = handout
         self._unconfirmed = unconfirmed
         self._admission = admission
+        self._holders = holders
         self._sync = sync
         self._random = random
         self._wall = wall
 
-    def of(self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub) -> Rebuilt | Refusal:
-        """Rules 1 and 7: a proven request and the sealed stub alone decide. `digest` is the request's."""
+    def of(
+        self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub, moved_away: AbstractSet[bytes] = NONE
+    ) -> Rebuilt | Refusal:
+        """Rules 1 and 7: a proven request and the sealed stub alone decide. `digest` is the request's. SAs that
+        `moved_away` (both SPIs) hold no address."""
         if stub.index in self._spent:
             # while the stubs of this batch were fetched
             return Refusal.NO_STUB
@@ -71,6 +79,8 @@ class Decision:
             return Refusal.NONCE_SHORT
         if self._charon.connection(stub.connection) is None:
             return Refusal.CONNECTION_MISSING
+        if self._holders.of_others(stub) - self._unconfirmed.made_from(stub.index) - moved_away:
+            return Refusal.ADDRESS_TAKEN
         if (
             len(self._unconfirmed) >= self._sync.max_unconfirmed
             or self._unconfirmed.attempts(stub.index) >= ATTEMPTS_PER_STUB
@@ -91,9 +101,11 @@ class Decision:
         # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
         # that is here from it; and those of two attempts would share policies, which go with the first that ends. Then
         # they come up by CREATE_CHILD_SA, under keys that a replay has not.
+        leftovers = self._holders.beside(stub) - self._unconfirmed.made_from(stub.index)
         alone = (
             self._sync.children_at_once
             and stub.spi_i + stub.spi_r not in self._charon.tracker.sas
+            and not leftovers
             and not self._unconfirmed.attempts(stub.index)
         )
         granted = grant(
@@ -151,7 +163,10 @@ class Decision:
             remote_vips=stub.remote_vips,
             children=granted.children,
         )
-        return Rebuilt(digest, response, stub, sa, install)
+        known = self._charon.tracker.sas
+        return Rebuilt(
+            digest, response, stub, sa, install, tuple(known[spis].id for spis in leftovers if spis in known)
+        )
 
     def _lifetime(self, stub: Stub) -> int:
         """What charon will give the rebuilt SA: that of a fresh one of its connection."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from bridge.charon.ha_commands import Install
+from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.stub.stub import Stub
 
@@ -25,5 +26,7 @@ class Rebuilt:
     old: Stub
     sa: IkeSa
     install: Install
+    leftovers: tuple[IkeId, ...] = ()
+    """SAs here of the same session from before it was at another gateway: they go when this one is confirmed"""
     state: State = State.INSTALLING
     deadline: float = field(default=0.0)

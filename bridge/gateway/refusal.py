@@ -16,6 +16,8 @@ class Refusal(StrEnum):
     BANK_UNAVAILABLE = "bank-unavailable"
     CHARON_UNAVAILABLE = "charon-unavailable"
     CONNECTION_MISSING = "connection-missing"
+    ADDRESS_TAKEN = "address-taken"
+    """an SA of another session has its virtual IP here"""
     TOO_MANY_UNCONFIRMED = "too-many-unconfirmed"
     SOURCE_UNCONFIRMED = "source-unconfirmed"
     SOURCE_RATE = "source-rate"

@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 
 import structlog
 
@@ -21,13 +22,14 @@ from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
 from bridge.config import SyncConfig
+from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission, Demand, Verdict
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.install_queue import InstallQueue
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
-from bridge.gateway.rebuild import Decision
-from bridge.gateway.rebuilt import State
+from bridge.gateway.rebuild import NONE, Decision
+from bridge.gateway.rebuilt import Rebuilt, State
 from bridge.gateway.refusal import Refusal
 from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.gateway.unconfirmed import Unconfirmed
@@ -38,6 +40,7 @@ from bridge.ike.sync_exchange import SyncRequest, parse_request
 from bridge.net.interface import Packet, Sender
 from bridge.net.packet import EXCHANGE_OFFSET
 from bridge.service.tasks import end, spawn
+from bridge.stub.stub import Stub
 from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
@@ -46,6 +49,7 @@ GET_BATCH = 256
 """stubs asked of the bank at once at most: opening them is work, and must not make their own answer late"""
 REFUSALS_LOGGED = 20
 """lines a second at most: whoever sends nonsense shall not fill the disk with it"""
+WARNED_OF = (Refusal.PROOF_WRONG, Refusal.CONNECTION_MISSING, Refusal.ADDRESS_TAKEN)
 
 Waiting = tuple[Packet, SyncRequest, bytes]
 """a packet, the request that it is, and its digest"""
@@ -70,6 +74,7 @@ class Responder:
         metrics: GatewayMetrics,
         publish: Callable[[IkeSa], None],
         moving: Callable[[StubMessage], None],
+        holders: AddressHolders,
         *,
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
@@ -96,8 +101,17 @@ class Responder:
             confirm_timeout=sync.confirm_timeout,
             clock=clock,
         )
+        self._holders = holders
         self._decision = Decision(
-            charon, lookup.spent, handout, self.unconfirmed, self._admission, sync, random=random, wall=wall
+            charon,
+            lookup.spent,
+            handout,
+            self.unconfirmed,
+            self._admission,
+            self._holders,
+            sync,
+            random=random,
+            wall=wall,
         )
         self._batches = InstallQueue(charon, self.unconfirmed, metrics, self._answer, self._coming, clock=clock)
         self._look_around_seconds = min(1.0, sync.confirm_timeout / 4)
@@ -263,15 +277,33 @@ class Responder:
             self._refuse_all(batch, Refusal.CHARON_UNAVAILABLE)
             return
         stubs = await self._lookup.find([request for _, request, _ in batch])
-        for (packet, request, digest), stub in zip(batch, stubs, strict=True):
-            # what the interceptor let go when it ended is charon's to answer
-            if not packet.held or self._too_late(packet, request):
-                continue
-            made = Refusal(stub) if isinstance(stub, Missing) else self._decision.of(packet, request, digest, stub)
-            if isinstance(made, Refusal):
-                self._refuse(packet, request, made)
+        doubtful: list[tuple[Waiting, Stub]] = []
+        for waiting, stub in zip(batch, stubs, strict=True):
+            made = Refusal(stub) if isinstance(stub, Missing) else self._decide(waiting, stub)
+            if made is Refusal.ADDRESS_TAKEN and isinstance(stub, Stub):
+                doubtful.append((waiting, stub))
             else:
-                self._batches.add(packet, made)
+                self._carry_out(waiting, made)
+        if doubtful:
+            # rare: what holds the address may be what is left of the same session
+            moved_away = await self._holders.moved_away([stub for _, stub in doubtful])
+            for waiting, stub in doubtful:
+                self._carry_out(waiting, self._decide(waiting, stub, moved_away))
+
+    def _decide(self, waiting: Waiting, stub: Stub, moved_away: AbstractSet[bytes] = NONE) -> Rebuilt | Refusal | None:
+        """None for a packet that needs no decision any more."""
+        packet, request, digest = waiting
+        # what the interceptor let go when it ended is charon's to answer
+        if not packet.held or self._too_late(packet, request):
+            return None
+        return self._decision.of(packet, request, digest, stub, moved_away)
+
+    def _carry_out(self, waiting: Waiting, made: Rebuilt | Refusal | None) -> None:
+        packet, request, _ = waiting
+        if isinstance(made, Refusal):
+            self._refuse(packet, request, made)
+        elif made is not None:
+            self._batches.add(packet, made)
 
     def _refuse_all(self, batch: list[Waiting], reason: Refusal) -> None:
         for packet, request, _ in batch:
@@ -284,7 +316,7 @@ class Responder:
             self._unlogged += 1
             return
         unlogged, self._unlogged = self._unlogged, 0
-        level = log.warning if reason in (Refusal.PROOF_WRONG, Refusal.CONNECTION_MISSING) else log.info
+        level = log.warning if reason in WARNED_OF else log.info
         level(
             "resumption-refused",
             reason=str(reason),

@@ -22,6 +22,7 @@ from bridge.charon.status import charon_status, sa_rows
 from bridge.charon.vici_types import SaInfo
 from bridge.config import ConfigError, GatewayConfig
 from bridge.gateway import metrics
+from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.drain import Drain
@@ -93,6 +94,7 @@ class GatewayRole:
             self._metrics,
             self._publisher.publish,
             self._drain.moving,
+            AddressHolders(charon, bank, config.address),
         )
         self._interceptor = Interceptor(config.intercept.queue, self._responder.packets, self._responder.busy)
         self._rotation = KeyRotation(bank, keyring, config.bank.key_file, config.address)

@@ -93,6 +93,10 @@ class Unconfirmed:
         """How many wait that were made from one stub."""
         return len(self._by_index.get(index, ()))
 
+    def made_from(self, index: Index) -> set[bytes]:
+        """The SAs that wait and were made from one stub, by both SPIs."""
+        return {made.sa.id.spis for made in self._by_index.get(index, ())}
+
     def add(self, made: Rebuilt) -> None:
         """One that is about to be installed."""
         self._by_digest[made.digest] = made
@@ -125,6 +129,9 @@ class Unconfirmed:
         if self._charon.tracker.forget(old_id) is not None:
             # the old SA is here too: the client lost its path, not this gateway
             void.append(old_id)
+        for leftover in made.leftovers:
+            self._charon.tracker.forget(leftover)
+            void.append(leftover)
         if void:
             self._drop_later(void)
         sa.up = True

@@ -1,0 +1,53 @@
+"""One virtual IP, one session: who has the addresses of a session that is to be rebuilt here.
+
+An address may belong to another session by the time a session comes (back) to a gateway: a pool of charon's that was
+emptied by a restart gives it to the next client. Two CHILD_SAs with the same selectors share a reqid, and what the
+servers answer to one client goes, decrypted, to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.charon.charon import Charon
+from bridge.stub.stub import Index, Stub
+
+
+class AddressHolders:
+    """Tells which IKE_SAs of this charon have an address of a stub's. `address` is this gateway's in the index."""
+
+    def __init__(self, charon: Charon, bank: StubBank, address: str | None) -> None:
+        self._charon = charon
+        self._bank = bank
+        self._address = address
+
+    def beside(self, stub: Stub) -> set[bytes]:
+        """The SAs here, by both SPIs, that have an address of the stub's, but for the SA that the stub describes."""
+        holders = self._charon.tracker.virtual_ips.holders(stub.remote_vips)
+        holders.discard(stub.spi_i + stub.spi_r)
+        return holders
+
+    def of_others(self, stub: Stub) -> set[bytes]:
+        """Those of another session, as far as is known here: not the SA that the stub's was rebuilt from."""
+        return {spis for spis in self.beside(stub) if stub.predecessor is None or self._index(spis) != stub.predecessor}
+
+    async def moved_away(self, stubs: Sequence[Stub]) -> set[bytes]:
+        """Those of them whose session went on at another gateway or ended, according to the bank: leftovers, which
+        charon has yet to notice. Empty while the bank cannot tell."""
+        found = [
+            (spis, index)
+            for spis in set().union(*(self.of_others(stub) for stub in stubs))
+            if (index := self._index(spis)) is not None
+        ]
+        if not found:
+            return set()
+        try:
+            ended = await self._bank.ended([index for _, index in found])
+        except BankUnavailable:
+            return set()
+        return {spis for (spis, _), over in zip(found, ended, strict=True) if over}
+
+    def _index(self, spis: bytes) -> Index | None:
+        sa = self._charon.tracker.sas.get(spis)
+        return None if sa is None or sa.local is None else sa.published or sa.index_here(self._address)

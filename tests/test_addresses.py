@@ -1,0 +1,88 @@
+"""One virtual IP, one session (bridge.gateway.addresses): what the lab cannot show quickly, with a real tracker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+
+from bank_support import GATEWAY, stub_of
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.charon.charon import Charon
+from bridge.charon.ike_sa import IkeSa, sa_of
+from bridge.charon.sa_tracker import SaTracker
+from bridge.gateway.addresses import AddressHolders
+from bridge.stub.stub import Index, Stub
+
+HERE = "192.0.2.2"
+
+
+class Ignorant:
+    """A Listener that takes no notice."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda _: None
+
+
+class EndsBank:
+    """A bank that knows which sessions have ended, or is away."""
+
+    def __init__(self, *over: Index, away: bool = False) -> None:
+        self.over, self.away = over, away
+
+    async def ended(self, indexes: Sequence[Index]) -> list[bool]:
+        if self.away:
+            raise BankUnavailable("away")
+        return [index in self.over for index in indexes]
+
+
+def holders(*sas: IkeSa, bank: EndsBank | None = None) -> AddressHolders:
+    tracker = SaTracker(Ignorant(), wall=lambda: 0.0, clock=lambda: 0.0)
+    for sa in sas:
+        tracker.adopt(sa)
+    return AddressHolders(cast(Charon, SimpleNamespace(tracker=tracker)), cast(StubBank, bank or EndsBank()), HERE)
+
+
+def session(*vips: str, gateway: str = HERE) -> Stub:
+    return msgspec.structs.replace(stub_of(gateway=gateway), remote_vips=vips)
+
+
+def test_an_address_that_nobody_has_is_free() -> None:
+    assert not holders(sa_of(session("10.20.0.8"))).of_others(session("10.20.0.7", gateway=GATEWAY))
+
+
+def test_one_common_address_of_a_dual_stack_session_is_enough() -> None:
+    other = session("10.20.0.9", "fd20::7")
+    wanted = session("10.20.0.7", "fd20::7", gateway=GATEWAY)
+    assert holders(sa_of(other)).of_others(wanted) == {other.spi_i + other.spi_r}
+
+
+def test_the_sa_that_the_stub_describes_is_its_own_session() -> None:
+    stub = session("10.20.0.7")
+    found = holders(sa_of(stub))
+    assert not found.of_others(stub)
+    assert not found.beside(stub)
+
+
+def test_the_sa_that_the_stubs_was_rebuilt_from_is_of_its_session_but_is_to_go() -> None:
+    before = session("10.20.0.7")
+    stub = msgspec.structs.replace(session("10.20.0.7", gateway=GATEWAY), predecessor=before.index)
+    found = holders(sa_of(before))
+    assert not found.of_others(stub)
+    assert found.beside(stub) == {before.spi_i + before.spi_r}
+
+
+def test_an_sa_whose_session_went_on_elsewhere_holds_its_address_no_more() -> None:
+    left, stays = session("10.20.0.7"), session("10.20.0.8")
+    wanted = [session("10.20.0.7", gateway=GATEWAY), session("10.20.0.8", gateway=GATEWAY)]
+    found = holders(sa_of(left), sa_of(stays), bank=EndsBank(left.index))
+    assert asyncio.run(found.moved_away(wanted)) == {left.spi_i + left.spi_r}
+
+
+def test_while_the_bank_is_away_every_holder_counts() -> None:
+    left = session("10.20.0.7")
+    found = holders(sa_of(left), bank=EndsBank(left.index, away=True))
+    assert not asyncio.run(found.moved_away([session("10.20.0.7", gateway=GATEWAY)]))
