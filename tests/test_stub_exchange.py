@@ -15,10 +15,13 @@ from bridge.ike.stub_exchange import (
     Move,
     MoveStatus,
     StubSa,
+    build_announcement,
     build_download,
     build_get,
+    build_here,
     build_move,
     build_moving,
+    build_probe,
     move_message_id,
     parse_stub_message,
     verify,
@@ -39,6 +42,10 @@ GET = build_get(CLIENT, NONCE)
 DOWNLOAD = build_download(GATEWAY, parse_stub_message(GET), b"sealed", 3600)
 MOVE = build_move(GATEWAY, TARGET, MOVE_ID)
 MOVING = build_moving(CLIENT, parse_stub_message(MOVE), MoveStatus.MOVING, NONCE)
+ANNOUNCEMENT = build_announcement(GATEWAY, TARGET, MOVE_ID)
+PROBE = build_probe(CLIENT, parse_stub_message(ANNOUNCEMENT), NONCE)
+HERE = build_here(GATEWAY, parse_stub_message(PROBE))
+STAYS = build_moving(CLIENT, parse_stub_message(ANNOUNCEMENT), MoveStatus.GATEWAY_LIVES, NONCE)
 
 
 def proved(octets: bytes, before: bytes | None = None, sk_d: bytes = SK_D, prf: int = Prf.HMAC_SHA2_256) -> bool:
@@ -190,3 +197,36 @@ def test_altered_messages_raise_nothing_but_malformed_message(data: st.DataObjec
         octets[data.draw(st.integers(0, len(octets) - 1))] = data.draw(st.integers(0, 255))
     with suppress(MalformedMessage):
         parse_stub_message(bytes(octets))
+
+
+def test_an_announcement_and_what_follows_it_are_read_as_they_were_built() -> None:
+    found = [parse_stub_message(octets) for octets in (ANNOUNCEMENT, PROBE, HERE, STAYS)]
+    assert [message.move and message.move.status for message in found] == [
+        MoveStatus.GONE,
+        MoveStatus.PROBE,
+        MoveStatus.HERE,
+        MoveStatus.GATEWAY_LIVES,
+    ]
+    assert {message.message_id for message in found} == {MOVE_ID}
+    assert {message.move and message.move.target for message in found} == {TARGET}
+    assert [message.sync.from_gateway for message in found] == [True, False, True, False]
+
+
+def test_an_announcement_and_a_probe_prove_themselves_and_here_proves_itself_with_the_probe() -> None:
+    assert proved(ANNOUNCEMENT)
+    assert proved(PROBE)
+    assert proved(HERE, PROBE)
+    assert proved(STAYS, ANNOUNCEMENT)
+    other = build_probe(CLIENT, parse_stub_message(ANNOUNCEMENT), b"m" * 32)
+    assert not proved(HERE)
+    assert not proved(HERE, other)
+    assert not proved(STAYS, MOVE)
+    for octets in (ANNOUNCEMENT, PROBE):
+        assert not proved(octets, sk_d=b"?" * 32)
+
+
+def test_a_move_is_no_announcement_and_the_other_way_round() -> None:
+    """The status is under PROOF: altered, it proves nothing."""
+    for octets, status in ((MOVE, MoveStatus.GONE), (ANNOUNCEMENT, MoveStatus.ASKED)):
+        at = octets.index(bytes((0, 5, 0, 5))) + 4
+        assert not proved(octets[:at] + bytes((status,)) + octets[at + 1 :])

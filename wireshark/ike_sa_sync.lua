@@ -16,7 +16,7 @@ local directions = { [0] = "from the client", [1] = "from the gateway" }
 local families = { [4] = "IPv4", [6] = "IPv6" }
 local attributes = { [1] = "PROOF", [2] = "CHILD", [3] = "SEALED_STUB", [4] = "LIFETIME", [5] = "MOVE", [6] = "OLD_CHILDREN" }
 local statuses = { [0] = "asked", [1] = "moving", [2] = "target not configured", [3] = "target silent",
-  [4] = "target refused", [5] = "busy" }
+  [4] = "target refused", [5] = "busy", [6] = "gateway gone", [7] = "probe", [8] = "here", [9] = "gateway lives" }
 
 local fields = {
   direction = ProtoField.uint8("ike_sa_sync.direction", "Direction (C)", base.DEC, directions, 0x80),

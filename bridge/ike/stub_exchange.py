@@ -9,6 +9,14 @@ Exchange type 240, the SPIs of the SA in question, nothing encrypted, PROOF unde
                                   <--        HDR, SYN (Move: MOVE)
     HDR, Ni, SYN (Moving: MOVE)   -->
 
+    Client                                   Another gateway
+                                  <--        HDR, SYN (Announcement: MOVE)
+                                             Gateway of the SA
+    HDR, Ni, SYN (Probe: MOVE)    -->
+                                  <--        HDR, SYN (Here: MOVE)
+                                             Another gateway
+    HDR, Ni, SYN (Moving: MOVE)   -->
+
 What a gateway sends has the flag R and what a client sends has not, whichever begins: so all of it passes the packet
 rules that a resumption needs. Message IDs are from 2^31 on. A charon looks at a message ID before anything else, and
 ignores what is not the one it expects: where no sidecar is in the way, nothing happens.
@@ -47,6 +55,27 @@ class MoveStatus(IntEnum):
     """the target does not resume the session"""
     BUSY = 5
     """the client moves already, elsewhere"""
+    GONE = 6
+    """Announcement, by another gateway, the target: the gateway of the SA has failed"""
+    PROBE = 7
+    """Probe, by the client: does the gateway of the SA still have it?"""
+    HERE = 8
+    """Here, the answer to it"""
+    GATEWAY_LIVES = 9
+    """Moving, to the target: the gateway of the SA has answered, and the client stays there"""
+
+
+REPORTS: Final = frozenset(
+    {
+        MoveStatus.MOVING,
+        MoveStatus.NOT_CONFIGURED,
+        MoveStatus.NO_ANSWER,
+        MoveStatus.REFUSED,
+        MoveStatus.BUSY,
+        MoveStatus.GATEWAY_LIVES,
+    }
+)
+"""the statuses of Moving"""
 
 
 class Move(NamedTuple):
@@ -174,6 +203,27 @@ def build_moving(sa: StubSa, asked: StubMessage, status: MoveStatus, nonce: byte
     assert asked.move is not None
     attributes = (Move(status, asked.move.target).encode(),)
     return _build(sa, False, asked.message_id, attributes, nonce=nonce, before=asked.blank)
+
+
+def build_announcement(sa: StubSa, target: str, message_id: int) -> bytes:
+    """Announcement: another gateway, `target`, says that the gateway of `sa` has failed. `sa` is that gateway's view, as
+    its stub has it; `message_id`: see `move_message_id`."""
+    return _build(sa, True, message_id, (Move(MoveStatus.GONE, target).encode(),))
+
+
+def build_probe(sa: StubSa, announced: StubMessage, nonce: bytes) -> bytes:
+    """Probe: the client asks the gateway of its SA whether it still has it. It proves itself alone: that gateway has not
+    seen the announcement."""
+    assert announced.move is not None
+    attributes = (Move(MoveStatus.PROBE, announced.move.target).encode(),)
+    return _build(sa, False, announced.message_id, attributes, nonce=nonce)
+
+
+def build_here(sa: StubSa, probe: StubMessage) -> bytes:
+    """Here: the gateway's answer to a Probe about an SA that its charon has."""
+    assert probe.move is not None
+    attributes = (Move(MoveStatus.HERE, probe.move.target).encode(),)
+    return _build(sa, True, probe.message_id, attributes, before=probe.blank)
 
 
 def _build(

@@ -1,0 +1,283 @@
+"""A failed gateway's clients are told to come here (docs/protocol.md, Announcement). No I/O; times are monotonic
+seconds.
+
+The sessions of a failed gateway are shared among those that could resume them by rendezvous hashing: each session has
+an order of gateways, the first announces at once, each later one a turn later if it was not resumed by then.
+
+    WAITING --its turn, and room--> ANNOUNCED --Moving: moving--> COMING --confirmed--> resumed
+       |                               |  '--no answer to ATTEMPTS--> silent: left to DPD
+       |                               '--Moving: another--> refused
+       '--the session goes on elsewhere, or the client says that its gateway lives--> over
+
+A few sessions are announced first. A client asks its gateway before it moves; if one says that its gateway has
+answered, the rest are not announced. Then announcements go out as fast as sessions come in: the window of those under
+way grows with every resumption and halves when clients do not arrive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+import structlog
+
+from bridge.ike.stub_exchange import (
+    REPORTS,
+    MoveStatus,
+    StubMessage,
+    StubSa,
+    build_announcement,
+    parse_stub_message,
+    verify,
+)
+from bridge.stub.stub import Index, Stub
+
+log = structlog.get_logger()
+
+TURN_SECONDS: Final = 2.0
+"""between the turns of two gateways"""
+TRIAL: Final = 3
+"""sessions that are announced first"""
+TRIAL_SECONDS: Final = 0.15
+"""after which the rest follow: a gateway that lives has answered its clients by then"""
+ATTEMPTS: Final = (0.4, 0.8, 1.6)
+"""seconds that each announcement waits for an answer"""
+ARRIVE_SECONDS: Final = 10.0
+"""within which a client that is coming has to be here"""
+WINDOW_MIN, WINDOW_START, WINDOW_MAX = 16, 128, 2048
+"""sessions announced and not resumed yet"""
+
+
+class AnnouncementState(StrEnum):
+    """Of one session."""
+
+    WAITING = "waiting"
+    ANNOUNCED = "announced"
+    COMING = "coming"
+
+
+def order(index: Index, gateways: Iterable[str]) -> list[str]:
+    """The gateways in the order in which they announce the session `index` (rendezvous hashing), on each the same."""
+
+    def weight(gateway: str) -> bytes:
+        return hashlib.blake2b(f"{index} {gateway}".encode(), digest_size=8).digest()
+
+    return sorted(gateways, key=weight, reverse=True)
+
+
+@dataclass(slots=True, eq=False)
+class _Announced:
+    stub: Stub
+    turn: float
+    """when it is this gateway's turn"""
+    state: AnnouncementState = AnnouncementState.WAITING
+    sent: int = 0
+    again: float = 0.0
+    octets: bytes = field(default=b"", repr=False)
+    message: StubMessage | None = field(default=None, repr=False)
+
+
+@dataclass(slots=True, eq=False)
+class _Failure:
+    gateway: str
+    began: float
+    sessions: int
+    waiting: deque[_Announced]
+    under_way: OrderedDict[Index, _Announced] = field(default_factory=OrderedDict)
+    counts: Counter[str] = field(default_factory=Counter)
+    trial_until: float | None = None
+    window: float = WINDOW_START
+    stopped: str = ""
+    ended: float | None = None
+    outside: set[Index] = field(default_factory=set)
+    """resumed or ended before their turn"""
+
+
+class Announcer:
+    """Announcements of this gateway. `send(stub, octets)` sends to the client that the stub names; `message_id()` gives
+    the Message ID of one that is first sent now; `rate`: announcements a second at most."""
+
+    def __init__(
+        self,
+        address: str,
+        send: Callable[[Stub, bytes], None],
+        message_id: Callable[[], int],
+        *,
+        rate: float,
+    ) -> None:
+        self._address = address
+        self._send = send
+        self._message_id = message_id
+        self._rate = rate
+        self._allowance = 0.0
+        self._last = 0.0
+        self._failures: dict[str, _Failure] = {}
+        self._by_spis: dict[bytes, tuple[_Failure, _Announced]] = {}
+        self.false_alarms = 0
+        """failures that a client has contradicted"""
+        self.totals: Counter[str] = Counter()
+        """sessions by what became of them: announced, resumed, refused, silent"""
+
+    def begin(self, gateway: str, stubs: Iterable[tuple[Stub, Iterable[str]]], now: float) -> None:
+        """`gateway` has failed; each of its stubs comes with the gateways that could resume it."""
+        self.end(gateway, "a new failure", now)
+        waiting = []
+        for stub, able in stubs:
+            turns = order(stub.index, able)
+            if self._address in turns:
+                waiting.append(_Announced(stub, now + turns.index(self._address) * TURN_SECONDS))
+        waiting.sort(key=lambda one: one.turn)
+        self._failures[gateway] = failure = _Failure(gateway, now, len(waiting), deque(waiting))
+        log.warning("announcing", gateway=gateway, sessions=failure.sessions)
+
+    def end(self, gateway: str, reason: str, now: float) -> None:
+        """Announce nothing more of `gateway`: it is back, say."""
+        failure = self._failures.get(gateway)
+        if failure is None or failure.ended is not None:
+            return
+        failure.stopped = reason
+        failure.waiting.clear()
+        for announced in failure.under_way.values():
+            self._by_spis.pop(_spis(announced.stub), None)
+        failure.under_way.clear()
+        self._finish(failure, now)
+
+    def over(self, index: Index) -> None:
+        """The session was resumed, or ended, here or elsewhere."""
+        failure = self._failures.get(index.gateway)
+        if failure is None or failure.ended is not None:
+            return
+        announced = failure.under_way.get(index)
+        if announced is None:
+            failure.outside.add(index)
+            return
+        failure.window = min(failure.window + 1, WINDOW_MAX)
+        self._settle(failure, announced, "resumed")
+
+    @property
+    def busy(self) -> bool:
+        """Whether `tick` has anything to do."""
+        return any(failure.ended is None for failure in self._failures.values())
+
+    def tick(self, now: float) -> None:
+        """Send what is due."""
+        self._allowance = min(self._allowance + (now - self._last) * self._rate, max(self._rate / 10, 1.0))
+        self._last = now
+        for failure in self._failures.values():
+            if failure.ended is None:
+                self._repeat(failure, now)
+                self._announce(failure, now)
+                if not failure.waiting and not failure.under_way:
+                    self._finish(failure, now)
+
+    def _announce(self, failure: _Failure, now: float) -> None:
+        while failure.waiting and failure.waiting[0].turn <= now and len(failure.under_way) < failure.window:
+            if failure.trial_until is None:
+                if len(failure.under_way) >= TRIAL:
+                    failure.trial_until = now + TRIAL_SECONDS
+                    return
+            elif now < failure.trial_until:
+                return
+            if self._allowance < 1:
+                return
+            announced = failure.waiting.popleft()
+            if announced.stub.index in failure.outside:
+                failure.counts["elsewhere"] += 1
+                continue
+            stub = announced.stub
+            sa = StubSa(stub.spi_i, stub.spi_r, stub.initiator, stub.index, stub.suite.prf, stub.sk_d)
+            announced.octets = build_announcement(sa, self._address, self._message_id())
+            announced.message = parse_stub_message(announced.octets)
+            announced.state = AnnouncementState.ANNOUNCED
+            failure.under_way[stub.index] = announced
+            self._by_spis[_spis(stub)] = failure, announced
+            failure.counts["announced"] += 1
+            self.totals["announced"] += 1
+            self._transmit(announced, now)
+
+    def _repeat(self, failure: _Failure, now: float) -> None:
+        lost = 0
+        for announced in [one for one in failure.under_way.values() if now >= one.again]:
+            if announced.state is AnnouncementState.COMING:
+                self._settle(failure, announced, "silent")
+                lost += 1
+            elif announced.sent < len(ATTEMPTS):
+                if self._allowance < 1:
+                    break
+                self._transmit(announced, now)
+            else:
+                self._settle(failure, announced, "silent")
+        if lost:
+            failure.window = max(failure.window / 2, WINDOW_MIN)
+
+    def _transmit(self, announced: _Announced, now: float) -> None:
+        self._allowance -= 1
+        announced.again = now + ATTEMPTS[announced.sent]
+        announced.sent += 1
+        self._send(announced.stub, announced.octets)
+
+    def report(self, message: StubMessage, now: float) -> bool:
+        """A client's Moving, not proved yet; whether it is about an announcement of this gateway."""
+        found = self._by_spis.get(message.spis)
+        if found is None or message.move is None or message.move.status not in REPORTS:
+            return False
+        failure, announced = found
+        stub = announced.stub
+        if not verify(message, stub.suite.prf, stub.sk_d, before=announced.message):
+            return True
+        status = message.move.status
+        if status is MoveStatus.MOVING:
+            if announced.state is AnnouncementState.ANNOUNCED:
+                announced.state, announced.again = AnnouncementState.COMING, now + ARRIVE_SECONDS
+        elif status is MoveStatus.GATEWAY_LIVES:
+            self.false_alarms += 1
+            log.error(
+                "gateway-lives",
+                gateway=failure.gateway,
+                reason="a client says that it answers: it is cut off from the bank, or its sidecar hangs",
+            )
+            self.end(failure.gateway, "a client says that it lives", now)
+        else:
+            self._settle(failure, announced, "refused")
+        return True
+
+    def _settle(self, failure: _Failure, announced: _Announced, outcome: str) -> None:
+        failure.under_way.pop(announced.stub.index, None)
+        self._by_spis.pop(_spis(announced.stub), None)
+        failure.counts[outcome] += 1
+        self.totals[outcome] += 1
+
+    def _finish(self, failure: _Failure, now: float) -> None:
+        failure.ended = now
+        failure.outside.clear()
+        log.info(
+            "announced",
+            gateway=failure.gateway,
+            sessions=failure.sessions,
+            seconds=round(now - failure.began, 3),
+            **{key: failure.counts[key] for key in ("resumed", "refused", "silent", "elsewhere")},
+            **({"stopped": failure.stopped} if failure.stopped else {}),
+        )
+
+    def status(self, now: float) -> list[dict[str, Any]]:
+        """How far each failure is, for `status` and `monitor`."""
+        return [
+            {
+                "gateway": failure.gateway,
+                "state": "running" if failure.ended is None else "stopped" if failure.stopped else "done",
+                "reason": failure.stopped,
+                "sessions": failure.sessions,
+                "under_way": len(failure.under_way),
+                **{key: failure.counts[key] for key in ("announced", "resumed", "refused", "silent", "elsewhere")},
+                "seconds": round((now if failure.ended is None else failure.ended) - failure.began, 3),
+            }
+            for failure in self._failures.values()
+        ]
+
+
+def _spis(stub: Stub) -> bytes:
+    return stub.spi_i + stub.spi_r

@@ -1,0 +1,181 @@
+"""How a failed gateway's clients are told to come (bridge.gateway.announcer)."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bank_support import stub_of as bank_stub
+from bridge.gateway.announcer import ATTEMPTS, TRIAL, TRIAL_SECONDS, TURN_SECONDS, WINDOW_START, Announcer, order
+from bridge.ike.stub_exchange import MoveStatus, StubSa, build_moving, parse_stub_message
+from bridge.stub.stub import Index, Stub
+
+HERE, OTHER, DEAD = "192.0.2.2", "192.0.2.3", "192.0.2.1"
+MODEL = bank_stub(gateway=DEAD)
+
+
+def stub_of(number: int) -> Stub:
+    spi_r = index_of(number).spi
+    return msgspec.structs.replace(MODEL, index=index_of(number), spi_i=b"I" + spi_r[1:], spi_r=spi_r, initiator=False)
+
+
+def index_of(number: int) -> Index:
+    return Index(DEAD, b"R" + number.to_bytes(7))
+
+
+class Network:
+    """An announcer, and what it has sent: the stubs' numbers."""
+
+    def __init__(self, sessions: int, able: tuple[str, ...] = (HERE,), rate: float = 1e6) -> None:
+        self.now = 1000.0
+        self.sent: list[int] = []
+        self.octets: dict[int, bytes] = {}
+        self.announcer = Announcer(HERE, self._send, lambda: (1 << 31) + 7, rate=rate)
+        self.announcer.tick(self.now - 1)
+        self.announcer.begin(DEAD, [(stub_of(number), able) for number in range(sessions)], self.now)
+        self.tick()
+
+    def _send(self, stub: Stub, octets: bytes) -> None:
+        number = int.from_bytes(stub.spi_r[1:])
+        self.sent.append(number)
+        self.octets[number] = octets
+
+    def tick(self, seconds: float = 0.0) -> None:
+        self.now += seconds
+        self.announcer.tick(self.now)
+
+    def report(self, number: int, status: MoveStatus, sk_d: bytes | None = None) -> bool:
+        stub = stub_of(number)
+        sa = StubSa(stub.spi_i, stub.spi_r, True, stub.index, stub.suite.prf, sk_d or stub.sk_d)
+        moving = build_moving(sa, parse_stub_message(self.octets[number]), status, b"n" * 32)
+        return self.announcer.report(parse_stub_message(moving), self.now)
+
+    def state(self) -> dict[str, object]:
+        [failure] = self.announcer.status(self.now)
+        return failure
+
+
+def test_a_few_sessions_are_announced_first_and_the_rest_when_nobody_contradicts() -> None:
+    net = Network(50)
+    assert len(net.sent) == TRIAL
+    net.tick(TRIAL_SECONDS / 2)
+    assert len(net.sent) == TRIAL
+    net.tick(TRIAL_SECONDS)
+    assert sorted(net.sent) == list(range(50))
+
+
+def test_a_client_that_says_that_its_gateway_lives_stops_all_of_it() -> None:
+    net = Network(50)
+    assert net.report(net.sent[0], MoveStatus.GATEWAY_LIVES)
+    for _ in range(20):
+        net.tick(0.5)
+    assert len(net.sent) == TRIAL
+    assert net.announcer.false_alarms == 1
+    assert net.state()["state"] == "stopped"
+    assert not net.announcer.busy
+
+
+def test_a_report_that_is_not_proved_changes_nothing() -> None:
+    net = Network(50)
+    net.report(net.sent[0], MoveStatus.GATEWAY_LIVES, sk_d=b"?" * 32)
+    net.tick(TRIAL_SECONDS)
+    net.tick(TRIAL_SECONDS)
+    assert len(net.sent) > TRIAL
+    assert net.announcer.false_alarms == 0
+
+
+def test_a_silent_client_is_asked_again_and_then_left_to_dpd() -> None:
+    net = Network(1)
+    for seconds in ATTEMPTS:
+        net.tick(seconds)
+    assert net.sent == [0] * len(ATTEMPTS)
+    net.tick(0.1)
+    assert net.state()["silent"] == 1
+    assert not net.announcer.busy
+
+
+def test_a_client_that_is_coming_is_not_asked_again() -> None:
+    net = Network(1)
+    net.report(0, MoveStatus.MOVING)
+    net.tick(5.0)
+    assert net.sent == [0]
+    net.announcer.over(index_of(0))
+    net.tick(0.1)
+    assert net.state()["resumed"] == 1
+    assert not net.announcer.busy
+
+
+def test_a_client_that_has_not_this_gateway_is_not_asked_again() -> None:
+    net = Network(1)
+    net.report(0, MoveStatus.NOT_CONFIGURED)
+    net.tick(5.0)
+    assert net.sent == [0]
+    assert net.state()["refused"] == 1
+
+
+def test_no_more_are_under_way_than_the_window_and_it_grows_with_those_that_come() -> None:
+    net = Network(4000)
+    net.tick(TRIAL_SECONDS)
+    net.tick(TRIAL_SECONDS)
+    first = list(net.sent)
+    assert len(first) == WINDOW_START
+    for number in first:
+        net.announcer.over(index_of(number))
+    net.tick(0.01)
+    assert len(net.sent) == len(first) + 2 * WINDOW_START
+
+
+def test_no_more_go_out_than_the_rate_allows() -> None:
+    net = Network(1000, rate=100.0)
+    net.tick(TRIAL_SECONDS)
+    for _ in range(100):
+        net.tick(0.01)
+    assert 90 <= len(net.sent) <= 130
+
+
+def test_a_session_that_another_gateway_has_resumed_is_not_announced() -> None:
+    net = Network(20, able=(HERE, OTHER))
+    mine = len([1 for number in range(20) if order(stub_of(number).index, (HERE, OTHER))[0] == HERE])
+    for number in range(20):
+        net.announcer.over(index_of(number))
+    net.tick(TURN_SECONDS * 2)
+    assert len(net.sent) <= min(mine, TRIAL)
+    assert not net.announcer.busy
+
+
+def test_every_session_has_one_gateway_that_announces_it_first_and_the_next_a_turn_later() -> None:
+    first = Network(200, able=(HERE, OTHER))
+    for _ in range(3):
+        first.tick(TRIAL_SECONDS)
+    mine = {number for number in range(200) if order(stub_of(number).index, (HERE, OTHER))[0] == HERE}
+    assert set(first.sent) == mine
+    assert 60 < len(mine) < 140
+    for number in mine:
+        first.announcer.over(index_of(number))
+    first.tick(TURN_SECONDS)
+    assert set(first.sent) == set(range(200))
+
+
+def test_a_gateway_that_is_back_is_no_longer_announced() -> None:
+    net = Network(50)
+    net.announcer.end(DEAD, "it is back", net.now)
+    net.tick(5.0)
+    assert len(net.sent) == TRIAL
+    assert net.announcer.false_alarms == 0
+
+
+@given(
+    st.sets(st.sampled_from([HERE, OTHER, "192.0.2.4", "2001:db8::5"]), min_size=1), st.binary(min_size=8, max_size=8)
+)
+def test_a_gateway_that_goes_changes_no_order_among_the_others(gateways: set[str], spi: bytes) -> None:
+    whole = order(Index(DEAD, spi), gateways)
+    for gone in gateways:
+        assert order(Index(DEAD, spi), gateways - {gone}) == [gateway for gateway in whole if gateway != gone]
+
+
+@pytest.mark.parametrize("status", [MoveStatus.ASKED, MoveStatus.GONE, MoveStatus.PROBE, MoveStatus.HERE])
+def test_what_is_no_report_is_none_of_the_announcers_business(status: MoveStatus) -> None:
+    net = Network(1)
+    assert not net.report(0, status)
