@@ -206,14 +206,14 @@ def build_moving(sa: StubSa, asked: StubMessage, status: MoveStatus, nonce: byte
 
 
 def build_announcement(sa: StubSa, target: str, message_id: int) -> bytes:
-    """Announcement: another gateway, `target`, says that the gateway of `sa` has failed. `sa` is that gateway's view, as
-    its stub has it; `message_id`: see `move_message_id`."""
+    """Announcement: another gateway, `target`, says that the gateway of `sa` has failed. `sa` is that gateway's view,
+    as its stub has it; `message_id`: see `move_message_id`."""
     return _build(sa, True, message_id, (Move(MoveStatus.GONE, target).encode(),))
 
 
 def build_probe(sa: StubSa, announced: StubMessage, nonce: bytes) -> bytes:
-    """Probe: the client asks the gateway of its SA whether it still has it. It proves itself alone: that gateway has not
-    seen the announcement."""
+    """Probe: the client asks the gateway of its SA whether it still has it. It proves itself alone: that gateway has
+    not seen the announcement."""
     assert announced.move is not None
     attributes = (Move(MoveStatus.PROBE, announced.move.target).encode(),)
     return _build(sa, False, announced.message_id, attributes, nonce=nonce)
