@@ -118,6 +118,8 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     bank: BankConfig = field(default_factory=BankConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     intercept: InterceptConfig = field(default_factory=InterceptConfig)
+    state: str | None = "/var/lib/ike-sa-sync"
+    """folder where the gateway remembers across a restart which sessions ended or went on elsewhere; none: in memory"""
     control: str = "/run/ike-sa-sync/gateway.sock"
     """where `status` and others ask the running sidecar"""
     metrics: str | None = "127.0.0.1:9470"

@@ -16,8 +16,8 @@ from bridge.bank.redis_bank import RedisBank
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_tracker import SaTracker
 from bridge.gateway.client_stubs import ANSWER_SECONDS, ANSWERS_A_SECOND, HELD_SECONDS, ClientStubs, Policy
+from bridge.gateway.endings import Endings
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.gateway.recent import Spent
 from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.ike.stub_exchange import StubSa, build_get, parse_stub_message, verify
 from bridge.ike.sync_exchange import SyncRequest, build_request, parse_request
@@ -241,11 +241,17 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 def lookup(
-    server: RedisServer, policy: Policy, metrics: GatewayMetrics | None = None, *, reachable: bool = True
+    server: RedisServer,
+    policy: Policy,
+    metrics: GatewayMetrics | None = None,
+    *,
+    reachable: bool = True,
+    endings: Endings | None = None,
 ) -> StubLookup:
     return StubLookup(
         RedisBank(server.url, RING),
         handout(policy),
+        Endings() if endings is None else endings,
         metrics or GatewayMetrics(),
         reachable=lambda: reachable,
         timeout=2.0,
@@ -301,8 +307,9 @@ async def test_while_the_bank_is_away_a_gateway_remembers_the_sessions_that_ende
     server: RedisServer, policy: Policy
 ) -> None:
     stub = stub_of()
-    look = lookup(server, policy, reachable=False)
-    look.spent.add(stub.index)
+    endings = Endings()
+    look = lookup(server, policy, reachable=False, endings=endings)
+    endings.add(stub.index, stub.expires)
     assert await found(look, request(stub)) == ["no-stub"]
 
 
@@ -316,16 +323,3 @@ async def test_anothers_stub_in_the_same_batch_spoils_nothing(server: RedisServe
     stub, other = stub_of(), stub_of()
     mixed = [request(stub), request(stub, sealed_stub=held(other)), request(other, sealed_stub=None)]
     assert await found(lookup(server, "prefer"), *mixed) == [1, "no-stub", "no-stub"]
-
-
-def test_what_is_spent_is_forgotten_after_its_time() -> None:
-    now = 0.0
-    spent = Spent(60, clock=lambda: now)
-    first, second = Index(GATEWAY, b"1" * 8), Index(GATEWAY, b"2" * 8)
-    spent.add(first)
-    now = 59.0
-    spent.add(second)
-    assert first in spent
-    now = 61.0
-    assert first not in spent
-    assert second in spent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, cast
 
 import msgspec
@@ -14,8 +13,9 @@ from bridge.config import SyncConfig
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.endings import Endings
+from bridge.gateway.living import LivingSas
 from bridge.gateway.rebuild import Decision
-from bridge.gateway.recent import Spent
 from bridge.gateway.refusal import Refusal
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.sync_exchange import build_request, parse_request
@@ -44,7 +44,8 @@ def decided(prf: Prf, nonce: bytes, *, proven: bool = True) -> Any:
     assert request is not None
     decision = Decision(
         cast(Charon, CharonWithoutConnections()),
-        Spent(60.0, clock=time.monotonic),
+        Endings(),
+        cast(LivingSas, None),
         cast(ClientStubs, None),
         cast(Unconfirmed, None),
         cast(Admission, None),

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import structlog
 
@@ -128,6 +128,24 @@ class Charon:
             if found is not None:
                 await self.installer.delete([install.id])
         raise ChannelError(f"charon did not keep the rebuilt IKE_SA of {install.connection!r}: see its log")
+
+    async def end(self, spis: Collection[bytes]) -> int:
+        """End IKE_SAs, given by both SPIs, whether their peers answer or not; how many charon had. Their peers get a
+        DELETE, updown scripts and accounting see the end. Raises ViciError."""
+        unique_ids: list[str] = []
+
+        def take(infos: list[SaInfo]) -> None:
+            unique_ids.extend(info.unique_id for info in infos if info.spis in spis)
+
+        if spis:
+            await self.vici.each_sas(take)
+        ended = 0
+        for unique_id in unique_ids:
+            # one that has ended meanwhile
+            with contextlib.suppress(ViciError):
+                await self.vici.end_sa(unique_id)
+                ended += 1
+        return ended
 
     def reconcile_soon(self) -> None:
         """Compare with VICI's list as soon as the pace allows."""

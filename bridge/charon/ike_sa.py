@@ -96,6 +96,8 @@ class IkeSa:
     """when the client was last given its stub, in the clock of bridge.gateway.client_stubs"""
     adopted: bool = False
     """its keys came from a stub, not from charon"""
+    predecessor: Index | None = None
+    """the index that it was resumed from here, if it was"""
 
     @property
     def local_spi(self) -> bytes:
@@ -173,6 +175,7 @@ class IkeSa:
             reauth_at=self.reauth_at,
             expires=expires,
             revision=self.revision,
+            predecessor=self.predecessor,
         )
 
 
@@ -237,4 +240,5 @@ def sa_of(stub: Stub) -> IkeSa:
         revision=stub.revision,
         published_at=stub.index.gateway,
         stub_expires=stub.expires,
+        predecessor=stub.predecessor,
     )

@@ -104,6 +104,7 @@ def inherit(sa: IkeSa, old: IkeSa) -> None:
     sa.eap_id = sa.eap_id or old.eap_id
     sa.reauth_at = old.reauth_at
     sa.companion = old.companion
+    sa.predecessor = old.predecessor
 
 
 def drop_unlisted(sa: IkeSa, info: SaInfo) -> bool:

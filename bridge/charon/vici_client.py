@@ -299,6 +299,16 @@ class ViciClient:
 
         await self._run(f"terminate {connection}", command)
 
+    async def end_sa(self, unique_id: str) -> None:
+        """End the IKE_SA with this unique ID. charon sends its peer a DELETE, and does not wait for the answer. Raises
+        ViciError, also when there is none."""
+
+        def command(session: Any) -> None:
+            for _ in session.terminate({"ike-id": unique_id, "force": "yes", "timeout": "-1", "loglevel": "-1"}):
+                pass
+
+        await self._run(f"terminate #{unique_id}", command)
+
 
 def _listed(session: Any, connection: str | None) -> Iterator[SaInfo]:
     """The answer to list-sas, what cannot be read left out."""

@@ -53,6 +53,8 @@ class SaInfo(NamedTuple):
     rekey: int | None
     reauth: int | None
     children: tuple[ChildInfo, ...]
+    unique_id: str = ""
+    """by which charon names it: a decimal number"""
 
     @property
     def spis(self) -> bytes:
@@ -153,6 +155,7 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
                 )
                 for child in section.get("child-sas", {}).values()
             ),
+            unique_id=as_text(section.get("uniqueid")),
         )
     except _NOT_AS_EXPECTED as error:
         raise ViciError(f"an IKE_SA of connection {connection!r} could not be read from VICI: {error}") from error

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from typing import Any, Final
 
@@ -16,14 +17,17 @@ from bridge.bank.interface import BankUnavailable
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.prefetch import Prefetch
-from bridge.bank.redis_bank import HEARTBEAT
+from bridge.bank.redis_bank import GONE, HEARTBEAT
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_client import START_SECONDS
 from bridge.charon.vici_types import ViciError
 from bridge.config import GatewayConfig
+from bridge.gateway.endings import Endings
+from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
+from bridge.gateway.unconfirmed import ANY_REVISION
 from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Index
 
@@ -37,6 +41,9 @@ HEAR_SECONDS: Final = 2.0
 COMPARE_SECONDS: Final = 30.0
 """between two comparisons with the bank that nothing gave cause for"""
 COMPARE_BUNDLE: Final = 512
+LEARN_SECONDS: Final = 0.5
+"""from an end in the bank to the look whether it is of an SA that is here: ends come in bundles"""
+_HEX_OCTET: Final = re.compile("[0-9a-f]{2}")
 STATS_SECONDS: Final = 1.0
 STATS_TTL: Final = 60.0
 
@@ -52,6 +59,8 @@ class BankReconciler:
         rotation: KeyRotation,
         charon: Charon,
         publisher: Publisher,
+        endings: Endings,
+        living: LivingSas,
         metrics: GatewayMetrics,
     ) -> None:
         self._address = config.address
@@ -59,12 +68,19 @@ class BankReconciler:
         self._rotation = rotation
         self._charon = charon
         self._publisher = publisher
+        self._endings = endings
+        self._living = living
+        self._assert_all = False
+        self._gone_changed: set[bytes] = set()
+        self._gone_news = asyncio.Event()
         self._metrics = metrics
         self._failed: set[str] = set()
         self._compare_now = asyncio.Event()
         self._fetch_heard = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._keyspace = Keyspace(url, (f"{HEARTBEAT}*", f"{FETCH}*"), self._event, self._heard)
+        # of what ends, only what may be of an SA here
+        gone = f"{GONE}*" if config.address is None else f"{GONE}{{{config.address}/*"
+        self._keyspace = Keyspace(url, (f"{HEARTBEAT}*", f"{FETCH}*", gone), self._event, self._heard)
         cache.attach(self._keyspace)
 
     def start(self) -> None:
@@ -75,6 +91,8 @@ class BankReconciler:
             spawn("keys", self._rotation.run()),
             spawn("stats", self._keep_stats()),
             spawn("facts", self._keep_facts()),
+            spawn("endings", self._endings.keep()),
+            spawn("ends", self._learn_endings()),
         ]
 
     async def close(self) -> None:
@@ -91,6 +109,7 @@ class BankReconciler:
 
     def returned(self) -> None:
         """A bank was away, or is another one than before: it may lack what it had."""
+        self._assert_all = True
         self._compare_now.set()
         self._rotation.returned()
 
@@ -101,6 +120,8 @@ class BankReconciler:
             if gateway != self._address:
                 self._cache.fetch(gateway)
             self._fetch_heard.set()
+        elif event.key.startswith(GONE):
+            self._gone(event)
         elif event.key.startswith(HEARTBEAT):
             gateway = event.key.removeprefix(HEARTBEAT)
             if gateway == self._address:
@@ -113,6 +134,17 @@ class BankReconciler:
                 log.info("gateway-back", gateway=gateway)
                 self._failed.discard(gateway)
                 self._cache.drop(gateway)
+
+    def _gone(self, event: Event) -> None:
+        """Something ended in a bucket of some gateway's."""
+        gateway, _, octet = event.key.removeprefix(GONE).strip("{}").rpartition("/")
+        if (
+            event.event == "zadd"
+            and (self._address is None or gateway == self._address)
+            and _HEX_OCTET.fullmatch(octet)
+        ):
+            self._gone_changed.add(bytes.fromhex(octet))
+            self._gone_news.set()
 
     async def fetch(self, request: dict[str, Any]) -> dict[str, Any]:
         """Control command: have all other gateways fetch the stubs of one.
@@ -155,7 +187,10 @@ class BankReconciler:
             self._compare_now.clear()
             took = time.monotonic()
             try:
+                # ends before stubs: no request shall find a stub whose end is known here
+                await self._assert_endings()
                 await self._refill()
+                self._living.forget_ended()
                 swept = swept or await self._sweep()
             except (BankUnavailable, ViciError) as error:
                 log.debug("comparison-waits", reason=str(error))
@@ -170,7 +205,11 @@ class BankReconciler:
 
     async def _refill(self) -> None:
         """Store again what the bank lacks: a Redis without its data, or a replica that was behind when it took over."""
-        sas = [sa for sa in self._charon.tracker.established() if sa.resumable and sa.revision]
+        sas = [
+            sa
+            for sa in self._charon.tracker.established()
+            if sa.resumable and sa.revision and self._index(sa) not in self._endings
+        ]
         refilled = 0
         for first in range(0, len(sas), COMPARE_BUNDLE):
             bundle = sas[first : first + COMPARE_BUNDLE]
@@ -182,13 +221,63 @@ class BankReconciler:
             if behind:
                 ended = await self._cache.ended([self._index(sa) for sa in behind])
                 for sa, over in zip(behind, ended, strict=True):
-                    # one that ended in the bank went on at another gateway; charon has yet to notice
-                    if not over and self._charon.tracker.sas.get(sa.id.spis) is sa:
+                    if over:
+                        # it went on at another gateway; charon has yet to notice
+                        self._learned(sa)
+                    elif self._charon.tracker.sas.get(sa.id.spis) is sa:
                         self._publisher.publish(sa)
                         refilled += 1
             await asyncio.sleep(0)
         if refilled:
             log.warning("bank-refilled", stubs=refilled, of=len(sas), reason="the bank did not have them")
+
+    async def _assert_endings(self) -> None:
+        """Delete again what ended, where a bank may have forgotten it: one that was away, or one that lacks what ended
+        last, for it was started from an older file, or a replica took over that was behind."""
+        latest = self._endings.latest(COMPARE_BUNDLE)
+        everything, self._assert_all = self._assert_all, False
+        if not everything and latest:
+            everything = not all(await self._cache.ended(latest))
+        if not everything:
+            return
+        ends = list(self._endings.all())
+        try:
+            for first in range(0, len(ends), COMPARE_BUNDLE):
+                await self._cache.delete([(index, ANY_REVISION) for index in ends[first : first + COMPARE_BUNDLE]])
+        except BankUnavailable:
+            self._assert_all = True
+            raise
+        if ends:
+            log.info("ends-asserted", sessions=len(ends))
+
+    async def _learn_endings(self) -> None:
+        """Learn from the bank which sessions of this gateway ended or went on elsewhere while charon still has their
+        SAs: they are never published again, whatever the bank forgets."""
+        await self._charon.reconciled.wait()
+        while True:
+            await self._gone_news.wait()
+            await asyncio.sleep(LEARN_SECONDS)
+            self._gone_news.clear()
+            changed, self._gone_changed = self._gone_changed, set()
+            sas = [
+                sa
+                for sa in self._charon.tracker.established()
+                if sa.local_spi[:1] in changed and self._index(sa) not in self._endings
+            ]
+            try:
+                for first in range(0, len(sas), COMPARE_BUNDLE):
+                    bundle = sas[first : first + COMPARE_BUNDLE]
+                    for sa, over in zip(
+                        bundle, await self._cache.ended([self._index(sa) for sa in bundle]), strict=True
+                    ):
+                        if over:
+                            self._learned(sa)
+            except BankUnavailable as error:
+                # its return is news, and has all compared
+                log.debug("ends-not-learned", reason=str(error))
+
+    def _learned(self, sa: IkeSa) -> None:
+        self._endings.add(self._index(sa), max(sa.stub_expires, sa.expires))
 
     def _index(self, sa: IkeSa) -> Index:
         return sa.index_here(self._address)

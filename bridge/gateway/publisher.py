@@ -13,6 +13,8 @@ from bridge.bank.write_queue import WriteQueue
 from bridge.charon.ike_sa import IkeSa, gateway_address, sa_of
 from bridge.charon.vici_types import SaInfo
 from bridge.config import SyncConfig
+from bridge.gateway.endings import Endings
+from bridge.gateway.living import LivingSas
 from bridge.stub.stub import Index
 
 log = structlog.get_logger()
@@ -28,6 +30,8 @@ class Publisher:
         bank: StubBank,
         address: str | None,
         sync: SyncConfig,
+        endings: Endings,
+        living: LivingSas,
         *,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -35,18 +39,21 @@ class Publisher:
         self._bank = bank
         self._address = address
         self._sync = sync
+        self._endings = endings
+        self._living = living
         self._wall = wall
 
     def publish(self, sa: IkeSa) -> None:
-        """Store the stub of an SA that is up, as it is now."""
-        if not sa.resumable:
+        """Store the stub of an SA that is up, as it is now. A session that ended is not published again."""
+        self._living.put(sa)
+        index = sa.index_here(self._address)
+        if not sa.resumable or index in self._endings:
             return
         # milliseconds: grows with every change, and across restarts of the sidecar
         sa.revision = max(sa.revision + 1, int(self._wall() * 1000))
         expires = sa.expires
         if self._sync.lifetime is not None:
             expires = min(expires, int(self._wall()) + self._sync.lifetime)
-        index = sa.index_here(self._address)
         before = sa.published
         if before is not None and before != index:
             # it moved to another address of this gateway
@@ -56,8 +63,10 @@ class Publisher:
 
     def withdraw(self, sa: IkeSa) -> None:
         """Delete the stub of an SA that ended."""
+        self._living.take_out(sa)
         if sa.resumable and sa.local is not None:
             index = sa.published or sa.index_here(self._address)
+            self._endings.add(index, max(sa.stub_expires, sa.expires))
             self._writer.submit_delete(index, max(sa.revision, int(self._wall() * 1000)))
 
     async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
@@ -74,6 +83,10 @@ class Publisher:
             return None
         for info, stub in zip(infos, stubs, strict=True):
             if stub is not None and stub.spi_i + stub.spi_r == info.spis:
-                found.append(sa_of(stub))
+                sa = sa_of(stub)
+                if sa.predecessor is not None:
+                    self._endings.add(sa.predecessor, stub.expires)
+                self._living.put(sa)
+                found.append(sa)
         log.info("recovered", listed=len(infos), from_bank=len(found))
         return found

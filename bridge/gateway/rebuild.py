@@ -15,8 +15,9 @@ from bridge.config import SyncConfig
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.endings import Endings
+from bridge.gateway.living import LivingSas
 from bridge.gateway.rebuilt import Rebuilt
-from bridge.gateway.recent import Spent
 from bridge.gateway.refusal import Refusal
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.keys import derive_sk_d, skeyseed_resume
@@ -40,7 +41,8 @@ class Decision:
     def __init__(
         self,
         charon: Charon,
-        spent: Spent,
+        endings: Endings,
+        living: LivingSas,
         handout: ClientStubs,
         unconfirmed: Unconfirmed,
         admission: Admission,
@@ -51,7 +53,8 @@ class Decision:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._charon = charon
-        self._spent = spent
+        self._endings = endings
+        self._living = living
         self._handout = handout
         self._unconfirmed = unconfirmed
         self._admission = admission
@@ -65,7 +68,7 @@ class Decision:
     ) -> Rebuilt | Refusal:
         """Rules 1 and 7: a proven request and the sealed stub alone decide. `digest` is the request's. SAs that
         `moved_away` (both SPIs) hold no address."""
-        if stub.index in self._spent:
+        if stub.index in self._endings:
             # while the stubs of this batch were fetched
             return Refusal.NO_STUB
         if stub.expires <= self._wall():
@@ -99,12 +102,12 @@ class Decision:
         lifetime = self._lifetime(stub)
         moved = {stub.local.address, stub.remote.address} - {local.address, remote.address}
         # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
-        # that is here from it; and those of two attempts would share policies, which go with the first that ends. Then
-        # they come up by CREATE_CHILD_SA, under keys that a replay has not.
+        # that is here from it, or that went on here since; and those of two attempts would share policies, which go
+        # with the first that ends. Then they come up by CREATE_CHILD_SA, under keys that a replay has not.
         leftovers = self._holders.beside(stub) - self._unconfirmed.made_from(stub.index)
         alone = (
             self._sync.children_at_once
-            and stub.spi_i + stub.spi_r not in self._charon.tracker.sas
+            and not self._living.clashes(stub)
             and not leftovers
             and not self._unconfirmed.attempts(stub.index)
         )
@@ -142,6 +145,7 @@ class Decision:
             established=now,
             expires=now + lifetime,
             companion=True,
+            predecessor=stub.index,
         )
         response = build_response(
             request,

@@ -14,6 +14,8 @@ from bridge.stub.stub import Stub
 class State(StrEnum):
     INSTALLING = "installing"
     UNCONFIRMED = "unconfirmed"
+    CONFIRMING = "confirming"
+    """its first request verified, and the bank is asked whether its session ended meanwhile"""
 
 
 @dataclass(slots=True, eq=False)

@@ -1,12 +1,10 @@
-"""What happened here lately, for as long as it matters: sets whose entries expire."""
+"""What happened here lately, for as long as it matters: a set whose entries expire."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Final, Generic, TypeVar
-
-from bridge.stub.stub import Index
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -31,7 +29,3 @@ class Recent(Generic[Key]):
 
     def __contains__(self, key: Key) -> bool:
         return self._until.get(key, 0.0) >= self._clock()
-
-
-Spent = Recent[Index]
-"""Indexes whose session ended here or went on from here."""

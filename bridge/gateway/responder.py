@@ -25,7 +25,9 @@ from bridge.config import SyncConfig
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission, Demand, Verdict
 from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.endings import Endings
 from bridge.gateway.install_queue import InstallQueue
+from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
 from bridge.gateway.rebuild import NONE, Decision
@@ -67,6 +69,8 @@ class Responder:
         self,
         charon: Charon,
         lookup: StubLookup,
+        endings: Endings,
+        living: LivingSas,
         handout: ClientStubs,
         writer: WriteQueue,
         sender: Sender,
@@ -92,7 +96,8 @@ class Responder:
         self._clock = clock
         self.unconfirmed = Unconfirmed(
             charon,
-            lookup.spent,
+            endings,
+            lookup.ended,
             handout,
             writer,
             self._admission,
@@ -104,7 +109,8 @@ class Responder:
         self._holders = holders
         self._decision = Decision(
             charon,
-            lookup.spent,
+            endings,
+            living,
             handout,
             self.unconfirmed,
             self._admission,

@@ -26,7 +26,9 @@ from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.drain import Drain
+from bridge.gateway.endings import Endings
 from bridge.gateway.heartbeat import Heartbeat
+from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.responder import Responder
@@ -60,6 +62,7 @@ class GatewayRole:
         role = cls(config, keyring, charon, bank, raw)
         stack.push_async_callback(role._bank.close)
         stack.push_async_callback(role._writer.close)
+        stack.push_async_callback(role._endings.close)
         return role
 
     def __init__(
@@ -74,11 +77,14 @@ class GatewayRole:
         self._bank = bank = Prefetch(places, limit=config.bank.cache, near=near)
         self._writer = WriteQueue(bank, limit=config.bank.pending)
         self._heartbeat = Heartbeat(bank, charon.tracker, config.address, self._metrics)
-        self._publisher = Publisher(self._writer, bank, config.address, config.sync)
+        self._endings = endings = Endings(config.state)
+        living = LivingSas(charon.tracker)
+        self._publisher = Publisher(self._writer, bank, config.address, config.sync, endings, living)
         stubs = ClientStubs(config.sync.client_stub, keyring, charon.tracker, sender, config.address, self._metrics)
         lookup = StubLookup(
             bank,
             stubs,
+            endings,
             self._metrics,
             reachable=lambda: self._heartbeat.bank_reachable,
             timeout=config.bank.get_timeout,
@@ -87,6 +93,8 @@ class GatewayRole:
         self._responder = Responder(
             charon,
             lookup,
+            endings,
+            living,
             stubs,
             self._writer,
             sender,
@@ -99,7 +107,7 @@ class GatewayRole:
         self._interceptor = Interceptor(config.intercept.queue, self._responder.packets, self._responder.busy)
         self._rotation = KeyRotation(bank, keyring, config.bank.key_file, config.address)
         self._reconciler = BankReconciler(
-            config, bank_url(config.bank), bank, self._rotation, charon, self._publisher, self._metrics
+            config, bank_url(config.bank), bank, self._rotation, charon, self._publisher, endings, living, self._metrics
         )
         if self._replicas is not None:
             self._replicas.on_return = self._reconciler.returned

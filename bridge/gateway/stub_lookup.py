@@ -1,8 +1,8 @@
 """Where a gateway finds the stubs that requests name: in the bank, or in the requests themselves, where clients hold
 their own (`sync.client_stub`).
 
-A client's stub counts only with the request's PROOF under it, and not after its session ended or went on elsewhere, as
-far as that can be known: the bank is asked, and while it is away this gateway's own memory has to do.
+No stub counts whose session ended here or went on from here, whatever the bank says: it may have forgotten. A client's
+stub counts only with the request's PROOF under it, and not where the bank knows that its session ended.
 """
 
 from __future__ import annotations
@@ -11,22 +11,17 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Final
 
 import structlog
 
 from bridge.bank.interface import BankUnavailable, StubBank
-from bridge.gateway.client_stubs import HELD_SECONDS, ClientStubs
+from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.endings import Endings
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.gateway.recent import Spent
 from bridge.ike.sync_exchange import SyncRequest, verify_request
 from bridge.stub.stub import Index, Stub
 
 log = structlog.get_logger()
-
-
-SPENT_SECONDS: Final = 60.0
-"""how long an index that was resumed from here is refused, whatever the bank still says"""
 
 
 class Missing(StrEnum):
@@ -43,13 +38,14 @@ class StubLookup:
         self,
         bank: StubBank,
         handout: ClientStubs,
+        endings: Endings,
         metrics: GatewayMetrics,
         *,
         reachable: Callable[[], bool],
         timeout: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.spent = Spent(SPENT_SECONDS if handout.policy == "off" else HELD_SECONDS, clock=clock)
+        self._endings = endings
         self._bank = bank
         self._handout = handout
         self._metrics = metrics
@@ -75,6 +71,19 @@ class StubLookup:
             finally:
                 self._metrics.bank_seconds.observe(self._clock() - began)
         return [self._choose(index, own, stubs, ended) for index, own in zip(indexes, held, strict=True)]
+
+    async def ended(self, index: Index) -> bool:
+        """Whether the session of `index` has ended or gone on, as far as that can be told within the time of a
+        look-up."""
+        if index in self._endings:
+            return True
+        if not self._reachable():
+            return False
+        try:
+            async with asyncio.timeout(self._timeout):
+                return (await self._bank.ended([index]))[0]
+        except (BankUnavailable, TimeoutError):
+            return False
 
     def _held(self, request: SyncRequest, index: Index) -> Stub | None:
         """The stub in the request, if it opens and the request proves that it is the sender's."""
@@ -103,7 +112,7 @@ class StubLookup:
     def _choose(
         self, index: Index, own: Stub | None, stubs: dict[Index, Stub | None], ended: dict[Index, bool]
     ) -> Stub | Missing:
-        if index in self.spent or ended.get(index, False):
+        if index in self._endings or ended.get(index, False):
             return Missing.NO_STUB
         stub = stubs.get(index)
         if stub is not None:

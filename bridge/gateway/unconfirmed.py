@@ -2,8 +2,10 @@
 
 An SA that was rebuilt here is in one of these states (protocol rules 2 and 3):
 
-    INSTALLING --charon has it, answer sent--> UNCONFIRMED --first verified request--> confirmed: an SA like any other
-                                                    '-----confirm_timeout------------> removed in silence
+    INSTALLING --charon has it, answer sent--> UNCONFIRMED --first verified request--> CONFIRMING
+    UNCONFIRMED --confirm_timeout--> removed in silence
+    CONFIRMING --its session lives--> an SA like any other
+    CONFIRMING --its session ended or went on elsewhere meanwhile--> ended
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -21,11 +23,13 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.vici_types import ViciError
 from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.endings import Endings
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt, State
-from bridge.gateway.recent import Recent, Spent
+from bridge.gateway.recent import Recent
 from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Index
 from bridge.stub.types import Endpoint
@@ -39,12 +43,14 @@ ANY_REVISION = 2**53
 
 
 class Unconfirmed:
-    """The rebuilt SAs that wait for their first verified request, oldest first. `confirm_timeout` in seconds."""
+    """The rebuilt SAs that wait for their first verified request, oldest first. `confirm_timeout` in seconds; `ended`
+    tells whether the session of an index ended or went on elsewhere."""
 
     def __init__(
         self,
         charon: Charon,
-        spent: Spent,
+        endings: Endings,
+        ended: Callable[[Index], Awaitable[bool]],
         handout: ClientStubs,
         writer: WriteQueue,
         admission: Admission,
@@ -55,7 +61,8 @@ class Unconfirmed:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._charon = charon
-        self._spent = spent
+        self._endings = endings
+        self._ended = ended
         self._handout = handout
         self._writer = writer
         self._admission = admission
@@ -68,9 +75,13 @@ class Unconfirmed:
         self._by_index: dict[Index, list[Rebuilt]] = {}
         self._confirmed: Recent[tuple[bytes, Endpoint]] = Recent(LATE_SECONDS, clock=clock)
         self._drops: set[asyncio.Task[None]] = set()
+        self._confirming: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """Remove all of them."""
+        """Remove all of them, but for those that their clients have confirmed."""
+        if self._confirming:
+            # no longer than a look-up
+            await asyncio.wait(self._confirming)
         await end(*self._drops)
         with contextlib.suppress(ChannelError):
             await self._remove(list(self._by_spis.values()))
@@ -113,14 +124,36 @@ class Unconfirmed:
     def verified(self, ike_id: IkeId) -> None:
         """Rule 2: the first request that verified under the new keys confirms the SA."""
         made = self._by_spis.get(ike_id.spis)
-        if made is None:
+        if made is None or made.state is State.CONFIRMING:
             return
+        made.state = State.CONFIRMING
+        task = spawn("confirm", self._confirm(made))
+        self._confirming.add(task)
+        task.add_done_callback(self._confirming.discard)
+
+    async def _confirm(self, made: Rebuilt) -> None:
+        """The session may have ended, or gone on elsewhere, since its stub was looked up."""
+        ended = await self._ended(made.old.index)
+        if made not in self:
+            return
+        if ended or made.old.index in self._endings:
+            log.info("sa-ended-before-confirmed", old_gateway=made.old.index.gateway, **made.sa.id.logged)
+            self.forget(made)
+            try:
+                # not in silence: its client takes the session for resumed
+                await self._charon.end({made.sa.id.spis})
+            except ViciError as error:
+                log.warning("ended-sa-not-removed", reason=str(error), **made.sa.id.logged)
+        else:
+            self._confirmed_now(made)
+
+    def _confirmed_now(self, made: Rebuilt) -> None:
         self._take_out(made)
         index, sa = made.old.index, made.sa
         others = self._by_index.get(index, [])[:]
         for other in others:
             self.forget(other)
-        self._spent.add(index)
+        self._endings.add(index, made.old.expires)
         self._confirmed.add((sa.id.spi_i, made.install.remote))
         # whatever the old gateway may have written since: the session is here now
         self._writer.submit_delete(index, ANY_REVISION)
@@ -150,9 +183,6 @@ class Unconfirmed:
 
     def gone(self, sa: IkeSa) -> None:
         """charon ended an SA: nothing waits for it any more."""
-        if self._handout.policy != "off":
-            # its client may still hold a stub, and the bank be away
-            self._spent.add(self._handout.index(sa))
         made = self._by_spis.get(sa.id.spis)
         if made is not None:
             self.forget(made)
@@ -163,7 +193,7 @@ class Unconfirmed:
         self._charon.tracker.forget(made.sa.id)
         if made.state is State.UNCONFIRMED and self._handout.policy != "off":
             # its client got a stub of it: worth nothing now
-            self._spent.add(self._handout.index(made.sa))
+            self._endings.add(self._handout.index(made.sa), made.sa.expires)
             self._writer.submit_delete(self._handout.index(made.sa), ANY_REVISION)
 
     def _take_out(self, made: Rebuilt) -> None:

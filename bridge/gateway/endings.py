@@ -1,0 +1,160 @@
+"""The sessions that ended here or went on from here, by their indexes, for as long as a stub of them could live.
+
+A bank can forget: a replica that was behind is promoted, a Redis starts from an older file, or empty. Its stubs of
+sessions that ended are then back, and a request that was captured once could be replayed. So each gateway remembers the
+ends that it took part in, also across a restart, refuses those indexes whatever the bank says, never publishes them
+again, and tells a bank that was away of them (bridge.gateway.bank_reconciler).
+
+The file has one end a line, `<Unix seconds> <gateway> <SPI hex>`: until when it is remembered, and the index.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from bridge.stub.stub import Index, StubError
+
+log = structlog.get_logger()
+
+FILE: Final = "endings"
+"""in the folder that `state` names"""
+ENDINGS_MAX: Final = 500_000
+"""of more, those that were added first are forgotten"""
+MARGIN_SECONDS: Final = 60
+"""beyond the expiry of the stub: clocks of two gateways differ"""
+WRITE_SECONDS: Final = 1.0
+"""between two writes to the file"""
+COMPACT_LINES: Final = 10_000
+"""a file with this many lines more than twice what it had is written again, without what is over"""
+
+
+class Endings:
+    """What ended. `directory` is where the file lies, None for memory alone; `wall` gives Unix seconds.
+
+    Used on one event loop; only `keep` and `close` write the file.
+    """
+
+    def __init__(self, directory: str | Path | None = None, *, wall: Callable[[], float] = time.time) -> None:
+        self._path = None if directory is None else Path(directory) / FILE
+        self._wall = wall
+        self._until: dict[Index, int] = {}
+        self._unwritten: list[Index] = []
+        self._lines = 0
+        self._compact_at = COMPACT_LINES
+        self._failed = False
+        self._load()
+
+    def __contains__(self, index: Index) -> bool:
+        return self._until.get(index, 0) > self._wall()
+
+    def add(self, index: Index, expires: int) -> None:
+        """The session of `index` ended or went on; no stub of it lives longer than until `expires` (Unix seconds)."""
+        until = max(self._until.pop(index, 0), expires + MARGIN_SECONDS)
+        self._until[index] = until
+        self._unwritten.append(index)
+        if len(self._until) > ENDINGS_MAX:
+            self._purge()
+            # some at a time: each look for what has expired is at all of them
+            for oldest in list(islice(self._until, max(len(self._until) - ENDINGS_MAX * 9 // 10, 0))):
+                del self._until[oldest]
+
+    def all(self) -> Iterator[Index]:
+        """Every end that is remembered, the latest first."""
+        now = self._wall()
+        return (index for index, until in reversed(self._until.copy().items()) if until > now)
+
+    def latest(self, count: int) -> list[Index]:
+        """The last `count` of them: what a bank that went back in time lacks first. None that the bank may have
+        forgotten by now since their stubs have expired."""
+        soon = self._wall() + 2 * MARGIN_SECONDS
+        return [index for index in islice(reversed(self._until), count) if self._until[index] > soon]
+
+    # the file
+
+    async def keep(self) -> None:
+        """Write what is new to the file, until cancelled."""
+        while True:
+            await asyncio.sleep(WRITE_SECONDS)
+            await self._write()
+
+    async def close(self) -> None:
+        """Write what is left."""
+        await self._write()
+
+    def _purge(self) -> None:
+        now = self._wall()
+        self._until = {index: until for index, until in self._until.items() if until > now}
+
+    async def _write(self) -> None:
+        if self._path is None or not self._unwritten:
+            self._unwritten.clear()
+            return
+        compact = self._lines + len(self._unwritten) > self._compact_at
+        if compact:
+            self._purge()
+        indexes = list(self._until) if compact else [index for index in self._unwritten if index in self._until]
+        self._unwritten = []
+        text = "".join([f"{self._until[index]} {index.gateway} {index.spi.hex()}\n" for index in indexes])
+        try:
+            await asyncio.to_thread(_replace if compact else _append, self._path, text)
+        except OSError as error:
+            if not self._failed:
+                log.warning(
+                    "endings-not-kept",
+                    file=str(self._path),
+                    reason=error.strerror,
+                    fix="make the folder of `state` writable",
+                )
+            self._failed = True
+        else:
+            self._failed = False
+            self._lines = len(indexes) if compact else self._lines + len(indexes)
+            if compact:
+                self._compact_at = 2 * self._lines + COMPACT_LINES
+
+    def _load(self) -> None:
+        if self._path is None:
+            return
+        try:
+            lines = self._path.read_text(encoding="ascii", errors="replace").splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("endings-not-read", file=str(self._path), reason=error.strerror)
+            return
+        now, unreadable = self._wall(), 0
+        for line in lines:
+            try:
+                until, gateway, spi = line.split()
+                index = Index.parse(f"{gateway}/{spi}")
+                if int(until) > now:
+                    self._until.pop(index, None)
+                    self._until[index] = int(until)
+            except (ValueError, StubError):
+                # the last line of a host that lost its power, perhaps
+                unreadable += 1
+        self._lines = len(lines)
+        self._compact_at = 2 * len(self._until) + COMPACT_LINES
+        if unreadable:
+            log.warning("endings-not-read", file=str(self._path), lines=unreadable)
+
+
+def _append(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "w") as file:
+        file.write(text)
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    _append(beside, text)
+    beside.replace(path)
