@@ -16,6 +16,7 @@ PACKAGES := \
 	charon-systemd strongswan-swanctl strongswan-pki \
 	libcharon-extra-plugins libcharon-extauth-plugins libstrongswan-extra-plugins libstrongswan-standard-plugins \
 	redis-server redis-tools \
+	bird2 frr \
 	iproute2 iputils-ping iptables nftables procps kmod tshark \
 	prometheus faketime mandoc zsh fish
 

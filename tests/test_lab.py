@@ -197,7 +197,7 @@ def test_a_kept_lab_stays_until_it_is_removed(name: str) -> None:
         standard(lab, sidecars=False)
         assert space.is_owned(name)
     assert not space.is_owned(name)
-    assert len(space.namespaces(name)) == 5
+    assert len(space.namespaces(name)) == 6
     space.remove(name)
     assert traces(name) == []
 

@@ -15,18 +15,18 @@ from bridge.lab import demo as demonstration
 from bridge.lab import space
 from bridge.lab.lab import Lab
 from bridge.lab.space import LabError
-from bridge.lab.topology import SITE, standard
+from bridge.lab.topology import SERVER, standard
 
 Result = TypeVar("Result")
 
 
 @click.group()
 def lab() -> None:
-    """Real strongSwan hosts in network namespaces: a bank, two gateways, a client.
+    """Real strongSwan hosts in network namespaces: a bank, two gateways, a server, a client.
 
     \b
-        client 192.168.50.10 ---+--- gw1 192.168.50.1 --- 10.10.0.1 (site)
-                                +--- gw2 192.168.50.2 --- 10.10.0.1 (site)
+        client 192.168.50.10 ---+--- gw1 192.168.50.1 ---+--- server 10.10.1.10
+                                +--- gw2 192.168.50.2 ---'
                                 +--- bank 192.168.50.20 (Redis)
 
     Needs root. Nothing outside the namespaces is changed: not the network, the files or the daemons of this machine.
@@ -72,11 +72,11 @@ def up(name: str) -> None:
         with Lab(name, keep=True) as built:
             standard(built).connect()
 
-    with working(f"setting lab {name} up: bank, gw1, gw2, client"):
+    with working(f"setting lab {name} up: bank, gw1, gw2, server, client"):
         _reporting(work)
-    click.echo(f"lab {name} is up: bank, gw1, gw2, and client with a session at gw1")
+    click.echo(f"lab {name} is up: bank, gw1, gw2, server, and client with a session at gw1")
     which = "" if space.labs() == [name] else f"--lab {name} "
-    click.echo(f"  ike-sa-sync lab shell {which}client ping {SITE}")
+    click.echo(f"  ike-sa-sync lab shell {which}client ping {SERVER}")
     click.echo(f"  ike-sa-sync lab shell {which}gw1 swanctl --list-sas")
     click.echo(f"  ike-sa-sync lab clean {name if which else ''}".rstrip())
 
@@ -137,7 +137,7 @@ def kill(name: str | None, host: str) -> None:
 def shell(name: str | None, host: str, command: tuple[str, ...]) -> None:
     """Run COMMAND, or a shell, on a host of a running lab.
 
-    The hosts are bank, gw1, gw2 and client.
+    The hosts are bank, gw1, gw2, server and client.
     """
     _, holder = _host(name, host)
     argv = [*space.into(holder), *(command or (os.environ.get("SHELL", "/bin/sh"),))]

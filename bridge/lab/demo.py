@@ -13,7 +13,7 @@ from bridge.lab.esp import Esp
 from bridge.lab.host import Host
 from bridge.lab.lab import Lab
 from bridge.lab.space import LabError
-from bridge.lab.topology import SITE, Topology, standard
+from bridge.lab.topology import SERVER, Topology, standard
 
 # Seconds. The traffic's pace, and how long it is watched before the failure and after it.
 INTERVAL = 0.05
@@ -77,12 +77,12 @@ def run(say: Say) -> dict[str, Any]:
     Gives what `ike-sa-sync resume --json` printed, with `sent`, `lost` (packets) and `silence_ms` added.
     LabError if the session cannot be set up, or does not carry traffic at the end.
     """
-    say("lab", "a bank, two gateways and a client, each in network namespaces of its own ...")
+    say("lab", "a bank, two gateways with a server behind them, and a client, in namespaces of their own ...")
     with Lab() as lab:
         topology = standard(lab)
         version = topology.gw1.charon.vici().version()["version"].decode()
         where = "in the kernel" if lab.esp is Esp.KERNEL else "in userspace: this kernel has none"
-        say("lab", f"bank, gw1, gw2 and client are up; strongSwan {version}, ESP {where}")
+        say("lab", f"bank, gw1, gw2, server and client are up; strongSwan {version}, ESP {where}")
         return failover(topology, say)
 
 
@@ -96,10 +96,10 @@ def failover(topology: Topology, say: Say) -> dict[str, Any]:
     )
     wait_until(lambda: bool(topology.bank.stubs()), "the stub of the session in the bank")
     say("bank", f"gw1 left its stub: {topology.bank.stubs()[0]}")
-    ping = Ping(topology.client, SITE)
+    ping = Ping(topology.client, SERVER)
     wait_until(lambda: ping.answers() >= BEFORE / INTERVAL, "ping through the tunnel")
     times = f"every {INTERVAL * 1000:.0f} ms"
-    say("traffic", f"ping {SITE} through the tunnel, {times}: {ping.answers()} answers so far")
+    say("traffic", f"ping {SERVER}, a server behind the gateways, {times}: {ping.answers()} answers so far")
 
     topology.kill_gateway(topology.gw1)
     say("failure", "gw1 is dead: charon and sidecar got SIGKILL")

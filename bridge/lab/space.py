@@ -21,6 +21,9 @@ NAMESPACES = Path("/run/netns")
 # In a host's directory: the id of the process that holds its namespaces.
 HOLDER = "holder"
 
+# The routing table that charon puts its routes into.
+CHARON_TABLE = "220"
+
 # A process that got SIGKILL is gone in microseconds unless it sleeps in the kernel.
 KILL_PATIENCE = 10.0
 
@@ -98,9 +101,10 @@ def kill_all(namespace: str, spare: int = 0) -> None:
 
 
 def forget_sas(namespace: str) -> None:
-    """Take charon's SAs out of the kernel, which would go on with those of a dead one."""
-    for what in ("state", "policy"):
-        subprocess.run(["ip", "-n", namespace, "xfrm", what, "flush"], capture_output=True, check=False)
+    """Take charon's SAs and routes out of the kernel, which would go on with those of a dead one."""
+    for what in ("xfrm state", "xfrm policy", "-4 route", "-6 route"):
+        table = ("table", CHARON_TABLE) if what.endswith("route") else ()
+        subprocess.run(["ip", "-n", namespace, *what.split(), "flush", *table], capture_output=True, check=False)
 
 
 def remove(lab: str) -> None:

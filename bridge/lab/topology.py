@@ -1,10 +1,11 @@
-"""The standard lab: a bank, two gateways in front of one site, and a client.
+"""The standard lab: a bank, two gateways in front of one inner network with a server, and a client.
 
-    client 192.168.50.10 ---+--- gw1 192.168.50.1 --- 10.10.0.1 (site)   clients 10.20.1.0/24
-                            +--- gw2 192.168.50.2 --- 10.10.0.1 (site)   clients 10.20.2.0/24
+    client 192.168.50.10 ---+--- gw1 192.168.50.1, 10.10.1.1 ---+--- server 10.10.1.10   clients 10.20.1.0/24
+                            +--- gw2 192.168.50.2, 10.10.1.2 ---'                        clients 10.20.2.0/24
                             +--- bank 192.168.50.20 (Redis)
 
-Both gateways have the site's address, so that whichever the client is at answers on it.
+The server learns from the gateways, by BIRD, which of them has the session of a client. Beside it both gateways have
+the address 10.10.0.1, SITE, on which the one answers that the client is at.
 """
 
 import base64
@@ -19,10 +20,14 @@ from bridge.lab.charon import render
 from bridge.lab.daemon import SLOWNESS
 from bridge.lab.host import Host
 from bridge.lab.lab import Lab
+from bridge.lab.router import Bird, gateway_bird, router_bird
 from bridge.lab.sidecar import Sidecar
 from bridge.service import shipped_files
 
 SITE = "10.10.0.1"
+SERVER = "10.10.1.10"
+SERVER6 = "fd10:10:1::10"
+INSIDE = "inside"  # the network behind the gateways
 BANK_KEY = "/etc/ike-sa-sync/bank.key"
 
 # A dead gateway is given up after 2 s without an answer to the probe that follows 2 s of silence; later on a slow
@@ -46,10 +51,14 @@ class Topology:
     gateways: dict[str, Sidecar]  # by the host's name
     agent: Sidecar  # the client's
     secret: str  # the preshared key of all clients
+    server: Host  # behind the gateways
+    routers: list[Bird]  # of the gateways and the server
 
     def start(self, sidecars: bool = True) -> None:
         """Start every host: its sidecar first, for the keys of charon's first SA, then charon."""
         self.bank.start()
+        for router in self.routers:
+            router.start()
         running = [*self.gateways.values(), self.agent] if sidecars else []
         for sidecar in running:
             sidecar.launch()
@@ -114,6 +123,9 @@ def standard(
     key = bank_key()
     gateways = {}
     releases = releases or {}
+    lab.add_network(INSIDE)
+    server = lab.add_host("server", f"{SERVER}/24", f"{SERVER6}/64", network=INSIDE, forward=True)
+    routers = [router_bird(server)]
     for number in (1, 2):
         host = lab.add_host(
             f"gw{number}",
@@ -123,13 +135,16 @@ def standard(
             forward=True,
             release=releases.get(f"gw{number}"),
         )
+        lab.attach(host, f"10.10.1.{number}/24", f"fd10:10:1::{number}/64", network=INSIDE)
+        routers.append(gateway_bird(host, f"10.10.1.{number}"))
         _swanctl(host, "gateway", f'ike-clients {{ secret = "{secret}" }}')
         host.configure(f"pools {{ clients {{ addrs = 10.20.{number}.0/24 }} }}\n", "pool.conf")
         host.write(BANK_KEY, key, mode=0o600)
         gateways[host.name] = host.sidecar("gateway", gateway_config(host.address, bank.url))
     client = client_host(lab, "client", "192.168.50.10", secret, "fd00:50::10/64", release=releases.get("client"))
     agent = client.sidecar("client", client_config(CHOICES))
-    topology = Topology(lab, bank, lab.hosts["gw1"], lab.hosts["gw2"], client, gateways, agent, secret)
+    gw1, gw2 = lab.hosts["gw1"], lab.hosts["gw2"]
+    topology = Topology(lab, bank, gw1, gw2, client, gateways, agent, secret, server, routers)
     if start:
         topology.start(sidecars)
     return topology
