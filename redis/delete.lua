@@ -1,30 +1,33 @@
--- Delete Stub: deletes stubs of one bucket, each only if the bank holds no newer revision than the caller saw.
--- KEYS: the bucket, then the stubs' keys. ARGV: for each stub the greatest revision to delete.
--- Returns for each stub 1, or 0 where there was none, or a newer one.
--- An ended session stays ended: its SPI is kept in ike:gone:{...} for as long as its stub would have lived, and
--- redis/store.lua refuses it. A stub of this bank's that a client holds is refused by the same sign.
-local DAY = 86400 -- for a stub that is not here (any more), whose expiry is not known
+#!lua flags=allow-oom
+-- Delete Stub: deletes stubs of one bucket, whatever revision the bank holds, and leaves a tombstone of each.
+-- KEYS: the bucket, the bucket's tombstones, then the stubs' keys. ARGV: for each stub when it would have expired (Unix
+-- seconds, by its sealed part), 0 where the caller does not know.
+-- Returns for each stub 1, or 0 where there was none.
+-- Nothing that a stub's readable fields say is used: anyone with write access to the bank can change them. An ended
+-- session stays ended: its SPI is kept among the tombstones for as long as its stub would have lived, and
+-- redis/store.lua refuses it. Full memory does not stop a deletion (allow-oom): it makes room.
+local UNKNOWN = 30 * 86400 -- seconds, where the caller does not know
+local CLOCKS = 60 -- seconds by which the clocks of gateways may differ
+local LONGEST = 400 * 86400 -- seconds that a key of tombstones lives at most without another deletion
 
-local gone = 'ike:gone:' .. string.sub(KEYS[1], 11)
+local bucket, gone = KEYS[1], KEYS[2]
 local now = tonumber(redis.call('TIME')[1])
 local deleted = {}
-for i = 2, #KEYS do
-  local held = redis.call('HMGET', KEYS[i], 'revision', 'expires')
-  local revision = tonumber(held[1] or nil)
-  if revision and revision > tonumber(ARGV[i - 1]) then
-    deleted[i - 1] = 0
-  else
-    local spi = string.sub(KEYS[i], -16)
-    -- first what can be refused: while a Cluster moves the bucket, this key may be at another node already
-    redis.call('ZADD', gone, 'GT', tonumber(held[2] or nil) or now + DAY, spi)
-    redis.call('ZREM', KEYS[1], spi)
-    deleted[i - 1] = redis.call('DEL', KEYS[i])
+for i = 3, #KEYS do
+  local expires = tonumber(ARGV[i - 2]) or 0
+  if expires <= 0 then
+    expires = now + UNKNOWN
   end
+  local spi = string.sub(KEYS[i], -16)
+  -- first what can be refused: while a Cluster moves the bucket, this key may be at another node already
+  redis.call('ZADD', gone, 'GT', string.format('%.0f', expires + CLOCKS), spi)
+  redis.call('ZREM', bucket, spi)
+  deleted[i - 2] = redis.call('DEL', KEYS[i])
 end
 
 redis.call('ZREMRANGEBYSCORE', gone, '-inf', now)
 local last = redis.call('ZRANGE', gone, -1, -1, 'WITHSCORES')
 if last[2] then
-  redis.call('EXPIREAT', gone, last[2])
+  redis.call('EXPIREAT', gone, string.format('%.0f', math.min(tonumber(last[2]), now + LONGEST)))
 end
 return deleted

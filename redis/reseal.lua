@@ -1,13 +1,22 @@
--- Key rotation: puts stubs of one bucket, sealed anew, in the place of what they were opened from.
--- KEYS: the bucket, then the stubs' keys. ARGV: for each stub the sealed octets as they were, and as they shall be.
+-- Puts other octets in the place of sealed stubs of one bucket, if they are still those that the caller opened: for key
+-- rotation the same stub sealed with another key; for a stub whose readable revision is not that of its sealed part the
+-- same octets again.
+-- KEYS: the bucket, the bucket's tombstones, then the stubs' keys. ARGV: for each stub the sealed octets as they were ("" where there were none)
+-- and as they shall be, and the revision of their stub for the readable field, "" to leave that alone.
 -- Returns for each stub 1, or 0 where it has changed meanwhile or is gone: nothing deleted comes back.
 local resealed = {}
-for i = 2, #KEYS do
-  if redis.call('HGET', KEYS[i], 'sealed') == ARGV[2 * i - 3] then
-    redis.call('HSET', KEYS[i], 'sealed', ARGV[2 * i - 2])
-    resealed[i - 1] = 1
+for i = 3, #KEYS do
+  local old, new, revision = ARGV[3 * i - 8], ARGV[3 * i - 7], ARGV[3 * i - 6]
+  if redis.call('EXISTS', KEYS[i]) == 1 and (redis.call('HGET', KEYS[i], 'sealed') or '') == old then
+    if new ~= old then
+      redis.call('HSET', KEYS[i], 'sealed', new)
+    end
+    if revision ~= '' then
+      redis.call('HSET', KEYS[i], 'revision', revision)
+    end
+    resealed[i - 2] = 1
   else
-    resealed[i - 1] = 0
+    resealed[i - 2] = 0
   end
 end
 return resealed

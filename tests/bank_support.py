@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 import redis
-from bridge.bank.interface import StubBank
+from bridge.bank.interface import Ending, StubBank
 from bridge.ike.transforms import Suite
 from bridge.service import shipped_files
 from bridge.stub.keyring import Keyring
@@ -89,6 +89,11 @@ def stub_of(spi: bytes | None = None, *, gateway: str = GATEWAY, revision: int =
         expires=now + lifetime,
         revision=revision,
     )
+
+
+def ending(stub: Stub) -> Ending:
+    """The end of a stub's session."""
+    return Ending(stub.index, stub.expires)
 
 
 def revised(stub: Stub, revision: int) -> Stub:

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 import redis
-from bank_support import GATEWAY, PASSWORD, PATIENCE, RedisServer, downloaded, listed, shipped_users, stub_of
+from bank_support import GATEWAY, PASSWORD, PATIENCE, RedisServer, downloaded, ending, listed, shipped_users, stub_of
 from bridge.bank.keyspace import Keyspace
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.redis_url import connect
@@ -56,9 +56,9 @@ async def test_a_gateway_needs_no_more_than_the_shipped_rights(guarded: RedisSer
     await bank.heartbeat(GATEWAY, 10)
     assert (await bank.gateways())[GATEWAY].alive
     await bank.post("stats", GATEWAY, "{}", 10)
-    assert await bank.delete([(stub.index, 2)]) == [True]
+    assert await bank.delete([ending(stub)]) == [True]
     assert await bank.ended([stub.index]) == [True]
-    assert [index async for page in bank.endings() for index in page] == [stub.index]
+    assert [each.index async for page in bank.endings() for each in page] == [stub.index]
     ring.replace(Keyring(new | old))
     ring.prefer(new)
     assert await bank.reseal(GATEWAY) == 1
@@ -193,7 +193,7 @@ async def test_a_cluster_is_a_bank_like_any_other(cluster: list[int], ring: Keyr
     assert all(admin(port).dbsize() for port in cluster)
     for port in cluster:
         admin(port).script_flush()
-    assert all(await bank.delete([(stub.index, 1) for stub in stubs]))
+    assert all(await bank.delete([ending(stub) for stub in stubs]))
     await bank.heartbeat(GATEWAY, 10)
     assert await bank.ping() > 0
     await bank.close()

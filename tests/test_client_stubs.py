@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from bank_support import GATEWAY, RedisServer, keyring, stub_of
+from bank_support import GATEWAY, RedisServer, ending, keyring, stub_of
 from bridge.bank.redis_bank import RedisBank
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_tracker import SaTracker
@@ -298,7 +298,7 @@ async def test_a_session_that_ended_is_not_resumed_with_the_stub_that_its_client
 ) -> None:
     stub = stub_of()
     await store(server, stub)
-    assert await RedisBank(server.url, RING).delete([(stub.index, stub.revision)]) == [True]
+    assert await RedisBank(server.url, RING).delete([ending(stub)]) == [True]
     assert await found(lookup(server, policy), request(stub)) == ["no-stub"]
 
 

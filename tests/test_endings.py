@@ -59,13 +59,13 @@ async def test_a_restart_remembers_what_ended(tmp_path: Path) -> None:
     assert index(1) in after
     assert six in after
     clock.now = NOW + 500
-    assert list(Endings(tmp_path / "state", wall=clock).all()) == [six]
+    assert [ending.index for ending in Endings(tmp_path / "state", wall=clock).all()] == [six]
 
 
 async def test_a_line_that_was_cut_costs_no_other(tmp_path: Path) -> None:
     file = tmp_path / FILE
     file.write_bytes(f"{NOW + 9} {GATEWAY} {'0' * 15}1\n\xff junk\n{NOW + 9} {GATEWAY}".encode("latin-1"))
-    assert list(Endings(tmp_path, wall=Clock()).all()) == [index(1)]
+    assert [ending.index for ending in Endings(tmp_path, wall=Clock()).all()] == [index(1)]
 
 
 async def test_the_file_does_not_grow_with_what_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_what_was_added_first_is_forgotten_first_where_there_is_too_much(monkeyp
     endings = Endings(wall=Clock())
     for number in range(11):
         endings.add(index(number), NOW + 1000)
-    assert list(endings.all()) == [index(number) for number in range(10, 1, -1)]
+    assert [ending.index for ending in endings.all()] == [index(number) for number in range(10, 1, -1)]
     assert endings.latest(2) == [index(10), index(9)]
 
 

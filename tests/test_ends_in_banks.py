@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from bank_support import GATEWAY, RedisServer, keyring, stub_of
+from bank_support import GATEWAY, RedisServer, ending, keyring, stub_of
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.prefetch import Prefetch
 from bridge.bank.redis_bank import RedisBank
@@ -26,7 +26,6 @@ from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
-from bridge.gateway.unconfirmed import ANY_REVISION
 from bridge.stub.stub import Stub
 
 pytestmark = pytest.mark.redis
@@ -126,7 +125,7 @@ async def test_a_session_that_went_on_elsewhere_is_not_put_back_into_an_emptied_
         await until(lambda: len(stubs(server)) == 2)
         # the gateway that it went on at deletes it; charon here has yet to notice
         other = RedisBank(server.url, RING)
-        await other.delete([(moved.index, ANY_REVISION)])
+        await other.delete([ending(moved)])
         await until(lambda: moved.index in gateway.endings)
         server.client.flushall()
         gateway.reconciler.returned()
@@ -150,7 +149,7 @@ async def test_a_bank_of_an_older_state_loses_the_stubs_whose_ends_it_forgot(ser
         state = {key: server.client.dump(key) for key in server.client.keys("*")}
         # one went on here, one ended here
         gateway.endings.add(elsewhere.index, elsewhere.expires)
-        await other.delete([(elsewhere.index, ANY_REVISION)])
+        await other.delete([ending(elsewhere)])
         del gateway.charon.tracker.sas[sa.id.spis]
         gateway.publisher.withdraw(sa)
         await until(lambda: not stubs(server))

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from bank_support import GATEWAY, PATIENCE, RedisServer, keyring, shipped_users, stub_of
+from bank_support import GATEWAY, PATIENCE, RedisServer, ending, keyring, shipped_users, stub_of
 from bridge.bank.redis_bank import RedisBank
 
 pytestmark = pytest.mark.redis
@@ -64,7 +64,7 @@ async def test_it_tells_what_happens_to_stubs(
     stub = stub_of()
     await bank.store([stub])
     await until(process, kind="stub", event="stored", gateway=GATEWAY, spi=stub.index.spi.hex())
-    await bank.delete([(stub.index, 1)])
+    await bank.delete([ending(stub)])
     await until(process, kind="stub", event="deleted", spi=stub.index.spi.hex())
     brief = stub_of(lifetime=1)
     await bank.store([brief])
@@ -194,7 +194,7 @@ async def test_the_live_view_shows_gateways_their_counters_and_what_happens(tmp_
             frame = await screen.shows(lambda frame: row(frame, GATEWAY)[3:4] == ["30"], "the gateway with 30 stubs")
             assert row(frame, GATEWAY)[4:] == ["7", "0", "2", "0", "no-stub", "2"]
             assert "stored 30   deleted 0   expired 0" in frame
-            await bank.delete([(stubs[0].index, 1)])
+            await bank.delete([ending(stubs[0])])
             frame = await screen.shows(lambda frame: "deleted 1 " in frame, "the deletion")
             # the latest event comes first
             [first] = re.findall(r"events.*\n.*?(\S+ +\S+ +\S+) +[0-9a-f]{16}", frame)

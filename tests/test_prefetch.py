@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bank_support import GATEWAY, PATIENCE, RedisServer, stub_of
+from bank_support import GATEWAY, PATIENCE, RedisServer, ending, stub_of
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.prefetch import Prefetch
@@ -66,7 +66,7 @@ async def test_a_stub_that_changes_in_the_bank_is_let_go(bank: RedisBank, server
     async with asyncio.timeout(PATIENCE):
         await hears.wait()
         await fetched(cache)
-        await bank.delete([(stub.index, 1)])
+        await bank.delete([ending(stub)])
         await gone.wait()
     assert await cache.get([stub.index, other.index]) == [None, other]
     assert cache.hits == 1

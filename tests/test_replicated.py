@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from bank_support import PATIENCE, RedisServer, downloaded, keyring, listed, revised, stub_of
+from bank_support import PATIENCE, RedisServer, downloaded, ending, keyring, listed, revised, stub_of
+from bridge.bank import replica_in
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.replica import Replica
-from bridge.bank.replicated import ANY_REVISION, ReplicatedBank
+from bridge.bank.replicated import ReplicatedBank
 from bridge.stub.keyring import Keyring
 from bridge.stub.stub import Stub
 
@@ -46,7 +47,7 @@ async def bank_of(servers: dict[str, RedisServer], ring: Keyring) -> AsyncIterat
             name: str, *, central: bool = False, copies: int = 1, targets: tuple[str, ...] = (), serve: bool = True
         ) -> ReplicatedBank:
             def tier(name: str, timeout: float = 5.0) -> Replica:
-                return Replica(name, servers[name].url, RedisBank(servers[name].url, ring, get_timeout=timeout))
+                return replica_in(name, servers[name].url, RedisBank(servers[name].url, ring, get_timeout=timeout))
 
             bank = ReplicatedBank(
                 tier(name),
@@ -95,7 +96,7 @@ async def test_the_choice_of_a_stub_stays_when_another_peer_goes(servers: dict[s
     ring, stubs = keyring(), [stub_of() for _ in range(100)]
 
     def chosen(*peers: str) -> list[str]:
-        tiers = [Replica(peer, servers[peer].url, RedisBank(servers[peer].url, ring)) for peer in peers]
+        tiers = [Replica(peer, RedisBank(servers[peer].url, ring)) for peer in peers]
         bank = ReplicatedBank(tiers[0], None, tiers[1:])
         return [bank.holders(stub.index)[1].name for stub in stubs]
 
@@ -179,7 +180,7 @@ async def test_while_no_bank_answers_every_call_says_so(bank_of: Open, servers: 
         for call in (
             bank.store([stub]),
             bank.get([stub.index]),
-            bank.delete([(stub.index, 1)]),
+            bank.delete([ending(stub)]),
             bank.revisions([stub.index]),
             bank.heartbeat(ONE, 10),
             bank.ping(),
@@ -199,7 +200,7 @@ async def test_a_bank_that_was_away_gets_what_it_missed(bank_of: Open, servers: 
     await bank.store([ended])
     servers[TWO].kill()
     assert await bank.store([kept]) == [True]
-    assert await bank.delete([(ended.index, 1)]) == [True]
+    assert await bank.delete([ending(ended)]) == [True]
     assert bank.owed == 2
     servers[TWO].start()
     await until(lambda: bank.owed == 0)
@@ -240,7 +241,7 @@ async def moved_while_two_was_away(bank_of: Open, servers: dict[str, RedisServer
     await (await bank_of(ONE, targets=(TWO,))).store([stub])
     servers[TWO].kill()
     three = await bank_of(THREE)
-    assert await three.delete([(stub.index, ANY_REVISION)]) == [True]
+    assert await three.delete([ending(stub)]) == [True]
     # three dies, and with it what its sidecar had to tell two
     for tier in three._all:
         tier._owed._waiting.clear()
@@ -277,7 +278,7 @@ async def test_after_a_deletion_no_bank_finds_the_stub_nor_takes_it_again(
     banks = [await bank_of(name, central=True) for name in (ONE, TWO, THREE)]
     stub = stub_of()
     await banks[0].store([stub])
-    assert await banks[1].delete([(stub.index, ANY_REVISION)]) == [True]
+    assert await banks[1].delete([ending(stub)]) == [True]
     for bank in banks:
         assert await bank.get([stub.index]) == [None]
         assert await bank.ended([stub.index]) == [True]
@@ -292,7 +293,7 @@ async def test_an_operators_deletion_names_the_bank_that_it_did_not_reach(
     await (await bank_of(ONE, targets=(TWO,))).store([stub])
     servers[THREE].kill()
     with pytest.raises(BankUnavailable, match=f"not in the bank of {THREE}"):
-        await (await bank_of(ONE, serve=False)).delete([(stub.index, ANY_REVISION)])
+        await (await bank_of(ONE, serve=False)).delete([ending(stub)])
     assert not holds(servers[TWO], stub)
 
 

@@ -12,6 +12,7 @@ import pytest
 import structlog
 
 from bank_support import PATIENCE, RedisServer, keyring, revised, stub_of
+from bridge.bank.interface import Ending
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.write_queue import WriteQueue
 from bridge.stub.stub import Index, Stub
@@ -34,9 +35,9 @@ class WatchedBank(RedisBank):
         self.bundles.append([stub.index for stub in stubs])
         return await super().store(stubs)
 
-    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]:
-        self.bundles.append([index for index, _ in items])
-        return await super().delete(items)
+    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
+        self.bundles.append([ending.index for ending in endings])
+        return await super().delete(endings)
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ async def test_a_deletion_takes_the_place_of_the_store_before_it(bank: WatchedBa
     stub = stub_of()
     await bank.store([stub])
     writer.submit(revised(stub, 2))
-    writer.submit_delete(stub.index, 2)
+    writer.submit_delete(stub.index, expires=stub.expires)
     await written(writer)
     assert await bank.get([stub.index]) == [None]
     assert writer.counters.deleted == 1
@@ -115,7 +116,7 @@ async def test_a_deletion_takes_the_place_of_the_store_before_it(bank: WatchedBa
 async def test_a_store_takes_the_place_of_the_deletion_before_it(bank: WatchedBank) -> None:
     writer = WriteQueue(bank)
     stub = stub_of()
-    writer.submit_delete(stub.index, 1)
+    writer.submit_delete(stub.index, expires=stub.expires)
     writer.submit(revised(stub, 2))
     await written(writer)
     assert await bank.get([stub.index]) == [revised(stub, 2)]
@@ -127,7 +128,7 @@ async def test_the_stub_of_a_rekeyed_sa_goes_only_when_the_new_one_is_there(bank
     old, new = stub_of(), stub_of()
     writer.submit(old)
     writer.submit(new)
-    writer.submit_delete(old.index, 1)
+    writer.submit_delete(old.index, expires=old.expires)
     await written(writer)
     assert bank.bundles == [[new.index], [old.index]]
     await writer.close()
@@ -231,7 +232,7 @@ async def test_past_the_limit_the_stub_that_expires_first_is_dropped(bank: Watch
     soon = [stub_of(lifetime=100 + n) for n in range(5)]
     late = [stub_of(lifetime=5000 + n) for n in range(9)]
     over = stub_of()
-    writer.submit_delete(over.index, 1)
+    writer.submit_delete(over.index, expires=over.expires)
     for stub in (*late[:4], *soon, *late[4:]):
         writer.submit(stub)
     assert writer.pending == 10

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bridge.bank.interface import StubBank
+from bridge.bank.keyspace import Keyspace
 from bridge.bank.private_redis import PrivateBank
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.replica import Replica
 from bridge.bank.replicated import ReplicatedBank
+from bridge.bank.write_queue import LIMIT
 from bridge.config import BankConfig
+from bridge.stub import bank_keys
 from bridge.stub.keyring import Keyring
 
 
@@ -28,18 +33,18 @@ async def open_bank(config: BankConfig, keyring: Keyring, *, serve: bool = False
     # what is at hand is asked first, then the peers; a request waits for both
     at_hand = config.get_timeout - (config.peer_timeout if config.peers else 0.0)
     near_url = config.url if config.mode == "distributed" else config.local
-    near = Replica(
+    near = replica_in(
         "local",
         near_url or PrivateBank.url_of(config.runtime),
         await _one(config, near_url, keyring, at_hand, serve),
-        pending=config.pending,
+        config.pending,
     )
     central = None
     if config.mode == "mixed":
         url = bank_url(config)
-        central = Replica("central", url, RedisBank(url, keyring, get_timeout=at_hand), pending=config.pending)
+        central = replica_in("central", url, RedisBank(url, keyring, get_timeout=at_hand), config.pending)
     peers = [
-        Replica(address, url, RedisBank(url, keyring, get_timeout=config.peer_timeout), pending=config.pending)
+        replica_in(address, url, RedisBank(url, keyring, get_timeout=config.peer_timeout), config.pending)
         for address, url in config.peers.items()
     ]
     bank = ReplicatedBank(
@@ -48,6 +53,15 @@ async def open_bank(config: BankConfig, keyring: Keyring, *, serve: bool = False
     if serve:
         await bank.start()
     return bank
+
+
+def replica_in(name: str, url: str, bank: StubBank, pending: int = LIMIT) -> Replica:
+    """A bank in the Redis at `url`, among others; its keyspace notifications tell whether it is there."""
+
+    def watch(there: Callable[[bool], None]) -> Keyspace:
+        return Keyspace(url, (bank_keys.GATEWAYS,), lambda _: None, there)
+
+    return Replica(name, bank, watch=watch, pending=pending)
 
 
 async def _one(config: BankConfig, url: str | None, keyring: Keyring, get_timeout: float, serve: bool) -> RedisBank:

@@ -9,11 +9,11 @@ import msgspec
 
 from bridge.ike.address import Pool
 
-KIND = "facts"
-"""they are kept under ike:facts:<gateway>"""
 SECONDS = 20.0
 """between two times that they are told"""
 TTL = 3 * SECONDS
+OCTETS_MAX = 1_000_000
+"""of what a gateway writes; more is not read"""
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -30,10 +30,12 @@ def encode(facts: Facts) -> str:
 
 def decode(text: str | bytes) -> Facts | None:
     """None where it is not what a gateway writes."""
+    if len(text) > OCTETS_MAX:
+        return None
     try:
         facts = msgspec.json.decode(text, type=Facts)
         for pool in facts.pools:
             ip_address(pool.base) + pool.size
-    except (msgspec.MsgspecError, ValueError):
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
         return None
     return facts

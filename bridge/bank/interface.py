@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import NamedTuple, Protocol
+
+from msgspec import Struct
 
 from bridge.stub.readable import Readable
 from bridge.stub.stub import Index, Stub
@@ -17,7 +19,31 @@ DOWNLOAD_BATCH = 256
 
 
 class BankUnavailable(Exception):
-    """The bank cannot be reached, or refuses: the text names the cause. Nothing is known of what was asked of it."""
+    """The bank cannot be reached, or refuses: the text names the cause.
+
+    `left` are the stubs for which nothing is known of what was asked; None: all of them. `answers`: whether the bank
+    answers other questions.
+    """
+
+    def __init__(self, reason: str, left: frozenset[Index] | None = None, *, answers: bool = False) -> None:
+        super().__init__(reason)
+        self.left = left
+        self.answers = answers
+
+
+class BankUnwritable(BankUnavailable):
+    """The bank answers reads, but takes no writes now: it is full, a replica, or without its quorum of replicas."""
+
+    def __init__(self, reason: str, left: frozenset[Index] | None = None) -> None:
+        super().__init__(reason, left, answers=True)
+
+
+class Ending(Struct, frozen=True, gc=False):
+    """A session that ended."""
+
+    index: Index
+    expires: int
+    """Unix seconds until which a stub of it may live, by a stub that was opened or by the SA itself; 0: not known"""
 
 
 class GatewaySign(NamedTuple):
@@ -35,8 +61,14 @@ class StubBank(Protocol):
         """Stubs found that did not open."""
         ...
 
+    @property
+    def spoilt(self) -> int:
+        """Keys and members found that no gateway writes; keys of a wrong type were deleted."""
+        ...
+
     async def store(self, stubs: Sequence[Stub]) -> list[bool]:
-        """Initiate and Update Stub, bundled. False where the bank holds a newer revision, which stays.
+        """Initiate and Update Stub, bundled. False where the bank holds a newer revision, which stays, or knows that
+        the session has ended.
 
         May be repeated. Where it raises, some of the stubs may be stored. Raises StubError for one that cannot be
         encoded.
@@ -47,11 +79,14 @@ class StubBank(Protocol):
         """GET Stub. None where there is none, where it has expired, or where it does not open."""
         ...
 
-    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]:
-        """Delete Stub: each index with the greatest revision to delete. False where nothing was deleted."""
+    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
+        """Delete Stub, whatever its revision. False where the bank had none.
+
+        What ended stays ended: the bank refuses to store a stub of it until it would have expired.
+        """
         ...
 
-    def download(self, gateway: str, batch: int = DOWNLOAD_BATCH) -> AsyncIterator[list[Stub]]:
+    def download(self, gateway: str, batch: int = DOWNLOAD_BATCH) -> AsyncGenerator[list[Stub]]:
         """Download Stub: all stubs of a gateway, at most `batch` at a time.
 
         What is stored or deleted meanwhile may be missing or not. Stubs that do not open are left out.
@@ -62,12 +97,22 @@ class StubBank(Protocol):
         """Say that a gateway lives, for `ttl` s."""
         ...
 
-    async def revisions(self, indexes: Sequence[Index]) -> list[int]:
-        """The revisions that the bank holds, by the readable field; 0 where there is no stub."""
+    async def look(self, indexes: Sequence[Index]) -> list[tuple[Stub | None, bool]]:
+        """GET Stub, and beside each stub whether its session is known here to have ended."""
         ...
 
-    async def ended(self, indexes: Sequence[Index]) -> list[bool]:
-        """Whether the stub of each index was deleted, within what would have been its life."""
+    async def revisions(self, indexes: Sequence[Index]) -> list[int | None]:
+        """The revisions that the bank holds, by the sealed part; 0 where there is no stub, none that opens, or one that
+        its bucket does not list; None where that stub could not be asked for."""
+        ...
+
+    async def ended(self, indexes: Sequence[Index]) -> list[bool | None]:
+        """Whether the session of each index is known to have ended, within what would have been its stub's life; None
+        where that could not be asked."""
+        ...
+
+    def endings(self) -> AsyncGenerator[list[Ending]]:
+        """All sessions, of any gateway, that are known here to have ended."""
         ...
 
     async def reseal(self, gateway: str) -> int:
@@ -78,7 +123,7 @@ class StubBank(Protocol):
         ...
 
     async def gateways(self) -> dict[str, GatewaySign]:
-        """The gateways that ever had a heartbeat, by address."""
+        """The gateways that had a heartbeat lately, by address."""
         ...
 
     async def post(self, kind: str, gateway: str, value: str, ttl: float) -> None:
@@ -97,6 +142,6 @@ class StubBank(Protocol):
         """Let go of the bank."""
         ...
 
-    def list(self, gateway: str | None = None) -> AsyncIterator[list[Readable]]:
+    def list(self, gateway: str | None = None) -> AsyncGenerator[list[Readable]]:
         """The readable fields of the stubs of one gateway, or of all."""
         ...

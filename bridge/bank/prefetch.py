@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 import structlog
 from msgspec import Struct
 
-from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, GatewaySign, StubBank
+from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, Ending, GatewaySign, StubBank
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.write_queue import Writable
 from bridge.service.tasks import end, spawn
+from bridge.stub import bank_keys
 from bridge.stub.stub import Index, Stub, StubError
 
 log = structlog.get_logger()
@@ -66,6 +67,11 @@ class Prefetch:
         return self._bank.unreadable
 
     @property
+    def spoilt(self) -> int:
+        """Keys and members found in the bank that no gateway writes."""
+        return self._bank.spoilt
+
+    @property
     def size(self) -> int:
         """Stubs held."""
         return sum(map(len, self._stubs.values()))
@@ -84,7 +90,7 @@ class Prefetch:
 
     def hear(self, event: Event) -> None:
         """Something happened to a key: a fetched stub that it names is outdated."""
-        if not event.key.startswith("ike:stub:"):
+        if not event.key.startswith(bank_keys.STUB):
             return
         try:
             index = Index.parse(event.key)
@@ -111,7 +117,7 @@ class Prefetch:
             task.cancel()
         self._changed.pop(gateway, None)
         if self._stubs.pop(gateway, None) is not None and self._keyspace is not None:
-            task = spawn(f"remove {gateway}", self._keyspace.remove(_pattern(gateway)))
+            task = spawn(f"remove {gateway}", self._keyspace.remove(bank_keys.stubs_pattern(gateway)))
             self._tasks[f"remove {gateway}"] = task
             task.add_done_callback(lambda _: self._tasks.pop(f"remove {gateway}", None))
 
@@ -131,7 +137,7 @@ class Prefetch:
         try:
             if self._keyspace is not None and self._near is None:
                 # first: what changes while the stubs come must be heard
-                await self._keyspace.add(_pattern(gateway))
+                await self._keyspace.add(bank_keys.stubs_pattern(gateway))
             async for stubs in self._bank.download(gateway):
                 if self._near is not None:
                     await self._near.store(stubs)
@@ -178,21 +184,29 @@ class Prefetch:
             self._stubs.get(stub.index.gateway, {}).pop(stub.index, None)
         return await self._bank.store(stubs)
 
-    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]:
+    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
         """See StubBank."""
-        for index, _ in items:
-            self._stubs.get(index.gateway, {}).pop(index, None)
-        return await self._bank.delete(items)
+        for ending in endings:
+            self._stubs.get(ending.index.gateway, {}).pop(ending.index, None)
+        return await self._bank.delete(endings)
 
-    def download(self, gateway: str, batch: int = DOWNLOAD_BATCH) -> AsyncIterator[list[Stub]]:
+    async def look(self, indexes: Sequence[Index]) -> list[tuple[Stub | None, bool]]:
+        """See StubBank."""
+        return await self._bank.look(indexes)
+
+    def endings(self) -> AsyncGenerator[list[Ending]]:
+        """See StubBank."""
+        return self._bank.endings()
+
+    def download(self, gateway: str, batch: int = DOWNLOAD_BATCH) -> AsyncGenerator[list[Stub]]:
         """See StubBank."""
         return self._bank.download(gateway, batch)
 
-    async def revisions(self, indexes: Sequence[Index]) -> list[int]:
+    async def revisions(self, indexes: Sequence[Index]) -> list[int | None]:
         """See StubBank."""
         return await self._bank.revisions(indexes)
 
-    async def ended(self, indexes: Sequence[Index]) -> list[bool]:
+    async def ended(self, indexes: Sequence[Index]) -> list[bool | None]:
         """See StubBank."""
         return await self._bank.ended(indexes)
 
@@ -225,11 +239,7 @@ class Prefetch:
         await end(*self._tasks.values())
         await self._bank.close()
 
-    def list(self, gateway: str | None = None) -> AsyncIterator[Any]:
+    def list(self, gateway: str | None = None) -> AsyncGenerator[Any]:
         """See StubBank: lists of Readable."""
-        rows: AsyncIterator[Any] = self._bank.list(gateway)
+        rows: AsyncGenerator[Any] = self._bank.list(gateway)
         return rows
-
-
-def _pattern(gateway: str) -> str:
-    return f"ike:stub:{{{gateway}/*"

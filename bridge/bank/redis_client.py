@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, Final
 
+import structlog
 from redis.asyncio import RedisCluster
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError
 
-from bridge.bank.interface import BankUnavailable
+from bridge.bank.interface import BankUnavailable, BankUnwritable
 from bridge.bank.redis_url import FAILURES, Client, connect
 from bridge.service import shipped_files
 from bridge.stub.types import printable
+
+log = structlog.get_logger()
+
+_REFUSED_WRITES: Final = ("OOM ", "READONLY ", "NOREPLICAS ", "MISCONF ")
+"""how the replies begin by which a Redis that answers reads says that it takes no writes now"""
+_BUSY: Final = "BUSY "
+_KEYED_SCRIPTS: Final = ("EVALSHA", "EVAL")
 
 
 class Script:
@@ -36,12 +45,24 @@ class RedisClient:
         self._scripts = scripts
 
     async def pipeline(self, commands: Sequence[tuple[Any, ...]], *, writing: bool = False) -> list[Any]:
-        """The replies to `commands`, sent at once. Scripts that Redis does not know are loaded.
+        """The replies to `commands`, as `replies` gives them.
+
+        Raises BankUnavailable where any of them failed; some of the others may have been carried out then.
+        """
+        replies = await self.replies(commands, writing=writing)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise unavailable(reply) from None
+        return replies
+
+    async def replies(self, commands: Sequence[tuple[Any, ...]], *, writing: bool = False) -> list[Any]:
+        """The replies to `commands`, sent together; an exception in the place of each that failed alone: by what its
+        key holds, or because its node of a Cluster does not answer. Scripts that Redis does not know are loaded.
 
         `writing`: in one transaction, where there is one server. Redis then goes to its disk once for all, instead of
         after every 16 KB that it reads.
 
-        Raises BankUnavailable; some of the commands may have been carried out then.
+        Raises BankUnavailable where nothing could be asked; some of the commands may have been carried out then.
         """
         transaction = writing and not isinstance(self.client, RedisCluster)
         with self.reaching():
@@ -53,17 +74,48 @@ class RedisClient:
                 again = await self._send([commands[position] for position in unknown], transaction)
                 for position, reply in zip(unknown, again, strict=True):
                     replies[position] = reply
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise BankUnavailable(_cause(reply)) from None
+        failed = [reply for reply in replies if isinstance(reply, Exception)]
+        if failed and any(str(reply).startswith(_BUSY) for reply in failed):
+            await self._kill_script()
+        if failed and len(failed) == len(replies) and not any(map(is_wrong_type, failed)):
+            raise unavailable(failed[0]) from None
         return replies
 
     async def _send(self, commands: Sequence[tuple[Any, ...]], transaction: bool) -> list[Any]:
-        pipeline = self.client.pipeline(transaction=transaction)
-        for command in commands:
-            pipeline.execute_command(*command)
-        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        if not isinstance(self.client, RedisCluster):
+            return await _pipeline(self.client, commands, transaction)
+        # each node by itself: one that does not answer keeps the answers of the others from nobody
+        await self.client.initialize()
+        shares: dict[str, list[int]] = {}
+        for position, command in enumerate(commands):
+            shares.setdefault(self._node(self.client, command), []).append(position)
+        answers = await asyncio.gather(
+            *(
+                _pipeline(self.client, [commands[position] for position in positions], transaction)
+                for positions in shares.values()
+            ),
+            return_exceptions=True,
+        )
+        replies: list[Any] = [None] * len(commands)
+        for positions, answer in zip(shares.values(), answers, strict=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, Exception):
+                raise answer
+            for number, position in enumerate(positions):
+                replies[position] = answer if isinstance(answer, BaseException) else answer[number]
         return replies
+
+    @staticmethod
+    def _node(cluster: RedisCluster, command: tuple[Any, ...]) -> str:
+        """The name of the node that a command with a key is for."""
+        key = command[3] if command[0] in _KEYED_SCRIPTS else command[1]
+        node = cluster.nodes_manager.get_node_from_slot(cluster.keyslot(key))
+        return str(node.name)
+
+    async def _kill_script(self) -> None:
+        """Somebody runs a script without end, which answers nothing else: the scripts of a bank take milliseconds."""
+        with suppress(*FAILURES):
+            await self.client.execute_command("SCRIPT KILL")
+            log.error("bank-script-killed", reason="a script ran without end", fix="rotate the passwords of the bank")
 
     @contextmanager
     def reaching(self) -> Iterator[None]:
@@ -73,14 +125,29 @@ class RedisClient:
         except TimeoutError:
             raise BankUnavailable("Redis did not answer in time") from None
         except FAILURES as error:
-            raise BankUnavailable(_cause(error)) from None
+            raise unavailable(error) from None
 
     async def close(self) -> None:
         """Close the connections."""
         await self.client.aclose()
 
 
-def _cause(error: Exception) -> str:
-    """One line, short: redis-py repeats whole commands in some of its errors, in front of what Redis said."""
+async def _pipeline(client: Client, commands: Sequence[tuple[Any, ...]], transaction: bool) -> list[Any]:
+    pipeline = client.pipeline(transaction=transaction)
+    for command in commands:
+        pipeline.execute_command(*command)
+    replies: list[Any] = await pipeline.execute(raise_on_error=False)
+    return replies
+
+
+def is_wrong_type(reply: object) -> bool:
+    """Whether a command failed because its key holds something of another type."""
+    return isinstance(reply, RedisError) and "WRONGTYPE" in str(reply)
+
+
+def unavailable(error: Exception) -> BankUnavailable:
+    """What a failure of Redis means for the bank. One line, short: redis-py repeats whole commands in some of its
+    errors, in front of what Redis said."""
     text = str(error).rpartition("caused error: ")[2].strip('(),"') or type(error).__name__
-    return f"Redis: {printable(text)[:160]}"
+    refuses = isinstance(error, OutOfMemoryError | ReadOnlyError) or text.startswith(_REFUSED_WRITES)
+    return (BankUnwritable if refuses else BankUnavailable)(f"Redis: {printable(text)[:160]}")

@@ -8,11 +8,10 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from bridge.bank.interface import BankUnavailable
+from bridge.bank.interface import BankUnavailable, Ending, StubBank
 from bridge.bank.keyspace import Keyspace
-from bridge.bank.redis_bank import GATEWAYS, RedisBank
 from bridge.bank.write_queue import LIMIT, WriteQueue
-from bridge.stub.stub import Index, Stub
+from bridge.stub.stub import Stub
 
 log = structlog.get_logger()
 
@@ -24,28 +23,38 @@ LATE: Final = "no answer in time"
 class Replica:
     """A bank with a name for people: `local`, `central`, or the address of the gateway whose bank it is.
 
-    A bank that did not answer counts as down until it answers something that nobody waits for: a heartbeat, what it is
-    owed, or the watch that `start` begins. `on_up` is called when it comes back.
+    A bank that did not answer counts as down until it answers something that no client waits for: a heartbeat, what it
+    is owed, or the watch that `start` begins. One that answers but takes no writes is up. `on_up` is called when it
+    comes back. `watch` makes what watches it, from what wants to know whether it is there; without, nothing watches it.
     """
 
-    def __init__(self, name: str, url: str, bank: RedisBank, *, pending: int = LIMIT) -> None:
+    def __init__(
+        self,
+        name: str,
+        bank: StubBank,
+        *,
+        watch: Callable[[Callable[[bool], None]], Keyspace] | None = None,
+        pending: int = LIMIT,
+    ) -> None:
         self.name = name
         self.bank = bank
         self.up = True
         self.on_up: Callable[[Replica], None] = lambda _: None
         self._owed = WriteQueue(self, limit=pending, name=name)
-        self._watch = Keyspace(url, (GATEWAYS,), lambda _: None, self._watched)
+        self._watch = watch(self._watched) if watch is not None else None
 
     def __repr__(self) -> str:
-        return f"Tier({self.name})"
+        return f"Replica({self.name})"
 
     def start(self) -> None:
         """Watch whether it is there."""
-        self._watch.start()
+        if self._watch is not None:
+            self._watch.start()
 
     async def close(self) -> None:
         """Give it what it is owed, for a moment, and let go of it."""
-        await self._watch.close()
+        if self._watch is not None:
+            await self._watch.close()
         await self._owed.close()
         await self.bank.close()
 
@@ -67,7 +76,7 @@ class Replica:
             self._is(False, LATE)
             raise BankUnavailable(f"the bank of {self.name}: {LATE}") from None
         except BankUnavailable as error:
-            self._is(False, str(error))
+            self._is(error.answers, str(error))
             raise
         self._is(True)
         return answer
@@ -76,17 +85,17 @@ class Replica:
         """See StubBank."""
         return await self.answer(self.bank.store(stubs))
 
-    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]:
+    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
         """See StubBank."""
-        return await self.answer(self.bank.delete(items))
+        return await self.answer(self.bank.delete(endings))
 
     def owe(self, stub: Stub) -> None:
         """Store `stub` when it is back."""
         self._owed.submit(stub)
 
-    def owe_deletion(self, index: Index, revision: int) -> None:
-        """Delete the stub of `index` when it is back."""
-        self._owed.submit_delete(index, revision)
+    def owe_deletion(self, ending: Ending) -> None:
+        """Delete the stub of a session that ended when it is back."""
+        self._owed.submit_delete(ending.index, expires=ending.expires)
 
     def _watched(self, hears: bool) -> None:
         self._is(hears, "its connection has gone")

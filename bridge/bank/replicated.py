@@ -25,8 +25,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, GatewaySign
-from bridge.bank.redis_bank import RedisBank
+from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, BankUnwritable, Ending, GatewaySign, StubBank
 from bridge.bank.replica import Replica
 from bridge.service.tasks import end, spawn
 from bridge.stub.readable import Readable
@@ -36,8 +35,6 @@ log = structlog.get_logger()
 
 Answer = TypeVar("Answer")
 
-ANY_REVISION: Final = 2**53
-"""more than any revision, which is milliseconds of Unix time"""
 SETTLE_SECONDS: Final = 2.0
 """after which every gateway that can reach a bank that is back writes to it again: only then it can catch up"""
 
@@ -93,6 +90,11 @@ class ReplicatedBank:
         return sum(tier.bank.unreadable for tier in self._all)
 
     @property
+    def spoilt(self) -> int:
+        """Keys and members found that no gateway writes."""
+        return sum(tier.bank.spoilt for tier in self._all)
+
+    @property
     def owed(self) -> int:
         """Changes that one bank has and another one has yet to get."""
         return sum(tier.owed for tier in self._all)
@@ -133,14 +135,14 @@ class ReplicatedBank:
                 tier.owe(stubs[position])
         return [taken[position] for position in range(len(stubs))]
 
-    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]:
-        """See StubBank. True where any bank deleted; those that are down are owed it.
+    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
+        """See StubBank. True where any bank deleted; those that did not take it are owed it.
 
-        Without `start` nobody would bring it to them: then it raises BankUnavailable where one did not answer.
+        Without `start` nothing would bring it to them: then it raises BankUnavailable where one did not answer.
         """
         serving = self._task is not None
         up = [tier for tier in self._all if tier.up or not serving] or self._all
-        outcomes = await _each(up, lambda tier: tier.delete(items))
+        outcomes = await _each(up, lambda tier: tier.delete(endings))
         away = [tier for tier in self._all if tier not in outcomes]
         if len(away) == len(self._all):
             raise BankUnavailable("none of the banks took it")
@@ -148,8 +150,8 @@ class ReplicatedBank:
             names = ", ".join(tier.name for tier in away)
             raise BankUnavailable(f"deleted, but not in the bank of {names}, which does not answer: repeat it later")
         for tier in away:
-            for index, revision in items:
-                tier.owe_deletion(index, revision)
+            for ending in endings:
+                tier.owe_deletion(ending)
         return [any(deleted) for deleted in zip(*outcomes.values(), strict=True)]
 
     # GET
@@ -189,7 +191,12 @@ class ReplicatedBank:
                     found[index] = stub
         return len(answers)
 
-    async def revisions(self, indexes: Sequence[Index]) -> list[int]:
+    async def look(self, indexes: Sequence[Index]) -> list[tuple[Stub | None, bool]]:
+        """See StubBank."""
+        over = await self.ended(indexes)
+        return [(stub, bool(gone)) for stub, gone in zip(await self.get(indexes), over, strict=True)]
+
+    async def revisions(self, indexes: Sequence[Index]) -> list[int | None]:
         """See StubBank: of the banks that a stub should be in and that answer, the one that is most behind counts."""
         shares: dict[Replica, list[int]] = {}
         for position, index in enumerate(indexes):
@@ -202,15 +209,24 @@ class ReplicatedBank:
         least: dict[int, int] = {}
         for tier, revisions in answers.items():
             for position, revision in zip(shares[tier], revisions, strict=True):
-                least[position] = min(revision, least.get(position, revision))
-        if len(least) < len(indexes):
+                if revision is not None:
+                    least[position] = min(revision, least.get(position, revision))
+        if not least and indexes:
             raise BankUnavailable("none of the banks answers")
-        return [least[position] for position in range(len(indexes))]
+        return [least.get(position) for position in range(len(indexes))]
 
-    async def ended(self, indexes: Sequence[Index]) -> list[bool]:
+    async def ended(self, indexes: Sequence[Index]) -> list[bool | None]:
         """See StubBank: an end that any bank knows of counts."""
         answers = await self._ask(lambda bank: bank.ended(indexes))
-        return [any(known) for known in zip(*answers.values(), strict=True)]
+        return [
+            None if all(each is None for each in known) else any(known) for known in zip(*answers.values(), strict=True)
+        ]
+
+    async def endings(self) -> AsyncGenerator[list[Ending]]:
+        """See StubBank: what any bank knows."""
+        async with aclosing(self._read_all(lambda tier: tier.bank.endings())) as pages:
+            async for page in pages:
+                yield page
 
     # Download
 
@@ -253,8 +269,10 @@ class ReplicatedBank:
 
     async def heartbeat(self, gateway: str, ttl: float) -> None:
         """See StubBank: in all banks; one that was down and takes it is up again."""
-        if not await _each(self._all, lambda tier: tier.answer(tier.bank.heartbeat(gateway, ttl))):
-            raise BankUnavailable("none of the banks took it")
+        asked = {tier: tier.answer(tier.bank.heartbeat(gateway, ttl)) for tier in self._all}
+        if not await _each(asked, lambda tier: asked[tier]):
+            kind = BankUnwritable if any(tier.up for tier in self._all) else BankUnavailable
+            raise kind("none of the banks took it")
 
     async def gateways(self) -> dict[str, GatewaySign]:
         """See StubBank: a gateway lives if any bank says so, and has the keys that all of those name."""
@@ -281,7 +299,7 @@ class ReplicatedBank:
         """See StubBank: of the fastest."""
         return min((await self._ask(lambda bank: bank.ping())).values())
 
-    async def _ask(self, question: Callable[[RedisBank], Awaitable[Answer]]) -> dict[Replica, Answer]:
+    async def _ask(self, question: Callable[[StubBank], Awaitable[Answer]]) -> dict[Replica, Answer]:
         """The answers of all banks within reach. Raises BankUnavailable if there is none."""
         up = [tier for tier in self._all if tier.up] or self._all
         answers = await _each(up, lambda tier: tier.answer(question(tier.bank)))
@@ -325,8 +343,8 @@ class ReplicatedBank:
         deleted = 0
         async with aclosing(tier.bank.endings()) as pages:
             async for page in pages:
-                held = await self.near.answer(self.near.bank.revisions(page))
-                over = [(index, ANY_REVISION) for index, revision in zip(page, held, strict=True) if revision]
+                held = await self.near.answer(self.near.bank.revisions([ending.index for ending in page]))
+                over = [ending for ending, revision in zip(page, held, strict=True) if revision]
                 if over:
                     deleted += sum(await self.near.delete(over))
         return deleted

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from bridge.bank.interface import BankUnavailable
+from bridge.bank.interface import BankUnavailable, Ending
 from bridge.service.tasks import end, spawn
 from bridge.stub.codec import encode
 from bridge.stub.stub import Index, Stub, StubError
@@ -31,8 +31,8 @@ BACK_OFF_MAX: Final = 0.5
 CLOSE_PATIENCE: Final = 2.0
 """seconds that `close` gives the bank to take what waits"""
 
-Change = Stub | int
-"""a stub to store, or the greatest revision to delete"""
+Change = Stub | Ending
+"""a stub to store, or a session whose stub is to be deleted"""
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class Writable(Protocol):
     """What a Writer needs of a bank: see StubBank."""
 
     async def store(self, stubs: Sequence[Stub]) -> list[bool]: ...
-    async def delete(self, items: Sequence[tuple[Index, int]]) -> list[bool]: ...
+    async def delete(self, endings: Sequence[Ending]) -> list[bool]: ...
 
 
 class WriteQueue:
@@ -92,11 +92,12 @@ class WriteQueue:
         """Store `stub` soon, in place of whatever waits for its index."""
         self._put(stub.index, stub)
 
-    def submit_delete(self, index: Index, revision: int) -> None:
-        """Delete the stub of `index` soon, unless the bank holds a newer revision than `revision`."""
+    def submit_delete(self, index: Index, *, expires: int) -> None:
+        """Delete the stub of `index` soon, and have the bank remember until `expires` (Unix seconds) that it ended: as
+        long as a stub of it may live anywhere."""
         # behind the stubs that were submitted before it: the stub of a rekeyed IKE_SA goes when the new one is there
         self._waiting.pop(index, None)
-        self._put(index, revision)
+        self._put(index, Ending(index, expires))
 
     async def flush(self) -> None:
         """Wait until nothing is pending; for ever if the bank does not come back."""
@@ -153,11 +154,10 @@ class WriteQueue:
                 self._under_way = dict(bundle)
                 for index, _ in bundle:
                     del self._waiting[index]
-                try:
-                    await self._write_bundle(self._under_way)
-                except BankUnavailable as error:
+                error = await self._write_bundle(self._under_way)
+                if error is not None:
                     self.counters.failures += 1
-                    self._take_back()
+                    self._take_back(error.left)
                     if not away:
                         self._log.warning("bank-writes-wait", reason=str(error), pending=self.pending)
                         away = True
@@ -173,30 +173,56 @@ class WriteQueue:
             self._news.clear()
             self._idle.set()
 
-    def _take_back(self) -> None:
-        """Put what did not get through in front of what came since, which wins where both are of one index."""
+    def _take_back(self, left: frozenset[Index] | None) -> None:
+        """Put what did not get through (`left`, or all of it) in front of what came since, which wins where both are of
+        one index. Behind what came since where it alone did not get through, so that it holds up no other bucket's."""
         since = self._waiting
-        self._waiting = {index: change for index, change in self._under_way.items() if index not in since}
-        self._waiting.update(since)
-        for index, change in self._under_way.items():
+        again = {
+            index: change
+            for index, change in self._under_way.items()
+            if index not in since and (left is None or index in left)
+        }
+        self._waiting = {**again, **since} if left is None else {**since, **again}
+        for index, change in again.items():
             heapq.heappush(self._by_expiry, (_expiry(change), next(self._order), index))
         self._under_way = {}
         while len(self._waiting) > self._limit:
             self._drop()
 
-    async def _write_bundle(self, bundle: dict[Index, Change]) -> None:
-        """Write a bundle, stubs before deletions. Raises BankUnavailable."""
+    async def _write_bundle(self, bundle: dict[Index, Change]) -> BankUnavailable | None:
+        """Write a bundle, stubs before deletions; what kept some of it, or all, from being written. A bank that answers
+        but takes no stubs may still take deletions, which make room."""
         stubs = [change for change in bundle.values() if isinstance(change, Stub)]
-        deletions = [(index, change) for index, change in bundle.items() if isinstance(change, int)]
+        endings = [change for change in bundle.values() if isinstance(change, Ending)]
+        failures: list[BankUnavailable] = []
         if stubs:
             try:
-                stored = await self._bank.store(stubs)
-            except StubError:
-                stored = await self._bank.store([stub for stub in stubs if self._fits(stub)])
-            self.counters.stored += sum(stored)
-            self.counters.refused += len(stored) - sum(stored)
-        if deletions:
-            self.counters.deleted += sum(await self._bank.delete(deletions))
+                stored = await self._store(stubs)
+            except BankUnavailable as error:
+                if error.left is None or not error.answers:
+                    return BankUnavailable(str(error))
+                self.counters.stored += len(stubs) - len(error.left)
+                failures.append(error)
+            else:
+                self.counters.stored += sum(stored)
+                self.counters.refused += len(stored) - sum(stored)
+        if endings:
+            try:
+                self.counters.deleted += sum(await self._bank.delete(endings))
+            except BankUnavailable as error:
+                failures.append(error)
+        if not failures:
+            return None
+        left: frozenset[Index] = frozenset().union(
+            *(error.left if error.left is not None else [each.index for each in endings] for error in failures)
+        )
+        return BankUnavailable(str(failures[0]), left)
+
+    async def _store(self, stubs: list[Stub]) -> list[bool]:
+        try:
+            return await self._bank.store(stubs)
+        except StubError:
+            return await self._bank.store([stub for stub in stubs if self._fits(stub)])
 
     def _fits(self, stub: Stub) -> bool:
         try:

@@ -6,12 +6,13 @@ import asyncio
 import os
 import shutil
 import time
-from typing import Any
+from collections.abc import Mapping
 
 from bridge.bank import gateway_facts
 from bridge.bank.gateway_facts import Facts
+from bridge.bank.interface import BankUnavailable, GatewaySign
 from bridge.bank.keyspace import Event, Keyspace
-from bridge.bank.redis_bank import GATEWAYS, HEARTBEAT
+from bridge.bank.redis_bank import RedisBank
 from bridge.bank.redis_url import FAILURES, Client, connect
 from bridge.charon.vici_client import ViciClient
 from bridge.charon.vici_types import ViciError
@@ -19,6 +20,8 @@ from bridge.check.charon import CharonAnswer
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.config import GatewayConfig
 from bridge.ike.address import Pool
+from bridge.stub import bank_keys
+from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.types import printable
 
 PATIENCE = 3.0
@@ -67,8 +70,8 @@ async def _main(config: GatewayConfig, charon: CharonAnswer | None) -> list[Find
     try:
         findings = await _reach(client)
         findings += await _events(config.bank.url, client)
-        return findings + await _others(client, config, charon)
-    except FAILURES as error:
+        return findings + await _others(config, charon)
+    except (*FAILURES, BankUnavailable) as error:
         return [fail("bank", printable(str(error)), "is bank.url right, and the server up?")]
     finally:
         await client.aclose()
@@ -108,7 +111,7 @@ async def _events(url: str, client: Client) -> list[Finding]:
         if heard >= EVENTS:
             complete.set()
 
-    key = f"ike:check:{os.urandom(8).hex()}"
+    key = bank_keys.check_key(os.urandom(8).hex())
     keyspace = Keyspace(url, (key,), hear, lambda state: hears.set() if state else None)
     keyspace.start()
     try:
@@ -131,28 +134,53 @@ async def _events(url: str, client: Client) -> list[Finding]:
     return [ok("keyspace events", "the bank tells what happens to its keys")]
 
 
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-async def _others(client: Client, config: GatewayConfig, charon: CharonAnswer | None) -> list[Finding]:
-    """This gateway beside the others that live: keys, connections, pools."""
-    names = [_text(name) for name in await client.zrange(GATEWAYS, 0, -1)]
-    others: dict[str, Facts] = {}
-    findings: list[Finding] = []
-    for name in names:
-        if name == config.address:
-            continue
-        told = gateway_facts.decode(await client.get(f"ike:{gateway_facts.KIND}:{name}") or b"")
-        if told is not None and await client.exists(f"{HEARTBEAT}{name}"):
-            others[printable(name)] = told
+async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Finding]:
+    """This gateway beside the others that live: keys, connections, pools. Raises BankUnavailable."""
+    try:
+        keyring = Keyring.load(config.bank.key_file)
+    except (SealError, OSError) as error:
+        return [fail("bank key", str(error), "the gateways of a bank need the same key file")]
+    assert config.bank.url is not None
+    bank = RedisBank(config.bank.url, keyring, timeout=PATIENCE)
+    try:
+        signs = {name: sign for name, sign in (await bank.gateways()).items() if sign.alive and name != config.address}
+        told = {name: gateway_facts.decode(await bank.posted(bank_keys.FACTS_KIND, name) or b"") for name in signs}
+    finally:
+        await bank.close()
+    findings = _keys(keyring, signs)
+    others = {name: facts for name, facts in told.items() if facts is not None}
     if not others:
-        return [ok("other gateways", "none speaks to this bank now: pools and connections are not compared")]
+        return [*findings, ok("other gateways", "none is in this bank now: pools and connections are not compared")]
     if charon is not None:
         mine = {name: [child.name for child in info.children] for name, info in charon.connections.items()}
         findings += _connections(mine, others)
         findings += _pools(await _own_pools(config), others)
     return findings or [ok("other gateways", f"fits {', '.join(others)}: connections, children, pools")]
+
+
+def _keys(keyring: Keyring, others: Mapping[str, GatewaySign]) -> list[Finding]:
+    """Whether the other gateways that live have this one's keys. A heartbeat can be forged by anyone with write access
+    to the bank: one that never ends and has no key keeps every new key from being used."""
+    newest = keyring.ids[0]
+    findings = []
+    for name, sign in others.items():
+        if not sign.keys & set(keyring.ids):
+            findings.append(
+                fail(
+                    "bank key",
+                    f"{name} has none of this gateway's keys: neither opens the other's stubs",
+                    f"copy the key file to {name}; if that is no gateway, delete {bank_keys.heartbeat_key(name)}",
+                )
+            )
+        elif newest not in sign.keys:
+            findings.append(
+                warn(
+                    "bank key",
+                    f"{name} lacks key {newest.hex()}, which therefore seals no stub yet",
+                    f"copy the key file to {name}; if that is no gateway, delete {bank_keys.heartbeat_key(name)}",
+                )
+            )
+    return findings
 
 
 def _connections(mine: dict[str, list[str]], others: dict[str, Facts]) -> list[Finding]:

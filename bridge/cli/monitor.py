@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 import time
 from collections import Counter, deque
@@ -24,20 +25,23 @@ from rich.text import Text
 from bridge.bank import bank_url
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
-from bridge.bank.redis_bank import BUCKETS, FORGET_GATEWAY, GATEWAYS, HEARTBEAT, TIMEOUT
+from bridge.bank.redis_bank import FORGET_GATEWAY, GATEWAYS_MAX, TIMEOUT
 from bridge.bank.redis_client import RedisClient
 from bridge.cli import options, output
 from bridge.config import GatewayConfig
 from bridge.service import log as logging
+from bridge.stub import bank_keys
+from bridge.stub.bank_keys import FETCH, GATEWAYS, HEARTBEAT, STUB
 from bridge.stub.stub import Index, StubError
 from bridge.stub.types import printable
 
 SECONDS: Final = 1.0
 """between two looks"""
 EVENTS_SHOWN: Final = 200
+STATS_OCTETS: Final = 100_000
+"""of a gateway's counters; more are not read"""
 PAGE: Final = (160, 30)
 """columns and lines of a view where there is no terminal"""
-STUB: Final = "ike:stub:"
 _SIGNALS: Final = {"hset": "stored", "del": "deleted", "expired": "expired"}
 
 
@@ -52,7 +56,7 @@ class Watch:
         self.state = "connecting"
         self._tell = tell
         self._server = RedisClient(url, TIMEOUT)
-        self._keyspace = Keyspace(url, (f"{STUB}*", f"{HEARTBEAT}*", "ike:fetch:*"), self._event, self._heard)
+        self._keyspace = Keyspace(url, (f"{STUB}*", f"{HEARTBEAT}*", f"{FETCH}*"), self._event, self._heard)
         self._before: dict[str, tuple[float, dict[str, float]]] = {}
         self._alive: dict[str, bool] = {}
 
@@ -106,19 +110,24 @@ class Watch:
 
     async def _look(self) -> None:
         now = time.time()
-        [names] = await self._server.pipeline([("ZRANGEBYSCORE", GATEWAYS, now - FORGET_GATEWAY, "+inf")])
+        [members] = await self._server.replies([("ZRANGE", GATEWAYS, 0, GATEWAYS_MAX - 1, "REV", "WITHSCORES")])
         gateways = []
-        for name in (printable(raw.decode(errors="replace")) for raw in names):
-            commands: list[tuple[Any, ...]] = [("PTTL", f"{HEARTBEAT}{name}"), ("GET", f"ike:stats:{name}")]
-            buckets = (Index(name, bytes((octet,))).bucket for octet in range(BUCKETS))
-            commands += [("ZCOUNT", bucket, f"({now}", "+inf") for bucket in buckets]
-            ttl, stats, *stubs = await self._server.pipeline(commands)
+        rows = members if isinstance(members, list) else []
+        recent = [raw for raw, score in zip(rows[::2], rows[1::2], strict=True) if float(score) > now - FORGET_GATEWAY]
+        for name in sorted(filter(None, map(bank_keys.gateway_name, recent))):
+            commands: list[tuple[Any, ...]] = [
+                ("PTTL", bank_keys.heartbeat_key(name)),
+                ("GET", bank_keys.posted_key(bank_keys.STATS_KIND, name)),
+            ]
+            commands += [("ZCOUNT", bucket, f"({now}", "+inf") for bucket in bank_keys.buckets(name)]
+            ttl, stats, *stubs = await self._server.replies(commands)
+            ttl = ttl if isinstance(ttl, int) else 0
             gateways.append(
                 {
                     "gateway": name,
                     "alive": ttl > 0,
                     "heartbeat_s": round(max(ttl, 0) / 1000, 1),
-                    "stubs": sum(stubs),
+                    "stubs": sum(count for count in stubs if isinstance(count, int)),
                     **self._rates(name, _counters(stats), now),
                 }
             )
@@ -174,13 +183,15 @@ class Watch:
         )
 
 
-def _counters(raw: bytes | None) -> dict[str, float]:
+def _counters(raw: object) -> dict[str, float]:
     """A gateway's counters; none where they are not what a gateway writes."""
-    try:
-        counters = json.loads(raw or b"{}")
-        return {str(key): float(value) for key, value in counters.items()}
-    except (ValueError, TypeError, AttributeError):
+    if not isinstance(raw, bytes) or len(raw) > STATS_OCTETS:
         return {}
+    try:
+        counters = {str(key): float(value) for key, value in json.loads(raw).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+        return {}
+    return counters if all(map(math.isfinite, counters.values())) else {}
 
 
 @click.command()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bridge.bank import open_bank
-from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.interface import BankUnavailable, Ending, StubBank
 from bridge.cli import options, output
 from bridge.config import GatewayConfig
 from bridge.service import control
@@ -193,8 +193,7 @@ def delete(path: str | None, gateway: str, spi: bytes, as_json: bool) -> None:
     index = Index(gateway, spi)
 
     async def work(bank: StubBank) -> bool:
-        # any revision: the operator means the stub, not a state of it
-        return (await bank.delete([(index, 2**53)]))[0]
+        return (await bank.delete([Ending(index, 0)]))[0]
 
     deleted = _with_bank(path, work)
     if as_json:

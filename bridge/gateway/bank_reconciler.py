@@ -6,18 +6,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 import time
 from typing import Any, Final
 
 import structlog
 
 from bridge.bank import gateway_facts
-from bridge.bank.interface import BankUnavailable
+from bridge.bank.interface import BankUnavailable, Ending
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.prefetch import Prefetch
-from bridge.bank.redis_bank import GONE, HEARTBEAT
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_client import START_SECONDS
@@ -27,14 +25,13 @@ from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
-from bridge.gateway.unconfirmed import ANY_REVISION
 from bridge.service.tasks import end, spawn
+from bridge.stub import bank_keys
+from bridge.stub.bank_keys import FETCH, GONE, HEARTBEAT
 from bridge.stub.stub import Index
 
 log = structlog.get_logger()
 
-FETCH: Final = "ike:fetch:"
-"""with a gateway's address behind it: an operator wants all others to fetch its stubs"""
 FETCH_SECONDS: Final = 60.0
 HEAR_SECONDS: Final = 2.0
 """within which this gateway hears of that itself, where the bank's keyspace can be heard"""
@@ -43,7 +40,6 @@ COMPARE_SECONDS: Final = 30.0
 COMPARE_BUNDLE: Final = 512
 LEARN_SECONDS: Final = 0.5
 """from an end in the bank to the look whether it is of an SA that is here: ends come in bundles"""
-_HEX_OCTET: Final = re.compile("[0-9a-f]{2}")
 STATS_SECONDS: Final = 1.0
 STATS_TTL: Final = 60.0
 
@@ -79,7 +75,7 @@ class BankReconciler:
         self._fetch_heard = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         # of what ends, only what may be of an SA here
-        gone = f"{GONE}*" if config.address is None else f"{GONE}{{{config.address}/*"
+        gone = bank_keys.gone_pattern(config.address)
         self._keyspace = Keyspace(url, (f"{HEARTBEAT}*", f"{FETCH}*", gone), self._event, self._heard)
         cache.attach(self._keyspace)
 
@@ -137,13 +133,9 @@ class BankReconciler:
 
     def _gone(self, event: Event) -> None:
         """Something ended in a bucket of some gateway's."""
-        gateway, _, octet = event.key.removeprefix(GONE).strip("{}").rpartition("/")
-        if (
-            event.event == "zadd"
-            and (self._address is None or gateway == self._address)
-            and _HEX_OCTET.fullmatch(octet)
-        ):
-            self._gone_changed.add(bytes.fromhex(octet))
+        named = bank_keys.read_tagged(event.key)
+        if event.event == "zadd" and named is not None and self._address in (None, named[0]):
+            self._gone_changed.add(bytes.fromhex(named[1]))
             self._gone_news.set()
 
     async def fetch(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +148,7 @@ class BankReconciler:
         self._cache.progress.pop(gateway, None)
         self._fetch_heard.clear()
         try:
-            await self._cache.post("fetch", gateway, str(int(time.time())), FETCH_SECONDS)
+            await self._cache.post(bank_keys.FETCH_KIND, gateway, str(int(time.time())), FETCH_SECONDS)
         except BankUnavailable as error:
             return {"error": f"{error}; `ike-sa-sync check` tells more"}
         try:
@@ -216,7 +208,9 @@ class BankReconciler:
             seen = [sa.revision for sa in bundle]
             revisions = await self._cache.revisions([self._index(sa) for sa in bundle])
             behind = [
-                sa for sa, ours, theirs in zip(bundle, seen, revisions, strict=True) if theirs < ours == sa.revision
+                sa
+                for sa, ours, theirs in zip(bundle, seen, revisions, strict=True)
+                if theirs is not None and theirs < ours == sa.revision
             ]
             if behind:
                 ended = await self._cache.ended([self._index(sa) for sa in behind])
@@ -224,7 +218,7 @@ class BankReconciler:
                     if over:
                         # it went on at another gateway; charon has yet to notice
                         self._learned(sa)
-                    elif self._charon.tracker.sas.get(sa.id.spis) is sa:
+                    elif over is False and self._charon.tracker.sas.get(sa.id.spis) is sa:
                         self._publisher.publish(sa)
                         refilled += 1
             await asyncio.sleep(0)
@@ -243,7 +237,7 @@ class BankReconciler:
         ends = list(self._endings.all())
         try:
             for first in range(0, len(ends), COMPARE_BUNDLE):
-                await self._cache.delete([(index, ANY_REVISION) for index in ends[first : first + COMPARE_BUNDLE]])
+                await self._cache.delete(ends[first : first + COMPARE_BUNDLE])
         except BankUnavailable:
             self._assert_all = True
             raise
@@ -294,14 +288,14 @@ class BankReconciler:
         await self._charon.vici.each_sas(
             lambda infos: listed.update([info.spi_i if info.initiator else info.spi_r for info in infos])
         )
-        over: list[tuple[Index, int]] = []
+        over: list[Ending] = []
         ending = 0
         async for stubs in self._cache.download(self._address):
             known = {self._index(sa) for sa in self._charon.tracker.established()}
             unknown = [stub for stub in stubs if stub.index not in known]
             ending += sum(stub.index.spi in listed for stub in unknown)
             over += [
-                (stub.index, stub.revision)
+                Ending(stub.index, stub.expires)
                 for stub in unknown
                 if stub.index.spi not in listed and stub.established > started + START_SECONDS
             ]
@@ -321,7 +315,7 @@ class BankReconciler:
                     if name.startswith(("resumptions", "refusals", "ike_sas", "unconfirmed"))
                 }
                 with contextlib.suppress(BankUnavailable):
-                    await self._cache.post("stats", self._address, json.dumps(counters), STATS_TTL)
+                    await self._cache.post(bank_keys.STATS_KIND, self._address, json.dumps(counters), STATS_TTL)
             await asyncio.sleep(STATS_SECONDS)
 
     async def _keep_facts(self) -> None:
@@ -334,6 +328,6 @@ class BankReconciler:
                 with contextlib.suppress(BankUnavailable, ViciError):
                     told = gateway_facts.Facts(connections, await self._charon.vici.pools())
                     await self._cache.post(
-                        gateway_facts.KIND, self._address, gateway_facts.encode(told), gateway_facts.TTL
+                        bank_keys.FACTS_KIND, self._address, gateway_facts.encode(told), gateway_facts.TTL
                     )
             await asyncio.sleep(gateway_facts.SECONDS)

@@ -37,6 +37,7 @@ from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_move, move_m
 from bridge.net.interface import Sender
 from bridge.net.packet import PORT_NAT_T
 from bridge.service.tasks import end, spawn
+from bridge.stub import bank_keys
 from bridge.stub.stub import Index
 
 log = structlog.get_logger()
@@ -152,7 +153,7 @@ class Drain:
             return {"error": f"{to} is this gateway"}
         try:
             gateways = await self._bank.gateways()
-            told = await self._bank.posted(gateway_facts.KIND, to)
+            told = await self._bank.posted(bank_keys.FACTS_KIND, to)
         except BankUnavailable as error:
             return {"error": f"the bank does not answer, and no session can move without it: {error}"}
         if to not in gateways or not gateways[to].alive:

@@ -20,6 +20,7 @@ from typing import Final
 
 import structlog
 
+from bridge.bank.interface import Ending
 from bridge.stub.stub import Index, StubError
 
 log = structlog.get_logger()
@@ -66,10 +67,14 @@ class Endings:
             for oldest in list(islice(self._until, max(len(self._until) - ENDINGS_MAX * 9 // 10, 0))):
                 del self._until[oldest]
 
-    def all(self) -> Iterator[Index]:
+    def all(self) -> Iterator[Ending]:
         """Every end that is remembered, the latest first."""
         now = self._wall()
-        return (index for index, until in reversed(self._until.copy().items()) if until > now)
+        return (
+            Ending(index, until - MARGIN_SECONDS)
+            for index, until in reversed(self._until.copy().items())
+            if until > now
+        )
 
     def latest(self, count: int) -> list[Index]:
         """The last `count` of them: what a bank that went back in time lacks first. None that the bank may have

@@ -25,6 +25,7 @@ def of_stubs(metrics: Metrics, charon: Charon, writer: WriteQueue, cache: Prefet
     total("bank_refused", "stubs the bank had a newer revision of", lambda: counters.refused)
     total("bank_dropped", "stub changes lost for want of room", lambda: counters.dropped)
     total("bank_write_failures", "attempts to write that the bank did not take", lambda: counters.failures)
+    total("bank_spoilt", "keys and members found in the bank that no gateway wrote", lambda: cache.spoilt)
     total("stubs_unreadable", "stubs found that did not open", lambda: cache.unreadable)
     gauge("bank_cached", "stubs of failed gateways held here", lambda: cache.size)
     total("bank_cache_hits", "stubs served without a look into the bank", lambda: cache.hits)

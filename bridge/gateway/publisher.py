@@ -57,7 +57,7 @@ class Publisher:
         before = sa.published
         if before is not None and before != index:
             # it moved to another address of this gateway
-            self._writer.submit_delete(before, sa.revision)
+            self._writer.submit_delete(before, expires=sa.stub_expires)
         sa.published_at, sa.stub_expires = index.gateway, expires
         self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
 
@@ -66,8 +66,9 @@ class Publisher:
         self._living.take_out(sa)
         if sa.resumable and sa.local is not None:
             index = sa.published or sa.index_here(self._address)
-            self._endings.add(index, max(sa.stub_expires, sa.expires))
-            self._writer.submit_delete(index, max(sa.revision, int(self._wall() * 1000)))
+            expires = max(sa.stub_expires, sa.expires)
+            self._endings.add(index, expires)
+            self._writer.submit_delete(index, expires=expires)
 
     async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
         """SAs that charon has and this sidecar does not know, from their stubs. None while the bank is away."""

@@ -58,7 +58,7 @@ class StubLookup:
         indexes = [Index(request.sync.gateway, request.sync.spi) for request in requests]
         held = [self._held(request, index) for request, index in zip(requests, indexes, strict=True)]
         stubs: dict[Index, Stub | None] = {}
-        ended: dict[Index, bool] = {}
+        ended: dict[Index, bool | None] = {}
         # known from the heartbeat: no client shall wait to learn it
         if self._reachable():
             began = self._clock()
@@ -97,7 +97,7 @@ class StubLookup:
         indexes: Sequence[Index],
         held: Sequence[Stub | None],
         stubs: dict[Index, Stub | None],
-        ended: dict[Index, bool],
+        ended: dict[Index, bool | None],
     ) -> None:
         """Fill in what the bank says."""
         pairs = list(zip(indexes, held, strict=True))
@@ -110,9 +110,9 @@ class StubLookup:
             ended.update(zip(doubtful, await self._bank.ended(doubtful), strict=True))
 
     def _choose(
-        self, index: Index, own: Stub | None, stubs: dict[Index, Stub | None], ended: dict[Index, bool]
+        self, index: Index, own: Stub | None, stubs: dict[Index, Stub | None], ended: dict[Index, bool | None]
     ) -> Stub | Missing:
-        if index in self._endings or ended.get(index, False):
+        if index in self._endings or ended.get(index):
             return Missing.NO_STUB
         stub = stubs.get(index)
         if stub is not None:

@@ -38,8 +38,6 @@ log = structlog.get_logger()
 
 LATE_SECONDS = 30.0
 """how long after its SA was confirmed a request may still lie in a queue, or be repeated by a client that was slow"""
-ANY_REVISION = 2**53
-"""more than any revision, which is milliseconds of Unix time"""
 
 
 class Unconfirmed:
@@ -156,7 +154,7 @@ class Unconfirmed:
         self._endings.add(index, made.old.expires)
         self._confirmed.add((sa.id.spi_i, made.install.remote))
         # whatever the old gateway may have written since: the session is here now
-        self._writer.submit_delete(index, ANY_REVISION)
+        self._writer.submit_delete(index, expires=made.old.expires)
         void = [other.sa.id for other in others]
         old_id = IkeId.of(made.old.spi_i, made.old.spi_r, made.old.initiator)
         if self._charon.tracker.forget(old_id) is not None:
@@ -194,7 +192,7 @@ class Unconfirmed:
         if made.state is State.UNCONFIRMED and self._handout.policy != "off":
             # its client got a stub of it: worth nothing now
             self._endings.add(self._handout.index(made.sa), made.sa.expires)
-            self._writer.submit_delete(self._handout.index(made.sa), ANY_REVISION)
+            self._writer.submit_delete(self._handout.index(made.sa), expires=made.sa.expires)
 
     def _take_out(self, made: Rebuilt) -> None:
         self._by_digest.pop(made.digest, None)

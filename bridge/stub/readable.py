@@ -74,6 +74,11 @@ def readable_fields(stub: Stub) -> tuple[str, ...]:
     )
 
 
+FIELD_OCTETS: Final = 1_000
+"""of a field that are shown"""
+_NUMBER: Final = re.compile("[0-9]{1,15}")
+"""seconds or milliseconds of Unix time"""
+
 _KEYWORDS: Final = (
     ("_cbc", ""),
     (r"_(ctr|[gc]cm_\d+)_(\d+)", r"\2\1"),
@@ -103,9 +108,10 @@ def _proposal(suite: Suite) -> str:
 
 
 def readable(index: Index, values: Sequence[bytes | None]) -> Readable:
-    texts = [printable((value or b"").decode(errors="backslashreplace")) for value in values]
+    # anyone can write these: bounded before they are read as numbers or shown
+    texts = [printable((value or b"")[:FIELD_OCTETS].decode(errors="backslashreplace")) for value in values]
     id_i, id_r, spi_i, spi_r, proposal, connection, vips = texts[:7]
-    established, expires, revision = (int(text) if text.isdecimal() else 0 for text in texts[7:])
+    established, expires, revision = (int(text) if _NUMBER.fullmatch(text) else 0 for text in texts[7:])
     own = index.spi.hex()
     return Readable(
         index,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 from bridge.ike.transforms import Suite
+from bridge.stub import bank_keys
 from bridge.stub.types import ChildSa, Endpoint, Identity, printable
 
 
@@ -28,22 +29,22 @@ class Index(NamedTuple):
     @property
     def tag(self) -> str:
         """`<gateway>/<first SPI octet>`: what keeps a stub and its bucket on one Cluster node."""
-        return f"{self.gateway}/{self.spi[:1].hex()}"
+        return bank_keys.tag(self.gateway, self.spi[:1].hex())
 
     @property
     def key(self) -> str:
         """The stub's key in Redis."""
-        return f"ike:stub:{{{self.tag}}}:{self.spi.hex()}"
+        return bank_keys.stub_key(self.gateway, self.spi)
 
     @property
     def bucket(self) -> str:
         """The key of the sorted set, by expiry, that lists the stub."""
-        return f"ike:stubs:{{{self.tag}}}"
+        return bank_keys.bucket_key(self.gateway, self.spi[:1].hex())
 
     @property
     def gone(self) -> str:
         """The key of the sorted set, by expiry, of the bucket's sessions that have ended."""
-        return f"ike:gone:{{{self.tag}}}"
+        return bank_keys.gone_key(self.gateway, self.spi[:1].hex())
 
     def __str__(self) -> str:
         return f"{self.gateway}/{self.spi.hex()}"
@@ -54,19 +55,17 @@ class Index(NamedTuple):
 
         Raises StubError.
         """
-        match = _KEY.fullmatch(text) or _SHORT.fullmatch(text)
+        if (named := bank_keys.read_stub_key(text)) is not None:
+            return cls(*named)
+        match = _SHORT.fullmatch(text)
         if match is None:
             raise StubError(f"{printable(text)!r} is no stub index: ADDRESS/SPI, the SPI as 16 hex digits")
         try:
-            index = cls(str(ip_address(match["gateway"])), bytes.fromhex(match["spi"]))
+            return cls(str(ip_address(match["gateway"])), bytes.fromhex(match["spi"]))
         except ValueError:
             raise StubError(f"{printable(match['gateway'])!r} is not an IP address") from None
-        if text.startswith("ike:") and index.key != text:
-            raise StubError(f"{printable(text)!r} is not in the form of a stub's key")
-        return index
 
 
-_KEY = re.compile(r"ike:stub:\{(?P<gateway>[^{}/]+)/[0-9a-f]{2}\}:(?P<spi>[0-9a-f]{16})")
 _SHORT = re.compile(r"(?P<gateway>[^{}/]+)/(?P<spi>[0-9A-Fa-f]{16})")
 
 

@@ -1,0 +1,237 @@
+"""How the bank's Redis is read and written whatever somebody else left in it: commands for single keys, scripts for
+buckets, walks through buckets.
+
+A failure counts for the key or the bucket that it is of, not for what was asked together with it. A key of another type
+than the bank's holds nothing of a gateway's: it is reported and deleted (redis/repair.lua), and what was asked of it is
+asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from bridge.bank.content_report import ContentReport
+from bridge.bank.interface import BankUnavailable
+from bridge.bank.redis_client import RedisClient, Script, is_wrong_type, unavailable
+from bridge.service.tasks import end
+from bridge.stub import bank_keys
+from bridge.stub.stub import Index
+
+BUNDLE: Final = 512
+"""commands in one pipeline at most"""
+PORTION: Final = 256
+"""stubs, about, that go to Redis while the next as many are made ready"""
+BUCKETS_AT_A_TIME: Final = 16
+"""buckets that one round trip reads: Redis is busy for some milliseconds where each holds 512 stubs"""
+
+
+class Kind(NamedTuple):
+    """A type of key: a command that only reads and that keys of this type take, and what follows the key in it."""
+
+    name: str
+    probe: str
+    arguments: tuple[str, ...]
+
+
+HASH: Final = Kind("hash", "HGET", ("sealed",))
+ZSET: Final = Kind("sorted set", "ZSCORE", ("",))
+STRING: Final = Kind("string", "GET", ())
+
+
+class Buckets:
+    """Reads, scripts and walks by way of `redis`; what no gateway wrote goes to `report`."""
+
+    def __init__(self, redis: RedisClient, report: ContentReport, fetch: Script, repair: Script) -> None:
+        self._redis = redis
+        self._report = report
+        self._fetch = fetch
+        self._repair = repair
+
+    async def read(self, commands: Sequence[tuple[Any, ...]], kinds: Sequence[Kind]) -> list[Any]:
+        """The replies to commands that read one key each, the key being their first argument and of a type in `kinds`.
+        None for a key that is not of its type, an exception for one that could not be asked.
+
+        Raises BankUnavailable where none could be asked.
+        """
+        replies = await self._redis.replies(commands)
+        wrong = [position for position, reply in enumerate(replies) if is_wrong_type(reply)]
+        for position in wrong:
+            replies[position] = None
+        failed = [reply for reply in replies if isinstance(reply, Exception)]
+        if failed and len(failed) == len(replies):
+            raise unavailable(failed[0])
+        if wrong:
+            with contextlib.suppress(BankUnavailable):
+                await self.repair([(commands[position][1], kinds[position]) for position in wrong])
+        return replies
+
+    async def repair(self, keys: Sequence[tuple[str | bytes, Kind]]) -> None:
+        """Delete those keys that are not of their type. Raises BankUnavailable."""
+        calls = [self._repair.call((key,), (kind.probe, *kind.arguments)) for key, kind in keys]
+        for (key, kind), deleted in zip(keys, await self._redis.replies(calls), strict=True):
+            if deleted == 1:
+                self._report.key(key, f"it was no {kind.name}, and was deleted")
+
+    # scripts
+
+    async def run(
+        self,
+        script: Script,
+        indexes: Sequence[Index],
+        arguments: Callable[[Sequence[int], Sequence[bytes]], Iterable[Any]],
+    ) -> list[int]:
+        """Run a script on each bucket of `indexes`; gives what it says of each index.
+
+        `arguments` gives those for the stubs at some positions, which are of one bucket, with their keys. Redis works
+        on a portion while the next one is made ready.
+
+        Raises BankUnavailable, with the indexes of the buckets that failed, after the others are done.
+        """
+        buckets: dict[str, list[int]] = {}
+        for position, index in enumerate(indexes):
+            buckets.setdefault(index.bucket, []).append(position)
+        outcome: list[int | None] = [None] * len(indexes)
+        failures: list[Exception] = []
+        ahead: asyncio.Task[None] | None = None
+
+        async def send(calls: list[tuple[Any, ...]], called: list[list[int]]) -> None:
+            replies = await self._redis.replies(calls, writing=True)
+            for number, reply in enumerate(replies):
+                if is_wrong_type(reply):
+                    replies[number] = await self._again(calls[number])
+            for positions, reply in zip(called, replies, strict=True):
+                if isinstance(reply, Exception):
+                    failures.append(reply)
+                    continue
+                for position, done in zip(positions, reply, strict=True):
+                    outcome[position] = int(done or 0)
+
+        try:
+            calls: list[tuple[Any, ...]] = []
+            called: list[list[int]] = []
+            size = 0
+            for bucket, positions in buckets.items():
+                places = [indexes[position].key.encode() for position in positions]
+                keys = [bucket.encode(), bank_keys.gone_of(bucket).encode(), *places]
+                calls.append(script.call(keys, arguments(positions, places)))
+                called.append(positions)
+                size += len(positions)
+                if size >= PORTION:
+                    if ahead is not None:
+                        await ahead
+                    ahead = asyncio.create_task(send(calls, called))
+                    await question_left()
+                    calls, called, size = [], [], 0
+            if ahead is not None:
+                await ahead
+            if calls:
+                await send(calls, called)
+        except BankUnavailable as error:
+            failures.insert(0, error)
+        finally:
+            if ahead is not None:
+                await end(ahead)
+        left = frozenset(index for index, done in zip(indexes, outcome, strict=True) if done is None)
+        if failures:
+            failure = failures[0] if isinstance(failures[0], BankUnavailable) else unavailable(failures[0])
+            failure.left = left
+            failure.answers = failure.answers or len(left) < len(set(indexes))
+            raise failure
+        return [done or 0 for done in outcome]
+
+    async def _again(self, call: tuple[Any, ...]) -> Any:
+        """The reply to a script that failed by a key of a wrong type, after those keys were deleted."""
+        _, _, count, *keys = call
+        bucket, gone, *stubs = keys[:count]
+        await self.repair([(bucket, ZSET), (gone, ZSET), *((stub, HASH) for stub in stubs)])
+        [reply] = await self._redis.replies([call], writing=True)
+        return reply
+
+    # walks
+
+    async def walk(
+        self, buckets: Sequence[str], fields: Sequence[str], batch: int
+    ) -> AsyncGenerator[list[tuple[Index, list[bytes | None]]]]:
+        """The fields of all stubs in `buckets`, at most `batch` at a time. Redis works while the caller does.
+
+        Raises BankUnavailable where a bucket could not be read, after all others were.
+        """
+        waiting = deque((bucket, b"0") for bucket in buckets)
+        # a stub may come twice while its bucket grows
+        seen: dict[str, set[bytes]] = {}
+        failure: Exception | None = None
+
+        async def fetch() -> tuple[list[str], list[Any]]:
+            page = [waiting.popleft() for _ in range(min(BUCKETS_AT_A_TIME, len(waiting)))]
+            calls = [
+                self._fetch.call((bucket,), (cursor, batch, bank_keys.stub_prefix(bucket), *fields))
+                for bucket, cursor in page
+            ]
+            return [bucket for bucket, _ in page], await self._redis.replies(calls)
+
+        ahead = asyncio.create_task(fetch())
+        try:
+            while True:
+                page, replies = await ahead
+                good: list[tuple[str, list[Any]]] = []
+                spoilt: list[tuple[str | bytes, Kind]] = []
+                for bucket, reply in zip(page, replies, strict=True):
+                    if is_wrong_type(reply):
+                        spoilt.append((bucket, ZSET))
+                    elif isinstance(reply, Exception):
+                        failure = failure or reply
+                    else:
+                        good.append((bucket, reply))
+                        if reply[0] != b"0":
+                            waiting.append((bucket, reply[0]))
+                more = bool(waiting)
+                if more:
+                    ahead = asyncio.create_task(fetch())
+                    await question_left()
+                rows = []
+                for index, values in self._rows(good, len(fields), seen):
+                    if isinstance(values[0], Exception):
+                        spoilt.append((index.key, HASH))
+                    else:
+                        rows.append((index, values))
+                if spoilt:
+                    await self.repair(spoilt)
+                for first in range(0, len(rows), batch):
+                    yield rows[first : first + batch]
+                    # opening stubs is work: let others have their turn
+                    await asyncio.sleep(0)
+                if not more:
+                    break
+        finally:
+            await end(ahead)
+        if failure is not None:
+            raise unavailable(failure)
+
+    def _rows(
+        self, replies: Sequence[tuple[str, list[Any]]], width: int, seen: dict[str, set[bytes]]
+    ) -> Iterator[tuple[Index, list[Any]]]:
+        """The stubs in replies of redis/fetch.lua: index and `width` fields, each stub once."""
+        for bucket, reply in replies:
+            named = bank_keys.read_tagged(bucket)
+            assert named is not None, "buckets are named by gateways' addresses"
+            gateway, octet = named
+            known = seen.setdefault(bucket, set()) if reply[0] != b"0" else seen.pop(bucket, set())
+            for position in range(1, len(reply), width + 1):
+                member: bytes = reply[position]
+                if member in known:
+                    continue
+                known.add(member)
+                if (spi := bank_keys.read_spi(member, octet)) is None:
+                    self._report.key(bucket, "a member of it is no SPI of that bucket")
+                else:
+                    yield Index(gateway, spi), reply[position + 1 : position + 1 + width]
+
+
+async def question_left() -> None:
+    """Let a task begin that asks Redis, and what it wrote leave: Redis works on it while the caller does other work."""
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
