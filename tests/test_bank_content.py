@@ -1,5 +1,5 @@
-"""Every kind of bank content that no gateway wrote, in every form that a bank has: no call fails for it but for the stub
-that was spoilt, and no session that ended is resumed."""
+"""Every kind of bank content that no gateway wrote, in every form that a bank has: no call fails for it but for the
+stub that was spoilt, and no session that ended is resumed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import structlog
 
+import redis
 from bank_support import GATEWAY, PATIENCE, RedisServer, downloaded, ending, listed, revised, stub_of
 from bridge.bank import open_bank
 from bridge.bank.interface import BankUnavailable, StubBank
@@ -68,11 +69,8 @@ async def place(
         port = request.getfixturevalue("sentinel")
         config = BankConfig(url=f"redis+sentinel://127.0.0.1:{port}/bank/0")
         bank = await open_bank(config, ring)
-        watcher = RedisBank(config.url or "", ring)
-        await watcher.close()
-        import redis
-
-        address = redis.Redis(port=port).execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "bank")
+        watcher: Any = redis.Redis(port=port)
+        address = watcher.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "bank")
         clients = [redis.Redis(port=int(address[1]))]
     elif mode == "cluster":
         ports = request.getfixturevalue("cluster")

@@ -21,6 +21,7 @@ from bridge.lab.lab import Lab
 from bridge.lab.space import LabError
 from bridge.lab.topology import Topology, client_host, standard
 from bridge.service import control
+from bridge.stub import bank_keys
 
 ADDRESS = "192.168.50.30"
 VISITOR = "192.168.50.40"
@@ -58,7 +59,7 @@ class Flood:
         topology = self.topology
         [sa] = [sa for sa in topology.client.charon.sas() if sa["state"] == "ESTABLISHED"]
         spi = sa["responder-spi"]
-        key = f"ike:stub:{{{sa['remote-host']}/{spi[:2]}}}:{spi}"
+        key = bank_keys.stub_key(sa["remote-host"], bytes.fromhex(spi))
         wait_until(lambda: topology.bank.cli("EXISTS", key) == "1", "the stub", PATIENCE)
         request = {"command": "resume", "connection": None, "to": to.address}
         return self._ask(topology.client, topology.agent.config["control"], request)

@@ -29,6 +29,7 @@ from bridge.lab.sidecar import Sidecar
 from bridge.lab.space import LabError
 from bridge.lab.topology import CHOICES, Topology, client_config, client_host
 from bridge.service import control
+from bridge.stub import bank_keys
 
 DELAYS_MS = (0, 20, 100)
 """of the cable, each way"""
@@ -164,7 +165,7 @@ class Distance:
     def _stub_is_there(self, host: Host) -> None:
         [sa] = [sa for sa in host.charon.sas() if sa["state"] == "ESTABLISHED"]
         spi = sa["responder-spi"]
-        key = f"ike:stub:{{{sa['remote-host']}/{spi[:2]}}}:{spi}"
+        key = bank_keys.stub_key(sa["remote-host"], bytes.fromhex(spi))
         wait_until(lambda: self._topology.bank.cli("EXISTS", key) == "1", "the stub", PATIENCE)
 
     def _resume(self, form: Children, to: Host) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class StubLookup:
             return False
         try:
             async with asyncio.timeout(self._timeout):
-                return (await self._bank.ended([index]))[0]
+                return (await self._bank.ended([index]))[0] is True
         except (BankUnavailable, TimeoutError):
             return False
 

@@ -3,6 +3,7 @@
 from bridge.lab.daemon import Daemon
 from bridge.lab.host import Host
 from bridge.service import shipped_files
+from bridge.stub import bank_keys
 
 PORT = 6379
 
@@ -46,4 +47,4 @@ class Bank(Daemon):
 
     def stubs(self) -> list[str]:
         """The keys of the stubs it holds."""
-        return self.cli("--scan", "--pattern", "ike:stub:*").split()
+        return self.cli("--scan", "--pattern", f"{bank_keys.STUB}*").split()
