@@ -83,7 +83,11 @@ class RedisClient:
 
     async def _send(self, commands: Sequence[tuple[Any, ...]], transaction: bool) -> list[Any]:
         if not isinstance(self.client, RedisCluster):
-            return await _pipeline(self.client, commands, transaction)
+            try:
+                return await _pipeline(self.client, commands, transaction)
+            except OutOfMemoryError:
+                # a full Redis queues nothing; one by one, what needs no memory gets through
+                return await _pipeline(self.client, commands, False)
         # each node by itself: one that does not answer keeps the answers of the others from nobody
         await self.client.initialize()
         shares: dict[str, list[int]] = {}
