@@ -5,6 +5,7 @@ Every option and its default is in this file and nowhere else.
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -131,9 +132,18 @@ class GatewayEntry(Struct, forbid_unknown_fields=True, frozen=True):
     """One gateway the client may move to."""
 
     address: str
-    """as the gateway's own `address`"""
+    """as the gateway's own `address`, or a name: it is resolved at each attempt and may stand for several gateways"""
     connection: str
     """the swanctl connection to it"""
+
+
+class VpnConfig(Struct, forbid_unknown_fields=True, frozen=True):
+    """Gateways that stand for each other."""
+
+    gateways: Annotated[tuple[GatewayEntry, ...], Meta(min_length=1)]
+    """best first"""
+    resume_on_down: bool = True
+    """a dead gateway of this VPN (DPD, retransmissions) starts a resumption by itself"""
 
 
 class ResumeConfig(Struct, forbid_unknown_fields=True, frozen=True):
@@ -160,15 +170,22 @@ class HeldConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """where sessions are kept (mode 0600), keys included, to survive a crash of this host; none: in memory"""
 
 
+DEFAULT_VPN = "default"
+"""the VPN of `gateways`"""
+
+
 class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
     vici: str = "/run/charon.vici"
     """charon's socket"""
     ha: HaConfig = field(default_factory=HaConfig)
     control: str = "/run/ike-sa-sync/client.sock"
     """where `resume` and `status` ask the running sidecar"""
-    gateways: Annotated[tuple[GatewayEntry, ...], Meta(min_length=1)] = ()
+    gateways: tuple[GatewayEntry, ...] = ()
+    """of one VPN, named `default`, best first"""
+    vpns: dict[str, VpnConfig] = field(default_factory=dict)
+    """gateways grouped by VPN, name to `gateways` and `resume_on_down`; a session moves within its VPN only"""
     resume_on_down: bool = True
-    """a dead gateway (DPD, retransmissions) starts a resumption by itself"""
+    """a dead gateway (DPD, retransmissions) starts a resumption by itself; of `gateways`, each of `vpns` has its own"""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     held: HeldConfig = field(default_factory=HeldConfig)
     metrics: str | None = "127.0.0.1:9471"
@@ -229,10 +246,26 @@ def _canonical(config: Config) -> Config:
         )
         address = None if config.address is None else canonical_address(config.address)
         return msgspec.structs.replace(config, address=address, bank=bank)
-    entries = tuple(
-        msgspec.structs.replace(entry, address=canonical_address(entry.address)) for entry in config.gateways
+    vpns = {
+        name: msgspec.structs.replace(vpn, gateways=_canonical_entries(vpn.gateways))
+        for name, vpn in config.vpns.items()
+    }
+    return msgspec.structs.replace(config, gateways=_canonical_entries(config.gateways), vpns=vpns)
+
+
+def _canonical_entries(entries: tuple[GatewayEntry, ...]) -> tuple[GatewayEntry, ...]:
+    return tuple(
+        entry if is_name(entry.address) else msgspec.structs.replace(entry, address=canonical_address(entry.address))
+        for entry in entries
     )
-    return msgspec.structs.replace(config, gateways=entries)
+
+
+_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
+
+
+def is_name(address: str) -> bool:
+    """Whether a gateway's address is a host name that has to be resolved."""
+    return bool(_HOST_NAME.fullmatch(address)) and not address.replace(".", "").isdigit()
 
 
 def _key_and_reason(text: str, kind: type[Struct]) -> str:
@@ -256,9 +289,17 @@ def _check(path: str | Path, config: GatewayConfig | ClientConfig) -> None:
             addresses["address"] = config.address
         _check_bank(path, config)
     else:
-        if not config.gateways:
-            raise ConfigError(f"{path}: gateways: at least one is needed, each with address and connection")
-        addresses |= {f"gateways[{n}].address": entry.address for n, entry in enumerate(config.gateways)}
+        _check_vpns(path, config)
+        places = [
+            ("gateways", config.gateways),
+            *((f"vpns.{name}.gateways", v.gateways) for name, v in config.vpns.items()),
+        ]
+        addresses |= {
+            f"{key}[{n}].address": entry.address
+            for key, entries in places
+            for n, entry in enumerate(entries)
+            if not is_name(entry.address)
+        }
     for key, value in addresses.items():
         try:
             canonical_address(value)
@@ -271,6 +312,19 @@ def _check(path: str | Path, config: GatewayConfig | ClientConfig) -> None:
             parse_host_port(config.metrics)
         except ValueError as error:
             raise ConfigError(f"{path}: metrics: {error}") from None
+
+
+def _check_vpns(path: str | Path, config: ClientConfig) -> None:
+    """A connection tells which VPN a session belongs to, so it is in one only."""
+    if config.gateways and DEFAULT_VPN in config.vpns:
+        raise ConfigError(f"{path}: vpns.{DEFAULT_VPN}: is the name of the VPN of `gateways`: choose another")
+    vpn_of = {entry.connection: DEFAULT_VPN for entry in config.gateways}
+    for name, vpn in config.vpns.items():
+        for entry in vpn.gateways:
+            if vpn_of.setdefault(entry.connection, name) != name:
+                other = vpn_of[entry.connection]
+                where = f"{path}: vpns.{printable(name)}.gateways"
+                raise ConfigError(f"{where}: connection {entry.connection!r} is in VPN {other!r} too")
 
 
 def _check_bank(path: str | Path, config: GatewayConfig) -> None:

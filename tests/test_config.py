@@ -161,9 +161,28 @@ def test_a_bad_file_is_one_line_with_file_key_and_reason(tmp_path: Path, text: s
     assert "\n" not in line
 
 
-def test_a_client_needs_a_gateway(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="gateways"):
-        load(_file(tmp_path, "resume_on_down: true"), ClientConfig)
+def test_a_gateway_may_be_named(tmp_path: Path) -> None:
+    config = load(_file(tmp_path, "gateways: [{address: vpn.example.org, connection: home}]"), ClientConfig)
+    assert config.gateways[0].address == "vpn.example.org"
+
+
+@pytest.mark.parametrize("address", ["192.0.2", "192.0.2.300", "-vpn", "vpn..example", "", "a b"])
+def test_what_is_neither_address_nor_name_is_refused(tmp_path: Path, address: str) -> None:
+    text = f"vpns: {{a: {{gateways: [{{address: '{address}', connection: home}}]}}}}"
+    with pytest.raises(ConfigError, match=r"vpns\.a\.gateways\[0\]\.address"):
+        load(_file(tmp_path, text), ClientConfig)
+
+
+def test_a_connection_belongs_to_one_vpn(tmp_path: Path) -> None:
+    vpn = "{gateways: [{address: 192.0.2.1, connection: home}]}"
+    with pytest.raises(ConfigError, match="connection 'home' is in VPN 'a' too"):
+        load(_file(tmp_path, f"vpns: {{a: {vpn}, b: {vpn}}}"), ClientConfig)
+
+
+def test_the_vpn_of_gateways_has_a_name_that_no_other_may_have(tmp_path: Path) -> None:
+    entry = "[{address: 192.0.2.1, connection: home}]"
+    with pytest.raises(ConfigError, match=r"vpns\.default"):
+        load(_file(tmp_path, f"gateways: {entry}\nvpns: {{default: {{gateways: {entry}}}}}"), ClientConfig)
 
 
 def test_a_password_in_a_bad_url_is_not_repeated(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.charon.sa_tracker import SaTracker
 from bridge.client.move_handler import MoveHandler
 from bridge.client.outcome import Outcome, Result
-from bridge.config import GatewayEntry
 from bridge.ike.stub_exchange import (
     Move,
     MoveStatus,
@@ -57,14 +56,13 @@ class Client:
         self.told: list[tuple[MoveStatus, int]] = []
         self.busy = False
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        gateways = (GatewayEntry(GATEWAY, "home"), GatewayEntry(TARGET, "home-gw2"))
-        self._mover = MoveHandler(tracker, self, gateways, self._begin)
+        self._mover = MoveHandler(tracker, self, lambda sa: {GATEWAY, TARGET} if sa is self.sa else None, self._begin)
         self._last: StubMessage | None = None
 
-    def _begin(self, connection: str, to: str) -> asyncio.Task[Outcome] | None:
+    def _begin(self, sa: IkeSa, to: str) -> asyncio.Task[Outcome] | None:
         if self.busy:
             return None
-        self.moves.append((connection, to))
+        self.moves.append((sa.connection, to))
 
         async def move() -> Outcome:
             return await self.outcome

@@ -9,8 +9,8 @@ import pytest
 
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
-from bridge.client.sync_request import MAX_COOKIES, Answer, NoAnswerError, RefusedError, SyncRequester
-from bridge.config import GatewayEntry, ResumeConfig
+from bridge.client.sync_request import MAX_COOKIES, Answer, NoAnswerError, RefusedError, SyncRequester, Target
+from bridge.config import ResumeConfig
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build, encode_notify, parse
 from bridge.ike.sync_exchange import Addresses, build_response, parse_request, verify_request
 from bridge.ike.transforms import Suite
@@ -78,7 +78,7 @@ class Gateway:
             self._asker.datagram(Datagram(dst, dport, src, sport, octets, marker))
 
     async def asked(self) -> Answer:
-        return await self._asker.ask(self.sa, GatewayEntry(GATEWAY, "home"))
+        return await self._asker.ask(self.sa, Target(GATEWAY, "home"))
 
     async def asked_in_vain(self) -> list[bytes]:
         """The requests of an attempt that nobody answers."""
@@ -118,9 +118,13 @@ async def test_every_request_proves_itself() -> None:
         assert (request.sync.gateway, request.sync.spi) == (OLD_GATEWAY, b"responds")
 
 
-@pytest.mark.parametrize(("port", "to", "marker"), [(4500, 4500, True), (500, 500, False), (1500, 500, False)])
+@pytest.mark.parametrize(
+    ("port", "to", "marker"),
+    [(4500, 4500, True), (500, 500, False), (1500, 500, False), (41234, 4500, True), (4500, 4501, True)],
+)
 async def test_a_request_takes_the_ports_of_the_old_sa(port: int, to: int, marker: bool) -> None:
     gateway = Gateway(port=port)
+    gateway.sa.remote = Endpoint(OLD_GATEWAY, to)
     await gateway.asked_in_vain()
     assert set(gateway.ways) == {("127.0.0.1", port, GATEWAY, to, marker)}
 

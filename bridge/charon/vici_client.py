@@ -279,25 +279,29 @@ class ViciClient:
 
         return await self._run("list-conns", command)
 
-    async def initiate(self, connection: str, child: str, patience: float) -> None:
-        """Bring up a CHILD_SA, and its IKE_SA where there is none. `patience` in seconds. Raises ViciError."""
+    async def initiate(self, connection: str, child: str, patience: float, used: set[str]) -> None:
+        """Bring up a CHILD_SA, and its IKE_SA where there is none. `patience` in seconds. `used` gets the unique IDs of
+        the IKE_SAs that charon worked on for that, also where it fails. Raises ViciError."""
 
         def command(session: Any) -> None:
-            request = {"ike": connection, "child": child, "timeout": str(int(patience * 1000)), "loglevel": "-1"}
-            for _ in session.initiate(request):
-                pass
+            # level 1, charon's default, names the IKE_SA in each line
+            request = {"ike": connection, "child": child, "timeout": str(int(patience * 1000)), "loglevel": "1"}
+            for line in session.initiate(request):
+                if unique_id := as_text(line.get("ikesa-uniqueid")):
+                    used.add(unique_id)
 
         await self._run(f"initiate {connection}/{child}", command)
 
-    async def terminate(self, connection: str, patience: float, *, force: bool = False) -> None:
-        """End the IKE_SAs of a connection. Raises ViciError, also when there is none."""
+    async def terminate(self, unique_id: str, patience: float) -> None:
+        """End one IKE_SA by force, with a DELETE to the peer where it was established. `patience` in seconds. Raises
+        ViciError, also when there is none."""
 
         def command(session: Any) -> None:
-            request = {"ike": connection, "timeout": str(int(patience * 1000)), "loglevel": "-1"}
-            for _ in session.terminate(request | ({"force": "yes"} if force else {})):
+            request = {"ike-id": unique_id, "timeout": str(int(patience * 1000)), "loglevel": "-1", "force": "yes"}
+            for _ in session.terminate(request):
                 pass
 
-        await self._run(f"terminate {connection}", command)
+        await self._run(f"terminate IKE_SA {unique_id}", command)
 
     async def end_sa(self, unique_id: str) -> None:
         """End the IKE_SA with this unique ID. charon sends its peer a DELETE, and does not wait for the answer. Raises

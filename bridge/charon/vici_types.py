@@ -76,6 +76,11 @@ class ConnectionInfo(NamedTuple):
     dpd_delay: int = 0
     remote_addresses: tuple[str, ...] = ()
     """as configured: addresses, ranges or names; none where any will do"""
+    local_addresses: tuple[str, ...] = ()
+    """likewise"""
+    local_ids: tuple[str, ...] = ()
+    """identities as text, one for each authentication round that has one; none where any will do"""
+    remote_ids: tuple[str, ...] = ()
 
     @property
     def over_time(self) -> int:
@@ -161,6 +166,15 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
         raise ViciError(f"an IKE_SA of connection {connection!r} could not be read from VICI: {error}") from error
 
 
+def _configured(values: Any) -> tuple[str, ...]:
+    return tuple(address for value in values if not (address := as_text(value)).startswith("%any"))
+
+
+def _identities(section: Section, side: str) -> tuple[str, ...]:
+    rounds = [value for key, value in section.items() if key.startswith(side) and isinstance(value, dict)]
+    return tuple(identity for one in rounds if (identity := as_text(one.get("id"))) and "%any" not in identity)
+
+
 def parse_connection(name: str, section: Section) -> ConnectionInfo:
     """One connection of list-conns. Raises ViciError on what charon would not send."""
     try:
@@ -172,11 +186,10 @@ def parse_connection(name: str, section: Section) -> ConnectionInfo:
                 ChildConfig(child, as_text(value.get("mode"))) for child, value in section.get("children", {}).items()
             ),
             dpd_delay=as_number(section.get("dpd_delay")) or 0,
-            remote_addresses=tuple(
-                address
-                for value in section.get("remote_addrs", ())
-                if not (address := as_text(value)).startswith("%any")
-            ),
+            remote_addresses=_configured(section.get("remote_addrs", ())),
+            local_addresses=_configured(section.get("local_addrs", ())),
+            local_ids=_identities(section, "local"),
+            remote_ids=_identities(section, "remote"),
         )
     except _NOT_AS_EXPECTED as error:
         raise ViciError(f"connection {name!r} could not be read from VICI: {error}") from error

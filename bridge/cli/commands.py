@@ -77,16 +77,19 @@ def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:
 
 @click.command()
 @client_config_option
-@click.option("--connection", metavar="NAME", help="swanctl connection to move. [default: the first that is up]")
+@click.option("--connection", metavar="NAME", help="Session of this swanctl connection.")
+@click.option(
+    "--vpn", metavar="NAME", help="Session of this VPN. [default: one that was lost, else the first that is up]"
+)
 @click.option(
     "--to",
     metavar="ADDRESS",
     callback=an_address,
-    help="Gateway to move to. [default: the configured ones in order]",
+    help="Gateway to move to. [default: those of its VPN in order]",
 )
 @json_option
-def resume(path: str | None, connection: str | None, to: str | None, as_json: bool) -> None:
-    """Move the client's session now.
+def resume(path: str | None, connection: str | None, vpn: str | None, to: str | None, as_json: bool) -> None:
+    """Move a session of this client now.
 
     Asks the running client sidecar, and waits for the outcome.
 
@@ -94,7 +97,7 @@ def resume(path: str | None, connection: str | None, to: str | None, as_json: bo
     """
     config = read_config(path, ClientConfig)
     with working("moving the session"):
-        outcome = _call(config.control, {"command": "resume", "connection": connection, "to": to})
+        outcome = _call(config.control, {"command": "resume", "connection": connection, "vpn": vpn, "to": to})
     if as_json:
         print_json(outcome)
     else:

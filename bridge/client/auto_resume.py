@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from bridge.charon.charon import Charon
 from bridge.client.outcome import Outcome, Result
-from bridge.client.sessions import Sessions
-from bridge.config import GatewayEntry
+from bridge.charon.vici_types import ViciError
+from bridge.client.sessions import Session, Sessions
 from bridge.service.tasks import end, spawn
 
 NEWS_SECONDS = 0.05
+"""the HA message may come so long after VICI's event about the same SA"""
 RETURN_MIN, RETURN_MAX = 5.0, 60.0
-"""between attempts to come back when no gateway can be reached"""
+"""between attempts to come back when no gateway can be reached, in seconds"""
 
 
 class AutoResume:
-    """Resumes what went down, again and again while no gateway can be reached: the fault may be on this side.
+    """Resumes each session that went down, again and again while no gateway can be reached: the fault may be on this
+    side. `begin` starts to move a session."""
 
-    `begin` starts to move the SA of a connection.
-    """
-
-    def __init__(self, charon: Charon, sessions: Sessions, begin: Callable[[str], asyncio.Task[Outcome]]) -> None:
+    def __init__(self, charon: Charon, sessions: Sessions, begin: Callable[[Session], asyncio.Task[Outcome]]) -> None:
         self._charon = charon
         self._sessions = sessions
         self._begin = begin
-        self._returning: dict[str, asyncio.Task[None]] = {}
+        self._returning: dict[Session, asyncio.Task[None]] = {}
 
-    def start(self, connection: str) -> None:
+    def start(self, session: Session) -> None:
         """Try from now on."""
-        task = self._returning.get(connection)
-        if task is None or task.done():
-            self._returning[connection] = spawn(f"return {connection}", self._return(connection))
+        if session not in self._returning:
+            task = spawn(f"return {session.connection}", self._return(session))
+            self._returning[session] = task
+            task.add_done_callback(lambda _: self._returning.pop(session, None))
 
-    def stop(self, connection: str) -> None:
+    def stop(self, session: Session) -> None:
         """Try no more."""
-        task = self._returning.pop(connection, None)
+        task = self._returning.pop(session, None)
         if task is not None:
             task.cancel()
 
@@ -44,26 +44,36 @@ class AutoResume:
         """Stop."""
         await end(*self._returning.values())
 
-    async def _return(self, connection: str) -> None:
-        # the HA message with the same news may still be on its way
+    async def _return(self, session: Session) -> None:
         pause = NEWS_SECONDS
         while True:
             await asyncio.sleep(pause)
-            if self._sessions.up():
+            if session.up or not self._sessions.has(session):
                 return
-            outcome = await asyncio.shield(self._begin(connection))
+            outcome = await asyncio.shield(self._begin(session))
             if outcome.result is not Result.FAILED:
                 return
             pause = min(max(2 * pause, RETURN_MIN), RETURN_MAX)
 
-    async def restored(self, gateways: tuple[GatewayEntry, ...]) -> None:
-        """This host came up with sessions that it had before: once charon has its connections, one of them is resumed,
-        unless charon has begun a session by itself."""
-        names = {gateway.connection for gateway in gateways}
+    async def restored(self, sessions: Iterable[Session]) -> None:
+        """This host came up with sessions that it had before: once charon has its connection, each of them is resumed,
+        unless charon has begun one in its place by itself."""
         await self._charon.reconciled.wait()
-        while not any(self._charon.connection(name) for name in names):  # noqa: ASYNC110 - nothing tells of them
+        waiting = list(sessions)
+        while waiting:
+            loaded = [one for one in waiting if self._charon.connection(one.connection) is not None]
+            waiting = [one for one in waiting if one not in loaded]
+            begun = await self._begun() if loaded else set()
+            for session in loaded:
+                if not any(self._sessions.may_stand_for(name, session) for name in begun):
+                    self.start(session)
+            # nothing tells of connections that are loaded
             await asyncio.sleep(NEWS_SECONDS)
-        begun = {info.connection for info in await self._charon.vici.list_sas()}
-        lost = self._sessions.lost()
-        if lost is not None and not names & begun:
-            self.start(lost)
+
+    async def _begun(self) -> set[str]:
+        """The connections that charon has, or sets up, an IKE_SA of."""
+        try:
+            return {info.connection for info in await self._charon.vici.list_sas()}
+        except ViciError:
+            # charon went away again, and has none
+            return set()

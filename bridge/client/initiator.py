@@ -1,11 +1,11 @@
-"""The client's side of a resumption: one IKE_SA moved to another gateway, or set up anew when that is refused.
+"""The client's side of a resumption: one session moved to another gateway, or set up again when that is refused.
 
     IDLE --resume--> ASKING --proven answer--> INSTALLING --charon has it--> CHILDREN --all up--> resumed
                        |  '--no answer-> ASKING the next gateway                |
                        '--refused, or none answers------------------------------'--> FALLBACK --> fallback or failed
 
-ASKING is `asking`, what follows the answer `handover`; which SAs there are to resume is known to `sessions`, and when
-that begins by itself to `comeback`.
+ASKING is `sync_request`, what follows the answer `switchover`; which sessions there are is known to `sessions`, where
+they may go to `candidates`, and when that begins by itself to `auto_resume`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from bridge.charon.ha_message import HaError, IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.client.auto_resume import AutoResume
+from bridge.client.candidates import Candidates
 from bridge.client.metrics import ClientMetrics
 from bridge.client.move_handler import MoveHandler
 from bridge.client.outcome import Outcome, Result
-from bridge.client.sessions import Sessions
+from bridge.client.race import RefusedByError, first_answer
+from bridge.client.sessions import Session, Sessions
 from bridge.client.stub_keeper import StubKeeper, gateway_message
 from bridge.client.switchover import Switchover
-from bridge.client.sync_request import NoAnswerError, RefusedError, SyncRequester
-from bridge.config import ClientConfig, GatewayEntry
+from bridge.client.sync_request import Answer, NoAnswerError, SyncRequester, Target
+from bridge.client.vpns import ConfiguredVpns, Vpn
+from bridge.config import ClientConfig
 from bridge.ike.message import ExchangeType
 from bridge.net.interface import Sender
 from bridge.net.packet import EXCHANGE_OFFSET, Datagram
@@ -41,8 +44,12 @@ from bridge.service.tasks import end, spawn
 log = structlog.get_logger()
 
 
+class UnusableError(Exception):
+    """A gateway resumed, and charon does not go on with what it rebuilt."""
+
+
 class Initiator:
-    """Moves the IKE_SAs of one charon. Datagrams arrive through `datagrams`, charon's news through the methods of
+    """Moves the sessions of one charon. Datagrams arrive through `datagrams`, charon's news through the methods of
     bridge.charon.sa_tracker.Listener."""
 
     def __init__(
@@ -60,44 +67,64 @@ class Initiator:
         self._config = config
         self._metrics = metrics
         self._clock = clock
-        self._sessions = Sessions(charon, config.gateways, clock=clock, wall=wall)
-        self.keeper = StubKeeper(config.held, charon.tracker, sender, lambda: self._sessions, random=random, wall=wall)
-        self._handover = Switchover(charon, self._sessions, config.resume, random=random, clock=clock, wall=wall)
-        self._asker = SyncRequester(
-            sender, config.resume, self.keeper.stub_of, self._handover.offer, random=random, clock=clock
+        self._vpns = ConfiguredVpns(config)
+        self._sessions = Sessions(charon, self._vpns, clock=clock, wall=wall)
+        self._candidates = Candidates(charon, self._sessions)
+        self.keeper = StubKeeper(
+            config.held, charon.tracker, sender, self._sessions.resumable_sas, random=random, wall=wall
         )
-        self._comeback = AutoResume(charon, self._sessions, lambda connection: self._begin(connection, None))
-        self._moving: dict[str, asyncio.Task[Outcome]] = {}
-        self._mover = MoveHandler(charon.tracker, sender, config.gateways, self._sent_away, random=random)
+        self._switchover = Switchover(charon, self._sessions, config.resume, random=random, clock=clock, wall=wall)
+        self._requester = SyncRequester(
+            sender, config.resume, self.keeper.stub_of, self._switchover.offer, random=random, clock=clock
+        )
+        self._auto_resume = AutoResume(charon, self._sessions, lambda session: self._begin(session, None))
+        self._moving: dict[Session, asyncio.Task[Outcome]] = {}
+        self._move_handler = MoveHandler(charon.tracker, sender, self._targets, self._sent_away, random=random)
         self._restored: set[bytes] = set()
+        self._resolving: set[asyncio.Task[None]] = set()
         self.last: Outcome | None = None
 
     async def restore(self) -> None:
-        """Take up the sessions that were kept in the file when this host went down, and come back to one of them unless
-        the operator wants that otherwise."""
-        for sa in self.keeper.restore():
-            if self._sessions.configured(sa.connection):
-                self._sessions.lose(sa)
-                self._restored.add(sa.id.spis)
-        if self._restored and self._config.resume_on_down:
-            await self._comeback.restored(self._config.gateways)
+        """Take up the sessions that were kept in the file when this host went down, and come back to those whose VPN
+        resumes by itself."""
+        restored = [session for sa in self.keeper.restore() if (session := self._sessions.restore(sa)) is not None]
+        self._restored |= {session.last.id.spis for session in restored}
+        wanted = [session for session in restored if self._vpn(session).resume_on_down]
+        if wanted:
+            await self._auto_resume.restored(wanted)
 
     async def close(self) -> None:
         """Stop; what is held on disk stays."""
-        await self._comeback.close()
-        await end(*self._moving.values())
+        await self._auto_resume.close()
+        await end(*self._moving.values(), *self._resolving)
         await self.keeper.close()
+
+    def vpn_of(self, spis: bytes) -> str | None:
+        """The VPN of an IKE_SA; None where it is of none."""
+        session = self._sessions.of(spis)
+        return session.vpn if session is not None else None
+
+    def _vpn(self, session: Session) -> Vpn:
+        return next(vpn for vpn in self._vpns if vpn.name == session.vpn)
 
     # news from charon (Listener)
 
     def changed(self, sa: IkeSa) -> None:
-        """An SA that is up replaces what was lost of its connection."""
-        self._sessions.replaced(sa.connection)
-        if self._sessions.configured(sa.connection) and sa.resumable:
+        """An IKE_SA is up, or another than before."""
+        known = self._sessions.of(sa.id.spis)
+        session = self._sessions.changed(sa)
+        if session is None:
+            return
+        if session is not known:
+            # a Move may name a gateway by its address before the first attempt
+            task = spawn("resolve", self._candidates.resolve(self._vpn(session)))
+            self._resolving.add(task)
+            task.add_done_callback(self._resolving.discard)
+        if sa.resumable:
             self.keeper.changed(sa)
 
     def gone(self, sa: IkeSa) -> None:
-        """charon ended an SA."""
+        """charon ended an IKE_SA."""
         self._sessions.gone(sa)
         self.keeper.save_soon()
 
@@ -105,22 +132,26 @@ class Initiator:
         """Nothing to do: the client's own request confirms."""
 
     def down(self, info: SaInfo) -> None:
-        """VICI says an SA went down. In state DELETING one of the sides wanted that; else the gateway is dead."""
-        if self._sessions.is_leaving(info.spis):
+        """VICI says an IKE_SA went down. In state DELETING one of the sides wanted that; else the gateway is dead."""
+        if self._sessions.is_own(info.spis):
             return
         if info.state == "DELETING":
-            self._sessions.ended(info)
+            session = self._sessions.ended(info)
             self.keeper.save_soon()
-            self._comeback.stop(info.connection)
-        elif self._config.resume_on_down and self._sessions.configured(info.connection):
+            if session is not None:
+                self._auto_resume.stop(session)
+            return
+        session = self._sessions.of(info.spis)
+        if session is not None and self._vpn(session).resume_on_down:
             log.info(
                 "gateway-dead",
+                vpn=session.vpn,
                 connection=info.connection,
                 gateway=info.remote.address,
                 spi_i=info.spi_i.hex(),
                 spi_r=info.spi_r.hex(),
             )
-            self._comeback.start(info.connection)
+            self._auto_resume.start(session)
 
     # news from the wire
 
@@ -130,43 +161,73 @@ class Initiator:
             if datagram.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
                 message = gateway_message(datagram.ike)
                 if message is not None and message.move is not None:
-                    self._mover.asked(message)
+                    self._move_handler.asked(message)
                 elif message is not None:
                     self.keeper.received(message)
             else:
-                self._asker.datagram(datagram)
+                self._requester.datagram(datagram)
 
     # moving
 
-    async def resume(self, connection: str | None = None, to: str | None = None) -> Outcome:
-        """Move the SA of `connection` (default: the first configured one that is up or was lost), to the gateway
-        `to` (default: the configured ones in order, the one it is on last)."""
-        if connection is not None and not self._sessions.configured(connection):
-            return self._done(Outcome(Result.FAILED, connection, to, reason="connection-not-configured"))
-        name = connection or self._sessions.default()
-        if name is None:
+    async def resume(self, connection: str | None = None, vpn: str | None = None, to: str | None = None) -> Outcome:
+        """Move a session, to the gateway `to` or the first of its VPN that takes it: one of `vpn` and `connection`,
+        where they are given; a session that was lost rather than one that is up; where there is none, a full handshake
+        in that VPN."""
+        group = next((one for one in self._vpns if self._is_meant(one, connection, vpn)), None)
+        if group is None:
+            reason = "vpn-not-configured" if vpn is not None else "connection-not-configured"
+            if vpn is None and connection is None:
+                reason = "no-ike-sa"
+            return self._done(Outcome(Result.FAILED, connection, to, reason=reason, vpn=vpn))
+        session = self._sessions.chosen(vpn, connection)
+        if session is not None:
+            return await asyncio.shield(self._begin(session, to))
+        if vpn is None and connection is None:
             return self._done(Outcome(Result.FAILED, None, None, reason="no-ike-sa"))
-        return await asyncio.shield(self._begin(name, to))
+        return await self._move(group, None, to, stay=False)
 
-    def _sent_away(self, connection: str, to: str) -> asyncio.Task[Outcome] | None:
+    @staticmethod
+    def _is_meant(vpn: Vpn, connection: str | None, name: str | None) -> bool:
+        return name in (None, vpn.name) and (connection is None or vpn.has(connection))
+
+    def _targets(self, sa: IkeSa) -> set[str] | None:
+        """The addresses that the session of an IKE_SA may go to; None where it is no session of ours."""
+        session = self._sessions.of(sa.id.spis)
+        if session is None:
+            return None
+        return {target.address for target in self._candidates.of(self._vpn(session), session, None, restored=False)}
+
+    def _sent_away(self, sa: IkeSa, to: str) -> asyncio.Task[Outcome] | None:
         """Move a session whose gateway asked for it; None where it moves already."""
-        return None if connection in self._moving else self._begin(connection, to, stay=True)
+        session = self._sessions.of(sa.id.spis)
+        return None if session is None or session in self._moving else self._begin(session, to, stay=True)
 
-    def _begin(self, connection: str, to: str | None, *, stay: bool = False) -> asyncio.Task[Outcome]:
+    def _begin(self, session: Session, to: str | None, *, stay: bool = False) -> asyncio.Task[Outcome]:
         """`stay`: its gateway lives, so it stays there where the other one does not resume it."""
-        task = self._moving.get(connection)
+        task = self._moving.get(session)
         if task is None:
-            task = spawn(f"move {connection}", self._move(connection, to, stay))
-            self._moving[connection] = task
-            task.add_done_callback(lambda _: self._moving.pop(connection, None))
+            work = self._move(self._vpn(session), session, to, stay=stay)
+            task = spawn(f"move {session.connection}", work)
+            self._moving[session] = task
+            task.add_done_callback(lambda _: self._moving.pop(session, None))
         return task
 
-    async def _move(self, connection: str, to: str | None, stay: bool) -> Outcome:
+    async def _move(self, vpn: Vpn, session: Session | None, to: str | None, *, stay: bool) -> Outcome:
         try:
-            return self._done(await self._attempt(connection, to, stay))
+            outcome = await self._attempt(vpn, session, to, stay)
         except Exception as error:
-            log.exception("move-failed", connection=connection)
-            return self._done(Outcome(Result.FAILED, connection, None, reason=f"internal: {type(error).__name__}"))
+            connection = session.connection if session is not None else None
+            log.exception("move-failed", vpn=vpn.name, connection=connection)
+            outcome = Outcome(Result.FAILED, connection, None, reason=f"internal: {type(error).__name__}")
+        if outcome.result is not Result.FAILED and session is not None and session.up:
+            await self._alone(vpn, session)
+        return self._done(msgspec.structs.replace(outcome, vpn=vpn.name))
+
+    async def _alone(self, vpn: Vpn, session: Session) -> None:
+        try:
+            await self._switchover.end_half_open(session, vpn)
+        except ViciError as error:
+            log.warning("half-open-not-ended", vpn=vpn.name, reason=str(error))
 
     def _done(self, outcome: Outcome) -> Outcome:
         self.last = outcome
@@ -180,90 +241,107 @@ class Initiator:
         level("moved", **{key: value for key, value in told.items() if value})
         return outcome
 
-    async def _attempt(self, connection: str, to: str | None, stay: bool) -> Outcome:
-        sa = self._sessions.find(connection)
-        candidates = self._candidates(sa, to)
+    async def _attempt(self, vpn: Vpn, session: Session | None, to: str | None, stay: bool) -> Outcome:
+        await self._candidates.resolve(vpn)
+        sa = session.last if session is not None else None
+        restored = sa is not None and sa.id.spis in self._restored
+        candidates = self._candidates.of(vpn, session, to, restored=restored)
+        connection = sa.connection if sa is not None else None
         if not candidates:
             return Outcome(Result.FAILED, connection, to, reason="gateway-not-configured")
         began = self._clock()
-        if sa is None:
-            old = self._sessions.unresumable(connection)
-            return await self._fallback(candidates, old, "no-ike-sa" if old is None else "not-resumable", began)
-        if not self._charon.channel.ready():
-            if stay:
-                return Outcome(Result.FAILED, connection, to, reason="charon-unavailable")
-            return await self._fallback(candidates, sa, "charon-unavailable", began)
-        reason = "no-answer"
-        for position, gateway in enumerate(candidates):
+        if session is None or sa is None:
+            reason = "no-ike-sa"
+        elif not sa.resumable:
+            reason = "not-resumable"
+        elif not self._charon.channel.ready():
+            reason = "charon-unavailable"
+        else:
             try:
-                answer = await self._asker.ask(sa, gateway)
+                gateway, answer = await self._ask(sa, session, candidates)
+                return await self._switch(session, sa, gateway, answer, began, stay)
             except NoAnswerError:
-                log.info("gateway-silent", gateway=gateway.address, connection=connection, **sa.id.logged)
-                continue
-            except RefusedError as error:
-                reason = str(error)
+                reason = "no-answer"
+            except RefusedByError as refused:
+                reason, gateway = refused.reason, refused.gateway
                 log.info(
                     "resumption-refused",
+                    vpn=vpn.name,
                     gateway=gateway.address,
                     connection=connection,
                     reason=reason,
                     **sa.id.logged,
                 )
-                if stay:
-                    return Outcome(Result.FAILED, connection, to, reason=reason)
-                return await self._fallback([gateway, *candidates[position + 1 :]], sa, reason, began)
-            try:
-                new, names, up = await self._handover.resume(sa, gateway, answer, self._asker.confirm)
-            except (ViciError, ChannelError, HaError) as error:
-                log.warning(
-                    "resumed-sa-unusable",
-                    gateway=gateway.address,
-                    connection=connection,
-                    reason=str(error),
-                    **sa.id.logged,
-                )
-                still = sa if sa.id.spis in self._charon.tracker.sas else None
-                return await self._fallback([gateway, *candidates[position + 1 :]], still, "sa-unusable", began)
-            self.keeper.given(new, answer.sealed_stub, answer.lifetime)
-            return Outcome(
-                Result.RESUMED,
-                gateway.connection,
-                gateway.address,
-                new.id.spi_i.hex(),
-                new.id.spi_r.hex(),
-                tuple(names),
-                _milliseconds(answer.exchange),
-                _milliseconds(up - began),
-            )
+                candidates = [gateway, *(one for one in candidates if one is not gateway)]
+            except UnusableError:
+                reason = "sa-unusable"
+                candidates = [gateway, *(one for one in candidates if one is not gateway)]
         if stay:
             return Outcome(Result.FAILED, connection, to, reason=reason)
-        return await self._fallback(candidates, sa, reason, began)
+        return await self._fallback(candidates, session, reason, began)
 
-    def _candidates(self, sa: IkeSa | None, to: str | None) -> list[GatewayEntry]:
-        if to is not None:
-            return [g for g in self._config.gateways if g.address == to]
-        here = sa.remote.address if sa and sa.remote else None
-        known = [g for g in self._config.gateways if self._charon.connection(g.connection) is not None]
-        for gateway in self._config.gateways:
-            if gateway not in known:
-                log.error(
-                    "connection-missing", connection=gateway.connection, mend="add it to swanctl.conf and load it"
+    async def _ask(self, sa: IkeSa, session: Session, candidates: Sequence[Target]) -> tuple[Target, Answer]:
+        """The first proven answer. Raises NoAnswerError or RefusedByError."""
+
+        def silent(gateway: Target) -> None:
+            log.info(
+                "gateway-silent", vpn=session.vpn, gateway=gateway.address, connection=sa.connection, **sa.id.logged
+            )
+
+        # while the session works where it is, that gateway is no rival of the others
+        last = [one for one in candidates if session.up and self._candidates.is_here(sa, one)]
+        first = [one for one in candidates if one not in last]
+        for some in filter(None, (first, last)):
+            try:
+                return await first_answer(
+                    some, lambda gateway: self._requester.ask(sa, gateway), silent, self._config.resume.refusal_grace
                 )
-        # a stable sort: the configured order, but the gateway that the SA is on comes last; or first, where it was this
-        # host that failed
-        first = sa is not None and sa.id.spis in self._restored
-        return sorted(known or self._config.gateways, key=lambda g: (g.address == here) is not first)
+            except NoAnswerError:
+                continue
+        raise NoAnswerError
 
-    async def _fallback(self, candidates: list[GatewayEntry], old: IkeSa | None, reason: str, began: float) -> Outcome:
-        """The usual handshake (draft-xu-ike-sa-sync-01 section 4), at the first gateway that takes it."""
+    async def _switch(
+        self, session: Session, sa: IkeSa, gateway: Target, answer: Answer, began: float, stay: bool
+    ) -> Outcome:
+        """Go on at a gateway that resumes. Raises UnusableError where that fails."""
+        if session.up and sa.id.spis not in session.sas:
+            # charon did meanwhile what it is configured to (dpd_action)
+            return self._set_up_again(session, "set-up-by-charon", began)
+        try:
+            new, names, up = await self._switchover.resume(
+                session, sa, gateway, answer, self._requester.confirm, stay=stay
+            )
+        except (ViciError, ChannelError, HaError) as error:
+            log.warning(
+                "resumed-sa-unusable",
+                vpn=session.vpn,
+                gateway=gateway.address,
+                connection=sa.connection,
+                reason=str(error),
+                **sa.id.logged,
+            )
+            raise UnusableError from error
+        self.keeper.given(new, answer.sealed_stub, answer.lifetime)
+        return Outcome(
+            Result.RESUMED,
+            gateway.connection,
+            gateway.address,
+            new.id.spi_i.hex(),
+            new.id.spi_r.hex(),
+            tuple(names),
+            _milliseconds(answer.exchange),
+            _milliseconds(up - began),
+        )
+
+    async def _fallback(
+        self, candidates: Sequence[Target], session: Session | None, reason: str, began: float
+    ) -> Outcome:
+        """A full handshake (draft-xu-ike-sa-sync-01 section 4), at the first gateway that takes it."""
         for gateway in candidates:
             if self._charon.connection(gateway.connection) is None:
-                log.error(
-                    "connection-missing", connection=gateway.connection, mend="add it to swanctl.conf and load it"
-                )
                 continue
             try:
-                names = await self._handover.anew(old, gateway)
+                names = await self._switchover.handshake(session, gateway)
             except (ViciError, ChannelError, HaError) as error:
                 log.warning(
                     "handshake-failed",
@@ -272,7 +350,7 @@ class Initiator:
                     reason=str(error),
                 )
                 continue
-            self._sessions.replaced_all()
+            sa = self._youngest(gateway.connection)
             return Outcome(
                 Result.FALLBACK,
                 gateway.connection,
@@ -280,15 +358,30 @@ class Initiator:
                 children=tuple(names),
                 total_ms=_milliseconds(self._clock() - began),
                 reason=reason,
-                **self._spis_of(gateway.connection),
+                **_spis(sa),
             )
-        if old is not None and old.id.spis not in self._charon.tracker.sas:
-            self._sessions.lose(old)
         return Outcome(Result.FAILED, candidates[0].connection, candidates[0].address, reason=reason)
 
-    def _spis_of(self, connection: str) -> dict[str, Any]:
-        sa = self._sessions.find(connection)
-        return {"spi_i": sa.id.spi_i.hex(), "spi_r": sa.id.spi_r.hex()} if sa else {}
+    def _set_up_again(self, session: Session, reason: str, began: float) -> Outcome:
+        sa = session.last
+        return Outcome(
+            Result.FALLBACK,
+            sa.connection,
+            sa.remote.address if sa.remote is not None else None,
+            children=tuple(dict.fromkeys(child.name for child in sa.children)),
+            total_ms=_milliseconds(self._clock() - began),
+            reason=reason,
+            **_spis(sa),
+        )
+
+    def _youngest(self, connection: str) -> IkeSa | None:
+        """The IKE_SA of a connection that came up last."""
+        alive = [sa for sa in self._charon.tracker.established() if sa.connection == connection]
+        return max(alive, key=lambda sa: sa.seen, default=None)
+
+
+def _spis(sa: IkeSa | None) -> dict[str, Any]:
+    return {"spi_i": sa.id.spi_i.hex(), "spi_r": sa.id.spi_r.hex()} if sa is not None else {}
 
 
 def _milliseconds(seconds: float) -> float:

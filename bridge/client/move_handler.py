@@ -1,14 +1,14 @@
 """What a client does when its gateway asks it to go on at another one (Move, bridge.ike.stub_exchange).
 
-Only a Move that is proved under the SA's keys counts, each one once, and only to a gateway of the client's own
-configuration. The session moves by resumption or stays where it is: there is no reason for a new handshake.
+Only a Move that is proved under the SA's keys counts, each one once, and only to a gateway of the session's VPN. The
+session moves by resumption or stays where it is: there is no reason for a new handshake.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,10 +17,9 @@ import structlog
 from bridge.charon.ike_sa import IkeSa, client_sa
 from bridge.charon.sa_tracker import SaTracker
 from bridge.client.outcome import Outcome, Result
-from bridge.config import GatewayEntry
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, verify
 from bridge.net.interface import Sender
-from bridge.net.packet import PORT_NAT_T
+from bridge.net.packet import has_marker
 
 log = structlog.get_logger()
 
@@ -36,22 +35,21 @@ class _Heeded:
 
 
 class MoveHandler:
-    """Heeds what gateways ask. `begin` starts to move the session of a connection to an address, None where it moves
-    already."""
+    """Follows what gateways ask. `targets` gives the addresses that the session of an IKE_SA may go to, None where that
+    is no session of ours; `begin` starts to move it to one of them, and gives None where it moves already."""
 
     def __init__(
         self,
         tracker: SaTracker,
         sender: Sender,
-        gateways: tuple[GatewayEntry, ...],
-        begin: Callable[[str, str], asyncio.Task[Outcome] | None],
+        targets: Callable[[IkeSa], Collection[str] | None],
+        begin: Callable[[IkeSa, str], asyncio.Task[Outcome] | None],
         *,
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._tracker = tracker
         self._sender = sender
-        self._targets = {gateway.address for gateway in gateways}
-        self._connections = {gateway.connection for gateway in gateways}
+        self._targets = targets
         self._begin = begin
         self._random = random
         self._heeded: dict[bytes, _Heeded] = {}
@@ -61,7 +59,8 @@ class MoveHandler:
         sa = self._tracker.sas.get(message.spis)
         if (
             sa is None
-            or not (sa.up and sa.resumable and sa.connection in self._connections)
+            or not (sa.up and sa.resumable)
+            or self._targets(sa) is None
             or not verify(message, sa.suite.prf, sa.sk_d)
         ):
             return
@@ -77,12 +76,12 @@ class MoveHandler:
     def _heed(self, sa: IkeSa, heeded: _Heeded) -> None:
         assert heeded.message.move is not None
         target = heeded.message.move.target
-        if target not in self._targets:
-            log.warning("move-refused", target=target, reason="it is none of the configured gateways", **sa.id.logged)
+        if target not in (self._targets(sa) or ()):
+            log.warning("move-refused", target=target, reason="it is no gateway of this session", **sa.id.logged)
             heeded.status = MoveStatus.NOT_CONFIGURED
             return
         log.info("move-asked", connection=sa.connection, target=target, **sa.id.logged)
-        task = self._begin(sa.connection, target)
+        task = self._begin(sa, target)
         if task is None:
             heeded.status = MoveStatus.BUSY
             return
@@ -101,6 +100,8 @@ class MoveHandler:
         local, remote = sa.local, sa.remote
         octets = build_moving(client_sa(sa), heeded.message, heeded.status, self._random(NONCE_OCTETS))
         try:
-            self._sender.send(local.address, local.port, remote.address, remote.port, octets, local.port == PORT_NAT_T)
+            self._sender.send(
+                local.address, local.port, remote.address, remote.port, octets, has_marker(local.port, remote.port)
+            )
         except OSError as error:
             log.info("report-not-sent", gateway=remote.address, reason=error.strerror, **sa.id.logged)

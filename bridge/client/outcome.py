@@ -1,4 +1,4 @@
-"""What becomes of an attempt to move an IKE_SA, and the two ways in which one gateway fails to resume it."""
+"""What becomes of an attempt to move a session."""
 
 from __future__ import annotations
 
@@ -25,3 +25,4 @@ class Outcome(msgspec.Struct, frozen=True):
     exchange_ms: float | None = None
     total_ms: float | None = None
     reason: str | None = None
+    vpn: str | None = None

@@ -86,7 +86,8 @@ class ClientRole:
 
     async def _resume(self, request: dict[str, Any]) -> Answer:
         to = request.get("to")
-        outcome = await self._initiator.resume(request.get("connection"), canonical_address(to) if to else None)
+        to = canonical_address(to) if to else None
+        outcome = await self._initiator.resume(request.get("connection"), request.get("vpn"), to)
         answer: Answer = msgspec.to_builtins(outcome)
         return answer
 
@@ -96,7 +97,11 @@ class ClientRole:
             "role": "client",
             "time": int(time.time()),
             "charon": charon_status(self._charon),
-            "sas": await sa_rows(self._charon),
+            "sas": [row | {"vpn": self._initiator.vpn_of(_spis(row))} for row in await sa_rows(self._charon)],
             "last": msgspec.to_builtins(last) if last else None,
             "counters": self._metrics.values(),
         }
+
+
+def _spis(row: dict[str, Any]) -> bytes:
+    return bytes.fromhex(row["spi_i"] + row["spi_r"])

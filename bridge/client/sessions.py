@@ -1,118 +1,249 @@
-"""The client's sessions: the IKE_SAs to its configured gateways that are up, or that were lost and can be resumed."""
+"""The client's sessions: each belongs to one VPN, outlives its IKE_SAs, and is up, or lost and can be resumed.
+
+    an IKE_SA comes up --> up --its last IKE_SA goes, nobody ended it--> lost --resumed, or set up again--> up
+                           |                                              |
+                           '--one of the sides ended it--> forgotten <----'--its IKE_SA has expired
+
+Sessions of one VPN are told apart by what they came from: the connection, the local address, the identities. A rekeyed
+or reauthenticated IKE_SA belongs to the session of the one before it.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo
-from bridge.config import GatewayEntry
+from bridge.client.vpns import Vpn, Vpns, fits
 
 LOST_SECONDS = 86_400.0
 """how long an SA that charon gave up can still be resumed from here, unless it expires before"""
 ENDED = 64
-"""sessions that one of the sides ended, remembered until the HA channel says so too"""
+"""IKE_SAs that one of the sides ended, remembered until the HA channel says so too"""
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One session. `last` is the youngest IKE_SA of it that was up."""
+
+    vpn: str
+    last: IkeSa
+    sas: dict[bytes, IkeSa] = field(default_factory=dict)
+    """those that are up, by SPIs, the youngest last"""
+    until: float = 0.0
+    """until when `last` can be resumed once it is lost, in clock seconds"""
+
+    @property
+    def up(self) -> bool:
+        """Whether charon has an IKE_SA of it."""
+        return bool(self.sas)
+
+    @property
+    def connection(self) -> str:
+        """The connection that it is on, or was."""
+        return self.last.connection
 
 
 class Sessions:
-    """One of each configured connection at most. `clock` gives monotonic seconds, `wall` Unix ones."""
+    """Keeps them by what charon says. `clock` gives monotonic seconds, `wall` Unix ones."""
 
     def __init__(
         self,
         charon: Charon,
-        gateways: Sequence[GatewayEntry],
+        vpns: Vpns,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._charon = charon
-        self._names = tuple(dict.fromkeys(gateway.connection for gateway in gateways))
+        self._vpns = vpns
         self._clock = clock
         self._wall = wall
-        self._lost: dict[str, tuple[IkeSa, float]] = {}
-        self._leaving: set[bytes] = set()
+        self._sessions: list[Session] = []
+        self._own: set[bytes] = set()
+        self._expected: list[tuple[Session, str]] = []
         self._ended: deque[bytes] = deque(maxlen=ENDED)
 
-    def __iter__(self) -> Iterator[IkeSa]:
-        """Those that could be resumed now."""
-        return iter([sa for name in self._names if (sa := self.find(name)) is not None])
+    def __iter__(self) -> Iterator[Session]:
+        """Those that are up, and those that were lost and can be resumed, in the order of the VPNs."""
+        self._sessions = [session for session in self._sessions if session.up or self._resumable(session)]
+        order = {vpn.name: position for position, vpn in enumerate(self._vpns)}
+        return iter(sorted(self._sessions, key=lambda session: order.get(session.vpn, len(order))))
 
-    def configured(self, connection: str) -> bool:
-        """Whether a connection leads to one of the configured gateways."""
-        return connection in self._names
+    def resumable_sas(self) -> list[IkeSa]:
+        """The IKE_SAs that could be resumed now."""
+        return [session.last for session in self if session.last.resumable]
 
-    def up(self) -> bool:
-        """Whether there is an IKE_SA to any of them."""
-        return any(sa.connection in self._names for sa in self._charon.tracker.established())
+    def has(self, session: Session) -> bool:
+        """Whether a session is still there, up or lost."""
+        return session in self._sessions and (session.up or self._resumable(session))
 
-    def default(self) -> str | None:
-        """The first configured connection that is up, else the first that was lost, else one that is up and cannot be
-        resumed."""
-        up = {sa.connection for sa in self._charon.tracker.established() if sa.resumable}
-        return (
-            next((name for name in self._names if name in up), None)
-            or next((name for name in self._names if self.find(name) is not None), None)
-            or next((name for name in self._names if self.unresumable(name) is not None), None)
-        )
+    def of(self, spis: bytes) -> Session | None:
+        """The session that an IKE_SA belongs to, or was the last one of."""
+        return next((one for one in self._sessions if spis in one.sas or one.last.id.spis == spis), None)
 
-    def find(self, connection: str) -> IkeSa | None:
-        """The youngest SA of a connection that is up, or the one that was lost."""
-        alive = [sa for sa in self._charon.tracker.established() if sa.connection == connection and sa.resumable]
-        if alive:
-            return max(alive, key=lambda sa: sa.seen)
-        sa, until = self._lost.get(connection, (None, 0.0))
-        if sa is not None and (until < self._clock() or (sa.expires and sa.expires < self._wall())):
-            self._lost.pop(connection)
+    def chosen(self, vpn: str | None, connection: str | None) -> Session | None:
+        """The session that an operator means: one that was lost rather than one that is up, in the order of the
+        VPNs."""
+        found = [
+            session
+            for session in self
+            if (vpn is None or session.vpn == vpn) and (connection is None or session.connection == connection)
+        ]
+        return next((one for one in found if not one.up), None) or next(iter(found), None)
+
+    def _resumable(self, session: Session) -> bool:
+        sa = session.last
+        return session.until >= self._clock() and not (sa.expires and sa.expires < self._wall())
+
+    # what the sidecar does
+
+    def restore(self, sa: IkeSa) -> Session | None:
+        """A session that this host had before it went down; None where it is of no VPN."""
+        vpn = self._vpns.of(sa.connection)
+        if vpn is None:
             return None
-        return sa
+        session = Session(vpn.name, sa, until=self._clock() + LOST_SECONDS)
+        self._sessions.append(session)
+        return session
 
-    def unresumable(self, connection: str) -> IkeSa | None:
-        """The SA of a connection that is up and cannot be resumed by its kind."""
-        every = self._charon.tracker.established()
-        return next((sa for sa in every if sa.connection == connection and not sa.resumable), None)
+    def moved(self, session: Session, sa: IkeSa | None) -> None:
+        """A session goes on with this IKE_SA, and with no other; with None, another session stands for it."""
+        if sa is None:
+            self._forget(session)
+            return
+        for other in self._sessions:
+            if other is not session:
+                other.sas.pop(sa.id.spis, None)
+        self._sessions = [one for one in self._sessions if one.up or one is session or one.last is not sa]
+        session.last, session.sas = sa, {sa.id.spis: sa}
+        if session not in self._sessions:
+            self._sessions.append(session)
 
-    def lost(self) -> str | None:
-        """The connection of one that was lost."""
-        return next(iter(self._lost), None)
+    def lose(self, session: Session, sa: IkeSa) -> None:
+        """The IKE_SA of a session is gone, and can be resumed."""
+        session.last, session.sas, session.until = sa, {}, self._clock() + LOST_SECONDS
+        if session not in self._sessions:
+            self._sessions.append(session)
 
-    def lose(self, sa: IkeSa) -> None:
-        """It is gone, and can be resumed."""
-        self._lost[sa.connection] = (sa, self._clock() + LOST_SECONDS)
-
-    def replaced(self, connection: str) -> None:
-        """Nothing of a connection is to be resumed any more."""
-        self._lost.pop(connection, None)
-
-    def replaced_all(self) -> None:
-        """A session begun anew stands for all that were lost."""
-        self._lost.clear()
-
-    # what charon says
-
-    def gone(self, sa: IkeSa) -> None:
-        """charon ended an SA. Until VICI says why, it may have to be resumed."""
-        spis = sa.id.spis
-        if spis not in self._leaving and spis not in self._ended and sa.resumable and self.configured(sa.connection):
-            self.lose(sa)
-
-    def ended(self, info: SaInfo) -> None:
-        """One of the sides ended it: nothing to resume."""
-        self.replaced(info.connection)
-        self._ended.append(info.spis)
+    def dropped(self, sa: IkeSa) -> None:
+        """The sidecar took an IKE_SA out of charon."""
+        session = self.of(sa.id.spis)
+        if session is None or session.sas.pop(sa.id.spis, None) is None:
+            return
+        if session.up:
+            session.last = next(reversed(session.sas.values()))
+        else:
+            self.lose(session, sa)
 
     @contextmanager
-    def leaving(self, sa: IkeSa) -> Iterator[None]:
-        """While the sidecar itself takes an SA out of charon, its end is no news."""
-        self._leaving.add(sa.id.spis)
+    def owning(self, spis: bytes) -> Iterator[None]:
+        """While the sidecar itself installs an IKE_SA or takes one out of charon, what happens to it is no news."""
+        self._own.add(spis)
         try:
             yield
         finally:
-            self._leaving.discard(sa.id.spis)
+            self._own.discard(spis)
 
-    def is_leaving(self, spis: bytes) -> bool:
-        """Whether the sidecar is taking that SA out of charon just now."""
-        return spis in self._leaving
+    @contextmanager
+    def expecting(self, session: Session, connection: str) -> Iterator[None]:
+        """While a session is set up again by a handshake, an IKE_SA of the connection that comes up is its."""
+        expected = (session, connection)
+        self._expected.append(expected)
+        try:
+            yield
+        finally:
+            if expected in self._expected:
+                self._expected.remove(expected)
+
+    def expects(self, connection: str) -> bool:
+        """Whether a handshake of this connection is under way here."""
+        return any(expected == connection for _, expected in self._expected)
+
+    def is_own(self, spis: bytes) -> bool:
+        """Whether the sidecar is at work on that IKE_SA just now."""
+        return spis in self._own
+
+    # what charon says
+
+    def changed(self, sa: IkeSa) -> Session | None:
+        """An IKE_SA is up; the session that it belongs to, None where it is of no VPN."""
+        vpn = self._vpns.of(sa.connection)
+        if vpn is None or self.is_own(sa.id.spis) or sa.id.spis in self._ended:
+            return None
+        session = self.of(sa.id.spis) or self._predecessor(sa, vpn)
+        if session is None:
+            session = Session(vpn.name, sa)
+            self._sessions.append(session)
+        if sa.id.spis not in session.sas:
+            session.sas[sa.id.spis] = sa
+        session.last = next(reversed(session.sas.values()))
+        return session
+
+    def _predecessor(self, sa: IkeSa, vpn: Vpn) -> Session | None:
+        """The session that a new IKE_SA goes on with."""
+        for position, (session, connection) in enumerate(self._expected):
+            if connection == sa.connection:
+                # the next one is another's
+                del self._expected[position]
+                return session
+        mine = [session for session in self if session.vpn == vpn.name]
+        alike = [session for session in mine if _alike(session.last, sa)]
+        inbound = {child.spi_in for child in sa.children}
+        return (
+            # rekeyed: it has the CHILD_SAs of the one before
+            next((one for one in alike if inbound & {child.spi_in for child in one.last.children}), None)
+            or next((one for one in alike if one.last.local == sa.local or not one.up), None)
+            or next((one for one in mine if not one.up and self.may_stand_for(sa.connection, one)), None)
+        )
+
+    def fits(self, sa: IkeSa, connection: str) -> bool:
+        """Whether the session of an IKE_SA may go on under a connection."""
+        connections = self._charon.tracker.connections
+        return fits(sa, connections.get(sa.connection), connections.get(connection))
+
+    def may_stand_for(self, connection: str, session: Session) -> bool:
+        """Whether an IKE_SA of a connection would be one of a session."""
+        vpn = self._vpns.of(connection)
+        return vpn is not None and vpn.name == session.vpn and self.fits(session.last, connection)
+
+    def gone(self, sa: IkeSa) -> None:
+        """charon ended an IKE_SA. Until VICI says why, its session may have to be resumed."""
+        spis = sa.id.spis
+        session = self.of(spis)
+        if session is None or self.is_own(spis) or session.sas.pop(spis, None) is None:
+            return
+        if session.up:
+            session.last = next(reversed(session.sas.values()))
+        elif spis in self._ended or not sa.resumable:
+            self._forget(session)
+        else:
+            self.lose(session, sa)
+
+    def ended(self, info: SaInfo) -> Session | None:
+        """One of the sides ended an IKE_SA: nothing to resume, unless its session has another one. The session that
+        went with it."""
+        self._ended.append(info.spis)
+        session = self.of(info.spis)
+        if session is None:
+            return None
+        session.sas.pop(info.spis, None)
+        if session.up:
+            session.last = next(reversed(session.sas.values()))
+            return None
+        self._forget(session)
+        return session
+
+    def _forget(self, session: Session) -> None:
+        if session in self._sessions:
+            self._sessions.remove(session)
+
+
+def _alike(one: IkeSa, other: IkeSa) -> bool:
+    """Whether two IKE_SAs are between the same peers under the same configuration."""
+    return one.connection == other.connection and one.local_id == other.local_id and one.remote_id == other.remote_id

@@ -24,7 +24,7 @@ from bridge.config import HeldConfig
 from bridge.ike.message import MalformedMessage
 from bridge.ike.stub_exchange import StubMessage, build_get, parse_stub_message, verify
 from bridge.net.interface import Sender
-from bridge.net.packet import PORT_NAT_T
+from bridge.net.packet import has_marker
 from bridge.service.tasks import end, spawn
 from bridge.stub.stub import StubError
 
@@ -151,7 +151,7 @@ class StubKeeper:
         request = build_get(client_sa(sa), self._random(NONCE_OCTETS))
         holding.request = parse_stub_message(request)
         holding.answered.clear()
-        marker = sa.local.port == PORT_NAT_T
+        marker = has_marker(sa.local.port, sa.remote.port)
         try:
             for wait in RETRANSMIT_SECONDS:
                 try:

@@ -1,4 +1,4 @@
-"""After the answer: the rebuilt SA into charon, the old one out of it, and the CHILD_SAs up; or all of it anew."""
+"""After the answer: the rebuilt SA into charon, the old one out of it, and the CHILD_SAs up; or a full handshake."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import HaError
 from bridge.charon.ike_sa import IkeSa, new_conditions
-from bridge.charon.vici_types import ViciError
-from bridge.client.sessions import Sessions
-from bridge.client.sync_request import Answer
-from bridge.config import GatewayEntry, ResumeConfig
+from bridge.charon.vici_types import SaInfo, ViciError
+from bridge.client.sessions import Session, Sessions
+from bridge.client.sync_request import Answer, Target
+from bridge.client.vpns import Vpn
+from bridge.config import ResumeConfig
 from bridge.ike import key_confirmation
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import derive_keys, derive_sk_d, skeyseed_resume
@@ -27,6 +28,13 @@ from bridge.stub.child_sa import NOTHING, Offer, offer, stays
 from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
+
+NEWS_SECONDS = 0.5
+"""how long the HA channel may take to tell of an IKE_SA that VICI has"""
+LOOK_SECONDS = 0.01
+"""between two looks for that"""
+END_SECONDS = 1.0
+"""how long charon has to end an IKE_SA"""
 
 Confirm = Callable[[Confirmation, Answer], Awaitable[bool]]
 """carries the first protected exchange of an SA; whether it was answered in time"""
@@ -53,7 +61,7 @@ class Switchover:
         self._clock = clock
         self._wall = wall
 
-    def offer(self, sa: IkeSa, gateway: GatewayEntry, local: Endpoint) -> Offer:
+    def offer(self, sa: IkeSa, gateway: Target, local: Endpoint) -> Offer:
         """The CHILD_SAs of an SA to ask a gateway for at once, from `local`: none where the exchange that then has to
         confirm them cannot be made."""
         if not self._children_at_once or not key_confirmation.possible(sa.suite):
@@ -68,26 +76,46 @@ class Switchover:
         )
 
     async def resume(
-        self, old: IkeSa, gateway: GatewayEntry, answer: Answer, confirmed_by: Confirm
+        self, session: Session, old: IkeSa, gateway: Target, answer: Answer, confirmed_by: Confirm, *, stay: bool
     ) -> tuple[IkeSa, list[str], float]:
-        """The new SA in place of `old`, the names of its CHILD_SAs that are up, and since when (clock seconds).
+        """The new SA in place of `old`, the names of its CHILD_SAs that are up, and since when (clock seconds). With
+        `stay` the old SA is there until all of that has succeeded.
 
         Raises ViciError, ChannelError or HaError; what could be resumed before still can.
         """
         new = self._rebuilt(old, gateway, answer)
         if self._charon.connection(gateway.connection) is None:
             raise ViciError(f"charon has no connection {gateway.connection!r}: add it to swanctl.conf")
+        with self._sessions.owning(new.id.spis):
+            try:
+                names, up = await self._switched(old, new, gateway, answer, confirmed_by, stay)
+            except (ViciError, ChannelError, HaError):
+                # the new SA never worked: the old stub stays what can be resumed (rule 6)
+                await self._drop(new)
+                if old.id.spis not in self._charon.tracker.sas:
+                    self._sessions.lose(session, old)
+                raise
+            self._sessions.moved(session, new)
+        self._charon.reconcile_soon()
+        return new, names, up
+
+    async def _switched(
+        self, old: IkeSa, new: IkeSa, gateway: Target, answer: Answer, confirmed_by: Confirm, stay: bool
+    ) -> tuple[list[str], float]:
         wanted = self._children_of(old, gateway)
         at_once = {made.child.name for made in answer.children}
         left = [name for name in wanted if name not in at_once]
         # without a CREATE_CHILD_SA to come, nothing else would show that both sides have the keys
         confirmation = self._confirmation(old, answer) if at_once or not left else None
         confirmed = None if confirmation is None else asyncio.ensure_future(confirmed_by(confirmation, answer))
+        # with one connection for both, charon would make the CHILD_SAs that are left on the old SA
+        keep = stay and (not left or old.connection != gateway.connection)
         try:
             await self._charon.install_surely(self._install(old, new, answer, confirmation is not None))
             self._charon.tracker.adopt(new)
             # the new SA holds the virtual IP before the old one lets go of it
-            await self._drop(old)
+            if not keep:
+                await self._drop(old)
             await self._charon.installer.add_children(new.id, answer.children)
             up = self._clock()
             names = await self._installed(new, answer)
@@ -99,17 +127,12 @@ class Switchover:
                 up = self._clock()
             if wanted and not names:
                 raise ViciError(f"none of the CHILD_SAs {', '.join(wanted)} came up")
-        except (ViciError, ChannelError, HaError):
-            # the new SA never worked: the old stub stays what can be resumed (rule 6)
-            await self._drop(new)
-            self._sessions.lose(old)
-            raise
+            if keep:
+                await self._drop(old)
         finally:
             if confirmed is not None:
                 await end(confirmed)
-        self._sessions.replaced(old.connection)
-        self._charon.reconcile_soon()
-        return new, names, up
+        return names, up
 
     def _confirmation(self, old: IkeSa, answer: Answer) -> Confirmation | None:
         """None where no messages of this suite can be made here: then charon's own liveness check has to do."""
@@ -134,21 +157,49 @@ class Switchover:
                 log.warning("child-not-installed", connection=new.connection, child=made.child.name, **new.id.logged)
         return list(dict.fromkeys(child.name for child in new.children))
 
-    async def anew(self, old: IkeSa | None, gateway: GatewayEntry) -> list[str]:
-        """An IKE_SA by an ordinary handshake, in place of `old`; names of the CHILD_SAs that came up.
+    async def handshake(self, session: Session | None, gateway: Target) -> list[str]:
+        """An IKE_SA by a full handshake, in place of the session's; names of the CHILD_SAs that came up.
 
         Raises ViciError without any, ChannelError, HaError.
         """
+        old = session.last if session is not None else None
         names = self._children_of(old, gateway)
         if old is not None and old.connection == gateway.connection:
             # charon would ask for the CHILD_SAs on the old SA
             await self._drop(old)
-        up = await self._initiate(gateway.connection, names)
+        if session is None:
+            return await self._initiate(gateway.connection, names)
+        with self._sessions.expecting(session, gateway.connection):
+            up = await self._initiate(gateway.connection, names)
+            new = await self._noticed(session, gateway.connection, old)
         if old is not None and old.connection != gateway.connection:
             await self._drop(old)
+        # without a new IKE_SA, that of another session has the CHILD_SAs
+        self._sessions.moved(session, new)
         return up
 
-    def _rebuilt(self, old: IkeSa, gateway: GatewayEntry, answer: Answer) -> IkeSa:
+    async def _noticed(self, session: Session, connection: str, old: IkeSa | None) -> IkeSa | None:
+        """The IKE_SA that a session has now: what the HA channel has to say of it may come after VICI's answer."""
+        deadline = self._clock() + NEWS_SECONDS
+        while True:
+            for sa in session.sas.values():
+                if sa.connection == connection and sa is not old:
+                    return sa
+            if self._clock() > deadline:
+                return None
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def end_half_open(self, session: Session, vpn: Vpn) -> None:
+        """End the handshakes that charon itself still tries for a session that is up again (dpd_action = restart): each
+        would become a second session once its gateway is back."""
+        sa = session.last
+        for info in await self._charon.vici.list_sas():
+            half_open = info.state == "CONNECTING" and info.initiator and vpn.has(info.connection)
+            if half_open and self._sessions.fits(sa, info.connection) and not self._sessions.expects(info.connection):
+                log.info("half-open-ended", connection=info.connection, gateway=info.remote.address, **sa.id.logged)
+                await self._end(info)
+
+    def _rebuilt(self, old: IkeSa, gateway: Target, answer: Answer) -> IkeSa:
         """The new SA: keys per draft-xu-ike-sa-sync-01 section 3.3, all else as in the old one."""
         suite, ike_id = old.suite, answer.ike_id
         seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r)
@@ -185,7 +236,7 @@ class Switchover:
             message_id=key_confirmation.MESSAGE_ID + 1 if confirming else key_confirmation.MESSAGE_ID,
         )
 
-    def _children_of(self, old: IkeSa | None, gateway: GatewayEntry) -> list[str]:
+    def _children_of(self, old: IkeSa | None, gateway: Target) -> list[str]:
         """Names of the CHILD_SAs to bring up: those of the old SA that the connection has; else all it has."""
         connection = self._charon.connection(gateway.connection)
         configured = [child.name for child in connection.children] if connection else []
@@ -194,29 +245,44 @@ class Switchover:
 
     async def _drop(self, sa: IkeSa) -> None:
         """Remove an SA from charon in silence: no DELETE to the peer, no updown event."""
-        with self._sessions.leaving(sa):
+        with self._sessions.owning(sa.id.spis):
             self._charon.tracker.forget(sa.id)
-            self._sessions.replaced(sa.connection)
             await self._charon.installer.delete([sa.id])
             await self._charon.channel.drained()
+        self._sessions.dropped(sa)
+
+    async def _end(self, info: SaInfo) -> None:
+        """End an IKE_SA that this sidecar made, or does not want."""
+        with self._sessions.owning(info.spis), contextlib.suppress(ViciError):
+            await self._charon.vici.terminate(info.unique_id, END_SECONDS)
 
     async def _initiate(self, connection: str, children: list[str]) -> list[str]:
-        """An IKE_SA by an ordinary handshake; names of the CHILD_SAs that came up. Raises ViciError without any: what
-        did not come up in time is ended, so that it does not later."""
-        up = await self._bring_up(connection, children)
+        """An IKE_SA by a full handshake; names of the CHILD_SAs that came up. Raises ViciError without any: what did
+        not come up in time is ended, so that it does not later."""
+        before = {info.unique_id for info in await self._charon.vici.list_sas(connection)}
+        used: set[str] = set()
+        up = await self._bring_up(connection, children, used=used)
         if not up:
-            with contextlib.suppress(ViciError):
-                await self._charon.vici.terminate(connection, 1.0, force=True)
+            for info in await self._charon.vici.list_sas(connection):
+                if info.unique_id in used - before and not any(child.works for child in info.children):
+                    await self._end(info)
             raise ViciError(f"{connection}: no CHILD_SA came up")
         return up
 
-    async def _bring_up(self, connection: str, children: list[str], new: IkeSa | None = None) -> list[str]:
-        """Initiate CHILD_SAs; the names of those that came up. Where not even the first does, no other is tried."""
+    async def _bring_up(
+        self, connection: str, children: list[str], new: IkeSa | None = None, used: set[str] | None = None
+    ) -> list[str]:
+        """Initiate CHILD_SAs; the names of those that came up. Where not even the first does, no other is tried. `used`
+        gets the unique IDs of the IKE_SAs that charon worked on."""
         up: list[str] = []
         for name in children:
             try:
-                await self._charon.vici.initiate(connection, name, self._patience)
+                await self._charon.vici.initiate(connection, name, self._patience, set() if used is None else used)
             except ViciError as error:
+                if await self._works(connection, name, new):
+                    # charon calls it a failure that the CHILD_SA is there already
+                    up.append(name)
+                    continue
                 pair = new.id.logged if new is not None else {}
                 log.warning("child-not-up", connection=connection, child=name, reason=str(error), **pair)
                 if not up:
@@ -224,3 +290,12 @@ class Switchover:
             else:
                 up.append(name)
         return up
+
+    async def _works(self, connection: str, name: str, new: IkeSa | None) -> bool:
+        """Whether a CHILD_SA of this name is up: of the IKE_SA `new`, or of any."""
+        return any(
+            child.name == name and child.works
+            for info in await self._charon.vici.list_sas(connection)
+            if info.state == "ESTABLISHED" and (new is None or info.spis == new.id.spis)
+            for child in info.children
+        )

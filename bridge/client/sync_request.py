@@ -7,17 +7,19 @@ rule 6): an ordinary answer ends the attempt only after the time in which a prov
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import structlog
 
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
-from bridge.config import GatewayEntry, ResumeConfig
+from bridge.config import ResumeConfig
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.message import MalformedMessage
@@ -32,7 +34,7 @@ from bridge.ike.sync_exchange import (
 )
 from bridge.ike.sync_payload import Attribute
 from bridge.net.interface import Sender
-from bridge.net.packet import Datagram
+from bridge.net.packet import PORT_IKE, PORT_NAT_T, Datagram, has_marker
 from bridge.stub.child_sa import NewChild, Offer, granted
 from bridge.stub.types import Endpoint
 
@@ -45,8 +47,6 @@ MAX_COOKIES = 4
 """taken in one attempt: the first may be forged, or the gateway's secret change meanwhile"""
 QUEUED = 64
 """answers to one request that may wait; more is a flood"""
-IKE_PORT = 500
-NATT_PORT = 4500
 
 
 class RefusedError(Exception):
@@ -55,6 +55,16 @@ class RefusedError(Exception):
 
 class NoAnswerError(Exception):
     """The gateway did not answer."""
+
+
+class Target(NamedTuple):
+    """A gateway to ask."""
+
+    address: str
+    connection: str
+    """charon's connection to it"""
+    sources: tuple[str, ...] = ()
+    """the addresses among local_addrs of that connection"""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +95,7 @@ class SyncRequester:
         sender: Sender,
         config: ResumeConfig,
         sealed_stub: Callable[[IkeSa], bytes | None],
-        offer: Callable[[IkeSa, GatewayEntry, Endpoint], Offer],
+        offer: Callable[[IkeSa, Target, Endpoint], Offer],
         *,
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
@@ -104,24 +114,24 @@ class SyncRequester:
         if queue is not None and queue.qsize() < QUEUED:
             queue.put_nowait(datagram)
 
-    async def ask(self, sa: IkeSa, gateway: GatewayEntry) -> Answer:
+    async def ask(self, sa: IkeSa, gateway: Target) -> Answer:
         """Raises NoAnswerError or RefusedError."""
         assert sa.local is not None
-        answer = await self._ask_from(sa.local.port, sa, gateway)
-        if answer.local.port == IKE_PORT and (answer.nat_here or answer.nat_there):
+        assert sa.remote is not None
+        answer = await self._ask_from(sa.local.port, sa.remote.port, sa, gateway)
+        if answer.local.port == PORT_IKE and (answer.nat_here or answer.nat_there):
             # RFC 7296 section 2.23 wants the SA on port 4500, and only a request from there shows the gateway what the
             # NAT makes of that port; what it rebuilt for this answer goes with the next one's confirmation
             log.info("nat-found", gateway=gateway.address, **sa.id.logged)
-            answer = await self._ask_from(NATT_PORT, sa, gateway)
+            answer = await self._ask_from(PORT_NAT_T, PORT_NAT_T, sa, gateway)
         return answer
 
-    async def _ask_from(self, local_port: int, sa: IkeSa, gateway: GatewayEntry) -> Answer:
-        """One attempt, from this port of the client's."""
+    async def _ask_from(self, local_port: int, port: int, sa: IkeSa, gateway: Target) -> Answer:
+        """One attempt, from this port of the client to this one of the gateway."""
         assert sa.local is not None
         spi_i, nonce = self._random(8), self._random(NONCE_OCTETS)
-        port = NATT_PORT if local_port == NATT_PORT else IKE_PORT
-        marker = port == NATT_PORT
-        source = _source_address(gateway.address)
+        marker = has_marker(local_port, port)
+        source = _source_address(gateway)
         if source is None or source in sa.local_vips:
             # a tunnel that covers its own gateways: the kernel would send into it
             source = sa.local.address
@@ -202,7 +212,7 @@ class SyncRequester:
         """Carry the first protected exchange of the SA that `answer` is of; whether the gateway answered in time."""
         queue: asyncio.Queue[Datagram] = asyncio.Queue()
         self._listening[answer.ike_id.spi_i] = queue
-        marker = answer.local.port == NATT_PORT
+        marker = has_marker(answer.local.port, answer.remote.port)
         wait = self._config.retransmit
         try:
             async with asyncio.timeout(self._config.answer_timeout):
@@ -256,12 +266,18 @@ class SyncRequester:
             log.info("request-not-sent", gateway=remote.address, reason=error.strerror, spi_i=spi_i)
 
 
-def _source_address(gateway: str) -> str | None:
-    """The local address the kernel would use towards `gateway`; None where it has no route."""
-    family = socket.AF_INET6 if ":" in gateway else socket.AF_INET
+def _source_address(gateway: Target) -> str | None:
+    """The local address towards a gateway: that which its connection is configured to, else the kernel's choice; None
+    where there is no route."""
+    family = socket.AF_INET6 if ":" in gateway.address else socket.AF_INET
+    for configured in gateway.sources:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            # refused for what is none of this host's addresses now
+            probe.bind((configured, 0))
+            return str(probe.getsockname()[0])
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((gateway, IKE_PORT))
+            probe.connect((gateway.address, PORT_IKE))
         except OSError:
             return None
         return str(probe.getsockname()[0])

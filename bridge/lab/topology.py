@@ -137,7 +137,7 @@ def standard(
         )
         lab.attach(host, f"10.10.1.{number}/24", f"fd10:10:1::{number}/64", network=INSIDE)
         routers.append(gateway_bird(host, f"10.10.1.{number}"))
-        _swanctl(host, "gateway", f'ike-clients {{ secret = "{secret}" }}')
+        swanctl(host, "gateway", f'ike-clients {{ secret = "{secret}" }}')
         host.configure(f"pools {{ clients {{ addrs = 10.20.{number}.0/24 }} }}\n", "pool.conf")
         host.write(BANK_KEY, key, mode=0o600)
         gateways[host.name] = host.sidecar("gateway", gateway_config(host.address, bank.url))
@@ -156,13 +156,14 @@ def client_host(
     """A client's host; its identity is `<name>@example.org`. Neither charon nor sidecar is started."""
     host = lab.add_host(name, f"{address}/24", *more, network=network, release=release)
     host.charon.settings.update(PATIENCE)
-    _swanctl(host, "client", f'ike-vpn {{ id = vpn.example.org\n secret = "{secret}" }}')
+    swanctl(host, "client", f'ike-vpn {{ id = vpn.example.org\n secret = "{secret}" }}')
     # home-gw2 inherits both
     own = {"dpd_delay": DPD_DELAY, "local.id": f"{name}@example.org"}
     host.configure(render({f"connections.home.{key}": value for key, value in own.items()}) + "\n")
     return host
 
 
-def _swanctl(host: Host, role: str, secret: str) -> None:
+def swanctl(host: Host, role: str, secret: str) -> None:
+    """Give a host the shipped example of its role, and a section of its own in `secrets`."""
     shutil.copy(shipped_files.path(f"strongswan-conf/{role}/swanctl.conf"), host.etc / "swanctl/swanctl.conf")
     host.configure(f"secrets {{ {secret} }}\n", "secrets.conf")

@@ -49,6 +49,11 @@ class Datagram(NamedTuple):
     marker: bool
 
 
+def has_marker(sport: int, dport: int) -> bool:
+    """Whether an IKE message between these ports follows a non-ESP marker, as charon has it: where neither is 500."""
+    return PORT_IKE not in (sport, dport)
+
+
 def parse_datagram(packet: bytes, *, answers: bool = False) -> Datagram | None:
     """The IKE message in a whole IPv4 or IPv6 packet, sent to port 500 or 4500 (`answers`: from one of them).
 

@@ -1,0 +1,93 @@
+"""Which gateways a session may go on at, in which order."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+import structlog
+
+from bridge.charon.charon import Charon
+from bridge.charon.ike_sa import IkeSa
+from bridge.client.sessions import Session, Sessions
+from bridge.client.sync_request import Target
+from bridge.client.vpns import Vpn
+from bridge.config import is_name
+
+log = structlog.get_logger()
+
+RESOLVE_SECONDS = 2.0
+"""how long the resolver has for one name; then what it said before is used"""
+
+
+class Candidates:
+    """The gateways of a VPN as addresses. Names are resolved at each attempt."""
+
+    def __init__(self, charon: Charon, sessions: Sessions) -> None:
+        self._charon = charon
+        self._sessions = sessions
+        self._resolved: dict[str, tuple[str, ...]] = {}
+
+    async def resolve(self, vpn: Vpn) -> None:
+        """Look the names of a VPN's gateways up."""
+        names = {entry.address for entry in vpn.gateways if is_name(entry.address)}
+        await asyncio.gather(*(self._look_up(name) for name in names))
+
+    async def _look_up(self, name: str) -> None:
+        try:
+            async with asyncio.timeout(RESOLVE_SECONDS):
+                found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_DGRAM)
+        except (OSError, TimeoutError, UnicodeError) as error:
+            log.warning("gateway-not-resolved", name=name, reason=str(error) or "the resolver does not answer")
+            return
+        addresses = tuple(dict.fromkeys(str(ip_address(str(row[4][0]).partition("%")[0])) for row in found))
+        if addresses:
+            self._resolved[name] = addresses
+
+    def addresses(self, vpn: Vpn) -> set[str]:
+        """The addresses of a VPN's gateways, as far as they are known."""
+        return {target.address for target in self._targets(vpn)}
+
+    def _targets(self, vpn: Vpn) -> Iterator[Target]:
+        for entry in vpn.gateways:
+            connection = self._charon.connection(entry.connection)
+            sources = tuple(filter(_is_address, connection.local_addresses)) if connection is not None else ()
+            for address in self._resolved.get(entry.address, ()) if is_name(entry.address) else (entry.address,):
+                yield Target(address, entry.connection, sources)
+
+    def of(self, vpn: Vpn, session: Session | None, to: str | None, *, restored: bool) -> list[Target]:
+        """The gateways to try, those of `to` alone where it is given. In the order of the configuration, but the
+        gateway that the session is on comes last; or first, where it was this host that failed (`restored`).
+
+        Entries of the session's own uplink and identity come before others, which count only while no other session
+        has them.
+        """
+        sa = session.last if session is not None else None
+        found = [target for target in self._targets(vpn) if to in (None, target.address)]
+        if sa is not None:
+            taken = {other.connection for other in self._sessions if other is not session}
+            own = [target for target in found if self._sessions.fits(sa, target.connection)]
+            found = own + [target for target in found if target not in own and target.connection not in taken]
+        here = sa.remote.address if sa is not None and sa.remote is not None else None
+        return sorted(self._loaded(found), key=lambda target: (target.address == here) is not restored)
+
+    def _loaded(self, targets: list[Target]) -> list[Target]:
+        """Those whose connection charon has; all where it has none, for it may be about to load them."""
+        known = [target for target in targets if self._charon.connection(target.connection) is not None]
+        for connection in sorted({target.connection for target in targets} - {target.connection for target in known}):
+            log.error("connection-missing", connection=connection, fix="add it to swanctl.conf and load it")
+        return known or targets
+
+    def is_here(self, sa: IkeSa, target: Target) -> bool:
+        """Whether an IKE_SA is at this gateway."""
+        return sa.remote is not None and sa.remote.address == target.address
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,64 @@
+"""Several gateways asked one soon after the other, as RFC 8305 section 5 tries addresses: the first proven answer
+counts.
+
+A gateway that rebuilt the session and is not the first removes it when its confirmation timeout ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from bridge.client.sync_request import Answer, NoAnswerError, RefusedError, Target
+from bridge.service.tasks import end
+
+NEXT_SECONDS: Final = 0.25
+"""after a gateway was asked, before the next one is (RFC 8305: Connection Attempt Delay)"""
+
+Ask = Callable[[Target], Awaitable[Answer]]
+"""asks one gateway; raises NoAnswerError or RefusedError"""
+
+
+class RefusedByError(Exception):
+    """No gateway resumes, and this one refused; the text is its reason."""
+
+    def __init__(self, gateway: Target, reason: str) -> None:
+        super().__init__(reason)
+        self.gateway = gateway
+        self.reason = reason
+
+
+async def first_answer(
+    gateways: Sequence[Target], ask: Ask, silent: Callable[[Target], None], grace: float
+) -> tuple[Target, Answer]:
+    """The first proven answer, and whose it is. `silent` is told of each gateway that does not answer. After a refusal
+    no other gateway is asked, and those that were asked have `grace` seconds more.
+
+    Raises NoAnswerError where none answers, RefusedByError where one refuses and none resumes.
+    """
+    left = list(gateways)
+    asked: dict[asyncio.Future[Answer], Target] = {}
+    refused: RefusedByError | None = None
+    try:
+        while left or asked:
+            if left and refused is None:
+                gateway = left.pop(0)
+                asked[asyncio.ensure_future(ask(gateway))] = gateway
+            elif not asked:
+                break
+            wait = grace if refused is not None else NEXT_SECONDS if left else None
+            done, _ = await asyncio.wait(asked, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+            if refused is not None and not done:
+                break
+            for task in done:
+                gateway = asked.pop(task)
+                try:
+                    return gateway, task.result()
+                except NoAnswerError:
+                    silent(gateway)
+                except RefusedError as error:
+                    refused = refused or RefusedByError(gateway, str(error))
+        raise refused if refused is not None else NoAnswerError
+    finally:
+        await end(*asked)
