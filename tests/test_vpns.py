@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -99,3 +100,98 @@ def test_a_refused_session_does_not_end_one_of_the_same_connection_that_works(bo
     assert outcome["result"] == "failed"
     assert both.at()["home"] == "x1"
     assert both.works("x")
+
+
+SECOND = "192.168.50.11"
+"""the client's other uplink"""
+UPLINKS = """\
+connections {
+    a : connections.home { local_addrs = 192.168.50.10 }
+    a-gw2 : connections.home-gw2 { local_addrs = 192.168.50.10 }
+    b : connections.home { local_addrs = 192.168.50.11 }
+    b-gw2 : connections.home-gw2 { local_addrs = 192.168.50.11 }
+}
+"""
+
+
+@pytest.fixture
+def uplinks(both: Clusters) -> Iterator[Clusters]:
+    """Two sessions of the client's at x1, one over each of its uplinks."""
+    entries = [
+        {"address": ADDRESSES[gateway], "connection": connection}
+        for gateway, connection in (("x1", "a"), ("x1", "b"), ("x2", "a-gw2"), ("x2", "b-gw2"))
+    ]
+    address = ("ip", "address", "add", f"{SECOND}/24", "dev", "eth0")
+    both.client.run(*address)
+    both.client.configure(UPLINKS, "uplinks.conf")
+    both.client.charon.load()
+    with both.agent_with(vpns={"x": {"gateways": entries}}):
+        both.connect("x1", "a")
+        both.connect("x1", "b")
+        yield both
+        both.fresh()
+    (both.client.etc / "swanctl/conf.d/uplinks.conf").unlink()
+    both.client.run("ip", "address", "delete", f"{SECOND}/24", "dev", "eth0")
+    both.client.charon.load()
+
+
+def over(both: Clusters) -> dict[str, tuple[str, str]]:
+    """The client's sessions: connection to local address and gateway."""
+    return {sa["name"]: (sa["local-host"], sa["remote-host"]) for sa in both.sas()}
+
+
+MOVED = {"a-gw2": ("192.168.50.10", ADDRESSES["x2"]), "b-gw2": (SECOND, ADDRESSES["x2"])}
+
+
+def test_a_drain_moves_both_sessions_of_a_site_each_over_its_own_uplink(uplinks: Clusters) -> None:
+    before = {sa["local-host"]: sa["local-vips"] for sa in uplinks.sas()}
+    drain = uplinks.gateways["x1"].sidecars[0].command("drain", "--json", "--to", ADDRESSES["x2"], timeout=120)
+    done = json.loads(drain.stdout)
+    assert (done["wanted"], done["moved"]) == (2, 2)
+    assert over(uplinks) == MOVED
+    assert {sa["local-host"]: sa["local-vips"] for sa in uplinks.sas()} == before
+    assert uplinks.works("x")
+
+
+def test_both_sessions_of_a_site_survive_their_gateway_each_over_its_own_uplink(uplinks: Clusters) -> None:
+    uplinks.kill("x1")
+    wait_until(lambda: over(uplinks) == MOVED, "both sessions at x2", PATIENCE)
+    wait_until(lambda: uplinks.works("x"), "traffic")
+
+
+def test_a_session_that_was_sent_away_stays_where_it_is_when_charon_does_not_install_the_new_one(
+    uplinks: Clusters,
+) -> None:
+    before = over(uplinks)
+    # the sidecar believes that it is there
+    uplinks.client.charon.vici().unload_conn({"name": "a-gw2"})
+    drain = uplinks.gateways["x1"].sidecars[0].command("drain", "--json", "--to", ADDRESSES["x2"], check=False)
+    assert json.loads(drain.stdout)["moved"] == 1
+    assert over(uplinks) == {"a": before["a"], "b-gw2": MOVED["b-gw2"]}
+    assert uplinks.works("x")
+
+
+@pytest.fixture
+def restarting(both: Clusters) -> Iterator[Clusters]:
+    """charon itself sets a session up again when its gateway is dead, and never gives up."""
+    text = "connections { home { keyingtries = 0\n children { net { dpd_action = restart } } } }\n"
+    both.client.configure(text, "restart.conf")
+    both.client.charon.load()
+    yield both
+    (both.client.etc / "swanctl/conf.d/restart.conf").unlink()
+    both.client.charon.load()
+
+
+def test_one_session_is_up_after_the_dead_gateways_return_where_charon_restarts_it_too(restarting: Clusters) -> None:
+    restarting.connect("x1")
+    said = len(restarting.agent.text())
+    restarting.kill("x1")
+    wait_until(lambda: restarting.at() == {"home-gw2": "x2"}, "the session at x2", PATIENCE)
+    wait_until(lambda: "half-open-ended" in restarting.agent.text()[said:], "the end of charon's own handshake")
+    wait_until(lambda: [sa["name"] for sa in restarting.client.charon.sas()] == ["home-gw2"], "one IKE_SA")
+    host = restarting.gateways["x1"]
+    host.sidecars[0].start(wait=False)
+    host.charon.start()
+    host.sidecars[0].wait_ready()
+    assert [sa["name"] for sa in restarting.client.charon.sas()] == ["home-gw2"]
+    assert restarting.works("x")

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from bridge.charon.charon import Charon
-from bridge.client.outcome import Outcome, Result
 from bridge.charon.vici_types import ViciError
+from bridge.client.outcome import Outcome, Result
 from bridge.client.sessions import Session, Sessions
 from bridge.service.tasks import end, spawn
 
