@@ -80,6 +80,10 @@ class Clusters:
                 host.swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", "--timeout", "1", check=False)
             wait_until(lambda host=host: not host.charon.sas(), "the end of all SAs")  # type: ignore[misc]
         self.bank.cli("FLUSHALL")
+        # emptied with the bank
+        for name, address in ADDRESSES.items():
+            beat = ("-n", str("xy".index(name[0])), "EXISTS", f"ike:gateway:{address}")
+            wait_until(lambda beat=beat: self.bank.cli(*beat) == "1", "a sign of life")  # type: ignore[misc]
 
     def kill(self, *names: str) -> None:
         """SIGKILL to charon and sidecar of gateways."""
