@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_address
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -230,6 +231,31 @@ def load(path: str | Path, kind: type[Config]) -> Config:
         raise ConfigError(f"{path}: {printable(_key_and_reason(str(error), kind))}") from error
     _check(path, config)
     return _canonical(config)
+
+
+def check_together(configs: Sequence[GatewayConfig | ClientConfig]) -> None:
+    """Whether one sidecar can run these roles beside one charon. Raises ConfigError."""
+    if len({type(config) for config in configs}) < len(configs):
+        raise ConfigError("-c: one file for each role: two are of the same role")
+    first = configs[0]
+    for other in configs[1:]:
+        for key in ("vici", "ha"):
+            if getattr(first, key) != getattr(other, key):
+                raise ConfigError(f"{key}: differs between the files: one sidecar serves one charon")
+        for key in ("control", "metrics"):
+            if getattr(first, key) is not None and getattr(first, key) == getattr(other, key):
+                raise ConfigError(f"{key}: {getattr(first, key)} is in both files: each role needs its own")
+
+
+def role_of(raw: object) -> type[GatewayConfig] | type[ClientConfig] | None:
+    """The role that a file is for, by its keys; None where they do not say."""
+    if not isinstance(raw, dict):
+        return None
+    shared = set(GatewayConfig.__struct_fields__) & set(ClientConfig.__struct_fields__)
+    keys = set(raw) - shared
+    if keys & set(ClientConfig.__struct_fields__):
+        return ClientConfig
+    return GatewayConfig if keys & set(GatewayConfig.__struct_fields__) else None
 
 
 def canonical_address(text: str) -> str:

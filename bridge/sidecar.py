@@ -7,6 +7,9 @@
     each role follows             what needs charon: the bank is compared with it, requests are intercepted
     `ready`
 
+A host may have both roles beside one charon: the IKE_SAs that it initiated in one of its VPNs are the client's, and all
+others the gateway's.
+
 They are stopped in the reverse order: charon's news stops before the parts that take it, and the bank's writer ends
 after all that writes. A background task that fails stops everything the same way (bridge.service.process).
 """
@@ -20,6 +23,7 @@ from typing import Protocol
 
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.sa_tracker import Listener
 from bridge.charon.status import wait_known
@@ -69,11 +73,44 @@ async def _start(configs: Sequence[RoleConfig], stack: AsyncExitStack) -> None:
     roles = [await open_role(charon, stack) for open_role in openers]
     for role in roles:
         await role.start(stack)
-    charon.start(*roles, recover=partial(_recover, roles))
+    charon.start(*_listeners(roles), recover=partial(_recover, roles))
     stack.push_async_callback(charon.pause)
     for role in roles:
         await role.follow(stack)
     await wait_known(charon)
+
+
+class _Some:
+    """A role that hears of some of charon's IKE_SAs only."""
+
+    def __init__(self, role: Role, wanted: Callable[[IkeSa], bool]) -> None:
+        self._role = role
+        self._wanted = wanted
+
+    def changed(self, sa: IkeSa) -> None:
+        if self._wanted(sa):
+            self._role.changed(sa)
+
+    def gone(self, sa: IkeSa) -> None:
+        if self._wanted(sa):
+            self._role.gone(sa)
+
+    def verified(self, ike_id: IkeId) -> None:
+        self._role.verified(ike_id)
+
+    def down(self, sa: SaInfo) -> None:
+        self._role.down(sa)
+
+
+def _listeners(roles: Sequence[Role]) -> Sequence[Listener]:
+    """What charon reports to: the roles, each with the IKE_SAs that are its own where there are two."""
+    clients = [role for role in roles if isinstance(role, ClientRole)]
+    if not clients or len(roles) == 1:
+        return roles
+    [client] = clients
+    return [
+        _Some(role, client.initiated if role is client else lambda sa: not client.initiated(sa)) for role in roles
+    ]
 
 
 async def _recover(roles: Sequence[Role], infos: list[SaInfo]) -> list[IkeSa] | None:

@@ -1,4 +1,4 @@
-"""The commands that run a sidecar or ask one: gateway, client, resume, status, check, keygen."""
+"""The commands that run a sidecar or ask one: gateway, client, run, resume, status, check, keygen."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from bridge.cli.options import (
     BAD_CONFIGURATION,
+    GATEWAY_FILE,
     an_address,
     client_config_option,
     config_option,
@@ -20,6 +21,7 @@ from bridge.cli.options import (
     json_option,
     read_any,
     read_config,
+    read_roles,
 )
 from bridge.cli.output import count, duration, print_json, show, table, working
 from bridge.config import ClientConfig, ConfigError, GatewayConfig, LogLevel
@@ -49,6 +51,24 @@ def client(path: str | None) -> None:
     """
     config = read_config(path, ClientConfig)
     _run(config)
+
+
+@click.command()
+@click.option(
+    "-c",
+    "--config",
+    "paths",
+    metavar="FILE",
+    multiple=True,
+    help=f"Configuration file (YAML) of a role; once for each.  [default: {GATEWAY_FILE} and client.yaml, where they are]",
+)
+def run(paths: tuple[str, ...]) -> None:
+    """Run the sidecar in the roles that its configuration files have, in the foreground.
+
+    A host may be a gateway for some peers and a client of others. Without any file it is a client of the VPNs that
+    charon has sessions of.
+    """
+    _run(*read_roles(paths))
 
 
 def _run(*configs: GatewayConfig | ClientConfig) -> None:

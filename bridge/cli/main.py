@@ -59,6 +59,7 @@ def cli(context: click.Context) -> None:
 for command in (
     commands.gateway,
     commands.client,
+    commands.run,
     commands.resume,
     commands.status,
     commands.log_level,

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
-from bridge.config import ClientConfig, Config, ConfigError, GatewayConfig, canonical_address, load, read
+from bridge.config import (
+    ClientConfig,
+    Config,
+    ConfigError,
+    GatewayConfig,
+    canonical_address,
+    check_together,
+    load,
+    read,
+    role_of,
+)
 
 BAD_CONFIGURATION = 2
 
@@ -28,23 +38,39 @@ def fail(text: object, code: int = 1) -> NoReturn:
 
 def read_config(path: str | None, kind: type[Config]) -> Config:
     """The configuration, or one line and exit 2."""
+    default = GATEWAY_FILE if kind is GatewayConfig else CLIENT_FILE
+    if path is None and kind is ClientConfig and not Path(default).exists():
+        # a client needs no file
+        return kind()
     try:
-        return load(path or (GATEWAY_FILE if kind is GatewayConfig else CLIENT_FILE), kind)
+        return load(path or default, kind)
     except ConfigError as error:
         fail(error, BAD_CONFIGURATION)
 
 
 def read_any(path: str | None) -> GatewayConfig | ClientConfig:
-    """A configuration of either role: one with `gateways` is a client's."""
+    """A configuration of either role, told by its keys, else by the file's name."""
     if path is None:
-        path = GATEWAY_FILE if Path(GATEWAY_FILE).exists() or not Path(CLIENT_FILE).exists() else CLIENT_FILE
+        return read_config(None, GatewayConfig if Path(GATEWAY_FILE).exists() else ClientConfig)
     try:
-        raw = read(path)
+        kind = role_of(read(path))
     except ConfigError as error:
         fail(error, BAD_CONFIGURATION)
-    if isinstance(raw, dict) and "gateways" in raw:
-        return read_config(path, ClientConfig)
-    return read_config(path, GatewayConfig)
+    if kind is None:
+        kind = ClientConfig if Path(path).name == Path(CLIENT_FILE).name else GatewayConfig
+    return read_config(path, kind)
+
+
+def read_roles(paths: Sequence[str]) -> list[GatewayConfig | ClientConfig]:
+    """The configurations of one sidecar; without paths those of the files that packages look at, and of a client where
+    there is none of them."""
+    paths = paths or [path for path in (GATEWAY_FILE, CLIENT_FILE) if Path(path).exists()]
+    configs = [read_any(path) for path in paths] or [read_config(None, ClientConfig)]
+    try:
+        check_together(configs)
+    except ConfigError as error:
+        fail(error, BAD_CONFIGURATION)
+    return configs
 
 
 def _config_option(default: str) -> Callable[[Function], Function]:

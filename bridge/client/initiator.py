@@ -22,7 +22,7 @@ import structlog
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import HaError, IkeId
-from bridge.charon.ike_sa import IkeSa
+from bridge.charon.ike_sa import Condition, IkeSa
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.client.auto_resume import AutoResume
 from bridge.client.candidates import Candidates
@@ -98,6 +98,11 @@ class Initiator:
         await self._auto_resume.close()
         await end(*self._moving.values(), *self._resolving)
         await self.keeper.close()
+
+    def initiated(self, sa: IkeSa) -> bool:
+        """Whether this host initiated an IKE_SA, or the one that it came from by rekeying, in one of its VPNs."""
+        by_us = sa.id.initiator or sa.has(Condition.ORIGINAL_INITIATOR)
+        return by_us and self._vpns.of(sa.connection) is not None
 
     def vpn_of(self, spis: bytes) -> str | None:
         """The VPN of an IKE_SA; None where it is of none."""

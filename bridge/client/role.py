@@ -60,6 +60,10 @@ class ClientRole:
         stack.push_async_callback(self._initiator.close)
         stack.push_async_callback(end, spawn("restore", self._initiator.restore()))
 
+    def initiated(self, sa: IkeSa) -> bool:
+        """Whether an IKE_SA is one that this host initiated in one of its VPNs."""
+        return self._initiator.initiated(sa)
+
     # charon's news (bridge.charon.sa_tracker.Listener)
 
     def changed(self, sa: IkeSa) -> None:
