@@ -6,8 +6,8 @@ Every option and its default is in this file and nowhere else.
 from __future__ import annotations
 
 import re
-from ipaddress import ip_address
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 

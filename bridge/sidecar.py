@@ -108,9 +108,7 @@ def _listeners(roles: Sequence[Role]) -> Sequence[Listener]:
     if not clients or len(roles) == 1:
         return roles
     [client] = clients
-    return [
-        _Some(role, client.initiated if role is client else lambda sa: not client.initiated(sa)) for role in roles
-    ]
+    return [_Some(role, client.initiated if role is client else lambda sa: not client.initiated(sa)) for role in roles]
 
 
 async def _recover(roles: Sequence[Role], infos: list[SaInfo]) -> list[IkeSa] | None:

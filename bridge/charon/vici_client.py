@@ -292,23 +292,15 @@ class ViciClient:
 
         await self._run(f"initiate {connection}/{child}", command)
 
-    async def terminate(self, unique_id: str, patience: float) -> None:
-        """End one IKE_SA by force, with a DELETE to the peer where it was established. `patience` in seconds. Raises
-        ViciError, also when there is none."""
+    async def end_sa(self, unique_id: str, patience: float | None = None) -> None:
+        """End the IKE_SA with this unique ID. charon sends its peer a DELETE, and waits up to `patience` seconds for the
+        answer; not at all without. Raises ViciError, also when there is none."""
+        timeout = -1 if patience is None else int(patience * 1000)
 
         def command(session: Any) -> None:
-            request = {"ike-id": unique_id, "timeout": str(int(patience * 1000)), "loglevel": "-1", "force": "yes"}
-            for _ in session.terminate(request):
-                pass
-
-        await self._run(f"terminate IKE_SA {unique_id}", command)
-
-    async def end_sa(self, unique_id: str) -> None:
-        """End the IKE_SA with this unique ID. charon sends its peer a DELETE, and does not wait for the answer. Raises
-        ViciError, also when there is none."""
-
-        def command(session: Any) -> None:
-            for _ in session.terminate({"ike-id": unique_id, "force": "yes", "timeout": "-1", "loglevel": "-1"}):
+            for _ in session.terminate(
+                {"ike-id": unique_id, "force": "yes", "timeout": str(timeout), "loglevel": "-1"}
+            ):
                 pass
 
         await self._run(f"terminate #{unique_id}", command)

@@ -60,7 +60,7 @@ def client(path: str | None) -> None:
     "paths",
     metavar="FILE",
     multiple=True,
-    help=f"Configuration file (YAML) of a role; once for each.  [default: {GATEWAY_FILE} and client.yaml, where they are]",
+    help=f"Configuration file (YAML), once for each role.  [default: {GATEWAY_FILE} and client.yaml, if there]",
 )
 def run(paths: tuple[str, ...]) -> None:
     """Run the sidecar in the roles that its configuration files have, in the foreground.

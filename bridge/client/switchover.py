@@ -254,7 +254,7 @@ class Switchover:
     async def _end(self, info: SaInfo) -> None:
         """End an IKE_SA that this sidecar made, or does not want."""
         with self._sessions.owning(info.spis), contextlib.suppress(ViciError):
-            await self._charon.vici.terminate(info.unique_id, END_SECONDS)
+            await self._charon.vici.end_sa(info.unique_id, END_SECONDS)
 
     async def _initiate(self, connection: str, children: list[str]) -> list[str]:
         """An IKE_SA by a full handshake; names of the CHILD_SAs that came up. Raises ViciError without any: what did
