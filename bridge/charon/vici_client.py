@@ -293,8 +293,8 @@ class ViciClient:
         await self._run(f"initiate {connection}/{child}", command)
 
     async def end_sa(self, unique_id: str, patience: float | None = None) -> None:
-        """End the IKE_SA with this unique ID. charon sends its peer a DELETE, and waits up to `patience` seconds for the
-        answer; not at all without. Raises ViciError, also when there is none."""
+        """End the IKE_SA with this unique ID. charon sends its peer a DELETE, and waits up to `patience` seconds for
+        the answer; not at all without. Raises ViciError, also when there is none."""
         timeout = -1 if patience is None else int(patience * 1000)
 
         def command(session: Any) -> None:
