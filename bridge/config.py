@@ -247,15 +247,15 @@ def check_together(configs: Sequence[GatewayConfig | ClientConfig]) -> None:
                 raise ConfigError(f"{key}: {getattr(first, key)} is in both files: each role needs its own")
 
 
-def role_of(raw: object) -> type[GatewayConfig] | type[ClientConfig] | None:
+def role_of(raw: object) -> Literal["gateway", "client"] | None:
     """The role that a file is for, by its keys; None where they do not say."""
     if not isinstance(raw, dict):
         return None
     shared = set(GatewayConfig.__struct_fields__) & set(ClientConfig.__struct_fields__)
     keys = set(raw) - shared
     if keys & set(ClientConfig.__struct_fields__):
-        return ClientConfig
-    return GatewayConfig if keys & set(GatewayConfig.__struct_fields__) else None
+        return "client"
+    return "gateway" if keys & set(GatewayConfig.__struct_fields__) else None
 
 
 def canonical_address(text: str) -> str:

@@ -51,14 +51,14 @@ def read_config(path: str | None, kind: type[Config]) -> Config:
 def read_any(path: str | None) -> GatewayConfig | ClientConfig:
     """A configuration of either role, told by its keys, else by the file's name."""
     if path is None:
-        return read_config(None, GatewayConfig if Path(GATEWAY_FILE).exists() else ClientConfig)
+        return read_config(None, GatewayConfig) if Path(GATEWAY_FILE).exists() else read_config(None, ClientConfig)
     try:
-        kind = role_of(read(path))
+        role = role_of(read(path))
     except ConfigError as error:
         fail(error, BAD_CONFIGURATION)
-    if kind is None:
-        kind = ClientConfig if Path(path).name == Path(CLIENT_FILE).name else GatewayConfig
-    return read_config(path, kind)
+    if role is None:
+        role = "client" if Path(path).name == Path(CLIENT_FILE).name else "gateway"
+    return read_config(path, ClientConfig) if role == "client" else read_config(path, GatewayConfig)
 
 
 def read_roles(paths: Sequence[str]) -> list[GatewayConfig | ClientConfig]:

@@ -290,7 +290,7 @@ class Initiator:
 
         def silent(gateway: Target) -> None:
             log.info(
-                "gateway-silent", vpn=session.vpn, gateway=gateway.address, connection=sa.connection, **sa.id.logged
+                "gateway-silent", gateway=gateway.address, connection=sa.connection, vpn=session.vpn, **sa.id.logged
             )
 
         # while the session works where it is, that gateway is no rival of the others
