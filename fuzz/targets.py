@@ -19,8 +19,8 @@ import vici.exception
 import vici.protocol
 
 from bridge.charon import ha_message as ha
-from bridge.charon.vici_client import EVENTS
 from bridge.charon.vici_types import ViciError, parse_connection, parse_event
+from bridge.charon.vici_watch import EVENTS
 from bridge.client import session_file
 from bridge.config import ClientConfig, ConfigError, GatewayConfig, load
 from bridge.ike.cookie import Cookies, glance

@@ -18,8 +18,8 @@ from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.installer import Installer
 from bridge.charon.sa_tracker import Listener, Listeners, SaTracker
-from bridge.charon.vici_client import ViciClient
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
+from bridge.charon.vici_watch import ViciWatch
 from bridge.config import HaConfig
 from bridge.service.tasks import end, spawn
 from bridge.stub.child_sa import SpiChoice
@@ -55,7 +55,7 @@ class Charon:
         self.landing = SegmentChooser(ha.segments)
         self.installer = Installer(self.channel, self.landing)
         self.spis = SpiChoice(self.tracker.child_spis)
-        self.vici = ViciClient(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
+        self.vici = ViciWatch(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
         self.release = ""
         self.reconciled = asyncio.Event()
         """set once the SAs that charon had when the sidecar came are known"""
@@ -82,7 +82,7 @@ class Charon:
     async def pause(self) -> None:
         """Pass on nothing more. What the HA channel brings from here on the kernel keeps for the next process."""
         await end(*self._tasks)
-        self.vici.close()
+        await self.vici.close()
         self.channel.pause()
 
     async def close(self) -> None:

@@ -221,10 +221,8 @@ def _pools(mine: list[Pool], others: dict[str, Facts]) -> list[Finding]:
 
 
 async def _own_pools(config: GatewayConfig) -> list[Pool]:
-    vici = ViciClient(config.vici, on_event=lambda _: None, on_connect=lambda _: None, on_disconnect=lambda: None)
+    vici = ViciClient(config.vici)
     try:
         return await vici.pools()
     except ViciError:
         return []
-    finally:
-        vici.close()

@@ -45,7 +45,7 @@ class CharonAnswer:
 
 async def ask(config: GatewayConfig | ClientConfig) -> tuple[CharonAnswer | None, list[Finding]]:
     """What there is to know of this host's charon; None where it does not answer."""
-    vici = ViciClient(config.vici, on_event=lambda _: None, on_connect=lambda _: None, on_disconnect=lambda: None)
+    vici = ViciClient(config.vici)
     try:
         release = await vici.version()
         version = version_for(release)
@@ -61,8 +61,6 @@ async def ask(config: GatewayConfig | ClientConfig) -> tuple[CharonAnswer | None
         return None, [fail("charon", f"{config.vici}: {error}", mend)]
     except HaError as error:
         return None, [fail("charon", str(error), "use a strongSwan release from 5.9 on")]
-    finally:
-        vici.close()
     return charon, [ok("charon", f"strongSwan {release}, ha message version {version}")]
 
 

@@ -8,7 +8,6 @@ import gc
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
@@ -46,8 +45,6 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run one sidecar to its end. Raises StartError, TaskFailed."""
     # keys are in this process's memory: no core dump may hold them
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # seconds: a long list that VICI's thread parses must not keep the event loop waiting for 5 ms each time
-    sys.setswitchinterval(0.0005)
     spare_collections()
     uvloop.run(main())
 
