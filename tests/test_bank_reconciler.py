@@ -176,20 +176,20 @@ def test_what_the_ha_channel_dropped_is_asked_for_again(topology: Topology) -> N
 
 LAND = """
 import asyncio
-from bridge.charon.ha_channel import Channel
+from bridge.charon.ha_channel import HaChannel
 from bridge.charon.ha_message import IkeId, version_for
 from bridge.charon.ha_commands import Install
 from bridge.charon.installer import Installer
-from bridge.charon.ha_segments import LandingChoice
+from bridge.charon.ha_segments import SegmentChooser
 from bridge.ike.transforms import Encr, Group, Prf, Suite
 from bridge.stub.types import Endpoint, Identity
 import sys
 
 async def land():
-    channel = Channel("127.0.0.2", "127.0.0.1", lambda message: None)
+    channel = HaChannel("127.0.0.2", "127.0.0.1", lambda message: None)
     channel.version = version_for(sys.argv[1])
     channel.open()
-    await Installer(channel, LandingChoice()).land([Install(
+    await Installer(channel, SegmentChooser()).land([Install(
         id=IkeId.of(b"initiate", b"responds", False),
         suite=Suite(Encr.AES_GCM_16, 256, 0, Prf.HMAC_SHA2_384, Group.CURVE_25519),
         sk_d_old=bytes(48), nonce_i=bytes(32), nonce_r=bytes(32),

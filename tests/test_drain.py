@@ -343,7 +343,7 @@ def test_a_replayed_move_is_heeded_by_nobody(clients: Clients) -> None:
 
 SEND = """
 import sys
-from bridge.net.rawudp import RawUdp
+from bridge.net.raw_socket import RawUdp
 RawUdp().send(sys.argv[1], 4500, sys.argv[2], 4500, bytes.fromhex(sys.argv[3]), True)
 """
 

@@ -95,7 +95,7 @@ def test_a_client_answers_to_the_question_and_resumes(topology: Topology) -> Non
 
 AGAIN = """
 import sys
-from bridge.net.rawudp import RawUdp
+from bridge.net.raw_socket import RawUdp
 RawUdp().send(sys.argv[1], 4500, sys.argv[2], 4500, bytes.fromhex(sys.stdin.read()), True)
 """
 
