@@ -1,7 +1,9 @@
 """What happens in the bank, as it happens: Redis' keyspace notifications, from one server or all of a Cluster.
 
-Redis repeats nothing to whoever was not there. So a watcher tells when it begins to hear and when it no longer does:
-what it knew from before is to be looked at again.
+Redis does not repeat a notification to a client that was not connected. So a watcher reports when it begins to receive
+and when it no longer does: what was known from before has to be looked at again. redis-py's own PubSub connects and
+subscribes again by itself, without a word about what it missed; here a connection that was lost is a subscription that
+was lost (CLIENT KILL, a failover, an output buffer that was full).
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import structlog
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import ConnectionPool, Redis, RedisCluster
+from redis.asyncio.client import PubSub
+from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.exceptions import ConnectionError as RedisConnectionError
 
-from bridge.bank.redis_url import FAILURES, connect
+from bridge.bank.redis_url import FAILURES, Client, connect
 from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
@@ -25,6 +30,10 @@ BACK_OFF_MAX: Final = 0.5
 """seconds between two attempts to listen: a Redis that is back is heard within this time"""
 PROBE_SECONDS: Final = 5.0
 """how often a silent connection is asked whether it lives"""
+MOVED_SECONDS: Final = 2.0
+"""between two looks at which servers are the primaries, where Sentinels or a Cluster know it"""
+CONFIRM_SECONDS: Final = 2.0
+"""in which Redis confirms a subscription"""
 TIMEOUT: Final = 2.0
 
 _CHANNEL: Final = re.compile(rb"__keyspace@\d+__:(.*)", re.DOTALL)
@@ -56,7 +65,7 @@ class Keyspace:
         self._patterns = dict.fromkeys(patterns)
         self._on_event = on_event
         self._on_state = on_state
-        self._listening: list[Any] = []
+        self._listening: list[_Subscription] = []
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -69,9 +78,13 @@ class Keyspace:
             await end(self._task)
 
     async def add(self, pattern: str) -> None:
-        """Listen to the keys of `pattern` too; when this returns, nothing of them is missed."""
+        """Listen to the keys of `pattern` too; when this returns, nothing of them is missed, unless `on_state` says so
+        now."""
         self._patterns[pattern] = None
         await self._change("psubscribe", pattern)
+        for listening in self._listening:
+            with contextlib.suppress(TimeoutError):
+                await listening.confirmed(_channel(pattern))
 
     async def remove(self, pattern: str) -> None:
         """Listen to the keys of `pattern` no more."""
@@ -101,9 +114,10 @@ class Keyspace:
             delay = min(delay * 2, BACK_OFF_MAX)
 
     async def _listen(self) -> None:
-        """Listen until a connection fails, or the Cluster has other primaries than before."""
+        """Listen until a connection fails, or other servers are the primaries than before."""
         main = connect(self._url, TIMEOUT)
         clients: list[Redis] = []
+        listening: list[_Subscription] = []
         tasks: list[asyncio.Task[None]] = []
         try:
             if isinstance(main, RedisCluster):
@@ -121,24 +135,37 @@ class Keyspace:
                     clients.append(Redis.from_url(f"{tls}://{host}:{node.port}", **options))
             else:
                 clients.append(main)
-            listening = [client.pubsub() for client in clients]
+            listening = [_Subscription(client.connection_pool) for client in clients]
+            patterns = [_channel(pattern) for pattern in self._patterns]
             for each in listening:
-                await each.psubscribe(*(_channel(pattern) for pattern in self._patterns))
-            self._listening = listening
-            self._on_state(True)
+                await each.psubscribe(*patterns)
             tasks = [asyncio.create_task(self._read(each)) for each in listening]
-            if isinstance(main, RedisCluster):
-                tasks.append(asyncio.create_task(_until_moved(main)))
+            tasks.append(asyncio.create_task(self._follow(main, listening, patterns)))
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
             await end(*tasks)
+            for each in listening:
+                with contextlib.suppress(*FAILURES):
+                    await each.aclose()  # type: ignore[no-untyped-call]
             for client in {*clients, main}:
                 with contextlib.suppress(*FAILURES):
                     await client.aclose()
 
-    async def _read(self, listening: Any) -> None:
+    async def _follow(self, client: Client, listening: list[_Subscription], channels: list[str]) -> None:
+        """Say that all is received once Redis has confirmed it; then until other servers are the primaries."""
+        for each in listening:
+            for channel in channels:
+                await each.confirmed(channel)
+        # with what was added meanwhile
+        for each in listening:
+            await each.psubscribe(*map(_channel, self._patterns))
+        self._listening = listening
+        self._on_state(True)
+        await _until_moved(client, listening)
+
+    async def _read(self, listening: _Subscription) -> None:
         silent = False
         while True:
             message = await listening.get_message(timeout=PROBE_SECONDS)
@@ -149,7 +176,9 @@ class Keyspace:
                 await listening.ping()
                 continue
             silent = False
-            if message["type"] == "pmessage" and (match := _CHANNEL.fullmatch(message["channel"])):
+            if message["type"] == "psubscribe":
+                listening.confirm(message["channel"])
+            elif message["type"] == "pmessage" and (match := _CHANNEL.fullmatch(message["channel"])):
                 self._on_event(Event(match[1].decode(errors="replace"), message["data"].decode(errors="replace")))
 
 
@@ -157,12 +186,53 @@ def _channel(pattern: str) -> str:
     return f"__keyspace@*__:{pattern}"
 
 
-async def _until_moved(cluster: RedisCluster) -> None:
-    """Returns when the Cluster has other primaries."""
-    known = {node.name for node in cluster.get_primaries()}
+class _Subscription(PubSub):
+    """A PubSub on one connection only: it fails where redis-py would connect and subscribe again."""
+
+    def __init__(self, connection_pool: ConnectionPool) -> None:
+        super().__init__(connection_pool)
+        self._confirmed: set[bytes] = set()
+        self._news = asyncio.Event()
+
+    async def on_connect(self, connection: Any) -> None:
+        """redis-py's callback for a connection that was made again."""
+        raise RedisConnectionError("the subscription was lost")
+
+    def confirm(self, channel: bytes) -> None:
+        """Redis has confirmed that this connection gets what `channel`, a pattern, names."""
+        self._confirmed.add(channel)
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def confirmed(self, channel: str) -> None:
+        """Wait until Redis has confirmed it. Raises TimeoutError."""
+        async with asyncio.timeout(CONFIRM_SECONDS):
+            while channel.encode() not in self._confirmed:
+                await self._news.wait()
+
+
+async def _until_moved(client: Client, listening: list[_Subscription]) -> None:
+    """Ends with TimeoutError when other servers are the primaries than those that are listened to: a primary that was
+    cut off from its Sentinels, and not from here, goes on as if it were one. For ever where nothing else knows of
+    primaries."""
+    if isinstance(client, RedisCluster):
+        known = {node.name for node in client.get_primaries()}
+        while True:
+            await asyncio.sleep(MOVED_SECONDS)
+            # the client reads the map of slots again when a command is sent elsewhere; this makes it look in any case
+            await client.nodes_manager.initialize()
+            if {node.name for node in client.get_primaries()} != known:
+                raise TimeoutError("the Cluster has other primaries")
+    pool = client.connection_pool
     while True:
-        await asyncio.sleep(PROBE_SECONDS)
-        # the client reads the map of slots anew when a command is sent elsewhere; this makes it look in any case
-        await cluster.nodes_manager.initialize()
-        if {node.name for node in cluster.get_primaries()} != known:
-            raise TimeoutError("the Cluster has other primaries")
+        await asyncio.sleep(MOVED_SECONDS)
+        if isinstance(pool, SentinelConnectionPool):
+            try:
+                host, port = await pool.sentinel_manager.discover_master(pool.service_name)
+            except FAILURES:
+                # no Sentinel answers: the primary that is known may still be the right one
+                continue
+            for each in listening:
+                connection: Any = each.connection
+                if connection is not None and (connection.host, connection.port) != (host, port):
+                    raise TimeoutError("Sentinel names another primary")

@@ -1,7 +1,8 @@
 """Stubs of failed gateways, fetched before their clients come (Download Stub, draft-xu-ike-sa-sync-01 section 3.4).
 
-A look-up of such a stub needs no round trip to the bank. What happens to a fetched stub in the bank is heard through
-the keyspace, and the stub is let go; while nothing can be heard nothing is answered from here.
+The bank is asked for every stub all the same. Where it does not answer within the time of a look-up, such a stub is
+served from memory. What happens to a fetched stub in the bank is received through the keyspace, and the stub is let go;
+while nothing can be received nothing is served from here.
 
 In mode distributed they are fetched into the gateway's own bank instead, where the others delete what has ended.
 """
@@ -10,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import structlog
 from msgspec import Struct
 
-from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, Ending, GatewaySign, StubBank
+from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.write_queue import Writable
 from bridge.service.tasks import end, spawn
@@ -27,6 +28,10 @@ log = structlog.get_logger()
 
 LIMIT: Final = 200_000
 """stubs kept at most, of all gateways together"""
+GATEWAYS_MAX: Final = 64
+"""gateways whose stubs are fetched at most: anyone with write access to the bank can make one fail"""
+PATIENCE: Final = 0.5
+"""seconds that the bank may take for a stub that is held here: half the time of a look-up"""
 PROGRESS_SECONDS: Final = 1.0
 """between two lines in the log about a download that goes on"""
 
@@ -42,34 +47,27 @@ class Progress(Struct):
 
 
 class Prefetch:
-    """StubBank that answers from what it fetched of failed gateways, else from `bank`.
+    """GET Stub from `bank`, or where that does not answer within `patience` s from what was fetched of failed gateways.
 
     `fetch` starts a download, `drop` ends what it brought. `hear` and `heard` are fed by a Keyspace. Where `near` is
     given, what is fetched is stored there, and not here.
     """
 
-    def __init__(self, bank: StubBank, *, limit: int = LIMIT, near: Writable | None = None) -> None:
+    def __init__(
+        self, bank: StubBank, *, limit: int = LIMIT, near: Writable | None = None, patience: float = PATIENCE
+    ) -> None:
         self.progress: dict[str, Progress] = {}
         """the last download of each gateway"""
         self.hits = 0
-        """look-ups answered without the bank"""
+        """stubs served from memory"""
         self._bank = bank
+        self._patience = patience
         self._limit = limit
         self._near = near
         self._stubs: dict[str, dict[Index, Stub]] = {}
         self._changed: dict[str, set[Index]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._keyspace: Keyspace | None = None
-
-    @property
-    def unreadable(self) -> int:
-        """Stubs found in the bank that did not open."""
-        return self._bank.unreadable
-
-    @property
-    def spoilt(self) -> int:
-        """Keys and members found in the bank that no gateway writes."""
-        return self._bank.spoilt
 
     @property
     def size(self) -> int:
@@ -105,7 +103,9 @@ class Prefetch:
 
     def fetch(self, gateway: str) -> None:
         """Fetch all stubs of a gateway in the background, unless that goes on already."""
-        if gateway not in self._tasks:
+        if gateway not in self.progress and len(self.progress) >= GATEWAYS_MAX:
+            log.warning("download-refused", gateway=gateway, reason=f"{GATEWAYS_MAX} gateways were fetched already")
+        elif gateway not in self._tasks:
             self.progress[gateway] = Progress(gateway)
             task = spawn(f"download {gateway}", self._fetch(gateway))
             self._tasks[gateway] = task
@@ -162,84 +162,28 @@ class Prefetch:
         progress.state, progress.seconds = "done", time.monotonic() - began
         log.info("downloaded", gateway=gateway, stubs=progress.stubs, seconds=round(progress.seconds, 3))
 
-    # StubBank
-
     async def get(self, indexes: Sequence[Index]) -> list[Stub | None]:
-        """See StubBank."""
+        """GET Stub: what the bank says, and where it does not answer in time, what was fetched from it.
+
+        Raises BankUnavailable where neither has anything to say.
+        """
         now = time.time()
-        found: dict[Index, Stub | None] = {}
+        held: dict[Index, Stub] = {}
         for index in indexes:
             stub = self._stubs.get(index.gateway, {}).get(index)
             if stub is not None and stub.expires > now:
-                found[index] = stub
-        self.hits += len(found)
-        missing = [index for index in indexes if index not in found]
-        if missing:
-            found |= dict(zip(missing, await self._bank.get(missing), strict=True))
-        return [found[index] for index in indexes]
-
-    async def store(self, stubs: Sequence[Stub]) -> list[bool]:
-        """See StubBank."""
-        for stub in stubs:
-            self._stubs.get(stub.index.gateway, {}).pop(stub.index, None)
-        return await self._bank.store(stubs)
-
-    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
-        """See StubBank."""
-        for ending in endings:
-            self._stubs.get(ending.index.gateway, {}).pop(ending.index, None)
-        return await self._bank.delete(endings)
-
-    async def look(self, indexes: Sequence[Index]) -> list[tuple[Stub | None, bool]]:
-        """See StubBank."""
-        return await self._bank.look(indexes)
-
-    def endings(self) -> AsyncGenerator[list[Ending]]:
-        """See StubBank."""
-        return self._bank.endings()
-
-    def download(self, gateway: str, batch: int = DOWNLOAD_BATCH) -> AsyncGenerator[list[Stub]]:
-        """See StubBank."""
-        return self._bank.download(gateway, batch)
-
-    async def revisions(self, indexes: Sequence[Index]) -> list[int | None]:
-        """See StubBank."""
-        return await self._bank.revisions(indexes)
-
-    async def ended(self, indexes: Sequence[Index]) -> list[bool | None]:
-        """See StubBank."""
-        return await self._bank.ended(indexes)
-
-    async def reseal(self, gateway: str) -> int:
-        """See StubBank."""
-        return await self._bank.reseal(gateway)
-
-    async def gateways(self) -> dict[str, GatewaySign]:
-        """See StubBank."""
-        return await self._bank.gateways()
-
-    async def post(self, kind: str, gateway: str, value: str, ttl: float) -> None:
-        """See StubBank."""
-        await self._bank.post(kind, gateway, value, ttl)
-
-    async def posted(self, kind: str, gateway: str) -> bytes | None:
-        """See StubBank."""
-        return await self._bank.posted(kind, gateway)
-
-    async def heartbeat(self, gateway: str, ttl: float) -> None:
-        """See StubBank."""
-        await self._bank.heartbeat(gateway, ttl)
-
-    async def ping(self) -> float:
-        """See StubBank."""
-        return await self._bank.ping()
+                held[index] = stub
+        try:
+            async with asyncio.timeout(self._patience if held else None):
+                return await self._bank.get(indexes)
+        except (BankUnavailable, TimeoutError):
+            # what was deleted meanwhile may have been let go meanwhile
+            held = {index: stub for index, stub in held.items() if index in self._stubs.get(index.gateway, {})}
+            if not held:
+                raise
+        self.hits += len(held)
+        return [held.get(index) for index in indexes]
 
     async def close(self) -> None:
-        """End all downloads, and let go of the bank."""
+        """End all downloads."""
         await end(*self._tasks.values())
-        await self._bank.close()
-
-    def list(self, gateway: str | None = None) -> AsyncGenerator[Any]:
-        """See StubBank: lists of Readable."""
-        rows: AsyncGenerator[Any] = self._bank.list(gateway)
-        return rows
