@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from bank_support import GATEWAY, RedisServer, ending, keyring, stub_of
+from bridge.bank.prefetch import Prefetch
 from bridge.bank.redis_bank import RedisBank
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_tracker import SaTracker
@@ -248,8 +249,10 @@ def lookup(
     reachable: bool = True,
     endings: Endings | None = None,
 ) -> StubLookup:
+    bank = RedisBank(server.url, RING)
     return StubLookup(
-        RedisBank(server.url, RING),
+        Prefetch(bank),
+        bank,
         handout(policy),
         Endings() if endings is None else endings,
         metrics or GatewayMetrics(),

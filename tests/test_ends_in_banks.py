@@ -59,7 +59,7 @@ class Gateway:
     """What a gateway does for its bank, and nothing else of it."""
 
     def __init__(self, server: RedisServer) -> None:
-        self.bank = Prefetch(RedisBank(server.url, RING))
+        self.bank = RedisBank(server.url, RING)
         self.writer = WriteQueue(self.bank)
         self.charon = FakeCharon()
         self.endings = Endings()
@@ -72,6 +72,7 @@ class Gateway:
             config,
             server.url,
             self.bank,
+            Prefetch(self.bank),
             rotation,
             charon,
             self.publisher,

@@ -40,14 +40,41 @@ async def test_what_was_fetched_is_found_without_the_bank(bank: RedisBank, serve
         await cache.get([stub_of().index])
 
 
-async def test_while_the_keyspace_is_not_heard_nothing_is_answered_from_memory(bank: RedisBank) -> None:
+async def test_a_bank_that_hangs_is_waited_for_half_the_time_of_a_look_up(bank: RedisBank, server: RedisServer) -> None:
+    stub = stub_of()
+    await bank.store([stub])
+    cache = Prefetch(bank, patience=0.2)
+    await fetched(cache)
+    server.freeze()
+    began = time.monotonic()
+    assert await cache.get([stub.index]) == [stub]
+    assert 0.2 <= time.monotonic() - began < 1.0
+    server.thaw()
+
+
+async def test_a_bank_that_answers_is_believed_before_memory(bank: RedisBank) -> None:
+    """Whatever the keyspace told, or did not."""
+    stub, other = stub_of(), stub_of()
+    await bank.store([stub, other])
+    cache = Prefetch(bank)
+    await fetched(cache)
+    await bank.delete([ending(stub)])
+    assert await cache.get([stub.index, other.index]) == [None, other]
+    assert cache.hits == 0
+
+
+async def test_while_the_keyspace_is_not_heard_nothing_is_answered_from_memory(
+    bank: RedisBank, server: RedisServer
+) -> None:
     stub = stub_of()
     await bank.store([stub])
     cache = Prefetch(bank)
     await fetched(cache)
     cache.heard(False)
-    assert await cache.get([stub.index]) == [stub]
-    assert (cache.hits, cache.size) == (0, 0)
+    assert cache.size == 0
+    server.kill()
+    with pytest.raises(BankUnavailable):
+        await cache.get([stub.index])
 
 
 async def test_a_stub_that_changes_in_the_bank_is_let_go(bank: RedisBank, server: RedisServer) -> None:
@@ -68,21 +95,23 @@ async def test_a_stub_that_changes_in_the_bank_is_let_go(bank: RedisBank, server
         await fetched(cache)
         await bank.delete([ending(stub)])
         await gone.wait()
-    assert await cache.get([stub.index, other.index]) == [None, other]
-    assert cache.hits == 1
     await keyspace.close()
+    assert cache.size == 1
+    server.kill()
+    assert await cache.get([stub.index, other.index]) == [None, other]
 
 
 async def test_a_fetched_stub_that_expired_is_not_served_from_memory(
-    bank: RedisBank, monkeypatch: pytest.MonkeyPatch
+    bank: RedisBank, server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub = stub_of()
     await bank.store([stub])
     cache = Prefetch(bank)
     await fetched(cache)
+    server.kill()
     monkeypatch.setattr(time, "time", lambda: stub.expires + 1)
-    # whatever the bank says, whose clock has not moved
-    await cache.get([stub.index])
+    with pytest.raises(BankUnavailable):
+        await cache.get([stub.index])
     assert (cache.hits, cache.size) == (0, 1)
 
 

@@ -28,6 +28,8 @@ log = structlog.get_logger()
 
 LIMIT: Final = 200_000
 """stubs kept at most, of all gateways together"""
+PROGRESS_MAX: Final = 1_000
+"""downloads that are remembered"""
 GATEWAYS_MAX: Final = 64
 """gateways whose stubs are fetched at most: anyone with write access to the bank can make one fail"""
 PATIENCE: Final = 0.5
@@ -103,9 +105,12 @@ class Prefetch:
 
     def fetch(self, gateway: str) -> None:
         """Fetch all stubs of a gateway in the background, unless that goes on already."""
-        if gateway not in self.progress and len(self.progress) >= GATEWAYS_MAX:
-            log.warning("download-refused", gateway=gateway, reason=f"{GATEWAYS_MAX} gateways were fetched already")
+        if gateway not in self._stubs and len(self._stubs) >= GATEWAYS_MAX:
+            log.warning("download-refused", gateway=gateway, reason=f"the stubs of {GATEWAYS_MAX} gateways are here")
         elif gateway not in self._tasks:
+            self.progress.pop(gateway, None)
+            while len(self.progress) >= PROGRESS_MAX:
+                del self.progress[next(iter(self.progress))]
             self.progress[gateway] = Progress(gateway)
             task = spawn(f"download {gateway}", self._fetch(gateway))
             self._tasks[gateway] = task
@@ -115,6 +120,9 @@ class Prefetch:
         """Let go of a gateway's stubs."""
         if task := self._tasks.get(gateway):
             task.cancel()
+        self._let_go(gateway)
+
+    def _let_go(self, gateway: str) -> None:
         self._changed.pop(gateway, None)
         if self._stubs.pop(gateway, None) is not None and self._keyspace is not None:
             task = spawn(f"remove {gateway}", self._keyspace.remove(bank_keys.stubs_pattern(gateway)))
@@ -160,6 +168,8 @@ class Prefetch:
             progress.state = "failed"
             raise
         progress.state, progress.seconds = "done", time.monotonic() - began
+        if not progress.stubs:
+            self._let_go(gateway)
         log.info("downloaded", gateway=gateway, stubs=progress.stubs, seconds=round(progress.seconds, 3))
 
     async def get(self, indexes: Sequence[Index]) -> list[Stub | None]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import structlog
 
 from bridge.bank import gateway_facts
-from bridge.bank.interface import BankUnavailable, Ending
+from bridge.bank.interface import BankUnavailable, Ending, StubBank
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.prefetch import Prefetch
@@ -51,7 +51,8 @@ class BankReconciler:
         self,
         config: GatewayConfig,
         url: str,
-        cache: Prefetch,
+        bank: StubBank,
+        prefetch: Prefetch,
         rotation: KeyRotation,
         charon: Charon,
         publisher: Publisher,
@@ -60,7 +61,8 @@ class BankReconciler:
         metrics: GatewayMetrics,
     ) -> None:
         self._address = config.address
-        self._cache = cache
+        self._bank = bank
+        self._prefetch = prefetch
         self._rotation = rotation
         self._charon = charon
         self._publisher = publisher
@@ -77,7 +79,7 @@ class BankReconciler:
         # of what ends, only what may be of an SA here
         gone = bank_keys.gone_pattern(config.address)
         self._keyspace = Keyspace(url, (f"{HEARTBEAT}*", f"{FETCH}*", gone), self._event, self._heard)
-        cache.attach(self._keyspace)
+        prefetch.attach(self._keyspace)
 
     def start(self) -> None:
         """Begin."""
@@ -99,7 +101,7 @@ class BankReconciler:
     # what the keyspace tells
 
     def _heard(self, hears: bool) -> None:
-        self._cache.heard(hears)
+        self._prefetch.heard(hears)
         if hears:
             self.returned()
 
@@ -110,26 +112,28 @@ class BankReconciler:
         self._rotation.returned()
 
     def _event(self, event: Event) -> None:
-        self._cache.hear(event)
+        self._prefetch.hear(event)
         if event.key.startswith(FETCH) and event.event == "set":
-            gateway = event.key.removeprefix(FETCH)
+            gateway = bank_keys.gateway_name(event.key.removeprefix(FETCH))
+            if gateway is None:
+                return
             if gateway != self._address:
-                self._cache.fetch(gateway)
+                self._prefetch.fetch(gateway)
             self._fetch_heard.set()
         elif event.key.startswith(GONE):
             self._gone(event)
         elif event.key.startswith(HEARTBEAT):
-            gateway = event.key.removeprefix(HEARTBEAT)
-            if gateway == self._address:
+            gateway = bank_keys.gateway_name(event.key.removeprefix(HEARTBEAT))
+            if gateway in (None, self._address):
                 return
             if event.event == "expired":
                 log.warning("gateway-failed", gateway=gateway, reason="its heartbeat in the bank has expired")
                 self._failed.add(gateway)
-                self._cache.fetch(gateway)
+                self._prefetch.fetch(gateway)
             elif event.event == "set" and gateway in self._failed:
                 log.info("gateway-back", gateway=gateway)
                 self._failed.discard(gateway)
-                self._cache.drop(gateway)
+                self._prefetch.drop(gateway)
 
     def _gone(self, event: Event) -> None:
         """Something ended in a bucket of some gateway's."""
@@ -145,10 +149,10 @@ class BankReconciler:
         fetched stub has ended.
         """
         gateway = str(request["from"])
-        self._cache.progress.pop(gateway, None)
+        self._prefetch.progress.pop(gateway, None)
         self._fetch_heard.clear()
         try:
-            await self._cache.post(bank_keys.FETCH_KIND, gateway, str(int(time.time())), FETCH_SECONDS)
+            await self._bank.post(bank_keys.FETCH_KIND, gateway, str(int(time.time())), FETCH_SECONDS)
         except BankUnavailable as error:
             return {"error": f"{error}; `ike-sa-sync check` tells more"}
         try:
@@ -160,7 +164,7 @@ class BankReconciler:
 
     async def progress(self, request: dict[str, Any]) -> dict[str, Any]:
         """Control command: how far the download from one gateway is here."""
-        progress = self._cache.progress.get(str(request["from"]))
+        progress = self._prefetch.progress.get(str(request["from"]))
         if progress is None:
             return {"gateway": request["from"], "state": "own", "stubs": 0, "seconds": 0.0}
         return {
@@ -206,14 +210,14 @@ class BankReconciler:
         for first in range(0, len(sas), COMPARE_BUNDLE):
             bundle = sas[first : first + COMPARE_BUNDLE]
             seen = [sa.revision for sa in bundle]
-            revisions = await self._cache.revisions([self._index(sa) for sa in bundle])
+            revisions = await self._bank.revisions([self._index(sa) for sa in bundle])
             behind = [
                 sa
                 for sa, ours, theirs in zip(bundle, seen, revisions, strict=True)
                 if theirs is not None and theirs < ours == sa.revision
             ]
             if behind:
-                ended = await self._cache.ended([self._index(sa) for sa in behind])
+                ended = await self._bank.ended([self._index(sa) for sa in behind])
                 for sa, over in zip(behind, ended, strict=True):
                     if over:
                         # it went on at another gateway; charon has yet to notice
@@ -231,13 +235,13 @@ class BankReconciler:
         latest = self._endings.latest(COMPARE_BUNDLE)
         everything, self._assert_all = self._assert_all, False
         if not everything and latest:
-            everything = not all(await self._cache.ended(latest))
+            everything = not all(await self._bank.ended(latest))
         if not everything:
             return
         ends = list(self._endings.all())
         try:
             for first in range(0, len(ends), COMPARE_BUNDLE):
-                await self._cache.delete(ends[first : first + COMPARE_BUNDLE])
+                await self._bank.delete(ends[first : first + COMPARE_BUNDLE])
         except BankUnavailable:
             self._assert_all = True
             raise
@@ -262,7 +266,7 @@ class BankReconciler:
                 for first in range(0, len(sas), COMPARE_BUNDLE):
                     bundle = sas[first : first + COMPARE_BUNDLE]
                     for sa, over in zip(
-                        bundle, await self._cache.ended([self._index(sa) for sa in bundle]), strict=True
+                        bundle, await self._bank.ended([self._index(sa) for sa in bundle]), strict=True
                     ):
                         if over:
                             self._learned(sa)
@@ -290,7 +294,7 @@ class BankReconciler:
         )
         over: list[Ending] = []
         ending = 0
-        async for stubs in self._cache.download(self._address):
+        async for stubs in self._bank.download(self._address):
             known = {self._index(sa) for sa in self._charon.tracker.established()}
             unknown = [stub for stub in stubs if stub.index not in known]
             ending += sum(stub.index.spi in listed for stub in unknown)
@@ -300,7 +304,7 @@ class BankReconciler:
                 if stub.index.spi not in listed and stub.established > started + START_SECONDS
             ]
         if over:
-            deleted = sum(await self._cache.delete(over))
+            deleted = sum(await self._bank.delete(over))
             log.info("stubs-of-ended-sas-deleted", stubs=deleted)
         return not ending
 
@@ -315,7 +319,7 @@ class BankReconciler:
                     if name.startswith(("resumptions", "refusals", "ike_sas", "unconfirmed"))
                 }
                 with contextlib.suppress(BankUnavailable):
-                    await self._cache.post(bank_keys.STATS_KIND, self._address, json.dumps(counters), STATS_TTL)
+                    await self._bank.post(bank_keys.STATS_KIND, self._address, json.dumps(counters), STATS_TTL)
             await asyncio.sleep(STATS_SECONDS)
 
     async def _keep_facts(self) -> None:
@@ -327,7 +331,7 @@ class BankReconciler:
             if self._address is not None:
                 with contextlib.suppress(BankUnavailable, ViciError):
                     told = gateway_facts.Facts(connections, await self._charon.vici.pools())
-                    await self._cache.post(
+                    await self._bank.post(
                         bank_keys.FACTS_KIND, self._address, gateway_facts.encode(told), gateway_facts.TTL
                     )
             await asyncio.sleep(gateway_facts.SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from bridge.bank.interface import StubBank
 from bridge.bank.prefetch import Prefetch
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
@@ -11,7 +12,7 @@ from bridge.net.nfqueue import Interceptor
 from bridge.service.metrics import Metrics
 
 
-def of_stubs(metrics: Metrics, charon: Charon, writer: WriteQueue, cache: Prefetch) -> None:
+def of_stubs(metrics: Metrics, charon: Charon, writer: WriteQueue, bank: StubBank, prefetch: Prefetch) -> None:
     """A gateway's stubs, on their way to the bank and back."""
     gauge, total, counters = metrics.gauge, metrics.total, writer.counters
     gauge(
@@ -25,10 +26,10 @@ def of_stubs(metrics: Metrics, charon: Charon, writer: WriteQueue, cache: Prefet
     total("bank_refused", "stubs the bank had a newer revision of", lambda: counters.refused)
     total("bank_dropped", "stub changes lost for want of room", lambda: counters.dropped)
     total("bank_write_failures", "attempts to write that the bank did not take", lambda: counters.failures)
-    total("bank_spoilt", "keys and members found in the bank that no gateway wrote", lambda: cache.spoilt)
-    total("stubs_unreadable", "stubs found that did not open", lambda: cache.unreadable)
-    gauge("bank_cached", "stubs of failed gateways held here", lambda: cache.size)
-    total("bank_cache_hits", "stubs served without a look into the bank", lambda: cache.hits)
+    total("bank_spoilt", "keys and members found in the bank that no gateway wrote", lambda: bank.spoilt)
+    total("stubs_unreadable", "stubs found that did not open", lambda: bank.unreadable)
+    gauge("bank_cached", "stubs of failed gateways held here", lambda: prefetch.size)
+    total("bank_cache_hits", "stubs served from memory, since the bank did not answer in time", lambda: prefetch.hits)
 
 
 def of_queue(metrics: Metrics, queue: Interceptor) -> None:

@@ -60,7 +60,8 @@ class GatewayRole:
         raw = raw_udp(stack)
         bank = await open_bank(config.bank, keyring, serve=True)
         role = cls(config, keyring, charon, bank, raw)
-        stack.push_async_callback(role._bank.close)
+        stack.push_async_callback(bank.close)
+        stack.push_async_callback(role._prefetch.close)
         stack.push_async_callback(role._writer.close)
         stack.push_async_callback(role._endings.close)
         return role
@@ -74,7 +75,8 @@ class GatewayRole:
         self._replicas = places if isinstance(places, ReplicatedBank) else None
         # in mode distributed the bank at hand is as near as this process's memory, and all others know it
         near = self._replicas.near if self._replicas is not None and config.bank.mode == "distributed" else None
-        self._bank = bank = Prefetch(places, limit=config.bank.cache, near=near)
+        self._bank = bank = places
+        self._prefetch = Prefetch(bank, limit=config.bank.cache, near=near, patience=config.bank.get_timeout / 2)
         self._writer = WriteQueue(bank, limit=config.bank.pending)
         self._heartbeat = Heartbeat(bank, charon.tracker, config.address, self._metrics)
         self._endings = endings = Endings(config.state)
@@ -82,6 +84,7 @@ class GatewayRole:
         self._publisher = Publisher(self._writer, bank, config.address, config.sync, endings, living)
         stubs = ClientStubs(config.sync.client_stub, keyring, charon.tracker, sender, config.address, self._metrics)
         lookup = StubLookup(
+            self._prefetch,
             bank,
             stubs,
             endings,
@@ -107,7 +110,16 @@ class GatewayRole:
         self._interceptor = Interceptor(config.intercept.queue, self._responder.packets, self._responder.busy)
         self._rotation = KeyRotation(bank, keyring, config.bank.key_file, config.address)
         self._reconciler = BankReconciler(
-            config, bank_url(config.bank), bank, self._rotation, charon, self._publisher, endings, living, self._metrics
+            config,
+            bank_url(config.bank),
+            bank,
+            self._prefetch,
+            self._rotation,
+            charon,
+            self._publisher,
+            endings,
+            living,
+            self._metrics,
         )
         if self._replicas is not None:
             self._replicas.on_return = self._reconciler.returned
@@ -177,7 +189,7 @@ class GatewayRole:
 
     def _gauges(self) -> None:
         charon_metrics.of_charon(self._metrics, self._charon)
-        metrics.of_stubs(self._metrics, self._charon, self._writer, self._bank)
+        metrics.of_stubs(self._metrics, self._charon, self._writer, self._bank, self._prefetch)
         metrics.of_queue(self._metrics, self._interceptor)
         gauge, responder, replicas = self._metrics.gauge, self._responder, self._replicas
         gauge(

@@ -15,6 +15,7 @@ from enum import StrEnum
 import structlog
 
 from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.prefetch import Prefetch
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.endings import Endings
 from bridge.gateway.metrics import GatewayMetrics
@@ -36,6 +37,7 @@ class StubLookup:
 
     def __init__(
         self,
+        stubs: Prefetch,
         bank: StubBank,
         handout: ClientStubs,
         endings: Endings,
@@ -46,6 +48,7 @@ class StubLookup:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._endings = endings
+        self._stubs = stubs
         self._bank = bank
         self._handout = handout
         self._metrics = metrics
@@ -104,7 +107,7 @@ class StubLookup:
         prefer = self._handout.policy == "prefer"
         wanted = list(dict.fromkeys(index for index, own in pairs if own is None or not prefer))
         if wanted:
-            stubs.update(zip(wanted, await self._bank.get(wanted), strict=True))
+            stubs.update(zip(wanted, await self._stubs.get(wanted), strict=True))
         doubtful = list(dict.fromkeys(index for index, own in pairs if own is not None and stubs.get(index) is None))
         if doubtful:
             ended.update(zip(doubtful, await self._bank.ended(doubtful), strict=True))
