@@ -38,6 +38,8 @@ class HaConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """as charon.plugins.ha.segment_count"""
     receive_buffer: Annotated[int, Meta(ge=65536)] = 16 * 1024 * 1024
     """octets asked of the kernel for charon's datagrams"""
+    rules: Literal["auto", "nftables", "iptables", "external"] = "auto"
+    """who sets the rules that let only processes of root send to and from both ends; external: you"""
 
 
 class BankConfig(Struct, forbid_unknown_fields=True, frozen=True):
@@ -71,6 +73,9 @@ class BankConfig(Struct, forbid_unknown_fields=True, frozen=True):
 class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     proof: Literal["required", "optional"] = "required"
     """optional also serves plain requests of the draft, which prove nothing"""
+    refused: Literal["handshake", "drop"] = "handshake"
+    """what follows a request that is not served (draft section 3.1). handshake: a full one, for which a client from
+    release 0.2 on gets a notification, and the request of any other goes to charon. drop: nothing is answered"""
     confirm_timeout: Seconds = 10.0
     """after this long without a verified message a rebuilt SA is removed"""
     cookie_threshold: Annotated[int, Meta(ge=0)] = 100
@@ -99,6 +104,10 @@ class InterceptConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """who sets the rules that show requests to the sidecar; external: you"""
     queue: Annotated[int, Meta(ge=0, le=65535)] = 4510
     """NFQUEUE number"""
+    match: Literal["first", "anywhere"] = "first"
+    """where a request has IKE_SA_SYNC. first: in front, as clients from release 0.2 on send it, so requests for a full
+    handshake never come to the sidecar. anywhere: also where clients of release 0.1 and plain clients of the draft
+    have it, last; every IKE_SA_INIT request then passes through the sidecar"""
 
 
 LogLevel = Literal["debug", "info", "warning", "error"]

@@ -1,5 +1,6 @@
 """The composition root: one charon and the roles that are configured for it, started and stopped in order.
 
+    its rules are set             before anything that a process without privileges could have sent is read
     charon's HA channel is held   what charon sends while the rest is started must not be lost
     each role is opened           its bank and sockets; its parts are built, and none of them lacks another
     each role is started          control socket, metrics, answers to requests
@@ -68,6 +69,8 @@ def _opener(config: RoleConfig) -> Open:
 async def _start(configs: Sequence[RoleConfig], stack: AsyncExitStack) -> None:
     openers = [_opener(config) for config in configs]
     charon = Charon(configs[0].vici, configs[0].ha)
+    await charon.ha_rules.place()
+    stack.push_async_callback(charon.ha_rules.close)
     await retry("ha-channel", charon.channel.open, ChannelError)
     stack.push_async_callback(charon.close)
     roles = [await open_role(charon, stack) for open_role in openers]

@@ -16,13 +16,26 @@ from dataclasses import dataclass, field
 CLONE_NEWNET = 0x40000000
 IKE_SA_INIT, IKE_AUTH, GET_STUB = 34, 35, 240
 INITIATOR, RESPONSE = 0x08, 0x20
+SA, NI, SYNC = 33, 40, 200
+"""payload types"""
+COOKIE, NAT_DETECTION_SOURCE_IP = 16390, 16388
+"""types of notifications"""
 
 
-def ike(exchange: int = IKE_SA_INIT, flags: int = INITIATOR, size: int = 28) -> bytes:
-    """An IKE message (RFC 7296 section 3.1) of `size` octets, its payloads arbitrary."""
+def ike(exchange: int = IKE_SA_INIT, flags: int = INITIATOR, size: int = 28, first: int | None = None) -> bytes:
+    """An IKE message (RFC 7296 section 3.1) of `size` octets, its payloads arbitrary but for the type of the first one:
+    IKE_SA_SYNC, in GET Stub Ni."""
     spi_r = secrets.token_bytes(8) if flags & RESPONSE else bytes(8)
-    header = secrets.token_bytes(8) + spi_r + bytes([33, 0x20, exchange, flags]) + bytes(4) + size.to_bytes(4)
+    kind = first if first is not None else NI if exchange == GET_STUB else SYNC
+    header = secrets.token_bytes(8) + spi_r + bytes([kind, 0x20, exchange, flags]) + bytes(4) + size.to_bytes(4)
     return header + secrets.token_bytes(size - 28)
+
+
+def with_notification(kind: int, following: int) -> bytes:
+    """An IKE_SA_INIT request that begins with a notification of this type, as long as a cookie of charon's; then a
+    payload of type `following`."""
+    body = bytes([following, 0]) + (28).to_bytes(2) + bytes(2) + kind.to_bytes(2) + secrets.token_bytes(20)
+    return ike(size=28 + len(body) + 100, first=41)[:28] + body + secrets.token_bytes(100)
 
 
 def run(*command: str) -> str:

@@ -18,6 +18,7 @@ from bridge.stub.codec import decode
 from bridge.stub.keyring import Keyring
 from bridge.stub.stub import Stub
 from failover_support import stub_key, the_sa
+from wire_support import proof_range
 
 # Sends datagrams (hex, a line each) from a port of its own to a gateway's, and prints the answers that come back, hex:
 # until there are as many as were sent and 0.3 s have brought no more, or for 5 s. Requests are no answers: charon sends
@@ -110,7 +111,8 @@ def remade(stub: Stub, edit: Callable[[list[tuple[int, bytes]]], list[tuple[int,
         "message_id": 0,
     }
     message = build(**(fields | header), payloads=payloads)
-    at = message.rindex(request(stub)[-36:-32]) + 4
+    honest = request(stub)
+    at = message.rindex(honest[proof_range(honest).start - 4 :][:4]) + 4
     blank = altered(message, (at, bytes(32)))
     key = prf(stub.suite.prf, stub.sk_d, b"IKE_SA_SYNC initiator")
     return altered(message, (at, prf(stub.suite.prf, key, blank)))

@@ -1,4 +1,4 @@
-"""Which packets the input rules queue, and that they come and go without a trace."""
+"""Which packets the rules match, and that they come and go without a trace."""
 
 from __future__ import annotations
 
@@ -11,11 +11,29 @@ from pathlib import Path
 
 import pytest
 
-from bridge.net import firewall
-from net_support import FAMILIES, GET_STUB, IKE_AUTH, IKE_SA_INIT, INITIATOR, RESPONSE, Wire, ike, inside, wire
+from bridge.net import firewall, queue_rules
+from bridge.net.queue_rules import Match
+from net_support import (
+    COOKIE,
+    FAMILIES,
+    GET_STUB,
+    IKE_AUTH,
+    IKE_SA_INIT,
+    INITIATOR,
+    NAT_DETECTION_SOURCE_IP,
+    RESPONSE,
+    SA,
+    SYNC,
+    Wire,
+    ike,
+    inside,
+    wire,
+    with_notification,
+)
 
 QUEUE = 4510
 MARKER = bytes(4)
+RULES = queue_rules.rules(QUEUE)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +46,7 @@ def cable() -> Iterator[Wire]:
 def host(cable: Wire) -> Iterator[Wire]:
     yield cable
     with inside(cable.host.namespace):
-        firewall.remove()
+        firewall.remove(RULES)
 
 
 def ruleset() -> str:
@@ -46,10 +64,19 @@ def counted(text: str) -> int:
 
 
 SHOWN = [
-    pytest.param(500, ike(IKE_SA_INIT), id="IKE_SA_INIT request"),
+    pytest.param(500, ike(IKE_SA_INIT), id="request with SYN first"),
+    pytest.param(500, with_notification(COOKIE, SYNC), id="request with SYN after a cookie"),
     pytest.param(500, ike(GET_STUB), id="GET Stub request"),
-    pytest.param(4500, MARKER + ike(IKE_SA_INIT), id="IKE_SA_INIT request on port 4500"),
+    pytest.param(4500, MARKER + ike(IKE_SA_INIT), id="request with SYN first on port 4500"),
+    pytest.param(4500, MARKER + with_notification(COOKIE, SYNC), id="request with SYN after a cookie on port 4500"),
     pytest.param(4500, MARKER + ike(GET_STUB, flags=0), id="GET Stub request of an original responder"),
+]
+FULL_HANDSHAKE = [
+    pytest.param(500, ike(IKE_SA_INIT, first=SA), id="request for a full handshake"),
+    pytest.param(500, with_notification(COOKIE, SA), id="request for a full handshake with a cookie"),
+    pytest.param(500, with_notification(NAT_DETECTION_SOURCE_IP, SYNC), id="SYN after another notification"),
+    pytest.param(4500, MARKER + ike(IKE_SA_INIT, first=SA), id="request for a full handshake on port 4500"),
+    pytest.param(4500, MARKER + with_notification(COOKIE, SA), id="the same with a cookie"),
 ]
 NOT_SHOWN = [
     pytest.param(500, ike(IKE_AUTH), id="IKE_AUTH request"),
@@ -66,40 +93,36 @@ NOT_SHOWN = [
 
 
 class Counting:
-    """The rules of one backend with a counter in place of the queue: what they match can be told on any kernel."""
+    """The rules of one backend without their queue: what they count can be told on any kernel."""
 
-    def __init__(self, host: Wire, backend: str) -> None:
+    def __init__(self, host: Wire, backend: firewall.Backend, match: Match = "first") -> None:
         self._host, self._backend = host.host, backend
+        self._rules = queue_rules.rules(QUEUE, match)
 
     def set_up(self) -> None:
         with inside(self._host.namespace):
             if self._backend == "nftables":
-                text = firewall.nftables_rules(QUEUE).replace(f"queue num {QUEUE} bypass", "counter")
-                self._feed(text, "nft", "-f", "-")
+                feed(self._rules.nftables.replace(f"queue num {QUEUE} bypass", "counter"), "nft", "-f", "-")
             else:
-                for family in ("ip", "ip6"):
-                    text = firewall.iptables_rules(QUEUE, "ip6" if family == "ip6" else "ip")
-                    self._feed(re.sub("-j NFQUEUE .*", "-j RETURN", text), f"{family}tables-restore", "--noflush")
+                firewall.install(self._rules, backend="iptables")
 
     def matched(self) -> int:
-        if self._backend == "nftables":
-            return counted(self._host.run("nft", "list", "table", "inet", firewall.NAME))
-        listings = [
-            self._host.run(f"{family}tables", "-t", firewall.TABLE, "-nvxL", firewall.NAME) for family in ("ip", "ip6")
-        ]
-        return sum(int(line.split()[0]) for text in listings for line in text.splitlines() if "RETURN" in line)
+        with inside(self._host.namespace):
+            return queue_rules.matched(firewall.look(self._rules, firewall.Placed(self._backend)))
 
-    @staticmethod
-    def _feed(text: str, *command: str) -> None:
-        subprocess.run(command, input=text, text=True, check=True)
+
+def feed(text: str, *command: str) -> None:
+    subprocess.run(command, input=text, text=True, check=True)
 
 
 @pytest.mark.lab
 @pytest.mark.parametrize("backend", ["nftables", "iptables"])
 @pytest.mark.parametrize("family", FAMILIES)
 class TestMatch:
-    def matched(self, host: Wire, backend: str, family: str, port: int, payload: bytes) -> int:
-        counting = Counting(host, backend)
+    def matched(
+        self, host: Wire, backend: firewall.Backend, family: str, port: int, payload: bytes, match: Match = "first"
+    ) -> int:
+        counting = Counting(host, backend, match)
         counting.set_up()
         charon = host.host.udp(family, port)
         client = host.peer.udp(family, 0)
@@ -109,12 +132,29 @@ class TestMatch:
         return counting.matched()
 
     @pytest.mark.parametrize(("port", "payload"), SHOWN)
-    def test_request_is_shown(self, host: Wire, backend: str, family: str, port: int, payload: bytes) -> None:
+    def test_a_request_to_resume_is_for_the_queue(
+        self, host: Wire, backend: firewall.Backend, family: str, port: int, payload: bytes
+    ) -> None:
         assert self.matched(host, backend, family, port, payload) == 1
 
-    @pytest.mark.parametrize(("port", "payload"), NOT_SHOWN)
-    def test_anything_else_is_not(self, host: Wire, backend: str, family: str, port: int, payload: bytes) -> None:
+    @pytest.mark.parametrize(("port", "payload"), FULL_HANDSHAKE)
+    def test_a_full_handshake_never_enters_the_queue(
+        self, host: Wire, backend: firewall.Backend, family: str, port: int, payload: bytes
+    ) -> None:
         assert self.matched(host, backend, family, port, payload) == 0
+
+    @pytest.mark.parametrize(("port", "payload"), [*SHOWN, *FULL_HANDSHAKE])
+    def test_with_match_anywhere_every_first_request_is(
+        self, host: Wire, backend: firewall.Backend, family: str, port: int, payload: bytes
+    ) -> None:
+        assert self.matched(host, backend, family, port, payload, "anywhere") == 1
+
+    @pytest.mark.parametrize("match", ["first", "anywhere"])
+    @pytest.mark.parametrize(("port", "payload"), NOT_SHOWN)
+    def test_anything_else_is_not(
+        self, host: Wire, backend: firewall.Backend, family: str, port: int, payload: bytes, match: Match
+    ) -> None:
+        assert self.matched(host, backend, family, port, payload, match) == 0
 
 
 @pytest.mark.lab
@@ -124,13 +164,14 @@ def test_nftables_see_a_request_in_ip_fragments_whole(host: Wire, family: str) -
     counting = Counting(host, "nftables")
     counting.set_up()
     with inside(host.host.namespace):
-        subprocess.run(["nft", "-f", "-"], input=firewall.NFTABLES_WHOLE, text=True, check=True)
-    host.host.run("nft", "add", "rule", "inet", firewall.NAME, "input", "meta", "length", ">", "3000", "counter")
+        feed(queue_rules.NFTABLES_WHOLE, "nft", "-f", "-")
+    long = ("meta", "length", ">", "3000", "counter")
+    host.host.run("nft", "insert", "rule", "inet", queue_rules.NAME, "input", *long)
     charon, client = host.host.udp(family, 500), host.peer.udp(family, 0)
     client.sendto(ike(size=3000), charon.getsockname())
     assert len(charon.recv(65535)) == 3000
-    # our rule, and the one for its length
-    assert counting.matched() == 2
+    assert counting.matched() == 1
+    assert counted(host.host.run("nft", "list", "chain", "inet", queue_rules.NAME, "input")) == 1
     charon.close()
 
 
@@ -138,35 +179,35 @@ def test_nftables_see_a_request_in_ip_fragments_whole(host: Wire, family: str) -
 class TestInstall:
     def test_rules_are_present_once_installed(self, host: Wire) -> None:
         with inside(host.host.namespace):
-            assert not firewall.present()
-            firewall.install(QUEUE)
-            assert firewall.present()
-            assert firewall.present(QUEUE)
-            assert not firewall.present(QUEUE + 1)
+            assert not queue_rules.present()
+            firewall.install(RULES)
+            assert queue_rules.present()
+            assert queue_rules.present(QUEUE)
+            assert not queue_rules.present(QUEUE + 1)
 
     def test_rules_leave_no_trace(self, host: Wire) -> None:
         with inside(host.host.namespace):
             before = ruleset()
-            firewall.install(QUEUE)
+            firewall.install(RULES)
             assert ruleset() != before
-            firewall.remove()
+            firewall.remove(RULES)
             assert ruleset() == before
 
     def test_rules_of_a_killed_sidecar_are_replaced(self, host: Wire) -> None:
         with inside(host.host.namespace):
             before = ruleset()
-            firewall.install(QUEUE)
+            firewall.install(RULES)
             once = ruleset()
-            firewall.install(QUEUE + 1)
-            firewall.install(QUEUE)
+            firewall.install(queue_rules.rules(QUEUE + 1))
+            firewall.install(RULES)
             assert ruleset() == once
-            firewall.remove()
+            firewall.remove(RULES)
             assert ruleset() == before
 
     def test_removing_what_is_not_there_does_nothing(self, host: Wire) -> None:
         with inside(host.host.namespace):
             before = ruleset()
-            firewall.remove()
+            firewall.remove(RULES)
             assert ruleset() == before
 
     def test_rules_of_others_in_the_same_table_stay(self, host: Wire) -> None:
@@ -175,8 +216,8 @@ class TestInstall:
         host.host.run("iptables-nft", "-t", firewall.TABLE, "-N", "theirs")
         with inside(host.host.namespace):
             before = ruleset()
-            firewall.install(QUEUE, backend="iptables")
-            firewall.remove()
+            firewall.install(RULES, backend="iptables")
+            firewall.remove(RULES)
             assert ruleset() == before
         host.host.run("nft", "delete", "table", "ip", firewall.TABLE)
 
@@ -185,52 +226,51 @@ class TestInstall:
             pytest.skip("no iptables-legacy")
         monkeypatch.setattr(firewall, "_KINDS", ("-legacy",))
         with inside(host.host.namespace):
-            firewall.install(QUEUE, backend="iptables")
+            firewall.install(RULES, backend="iptables")
             saved = [run_text(f"{family}tables-legacy-save") for family in ("ip", "ip6")]
-            assert all(text.count("NFQUEUE") == 2 for text in saved)
-            assert firewall.present(QUEUE)
-            firewall.remove()
+            assert all(text.count("NFQUEUE") == 1 for text in saved)
+            assert queue_rules.present(QUEUE)
+            firewall.remove(RULES)
             saved = [run_text(f"{family}tables-legacy-save") for family in ("ip", "ip6")]
-            assert not any(firewall.NAME in text for text in saved)
+            assert not any(queue_rules.NAME in text for text in saved)
 
     def test_looking_for_rules_registers_no_legacy_table(self, cable: Wire) -> None:
         names = cable.peer.run("cat", "/proc/thread-self/net/ip_tables_names")
         with inside(cable.peer.namespace):
-            firewall.remove()
-            assert not firewall.present()
+            firewall.remove(RULES)
+            assert not queue_rules.present()
         assert cable.peer.run("cat", "/proc/thread-self/net/ip_tables_names") == names
 
     def test_detecting_changes_nothing(self, host: Wire) -> None:
         with inside(host.host.namespace):
             before = ruleset()
-            backend = firewall.detect()
+            backend = firewall.detect(RULES)
             assert ruleset() == before
-            assert firewall.install(QUEUE) == backend
+            assert firewall.install(RULES).backend == backend
 
     def test_both_families_are_covered(self, host: Wire) -> None:
         with inside(host.host.namespace):
-            backend = firewall.install(QUEUE)
+            backend = firewall.install(RULES).backend
             if backend == "iptables":
                 for family in ("ip", "ip6"):
-                    assert (
-                        run_text("nft", "list", "table", family, firewall.TABLE).count(f"queue num {QUEUE} bypass") == 2
-                    )
+                    listed = run_text("nft", "list", "table", family, firewall.TABLE)
+                    assert listed.count(f"queue num {QUEUE} bypass") == 1
 
     def test_a_host_that_can_do_neither_is_told_why(self, host: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(firewall, "_found", lambda tool: False)
         with pytest.raises(
             firewall.RulesError, match=r"nft is not installed; iptables is not installed.*rules: external"
         ):
-            firewall.install(QUEUE)
+            firewall.install(RULES)
 
     def test_a_backend_that_was_asked_for_is_the_only_one_tried(self, host: Wire) -> None:
         with inside(host.host.namespace):
             if nft_queue_works():
-                assert firewall.install(QUEUE, backend="nftables") == "nftables"
+                assert firewall.install(RULES, backend="nftables").backend == "nftables"
             else:
                 with pytest.raises(firewall.RulesError, match="nft: "):
-                    firewall.install(QUEUE, backend="nftables")
-                assert not firewall.present()
+                    firewall.install(RULES, backend="nftables")
+                assert not queue_rules.present()
 
 
 @pytest.mark.lab
@@ -239,12 +279,12 @@ def test_nft_understands_the_rules_and_queues_with_bypass(host: Wire) -> None:
     with inside(host.host.namespace):
         done = subprocess.run(
             ["nft", "--check", "--debug=netlink", "-f", "-"],
-            input=firewall.nftables_rules(QUEUE),
+            input=RULES.nftables,
             capture_output=True,
             text=True,
             check=False,
         )
-    assert done.stdout.count(f"[ queue num {QUEUE} bypass ]") == 2
+    assert done.stdout.count(f"[ queue num {QUEUE} bypass ]") == 1
     assert "syntax error" not in done.stderr
 
 
@@ -266,14 +306,14 @@ def run_text(*command: str) -> str:
 
 
 def nft_queue_works() -> bool:
-    command, text = ["nft", "--check", "-f", "-"], firewall.nftables_rules(QUEUE)
+    command, text = ["nft", "--check", "-f", "-"], RULES.nftables
     return subprocess.run(command, input=text, text=True, capture_output=True, check=False).returncode == 0
 
 
 UNPRIVILEGED = """
-from bridge.net import firewall
+from bridge.net import firewall, queue_rules
 try:
-    firewall.install(4510)
+    firewall.install(queue_rules.rules(4510))
 except firewall.RulesError as error:
     print(error)
 """

@@ -25,6 +25,7 @@ from bridge.lab.host import Host
 from bridge.lab.topology import SITE, client_host
 from failover_support import connect, counter, established, fresh, resume, spis, status, stub_key, the_sa
 from probe_support import altered, configured, rebuilt, refused, remade, request, send, stub_at, the_stub
+from wire_support import proof_range
 
 pytestmark = pytest.mark.lab
 
@@ -197,7 +198,7 @@ def test_a_request_altered_on_its_way_rebuilds_nothing_and_leaves_the_stub(topol
         "public value": offset_of(message, PayloadType.KE) + 10,
         "nonce": offset_of(message, PayloadType.NONCE),
         "index": offset_of(message, PayloadType.SYNC) + 11,
-        "PROOF": len(message) - 1,
+        "PROOF": proof_range(message).stop - 1,
     }[what]
     stubs = sealed(topology)
     reason = "no-stub" if what == "index" else "proof-wrong"
@@ -214,20 +215,20 @@ def test_an_attribute_put_in_on_the_way_rebuilds_nothing(topology: Topology, kin
     connect(topology)
     stub = the_stub(topology)
     honest = request(stub)
-    proof = honest[-32:]
+    proof = honest[proof_range(honest)]
 
     def put_in(payloads: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-        sync = SyncPayload.decode(payloads[-1][1])
+        sync = SyncPayload.decode(payloads[0][1])
         value = bytes(6) if kind == Attribute.CHILD else bytes(4)
         return [
-            *payloads[:-1],
             (PayloadType.SYNC, sync._replace(attributes=((kind, value), *sync.attributes)).encode()),
+            *payloads[1:],
         ]
 
     changed = remade(stub, put_in)
     before = counter(topology, "gw2", "refusals_total[proof-wrong]")
     # with the proof of what the client had sent
-    assert refused(topology, changed[:-32] + proof)
+    assert refused(topology, altered(changed, (proof_range(changed).start, proof)))
     assert counter(topology, "gw2", "refusals_total[proof-wrong]") == before + 1
 
 
@@ -298,14 +299,14 @@ def twice(position: int) -> Any:
 
 
 def second_proof(payloads: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-    sync = SyncPayload.decode(payloads[-1][1])
-    return [*payloads[:-1], (PayloadType.SYNC, sync._replace(attributes=sync.attributes * 2).encode())]
+    sync = SyncPayload.decode(payloads[0][1])
+    return [(PayloadType.SYNC, sync._replace(attributes=sync.attributes * 2).encode()), *payloads[1:]]
 
 
 def from_gateway(payloads: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
     return [
-        *payloads[:-1],
-        (PayloadType.SYNC, SyncPayload.decode(payloads[-1][1])._replace(from_gateway=True).encode()),
+        (PayloadType.SYNC, SyncPayload.decode(payloads[0][1])._replace(from_gateway=True).encode()),
+        *payloads[1:],
     ]
 
 
@@ -318,7 +319,7 @@ def from_gateway(payloads: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
         (twice(3), {}),
         (second_proof, {}),
         (from_gateway, {}),
-        (lambda payloads: payloads[1:], {}),
+        (lambda payloads: [payloads[0], *payloads[2:]], {}),
         (list, {"message_id": 1}),
         (list, {"spi_r": b"R" * 8}),
         (list, {"flags": 0}),

@@ -109,6 +109,7 @@ class Scene:
             cast(Unconfirmed, self.table),
             GatewayMetrics(),
             self.answer,
+            lambda packet, _: packet.accept(),
             lambda: self.coming,
         )
         self.request, self.made = self.added()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import socket
 import struct
+import subprocess
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -14,13 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.ike.address import address_text
-from bridge.net import firewall
+from bridge.net import firewall, queue_rules
+from bridge.net.liveness import Liveness
 from bridge.net.nfqueue import READ_AT_ONCE, Interceptor, InterceptUnavailable, Packet
 from bridge.net.packet import parse_datagram, udp_datagram
-from net_support import FAMILIES, IKE_AUTH, RESPONSE, Wire, ike, inside, received, until, wire
+from net_support import FAMILIES, IKE_AUTH, RESPONSE, Wire, ike, inside, received, run, until, wire
 
 QUEUE = 4511
 MARKER = bytes(4)
+RULES = queue_rules.rules(QUEUE)
 
 IPV4 = ("192.0.2.2", "192.0.2.1")
 IPV6 = ("2001:db8::2", "2001:db8::1")
@@ -146,7 +151,7 @@ def with_ports(addresses: tuple[str, str], sport: int, dport: int) -> tuple[str,
 def cable() -> Iterator[Wire]:
     with wire() as made:
         with inside(made.host.namespace):
-            firewall.install(QUEUE)
+            firewall.install(RULES)
         yield made
 
 
@@ -178,13 +183,32 @@ def seen() -> Seen:
     return Seen()
 
 
+@contextlib.contextmanager
+def alive(cable: Wire, interceptor: Interceptor) -> Iterator[Liveness]:
+    """The kernel is shown that the event loop runs."""
+    liveness = Liveness(interceptor.let_go, lambda: None)
+    with inside(cable.host.namespace):
+        liveness.start(asyncio.get_running_loop(), firewall.Placed("nftables" if nft_took_them() else "iptables"))
+    yield liveness
+    liveness.stop()
+
+
+def load(text: str) -> None:
+    subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
+
+
+def nft_took_them() -> bool:
+    return bool(firewall.look(RULES, firewall.Placed("nftables")).lines)
+
+
 @pytest_asyncio.fixture
 async def interceptor(cable: Wire, seen: Seen) -> AsyncIterator[Interceptor]:
-    made = Interceptor(QUEUE, seen)
-    with inside(cable.host.namespace):
-        made.start(asyncio.get_running_loop())
-    yield made
-    made.stop()
+    made = Interceptor(QUEUE, seen, stood_still=lambda: liveness.check())
+    with alive(cable, made) as liveness:
+        with inside(cable.host.namespace):
+            made.start(asyncio.get_running_loop())
+        yield made
+        made.stop()
 
 
 def leave_undecided(packet: Packet) -> None:
@@ -328,17 +352,18 @@ class TestFailOpen:
     async def test_a_request_passes_while_the_queue_is_full(self, cable: Wire, seen: Seen) -> None:
         interceptor = Interceptor(QUEUE, seen, max_length=10)
         seen.decide = leave_undecided
-        with inside(cable.host.namespace):
-            interceptor.start(asyncio.get_running_loop())
-        charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
-        messages = [ike() for _ in range(30)]
-        for message in messages:
-            client.sendto(message, charon.getsockname())
-        passed = [await received(charon) for _ in range(20)]
-        await until(lambda: len(seen.packets) == 10)
-        assert passed == messages[10:]
-        assert interceptor.stats().drops == 0
-        interceptor.stop()
+        with alive(cable, interceptor):
+            with inside(cable.host.namespace):
+                interceptor.start(asyncio.get_running_loop())
+            charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+            messages = [ike() for _ in range(30)]
+            for message in messages:
+                client.sendto(message, charon.getsockname())
+            passed = [await received(charon) for _ in range(20)]
+            await until(lambda: len(seen.packets) == 10)
+            assert passed == messages[10:]
+            assert interceptor.stats().drops == 0
+            interceptor.stop()
         assert [await received(charon) for _ in range(10)] == messages[:10]
 
     async def test_requests_pass_when_the_handler_fails(
@@ -382,3 +407,86 @@ class TestFailOpen:
         ):
             second.start(asyncio.get_running_loop())
         assert second.stats().waiting == 0
+
+
+@pytest.mark.lab
+class TestStandingStill:
+    """An event loop that is not there for a second: SIGSTOP, a freezer, a library that hangs."""
+
+    async def test_after_a_second_requests_go_to_charon_without_the_queue(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen
+    ) -> None:
+        charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+        deadline = time.monotonic() + 3
+        passed_at = None
+        while passed_at is None and time.monotonic() < deadline:
+            # the event loop does not run here
+            client.sendto(REQUEST, charon.getsockname())
+            charon.settimeout(0.05)
+            with contextlib.suppress(TimeoutError):
+                if charon.recv(65535) == REQUEST:
+                    passed_at = time.monotonic()
+        assert passed_at is not None
+        assert deadline - 3 + 0.5 < passed_at < deadline - 3 + 1.5
+
+    async def test_what_was_held_then_goes_to_charon_and_later_requests_are_held_again(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen
+    ) -> None:
+        seen.decide = leave_undecided
+        charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+        undecided, unread = ike(), ike()
+        client.sendto(undecided, charon.getsockname())
+        await until(lambda: seen.packets)
+        client.sendto(unread, charon.getsockname())
+        time.sleep(1.2)  # noqa: ASYNC251 - this is what is tested
+        assert {await received(charon), await received(charon)} == {undecided, unread}
+        assert [packet.held for packet in seen.packets] == [False]
+        again = ike()
+        await asyncio.sleep(0.3)
+        client.sendto(again, charon.getsockname())
+        await until(lambda: len(seen.packets) == 2)
+        assert seen.packets[1].ike == again
+        seen.packets[1].accept()
+
+    @pytest.mark.parametrize("backend", ["nftables", "iptables"])
+    async def test_a_beat_that_meets_no_rule_is_told(self, cable: Wire, backend: firewall.Backend) -> None:
+        """Both forms, on any kernel: the queue's rule aside."""
+        told: list[bool] = []
+        liveness = Liveness(lambda: None, lambda: told.append(True))
+        with inside(cable.peer.namespace):
+            if backend == "nftables":
+                text = RULES.nftables.replace(f"queue num {QUEUE} bypass", "counter")
+                load(text)
+            else:
+                firewall.install(RULES, backend="iptables")
+            liveness.start(asyncio.get_running_loop(), firewall.Placed(backend))
+            liveness.stop()
+            assert told == []
+            firewall.remove(RULES)
+            liveness.start(asyncio.get_running_loop(), firewall.Placed(backend))
+            liveness.stop()
+            assert told == [True]
+
+    async def test_nftables_count_what_was_for_the_queue_and_hold_it_while_they_are_told_to(self, cable: Wire) -> None:
+        """The kernel here may lack nft_queue: a second counter in its place."""
+        queued = "counter comment queued"
+        text = RULES.nftables.replace(f"queue num {QUEUE} bypass", queued)
+        client, charon = cable.host.udp("ipv4", 0), cable.peer.udp("ipv4", 500)
+        liveness = Liveness(lambda: None, lambda: None)
+        try:
+            with inside(cable.peer.namespace):
+                load(text)
+                client.sendto(REQUEST, charon.getsockname())
+                assert await received(charon) == REQUEST
+                view = firewall.look(RULES, firewall.Placed("nftables"))
+                assert [count for _, count in view.counts] == [1]
+                liveness.start(asyncio.get_running_loop(), firewall.Placed("nftables"))
+                client.sendto(REQUEST, charon.getsockname())
+                assert await received(charon) == REQUEST
+                listed = run("nft", "list", "ruleset")
+                assert "counter packets 2" in listed
+                assert "counter packets 1" in listed
+        finally:
+            liveness.stop()
+            with inside(cable.peer.namespace):
+                firewall.remove(RULES)

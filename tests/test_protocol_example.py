@@ -16,6 +16,7 @@ from bridge.ike.keys import derive_keys, skeyseed_resume
 from bridge.ike.stub_exchange import MoveStatus, StubSa, build_move, build_moving, move_message_id, parse_stub_message
 from bridge.ike.sync_exchange import (
     SyncResponse,
+    build_refusal,
     build_request,
     build_response,
     parse_request,
@@ -63,9 +64,15 @@ def prf_plus(key: bytes, seed: bytes, length: int) -> bytes:
     return output[:length]
 
 
+def split(message: bytes) -> tuple[bytes, bytes]:
+    """The message with PROOF zero, and PROOF, of 32 octets: the end of SYN, which is the first payload of the request,
+    else the last."""
+    end = 28 + int.from_bytes(message[30:32]) if message[16] == 200 else len(message)
+    return message[: end - 32] + bytes(32) + message[end:], message[end - 32 : end]
+
+
 def without_proof(message: bytes) -> bytes:
-    """PROOF, of 32 octets, is the end of both."""
-    return message[:-32] + bytes(32)
+    return split(message)[0]
 
 
 def test_every_value_is_there() -> None:
@@ -79,6 +86,7 @@ def test_every_value_is_there() -> None:
         "Nr": 32,
         "request": int.from_bytes(VALUES["request"][24:28]),
         "answer": int.from_bytes(VALUES["answer"][24:28]),
+        "refusal": int.from_bytes(VALUES["refusal"][24:28]),
         "SKEYSEED": 32,
         **dict.fromkeys(("SK_d", "SK_ai", "SK_ar", "SK_pi", "SK_pr"), 32),
         **dict.fromkeys(("SK_ei", "SK_er"), 16),
@@ -106,8 +114,10 @@ def test_the_keys_follow_from_the_formulas_alone() -> None:
 def test_the_proofs_follow_from_the_formulas_alone() -> None:
     v = VALUES
     asked, answered = without_proof(v["request"]), without_proof(v["answer"])
-    assert v["request"][-32:] == prf(prf(v["SK_d_old"], b"IKE_SA_SYNC initiator"), asked)
+    assert split(v["request"])[1] == prf(prf(v["SK_d_old"], b"IKE_SA_SYNC initiator"), asked)
     assert v["answer"][-32:] == prf(prf(v["SK_d_old"], b"IKE_SA_SYNC responder"), asked + answered)
+    refused = without_proof(v["refusal"])
+    assert v["refusal"][-32:] == prf(prf(v["SK_d_old"], b"IKE_SA_SYNC responder"), asked + refused)
 
 
 def test_nat_detection_follows_from_rfc_7296_alone() -> None:
@@ -132,6 +142,7 @@ def test_this_project_makes_the_same_messages_and_keys() -> None:
         sk_d_old=v["SK_d_old"],
         children=[(0, SPI_CLIENT)],
         old_children=[SPI_OLD],
+        refusable=True,
         nat=(CLIENT, 4500, TARGET, 4500),
     )
     assert asked == v["request"]
@@ -152,6 +163,7 @@ def test_this_project_makes_the_same_messages_and_keys() -> None:
     answer = parse_response(answered, asked)
     assert isinstance(answer, SyncResponse)
     assert verify_response(answer, asked, SUITE.prf, v["SK_d_old"])
+    assert build_refusal(request, "connection-missing", prf=SUITE.prf, sk_d_old=v["SK_d_old"]) == v["refusal"]
     seed = skeyseed_resume(SUITE.prf, v["SK_d_old"], v["Ni"], v["Nr"])
     keys = derive_keys(SUITE, seed, v["Ni"], v["Nr"], v["SPIi"], v["SPIr"])
     assert tuple(keys) == tuple(v[name] for name in ("SK_d", "SK_ai", "SK_ar", "SK_ei", "SK_er", "SK_pi", "SK_pr"))

@@ -21,7 +21,7 @@ from bridge.lab.topology import SITE, bank_key
 from bridge.stub.stub import Index, Stub
 from bridge.stub.types import Endpoint, Identity
 from failover_support import connect, counter, established, failed_over, fresh, resume, status, stub_key, the_sa
-from probe_support import rebuilt, refused, request, send, the_stub
+from probe_support import configured, rebuilt, refused, remade, request, send, the_stub
 
 pytestmark = pytest.mark.lab
 
@@ -73,9 +73,14 @@ def test_a_wrong_proof_rebuilds_nothing(topology: Topology) -> None:
 
 def test_a_request_in_the_plain_draft_form_rebuilds_nothing_by_default(topology: Topology) -> None:
     connect(topology)
-    before = counter(topology, "gw2", "refusals_total[proof-missing]")
+    # SYN is last in it: by default it does not even get to the sidecar
+    before = counter(topology, "gw2", "nfqueue_packets_total")
     assert refused(topology, request(the_stub(topology), sk_d_old=None))
-    assert counter(topology, "gw2", "refusals_total[proof-missing]") == before + 1
+    assert counter(topology, "gw2", "nfqueue_packets_total") == before
+    with configured(topology.gateways["gw2"], "intercept", match="anywhere"):
+        before = counter(topology, "gw2", "refusals_total[proof-missing]")
+        assert refused(topology, request(the_stub(topology), sk_d_old=None))
+        assert counter(topology, "gw2", "refusals_total[proof-missing]") == before + 1
 
 
 def test_an_unknown_index_rebuilds_nothing(topology: Topology) -> None:
@@ -87,10 +92,7 @@ def test_the_plain_draft_form_is_served_where_the_operator_allows_it(topology: T
     connect(topology)
     stub = the_stub(topology)
     sidecar = topology.gateways["gw2"]
-    sidecar.stop()
-    sidecar.config["sync"]["proof"] = "optional"
-    sidecar.start()
-    try:
+    with configured(sidecar, "intercept", match="anywhere"), configured(sidecar, "sync", proof="optional"):
         message = request(stub, sk_d_old=None)
         [octets] = send(topology, message)
         answer = parse_response(octets, message)
@@ -100,10 +102,24 @@ def test_the_plain_draft_form_is_served_where_the_operator_allows_it(topology: T
         # one with a proof is held to it
         send(topology, request(stub, spi_i=b"\x12" * 8, sk_d_old=bytes(32)))
         assert rebuilt(topology) == 1
-    finally:
-        sidecar.stop()
-        sidecar.config["sync"]["proof"] = "required"
-        sidecar.start()
+
+
+def test_a_client_of_release_0_1_resumes_with_match_anywhere_and_falls_back_with_first(topology: Topology) -> None:
+    """Its request has SYN last, and no REFUSAL."""
+    connect(topology)
+    stub = the_stub(topology)
+
+    def last(payloads: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+        return [*payloads[1:], payloads[0]]
+
+    message = remade(stub, last)
+    assert refused(topology, message)
+    with configured(topology.gateways["gw2"], "intercept", match="anywhere"):
+        [octets] = send(topology, message)
+        answer = parse_response(octets, message)
+        assert isinstance(answer, SyncResponse)
+        assert verify_response(answer, message, stub.suite.prf, stub.sk_d)
+        assert status(topology, "gw2")["clients_sync_last"] == 1
 
 
 def test_a_retransmission_gets_the_same_octets_and_installs_nothing(topology: Topology) -> None:
@@ -347,11 +363,14 @@ def _bank_secrets(topology: Topology) -> list[bytes]:
 
 def test_ctrl_c_and_sigterm_end_a_sidecar_cleanly_and_take_its_rules_away(topology: Topology) -> None:
     sidecar = topology.gateways["gw2"]
-    assert "ike-sa-sync" in topology.gw2.run("nft", "list", "ruleset").stdout
+    assert "queue" in topology.gw2.run("nft", "list", "ruleset").stdout
     began = time.monotonic()
     sidecar.stop()
     assert time.monotonic() - began < 9
-    assert "ike-sa-sync" not in topology.gw2.run("nft", "list", "ruleset").stdout
+    rules = topology.gw2.run("nft", "list", "ruleset").stdout
+    assert "queue" not in rules
+    # charon goes on to send to that end
+    assert "ike-sa-sync-ha" in rules
     assert "Traceback" not in sidecar.text()
     assert established(topology.gw2) == []
     sidecar.start()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,19 +18,25 @@ from bridge.ike.message import Flag, MalformedMessage, NotifyType, PayloadType, 
 from bridge.ike.sync_exchange import (
     CookieChallenge,
     OrdinaryResponse,
+    SyncRefusal,
     SyncRequest,
     SyncResponse,
+    build_refusal,
     build_request,
     build_response,
     nat_hash,
     parse_request,
     parse_response,
+    sync_comes_first,
+    verify_refusal,
     verify_request,
     verify_response,
 )
 from bridge.ike.sync_payload import SyncPayload
 from bridge.ike.transforms import PRF_OUTPUT, Prf, Suite
+from wire_support import proof_range
 
+RECORDED = Path(__file__).parent / "messages"
 SUITE = Suite(12, 128, 12, 5, 31)
 SK_D = b"d" * 32
 NI, NR = b"i" * 32, b"r" * 32
@@ -83,15 +91,15 @@ def init(payloads: list[tuple[int, bytes]], flags: int = Flag.INITIATOR, **chang
 # the request
 
 
-def test_a_request_carries_proposal_public_value_nonce_and_last_the_index() -> None:
+def test_a_request_carries_first_the_index_then_proposal_public_value_and_nonce() -> None:
     message = parse(request())
     assert [p.type for p in message.payloads] == [
+        PayloadType.SYNC,
         PayloadType.SA,
         PayloadType.KE,
         PayloadType.NONCE,
         PayloadType.NOTIFY,
         PayloadType.NOTIFY,
-        PayloadType.SYNC,
     ]
     assert message.header[:2] == (SPI_I, bytes(8))
     assert (message.header.exchange, message.header.flags, message.header.message_id) == (34, Flag.INITIATOR, 0)
@@ -109,8 +117,16 @@ def test_a_request_is_read_as_it_was_built() -> None:
     assert found.nat_destination == (nat_hash(SPI_I, bytes(8), *NAT[2:]),)
 
 
-def test_a_cookie_comes_first() -> None:
-    assert parse(request(cookie=b"crumb")).payloads[0].type == PayloadType.NOTIFY
+def test_a_cookie_comes_first_and_the_index_right_after_it() -> None:
+    octets = request(cookie=b"crumb")
+    assert [p.type for p in parse(octets).payloads][:2] == [PayloadType.NOTIFY, PayloadType.SYNC]
+    assert sync_comes_first(octets)
+
+
+def test_where_the_packet_filter_finds_the_index_is_told() -> None:
+    assert sync_comes_first(request())
+    assert not sync_comes_first(request(sk_d_old=None))
+    assert not sync_comes_first(request(sk_d_old=None, cookie=b"crumb"))
 
 
 @pytest.mark.parametrize("algorithm", PRF_OUTPUT)
@@ -121,9 +137,10 @@ def test_a_request_proves_itself_under_the_old_sk_d_alone(algorithm: Prf) -> Non
 
 
 def test_the_proof_is_over_the_whole_message_with_its_own_octets_zero() -> None:
-    octets = request()
+    octets = request(cookie=b"crumb")
     key = prf(SUITE.prf, SK_D, b"IKE_SA_SYNC initiator")
-    assert octets[-32:] == prf(SUITE.prf, key, octets[:-32] + bytes(32))
+    at = proof_range(octets)
+    assert octets[at] == prf(SUITE.prf, key, octets[: at.start] + bytes(32) + octets[at.stop :])
 
 
 @given(st.integers(0, len(request()) - 1), st.integers(1, 255))
@@ -133,6 +150,12 @@ def test_a_request_with_any_octet_altered_proves_nothing(position: int, change: 
     with suppress(MalformedMessage):
         found = parse_request(bytes(octets))
         assert found is None or not verify_request(found, SUITE.prf, SK_D)
+
+
+def test_a_client_says_that_it_wants_to_be_told_of_a_refusal() -> None:
+    assert parsed(request(refusable=True)).refusable
+    assert not parsed(request()).refusable
+    assert not parsed(request(sk_d_old=None)).refusable
 
 
 def test_the_plain_draft_form_has_no_attributes_and_proves_nothing() -> None:
@@ -166,7 +189,7 @@ def test_any_other_message_is_none_of_our_business(octets: bytes) -> None:
 
 
 def _sync_body(octets: bytes) -> bytes:
-    return parse(octets).payloads[-1].body
+    return parse(octets).payloads[0].body
 
 
 FIRST = [(PayloadType.SA, SUITE.proposal()), (PayloadType.KE, bytes(36)), (PayloadType.NONCE, NI)]
@@ -244,7 +267,7 @@ def test_the_answers_proof_covers_request_and_response_with_both_proofs_zero() -
     asked = request()
     octets = response(asked)
     key = prf(SUITE.prf, SK_D, b"IKE_SA_SYNC responder")
-    blank = asked[:-32] + bytes(32) + octets[:-32] + bytes(32)
+    blank = parsed(asked).blank + octets[:-32] + bytes(32)
     assert octets[-32:] == prf(SUITE.prf, key, blank)
 
 
@@ -371,3 +394,87 @@ def test_nat_detection_hashes_as_rfc_7296_says() -> None:
 
 def test_no_octets_show_in_the_text_of_a_request() -> None:
     assert "raw" not in repr(parsed(request()))
+
+
+# a refusal
+
+
+def refused(to: bytes, *, sk_d: bytes = SK_D, reason: str = "connection-missing") -> SyncRefusal:
+    found = parse_response(build_refusal(parsed(to), reason, prf=SUITE.prf, sk_d_old=sk_d), to)
+    assert isinstance(found, SyncRefusal)
+    return found
+
+
+def test_a_refusal_is_an_error_notification_without_an_spir() -> None:
+    octets = build_refusal(parsed(request()))
+    message = parse(octets)
+    assert [p.type for p in message.payloads] == [PayloadType.NOTIFY]
+    assert message.header.spi_r == bytes(8)
+    assert message.header.flags == Flag.RESPONSE
+    assert parse_response(octets, request()) == OrdinaryResponse(NotifyType.RESUMPTION_REFUSED)
+
+
+def test_a_proven_refusal_has_its_reason_and_is_about_this_request_alone() -> None:
+    asked = request()
+    found = refused(asked)
+    assert found.reason == "connection-missing"
+    assert verify_refusal(found, asked, SUITE.prf, SK_D)
+    assert not verify_refusal(found, request(nonce=b"j" * 32), SUITE.prf, SK_D)
+    assert not verify_refusal(found, asked, SUITE.prf, b"e" * 32)
+
+
+def test_a_refusal_about_another_index_proves_nothing() -> None:
+    asked = request()
+    other = refused(request(sync_index=("192.0.2.7", b"O" * 8)))
+    assert not verify_refusal(other, asked, SUITE.prf, SK_D)
+
+
+@given(
+    st.integers(0, len(build_refusal(parsed(request()), "r", prf=SUITE.prf, sk_d_old=SK_D)) - 1), st.integers(1, 255)
+)
+def test_a_refusal_with_any_octet_altered_proves_nothing(position: int, change: int) -> None:
+    octets = bytearray(build_refusal(parsed(request()), "r", prf=SUITE.prf, sk_d_old=SK_D))
+    octets[position] ^= change
+    with suppress(MalformedMessage):
+        found = parse_response(bytes(octets), request())
+        assert not isinstance(found, SyncRefusal) or not verify_refusal(found, request(), SUITE.prf, SK_D)
+
+
+def test_a_reason_is_printable_and_short_whatever_was_sent() -> None:
+    assert refused(request(), reason="x\x1b[31m\n" + "y" * 100).reason == "x[31m" + "y" * 57
+
+
+def test_a_refusal_is_shorter_than_the_request() -> None:
+    asked = request(nat=None)
+    longest = build_refusal(parsed(asked), "r" * 30, prf=SUITE.prf, sk_d_old=SK_D)
+    assert len(longest) < len(asked)
+
+
+# messages of release 0.1, as they were recorded
+
+
+def test_a_request_and_an_answer_of_release_0_1_are_read_and_proved() -> None:
+    """SYN was last in the request, and there was no REFUSAL."""
+    recorded = json.loads((RECORDED / "release-0.1.json").read_text())
+    asked, answered, sk_d = (bytes.fromhex(recorded[name]) for name in ("request", "answer", "sk_d_old"))
+    found = parsed(asked)
+    assert not sync_comes_first(asked)
+    assert not found.refusable
+    assert verify_request(found, SUITE.prf, sk_d)
+    assert verify_response(accepted(answered, asked), asked, SUITE.prf, sk_d)
+
+
+def test_an_answer_to_a_client_of_release_0_1_has_what_that_client_knows() -> None:
+    recorded = json.loads((RECORDED / "release-0.1.json").read_text())
+    asked, answered, sk_d = (bytes.fromhex(recorded[name]) for name in ("request", "answer", "sk_d_old"))
+    made = build_response(
+        parsed(asked),
+        spi_r=answered[8:16],
+        nonce=bytes.fromhex(recorded["nonce_r"]),
+        prf=SUITE.prf,
+        sk_d_old=sk_d,
+        lifetime=14400,
+        children=[(0, 0x40000002)],
+        nat=("192.0.2.2", 4500, "192.0.2.10", 4500),
+    )
+    assert made == answered

@@ -12,7 +12,7 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.client.sync_request import MAX_COOKIES, Answer, NoAnswerError, RefusedError, SyncRequester, Target
 from bridge.config import ResumeConfig
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build, encode_notify, parse
-from bridge.ike.sync_exchange import Addresses, build_response, parse_request, verify_request
+from bridge.ike.sync_exchange import Addresses, build_refusal, build_response, parse_request, verify_request
 from bridge.ike.transforms import Suite
 from bridge.net.packet import Datagram
 from bridge.stub.child_sa import NOTHING
@@ -170,11 +170,49 @@ async def test_a_cookie_goes_in_front_of_the_same_request() -> None:
         encode_notify(NotifyType.COOKIE, value),
     )
     rest = full.payloads[1:]
-    assert [(one.type, one.body) for one in bare.payloads[:-1]] == [(one.type, one.body) for one in rest[:-1]]
+    assert [(one.type, one.body) for one in bare.payloads[1:]] == [(one.type, one.body) for one in rest[1:]]
     # but for the proof, which covers the cookie
-    assert bare.payloads[-1].body[:-32] == rest[-1].body[:-32]
-    assert bare.payloads[-1].body[-32:] != rest[-1].body[-32:]
+    assert bare.payloads[0].type == rest[0].type == PayloadType.SYNC
+    assert bare.payloads[0].body[:-32] == rest[0].body[:-32]
+    assert bare.payloads[0].body[-32:] != rest[0].body[-32:]
     assert bare.header.spi_i == full.header.spi_i
+
+
+async def test_a_proven_refusal_ends_the_attempt_at_once_and_says_why() -> None:
+    def answers(octets: bytes, _: int) -> list[bytes]:
+        parsed = parse_request(octets)
+        assert parsed is not None
+        assert parsed.refusable
+        return [build_refusal(parsed, "connection-missing", prf=SUITE.prf, sk_d_old=SK_D)]
+
+    gateway = Gateway(answers, PATIENT)
+    async with asyncio.timeout(2):
+        with pytest.raises(RefusedError) as caught:
+            await gateway.asked()
+    assert caught.value.why == "connection-missing"
+
+
+async def test_a_refusal_without_a_valid_proof_does_not_keep_the_true_answer_out() -> None:
+    def answers(octets: bytes, n: int) -> list[bytes]:
+        parsed = parse_request(octets)
+        assert parsed is not None
+        forged = build_refusal(parsed, "no-stub", prf=SUITE.prf, sk_d_old=b"e" * 32)
+        return [forged, build_refusal(parsed), true_answer(octets)]
+
+    assert await Gateway(answers, PATIENT).asked()
+
+
+async def test_a_refusal_without_a_proof_ends_the_attempt_when_its_grace_is_over() -> None:
+    def answers(octets: bytes, _: int) -> list[bytes]:
+        parsed = parse_request(octets)
+        assert parsed is not None
+        return [build_refusal(parsed)]
+
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(RefusedError) as caught:
+        await Gateway(answers, SOON).asked()
+    assert asyncio.get_running_loop().time() - began >= SOON.refusal_grace
+    assert caught.value.why is None
 
 
 async def test_no_more_than_four_cookies_are_taken_in_one_attempt() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,10 +21,10 @@ from bridge.ike.stub_exchange import (
     build_moving,
     parse_stub_message,
 )
-from bridge.ike.sync_exchange import build_request, build_response, nat_hash, parse_request
+from bridge.ike.sync_exchange import SyncRequest, build_refusal, build_request, build_response, nat_hash, parse_request
 from bridge.ike.transforms import Suite
 from bridge.net.packet import MARKER, udp_datagram
-from wire_support import as_codec_reads, as_tshark_reads, dissect, from_hex, values
+from wire_support import as_codec_reads, as_tshark_reads, dissect, from_hex, proof_range, values
 
 SUITE = Suite(12, 128, 12, 5, 31)
 AEAD = Suite(20, 256, 0, 7, 20)
@@ -108,6 +109,17 @@ OLD_SPIS = [0xC0000001, 0xC0ABCDEF]
 CHILDREN = [(0, 0xA0000001), (1, 0xFFFFFFFF)]
 
 
+def read(message: bytes) -> SyncRequest:
+    found = parse_request(message)
+    assert found is not None
+    return found
+
+
+def of_release_0_1() -> bytes:
+    recorded = json.loads((Path(__file__).parent / "messages/release-0.1.json").read_text())
+    return bytes.fromhex(recorded["request"])
+
+
 def challenge(to: bytes) -> bytes:
     seen = glance(to)
     assert seen is not None
@@ -123,6 +135,10 @@ MESSAGES = {
     "a request with a stub and a cookie": ask(sealed_stub=bytes(range(200)), cookie=b"c" * 64),
     "a request with an IPv6 index": ask(sync_index=("2001:db8::1", OLD)),
     "a request of an AEAD": ask(AEAD),
+    "a request of release 0.1": of_release_0_1(),
+    "a request whose sender wants to be told of a refusal": ask(refusable=True),
+    "a refusal": build_refusal(read(ask(refusable=True))),
+    "a refusal with a proof": build_refusal(read(ask(refusable=True)), "no-stub", prf=SUITE.prf, sk_d_old=SK_D),
     "an answer": answer(ask()),
     "a plain draft answer": answer(ask(sk_d_old=None)),
     "an answer to a request with an IPv6 index": answer(ask(sync_index=("2001:db8::1", OLD))),
@@ -166,7 +182,7 @@ def test_the_dissector_shows_index_and_proof_of_a_request(tmp_path: Path) -> Non
     assert [from_hex(text) for text in values(sync, "ike_sa_sync.spi")] == [OLD]
     assert values(sync, "ike_sa_sync.child.number") == ["0", "1"]
     assert values(sync, "ike_sa_sync.child.spi") == ["0xa0000001", "0xa0000002"]
-    assert [from_hex(text) for text in values(sync, "ike_sa_sync.proof")] == [message[-32:]]
+    assert [from_hex(text) for text in values(sync, "ike_sa_sync.proof")] == [message[proof_range(message)]]
 
 
 def test_the_dissector_shows_what_the_old_gateway_received_on(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import pytest
 
 from bridge.ike.message import ExchangeType, PayloadType, decode_ke, decode_notify, parse
-from bridge.ike.sync_payload import SyncPayload
+from bridge.ike.sync_payload import SyncPayload, proof_offset
 from bridge.ike.transforms import Suite, TransformType
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
@@ -48,6 +48,16 @@ def values(layers: Any, name: str) -> list[Any]:
 
 def from_hex(text: str) -> bytes:
     return bytes.fromhex(text.replace(":", ""))
+
+
+def proof_range(message: bytes) -> slice:
+    """Where the value of PROOF is in a message with IKE_SA_SYNC."""
+    payload = parse(message).only(PayloadType.SYNC)
+    assert payload is not None
+    within = proof_offset(payload.body)
+    assert within is not None
+    length = int.from_bytes(payload.body[within - 2 : within])
+    return slice(payload.offset + within, payload.offset + within + length)
 
 
 class Capture:
@@ -247,6 +257,10 @@ def _attribute_as_tshark_reads(tree: Layers) -> bytes:
     if "ike_sa_sync.move.status" in tree:
         [target] = [value for key, value in tree.items() if key.startswith("ike_sa_sync.move.target")]
         return bytes((int(tree["ike_sa_sync.move.status"]),)) + ip_address(target).packed
+    if "ike_sa_sync.refusal" in tree:
+        return str(tree["ike_sa_sync.refusal"]).encode()
+    if tree["ike_sa_sync.attribute.length"] == "0":
+        return b""
     [text] = [value for key, value in tree.items() if key != "ike_sa_sync.attribute.length"]
     return from_hex(text)
 

@@ -14,7 +14,8 @@ local ENCRYPTED = { [46] = true, [53] = true }
 
 local directions = { [0] = "from the client", [1] = "from the gateway" }
 local families = { [4] = "IPv4", [6] = "IPv6" }
-local attributes = { [1] = "PROOF", [2] = "CHILD", [3] = "SEALED_STUB", [4] = "LIFETIME", [5] = "MOVE", [6] = "OLD_CHILDREN" }
+local attributes = { [1] = "PROOF", [2] = "CHILD", [3] = "SEALED_STUB", [4] = "LIFETIME", [5] = "MOVE", [6] = "OLD_CHILDREN",
+  [7] = "REFUSAL" }
 local statuses = { [0] = "asked", [1] = "moving", [2] = "target not configured", [3] = "target silent",
   [4] = "target refused", [5] = "busy", [6] = "gateway gone", [7] = "probe", [8] = "here", [9] = "gateway lives" }
 
@@ -37,6 +38,7 @@ local fields = {
   move_target = ProtoField.ipv4("ike_sa_sync.move.target", "Target gateway"),
   old_child = ProtoField.uint32("ike_sa_sync.old_child.spi", "ESP SPI that the old gateway received on", base.HEX),
   move_target6 = ProtoField.ipv6("ike_sa_sync.move.target6", "Target gateway"),
+  refusal = ProtoField.string("ike_sa_sync.refusal", "REFUSAL, why"),
   value = ProtoField.bytes("ike_sa_sync.attribute.value", "Value"),
 }
 for _, field in pairs(fields) do
@@ -65,6 +67,8 @@ local function show_attribute(tree, kind, value)
   elseif kind == 5 and (value:len() == 5 or value:len() == 17) then
     tree:add(fields.move_status, value:range(0, 1))
     tree:add(value:len() == 5 and fields.move_target or fields.move_target6, value:range(1))
+  elseif kind == 7 then
+    tree:add(fields.refusal, value)
   elseif kind == 6 and value:len() % 4 == 0 then
     -- in the order of their child numbers, from 0
     for offset = 0, value:len() - 4, 4 do

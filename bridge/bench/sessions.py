@@ -19,7 +19,7 @@ from bridge.bench import child
 from bridge.ike.encrypted_payload import Protection, protect, unprotect
 from bridge.ike.keys import derive_keys, skeyseed_resume
 from bridge.ike.message import ExchangeType, Flag, PayloadType, parse_header
-from bridge.ike.sync_exchange import CookieChallenge, OrdinaryResponse, build_request, parse_response, verify_response
+from bridge.ike.sync_exchange import CookieChallenge, SyncResponse, build_request, parse_response, verify_response
 from bridge.stub.stub import Index, Stub
 from bridge.stub.types import Endpoint, Identity, IdType
 
@@ -118,6 +118,7 @@ class Session:
             sk_d_old=self.sk_d,
             children=[(0, self.esp_spi)] if self.children is Children.AT_ONCE else (),
             nat=(self.address, port, gateway, port),
+            refusable=True,
             cookie=self.cookie,
         )
         return self.request
@@ -129,7 +130,7 @@ class Session:
             self.cookie = response.cookie
             # all else as it was (RFC 7296 section 2.6)
             return self.prepare(gateway, port, self.ke_value)
-        if isinstance(response, OrdinaryResponse):
+        if not isinstance(response, SyncResponse):
             raise Unproven("ordinary")
         if not verify_response(response, self.request, self.suite.prf, self.sk_d):
             raise Unproven("PROOF wrong")

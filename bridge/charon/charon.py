@@ -14,6 +14,7 @@ from bridge.charon.conf_parser import pfs_children
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import HaError, IkeId, version_for
+from bridge.charon.ha_rules import HaRules
 from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.installer import Installer
@@ -57,6 +58,7 @@ class Charon:
         self.spis = SpiChoice(self.tracker.child_spis)
         self.vici = ViciWatch(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
         self.release = ""
+        self.ha_rules = HaRules(ha)
         self.reconciled = asyncio.Event()
         """set once the SAs that charon had when the sidecar came are known"""
         self._recover: Recover = no_recovery

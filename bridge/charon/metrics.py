@@ -22,3 +22,4 @@ def of_charon(metrics: Metrics, charon: Charon) -> None:
     total("ha_malformed", "such datagrams that were not understood", lambda: charon.channel.malformed)
     total("ha_drops", "HA datagrams of charon's that the kernel dropped", charon.channel.drops)
     total("ha_drops_charon", "HA datagrams to charon that the kernel dropped", charon_drops)
+    charon.ha_rules.gauges(metrics)

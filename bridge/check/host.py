@@ -13,7 +13,7 @@ from bridge.check import foreign_rules
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import process_name, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.net import firewall
+from bridge.net import firewall, queue_rules
 from bridge.net.nfqueue import queue_owner
 from bridge.stub.keyring import Keyring, SealError
 
@@ -79,7 +79,7 @@ def queue(config: GatewayConfig, pid: int | None) -> list[Finding]:
     """The kernel's queue, who reads it, and the rules that fill it."""
     number = config.intercept.queue
     try:
-        backend = firewall.detect()
+        backend = firewall.detect(queue_rules.rules(number, config.intercept.match))
     except firewall.RulesError as error:
         return [fail("NFQUEUE", str(error), "install nftables or iptables; modprobe nfnetlink_queue")]
     findings = [ok("NFQUEUE", f"this kernel takes rules by {backend}")]
@@ -104,7 +104,7 @@ def queue(config: GatewayConfig, pid: int | None) -> list[Finding]:
     ]
     if config.intercept.rules == "external":
         return findings
-    if firewall.present(number):
+    if queue_rules.present(number):
         findings.append(ok("rules", f"requests with IKE_SA_SYNC come to queue {number}"))
     else:
         mend = "they come with `ike-sa-sync gateway`; is it running, or did something flush them?"

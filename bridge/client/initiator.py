@@ -274,7 +274,7 @@ class Initiator:
                     vpn=vpn.name,
                     gateway=gateway.address,
                     connection=connection,
-                    reason=reason,
+                    reason=refused.why or reason,
                     **sa.id.logged,
                 )
                 candidates = [gateway, *(one for one in candidates if one is not gateway)]

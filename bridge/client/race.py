@@ -21,12 +21,13 @@ Ask = Callable[[Target], Awaitable[Answer]]
 
 
 class RefusedByError(Exception):
-    """No gateway resumes, and this one refused; the text is its reason."""
+    """No gateway resumes, and this one refused; `why` is what it gave and proved as its reason."""
 
-    def __init__(self, gateway: Target, reason: str) -> None:
+    def __init__(self, gateway: Target, reason: str, why: str | None) -> None:
         super().__init__(reason)
         self.gateway = gateway
         self.reason = reason
+        self.why = why
 
 
 async def first_answer(
@@ -58,7 +59,7 @@ async def first_answer(
                 except NoAnswerError:
                     silent(gateway)
                 except RefusedError as error:
-                    refused = refused or RefusedByError(gateway, str(error))
+                    refused = refused or RefusedByError(gateway, str(error), error.why)
         raise refused if refused is not None else NoAnswerError
     finally:
         await end(*asked)

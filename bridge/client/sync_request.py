@@ -1,7 +1,8 @@
 """The one round trip with one gateway, on the client's side (draft-xu-ike-sa-sync-01 section 3.1).
 
 What the wire says before the keys have proved themselves is believed in nothing but the responder's nonce (protocol
-rule 6): an ordinary answer ends the attempt only after the time in which a proven one could still come.
+rule 6): an answer without a proof, a refusal among them, ends the attempt only after the time in which a proven one
+could still come. A proven refusal ends it at once.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from bridge.ike.message import MalformedMessage
 from bridge.ike.sync_exchange import (
     CookieChallenge,
     OrdinaryResponse,
+    Response,
+    SyncRefusal,
     SyncResponse,
     build_request,
     nat_hash,
     parse_response,
+    verify_refusal,
     verify_response,
 )
 from bridge.ike.sync_payload import Attribute
@@ -50,7 +54,11 @@ QUEUED = 64
 
 
 class RefusedError(Exception):
-    """The gateway did not resume; the text is the reason."""
+    """The gateway did not resume; `why` is its reason, where it gave and proved one."""
+
+    def __init__(self, why: str | None = None) -> None:
+        super().__init__("refused")
+        self.why = why
 
 
 class NoAnswerError(Exception):
@@ -161,6 +169,7 @@ class SyncRequester:
                     children=offered.requested,
                     old_children=offered.old_spis,
                     sealed_stub=self._sealed_stub(sa),
+                    refusable=True,
                 )
                 if request not in requests:
                     requests.append(request)
@@ -175,6 +184,8 @@ class SyncRequester:
                     if datagram.src != gateway.address:
                         continue
                     answer = self._judge(datagram, requests, sa)
+                    if isinstance(answer, SyncRefusal):
+                        raise RefusedError(answer.reason)
                     if isinstance(answer, SyncResponse):
                         return self._accepted(answer, offered, spi_i, nonce, local, datagram, began)
                     if isinstance(answer, CookieChallenge):
@@ -186,24 +197,26 @@ class SyncRequester:
                     if isinstance(answer, OrdinaryResponse) and refusal is None:
                         refusal = self._clock() + self._config.refusal_grace
                 if refusal is not None and self._clock() >= refusal:
-                    raise RefusedError("refused")
+                    raise RefusedError
             raise NoAnswerError
         finally:
             del self._listening[spi_i]
 
-    def _judge(
-        self, datagram: Datagram, requests: list[bytes], sa: IkeSa
-    ) -> SyncResponse | OrdinaryResponse | CookieChallenge | None:
-        """What an answer to the last of `requests` is; one that resumes may be to any of them, for nothing shows
+    def _judge(self, datagram: Datagram, requests: list[bytes], sa: IkeSa) -> Response | None:
+        """What an answer to the last of `requests` is; one that is proven may be to any of them, for nothing shows
         whether a cookie came from the gateway."""
         try:
             answer = parse_response(datagram.ike, requests[-1])
         except MalformedMessage as error:
             log.debug("answer-malformed", gateway=datagram.src, reason=str(error), **sa.id.logged)
             return None
-        if isinstance(answer, SyncResponse) and not any(
-            verify_response(answer, request, sa.suite.prf, sa.sk_d) for request in requests
-        ):
+        if isinstance(answer, SyncResponse):
+            proven = any(verify_response(answer, request, sa.suite.prf, sa.sk_d) for request in requests)
+        elif isinstance(answer, SyncRefusal):
+            proven = any(verify_refusal(answer, request, sa.suite.prf, sa.sk_d) for request in requests)
+        else:
+            return answer
+        if not proven:
             log.warning("answer-proof-wrong", gateway=datagram.src, **sa.id.logged)
             return None
         return answer

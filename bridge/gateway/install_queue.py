@@ -14,7 +14,6 @@ from bridge.charon.ha_message import HaError
 from bridge.charon.ha_segments import LONGEST_PAUSE
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt
-from bridge.gateway.refusal import Refusal
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.net.interface import Packet
 
@@ -32,8 +31,8 @@ Prepared = tuple[Packet, Rebuilt]
 
 
 class InstallQueue:
-    """Installs what is added; `answer` sends the response to a packet's sender, `coming` tells whether more may follow
-    soon."""
+    """Installs what is added; `answer` sends the response to a packet's sender, `give_up` refuses one whose SA is not
+    installed, `coming` tells whether more may follow soon."""
 
     def __init__(
         self,
@@ -41,6 +40,7 @@ class InstallQueue:
         unconfirmed: Unconfirmed,
         metrics: GatewayMetrics,
         answer: Callable[[Packet, bytes], None],
+        give_up: Callable[[Packet, Rebuilt], None],
         coming: Callable[[], bool],
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -49,6 +49,7 @@ class InstallQueue:
         self._unconfirmed = unconfirmed
         self._metrics = metrics
         self._answer = answer
+        self._refuse = give_up
         self._coming = coming
         self._clock = clock
         self._prepared: list[Prepared] = []
@@ -109,8 +110,7 @@ class InstallQueue:
     def _give_up(self, batch: list[Prepared]) -> None:
         for packet, made in batch:
             self._unconfirmed.forget(made)
-            packet.accept()
-            self._metrics.refused(Refusal.CHARON_UNAVAILABLE)
+            self._refuse(packet, made)
 
     def _still_wanted(self, batch: list[Prepared]) -> tuple[list[Prepared], list[Prepared]]:
         """Those to go on with, and the others: another attempt of the same client may have been confirmed meanwhile;

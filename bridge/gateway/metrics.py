@@ -8,7 +8,6 @@ from bridge.bank.interface import StubBank
 from bridge.bank.prefetch import Prefetch
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
-from bridge.net.nfqueue import Interceptor
 from bridge.service.metrics import Metrics
 
 
@@ -32,13 +31,6 @@ def of_stubs(metrics: Metrics, charon: Charon, writer: WriteQueue, bank: StubBan
     total("bank_cache_hits", "stubs served from memory, since the bank did not answer in time", lambda: prefetch.hits)
 
 
-def of_queue(metrics: Metrics, queue: Interceptor) -> None:
-    """The kernel's queue of requests."""
-    metrics.total("nfqueue_drops", "requests the kernel dropped from the queue", lambda: queue.stats().drops)
-    metrics.total("nfqueue_packets", "packets read from the queue", lambda: queue.stats().seen)
-    metrics.gauge("nfqueue_waiting", "packets in the kernel's queue", lambda: queue.stats().waiting)
-
-
 class GatewayMetrics(Metrics):
     """Counters of the gateway."""
 
@@ -48,7 +40,10 @@ class GatewayMetrics(Metrics):
         self.malformed = self.counter("malformed_requests", "IKE_SA_INIT requests that could not be parsed")
         self.retransmissions = self.counter("retransmissions", "requests that were seen before")
         self.resumed = self.counter("resumptions", "rebuilt IKE_SAs that were confirmed")
-        self._refused = self.counter("refusals", "requests with IKE_SA_SYNC that went on to charon", ("reason",))
+        self._refused = self.counter("refusals", "requests with IKE_SA_SYNC that were not served", ("reason",))
+        self.refusals_told = self.counter(
+            "refusals_told", "of these, requests that were answered with a notification and kept from charon"
+        )
         self._cookies = self.counter(
             "cookies", "requests with IKE_SA_SYNC that were answered with a cookie", ("reason",)
         )
@@ -73,7 +68,7 @@ class GatewayMetrics(Metrics):
             self._cookies.labels(str(reason))
 
     def refused(self, reason: str) -> None:
-        """Count a request that went on to charon."""
+        """Count a request that was not served."""
         self._refused.labels(str(reason)).inc()
 
     def challenged(self, reason: str, count: int) -> None:

@@ -24,8 +24,16 @@ class Recent(Generic[Key]):
         """From now on."""
         self._until[key] = self._clock() + self._seconds
         self._until.move_to_end(key)
-        while len(self._until) > RECENT_MAX or next(iter(self._until.values())) < self._clock():
+        self._forget()
+
+    def _forget(self) -> None:
+        now = self._clock()
+        while self._until and (len(self._until) > RECENT_MAX or next(iter(self._until.values())) < now):
             self._until.popitem(last=False)
+
+    def __len__(self) -> int:
+        self._forget()
+        return len(self._until)
 
     def __contains__(self, key: Key) -> bool:
         return self._until.get(key, 0.0) >= self._clock()

@@ -1,12 +1,15 @@
-"""Why a request is not served."""
+"""Why a request is not served, and what is answered then."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
+from bridge.ike.sync_exchange import SyncRequest, build_refusal, verify_request
+from bridge.stub.stub import Stub
+
 
 class Refusal(StrEnum):
-    """Why a request with IKE_SA_SYNC went on to charon."""
+    """Why a request with IKE_SA_SYNC was refused."""
 
     NO_STUB = "no-stub"
     STUB_EXPIRED = "stub-expired"
@@ -21,3 +24,10 @@ class Refusal(StrEnum):
     TOO_MANY_UNCONFIRMED = "too-many-unconfirmed"
     SOURCE_UNCONFIRMED = "source-unconfirmed"
     SOURCE_RATE = "source-rate"
+
+
+def told(request: SyncRequest, reason: Refusal, stub: Stub | None) -> bytes:
+    """The answer to a request that is to be told. A proof is for those only who have proved themselves."""
+    if stub is None or not verify_request(request, stub.suite.prf, stub.sk_d):
+        return build_refusal(request)
+    return build_refusal(request, reason, prf=stub.suite.prf, sk_d_old=stub.sk_d)

@@ -2,8 +2,9 @@
 
 Packets come in batches and stay in order; one task takes all that wait, has their stubs looked up in one round trip and
 each request judged (`decision`), and gives what is to be rebuilt to the next batch that is installed (`batches`), which
-answers. What was rebuilt is removed again unless its client confirms it (`unconfirmed`). Whatever is not answered goes
-on to charon as it came.
+answers. What was rebuilt is removed again unless its client confirms it (`unconfirmed`). A request that is refused goes
+on to charon as it came; but a client that cannot go on with charon's answer is told by a notification, since charon
+would keep a half-open IKE_SA of its request. What fails here goes to charon.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
 from bridge.gateway.rebuild import NONE, Decision
 from bridge.gateway.rebuilt import Rebuilt, State
-from bridge.gateway.refusal import Refusal
+from bridge.gateway.recent import Recent
+from bridge.gateway.refusal import Refusal, told
 from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.cookie import Cookies, glance
 from bridge.ike.message import ExchangeType, MalformedMessage
 from bridge.ike.stub_exchange import StubMessage
-from bridge.ike.sync_exchange import SyncRequest, parse_request
+from bridge.ike.sync_exchange import SyncRequest, parse_request, sync_comes_first
 from bridge.net.interface import Packet, Sender
 from bridge.net.packet import EXCHANGE_OFFSET
 from bridge.service.tasks import end, spawn
@@ -52,6 +54,9 @@ GET_BATCH = 256
 REFUSALS_LOGGED = 20
 """lines a second at most: whoever sends nonsense shall not fill the disk with it"""
 WARNED_OF = (Refusal.PROOF_WRONG, Refusal.CONNECTION_MISSING, Refusal.ADDRESS_TAKEN)
+
+SYNC_LAST_SECONDS = 86400.0
+"""for so long a client counts that sends IKE_SA_SYNC last"""
 
 Waiting = tuple[Packet, SyncRequest, bytes]
 """a packet, the request that it is, and its digest"""
@@ -119,8 +124,12 @@ class Responder:
             random=random,
             wall=wall,
         )
-        self._batches = InstallQueue(charon, self.unconfirmed, metrics, self._answer, self._coming, clock=clock)
+        self._batches = InstallQueue(
+            charon, self.unconfirmed, metrics, self._answer, self._not_installed, self._coming, clock=clock
+        )
+        self._refused_is = sync.refused
         self._look_around_seconds = min(1.0, sync.confirm_timeout / 4)
+        self._sync_last: Recent[str] = Recent(SYNC_LAST_SECONDS, clock=clock)
         self._lines = Rate(REFUSALS_LOGGED)
         self._unlogged = 0
         self._demanding = False
@@ -152,6 +161,11 @@ class Responder:
     def demanding(self) -> bool:
         """Whether every request must carry a cookie now."""
         return self._admission.demanding(self._load, self._clock())
+
+    @property
+    def sync_last(self) -> int:
+        """Addresses that sent a request with IKE_SA_SYNC last, as clients of release 0.1 do, within a day."""
+        return len(self._sync_last)
 
     @property
     def _load(self) -> int:
@@ -197,8 +211,7 @@ class Responder:
             elif (self._undecided or self.unconfirmed) and self._known(packet, _digest(packet)):
                 continue
             elif verdict is Verdict.REFUSE:
-                packet.accept()
-                self._metrics.refused(Refusal.SOURCE_RATE)
+                self._refuse_unseen(packet, Refusal.SOURCE_RATE)
             else:
                 packet.drop()
                 self._answer(packet, self._cookies.challenge(seen, packet.src, packet.sport, now))
@@ -218,6 +231,8 @@ class Responder:
             return
         # what a first look takes for a request with IKE_SA_SYNC is one, or malformed
         assert request is not None
+        if not sync_comes_first(packet.ike):
+            self._sync_last.add(packet.src)
         digest = _digest(packet)
         if not self._known(packet, digest) and not self._too_late(packet, request):
             self._waiting.append((packet, request, digest))
@@ -289,12 +304,12 @@ class Responder:
             if made is Refusal.ADDRESS_TAKEN and isinstance(stub, Stub):
                 doubtful.append((waiting, stub))
             else:
-                self._carry_out(waiting, made)
+                self._carry_out(waiting, stub, made)
         if doubtful:
             # rare: what holds the address may be what is left of the same session
             moved_away = await self._holders.moved_away([stub for _, stub in doubtful])
             for waiting, stub in doubtful:
-                self._carry_out(waiting, self._decide(waiting, stub, moved_away))
+                self._carry_out(waiting, stub, self._decide(waiting, stub, moved_away))
 
     def _decide(self, waiting: Waiting, stub: Stub, moved_away: AbstractSet[bytes] = NONE) -> Rebuilt | Refusal | None:
         """None for a packet that needs no decision any more."""
@@ -304,10 +319,10 @@ class Responder:
             return None
         return self._decision.of(packet, request, digest, stub, moved_away)
 
-    def _carry_out(self, waiting: Waiting, made: Rebuilt | Refusal | None) -> None:
+    def _carry_out(self, waiting: Waiting, stub: Stub | Missing, made: Rebuilt | Refusal | None) -> None:
         packet, request, _ = waiting
         if isinstance(made, Refusal):
-            self._refuse(packet, request, made)
+            self._refuse(packet, request, made, None if isinstance(stub, Missing) else stub)
         elif made is not None:
             self._batches.add(packet, made)
 
@@ -315,8 +330,35 @@ class Responder:
         for packet, request, _ in batch:
             self._refuse(packet, request, reason)
 
-    def _refuse(self, packet: Packet, request: SyncRequest, reason: Refusal) -> None:
-        packet.accept()
+    def _refuse_unseen(self, packet: Packet, reason: Refusal, stub: Stub | None = None) -> None:
+        """Refuse a request that was not looked at as a whole yet, or is not at hand any more."""
+        try:
+            request = parse_request(packet.ike)
+        except MalformedMessage as error:
+            self._malformed(packet, error)
+            return
+        if request is not None:
+            self._metrics.refused(reason)
+            self._settle(packet, request, reason, stub)
+
+    def _not_installed(self, packet: Packet, made: Rebuilt) -> None:
+        self._refuse_unseen(packet, Refusal.CHARON_UNAVAILABLE, made.old)
+
+    def _settle(self, packet: Packet, request: SyncRequest, reason: Refusal, stub: Stub | None) -> None:
+        """What becomes of a packet that is refused, unless that was settled before."""
+        if not packet.held:
+            return
+        if self._refused_is == "drop":
+            packet.drop()
+        elif request.refusable:
+            packet.drop()
+            self._metrics.refusals_told.inc()
+            self._answer(packet, told(request, reason, stub))
+        else:
+            packet.accept()
+
+    def _refuse(self, packet: Packet, request: SyncRequest, reason: Refusal, stub: Stub | None = None) -> None:
+        self._settle(packet, request, reason, stub)
         self._metrics.refused(reason)
         if not self._lines.take(self._clock()):
             self._unlogged += 1

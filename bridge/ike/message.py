@@ -47,6 +47,8 @@ class PayloadType(IntEnum):
 class NotifyType(IntEnum):
     INVALID_KE_PAYLOAD = 17
     NO_PROPOSAL_CHOSEN = 14
+    RESUMPTION_REFUSED = 8200
+    """private use (docs/protocol.md), of the errors"""
     NAT_DETECTION_SOURCE_IP = 16388
     NAT_DETECTION_DESTINATION_IP = 16389
     COOKIE = 16390

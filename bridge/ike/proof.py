@@ -29,10 +29,13 @@ def empty_proof(algorithm: int) -> tuple[int, bytes]:
     return Attribute.PROOF, bytes(length)
 
 
-def prove(message: bytes, algorithm: int, sk_d_old: bytes, *, from_gateway: bool, before: bytes = b"") -> bytes:
-    """`message`, whose last octets are an empty PROOF, with the proof in them."""
+def prove(
+    message: bytes, algorithm: int, sk_d_old: bytes, *, from_gateway: bool, before: bytes = b"", end: int | None = None
+) -> bytes:
+    """`message` with the proof in its empty PROOF, whose value ends at offset `end`, or where the message does."""
     proof = _compute(algorithm, sk_d_old, from_gateway, before + message)
-    return message[: -len(proof)] + proof
+    stop = len(message) if end is None else end
+    return message[: stop - len(proof)] + proof + message[stop:]
 
 
 def blank(message: bytes, offset: int, body: bytes) -> bytes:

@@ -1,10 +1,11 @@
 """The one round trip of a resumption (draft-xu-ike-sa-sync-01 section 3.1), both sides of it, no I/O.
 
     Initiator                                Responder (target gateway)
-    HDR, SAi1, KEi, Ni, SYN       -->
+    HDR, SYN, SAi1, KEi, Ni       -->
                                   <--        HDR, Nr, SYN
 
-SYN carries PROOF, which the draft lacks: see bridge.ike.proof.
+The draft has SYN last in the request; in front, a packet filter sees it. SYN carries PROOF, which the draft lacks: see
+bridge.ike.proof. A gateway that does not resume may answer a client that asked for that with N(RESUMPTION_REFUSED).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from msgspec import Struct
 from bridge.ike.address import packed
 from bridge.ike.message import (
     HEADER,
+    PAYLOAD_HEADER,
     ExchangeType,
     Flag,
     MalformedMessage,
@@ -41,6 +43,8 @@ _NO_SPI: Final = bytes(8)
 _FIRST_STATUS: Final = 16384
 _MAX_COOKIE: Final = 64
 """octets (RFC 7296 section 2.6)"""
+MAX_REASON: Final = 64
+"""octets of a refusal's reason"""
 
 Addresses = tuple[str, int, str, int]
 """source address and port, destination address and port"""
@@ -81,13 +85,15 @@ def build_request(
     children: Sequence[tuple[int, int]] = (),
     old_children: Sequence[int] = (),
     sealed_stub: bytes | None = None,
+    refusable: bool = False,
     nat: Addresses | None = None,
     cookie: bytes | None = None,
 ) -> bytes:
-    """The client's IKE_SA_INIT request. Without `sk_d_old` the plain draft form, which carries no attributes.
+    """The client's IKE_SA_INIT request. Without `sk_d_old` the plain draft form: no attributes, and SYN last.
 
     `sync_index` is (old gateway's address, its SPI); `children` are (child number, the client's inbound ESP SPI), and
-    `old_children` by that number the old gateway's inbound ESP SPIs.
+    `old_children` by that number the old gateway's inbound ESP SPIs. `refusable`: the sender does not go on with
+    IKE_AUTH, so a gateway that does not resume shall say so with a notification.
     """
     attributes: list[tuple[int, bytes]] = []
     if sk_d_old is not None:
@@ -96,10 +102,17 @@ def build_request(
             attributes.append(encode_old_children(old_children))
         if sealed_stub is not None:
             attributes.append((Attribute.SEALED_STUB, sealed_stub))
+        if refusable:
+            attributes.append((Attribute.REFUSAL, b""))
         attributes.append(empty_proof(prf))
     payloads: list[tuple[int, bytes]] = []
     if cookie is not None:
         payloads.append((PayloadType.NOTIFY, encode_notify(NotifyType.COOKIE, cookie)))
+    sync = (int(PayloadType.SYNC), SyncPayload(False, *sync_index, tuple(attributes)).encode())
+    if sk_d_old is not None:
+        payloads.append(sync)
+    # PROOF is the end of SYN
+    proof_ends = HEADER.size + sum(PAYLOAD_HEADER.size + len(body) for _, body in payloads)
     payloads += [
         (PayloadType.SA, suite.proposal()),
         (PayloadType.KE, encode_ke(suite.group, ke_value)),
@@ -107,8 +120,8 @@ def build_request(
     ]
     if nat is not None:
         payloads += _nat_notifies(spi_i, _NO_SPI, nat)
-    # last, so that PROOF is the end of the message
-    payloads.append((PayloadType.SYNC, SyncPayload(False, *sync_index, tuple(attributes)).encode()))
+    if sk_d_old is None:
+        payloads.append(sync)
     message = build(
         spi_i=spi_i,
         spi_r=_NO_SPI,
@@ -117,7 +130,9 @@ def build_request(
         message_id=0,
         payloads=payloads,
     )
-    return message if sk_d_old is None else prove(message, prf, sk_d_old, from_gateway=False)
+    if sk_d_old is None:
+        return message
+    return prove(message, prf, sk_d_old, from_gateway=False, end=proof_ends)
 
 
 class SyncRequest(Struct, frozen=True, gc=False):
@@ -144,6 +159,11 @@ class SyncRequest(Struct, frozen=True, gc=False):
     def sealed_stub(self) -> bytes | None:
         """The value of SEALED_STUB."""
         return self.sync.first(Attribute.SEALED_STUB)
+
+    @property
+    def refusable(self) -> bool:
+        """Whether its sender wants to be told of a refusal, and does not go on with IKE_AUTH."""
+        return self.sync.first(Attribute.REFUSAL) is not None
 
 
 _UNDERSTOOD: Final = frozenset(map(int, PayloadType))
@@ -207,6 +227,13 @@ def parse_request(data: bytes) -> SyncRequest | None:
     )
 
 
+def sync_comes_first(data: bytes) -> bool:
+    """Whether the packet filter finds IKE_SA_SYNC in a request that has it: in front, or right after a cookie."""
+    if data[16] == _NOTIFY:
+        return len(data) > HEADER.size and data[HEADER.size] == _SYNC
+    return data[16] == _SYNC
+
+
 def verify_request(request: SyncRequest, prf: int, sk_d_old: bytes) -> bool:
     """Whether whoever sent the request holds SK_d of the old SA. Constant time; False without PROOF."""
     return proves(request.sync, request.blank, prf, sk_d_old)
@@ -257,6 +284,28 @@ def build_response(
     return prove(message, prf, sk_d_old, from_gateway=True, before=request.blank)
 
 
+def build_refusal(request: SyncRequest, reason: str = "", *, prf: int | None = None, sk_d_old: bytes = b"") -> bytes:
+    """The answer of a gateway that does not resume, to a request that is `refusable`: N(RESUMPTION_REFUSED); and, with
+    `prf` and `sk_d_old` of the stub, SYN with the reason (ASCII, for the log) and PROOF."""
+    payloads: list[tuple[int, bytes]] = [(PayloadType.NOTIFY, encode_notify(NotifyType.RESUMPTION_REFUSED))]
+    if prf is not None:
+        attributes = ((int(Attribute.REFUSAL), reason.encode()[:MAX_REASON]), empty_proof(prf))
+        payloads.append(
+            (PayloadType.SYNC, SyncPayload(True, request.sync.gateway, request.sync.spi, attributes).encode())
+        )
+    message = build(
+        spi_i=request.spi_i,
+        spi_r=_NO_SPI,
+        exchange=ExchangeType.IKE_SA_INIT,
+        flags=Flag.RESPONSE,
+        message_id=0,
+        payloads=payloads,
+    )
+    if prf is None:
+        return message
+    return prove(message, prf, sk_d_old, from_gateway=True, before=request.blank)
+
+
 class SyncResponse(Struct, frozen=True, gc=False):
     """An answer that claims to resume. Nothing in it is proved before `verify_response`."""
 
@@ -284,6 +333,19 @@ class CookieChallenge(NamedTuple):
     cookie: bytes
 
 
+class SyncRefusal(Struct, frozen=True, gc=False):
+    """A gateway's refusal that claims to prove itself. Nothing in it is proved before `verify_refusal`."""
+
+    blank: bytes
+    sync: SyncPayload
+
+    @property
+    def reason(self) -> str:
+        """What of it is printable ASCII."""
+        value = (self.sync.first(Attribute.REFUSAL) or b"")[:MAX_REASON]
+        return "".join(chr(octet) for octet in value if 0x20 < octet < 0x7F)
+
+
 class OrdinaryResponse(NamedTuple):
     """What a gateway answers that does not resume: an IKE_SA_INIT response, or an error notification."""
 
@@ -291,7 +353,10 @@ class OrdinaryResponse(NamedTuple):
     """the notification's type, None for an ordinary response"""
 
 
-def parse_response(data: bytes, request_raw: bytes) -> SyncResponse | OrdinaryResponse | CookieChallenge:
+Response = SyncResponse | SyncRefusal | OrdinaryResponse | CookieChallenge
+
+
+def parse_response(data: bytes, request_raw: bytes) -> Response:
     """An answer to `request_raw`. Raises MalformedMessage, also when it answers another request."""
     message = parse(data)
     header = message.header
@@ -313,14 +378,13 @@ def parse_response(data: bytes, request_raw: bytes) -> SyncResponse | OrdinaryRe
     if nonce is None or message.only(PayloadType.SA) is not None:
         if not message.payloads:
             raise MalformedMessage("an answer with nothing in it")
-        return OrdinaryResponse(next(_errors(message), None) if nonce is None else None)
+        error = next(_errors(message), None) if nonce is None else None
+        if payload is not None and error == NotifyType.RESUMPTION_REFUSED:
+            return SyncRefusal(*_from_gateway(data, payload))
+        return OrdinaryResponse(error)
     if header.spi_r == _NO_SPI:
         raise MalformedMessage("an answer that resumes has an SPIr")
-    sync, blanked = None, data
-    if payload is not None:
-        sync, blanked = SyncPayload.decode(payload.body), blank(data, payload.offset, payload.body)
-        if not sync.from_gateway:
-            raise MalformedMessage("an answer from a client")
+    blanked, sync = (data, None) if payload is None else _from_gateway(data, payload)
     return SyncResponse(
         blank=blanked,
         spi_r=header.spi_r,
@@ -329,6 +393,14 @@ def parse_response(data: bytes, request_raw: bytes) -> SyncResponse | OrdinaryRe
         nat_source=tuple(message.notifies(NotifyType.NAT_DETECTION_SOURCE_IP)),
         nat_destination=tuple(message.notifies(NotifyType.NAT_DETECTION_DESTINATION_IP)),
     )
+
+
+def _from_gateway(data: bytes, payload: Payload) -> tuple[bytes, SyncPayload]:
+    """The message blank, and its IKE_SA_SYNC. Raises MalformedMessage."""
+    sync = SyncPayload.decode(payload.body)
+    if not sync.from_gateway:
+        raise MalformedMessage("an answer from a client")
+    return blank(data, payload.offset, payload.body), sync
 
 
 def _errors(message: Message) -> Iterator[int]:
@@ -343,9 +415,19 @@ def _errors(message: Message) -> Iterator[int]:
 def verify_response(response: SyncResponse, request_raw: bytes, prf: int, sk_d_old: bytes) -> bool:
     """Whether the gateway holds the stub that the request names, and answered this very request. Constant time;
     False without PROOF, for another index, or with a nonce too short for `prf`."""
+    if response.sync is None or len(response.nonce) < least_nonce(prf):
+        return False
+    return _answers(response.sync, response.blank, request_raw, prf, sk_d_old)
+
+
+def verify_refusal(refusal: SyncRefusal, request_raw: bytes, prf: int, sk_d_old: bytes) -> bool:
+    """Whether the gateway holds the stub that the request names, and refused this very request. Constant time; False
+    for another index."""
+    return _answers(refusal.sync, refusal.blank, request_raw, prf, sk_d_old)
+
+
+def _answers(sync: SyncPayload, blanked: bytes, request_raw: bytes, prf: int, sk_d_old: bytes) -> bool:
     request = parse_request(request_raw)
-    if request is None or response.sync is None or len(response.nonce) < least_nonce(prf):
+    if request is None or (sync.gateway, sync.spi) != (request.sync.gateway, request.sync.spi):
         return False
-    if (response.sync.gateway, response.sync.spi) != (request.sync.gateway, request.sync.spi):
-        return False
-    return proves(response.sync, response.blank, prf, sk_d_old, before=request.blank)
+    return proves(sync, blanked, prf, sk_d_old, before=request.blank)

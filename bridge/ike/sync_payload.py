@@ -43,11 +43,19 @@ class Attribute(IntEnum):
     LIFETIME = 4
     MOVE = 5
     OLD_CHILDREN = 6
+    REFUSAL = 7
 
 
 _LENGTHS: Final = {Attribute.CHILD: _CHILD.size, Attribute.LIFETIME: 4}
 _ONCE: Final = frozenset(
-    {Attribute.PROOF, Attribute.SEALED_STUB, Attribute.LIFETIME, Attribute.MOVE, Attribute.OLD_CHILDREN}
+    {
+        Attribute.PROOF,
+        Attribute.SEALED_STUB,
+        Attribute.LIFETIME,
+        Attribute.MOVE,
+        Attribute.OLD_CHILDREN,
+        Attribute.REFUSAL,
+    }
 )
 SPI_OCTETS: Final = 4
 """of an ESP SPI"""

@@ -1,13 +1,7 @@
-"""The input rules that show the sidecar IKE requests: nftables where the kernel has nft_queue, else iptables.
+"""Rules of ours in the packet filter: nftables, or iptables where the kernel lacks what nftables needs for them.
 
-A request matches when it goes to port 500, or to 4500 with the non-ESP marker, its exchange type is IKE_SA_INIT or
-GET Stub, and its response flag is clear. Nothing else ever enters the queue, above all no ESP. The queue is bypassed
-while nobody reads it. The rules come after the operator's filter rules, so the firewall decides first:
-in a table of our own at a later priority, or, with iptables, in its table `security`.
-
-IPv4 puts fragments together before its input rules, IPv6 after them, so that a fragmented request would never be whole
-there. One more rule, which matches nothing, has the kernel do it first, as connection tracking does, but without
-that: only the match for sockets and TPROXY ask for it. Where the kernel has neither, such requests go to charon.
+What the rules say is in a `Rules` (bridge.net.queue_rules, bridge.net.owner_rules). Here they are set in one step,
+looked at, and removed. Rules of others stay as they are.
 """
 
 from __future__ import annotations
@@ -16,19 +10,17 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
-
-from bridge.net.packet import EXCHANGE_OFFSET, EXCHANGES, FLAG_RESPONSE, PORT_IKE, PORT_NAT_T, UDP_HEADER
+from typing import Literal, NamedTuple, get_args
 
 Backend = Literal["nftables", "iptables"]
+Choice = Backend | Literal["auto"]
 Family = Literal["ip", "ip6"]
 
-NAME = "ike-sa-sync"
-"""of our nftables table, and of our iptables chain"""
 TABLE = "security"
-"""of iptables: the one that filters input after `filter`"""
+"""of iptables: the one that filters after `filter`, so the operator's rules decide first"""
 
 _KINDS = ("", "-nft", "-legacy")
 """of iptables: the system's choice first; either of the others may be the only one that a kernel serves"""
@@ -37,170 +29,222 @@ _LOCK_WAIT = "5"
 """seconds for the lock that legacy iptables share"""
 _PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
 _IPV6 = Path("/proc/thread-self/net/if_inet6")
-
-# Exchange type and flags are neighbours: one 16-bit comparison, the response flag being the only one looked at.
-_MASK = 0xFF00 | FLAG_RESPONSE
-_VALUES = [f"{exchange << 8:#06x}" for exchange in EXCHANGES]
-_EXCHANGE = UDP_HEADER + EXCHANGE_OFFSET
-_MARKER_OCTETS = 4
+# nft: counters, and the elements that packets put into a set; iptables-save: counters in front of a rule or chain
+_NFT_STATE = re.compile(r"(?<=counter) packets (?P<packets>\d+) bytes \d+|\n\s*elements = \{[^}]*\}")
+_COUNTS = re.compile(r"^\[(?P<packets>\d+):\d+\] ")
 
 
 class RulesError(Exception):
-    """The rules cannot be set or removed; the text names the cause and the mend."""
+    """The rules cannot be set or removed; the text names the cause and the fix."""
 
 
-def install(queue: int, *, backend: Backend | Literal["auto"] = "auto") -> Backend:
-    """Send IKE requests to `queue`, in the network namespace of the caller; the backend that took the rules.
+class Jump(NamedTuple):
+    """iptables: the built-in chain `hook` of TABLE sends what `match` describes to the chain `chain` of ours."""
 
-    Replaces rules that are there already, such as those of a killed sidecar. Raises RulesError.
+    hook: str
+    match: str
+    chain: str
+
+
+@dataclass(frozen=True)
+class Rules:
+    """One set of rules, in both languages."""
+
+    name: str
+    """of the nftables table (family inet)"""
+    chains: tuple[str, ...]
+    """of iptables, ours alone, in both families; a chain comes before those that it sends packets to"""
+    nftables: str
+    """what `nft -f -` reads: a transaction, which also replaces an old table"""
+    iptables: Callable[[Family, bool], str]
+    """what `iptables-restore --noflush` reads, without the table's frame and the jumps; of the full form (True), or of
+    one that needs fewer matches"""
+    jumps: tuple[Jump, ...]
+    nftables_optional: str = ""
+    """for a second transaction, which may fail"""
+    ip6tables_optional: tuple[str, ...] = ()
+    """one more rule, as arguments of ip6tables, which may fail"""
+    external: str = "intercept: {rules: external}"
+    """what an operator configures who sets such rules himself"""
+
+
+class Placed(NamedTuple):
+    """By what the rules were set."""
+
+    backend: Backend
+    kind: str = ""
+    """of iptables: "", -nft, -legacy"""
+    full: bool = True
+    """False: the form that needs fewer matches"""
+
+
+class View(NamedTuple):
+    """Rules as they are in place now."""
+
+    lines: tuple[str, ...]
+    """without counters; comparable with those of a moment ago"""
+    counts: tuple[tuple[str, int], ...]
+    """(rule, packets that it counted), of rules with a counter"""
+
+
+def install(rules: Rules, *, backend: Choice = "auto") -> Placed:
+    """Set rules in the network namespace of the caller.
+
+    Replaces those that are there already, such as those of a killed sidecar. Raises RulesError.
     """
-    remove()
-    return _first_that_works(queue, backend, ())
+    placed = _first_that_works(rules, backend, ())
+    # the same rules by another backend, of a sidecar that found another kernel or other packages
+    if placed.backend == "iptables":
+        _remove_nftables(rules)
+    _remove_iptables(rules, keep=placed)
+    return placed
 
 
-def detect(*, backend: Backend | Literal["auto"] = "auto") -> Backend:
+def detect(rules: Rules, *, backend: Choice = "auto") -> Backend:
     """The backend that `install` would use, tried in a network namespace of its own. Raises RulesError."""
-    return _first_that_works(0, backend, ("unshare", "--net"))
+    return _first_that_works(rules, backend, ("unshare", "--net")).backend
 
 
-def remove() -> None:
-    """Take our rules away, whoever set them, by whichever backend. Raises RulesError."""
-    if _nft_listing():
-        _run(["nft", "delete", "table", "inet", NAME])
-    for tool in _iptables_tools():
-        if not _iptables_listing(tool):
-            continue
-        command = [tool, "-w", _LOCK_WAIT, "-t", TABLE]
-        while _run([*command, "-D", "INPUT", "-p", "udp", "-j", NAME], check=False).returncode == 0:
-            pass
-        _run([*command, "-F", NAME])
-        _run([*command, "-X", NAME])
-        _remove_empty_table(tool)
+def remove(rules: Rules) -> None:
+    """Take rules away, by whichever backend they were set. Raises RulesError."""
+    _remove_nftables(rules)
+    _remove_iptables(rules)
 
 
-def present(queue: int | None = None) -> bool:
-    """Whether rules of ours are in place: any, or those to `queue`."""
-    listings = [_nft_listing(), *map(_iptables_listing, _iptables_tools())]
-    wanted = re.compile(r"queue\b" if queue is None else rf"queue\b.*\b{queue}\b", re.IGNORECASE)
-    return any(wanted.search(line) for listing in listings for line in listing.splitlines())
+def look(rules: Rules, placed: Placed) -> View:
+    """What is in place of rules that were set by `placed`; without lines if nothing is. Raises RulesError."""
+    if placed.backend == "nftables":
+        done = _run(["nft", "list", "table", "inet", rules.name], check=False)
+        return _nft_view(done.stdout if done.returncode == 0 else "")
+    lines: list[str] = []
+    counts: list[tuple[str, int]] = []
+    for family in _families(rules):
+        done = _run([f"{family}tables{placed.kind}-save", "-c", "-t", TABLE], check=False)
+        for line in done.stdout.splitlines() if done.returncode == 0 else ():
+            if any(re.search(rf"[ :]{re.escape(chain)}( |$)", line) for chain in rules.chains):
+                rule = _COUNTS.sub("", line)
+                lines.append(f"{family} {rule if rule[0] != ':' else rule.split()[0]}")
+                if counted := _COUNTS.match(line):
+                    counts.append((lines[-1], int(counted["packets"])))
+    return View(tuple(lines), tuple(counts))
 
 
-def nftables_rules(queue: int) -> str:
-    """What `nft -f -` reads, one transaction that also replaces an old table."""
-    values = "{ " + ", ".join(_VALUES) + " }"
-    # raw payload expressions count bits
-    plain = f"@th,{_EXCHANGE * 8},16 & {_MASK:#x} {values}"
-    marked = f"@th,{UDP_HEADER * 8},32 0 @th,{(_EXCHANGE + _MARKER_OCTETS) * 8},16 & {_MASK:#x} {values}"
-    return f"""\
-table inet {NAME}
-delete table inet {NAME}
-table inet {NAME} {{
-    chain input {{
-        type filter hook input priority filter + 10; policy accept;
-        udp dport {PORT_IKE} {plain} queue num {queue} bypass
-        udp dport {PORT_NAT_T} {marked} queue num {queue} bypass
-    }}
-}}
-"""
+def listing(rules: Rules) -> str:
+    """What is in place of `rules`, set by whichever backend, as its tool writes it; empty if nothing is."""
+    nft = _run(["nft", "list", "table", "inet", rules.name], check=False).stdout if _found("nft") else ""
+    return nft + "".join(_chain(tool, chain) for tool in _iptables_tools() for chain in rules.chains)
 
 
-def iptables_rules(queue: int, family: Family) -> str:
-    """What `iptables-restore --noflush` or `ip6tables-restore --noflush` reads.
-
-    u32 loads 32 bits that begin at the given octet, so exchange type and flags are the low half of octets 16 to 19 of
-    the IKE header. It cannot walk extension headers: IPv6 packets that have some are not matched.
-    """
-    if family == "ip":
-        before, base = "0>>22&0x3C@", 0  # @ moves the origin past the IPv4 header, whatever its length
-    else:
-        before, base = "", 40
-    values = ",".join(_VALUES)
-    match = "4&0xFF00=0x1100&&" if family == "ip6" else ""  # UDP follows the IPv6 header at once
-
-    def exchange(shift: int) -> str:
-        return f"{before}{base + _EXCHANGE - 2 + shift}&{_MASK:#x}={values}"
-
-    marker = f"{before}{base + UDP_HEADER}=0"
-    target = f"-j NFQUEUE --queue-num {queue} --queue-bypass"
-    return f"""\
-*{TABLE}
-:{NAME} - [0:0]
--A {NAME} -p udp --dport {PORT_IKE} -m u32 --u32 "{match}{exchange(0)}" {target}
--A {NAME} -p udp --dport {PORT_NAT_T} -m u32 --u32 "{match}{marker}&&{exchange(_MARKER_OCTETS)}" {target}
--A INPUT -p udp -j {NAME}
-COMMIT
-"""
+def _nft_view(text: str) -> View:
+    counts = []
+    for line in text.splitlines():
+        if (state := _NFT_STATE.search(line)) and state["packets"] is not None:
+            counts.append((_NFT_STATE.sub("", line).strip(), int(state["packets"])))
+    return View(tuple(_NFT_STATE.sub("", text).splitlines()), tuple(counts))
 
 
-NFTABLES_WHOLE = f"""\
-table inet {NAME} {{
-    chain whole {{
-        type filter hook prerouting priority raw; policy accept;
-        meta nfproto ipv6 udp sport 0 udp dport 0 tproxy ip6 to :{PORT_IKE}
-    }}
-}}
-"""
-"""what `nft -f -` reads to have IPv6 fragments put together: packets of ports that nothing has, to a socket that would
-have to be transparent"""
-IP6TABLES_WHOLE = ("-p", "udp", "--sport", "0", "--dport", "0", "-m", "socket")
-"""the same as a rule of ip6tables, without a target"""
+def families() -> Sequence[Family]:
+    """Those that this host has."""
+    return ("ip", "ip6") if _IPV6.exists() else ("ip",)
 
 
-def _first_that_works(queue: int, backend: Backend | Literal["auto"], prefix: Sequence[str]) -> Backend:
+def _families(rules: Rules) -> Sequence[Family]:
+    """Those of them that the rules are about."""
+    return [family for family in families() if rules.iptables(family, True)]
+
+
+def _first_that_works(rules: Rules, backend: Choice, prefix: Sequence[str]) -> Placed:
     """Apply the rules by the first backend that takes them, each command after `prefix`."""
     candidates: Sequence[Backend] = get_args(Backend) if backend == "auto" else (backend,)
     reasons = []
     for candidate in candidates:
-        attempts = _by_nftables(queue, prefix) if candidate == "nftables" else _by_iptables(queue, prefix)
-        for reason in attempts:
-            if reason is None:
-                return candidate
-            reasons.append(reason)
+        attempts = _by_nftables(rules, prefix) if candidate == "nftables" else _by_iptables(rules, prefix)
+        for outcome in attempts:
+            if isinstance(outcome, Placed):
+                return outcome
+            reasons.append(outcome)
     raise RulesError(
-        f"{'; '.join(reasons)}. Run as root; install nftables, or iptables where the kernel lacks nft_queue; "
-        "or set the rules yourself and say `intercept: {rules: external}`"
+        f"{'; '.join(dict.fromkeys(reasons))}. Run as root; install nftables, or iptables where the kernel lacks "
+        f"nft_queue; or set the rules yourself and say `{rules.external}`"
     )
 
 
-def _by_nftables(queue: int, prefix: Sequence[str]) -> Iterator[str | None]:
-    """None if it worked, else why not."""
+def _by_nftables(rules: Rules, prefix: Sequence[str]) -> Iterator[Placed | str]:
+    """How it was set, or why not."""
     if not _found("nft"):
         yield "nft is not installed"
         return
-    done = _run([*prefix, "nft", "-f", "-"], nftables_rules(queue), check=False)
-    if done.returncode == 0 and not prefix:
-        # apart from the others: a kernel without nft_tproxy does without
-        _run(["nft", "-f", "-"], NFTABLES_WHOLE, check=False)
-    yield None if done.returncode == 0 else f"nft: {_complaint(done)}"
+    done = _run([*prefix, "nft", "-f", "-"], rules.nftables, check=False)
+    if done.returncode == 0 and rules.nftables_optional and not prefix:
+        _run(["nft", "-f", "-"], rules.nftables_optional, check=False)
+    yield Placed("nftables") if done.returncode == 0 else f"nft: {_complaint(done)}"
 
 
-def _by_iptables(queue: int, prefix: Sequence[str]) -> Iterator[str | None]:
-    """For each kind of iptables: None if it worked, else why not."""
+def _by_iptables(rules: Rules, prefix: Sequence[str]) -> Iterator[Placed | str]:
+    """For each kind and form: how it was set, or why not."""
     if not _found("iptables"):
         yield "iptables is not installed"
-    families: Sequence[Family] = ("ip", "ip6") if _IPV6.exists() else ("ip",)
+    about = _families(rules)
+    forms = (True,) if rules.iptables("ip", True) == rules.iptables("ip", False) else (True, False)
     for kind in _KINDS:
-        tools = [(family, f"{family}tables{kind}-restore") for family in families]
+        tools = [(family, f"{family}tables{kind}-restore") for family in about]
         if not all(_found(tool) for _, tool in tools):
             continue
-        for family, tool in tools:
-            done = _run([*prefix, tool, "-w", _LOCK_WAIT, "--noflush"], iptables_rules(queue, family), check=False)
-            if done.returncode:
-                yield f"{tool}: {_complaint(done)}"
-                if not prefix:
-                    # the other family may have taken them
-                    remove()
-                break
-        else:
-            if "ip6" in families and not prefix:
-                # a kernel without xt_socket does without
-                _run([f"ip6tables{kind}", "-w", _LOCK_WAIT, "-t", TABLE, "-A", NAME, *IP6TABLES_WHOLE], check=False)
-            yield None
+        for full in forms:
+            for family, tool in tools:
+                text = _restore(
+                    rules, family, full, missing=rules.jumps if prefix else _missing_jumps(rules, family, kind)
+                )
+                done = _run([*prefix, tool, "-w", _LOCK_WAIT, "--noflush"], text, check=False)
+                if done.returncode:
+                    yield f"{tool}: {_complaint(done)}"
+                    if not prefix:
+                        # the other family may have taken them
+                        _remove_iptables(rules)
+                    break
+            else:
+                if rules.ip6tables_optional and "ip6" in about and not prefix:
+                    command = [f"ip6tables{kind}", "-w", _LOCK_WAIT, "-t", TABLE, "-A", rules.chains[0]]
+                    _run([*command, *rules.ip6tables_optional], check=False)
+                yield Placed("iptables", kind, full)
 
 
-def _nft_listing() -> str:
-    """Our table, empty if there is none."""
-    return _run(["nft", "list", "table", "inet", NAME], check=False).stdout if _found("nft") else ""
+def _restore(rules: Rules, family: Family, full: bool, missing: Sequence[Jump]) -> str:
+    """What `iptables-restore --noflush` reads, one transaction of its family. It replaces what is in our chains."""
+    chains = "".join(f":{chain} - [0:0]\n" for chain in rules.chains)
+    jumps = "".join(f"-A {jump.hook} {jump.match} -j {jump.chain}\n" for jump in missing)
+    return f"*{TABLE}\n{chains}{rules.iptables(family, full)}{jumps}COMMIT\n"
+
+
+def _missing_jumps(rules: Rules, family: Family, kind: str) -> list[Jump]:
+    command = [f"{family}tables{kind}", "-w", _LOCK_WAIT, "-t", TABLE, "-C"]
+    return [
+        jump
+        for jump in rules.jumps
+        if _run([*command, jump.hook, *jump.match.split(), "-j", jump.chain], check=False).returncode
+    ]
+
+
+def _remove_nftables(rules: Rules) -> None:
+    if _found("nft") and _run(["nft", "list", "table", "inet", rules.name], check=False).returncode == 0:
+        _run(["nft", "delete", "table", "inet", rules.name])
+
+
+def _remove_iptables(rules: Rules, *, keep: Placed | None = None) -> None:
+    """But for those that were set by `keep`."""
+    kept = _in_nf_tables(f"iptables{keep.kind}") if keep is not None and keep.backend == "iptables" else None
+    for tool in _iptables_tools():
+        if _in_nf_tables(tool) == kept or not any(_chain(tool, chain) for chain in rules.chains):
+            continue
+        command = [tool, "-w", _LOCK_WAIT, "-t", TABLE]
+        for jump in rules.jumps:
+            delete = [*command, "-D", jump.hook, *jump.match.split(), "-j", jump.chain]
+            while _run(delete, check=False).returncode == 0:
+                pass
+        for action in ("-F", "-X"):
+            for chain in rules.chains:
+                _run([*command, action, chain], check=False)
+        _remove_empty_table(tool)
 
 
 def _iptables_tools() -> list[str]:
@@ -211,23 +255,28 @@ def _iptables_tools() -> list[str]:
 
 def _would_create_table(tool: str) -> bool:
     """Legacy iptables register a table with the kernel by looking at it, and nothing unregisters it again."""
-    if "nf_tables" in _run([tool, "--version"], check=False).stdout:
+    if _in_nf_tables(tool):
         return False
     registered = Path(f"/proc/thread-self/net/{tool.partition('tables')[0]}_tables_names")
     return not registered.exists() or TABLE not in registered.read_text().split()
 
 
-def _iptables_listing(tool: str) -> str:
-    """Our chain, empty if there is none."""
-    done = _run([tool, "-w", _LOCK_WAIT, "-t", TABLE, "-S", NAME], check=False)
+def _in_nf_tables(tool: str) -> bool:
+    """Whether this iptables keeps its rules in nf_tables, not in tables of its own."""
+    return "nf_tables" in _run([tool, "--version"], check=False).stdout
+
+
+def _chain(tool: str, chain: str) -> str:
+    """A chain's rules, empty if there is none."""
+    done = _run([tool, "-w", _LOCK_WAIT, "-t", TABLE, "-S", chain], check=False)
     return done.stdout if done.returncode == 0 else ""
 
 
 def _remove_empty_table(tool: str) -> None:
     """iptables over nftables creates a table for its first rule and keeps it for ever: take it away with the last."""
-    listing = _run([tool, "-w", _LOCK_WAIT, "-t", TABLE, "-S"], check=False)
-    empty = all(re.fullmatch(r"-P \w+ ACCEPT", line) for line in listing.stdout.splitlines())
-    if listing.returncode == 0 and empty and _found("nft"):
+    saved = _run([tool, "-w", _LOCK_WAIT, "-t", TABLE, "-S"], check=False)
+    empty = all(re.fullmatch(r"-P \w+ ACCEPT", line) for line in saved.stdout.splitlines())
+    if saved.returncode == 0 and empty and _found("nft"):
         _run(["nft", "delete", "table", tool.partition("tables")[0], TABLE], check=False)
 
 

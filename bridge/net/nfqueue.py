@@ -128,19 +128,22 @@ class QueueStats:
 class Interceptor:
     """One NFQUEUE. `handler` is called on the event loop with every batch of requests, and decides on each, at once
     or later. At most `max_length` are undecided at a time: the kernel lets the rest pass. `busy` tells whether what
-    was held is being worked on."""
+    was held is being worked on; `stood_still`, asked before each look at the queue, that the event loop was not there
+    for so long that `let_go` was called."""
 
     def __init__(
         self,
         queue: int,
         handler: Callable[[list[Packet]], None],
         busy: Callable[[], bool] = lambda: False,
+        stood_still: Callable[[], bool] = lambda: False,
         *,
         max_length: int = 4096,
     ) -> None:
         self._number = queue
         self._handler = handler
         self._busy = busy
+        self._stood_still = stood_still
         self._max_length = max_length
         self._queue: NetfilterQueue | None = None
         self._some: _Some | None = None
@@ -185,16 +188,23 @@ class Interceptor:
         if self._queue is None or self._loop is None:
             return
         self._loop.remove_reader(self._queue.get_fd())
-        self._read(self._queue)
+        self.let_go()
         if self._some is not None:
             self._some.close()
             self._some = None
-        for packet in [*self._held, *self._batch]:
-            packet.accept()
-        self._batch = []
         self._queue.unbind()
         self._queue = None
         os.close(self._proc)
+
+    def let_go(self) -> None:
+        """Let all undecided requests go on to charon, those in the kernel's queue too: their senders may have sent them
+        again, past this queue, and charon answered."""
+        if self._queue is None:
+            return
+        self._read(self._queue)
+        for packet in [*self._held, *self._batch]:
+            packet.accept()
+        self._batch = []
 
     def stats(self) -> QueueStats:
         """Counters of this queue, the kernel's among them; those are 0 while it is not started."""
@@ -231,7 +241,7 @@ class Interceptor:
         self._unparsable += len(strangers)
 
     def _readable(self) -> None:
-        if self._queue is None:
+        if self._queue is None or self._stood_still():
             return
         self._read(self._queue, self._some)
         batch, self._batch = self._batch, []

@@ -1,0 +1,52 @@
+"""The rules that let only root speak as either end of the HA channel (bridge.net.owner_rules), set and watched.
+
+They stay when the sidecar ends: charon goes on to send, and systemd holds the sidecar's end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from bridge.charon.ha_message import PORT
+from bridge.config import HaConfig
+from bridge.net import owner_rules
+from bridge.net.firewall import RulesError
+from bridge.net.rules_watch import RulesWatch
+from bridge.service.metrics import Metrics
+from bridge.service.process import retry
+from bridge.service.tasks import end, spawn
+
+
+class HaRules:
+    """Of one channel; nothing is done where the operator sets such rules himself."""
+
+    def __init__(self, config: HaConfig) -> None:
+        ends = (config.charon, config.listen)
+        self._watch: RulesWatch | None = None
+        self._task: asyncio.Task[None] | None = None
+        if config.rules != "external":
+            self._watch = RulesWatch("ha", owner_rules.rules(ends, PORT), config.rules, owner_rules.dropped)
+
+    async def place(self) -> None:
+        """Set them as soon as that works."""
+        if self._watch is not None:
+            await retry("ha-rules", self._watch.place, RulesError)
+            self._task = spawn("ha-rules", self._watch.run())
+
+    async def close(self) -> None:
+        """Watch them no longer."""
+        if self._task is not None:
+            await end(self._task)
+
+    def gauges(self, metrics: Metrics) -> None:
+        """What is told of them."""
+        watch = self._watch
+        if watch is None:
+            return
+        metrics.gauge(
+            "ha_rules_in_place",
+            "1 while the rules that let only root send as charon or as the sidecar are in place",
+            lambda: float(watch.in_place),
+        )
+        metrics.total("ha_rules_restored", "how often they had to be put back", lambda: watch.restored)
+        metrics.total("ha_foreign_datagrams", "datagrams of other users that they dropped", lambda: watch.counted)

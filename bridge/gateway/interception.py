@@ -1,0 +1,89 @@
+"""Requests on their way to charon: the queue, the rules that fill it, and the guard that empties it when the event
+loop stands still."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from bridge.config import InterceptConfig
+from bridge.net import queue_rules
+from bridge.net.firewall import RulesError
+from bridge.net.liveness import Liveness
+from bridge.net.nfqueue import Interceptor, InterceptUnavailable, Packet
+from bridge.net.rules_watch import RulesWatch
+from bridge.service.metrics import Metrics
+from bridge.service.process import retry
+from bridge.service.tasks import end, spawn
+
+
+class Interception:
+    """Gives intercepted batches to `handler` while it is started; `busy` tells whether what was held is being worked
+    on."""
+
+    def __init__(
+        self,
+        config: InterceptConfig,
+        handler: Callable[[list[Packet]], None],
+        busy: Callable[[], bool],
+    ) -> None:
+        self._interceptor = Interceptor(config.queue, handler, busy, lambda: self._liveness.check())
+        self._liveness = Liveness(self._interceptor.let_go, self._unnoticed)
+        self._watch: RulesWatch | None = None
+        if config.rules != "external":
+            rules = queue_rules.rules(config.queue, config.match)
+            self._watch = RulesWatch("queue", rules, config.rules, queue_rules.matched)
+        self._bypassed = 0
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take the queue over and set its rules, as soon as that works."""
+        loop = asyncio.get_running_loop()
+        await retry("nfqueue", lambda: self._interceptor.start(loop), InterceptUnavailable)
+        if self._watch is not None:
+            await retry("rules", self._watch.place, RulesError)
+            self._liveness.start(loop, self._watch.placed)
+            self._watching = spawn("queue-rules", self._watch.run(self._count_bypassed))
+
+    async def close(self) -> None:
+        """Let charon have all requests."""
+        if self._watching is not None:
+            await end(self._watching)
+        self._liveness.stop()
+        if self._watch is not None:
+            self._watch.remove()
+        self._interceptor.stop()
+
+    def _unnoticed(self) -> None:
+        if self._watch is not None:
+            self._watch.look_now()
+
+    def _count_bypassed(self) -> None:
+        """What the rules counted and the sidecar neither got nor will get. The rules were read first, so what came
+        since counts for the sidecar: it is never too much."""
+        assert self._watch is not None
+        stats = self._interceptor.stats()
+        missed = self._watch.counted - stats.seen - stats.waiting - stats.drops
+        self._bypassed = max(self._bypassed, missed)
+
+    def gauges(self, metrics: Metrics) -> None:
+        """What is told of them."""
+        queue, total = self._interceptor, metrics.total
+        total("nfqueue_drops", "requests the kernel dropped from the queue", lambda: queue.stats().drops)
+        total("nfqueue_packets", "packets read from the queue", lambda: queue.stats().seen)
+        metrics.gauge("nfqueue_waiting", "packets in the kernel's queue", lambda: queue.stats().waiting)
+        total("event_loop_stalls", "how often the event loop stood still for a second", lambda: self._liveness.stalls)
+        watch = self._watch
+        if watch is None:
+            return
+        total(
+            "nfqueue_bypassed",
+            "requests to resume that passed the sidecar: the queue was full, or the event loop stood still",
+            lambda: self._bypassed,
+        )
+        metrics.gauge(
+            "queue_rules_in_place",
+            "1 while the rules that show requests to the sidecar are in place",
+            lambda: float(watch.in_place),
+        )
+        total("queue_rules_restored", "how often they had to be put back", lambda: watch.restored)

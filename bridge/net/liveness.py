@@ -1,0 +1,124 @@
+"""Shows the kernel that the event loop runs, so that the queue's rules hold packets for it; sees that it stood still.
+
+The rules (bridge.net.queue_rules) queue a packet only if they were told within STALL_SECONDS. A process that hangs, is
+stopped or is frozen tells nothing, whatever the cause, and from then on its packets go to charon without it. nftables
+is told by a datagram, which an output rule notes and drops; iptables by the list of xt_recent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import structlog
+
+from bridge.net.firewall import Family, Placed, families
+from bridge.net.queue_rules import ALIVE, BEAT_PORT, STALL_SECONDS
+
+log = structlog.get_logger()
+
+BEAT_SECONDS = 0.25
+_RECENT = Path("/proc/thread-self/net/xt_recent")
+_ANY: dict[Family, bytes] = {"ip": b"+0.0.0.0\n", "ip6": b"+::\n"}
+"""what is written into the lists: the addresses of all packets are masked to this"""
+
+
+class Liveness:
+    """Beats once `start`ed. `stalled` is called on the event loop after it stood still, before anything else is read;
+    `unnoticed` when a beat met no rule."""
+
+    def __init__(
+        self,
+        stalled: Callable[[], None],
+        unnoticed: Callable[[], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stalls = 0
+        """how often the event loop stood still for STALL_SECONDS"""
+        self._stalled = stalled
+        self._unnoticed = unnoticed
+        self._clock = clock
+        self._tell: Callable[[], bool] = lambda: True
+        self._told = float("inf")
+        self._socket: socket.socket | None = None
+        self._families: Sequence[Family] = ()
+        self._recent: dict[Family, int] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop, placed: Placed) -> None:
+        """Begin, in the network namespace of the caller, for rules that were set by `placed`."""
+        if placed.backend == "nftables":
+            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            self._tell = self._tell_nftables
+        elif placed.full:
+            self._families = families()
+            self._tell = self._tell_iptables
+        self._loop = loop
+        self._beat()
+
+    def stop(self) -> None:
+        """End; the rules let packets pass from STALL_SECONDS on."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        self._forget_recent()
+
+    def check(self) -> bool:
+        """Whether the event loop stood still for so long that packets passed it. What it missed is then settled."""
+        stood = self._clock() - self._told
+        if stood < STALL_SECONDS:
+            return False
+        self.stalls += 1
+        log.warning("event-loop-stood-still", seconds=round(stood, 2))
+        self._stalled()
+        self._told = self._clock()
+        return True
+
+    def _beat(self) -> None:
+        assert self._loop is not None
+        self._timer = self._loop.call_later(BEAT_SECONDS, self._beat)
+        self.check()
+        noticed = self._tell()
+        self._told = self._clock()
+        if not noticed:
+            self._unnoticed()
+
+    def _tell_nftables(self) -> bool:
+        assert self._socket is not None
+        try:
+            self._socket.sendto(b"", ("127.0.0.1", BEAT_PORT))
+        except PermissionError:
+            # the rule dropped it, once it had noted it
+            return True
+        except OSError:
+            pass
+        return False
+
+    def _tell_iptables(self) -> bool:
+        try:
+            for family in self._families:
+                if family not in self._recent:
+                    self._recent[family] = os.open(_RECENT / ALIVE[family], os.O_WRONLY | os.O_CLOEXEC)
+                # the file takes a write at its beginning only, and knows no pwrite
+                os.lseek(self._recent[family], 0, os.SEEK_SET)
+                os.write(self._recent[family], _ANY[family])
+        except OSError:
+            # a list goes with the last rule that names it
+            self._forget_recent()
+            return False
+        return True
+
+    def _forget_recent(self) -> None:
+        for descriptor in self._recent.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._recent.clear()

@@ -1,0 +1,174 @@
+"""The input rules that show the sidecar requests to resume, and let everything else pass.
+
+`first`: a request matches when IKE_SA_SYNC is its first payload, or follows a COOKIE notification that is (IKE header's
+Next Payload 200, or 41 and then 200). Requests for a full handshake never enter the queue. `anywhere`: every
+IKE_SA_INIT request does, since a packet filter cannot walk the payloads. Both: GET Stub and Moving, which begin with
+Ni. It goes to port 500, or to 4500 with the non-ESP marker, and its response flag is clear.
+
+What matches is counted, then queued if the sidecar has shown within STALL_SECONDS that its event loop runs
+(bridge.net.liveness): the kernel itself forgets a sidecar that stands still, whatever stopped it. The queue is bypassed
+while no process reads it. The rules come after the operator's filter rules, so the firewall decides first: in a table
+of our own at a later priority, or, with iptables, in its table `security`.
+
+IPv4 puts fragments together before its input rules, IPv6 after them, so that a fragmented request would never be whole
+there. One more rule, which matches nothing, has the kernel do it first, as connection tracking does, but without
+that: only the match for sockets and TPROXY ask for it. Where the kernel has neither, such requests go to charon.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from bridge.ike.message import ExchangeType, NotifyType, PayloadType
+from bridge.net.firewall import Family, Jump, Rules, View, listing
+from bridge.net.packet import EXCHANGE_OFFSET, FLAG_RESPONSE, IKE_HEADER, PORT_IKE, PORT_NAT_T, UDP_HEADER
+
+Match = Literal["first", "anywhere"]
+
+NAME = "ike-sa-sync"
+"""of our nftables table, and of our iptables chain"""
+QUEUE_CHAIN = "ike-sa-sync-queue"
+ALIVE: dict[Family, str] = {"ip": "ike-sa-sync", "ip6": "ike-sa-sync-6"}
+"""the lists of xt_recent, with iptables: a list has one mask, that of the first rule that names it"""
+STALL_SECONDS = 1
+"""an event loop that stood still for so long gets no packets"""
+BEAT_PORT = 9
+"""of 127.0.0.1: a datagram of root's to it tells nftables that the event loop runs; it goes nowhere"""
+
+# Next Payload, version, exchange type and flags are neighbours: one 32-bit comparison. Of the flags the response flag
+# alone is looked at.
+_WORD = UDP_HEADER + EXCHANGE_OFFSET - 2
+_EXCHANGE_MASK, _MASK = 0x0000FF00 | FLAG_RESPONSE, 0xFF00FF00 | FLAG_RESPONSE
+_FIRST_PAYLOAD = UDP_HEADER + IKE_HEADER
+_NOTIFY_TYPE = 6
+"""offset in a Notify payload (RFC 7296 section 3.10)"""
+_MARKER_OCTETS = 4
+
+
+def _word(payload: int, exchange: int) -> str:
+    return f"{payload << 24 | exchange << 8:#010x}"
+
+
+_STUB = _word(PayloadType.NONCE, ExchangeType.STUB)
+_SYNC_FIRST = (_word(PayloadType.SYNC, ExchangeType.IKE_SA_INIT), _STUB)
+_COOKIE_FIRST = _word(PayloadType.NOTIFY, ExchangeType.IKE_SA_INIT)
+_ANYWHERE = (_word(0, ExchangeType.IKE_SA_INIT), _word(0, ExchangeType.STUB))
+
+
+def rules(queue: int, match: Match = "first") -> Rules:
+    """Those that send requests to `queue`."""
+    return Rules(
+        name=NAME,
+        chains=(NAME, QUEUE_CHAIN),
+        nftables=nftables_text(queue, match),
+        iptables=lambda family, full: iptables_text(queue, match, family, full),
+        jumps=(Jump("INPUT", "-p udp", NAME),),
+        nftables_optional=NFTABLES_WHOLE,
+        ip6tables_optional=IP6TABLES_WHOLE,
+    )
+
+
+def present(queue: int | None = None) -> bool:
+    """Whether rules of ours are in place: any, or those to `queue`."""
+    wanted = re.compile(r"queue\b" if queue is None else rf"queue\b.*\b{queue}\b", re.IGNORECASE)
+    return any(wanted.search(line) for line in listing(rules(0)).splitlines())
+
+
+def matched(view: View) -> int:
+    """The packets that were for the queue, whether it took them or not."""
+    return sum(count for rule, count in view.counts if "@alive" in rule or f"-g {QUEUE_CHAIN}" in rule)
+
+
+def nftables_text(queue: int, match: Match) -> str:
+    """What `nft -f -` reads, one transaction that also replaces an old table."""
+
+    # raw payload expressions count bits
+    def at(octet: int, octets: int) -> str:
+        return f"@th,{octet * 8},{octets * 8}"
+
+    lines = []
+    for port, shift in ((PORT_IKE, 0), (PORT_NAT_T, _MARKER_OCTETS)):
+        before = f"udp dport {port}" + (f" {at(UDP_HEADER, _MARKER_OCTETS)} 0" if shift else "")
+        head, payload = at(_WORD + shift, 4), _FIRST_PAYLOAD + shift
+        if match == "anywhere":
+            lines.append(f"{before} {head} & {_EXCHANGE_MASK:#x} {{ {', '.join(_ANYWHERE)} }} goto held")
+            continue
+        lines.append(f"{before} {head} & {_MASK:#x} {{ {', '.join(_SYNC_FIRST)} }} goto held")
+        lines.append(
+            f"{before} {head} & {_MASK:#x} {_COOKIE_FIRST} {at(payload, 1)} {int(PayloadType.SYNC)} "
+            f"{at(payload + _NOTIFY_TYPE, 2)} {int(NotifyType.COOKIE)} goto held"
+        )
+    matches = "\n        ".join(lines)
+    return f"""\
+table inet {NAME}
+delete table inet {NAME}
+table inet {NAME} {{
+    set alive {{
+        type inet_proto; size 128; flags dynamic,timeout; timeout {STALL_SECONDS}s;
+    }}
+    chain beat {{
+        type filter hook output priority raw; policy accept;
+        ip daddr 127.0.0.1 udp dport {BEAT_PORT} meta skuid 0 update @alive {{ meta l4proto }} drop
+    }}
+    chain held {{
+        counter meta l4proto @alive queue num {queue} bypass
+    }}
+    chain input {{
+        type filter hook input priority filter + 10; policy accept;
+        {matches}
+    }}
+}}
+"""
+
+
+def iptables_text(queue: int, match: Match, family: Family, full: bool) -> str:
+    """The rules of our two chains. Not `full`: for a kernel without xt_recent, which cannot forget a sidecar.
+
+    u32 loads 32 bits that begin at the given octet. It cannot walk extension headers: IPv6 packets that have some are
+    not matched.
+    """
+    if family == "ip":
+        before, base = "0>>22&0x3C@", 0  # @ moves the origin past the IPv4 header, whatever its length
+    else:
+        before, base = "", 40
+    udp_follows = "4&0xFF00=0x1100&&" if family == "ip6" else ""  # the IPv6 header at once
+
+    def at(octet: int) -> str:
+        return f"{before}{base + octet}"
+
+    lines = []
+    for port, shift in ((PORT_IKE, 0), (PORT_NAT_T, _MARKER_OCTETS)):
+        marker = f"{at(UDP_HEADER)}=0&&" if shift else ""
+        head, payload = at(_WORD + shift), _FIRST_PAYLOAD + shift
+        if match == "anywhere":
+            tests = [f"{head}&{_EXCHANGE_MASK:#x}={','.join(_ANYWHERE)}"]
+        else:
+            tests = [
+                f"{head}&{_MASK:#x}={','.join(_SYNC_FIRST)}",
+                f"{head}&{_MASK:#x}={_COOKIE_FIRST}&&{at(payload)}&0xFF000000={PayloadType.SYNC << 24:#x}"
+                f"&&{at(payload + _NOTIFY_TYPE - 2)}&0xFFFF={NotifyType.COOKIE:#x}",
+            ]
+        lines += [
+            f'-A {NAME} -p udp --dport {port} -m u32 --u32 "{udp_follows}{marker}{test}" -g {QUEUE_CHAIN}'
+            for test in tests
+        ]
+    # the list holds one address, that of any packet under the mask
+    mask = "0.0.0.0" if family == "ip" else "::"  # noqa: S104 - no address is bound
+    recent = f"-m recent --name {ALIVE[family]} --rcheck --seconds {STALL_SECONDS} --mask {mask} --rsource "
+    lines.append(f"-A {QUEUE_CHAIN} {recent if full else ''}-j NFQUEUE --queue-num {queue} --queue-bypass")
+    return "\n".join(lines) + "\n"
+
+
+NFTABLES_WHOLE = f"""\
+table inet {NAME} {{
+    chain whole {{
+        type filter hook prerouting priority raw; policy accept;
+        meta nfproto ipv6 udp sport 0 udp dport 0 tproxy ip6 to :{PORT_IKE}
+    }}
+}}
+"""
+"""what `nft -f -` reads to have IPv6 fragments put together: packets of ports that nothing has, to a socket that would
+have to be transparent"""
+IP6TABLES_WHOLE = ("-p", "udp", "--sport", "0", "--dport", "0", "-m", "socket")
+"""the same as a rule of ip6tables, without a target"""

@@ -1,0 +1,97 @@
+"""Sets rules, looks every few seconds whether they are still there as they were set, and puts them back.
+
+`nft flush ruleset`, with which Debian's nftables.conf begins, and any reload of a firewall take them away in silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from bridge.net import firewall
+from bridge.net.firewall import Choice, Placed, Rules, RulesError, View
+
+log = structlog.get_logger()
+
+LOOK_SECONDS = 5.0
+
+
+class RulesWatch:
+    """Of one set of rules. `about`: what they are for, for the log; `counts`: the packets that matter, out of a
+    view's counters."""
+
+    def __init__(self, about: str, rules: Rules, backend: Choice, counts: Callable[[View], int]) -> None:
+        self.in_place = False
+        self.restored = 0
+        """how often they had to be put back"""
+        self._about = about
+        self._rules = rules
+        self._backend = backend
+        self._counts = counts
+        self._placed: Placed | None = None
+        self._expected: tuple[str, ...] = ()
+        self._counted_before = self._counted = 0
+        self._now = asyncio.Event()
+        self._told = ""
+
+    @property
+    def counted(self) -> int:
+        """Packets that the rules counted since they were first set, as of the last look."""
+        return self._counted_before + self._counted
+
+    @property
+    def placed(self) -> Placed:
+        """By what they were set, once they were."""
+        assert self._placed is not None
+        return self._placed
+
+    def place(self) -> None:
+        """Set them, in the network namespace of the caller. Blocks. Raises RulesError."""
+        placed = firewall.install(self._rules, backend=self._backend)
+        self._expected = firewall.look(self._rules, placed).lines
+        self._counted_before, self._counted = self.counted, 0
+        if not placed.full:
+            log.warning("rules-without-guard", rules=self._about, missing="xt_recent")
+        self._placed, self.in_place = placed, True
+
+    def remove(self) -> None:
+        """Take them away. Blocks. Raises RulesError."""
+        firewall.remove(self._rules)
+        self.in_place = False
+
+    def look_now(self) -> None:
+        """Something suggests that they are gone."""
+        self._now.set()
+
+    async def run(self, looked: Callable[[], None] = lambda: None) -> None:
+        """Look, and put back, until cancelled; `looked` is called after each look."""
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._now.wait()
+            except TimeoutError:
+                pass
+            self._now.clear()
+            try:
+                await self._look()
+                self._told = ""
+            except RulesError as error:
+                self.in_place = False
+                if str(error) != self._told:
+                    log.error("rules-not-restored", rules=self._about, reason=str(error))
+                self._told = str(error)
+            looked()
+
+    async def _look(self) -> None:
+        view = await asyncio.to_thread(firewall.look, self._rules, self.placed)
+        if view.lines == self._expected:
+            self.in_place = True
+            self._counted = max(self._counted, self._counts(view))
+            return
+        self.in_place = False
+        log.warning("rules-lost", rules=self._about, how="altered" if view.lines else "removed")
+        await asyncio.to_thread(self.place)
+        self.restored += 1
+        log.info("rules-restored", rules=self._about)

@@ -1,0 +1,54 @@
+"""What a client is told whose request is refused (bridge.gateway.refusal)."""
+
+from __future__ import annotations
+
+from bank_support import stub_of
+from bridge.gateway.refusal import Refusal, told
+from bridge.ike.message import NotifyType
+from bridge.ike.sync_exchange import (
+    OrdinaryResponse,
+    SyncRefusal,
+    build_request,
+    parse_request,
+    parse_response,
+    verify_refusal,
+)
+
+STUB = stub_of()
+
+
+def asked(sk_d: bytes = STUB.sk_d) -> bytes:
+    return build_request(
+        spi_i=b"I" * 8,
+        suite=STUB.suite,
+        ke_value=bytes(32),
+        nonce=b"n" * 32,
+        sync_index=(STUB.index.gateway, STUB.index.spi),
+        prf=STUB.suite.prf,
+        sk_d_old=sk_d,
+        refusable=True,
+    )
+
+
+def test_a_refusal_is_proven_to_a_sender_that_proved_itself_alone() -> None:
+    octets = asked()
+    request = parse_request(octets)
+    assert request is not None
+    answer = parse_response(told(request, Refusal.CONNECTION_MISSING, STUB), octets)
+    assert isinstance(answer, SyncRefusal)
+    assert answer.reason == "connection-missing"
+    assert verify_refusal(answer, octets, STUB.suite.prf, STUB.sk_d)
+
+    octets = asked(bytes(32))
+    request = parse_request(octets)
+    assert request is not None
+    answer = parse_response(told(request, Refusal.PROOF_WRONG, STUB), octets)
+    assert answer == OrdinaryResponse(NotifyType.RESUMPTION_REFUSED)
+
+
+def test_without_a_stub_a_refusal_is_plain() -> None:
+    octets = asked()
+    request = parse_request(octets)
+    assert request is not None
+    answer = parse_response(told(request, Refusal.NO_STUB, None), octets)
+    assert answer == OrdinaryResponse(NotifyType.RESUMPTION_REFUSED)
