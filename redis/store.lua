@@ -5,9 +5,9 @@
 -- slow at many); then the sealed stubs.
 -- Returns for each stub 1; 0 where the bank holds a newer revision by its readable field, which the caller compares
 -- with the sealed part, since anyone with write access to the bank can change it; 2 where the session has ended.
-local fields = {'id_i', 'id_r', 'spi_i', 'spi_r', 'proposal', 'connection', 'vips', 'established', 'expires',
+local fields = {'id_i', 'id_r', 'eap_id', 'spi_i', 'spi_r', 'proposal', 'connection', 'vips', 'established', 'expires',
                 'revision'}
-local EXPIRES, REVISION = 9, 10
+local EXPIRES, REVISION = 10, 11
 local IN_ONE_COMMAND = 2000 -- members and scores: Lua's stack bounds a command's arguments
 local LONGEST = 400 * 86400 -- seconds that a bucket lives at most without another stub
 

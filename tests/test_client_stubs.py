@@ -19,6 +19,7 @@ from bridge.charon.sa_tracker import SaTracker
 from bridge.gateway.client_stubs import ANSWER_SECONDS, ANSWERS_A_SECOND, HELD_SECONDS, ClientStubs, Policy
 from bridge.gateway.endings import Endings
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.revocation import Revocations
 from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.ike.stub_exchange import StubSa, build_get, parse_stub_message, verify
 from bridge.ike.sync_exchange import SyncRequest, build_request, parse_request
@@ -255,6 +256,7 @@ def lookup(
         bank,
         handout(policy),
         Endings() if endings is None else endings,
+        Revocations(bank, RING),
         metrics or GatewayMetrics(),
         reachable=lambda: reachable,
         timeout=2.0,

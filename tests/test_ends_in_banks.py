@@ -26,6 +26,7 @@ from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
+from bridge.gateway.revocation import LockOut, Revocations
 from bridge.stub.stub import Stub
 
 pytestmark = pytest.mark.redis
@@ -65,7 +66,10 @@ class Gateway:
         self.endings = Endings()
         charon = cast(Charon, self.charon)
         living = LivingSas(self.charon.tracker)
-        self.publisher = Publisher(self.writer, self.bank, GATEWAY, SyncConfig(), self.endings, living)
+        self.revocations = revocations = Revocations(self.bank, RING)
+        self.publisher = Publisher(self.writer, self.bank, GATEWAY, SyncConfig(), self.endings, living, revocations)
+        lock_out = LockOut(revocations, self.bank, charon, self.endings, self.writer, GATEWAY)
+        self.publisher.locked_out = lock_out.soon
         config = GatewayConfig(address=GATEWAY, bank=BankConfig(url=server.url))
         rotation = KeyRotation(self.bank, RING, "/nonexistent", GATEWAY)
         self.reconciler = BankReconciler(
@@ -78,6 +82,7 @@ class Gateway:
             self.publisher,
             self.endings,
             living,
+            lock_out,
             GatewayMetrics(),
         )
 

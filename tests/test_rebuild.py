@@ -7,7 +7,8 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from bank_support import stub_of
+from bank_support import keyring, stub_of
+from bridge.bank.interface import StubBank
 from bridge.charon.charon import Charon
 from bridge.config import SyncConfig
 from bridge.gateway.addresses import AddressHolders
@@ -17,6 +18,7 @@ from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
 from bridge.gateway.rebuild import Decision
 from bridge.gateway.refusal import Refusal
+from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.sync_exchange import build_request, parse_request
 from bridge.ike.transforms import PRF_OUTPUT, Prf
@@ -46,6 +48,7 @@ def decided(prf: Prf, nonce: bytes, *, proven: bool = True) -> Any:
         cast(Charon, CharonWithoutConnections()),
         Endings(),
         cast(LivingSas, None),
+        Revocations(cast(StubBank, None), keyring()),
         cast(ClientStubs, None),
         cast(Unconfirmed, None),
         cast(Admission, None),

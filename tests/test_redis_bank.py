@@ -116,6 +116,7 @@ async def test_both_spis_of_a_stub_can_be_read_without_a_key(bank: RedisBank) ->
         "spi": stub.spi_r.hex(),
         "id_i": "client@example",
         "id_r": "gw1.example",
+        "eap_id": "",
         "spi_i": stub.spi_i.hex(),
         "spi_r": stub.spi_r.hex(),
         "proposal": "aes128-sha256-x25519",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from msgspec import Struct
@@ -132,6 +132,18 @@ class StubBank(Protocol):
 
     async def posted(self, kind: str, gateway: str) -> bytes | None:
         """What `post` left there, if it is still there. Anyone who can write to the bank can forge it."""
+        ...
+
+    async def revocation_stamp(self) -> bytes:
+        """Changes whenever the marks of `revocations` do."""
+        ...
+
+    async def revocations(self) -> Sequence[Sequence[bytes]]:
+        """The sealed marks of locked-out identities (bridge.stub.revocation), of each bank that answers."""
+        ...
+
+    async def put_revocations(self, marks: Mapping[bytes, int], stale: Collection[bytes]) -> None:
+        """Add sealed marks, each with its expiry (Unix seconds), and take `stale` ones away, in all banks."""
         ...
 
     async def ping(self) -> float:

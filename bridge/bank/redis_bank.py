@@ -8,9 +8,10 @@ no call fails but for the stubs that were spoilt.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -31,6 +32,8 @@ GET_TIMEOUT: Final = 1.0
 TIMEOUT: Final = 2.0
 """seconds that anything else may take"""
 HEX_KEY: Final = re.compile("[0-9a-f]{8}")
+MARKS_MAX: Final = 10_000
+"""marks of locked-out identities that are read"""
 FORGET_GATEWAY: Final = 7 * 86_400
 """seconds after which a gateway without a heartbeat is no longer named"""
 GATEWAYS_MAX: Final = 1_000
@@ -283,6 +286,26 @@ class RedisBank:
         """See StubBank."""
         [value] = await self._buckets.read([("GET", bank_keys.posted_key(kind, gateway))], [STRING])
         return None if value is None else bytes(value)
+
+    async def revocation_stamp(self) -> bytes:
+        """See StubBank."""
+        with self._redis.reaching():
+            async with asyncio.timeout(self._get_timeout):
+                [stamp] = await self._buckets.read([("GET", bank_keys.REVOKED_STAMP)], [STRING])
+        return bytes(stamp or b"")
+
+    async def revocations(self) -> Sequence[Sequence[bytes]]:
+        """See StubBank."""
+        [marks] = await self._buckets.read([("ZRANGE", bank_keys.REVOKED, 0, MARKS_MAX - 1)], [ZSET])
+        return [marks or []]
+
+    async def put_revocations(self, marks: Mapping[bytes, int], stale: Collection[bytes]) -> None:
+        """See StubBank."""
+        commands: list[tuple[Any, ...]] = [("ZREMRANGEBYSCORE", bank_keys.REVOKED, "-inf", int(self._wall()))]
+        commands += [("ZADD", bank_keys.REVOKED, expires, sealed) for sealed, expires in marks.items()]
+        commands += [("ZREM", bank_keys.REVOKED, sealed) for sealed in stale]
+        # last: who sees the new stamp sees the new marks
+        await self._redis.pipeline([*commands, ("SET", bank_keys.REVOKED_STAMP, os.urandom(8).hex())], writing=True)
 
     async def ping(self) -> float:
         """See StubBank."""

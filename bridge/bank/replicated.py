@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
@@ -294,6 +294,33 @@ class ReplicatedBank:
         """See StubBank: what any bank has."""
         answers = await self._ask(lambda bank: bank.posted(kind, gateway))
         return next((value for value in answers.values() if value is not None), None)
+
+    async def revocation_stamp(self) -> bytes:
+        """See StubBank: of the banks at hand; what only a peer's has comes with `revocations`. A bank that answers
+        again is a change."""
+        first = [tier for tier in (self.near, self._central) if tier is not None and tier.up]
+        asked, timeout = (first, None) if first else (self._far, self._peer_timeout)
+        stamps = await _each(asked, lambda tier: tier.answer(tier.bank.revocation_stamp(), timeout))
+        if not stamps:
+            raise BankUnavailable("none of the banks answers")
+        return b" ".join([b"%s=%s" % (tier.name.encode(), stamp) for tier, stamp in stamps.items()])
+
+    async def revocations(self) -> Sequence[Sequence[bytes]]:
+        """See StubBank."""
+        answers = await self._ask(lambda bank: bank.revocations())
+        return [marks for answer in answers.values() for marks in answer]
+
+    async def put_revocations(self, marks: Mapping[bytes, int], stale: Collection[bytes]) -> None:
+        """See StubBank. Gateways bring them to a bank that was away. Without `start`, for which nobody would, it raises
+        BankUnavailable where one did not answer."""
+        serving = self._task is not None
+        up = [tier for tier in self._all if tier.up or not serving] or self._all
+        outcomes = await _each(up, lambda tier: tier.answer(tier.bank.put_revocations(marks, stale)))
+        if not outcomes:
+            raise BankUnavailable("none of the banks took it")
+        if not serving and len(outcomes) < len(self._all):
+            names = ", ".join(tier.name for tier in self._all if tier not in outcomes)
+            raise BankUnavailable(f"not taken by the bank of {names}, which does not answer: repeat it later")
 
     async def ping(self) -> float:
         """See StubBank: of the fastest."""

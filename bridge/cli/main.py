@@ -16,6 +16,9 @@ LAZY = {
     "bench": ("bridge.bench.cli", "Measure what resumption costs on this machine."),
     "drain": ("bridge.cli.drain", "Move clients of this gateway to another one, while it lives."),
     "stubs": ("bridge.cli.stubs", "Look at the stubs in the bank, delete or download them."),
+    "revoke": ("bridge.cli.revoke", "Lock an identity out, at all gateways and whatever its client does."),
+    "revoked": ("bridge.cli.revoke", "List the identities that are locked out."),
+    "unrevoke": ("bridge.cli.revoke", "Let an identity in again that was locked out."),
     "monitor": ("bridge.cli.monitor", "Watch the bank: gateways, stubs, resumptions, fallbacks."),
 }
 """commands in modules that take long to import, which `resume` in an outage shall not wait for"""

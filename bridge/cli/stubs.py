@@ -6,6 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import click
@@ -20,6 +21,7 @@ from bridge.service import control
 from bridge.service import log as logging
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.readable import Readable
+from bridge.stub.revocation import canonical
 from bridge.stub.stub import Index, Stub
 
 Result = TypeVar("Result")
@@ -34,15 +36,17 @@ def stubs() -> None:
     """Look at the stubs in the bank, delete or download them."""
 
 
-def _with_bank(path: str | None, work: Callable[[StubBank], Coroutine[Any, Any, Result]]) -> Result:
+def with_bank(path: str | None, work: Callable[[StubBank, Keyring], Coroutine[Any, Any, Result]]) -> Result:
+    """What `work` gives with the bank of a gateway's configuration and its keys; or one line, and exit 1."""
     config = options.read_config(path, GatewayConfig)
     # on stderr: what is printed may be JSON
     logging.configure("warning")
 
     async def main() -> Result:
-        bank = await open_bank(config.bank, Keyring.load(config.bank.key_file))
+        keyring = Keyring.load(config.bank.key_file)
+        bank = await open_bank(config.bank, keyring)
         try:
-            return await work(bank)
+            return await work(bank, keyring)
         finally:
             await bank.close()
 
@@ -58,27 +62,31 @@ def _with_bank(path: str | None, work: Callable[[StubBank], Coroutine[Any, Any, 
 @stubs.command("list")
 @options.gateway_config_option
 @click.option("--gateway", metavar="ADDRESS", callback=options.an_address, help="Only this gateway's stubs.")
+@click.option("--identity", metavar="PATTERN", help="Only stubs with an IKE or EAP identity like this: *@example.org.")
 @options.json_option
-def list_(path: str | None, gateway: str | None, as_json: bool) -> None:
+def list_(path: str | None, gateway: str | None, identity: str | None, as_json: bool) -> None:
     """List the stubs, by their readable fields.
 
     Anyone who can write to the bank can forge these; nothing but this list believes them.
     """
 
-    async def work(bank: StubBank) -> list[Readable]:
-        return [row async for rows in bank.list(gateway) for row in rows]
+    async def work(bank: StubBank, _: Keyring) -> list[Readable]:
+        return [row async for rows in bank.list(gateway) for row in rows if identity is None or _like(row, identity)]
 
-    rows = _with_bank(path, work)
+    rows = with_bank(path, work)
     if as_json:
         output.print_json([row.as_dict() for row in rows])
         return
-    table = output.table("gateway", "SPI", "initiator", "responder", "connection", "virtual IPs", "expires in")
+    table = output.table(
+        "gateway", "SPI", "initiator", "responder", "EAP identity", "connection", "virtual IPs", "expires in"
+    )
     for row in rows:
         table.add_row(
             row.index.gateway,
             row.index.spi.hex(),
             row.id_i,
             row.id_r,
+            row.eap_id,
             row.connection,
             " ".join(row.vips),
             output.duration(row.expires - time.time()),
@@ -86,6 +94,14 @@ def list_(path: str | None, gateway: str | None, as_json: bool) -> None:
     if rows:
         output.show(table)
     click.echo(output.count(len(rows), "stub"))
+
+
+def _like(row: Readable, pattern: str) -> bool:
+    return any(
+        fnmatchcase(canonical(identity), canonical(pattern))
+        for identity in (row.id_i, row.id_r, row.eap_id)
+        if identity
+    )
 
 
 def _a_spi(_: click.Context, __: click.Parameter, value: str) -> bytes:
@@ -110,10 +126,10 @@ def show(path: str | None, gateway: str, spi: bytes, as_json: bool) -> None:
     """
     index = Index(gateway, spi)
 
-    async def work(bank: StubBank) -> tuple[Stub | None, int]:
+    async def work(bank: StubBank, _: Keyring) -> tuple[Stub | None, int]:
         return (await bank.get([index]))[0], bank.unreadable
 
-    stub, unreadable = _with_bank(path, work)
+    stub, unreadable = with_bank(path, work)
     if stub is None:
         options.fail(f"{index.key} does not open: see above" if unreadable else f"no stub {index.key}")
     facts = describe(stub)
@@ -192,10 +208,10 @@ def delete(path: str | None, gateway: str, spi: bytes, as_json: bool) -> None:
     """
     index = Index(gateway, spi)
 
-    async def work(bank: StubBank) -> bool:
+    async def work(bank: StubBank, _: Keyring) -> bool:
         return (await bank.delete([Ending(index, 0)]))[0]
 
-    deleted = _with_bank(path, work)
+    deleted = with_bank(path, work)
     if as_json:
         output.print_json({"deleted": deleted, "gateway": gateway, "spi": spi.hex()})
     elif deleted:

@@ -25,9 +25,10 @@ from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
+from bridge.gateway.revocation import LockOut
 from bridge.service.tasks import end, spawn
 from bridge.stub import bank_keys
-from bridge.stub.bank_keys import FETCH, GONE, HEARTBEAT
+from bridge.stub.bank_keys import FETCH, GONE, HEARTBEAT, REVOKED_STAMP
 from bridge.stub.stub import Index
 
 log = structlog.get_logger()
@@ -58,6 +59,7 @@ class BankReconciler:
         publisher: Publisher,
         endings: Endings,
         living: LivingSas,
+        lock_out: LockOut,
         metrics: GatewayMetrics,
     ) -> None:
         self._address = config.address
@@ -68,6 +70,7 @@ class BankReconciler:
         self._publisher = publisher
         self._endings = endings
         self._living = living
+        self._lock_out = lock_out
         self._assert_all = False
         self._gone_changed: set[bytes] = set()
         self._gone_news = asyncio.Event()
@@ -78,7 +81,8 @@ class BankReconciler:
         self._tasks: list[asyncio.Task[None]] = []
         # of what ends, only what may be of an SA here
         gone = bank_keys.gone_pattern(config.address)
-        self._keyspace = Keyspace(url, (f"{HEARTBEAT}*", f"{FETCH}*", gone), self._event, self._heard)
+        patterns = (f"{HEARTBEAT}*", f"{FETCH}*", REVOKED_STAMP, gone)
+        self._keyspace = Keyspace(url, patterns, self._event, self._heard)
         prefetch.attach(self._keyspace)
 
     def start(self) -> None:
@@ -91,6 +95,7 @@ class BankReconciler:
             spawn("facts", self._keep_facts()),
             spawn("endings", self._endings.keep()),
             spawn("ends", self._learn_endings()),
+            spawn("lock-out", self._lock_out.run()),
         ]
 
     async def close(self) -> None:
@@ -109,6 +114,7 @@ class BankReconciler:
         """A bank was away, or is another one than before: it may lack what it had."""
         self._assert_all = True
         self._compare_now.set()
+        self._lock_out.soon()
         self._rotation.returned()
 
     def _event(self, event: Event) -> None:
@@ -120,6 +126,8 @@ class BankReconciler:
             if gateway != self._address:
                 self._prefetch.fetch(gateway)
             self._fetch_heard.set()
+        elif event.key == REVOKED_STAMP:
+            self._lock_out.soon()
         elif event.key.startswith(GONE):
             self._gone(event)
         elif event.key.startswith(HEARTBEAT):

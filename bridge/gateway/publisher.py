@@ -15,6 +15,7 @@ from bridge.charon.vici_types import SaInfo
 from bridge.config import SyncConfig
 from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
+from bridge.gateway.revocation import Revocations
 from bridge.stub.stub import Index
 
 log = structlog.get_logger()
@@ -32,6 +33,7 @@ class Publisher:
         sync: SyncConfig,
         endings: Endings,
         living: LivingSas,
+        revocations: Revocations,
         *,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -41,10 +43,16 @@ class Publisher:
         self._sync = sync
         self._endings = endings
         self._living = living
+        self._revocations = revocations
+        self.locked_out: Callable[[], None] = lambda: None
+        """called for an SA of an identity that is locked out"""
         self._wall = wall
 
     def publish(self, sa: IkeSa) -> None:
         """Store the stub of an SA that is up, as it is now. A session that ended is not published again."""
+        if self._revocations.revoked(sa):
+            self.locked_out()
+            return
         self._living.put(sa)
         index = sa.index_here(self._address)
         if not sa.resumable or index in self._endings:

@@ -19,6 +19,7 @@ from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
 from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.refusal import Refusal
+from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.keys import derive_sk_d, skeyseed_resume
 from bridge.ike.sync_exchange import SyncRequest, build_response, nat_hash, verify_request
@@ -43,6 +44,7 @@ class Decision:
         charon: Charon,
         endings: Endings,
         living: LivingSas,
+        revocations: Revocations,
         handout: ClientStubs,
         unconfirmed: Unconfirmed,
         admission: Admission,
@@ -55,6 +57,7 @@ class Decision:
         self._charon = charon
         self._endings = endings
         self._living = living
+        self._revocations = revocations
         self._handout = handout
         self._unconfirmed = unconfirmed
         self._admission = admission
@@ -71,6 +74,8 @@ class Decision:
         if stub.index in self._endings:
             # while the stubs of this batch were fetched
             return Refusal.NO_STUB
+        if self._revocations.revoked(stub):
+            return Refusal.REVOKED
         if stub.expires <= self._wall():
             return Refusal.STUB_EXPIRED
         if request.proof is None:

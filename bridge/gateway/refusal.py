@@ -12,6 +12,8 @@ class Refusal(StrEnum):
     """Why a request with IKE_SA_SYNC was refused."""
 
     NO_STUB = "no-stub"
+    REVOKED = "revoked"
+    """the identity is locked out (`ike-sa-sync revoke`)"""
     STUB_EXPIRED = "stub-expired"
     PROOF_MISSING = "proof-missing"
     PROOF_WRONG = "proof-wrong"

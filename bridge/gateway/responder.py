@@ -35,6 +35,7 @@ from bridge.gateway.rebuild import NONE, Decision
 from bridge.gateway.rebuilt import Rebuilt, State
 from bridge.gateway.recent import Recent
 from bridge.gateway.refusal import Refusal, told
+from bridge.gateway.revocation import Revocations
 from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.cookie import Cookies, glance
@@ -76,6 +77,7 @@ class Responder:
         lookup: StubLookup,
         endings: Endings,
         living: LivingSas,
+        revocations: Revocations,
         handout: ClientStubs,
         writer: WriteQueue,
         sender: Sender,
@@ -116,6 +118,7 @@ class Responder:
             charon,
             endings,
             living,
+            revocations,
             handout,
             self.unconfirmed,
             self._admission,

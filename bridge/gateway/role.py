@@ -32,6 +32,7 @@ from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.responder import Responder
+from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.stub_lookup import StubLookup
 from bridge.net.interface import Sender
 from bridge.service.control import Answer, Command, ControlServer
@@ -79,13 +80,17 @@ class GatewayRole:
         self._heartbeat = Heartbeat(bank, charon.tracker, config.address, self._metrics)
         self._endings = endings = Endings(config.state)
         living = LivingSas(charon.tracker)
-        self._publisher = Publisher(self._writer, bank, config.address, config.sync, endings, living)
+        revocations = Revocations(bank, keyring, config.state)
+        lock_out = LockOut(revocations, bank, charon, endings, self._writer, config.address)
+        self._publisher = Publisher(self._writer, bank, config.address, config.sync, endings, living, revocations)
+        self._publisher.locked_out = lock_out.soon
         stubs = ClientStubs(config.sync.client_stub, keyring, charon.tracker, sender, config.address, self._metrics)
         lookup = StubLookup(
             self._prefetch,
             bank,
             stubs,
             endings,
+            revocations,
             self._metrics,
             reachable=lambda: self._heartbeat.bank_reachable,
             timeout=config.bank.get_timeout,
@@ -96,6 +101,7 @@ class GatewayRole:
             lookup,
             endings,
             living,
+            revocations,
             stubs,
             self._writer,
             sender,
@@ -117,6 +123,7 @@ class GatewayRole:
             self._publisher,
             endings,
             living,
+            lock_out,
             self._metrics,
         )
         if self._replicas is not None:

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from typing import Final
 
 import structlog
 
@@ -19,10 +20,16 @@ from bridge.bank.prefetch import Prefetch
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.endings import Endings
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.revocation import Revocations
 from bridge.ike.sync_exchange import SyncRequest, verify_request
+from bridge.service.tasks import end
 from bridge.stub.stub import Index, Stub
 
 log = structlog.get_logger()
+
+
+MARKS_SECONDS: Final = 0.1
+"""that marks of locked-out identities may come later than stubs"""
 
 
 class Missing(StrEnum):
@@ -41,6 +48,7 @@ class StubLookup:
         bank: StubBank,
         handout: ClientStubs,
         endings: Endings,
+        revocations: Revocations,
         metrics: GatewayMetrics,
         *,
         reachable: Callable[[], bool],
@@ -49,6 +57,7 @@ class StubLookup:
     ) -> None:
         self._endings = endings
         self._stubs = stubs
+        self._revocations = revocations
         self._bank = bank
         self._handout = handout
         self._metrics = metrics
@@ -67,7 +76,7 @@ class StubLookup:
             began = self._clock()
             try:
                 async with asyncio.timeout(self._timeout):
-                    await self._ask(indexes, held, stubs, ended)
+                    await self._ask_both(indexes, held, stubs, ended)
             except (BankUnavailable, TimeoutError) as error:
                 self._metrics.bank_errors.inc()
                 log.warning("bank-unavailable", reason=str(error) or f"no answer in {self._timeout} s")
@@ -94,6 +103,22 @@ class StubLookup:
             return None
         stub = self._handout.open(request.sealed_stub, index)
         return stub if stub is not None and verify_request(request, stub.suite.prf, stub.sk_d) else None
+
+    async def _ask_both(
+        self,
+        indexes: Sequence[Index],
+        held: Sequence[Stub | None],
+        stubs: dict[Index, Stub | None],
+        ended: dict[Index, bool | None],
+    ) -> None:
+        """Stubs, and in the same time whether other identities are locked out than before."""
+        marks = asyncio.ensure_future(self._revocations.look())
+        try:
+            await self._ask(indexes, held, stubs, ended)
+            # where the bank does not answer, a stub that was fetched before does not wait for it longer
+            await asyncio.wait({marks}, timeout=MARKS_SECONDS)
+        finally:
+            await end(marks)
 
     async def _ask(
         self,

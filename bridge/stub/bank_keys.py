@@ -8,6 +8,8 @@
 | `ike:gateways` | the addresses of gateways, by the time of their last heartbeat |
 | `ike:gateway:<gateway>` | a heartbeat |
 | `ike:<kind>:<gateway>` | what a gateway posts: see the kinds below |
+| `ike:{revoked}` | the sealed marks of locked-out identities, by expiry |
+| `ike:{revoked}:stamp` | random, another one after every change of them; on the same node of a Cluster |
 | `ike:check:<token>` | `ike-sa-sync check` tries whether events are received |
 
 A gateway is named by its IP address in canonical text, an SPI by 16 hex digits in small letters. The braces are Redis
@@ -31,6 +33,8 @@ GATEWAYS: Final = "ike:gateways"
 HEARTBEAT: Final = "ike:gateway:"
 FETCH: Final = "ike:fetch:"
 CHECK: Final = "ike:check:"
+REVOKED: Final = "ike:{revoked}"
+REVOKED_STAMP: Final = "ike:{revoked}:stamp"
 
 FETCH_KIND: Final = "fetch"
 """an operator wants all other gateways to fetch the stubs of this one"""
@@ -38,6 +42,8 @@ STATS_KIND: Final = "stats"
 """a gateway's counters, for monitors"""
 FACTS_KIND: Final = "facts"
 """its connections and pools, for `check` and `drain`"""
+LOCKOUT_KIND: Final = "lockout"
+"""which mark of a locked-out identity it enforces, and how many SAs it ended for it, for `revoke`"""
 SEALS_KIND: Final = "seals"
 """how many stubs it has sealed with each key"""
 

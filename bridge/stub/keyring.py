@@ -88,6 +88,12 @@ class Keyring:
         """Whether `sealed` was sealed with the key that seals now."""
         return sealed[:KEY_ID_OCTETS] == self._sealing
 
+    def is_older(self, sealed: bytes) -> bool:
+        """Whether `sealed` was sealed with a key that stands behind the one that seals now."""
+        ids = self.ids
+        key_id = sealed[:KEY_ID_OCTETS]
+        return key_id in ids and ids.index(key_id) > ids.index(self._sealing)
+
     def seal(self, plaintext: bytes, aad: bytes) -> bytes:
         """`plaintext` sealed with the first key for the place that `aad` names; `OVERHEAD` octets longer."""
         nonce = self._random(NONCE_OCTETS)

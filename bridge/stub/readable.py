@@ -20,6 +20,8 @@ class Readable(Struct, frozen=True):
     index: Index
     id_i: str
     id_r: str
+    eap_id: str
+    """"" where there is none"""
     spi_i: str
     """hex"""
     spi_r: str
@@ -45,6 +47,7 @@ class Readable(Struct, frozen=True):
 READABLE: Final = (
     "id_i",
     "id_r",
+    "eap_id",
     "spi_i",
     "spi_r",
     "proposal",
@@ -63,6 +66,7 @@ def readable_fields(stub: Stub) -> tuple[str, ...]:
     return (
         local if stub.initiator else remote,
         remote if stub.initiator else local,
+        stub.eap_id.text if stub.eap_id is not None else "",
         "" if stub.spi_i == stub.index.spi else stub.spi_i.hex(),
         "" if stub.spi_r == stub.index.spi else stub.spi_r.hex(),
         _proposal(stub.suite),
@@ -110,13 +114,14 @@ def _proposal(suite: Suite) -> str:
 def readable(index: Index, values: Sequence[bytes | None]) -> Readable:
     # anyone can write these: bounded before they are read as numbers or shown
     texts = [printable((value or b"")[:FIELD_OCTETS].decode(errors="backslashreplace")) for value in values]
-    id_i, id_r, spi_i, spi_r, proposal, connection, vips = texts[:7]
-    established, expires, revision = (int(text) if _NUMBER.fullmatch(text) else 0 for text in texts[7:])
+    id_i, id_r, eap_id, spi_i, spi_r, proposal, connection, vips = texts[:8]
+    established, expires, revision = (int(text) if _NUMBER.fullmatch(text) else 0 for text in texts[8:])
     own = index.spi.hex()
     return Readable(
         index,
         id_i,
         id_r,
+        eap_id,
         spi_i or own,
         spi_r or own,
         proposal,

@@ -1,0 +1,276 @@
+"""Locked-out identities: the marks, and what gateways make of them. With a real Redis and no charon."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import cast
+
+import msgspec
+import pytest
+
+from bank_support import GATEWAY, RedisServer, keyring, stub_of
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.redis_bank import RedisBank
+from bridge.bank.replica import Replica
+from bridge.bank.replicated import ReplicatedBank
+from bridge.bank.write_queue import WriteQueue
+from bridge.charon.charon import Charon
+from bridge.charon.ike_sa import sa_of
+from bridge.gateway.endings import Endings
+from bridge.gateway.revocation import FILE, LockOut, Revocations
+from bridge.stub.bank_keys import REVOKED, REVOKED_STAMP
+from bridge.stub.keyring import Keyring, SealError
+from bridge.stub.revocation import Mark, canonical, open_mark, seal
+from bridge.stub.types import Identity
+
+RING = keyring()
+NOW = int(time.time())
+
+
+def mark(identity: str = "client@example", *, revoked: bool = True, made: int = 1, seconds: int = 3600) -> Mark:
+    return Mark(identity, revoked, NOW * 1000 + made, NOW + seconds)
+
+
+# the mark
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("client@example", "Client@EXAMPLE"),
+        ("@gw.example.org", "gw.example.org"),
+        ("C=CH, O=strongSwan, CN=alice", "CN=alice,O=strongSwan,C=CH"),
+        ("C=CH, CN=alice, E=alice@example", "emailAddress=alice@example,CN=Alice,C=CH"),
+        ("O=Example\\, Inc., CN=a", "CN=a,O=Example\\, Inc."),
+    ],
+)
+def test_an_identity_is_the_same_however_it_is_written(one: str, other: str) -> None:
+    assert canonical(one) == canonical(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("alice@example", "bob@example"), ("CN=alice,C=CH", "CN=alice,C=DE"), ("CN=alice", "CN=alice,OU=admin")],
+)
+def test_two_identities_are_two(one: str, other: str) -> None:
+    assert canonical(one) != canonical(other)
+
+
+def test_a_mark_opens_as_a_mark_alone_and_with_the_banks_key_alone() -> None:
+    sealed = seal(mark(), RING)
+    assert open_mark(sealed, RING) == mark()
+    with pytest.raises(SealError):
+        open_mark(sealed, keyring())
+    stub = RING.seal(b"\x01", b"ike:stub:{192.0.2.1/00}:0000000000000000")
+    with pytest.raises(SealError):
+        open_mark(stub, RING)
+    with pytest.raises(SealError):
+        open_mark(RING.seal(b"\x93\x01", b"ike:{revoked}"), RING)
+
+
+# what a gateway makes of it
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path / "redis") as running:
+        yield running
+
+
+async def put(bank: StubBank, *marks: Mark, ring: Keyring = RING) -> None:
+    await bank.put_revocations({seal(one, ring): one.expires for one in marks}, ())
+
+
+@pytest.mark.redis
+async def test_a_mark_counts_for_the_ike_identity_and_for_that_of_eap(server: RedisServer) -> None:
+    bank = RedisBank(server.url, RING)
+    revocations = Revocations(bank, RING)
+    by_ike = stub_of()
+    by_eap = msgspec.structs.replace(by_ike, remote_id=Identity(2, b"any"), eap_id=by_ike.remote_id)
+    other = msgspec.structs.replace(by_ike, remote_id=Identity(3, b"other@example"))
+    assert not revocations.revoked(by_ike)
+    await put(bank, mark())
+    await revocations.look()
+    assert revocations.revoked(by_ike)
+    assert revocations.revoked(by_eap)
+    assert revocations.revoked(sa_of(by_ike))
+    assert not revocations.revoked(other)
+    await bank.close()
+
+
+@pytest.mark.redis
+async def test_a_newer_mark_lets_in_again_and_an_older_one_changes_nothing(server: RedisServer) -> None:
+    bank = RedisBank(server.url, RING)
+    revocations = Revocations(bank, RING)
+    await put(bank, mark())
+    await revocations.look()
+    await put(bank, mark(revoked=False, made=2))
+    await revocations.look()
+    assert not revocations.revoked(stub_of())
+    # replayed by who can write to the bank
+    await put(bank, mark())
+    await revocations.look()
+    assert not revocations.revoked(stub_of())
+    assert len((await bank.revocations())[0]) == 1
+    await bank.close()
+
+
+@pytest.mark.redis
+async def test_a_mark_that_was_taken_away_from_the_bank_counts_on_and_comes_back(server: RedisServer) -> None:
+    bank = RedisBank(server.url, RING)
+    revocations = Revocations(bank, RING)
+    await put(bank, mark())
+    await revocations.look()
+    server.client.flushall()
+    await revocations.look()
+    assert revocations.revoked(stub_of())
+    [[sealed]] = await bank.revocations()
+    assert open_mark(sealed, RING) == mark()
+    await bank.close()
+
+
+@pytest.mark.redis
+async def test_who_lacks_the_key_locks_nobody_out(server: RedisServer) -> None:
+    bank = RedisBank(server.url, RING)
+    revocations = Revocations(bank, RING)
+    await put(bank, mark(), ring=keyring())
+    server.client.zadd(REVOKED, {"junk": NOW + 100})
+    await revocations.look()
+    assert not revocations.revoked(stub_of())
+    assert revocations.active() == []
+    await bank.close()
+
+
+@pytest.mark.redis
+async def test_a_mark_ends_with_its_time(server: RedisServer) -> None:
+    bank = RedisBank(server.url, RING)
+    now = float(NOW)
+    revocations = Revocations(bank, RING, wall=lambda: now)
+    await put(bank, mark(seconds=100))
+    await revocations.look()
+    now = NOW + 99
+    assert revocations.revoked(stub_of())
+    now = NOW + 100
+    assert not revocations.revoked(stub_of())
+    await bank.close()
+
+
+@pytest.mark.redis
+async def test_a_restart_remembers_marks_and_believes_no_line_that_does_not_open(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    bank = RedisBank(server.url, RING)
+    await put(bank, mark())
+    await Revocations(bank, RING, tmp_path).look()
+    with (tmp_path / FILE).open("a") as file:
+        file.write("junk\nAAAA\n")
+    server.client.flushall()
+    again = Revocations(bank, RING, tmp_path)
+    assert again.revoked(stub_of())
+    await bank.close()
+
+
+@pytest.mark.redis
+async def test_a_mark_is_sealed_anew_with_a_newer_key_once(server: RedisServer) -> None:
+    [(old, key)] = RING_KEYS.items()
+    bank = RedisBank(server.url, RING)
+    both = Keyring({b"newn": b"n" * 32, old: key})
+    await put(bank, mark(), ring=Keyring({old: key}))
+    first, second = Revocations(bank, both), Revocations(bank, both)
+    await first.look()
+    await second.look()
+    await first.look()
+    [[sealed]] = await bank.revocations()
+    assert sealed[:4] == b"newn"
+    stamp = server.client.get(REVOKED_STAMP)
+    await first.look()
+    await second.look()
+    assert server.client.get(REVOKED_STAMP) == stamp
+    # who seals with the older one still leaves it so
+    both.prefer([old])
+    await first.read()
+    assert await bank.revocations() == [[sealed]]
+    await bank.close()
+
+
+RING_KEYS = {b"oldo": b"o" * 32}
+
+
+@pytest.mark.redis
+async def test_of_several_banks_each_gets_it_also_one_that_was_away(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "near") as near, RedisServer(tmp_path / "far") as far:
+        both = ReplicatedBank(
+            Replica("local", RedisBank(near.url, RING)),
+            None,
+            [Replica("192.0.2.9", RedisBank(far.url, RING))],
+            peer_timeout=1.0,
+        )
+        far.kill()
+        with pytest.raises(BankUnavailable, match=r"192\.0\.2\.9"):
+            await put(both, mark())
+        far.start()
+        revocations = Revocations(both, RING)
+        await both.ping()
+        await both.heartbeat(GATEWAY, 10)
+        await revocations.read()
+        assert revocations.revoked(stub_of())
+        for server in (near, far):
+            [[sealed]] = await RedisBank(server.url, RING).revocations()
+            assert open_mark(sealed, RING) == mark()
+        await both.close()
+
+
+class FakeCharon:
+    """A charon that ends what it is told to, or cannot be asked."""
+
+    def __init__(self) -> None:
+        self.reconciled = asyncio.Event()
+        self.reconciled.set()
+        self.ended: list[Collection[bytes]] = []
+        self.tracker = self
+        self.stubs = [stub_of()]
+
+    def established(self) -> list[object]:
+        return [sa_of(stub) for stub in self.stubs]
+
+    async def end(self, spis: Collection[bytes]) -> int:
+        self.ended.append(spis)
+        self.stubs = [stub for stub in self.stubs if stub.spi_i + stub.spi_r not in spis]
+        return len(spis)
+
+
+@pytest.mark.redis
+async def test_a_living_sa_is_ended_and_its_stub_deleted_and_one_that_comes_up_later_too(server: RedisServer) -> None:
+    bank = RedisBank(server.url, RING)
+    charon = FakeCharon()
+    [stub] = charon.stubs
+    other = msgspec.structs.replace(stub_of(), remote_id=Identity(3, b"other@example"))
+    charon.stubs.append(other)
+    await bank.store([stub, other])
+    writer, endings = WriteQueue(bank), Endings()
+    revocations = Revocations(bank, RING)
+    lock_out = LockOut(revocations, bank, cast(Charon, charon), endings, writer, GATEWAY)
+    await put(bank, mark())
+    task = asyncio.create_task(lock_out.run())
+
+    async def until_ended(count: int) -> None:
+        for _ in range(200):
+            if len(charon.ended) == count:
+                return
+            await asyncio.sleep(0.02)
+        pytest.fail("not ended")
+
+    await until_ended(1)
+    await writer.flush()
+    assert charon.ended == [{stub.spi_i + stub.spi_r}]
+    assert stub.index in endings
+    assert await bank.get([stub.index, other.index]) == [None, other]
+    charon.stubs.append(stub_of())
+    lock_out.soon()
+    await until_ended(2)
+    task.cancel()
+    await writer.close()
+    await bank.close()
