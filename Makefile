@@ -10,6 +10,8 @@ PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# The tests of a file share a lab, so a file is one worker's.
+WORKERS ?= 2
 
 PACKAGES := \
 	build-essential python3-dev python3-venv libnetfilter-queue-dev \
@@ -57,8 +59,8 @@ record: setup ## the demo's picture, docs/demo.svg, from a real run
 bench: setup ## short benchmarks, into docs/performance.md
 	@$(BIN)/ike-sa-sync bench report --short
 
-test: lint typecheck ## everything: lint, types, all tests
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: lint typecheck ## everything: lint, types, all tests; names the slowest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-releases: $(VENV)/.releases ## strongSwan 5.9.8, 6.0.1 and 6.1.0 with each other, the bank on Valkey 8, all from Debian
 	@$(BIN)/python -m pytest -m releases $(PYTEST_ARGS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import signal
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,42 @@ from bridge.stub.keyring import Keyring
 # how long drawing and running an example takes says how busy the machine is
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+
+RESUMED = "resumed"
+LONG_SECONDS = 1800
+"""for a test against other releases, or in an emulated machine"""
+
+
+def pytest_configure() -> None:
+    """Have this process, not its children, ignore what it was started to ignore: `nohup`, and a shell that puts its
+    jobs into the background, start them with signals ignored that tests send to their children. A handler of Python's
+    is not inherited."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that are slow by their kind have more time."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("releases", "vm")):
+            item.add_marker(pytest.mark.timeout(LONG_SECONDS))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """With several workers, a test that is marked `alone` has the machine to itself."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    assert item.config.cache is not None
+    place = item.config.cache.mkdir("machine")
+    with (place / "next").open("w") as following, (place / "use").open("w") as use:
+        # first the place in the queue, or tests that share would keep out for ever one that does not
+        fcntl.flock(following, fcntl.LOCK_EX)
+        fcntl.flock(use, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(following, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture(params=["redis", pytest.param("valkey", marks=pytest.mark.releases)])
@@ -57,24 +96,29 @@ def topology() -> Iterator[Topology]:
         yield built
 
 
-_MOVES = pytest.StashKey[list[tuple[str, ...]]]()
-
-
 @pytest.fixture
 def tell(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Notes what was resumed, and how, for the table at the end of the run: what it is about, its name, the outcome."""
-    rows = request.config.stash.setdefault(_MOVES, [])
 
     def note(about: str, name: str, outcome: dict[str, Any]) -> None:
         took = [f"{outcome[key]:.1f}" if outcome[key] is not None else "" for key in ("exchange_ms", "total_ms")]
-        rows.append((about, name, outcome["result"], ", ".join(outcome["children"]), *took))
+        row = (about, name, outcome["result"], ", ".join(outcome["children"]), *took)
+        # a property of the test gets from a worker to the process that prints the table
+        request.node.user_properties.append((RESUMED, row))
 
     return note
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of what was resumed."""
-    rows = config.stash.get(_MOVES, [])
+    rows = [
+        row
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call"
+        for name, row in report.user_properties
+        if name == RESUMED
+    ]
     if not rows:
         return
     head = ("", "session", "outcome", "CHILD_SAs", "answer, ms", "tunnel, ms")

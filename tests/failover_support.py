@@ -36,14 +36,13 @@ def stub_key(gateway: str, spi: str) -> str:
 
 
 def status(topology: Topology, gateway: str) -> dict[str, Any]:
-    """`ike-sa-sync status --json` of a gateway."""
-    return dict(json.loads(topology.gateways[gateway].command("status", "--json").stdout))
+    """What `ike-sa-sync status --json` shows of a gateway."""
+    return topology.gateways[gateway].ask("status")
 
 
 def last_move(topology: Topology) -> Outcome:
     """The outcome of the client's last attempt; empty before the first."""
-    told = json.loads(topology.agent.command("status", "--json").stdout)
-    return dict(told["last"] or {})
+    return dict(topology.agent.ask("status")["last"] or {})
 
 
 def counter(topology: Topology, gateway: str, name: str) -> float:

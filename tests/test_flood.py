@@ -16,7 +16,7 @@ from bridge.bench.flood import VISITOR, Flood, flood_lab, measure
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.alone, pytest.mark.timeout(600)]
 
 RATES, SECONDS = (20_000, 20_000, 5_000, 1_500), 10
 MEMORY_MB = 48

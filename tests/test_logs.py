@@ -109,7 +109,7 @@ def test_the_level_of_a_running_sidecar_is_changed(topology: Topology) -> None:
     said = len(events(sidecar))
     topology.gw2.charon.stop()
     topology.gw2.charon.start()
-    wait_until(lambda: json.loads(sidecar.command("status", "--json").stdout)["charon"]["reachable"], "charon, back")
+    wait_until(lambda: sidecar.ask("status")["charon"]["reachable"], "charon, back")
     assert len(events(sidecar)) == said
     assert json.loads(sidecar.command("log-level", "--json", "info").stdout) == {"level": "info"}
     assert events(sidecar)[-1]["event"] == "log-level"

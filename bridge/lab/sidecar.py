@@ -1,5 +1,6 @@
 """One sidecar of the lab: the installed command, run as an operator would."""
 
+import asyncio
 import shlex
 import sys
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from bridge.lab.daemon import Daemon
+from bridge.service import control
 
 if TYPE_CHECKING:
     from subprocess import CompletedProcess
@@ -64,6 +66,11 @@ class Sidecar(Daemon):
     def wait_ready(self) -> None:
         """Wait until it has printed `ready`: it serves."""
         self.await_alive(lambda: "ready" in self.text()[self._seen :].splitlines(), "it was ready")
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """What it answers on its control socket, without a process for the question. Raises ControlError."""
+        path = self.host.path(self.config["control"])
+        return asyncio.run(control.call(str(path), {"command": command, **arguments}))
 
     def command(self, *argv: str, check: bool = True, timeout: float = 60.0) -> "CompletedProcess[str]":
         """Run `ike-sa-sync ARGV -c FILE` with its configuration file, on its host."""
