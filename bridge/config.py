@@ -97,6 +97,9 @@ class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """whether stubs carry the Diffie-Hellman shared secret, as the draft has it"""
     client_stub: Literal["off", "fallback", "prefer"] = "off"
     """stubs that clients hold themselves: given to none, used where the bank has none or is away, or used before it"""
+    tell_gateways: bool = True
+    """whether clients are told the addresses of the other gateways of the bank, at most 16, so that they can resume
+    there without configuration"""
 
 
 class InterceptConfig(Struct, forbid_unknown_fields=True, frozen=True):

@@ -195,3 +195,37 @@ def test_one_session_is_up_after_the_dead_gateways_return_where_charon_restarts_
     host.sidecars[0].wait_ready()
     assert [sa["name"] for sa in restarting.client.charon.sas()] == ["home-gw2"]
     assert restarting.works("x")
+
+
+def test_without_configuration_vpns_are_learned_from_charons_connections(both: Clusters) -> None:
+    with both.agent_with(vpns={}):
+        both.connect("x1")
+        both.connect("y1")
+        told = json.loads(both.agent.command("status", "--json").stdout)
+        assert {row["connection"]: row["vpn"] for row in told["sas"]} == {"home": "home", "work": "work"}
+        both.kill("x1", "y1")
+        wait_until(lambda: both.at() == {"home-gw2": "x2", "work-gw2": "y2"}, "both sessions at the others", PATIENCE)
+        assert [both.works(cluster) for cluster in "xy"] == [True, True]
+
+
+@pytest.fixture
+def alone(both: Clusters) -> Iterator[Clusters]:
+    """The client's charon knows one gateway only, and its sidecar nothing."""
+    vici = both.client.charon.vici()
+    for name in ("home-gw2", "work", "work-gw2"):
+        vici.unload_conn({"name": name})
+    with both.agent_with(vpns={}, log={"level": "debug"}):
+        yield both
+        both.fresh()
+    both.client.charon.load()
+
+
+def test_a_client_that_knows_one_gateway_resumes_at_another_that_this_one_named(alone: Clusters) -> None:
+    said = len(alone.agent.text())
+    alone.connect("x1")
+    wait_until(lambda: "event=gateways-named" in alone.agent.text()[said:], "the names of the other gateways", 30)
+    alone.kill("x1")
+    wait_until(lambda: alone.at() == {"home": "x2"}, "the session at x2", PATIENCE)
+    assert alone.works("x")
+    alone.client.swanctl("--rekey", "--ike", "home")
+    wait_until(lambda: alone.at() == {"home": "x2"} and alone.works("x"), "the rekeyed session")

@@ -63,7 +63,9 @@ class SaInfo(NamedTuple):
 
 class ChildConfig(NamedTuple):
     name: str
-    mode: str
+    local_ts: tuple[str, ...] = ()
+    """traffic selectors as charon writes them"""
+    remote_ts: tuple[str, ...] = ()
 
 
 class ConnectionInfo(NamedTuple):
@@ -166,6 +168,10 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
         raise ViciError(f"an IKE_SA of connection {connection!r} could not be read from VICI: {error}") from error
 
 
+def _selectors(section: Section, side: str) -> tuple[str, ...]:
+    return tuple(as_text(value) for value in section.get(side, ()))
+
+
 def _configured(values: Any) -> tuple[str, ...]:
     return tuple(address for value in values if not (address := as_text(value)).startswith("%any"))
 
@@ -183,7 +189,8 @@ def parse_connection(name: str, section: Section) -> ConnectionInfo:
             rekey_time=as_number(section.get("rekey_time")) or 0,
             reauth_time=as_number(section.get("reauth_time")) or 0,
             children=tuple(
-                ChildConfig(child, as_text(value.get("mode"))) for child, value in section.get("children", {}).items()
+                ChildConfig(child, _selectors(value, "local-ts"), _selectors(value, "remote-ts"))
+                for child, value in section.get("children", {}).items()
             ),
             dpd_delay=as_number(section.get("dpd_delay")) or 0,
             remote_addresses=_configured(section.get("remote_addrs", ())),

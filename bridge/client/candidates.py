@@ -13,7 +13,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
 from bridge.client.sessions import Session, Sessions
 from bridge.client.sync_request import Target
-from bridge.client.vpns import Vpn
+from bridge.client.vpns import Vpn, is_address
 from bridge.config import is_name
 
 log = structlog.get_logger()
@@ -53,7 +53,7 @@ class Candidates:
     def _targets(self, vpn: Vpn) -> Iterator[Target]:
         for entry in vpn.gateways:
             connection = self._charon.connection(entry.connection)
-            sources = tuple(filter(_is_address, connection.local_addresses)) if connection is not None else ()
+            sources = tuple(filter(is_address, connection.local_addresses)) if connection is not None else ()
             for address in self._resolved.get(entry.address, ()) if is_name(entry.address) else (entry.address,):
                 yield Target(address, entry.connection, sources)
 
@@ -83,11 +83,3 @@ class Candidates:
     def is_here(self, sa: IkeSa, target: Target) -> bool:
         """Whether an IKE_SA is at this gateway."""
         return sa.remote is not None and sa.remote.address == target.address
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True

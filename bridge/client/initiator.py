@@ -34,7 +34,7 @@ from bridge.client.sessions import Session, Sessions
 from bridge.client.stub_keeper import StubKeeper, gateway_message
 from bridge.client.switchover import Switchover
 from bridge.client.sync_request import Answer, NoAnswerError, SyncRequester, Target
-from bridge.client.vpns import ConfiguredVpns, Vpn
+from bridge.client.vpns import Vpn, vpns_of
 from bridge.config import ClientConfig
 from bridge.ike.message import ExchangeType
 from bridge.net.interface import Sender
@@ -67,11 +67,12 @@ class Initiator:
         self._config = config
         self._metrics = metrics
         self._clock = clock
-        self._vpns = ConfiguredVpns(config)
+        self._vpns = vpns_of(config, charon.tracker)
+        self._last_of: dict[str, Vpn] = {}
         self._sessions = Sessions(charon, self._vpns, clock=clock, wall=wall)
         self._candidates = Candidates(charon, self._sessions)
         self.keeper = StubKeeper(
-            config.held, charon.tracker, sender, self._sessions.resumable_sas, random=random, wall=wall
+            config.held, charon.tracker, sender, self._sessions.resumable_sas, self._named, random=random, wall=wall
         )
         self._switchover = Switchover(charon, self._sessions, config.resume, random=random, clock=clock, wall=wall)
         self._requester = SyncRequester(
@@ -110,13 +111,25 @@ class Initiator:
         return session.vpn if session is not None else None
 
     def _vpn(self, session: Session) -> Vpn:
-        return next(vpn for vpn in self._vpns if vpn.name == session.vpn)
+        """The VPN of a session, as it was last where its connection is not loaded any more."""
+        vpn = self._vpns.of(session.connection)
+        if vpn is not None:
+            self._last_of[session.vpn] = vpn
+        return vpn or self._last_of[session.vpn]
+
+    def _named(self, sa: IkeSa, gateways: Sequence[str]) -> None:
+        """The gateway of an IKE_SA names others that resume too."""
+        if gateways:
+            log.debug("gateways-named", connection=sa.connection, gateways=",".join(gateways), **sa.id.logged)
+            self._vpns.named(sa.connection, gateways)
 
     # news from charon (Listener)
 
     def changed(self, sa: IkeSa) -> None:
         """An IKE_SA is up, or another than before."""
         known = self._sessions.of(sa.id.spis)
+        if known is None and self._vpns.by_initiative and not self.initiated(sa):
+            return
         session = self._sessions.changed(sa)
         if session is None:
             return
@@ -326,6 +339,7 @@ class Initiator:
                 **sa.id.logged,
             )
             raise UnusableError from error
+        self._named(new, answer.gateways)
         self.keeper.given(new, answer.sealed_stub, answer.lifetime)
         return Outcome(
             Result.RESUMED,
@@ -341,10 +355,13 @@ class Initiator:
     async def _fallback(
         self, candidates: Sequence[Target], session: Session | None, reason: str, began: float
     ) -> Outcome:
-        """A full handshake (draft-xu-ike-sa-sync-01 section 4), at the first gateway that takes it."""
+        """A full handshake (draft-xu-ike-sa-sync-01 section 4), with the first connection that takes it: charon goes to
+        the first address of each."""
+        tried: set[str] = set()
         for gateway in candidates:
-            if self._charon.connection(gateway.connection) is None:
+            if gateway.connection in tried or self._charon.connection(gateway.connection) is None:
                 continue
+            tried.add(gateway.connection)
             try:
                 names = await self._switchover.handshake(session, gateway)
             except (ViciError, ChannelError, HaError) as error:
@@ -359,7 +376,7 @@ class Initiator:
             return Outcome(
                 Result.FALLBACK,
                 gateway.connection,
-                gateway.address,
+                sa.remote.address if sa is not None and sa.remote is not None else gateway.address,
                 children=tuple(names),
                 total_ms=_milliseconds(self._clock() - began),
                 reason=reason,

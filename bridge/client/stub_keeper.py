@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -39,6 +39,8 @@ RETRY_MIN, RETRY_MAX = 60.0, 3600.0
 """between attempts at a gateway that does not answer"""
 REFRESH_SHARE: Final = 0.5
 """a stub is fetched anew after this share of its life"""
+NAMED_SECONDS: Final = 600.0
+"""between two requests to a gateway that gives no stub, but names the other gateways"""
 SAVE_SECONDS: Final = 0.1
 """changes within this time are written together"""
 
@@ -58,7 +60,8 @@ class _Holding:
 
 
 class StubKeeper:
-    """Holds the client's stubs. `sessions` gives the IKE_SAs that could be resumed now, those lost included."""
+    """Holds the client's stubs. `sessions` gives the IKE_SAs that could be resumed now, those lost included; `named`
+    is called with the other gateways that the gateway of an IKE_SA names."""
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class StubKeeper:
         tracker: SaTracker,
         sender: Sender,
         sessions: Callable[[], Iterable[IkeSa]],
+        named: Callable[[IkeSa, Sequence[str]], None],
         *,
         random: Callable[[int], bytes] = os.urandom,
         wall: Callable[[], float] = time.time,
@@ -75,6 +79,7 @@ class StubKeeper:
         self._tracker = tracker
         self._sender = sender
         self._sessions = sessions
+        self._named = named
         self._random = random
         self._wall = wall
         self._held: dict[bytes, _Holding] = {}
@@ -139,7 +144,8 @@ class StubKeeper:
             if self._tracker.sas.get(sa.id.spis) is not sa:
                 return
             if await self._fetch(sa, holding):
-                pause, retry = max((holding.until - self._wall()) * REFRESH_SHARE, RETRY_MIN), RETRY_MIN
+                left = (holding.until - self._wall()) * REFRESH_SHARE
+                pause, retry = max(left, RETRY_MIN) if holding.sealed is not None else NAMED_SECONDS, RETRY_MIN
             else:
                 log.debug("no-stub-given", connection=sa.connection, **sa.id.logged)
                 pause, retry = retry, min(2 * retry, RETRY_MAX)
@@ -176,12 +182,15 @@ class StubKeeper:
             holding is None
             or holding.request is None
             or sa is None
-            or message.sealed_stub is None
+            or (message.sealed_stub is None and not message.sync.gateways)
             or not verify(message, sa.suite.prf, sa.sk_d, before=holding.request)
         ):
             return
-        holding.sealed, holding.until = message.sealed_stub, self._wall() + (message.lifetime or 0)
+        self._named(sa, message.sync.gateways)
         holding.answered.set()
+        if message.sealed_stub is None:
+            return
+        holding.sealed, holding.until = message.sealed_stub, self._wall() + (message.lifetime or 0)
         log.info(
             "stub-held",
             connection=sa.connection,

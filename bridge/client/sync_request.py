@@ -92,6 +92,8 @@ class Answer:
     lifetime: int | None
     children: tuple[NewChild, ...]
     """CHILD_SAs that come up with it"""
+    gateways: tuple[str, ...] = ()
+    """addresses of other gateways that resume too"""
 
 
 class SyncRequester:
@@ -268,6 +270,7 @@ class SyncRequester:
             sealed_stub=answer.sync.first(Attribute.SEALED_STUB) if answer.sync else None,
             lifetime=answer.lifetime,
             children=granted(offered, answer.sync.children if answer.sync else (), nonce, answer.nonce),
+            gateways=answer.sync.gateways if answer.sync else (),
         )
 
     def _send(self, local: Endpoint, remote: Endpoint, request: bytes, marker: bool) -> None:

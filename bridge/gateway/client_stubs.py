@@ -9,7 +9,7 @@ than what was on the wire before, sealed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 import structlog
@@ -44,7 +44,8 @@ ANSWERS_A_SECOND: Final = 2000
 
 class ClientStubs:
     """Seals stubs for their clients, opens what clients present, and answers GET Stub. `address` is this gateway's in
-    the index, or None for the local address of each SA."""
+    the index, or None for the local address of each SA; `gateways` gives the addresses of the other gateways that
+    clients are told of."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class ClientStubs:
         sender: Sender,
         address: str | None,
         metrics: GatewayMetrics,
+        gateways: Callable[[], Sequence[str]] = tuple,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -64,6 +66,7 @@ class ClientStubs:
         self._sender = sender
         self._address = address
         self._metrics = metrics
+        self.gateways = gateways
         self._clock = clock
         self._wall = wall
         self._rate = Rate(ANSWERS_A_SECOND)
@@ -130,7 +133,7 @@ class ClientStubs:
             return message
         now = self._clock()
         if (
-            self.policy != "off"
+            (self.policy != "off" or self.gateways())
             and sa.remote is not None
             and packet.src == sa.remote.address
             and now >= sa.handed + ANSWER_SECONDS
@@ -143,17 +146,19 @@ class ClientStubs:
         return None
 
     def _answer(self, packet: Packet, request: StubMessage, sa: IkeSa) -> None:
-        sealed = self.seal(sa)
-        if sealed is None:
+        sealed, gateways = self.seal(sa), self.gateways()
+        if sealed is None and not gateways:
             return
         lifetime = max(self.expiry(sa) - int(self._wall()), 0)
-        answer = build_download(stub_sa(sa, (request.sync.gateway, request.sync.spi)), request, sealed, lifetime)
+        index = (request.sync.gateway, request.sync.spi)
+        answer = build_download(stub_sa(sa, index), request, sealed, lifetime, gateways)
         try:
             self._sender.send(packet.dst, packet.dport, packet.src, packet.sport, answer, packet.marker)
         except OSError as error:
             log.warning("answer-not-sent", peer=packet.src, reason=error.strerror)
             return
-        self._metrics.handed.inc()
+        if sealed is not None:
+            self._metrics.handed.inc()
 
 
 def _place(index: Index) -> bytes:

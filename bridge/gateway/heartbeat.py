@@ -24,6 +24,8 @@ class Heartbeat:
         self._tracker = tracker
         self._address = address
         self._metrics = metrics
+        self.others: tuple[str, ...] = ()
+        """addresses of the other gateways that live, as the bank has them: trusted only as places to ask"""
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -32,6 +34,8 @@ class Heartbeat:
                 self._metrics.ping_seconds.observe(await self._bank.ping())
                 if address := self._address or self._local_address():
                     await self._bank.heartbeat(address, HEARTBEAT_TTL)
+                    signs = await self._bank.gateways()
+                    self.others = tuple(sorted(name for name, sign in signs.items() if sign.alive and name != address))
             except BankUnavailable as error:
                 if self.bank_reachable:
                     log.warning("bank-lost", reason=str(error))

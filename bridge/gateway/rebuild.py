@@ -161,6 +161,7 @@ class Decision:
             lifetime=lifetime,
             children=granted.answer,
             sealed_stub=self._handout.seal(sa) if request.sync.attributes else None,
+            gateways=self._handout.gateways(),
             nat=(local.address, local.port, remote.address, remote.port),
         )
         install = Install.of(

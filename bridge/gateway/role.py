@@ -84,7 +84,15 @@ class GatewayRole:
         lock_out = LockOut(revocations, bank, charon, endings, self._writer, config.address)
         self._publisher = Publisher(self._writer, bank, config.address, config.sync, endings, living, revocations)
         self._publisher.locked_out = lock_out.soon
-        stubs = ClientStubs(config.sync.client_stub, keyring, charon.tracker, sender, config.address, self._metrics)
+        stubs = ClientStubs(
+            config.sync.client_stub,
+            keyring,
+            charon.tracker,
+            sender,
+            config.address,
+            self._metrics,
+            lambda: self._heartbeat.others if config.sync.tell_gateways else (),
+        )
         lookup = StubLookup(
             self._prefetch,
             bank,

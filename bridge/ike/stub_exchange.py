@@ -25,6 +25,7 @@ ignores what is not the one it expects: where no sidecar is in the way, nothing 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from ipaddress import ip_address
@@ -33,7 +34,7 @@ from typing import Final, NamedTuple
 from bridge.ike.address import packed
 from bridge.ike.message import ExchangeType, Flag, MalformedMessage, PayloadType, build, check_nonce, parse
 from bridge.ike.proof import blank, empty_proof, prove, proves
-from bridge.ike.sync_payload import Attribute, SyncPayload
+from bridge.ike.sync_payload import Attribute, SyncPayload, encode_gateways
 
 GET_MESSAGE_ID: Final = 1 << 31
 """of GET and Download Stub; that of Move and Moving is greater"""
@@ -182,10 +183,17 @@ def build_get(sa: StubSa, nonce: bytes) -> bytes:
     return _build(sa, False, GET_MESSAGE_ID, (), nonce=nonce)
 
 
-def build_download(sa: StubSa, request: StubMessage, sealed_stub: bytes, lifetime: int) -> bytes:
-    """Download Stub, the answer to it. `lifetime`: seconds until the stub expires."""
-    attributes = ((Attribute.SEALED_STUB, sealed_stub), (Attribute.LIFETIME, struct.pack("!I", lifetime)))
-    return _build(sa, True, GET_MESSAGE_ID, attributes, before=request.blank)
+def build_download(
+    sa: StubSa, request: StubMessage, sealed_stub: bytes | None, lifetime: int, gateways: Sequence[str] = ()
+) -> bytes:
+    """Download Stub, the answer to it. `lifetime`: seconds until the stub expires; `gateways`: addresses of those that
+    resume too. Without a stub it names them alone."""
+    attributes: list[tuple[int, bytes]] = []
+    if sealed_stub is not None:
+        attributes += [(Attribute.SEALED_STUB, sealed_stub), (Attribute.LIFETIME, struct.pack("!I", lifetime))]
+    if gateways:
+        attributes.append(encode_gateways(gateways))
+    return _build(sa, True, GET_MESSAGE_ID, tuple(attributes), before=request.blank)
 
 
 def build_move(sa: StubSa, target: str, message_id: int) -> bytes:

@@ -36,7 +36,7 @@ from bridge.ike.message import (
     parse,
 )
 from bridge.ike.proof import blank, empty_proof, prove, proves
-from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, encode_old_children
+from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, encode_gateways, encode_old_children
 from bridge.ike.transforms import Suite, least_nonce
 
 _NO_SPI: Final = bytes(8)
@@ -252,11 +252,12 @@ def build_response(
     lifetime: int | None = None,
     children: Sequence[tuple[int, int]] = (),
     sealed_stub: bytes | None = None,
+    gateways: Sequence[str] = (),
     nat: Addresses | None = None,
 ) -> bytes:
     """The answer: `HDR, Nr` to a request without attributes (draft), else `HDR, Nr, SYN`.
 
-    `lifetime` is in seconds. NAT detection is answered where the request asked for it.
+    `lifetime` is in seconds, `gateways` are addresses. NAT detection is answered where the request asked for it.
     """
     payloads: list[tuple[int, bytes]] = [(PayloadType.NONCE, nonce)]
     proven = bool(request.sync.attributes)
@@ -268,6 +269,8 @@ def build_response(
             attributes.append((Attribute.SEALED_STUB, sealed_stub))
         if lifetime is not None:
             attributes.append((Attribute.LIFETIME, struct.pack("!I", min(lifetime, 0xFFFFFFFF))))
+        if gateways:
+            attributes.append(encode_gateways(gateways))
         attributes.append(empty_proof(prf))
         sync = SyncPayload(True, request.sync.gateway, request.sync.spi, tuple(attributes))
         payloads.append((PayloadType.SYNC, sync.encode()))

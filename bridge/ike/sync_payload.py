@@ -44,6 +44,7 @@ class Attribute(IntEnum):
     MOVE = 5
     OLD_CHILDREN = 6
     REFUSAL = 7
+    GATEWAYS = 8
 
 
 _LENGTHS: Final = {Attribute.CHILD: _CHILD.size, Attribute.LIFETIME: 4}
@@ -55,8 +56,11 @@ _ONCE: Final = frozenset(
         Attribute.MOVE,
         Attribute.OLD_CHILDREN,
         Attribute.REFUSAL,
+        Attribute.GATEWAYS,
     }
 )
+GATEWAYS_MAX: Final = 16
+"""gateways named in one message at most"""
 SPI_OCTETS: Final = 4
 """of an ESP SPI"""
 
@@ -120,6 +124,11 @@ class SyncPayload(NamedTuple):
             return None
         return tuple(int.from_bytes(value[at : at + SPI_OCTETS]) for at in range(0, len(value), SPI_OCTETS))
 
+    @property
+    def gateways(self) -> tuple[str, ...]:
+        """The addresses in GATEWAYS; none without."""
+        return _decode_gateways(self.first(Attribute.GATEWAYS) or b"")
+
 
 def _decode_attributes(body: bytes, offset: int) -> tuple[tuple[int, bytes], ...]:
     attributes: list[tuple[int, bytes]] = []
@@ -135,6 +144,8 @@ def _decode_attributes(body: bytes, offset: int) -> tuple[tuple[int, bytes], ...
             raise MalformedMessage(f"IKE_SA_SYNC attribute {kind} twice")
         if length != _LENGTHS.get(kind, length) or (kind == Attribute.OLD_CHILDREN and length % SPI_OCTETS):
             raise MalformedMessage(f"IKE_SA_SYNC attribute {kind} of {length} octets")
+        if kind == Attribute.GATEWAYS:
+            _decode_gateways(body[offset : offset + length])
         seen.add(kind)
         attributes.append((kind, body[offset : offset + length]))
         offset += length
@@ -155,6 +166,25 @@ def encode_child(number: int, spi: int) -> tuple[int, bytes]:
 def encode_old_children(spis: Sequence[int]) -> tuple[int, bytes]:
     """An OLD_CHILDREN attribute: of CHILD_SAs 0, 1, ... the ESP SPI that the old gateway received on (32 bits each)."""
     return Attribute.OLD_CHILDREN, b"".join([spi.to_bytes(SPI_OCTETS) for spi in spis])
+
+
+def encode_gateways(addresses: Sequence[str]) -> tuple[int, bytes]:
+    """A GATEWAYS attribute: of each gateway the address family (one octet, 4 or 6) and the address. The first
+    GATEWAYS_MAX are named. Raises ValueError for what is no address."""
+    octets = [packed(address) for address in addresses[:GATEWAYS_MAX]]
+    return Attribute.GATEWAYS, b"".join(bytes((4 if len(one) == 4 else 6,)) + one for one in octets)
+
+
+def _decode_gateways(value: bytes) -> tuple[str, ...]:
+    addresses: list[str] = []
+    offset = 0
+    while offset < len(value):
+        end = offset + 1 + _ADDRESS_LENGTHS.get(value[offset], len(value))
+        if end > len(value) or len(addresses) == GATEWAYS_MAX:
+            raise MalformedMessage(f"a GATEWAYS attribute of {len(value)} octets")
+        addresses.append(address_text(value[offset + 1 : end]))
+        offset = end
+    return tuple(addresses)
 
 
 def proof_offset(body: bytes) -> int | None:
