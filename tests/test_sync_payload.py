@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.ike.message import MalformedMessage
-from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, proof_offset
+from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, encode_gateways, proof_offset
 
 SPI = bytes.fromhex("0123456789abcdef")
 addresses = st.one_of(
@@ -82,7 +82,10 @@ def test_reserved_octets_are_not_looked_at_and_unknown_attributes_skipped() -> N
     assert sync.first(Attribute.PROOF) == b"p"
 
 
-ONCE = [bytes.fromhex(text) for text in ("0003000100", "0004000400000e10", "0005000500c0000202", "00060004a0000001")]
+ONCE = [
+    bytes.fromhex(text)
+    for text in ("0003000100", "0004000400000e10", "0005000500c0000202", "00060004a0000001", "0008000504c0000202")
+]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,9 @@ ONCE = [bytes.fromhex(text) for text in ("0003000100", "0004000400000e10", "0005
         bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("00020004c0010203"),
         bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("0002000800000001c0010203"),
         bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("00060005a000000100"),
+        bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("0008000504c00002"),
+        bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("0008000505c0000202"),
+        bytes.fromhex("00040000") + SPI + bytes(4) + bytes.fromhex("00080055") + bytes.fromhex("04c0000202") * 17,
         *(bytes.fromhex("00040000") + SPI + bytes(4) + attribute * 2 for attribute in ONCE),
     ],
     ids=[
@@ -115,15 +121,29 @@ ONCE = [bytes.fromhex(text) for text in ("0003000100", "0004000400000e10", "0005
         "CHILD of 4 octets",
         "CHILD of 8 octets",
         "OLD_CHILDREN of 5 octets",
+        "GATEWAYS with an address cut",
+        "GATEWAYS with family 5",
+        "GATEWAYS with 17 addresses",
         "SEALED_STUB twice",
         "LIFETIME twice",
         "MOVE twice",
         "OLD_CHILDREN twice",
+        "GATEWAYS twice",
     ],
 )
 def test_what_breaks_the_layout_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedMessage):
         SyncPayload.decode(body)
+
+
+def test_gateways_are_addresses_with_their_family_at_most_16() -> None:
+    kind, value = encode_gateways(["192.0.2.1", "2001:db8::1"])
+    assert (kind, value.hex()) == (8, "04c0000201" + "0620010db8000000000000000000000001")
+    many = [f"192.0.2.{number}" for number in range(20)]
+    for addresses in (["192.0.2.1", "2001:db8::1"], many):
+        sync = SyncPayload(True, "192.0.2.9", SPI, (encode_gateways(addresses),))
+        assert SyncPayload.decode(sync.encode()).gateways == tuple(addresses[:16])
+    assert SyncPayload(True, "192.0.2.9", SPI).gateways == ()
 
 
 def test_children_are_numbered_pairs() -> None:

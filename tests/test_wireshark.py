@@ -145,6 +145,9 @@ MESSAGES = {
     "a cookie": challenge(ask()),
     "GET Stub": GET,
     "Download Stub": build_download(SA, parse_stub_message(GET), b"sealed", 3600),
+    "Download Stub that names gateways": build_download(
+        SA, parse_stub_message(GET), None, 0, ["192.0.2.2", "2001:db8::2"]
+    ),
     "Move": MOVE,
     "Moving": build_moving(SA, parse_stub_message(MOVE), MoveStatus.MOVING, NI),
 }

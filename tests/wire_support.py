@@ -261,6 +261,9 @@ def _attribute_as_tshark_reads(tree: Layers) -> bytes:
         return str(tree["ike_sa_sync.refusal"]).encode()
     if tree["ike_sa_sync.attribute.length"] == "0":
         return b""
+    if "ike_sa_sync.attribute.value" in tree:
+        # GATEWAYS, whose addresses are shown below it
+        return from_hex(tree["ike_sa_sync.attribute.value"])
     [text] = [value for key, value in tree.items() if key != "ike_sa_sync.attribute.length"]
     return from_hex(text)
 

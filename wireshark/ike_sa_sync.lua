@@ -15,7 +15,7 @@ local ENCRYPTED = { [46] = true, [53] = true }
 local directions = { [0] = "from the client", [1] = "from the gateway" }
 local families = { [4] = "IPv4", [6] = "IPv6" }
 local attributes = { [1] = "PROOF", [2] = "CHILD", [3] = "SEALED_STUB", [4] = "LIFETIME", [5] = "MOVE", [6] = "OLD_CHILDREN",
-  [7] = "REFUSAL" }
+  [7] = "REFUSAL", [8] = "GATEWAYS" }
 local statuses = { [0] = "asked", [1] = "moving", [2] = "target not configured", [3] = "target silent",
   [4] = "target refused", [5] = "busy", [6] = "gateway gone", [7] = "probe", [8] = "here", [9] = "gateway lives" }
 
@@ -39,6 +39,8 @@ local fields = {
   old_child = ProtoField.uint32("ike_sa_sync.old_child.spi", "ESP SPI that the old gateway received on", base.HEX),
   move_target6 = ProtoField.ipv6("ike_sa_sync.move.target6", "Target gateway"),
   refusal = ProtoField.string("ike_sa_sync.refusal", "REFUSAL, why"),
+  known = ProtoField.ipv4("ike_sa_sync.known", "Gateway that resumes too"),
+  known6 = ProtoField.ipv6("ike_sa_sync.known6", "Gateway that resumes too"),
   value = ProtoField.bytes("ike_sa_sync.attribute.value", "Value"),
 }
 for _, field in pairs(fields) do
@@ -73,6 +75,18 @@ local function show_attribute(tree, kind, value)
     -- in the order of their child numbers, from 0
     for offset = 0, value:len() - 4, 4 do
       tree:add(fields.old_child, value:range(offset, 4))
+    end
+  elseif kind == 8 then
+    local branch = tree:add(fields.value, value)
+    local offset = 0
+    while offset < value:len() do
+      local size = ({ [4] = 4, [6] = 16 })[value:range(offset, 1):uint()]
+      if size == nil or offset + 1 + size > value:len() then
+        branch:add_proto_expert_info(malformed, "no address of family 4 or 6")
+        return
+      end
+      branch:add(size == 4 and fields.known or fields.known6, value:range(offset + 1, size))
+      offset = offset + 1 + size
     end
   else
     tree:add(fields.value, value)
