@@ -302,6 +302,55 @@ def test_a_target_without_the_connection_is_refused_before_anybody_is_asked(clie
         wait_until(lambda: '"gw"' in topology.bank.cli("GET", facts), "what gw2 says of itself", timeout=90)
 
 
+MARKED = ("-p", "udp", "--sport", "4500", "-m", "u32", "--u32", "0>>22&0x3C@8=0")
+"""IKE messages on port 4500: behind a non-ESP marker"""
+MESSAGES_AT_MOST = 20
+"""of one host's in one drain, liveness checks of charon's included"""
+
+
+def lose_one(host: Host, number: int) -> None:
+    """Lose the IKE message with this number, from 0, of those that the host sends from now on."""
+    nth = ("-m", "statistic", "--mode", "nth", "--every", "100000", "--packet", str(number))
+    host.run("iptables", "-A", "OUTPUT", *MARKED, *nth, "-j", "DROP")
+
+
+def lose_no_more(host: Host) -> int:
+    """End that; how many were lost."""
+    listed = host.run("iptables", "-L", "OUTPUT", "-v", "-n", "-x").stdout.splitlines()
+    host.run("iptables", "-F", "OUTPUT")
+    return sum(int(line.split()[0]) for line in listed if "DROP" in line)
+
+
+@pytest.mark.parametrize("sender", ["client", "the gateway that is drained", "the target"])
+def test_one_lost_datagram_changes_nothing(clients: Clients, sender: str) -> None:
+    """Each IKE message of a drain lost once: of the sidecars' and of charon's."""
+    topology = clients.topology
+    topology.client.charon.initiate("net", "home")
+    here, there = topology.gw1, topology.gw2
+    wait_until(lambda: complete(topology, stub_key(here.address, the_sa(here)["responder-spi"])), "the stub")
+    for number in range(MESSAGES_AT_MOST):
+        host = {"client": topology.client, "the target": there}.get(sender, here)
+        before = the_sa(topology.client)["local-vips"]
+        lose_one(host, number)
+        try:
+            asked = topology.gateways[here.name].command("drain", "--json", "--to", there.address, check=False)
+        finally:
+            lost = lose_no_more(host)
+        told = json.loads(asked.stdout)
+        assert (told["moved"], told["left"], told["failed"]) == (1, 0, 0), (number, told)
+        assert [sa["remote-host"] for sa in established(topology.client)] == [there.address]
+        assert the_sa(topology.client)["local-vips"] == before
+        wait_until(lambda here=here: not here.charon.sas(), "the end of the old IKE_SA")  # type: ignore[misc]
+        assert spis(the_sa(topology.client)) == spis(the_sa(there))
+        assert topology.client.ping(SITE) == 3
+        new = stub_key(there.address, the_sa(there)["responder-spi"])
+        wait_until(lambda new=new: topology.bank.stubs() == [new], "the one stub")  # type: ignore[misc]
+        here, there = there, here
+        if not lost:
+            break
+    assert number > 0, "no message was lost"
+
+
 def test_ctrl_c_asks_no_more_clients_and_waits_for_those_that_move(clients: Clients) -> None:
     topology = clients.topology
     clients.connect()

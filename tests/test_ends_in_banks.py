@@ -25,8 +25,10 @@ from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.revocation import LockOut, Revocations
+from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.stub.stub import Stub
 
 pytestmark = pytest.mark.redis
@@ -67,7 +69,10 @@ class Gateway:
         charon = cast(Charon, self.charon)
         living = LivingSas(self.charon.tracker)
         self.revocations = revocations = Revocations(self.bank, RING)
-        self.publisher = Publisher(self.writer, self.bank, GATEWAY, SyncConfig(), self.endings, living, revocations)
+        marks = MovedMarks(self.bank)
+        self.publisher = Publisher(
+            self.writer, self.bank, GATEWAY, SyncConfig(), self.endings, living, revocations, marks
+        )
         lock_out = LockOut(revocations, self.bank, charon, self.endings, self.writer, GATEWAY)
         self.publisher.locked_out = lock_out.soon
         config = GatewayConfig(address=GATEWAY, bank=BankConfig(url=server.url))
@@ -83,6 +88,7 @@ class Gateway:
             self.endings,
             living,
             lock_out,
+            SessionElsewhere(charon, self.bank, GatewayMetrics()),
             GatewayMetrics(),
         )
 

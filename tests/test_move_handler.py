@@ -9,7 +9,7 @@ from typing import Any
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.sa_tracker import SaTracker
-from bridge.client.move_handler import MoveHandler
+from bridge.client.move_handler import ANSWER_SECONDS, MoveHandler
 from bridge.client.outcome import Outcome, Result
 from bridge.ike.stub_exchange import (
     Move,
@@ -41,7 +41,8 @@ class Client:
     """A client with one session; `moves` are where it was told to go, `told` what it said of that."""
 
     def __init__(self) -> None:
-        tracker = SaTracker(Nobody(), wall=time.time, clock=time.monotonic)
+        self.tracker = tracker = SaTracker(Nobody(), wall=time.time, clock=time.monotonic)
+        self.now = 1000.0
         self.sa = IkeSa(
             IkeId.of(b"initiate", b"responds", True),
             SUITE,
@@ -56,7 +57,13 @@ class Client:
         self.told: list[tuple[MoveStatus, int]] = []
         self.busy = False
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._mover = MoveHandler(tracker, self, lambda sa: {GATEWAY, TARGET} if sa is self.sa else None, self._begin)
+        self._mover = MoveHandler(
+            tracker,
+            self,
+            lambda sa: {GATEWAY, TARGET} if sa is self.sa else None,
+            self._begin,
+            clock=lambda: self.now,
+        )
         self._last: StubMessage | None = None
 
     def _begin(self, sa: IkeSa, to: str) -> asyncio.Task[Outcome] | None:
@@ -130,6 +137,25 @@ async def test_a_client_that_moves_already_says_so() -> None:
     client.busy = True
     client.asked()
     assert client.told == [(MoveStatus.BUSY, NOW)]
+
+
+async def test_for_a_while_after_it_moved_a_client_answers_the_gateway_that_asked() -> None:
+    client = Client()
+    client.asked()
+    client.outcome.set_result(Outcome(Result.RESUMED, "home-gw2", TARGET))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    # the old SA is gone, and the first report was lost
+    client.tracker.forget(client.sa.id)
+    client.asked()
+    assert client.told == [(MoveStatus.MOVING, NOW)] * 2
+    # nobody else is answered, nor is anything else asked of it
+    client.asked(sk_d=b"?" * 32)
+    client.asked(NOW + 1)
+    client.now += ANSWER_SECONDS + 1
+    client.asked()
+    assert len(client.told) == 2
+    assert client.moves == [("home", TARGET)]
 
 
 async def test_a_move_that_fails_is_reported_with_its_reason() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.client import stub_keeper, sync_request
+from bridge.client import move_handler, stub_keeper, sync_request
 from bridge.config import ClientConfig, GatewayConfig
 from bridge.gateway import admission, client_stubs, drain, rebuild
 from bridge.ike import cookie
@@ -107,6 +107,7 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "and asks a silent gateway anew after at least": stub_keeper.RETRY_MIN,
     "a gateway sends Move again after": drain.ASK_SECONDS,
     "and gives a moving client up after": drain.MOVE_SECONDS,
+    "a client that moved answers that Move for": move_handler.ANSWER_SECONDS,
 }
 
 

@@ -12,8 +12,9 @@ import pytest
 import structlog
 
 from bank_support import GATEWAY, RedisServer, downloaded, ending, keyring, listed, revised, stub_of
-from bridge.bank.interface import BankUnavailable, Ending
+from bridge.bank.interface import BankUnavailable, Ending, Move
 from bridge.bank.redis_bank import RedisBank
+from bridge.stub.codec import pack_index
 from bridge.stub.keyring import Keyring
 from bridge.stub.readable import readable_fields
 from bridge.stub.stub import Index, Stub
@@ -224,6 +225,30 @@ async def test_delete_of_what_is_not_there_says_so(bank: RedisBank) -> None:
 
 
 # Download
+
+
+async def test_a_mark_tells_as_what_a_session_went_on(bank: RedisBank) -> None:
+    old, new, other = (stub_of(gateway=gateway).index for gateway in (GATEWAY, "2001:db8::2", GATEWAY))
+    await bank.tell_moved([Move(old, new, int(time.time()) + 60)])
+    assert await bank.moved([other, old]) == [None, new]
+
+
+async def test_a_mark_expires_with_the_ike_sa_that_it_is_about(bank: RedisBank, server: RedisServer) -> None:
+    old, new = stub_of().index, stub_of().index
+    until = int(time.time()) + 3600
+    await bank.tell_moved([Move(old, new, until)])
+    assert server.client.expiretime(old.moved) == until
+
+
+async def test_a_mark_without_the_banks_key_or_about_another_session_does_not_count(
+    bank: RedisBank, server: RedisServer
+) -> None:
+    old, new, other = (stub_of().index for _ in range(3))
+    await bank.tell_moved([Move(old, new, int(time.time()) + 60)])
+    server.client.set(other.moved, server.client.get(old.moved))
+    server.client.set(new.moved, keyring().seal(pack_index(old), new.moved.encode()))
+    assert await bank.moved([old, other, new]) == [new, None, None]
+    assert bank.unreadable == 2
 
 
 async def test_download_brings_all_stubs_of_one_gateway_and_no_others(bank: RedisBank) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
@@ -12,7 +13,7 @@ import pytest
 
 from bank_support import PATIENCE, RedisServer, downloaded, ending, keyring, listed, revised, stub_of
 from bridge.bank import replica_in
-from bridge.bank.interface import BankUnavailable
+from bridge.bank.interface import BankUnavailable, Move
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.replica import Replica
 from bridge.bank.replicated import ReplicatedBank
@@ -264,6 +265,18 @@ async def test_a_replay_at_a_bank_that_missed_the_end_finds_no_stub(
     for name in (ONE, THREE):
         servers[name].kill()
     assert await bank.get([stub.index]) == [None]
+
+
+async def test_a_mark_of_a_move_is_in_every_bank_and_counts_from_any(
+    bank_of: Open, servers: dict[str, RedisServer]
+) -> None:
+    two, one = await bank_of(TWO), await bank_of(ONE)
+    old, new = stub_of(gateway=ONE).index, stub_of(gateway=TWO).index
+    await two.tell_moved([Move(old, new, int(time.time()) + 60)])
+    assert await one.moved([old]) == [new]
+    # the old gateway hears of it in its own bank, and if that lost it, from another
+    assert servers[ONE].client.delete(old.moved) == 1
+    assert await one.moved([old]) == [new]
 
 
 async def test_a_download_does_not_bring_back_what_ended_here(bank_of: Open, servers: dict[str, RedisServer]) -> None:

@@ -53,6 +53,15 @@ class GatewaySign(NamedTuple):
     keys: frozenset[bytes]
 
 
+class Move(NamedTuple):
+    """A session that went on at another gateway."""
+
+    old: Index
+    new: Index
+    expires: int
+    """Unix seconds: when the old IKE_SA would have ended"""
+
+
 class StubBank(Protocol):
     """Where stubs live. Every method but `close` raises BankUnavailable."""
 
@@ -113,6 +122,17 @@ class StubBank(Protocol):
 
     def endings(self) -> AsyncGenerator[list[Ending]]:
         """All sessions, of any gateway, that are known here to have ended."""
+        ...
+
+    async def tell_moved(self, moves: Sequence[Move]) -> None:
+        """Leave a mark that sessions went on elsewhere, until their old IKE_SAs would have expired.
+
+        May be repeated. Where it raises, some of the marks may be there.
+        """
+        ...
+
+    async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
+        """What the session of each index went on as. None where there is no mark, or one that does not open."""
         ...
 
     async def reseal(self, gateway: str) -> int:

@@ -19,10 +19,10 @@ import msgspec
 
 from bridge.bank.buckets import BUCKETS_AT_A_TIME, BUNDLE, HASH, STRING, ZSET, Buckets
 from bridge.bank.content_report import ContentReport
-from bridge.bank.interface import DOWNLOAD_BATCH, Ending, GatewaySign
+from bridge.bank.interface import DOWNLOAD_BATCH, Ending, GatewaySign, Move
 from bridge.bank.redis_client import RedisClient, Script, is_wrong_type, unavailable
 from bridge.stub import bank_keys
-from bridge.stub.codec import decode, encode
+from bridge.stub.codec import decode, encode, pack_index, unpack_index
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.readable import READABLE, Readable, readable, readable_fields
 from bridge.stub.stub import Index, Stub, StubError
@@ -204,6 +204,29 @@ class RedisBank:
                         if (spi := bank_keys.read_spi(member, octet)) is not None and float(score) > 0
                     ]
 
+    async def tell_moved(self, moves: Sequence[Move]) -> None:
+        """See StubBank."""
+        commands = [
+            (
+                "SET",
+                move.old.moved,
+                self._keyring.seal(pack_index(move.new), move.old.moved.encode()),
+                "EXAT",
+                max(move.expires, int(self._wall()) + 1),
+            )
+            for move in moves
+        ]
+        await self._redis.pipeline(commands, writing=True)
+
+    async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
+        """See StubBank."""
+        found: list[Index | None] = []
+        for first in range(0, len(indexes), BUNDLE):
+            bundle = indexes[first : first + BUNDLE]
+            replies = await self._buckets.read([("GET", index.moved) for index in bundle], [STRING] * len(bundle))
+            found += [self._open_mark(index, sealed) for index, sealed in zip(bundle, replies, strict=True)]
+        return found
+
     # Download
 
     async def download(self, gateway: str, batch: int = DOWNLOAD_BATCH) -> AsyncGenerator[list[Stub]]:
@@ -341,6 +364,15 @@ class RedisBank:
             return None
         # an expiry that someone took from the key is still in the stub
         return stub if stub.expires > self._wall() else None
+
+    def _open_mark(self, index: Index, sealed: object) -> Index | None:
+        if not isinstance(sealed, bytes):
+            return None
+        try:
+            return unpack_index(self._keyring.open(sealed, index.moved.encode()))
+        except (SealError, ValueError) as error:
+            self._report.stub(index, f"the mark of its move: {error}")
+            return None
 
     async def _scan(self, pattern: str) -> list[tuple[str, str, str]]:
         """Keys of buckets, or of their ended sessions, that match a glob: key, gateway and first octet of each."""

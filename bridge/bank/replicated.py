@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, BankUnwritable, Ending, GatewaySign, StubBank
+from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, BankUnwritable, Ending, GatewaySign, Move, StubBank
 from bridge.bank.replica import Replica
 from bridge.service.tasks import end, spawn
 from bridge.stub.readable import Readable
@@ -227,6 +227,15 @@ class ReplicatedBank:
         async with aclosing(self._read_all(lambda tier: tier.bank.endings())) as pages:
             async for page in pages:
                 yield page
+
+    async def tell_moved(self, moves: Sequence[Move]) -> None:
+        """See StubBank: in all banks within reach."""
+        await self._ask(lambda bank: bank.tell_moved(moves))
+
+    async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
+        """See StubBank: a mark in any bank counts."""
+        answers = await self._ask(lambda bank: bank.moved(indexes))
+        return [next(filter(None, marks), None) for marks in zip(*answers.values(), strict=True)]
 
     # Download
 

@@ -34,6 +34,8 @@ RECONCILE_SHARE = 100
 INSTALL_TRIES = 3
 UNLOADED_SECONDS = 0.5
 """between two looks for connections that charon did not have yet"""
+ENDING_AT_ONCE = 4
+"""IKE_SAs that charon is asked to end at a time: other questions have to be answered meanwhile"""
 IN_FLIGHT_SECONDS = 0.5
 """what VICI lists may still be on its way over the HA channel for so long"""
 
@@ -69,6 +71,7 @@ class Charon:
         self._due = asyncio.Event()
         self._unknown = False
         self._waited = 0.0
+        self._ending = asyncio.Semaphore(ENDING_AT_ONCE)
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, *listeners: Listener, recover: Recover = no_recovery) -> None:
@@ -133,21 +136,42 @@ class Charon:
 
     async def end(self, spis: Collection[bytes]) -> int:
         """End IKE_SAs, given by both SPIs, whether their peers answer or not; how many charon had. Their peers get a
-        DELETE, updown scripts and accounting see the end. Raises ViciError."""
-        unique_ids: list[str] = []
+        DELETE, updown scripts and accounting see the end, and virtual IPs are released. Raises ViciError."""
+        found: dict[bytes, str] = {}
+        for one in spis:
+            sa = self.tracker.sas.get(one)
+            info = await self.vici.sa_by_id(sa.unique_id) if sa is not None and sa.unique_id else None
+            if info is not None and info.spis == one:
+                found[one] = info.unique_id
+        # to look for the others is to walk all
+        others = set(spis) - found.keys()
 
         def take(infos: list[SaInfo]) -> None:
-            unique_ids.extend(info.unique_id for info in infos if info.spis in spis)
+            found.update((info.spis, info.unique_id) for info in infos if info.spis in others)
 
-        if spis:
+        if others:
             await self.vici.each_sas(take)
         ended = 0
-        for unique_id in unique_ids:
+        for unique_id in found.values():
             # one that has ended meanwhile
             with contextlib.suppress(ViciError):
                 await self.vici.end_sa(unique_id)
                 ended += 1
         return ended
+
+    async def end_surely(self, sa: IkeSa) -> None:
+        """End an IKE_SA as `end` does; where charon cannot be asked over VICI it is removed over the HA channel, and
+        neither its peer nor anybody else hears of it. The listeners are told. Raises ChannelError where neither way is
+        open.
+        """
+        async with self._ending:
+            try:
+                if not await self.end({sa.id.spis}):
+                    raise ViciError("charon did not end it")
+            except ViciError as error:
+                log.warning("sa-removed-without-events", reason=str(error), connection=sa.connection, **sa.id.logged)
+                await self.installer.delete([sa.id])
+        self.tracker.end(sa.id)
 
     def reconcile_soon(self) -> None:
         """Compare with VICI's list as soon as the pace allows."""

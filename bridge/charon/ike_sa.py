@@ -96,6 +96,8 @@ class IkeSa:
     """when the client was last given its stub, in the clock of bridge.gateway.client_stubs"""
     adopted: bool = False
     """its keys came from a stub, not from charon"""
+    unique_id: str = ""
+    """by which charon names it, once VICI told of it"""
     predecessor: Index | None = None
     """the index that it was resumed from here, if it was"""
 

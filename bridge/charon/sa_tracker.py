@@ -333,6 +333,7 @@ class SaTracker:
         if moved:
             sa.rekey_at, sa.reauth_at, sa.expires = rekey_at, reauth_at, expires
         sa.established = int(now) - info.established
+        sa.unique_id = info.unique_id
         # a list that was on its way while the SA moved has it where it was
         local, remote = (info.local, info.remote) if since >= sa.moved else (sa.local, sa.remote)
         where = (local, remote, info.local_vips or sa.local_vips, info.remote_vips or sa.remote_vips)
@@ -373,6 +374,10 @@ class SaTracker:
         if sa.children != remembered:
             self._listener.changed(sa)
         return True
+
+    def end(self, ike_id: IkeId) -> None:
+        """An SA that the sidecar itself removed, and whose end is news."""
+        self._delete(ike_id)
 
     def forget(self, ike_id: IkeId) -> IkeSa | None:
         """Drop an SA that the sidecar itself removes; nobody is told."""

@@ -90,7 +90,7 @@ class ViciClient:
         """
         slept, infos = 0.0, list[SaInfo]()
         nap = SLICE_SECONDS * (1 / LISTING_SHARE - 1)
-        async with aclosing(self._listed(None)) as listed:
+        async with aclosing(self._listed()) as listed:
             began = time.perf_counter()
             async for info in listed:
                 infos.append(info)
@@ -104,9 +104,9 @@ class ViciClient:
         take(infos)
         return slept
 
-    async def _listed(self, connection: str | None) -> AsyncGenerator[SaInfo]:
-        """The answer to list-sas, what cannot be read left out."""
-        message = {"ike": connection} if connection else {}
+    async def _listed(self, connection: str | None = None, *, unique_id: str | None = None) -> AsyncGenerator[SaInfo]:
+        """The answer to list-sas, of one connection or one IKE_SA if given; what cannot be read is left out."""
+        message = {"ike": connection} if connection else {"ike-id": unique_id} if unique_id else {}
         async with (
             self._session("list-sas") as session,
             aclosing(session.stream("list-sas", "list-sa", message)) as entries,
@@ -123,6 +123,11 @@ class ViciClient:
     async def find_sa(self, connection: str, spis: bytes) -> SaInfo | None:
         """The IKE_SA of a connection that has these SPIs (16 octets)."""
         return next((info for info in await self.list_sas(connection) if info.spis == spis), None)
+
+    async def sa_by_id(self, unique_id: str) -> SaInfo | None:
+        """The IKE_SA with this unique ID."""
+        async with aclosing(self._listed(unique_id=unique_id)) as listed:
+            return await anext(listed, None)
 
     async def list_connections(self) -> dict[str, ConnectionInfo]:
         """All configured connections by name."""

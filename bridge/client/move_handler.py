@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
@@ -24,14 +25,19 @@ from bridge.net.packet import has_marker
 log = structlog.get_logger()
 
 NONCE_OCTETS: Final = 32
+ANSWER_SECONDS: Final = 30.0
+"""how long after a move the gateway that asked for it is still answered: the report may have been lost"""
 
 
 @dataclass(slots=True, eq=False)
 class _Heeded:
     """The last Move about an IKE_SA."""
 
+    sa: IkeSa
     message: StubMessage
     status: MoveStatus
+    until: float
+    """how long it is answered after the SA is gone, in the handler's clock"""
 
 
 class MoveHandler:
@@ -46,32 +52,39 @@ class MoveHandler:
         begin: Callable[[IkeSa, str], asyncio.Task[Outcome] | None],
         *,
         random: Callable[[int], bytes] = os.urandom,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tracker = tracker
         self._sender = sender
         self._targets = targets
         self._begin = begin
         self._random = random
+        self._clock = clock
         self._heeded: dict[bytes, _Heeded] = {}
 
     def asked(self, message: StubMessage) -> None:
         """A Move, not proved yet."""
         sa = self._tracker.sas.get(message.spis)
-        if (
-            sa is None
-            or not (sa.up and sa.resumable)
-            or self._targets(sa) is None
-            or not verify(message, sa.suite.prf, sa.sk_d)
-        ):
-            return
         last = self._heeded.get(message.spis)
+        if sa is None:
+            if last is not None and self._clock() < last.until and verify(message, last.sa.suite.prf, last.sa.sk_d):
+                self._answer(message, last)
+            return
+        if not (sa.up and sa.resumable) or self._targets(sa) is None or not verify(message, sa.suite.prf, sa.sk_d):
+            return
         if last is None or message.message_id > last.message.message_id:
-            self._heeded = {spis: one for spis, one in self._heeded.items() if spis in self._tracker.sas}
-            last = self._heeded[message.spis] = _Heeded(message, MoveStatus.MOVING)
+            now = self._clock()
+            self._heeded = {
+                spis: one for spis, one in self._heeded.items() if spis in self._tracker.sas or now < one.until
+            }
+            last = self._heeded[message.spis] = _Heeded(sa, message, MoveStatus.MOVING, now + ANSWER_SECONDS)
             self._heed(sa, last)
+        self._answer(message, last)
+
+    def _answer(self, message: StubMessage, last: _Heeded) -> None:
         if message.message_id == last.message.message_id:
             # asked again, it may be: the report was lost
-            self._tell(sa, last)
+            self._tell(last.sa, last)
 
     def _heed(self, sa: IkeSa, heeded: _Heeded) -> None:
         assert heeded.message.move is not None
@@ -88,6 +101,7 @@ class MoveHandler:
         task.add_done_callback(lambda done: self._done(sa, heeded, done))
 
     def _done(self, sa: IkeSa, heeded: _Heeded, task: asyncio.Task[Outcome]) -> None:
+        heeded.until = self._clock() + ANSWER_SECONDS
         if task.cancelled() or task.result().result is not Result.FAILED:
             return
         heeded.status = MoveStatus.NO_ANSWER if task.result().reason == "no-answer" else MoveStatus.REFUSED

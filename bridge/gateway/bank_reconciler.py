@@ -26,6 +26,7 @@ from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.revocation import LockOut
+from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.service.tasks import end, spawn
 from bridge.stub import bank_keys
 from bridge.stub.bank_keys import FETCH, GONE, HEARTBEAT, REVOKED_STAMP
@@ -60,6 +61,7 @@ class BankReconciler:
         endings: Endings,
         living: LivingSas,
         lock_out: LockOut,
+        elsewhere: SessionElsewhere,
         metrics: GatewayMetrics,
     ) -> None:
         self._address = config.address
@@ -71,6 +73,8 @@ class BankReconciler:
         self._endings = endings
         self._living = living
         self._lock_out = lock_out
+        self._elsewhere = elsewhere
+        self._addresses = {config.address} if config.address else set()
         self._assert_all = False
         self._gone_changed: set[bytes] = set()
         self._gone_news = asyncio.Event()
@@ -81,7 +85,8 @@ class BankReconciler:
         self._tasks: list[asyncio.Task[None]] = []
         # of what ends, only what may be of an SA here
         gone = bank_keys.gone_pattern(config.address)
-        patterns = (f"{HEARTBEAT}*", f"{FETCH}*", REVOKED_STAMP, gone)
+        moved = map(bank_keys.moved_pattern, self._addresses)
+        patterns = (f"{HEARTBEAT}*", f"{FETCH}*", REVOKED_STAMP, gone, *moved)
         self._keyspace = Keyspace(url, patterns, self._event, self._heard)
         prefetch.attach(self._keyspace)
 
@@ -119,6 +124,7 @@ class BankReconciler:
 
     def _event(self, event: Event) -> None:
         self._prefetch.hear(event)
+        self._elsewhere.heard(event)
         if event.key.startswith(FETCH) and event.event == "set":
             gateway = bank_keys.gateway_name(event.key.removeprefix(FETCH))
             if gateway is None:
@@ -209,11 +215,13 @@ class BankReconciler:
 
     async def _refill(self) -> None:
         """Store again what the bank lacks: a Redis without its data, or a replica that was behind when it took over."""
-        sas = [
-            sa
-            for sa in self._charon.tracker.established()
-            if sa.resumable and sa.revision and self._index(sa) not in self._endings
-        ]
+        every = [sa for sa in self._charon.tracker.established() if sa.resumable and sa.revision]
+        for address in {sa.published_at for sa in every if sa.published_at} - self._addresses:
+            # a client came by the address of the other family
+            await self._keyspace.add(bank_keys.moved_pattern(address))
+            self._addresses.add(address)
+        sas = [sa for sa in every if self._index(sa) not in self._endings]
+        self._elsewhere.suspect(sa for sa in every if self._index(sa) in self._endings)
         refilled = 0
         for first in range(0, len(sas), COMPARE_BUNDLE):
             bundle = sas[first : first + COMPARE_BUNDLE]
@@ -284,6 +292,7 @@ class BankReconciler:
 
     def _learned(self, sa: IkeSa) -> None:
         self._endings.add(self._index(sa), max(sa.stub_expires, sa.expires))
+        self._elsewhere.suspect([sa])
 
     def _index(self, sa: IkeSa) -> Index:
         return sa.index_here(self._address)

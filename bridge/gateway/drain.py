@@ -5,11 +5,14 @@ A target that could resume none of the sessions is refused before anybody is ask
 bank key of this gateway's, or without the sessions' connections. Sessions that it could not resume are left alone.
 
 Each chosen client gets a Move (bridge.ike.stub_exchange). One whose sidecar answers resumes at the target; when the
-bank says that the session went on there, its IKE_SA here is dropped in silence. One without a sidecar notices nothing.
+bank says that the session went on there, its IKE_SA here is ended. One without a sidecar notices nothing.
 
     ASKED --Moving: MOVING--> MOVING --the bank says so--> moved
-      |  '--Moving: another--> left alone or failed | '--Moving: another, or MOVE_SECONDS--> failed
+      |  |--the bank says so--> moved               | '--Moving: another, or MOVE_SECONDS--> failed
+      |  '--Moving: another--> left alone or failed
       '--no answer--> left alone
+
+The bank is asked about every client that was asked, so a report that is lost on its way changes nothing.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ from bridge.bank import gateway_facts
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
-from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ike_sa import IkeSa, stub_sa
 from bridge.config import canonical_address
+from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_move, move_message_id, parse_stub_message, verify
 from bridge.net.interface import Sender
 from bridge.net.packet import PORT_NAT_T
@@ -52,6 +55,8 @@ MOVE_SECONDS: Final = 30.0
 RATE: Final = 50.0
 """moves begun a second, unless told otherwise"""
 FAILURES_SHOWN: Final = 50
+BUNDLE: Final = 512
+"""sessions that the bank is asked about at a time"""
 
 
 class Result(StrEnum):
@@ -81,6 +86,8 @@ class _Asked:
     again: float = 0.0
     sent: int = 0
     status: MoveStatus = MoveStatus.ASKED
+    vanished: bool = False
+    """charon does not have the SA any more, and the bank does not say that the session went on elsewhere"""
 
 
 @dataclass(slots=True, eq=False)
@@ -123,6 +130,7 @@ class Drain:
         bank: StubBank,
         sender: Sender,
         address: str | None,
+        elsewhere: SessionElsewhere,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -131,6 +139,7 @@ class Drain:
         self._bank = bank
         self._sender = sender
         self._address = address
+        self._elsewhere = elsewhere
         self._clock = clock
         self._wall = wall
         self._run: _Run | None = None
@@ -241,9 +250,9 @@ class Drain:
                 ):
                     self._ask(run, run.waiting.popleft())
                     begin += 1 / run.rate
+                await self._collect(run)
                 for asked in list(run.asked.values()):
                     self._look_after(run, asked, now)
-                await self._collect(run)
                 await asyncio.sleep(TICK_SECONDS)
         finally:
             run.ended = self._clock()
@@ -265,7 +274,7 @@ class Drain:
 
     def _look_after(self, run: _Run, asked: _Asked, now: float) -> None:
         sa = asked.sa
-        if self._charon.tracker.sas.get(sa.id.spis) is not sa:
+        if asked.vanished:
             self._settle(run, asked, Result.LEFT, "the session ended, or was rekeyed")
         elif now > asked.deadline:
             self._settle(run, asked, Result.FAILED, "the client did not arrive")
@@ -290,27 +299,28 @@ class Drain:
             log.info("move-not-sent", peer=remote.address, reason=error.strerror, **sa.id.logged)
 
     async def _collect(self, run: _Run) -> None:
-        """Drop the IKE_SAs of those that went on elsewhere: the bank knows when the target has confirmed."""
-        moving = [asked for asked in run.asked.values() if asked.status is MoveStatus.MOVING]
-        if not moving:
-            return
+        """End the IKE_SAs of those that went on elsewhere: the bank knows when the target has confirmed."""
+        every = list(run.asked.values())
+        gone = [self._charon.tracker.sas.get(asked.sa.id.spis) is not asked.sa for asked in every]
+        moved: list[Index | None] = []
+        ended: list[bool | None] = []
         try:
-            ended = await self._bank.ended([asked.index for asked in moving])
+            for first in range(0, len(every), BUNDLE):
+                indexes = [asked.index for asked in every[first : first + BUNDLE]]
+                moved += await self._bank.moved(indexes)
+                ended += await self._bank.ended(indexes)
         except BankUnavailable as error:
             log.info("drain-waits-for-bank", reason=str(error))
             return
-        over = [
-            asked
-            for asked, gone in zip(moving, ended, strict=True)
-            if gone and self._charon.tracker.sas.get(asked.sa.id.spis) is asked.sa
-        ]
-        for asked in over:
-            self._charon.tracker.forget(asked.sa.id)
-            self._settle(run, asked, Result.MOVED, "")
-        try:
-            await self._charon.installer.delete([asked.sa.id for asked in over])
-        except ChannelError as error:
-            log.warning("old-sas-not-removed", sas=len(over), reason=str(error))
+        over: list[tuple[IkeSa, Index | None]] = []
+        for asked, vanished, new, over_there in zip(every, gone, moved, ended, strict=True):
+            # a target of release 0.1 leaves no mark; the client's report, which is proved, stands for it
+            if new is not None or (over_there and asked.status is MoveStatus.MOVING):
+                self._settle(run, asked, Result.MOVED, "")
+                over.append((asked.sa, new))
+            else:
+                asked.vanished = vanished
+        await asyncio.gather(*(self._elsewhere.end(sa, new) for sa, new in over))
 
     def _settle(self, run: _Run, asked: _Asked, result: Result, reason: str) -> None:
         run.asked.pop(asked.sa.id.spis, None)

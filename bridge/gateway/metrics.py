@@ -48,6 +48,9 @@ class GatewayMetrics(Metrics):
             "cookies", "requests with IKE_SA_SYNC that were answered with a cookie", ("reason",)
         )
         self.removed = self.counter("unconfirmed_removed", "rebuilt IKE_SAs removed because none confirmed them")
+        self.moved_away = self.counter(
+            "moved_away", "IKE_SAs ended here because their session went on at another gateway"
+        )
         self.handed = self.counter("stubs_handed", "stubs given to clients that asked for theirs")
         self.presented = self.counter("stubs_presented", "requests served with a stub that the client held")
         self.bank_errors = self.counter("bank_errors", "failed look-ups in the bank")

@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 import structlog
 
-from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.interface import BankUnavailable, Move, StubBank
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.ike_sa import IkeSa, gateway_address, sa_of
 from bridge.charon.vici_types import SaInfo
 from bridge.config import SyncConfig
 from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
+from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.revocation import Revocations
-from bridge.stub.stub import Index
+from bridge.stub.stub import Index, Stub
 
 log = structlog.get_logger()
 
@@ -34,6 +35,7 @@ class Publisher:
         endings: Endings,
         living: LivingSas,
         revocations: Revocations,
+        marks: MovedMarks,
         *,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -44,6 +46,7 @@ class Publisher:
         self._endings = endings
         self._living = living
         self._revocations = revocations
+        self._marks = marks
         self.locked_out: Callable[[], None] = lambda: None
         """called for an SA of an identity that is locked out"""
         self._wall = wall
@@ -68,6 +71,13 @@ class Publisher:
             self._writer.submit_delete(before, expires=sa.stub_expires)
         sa.published_at, sa.stub_expires = index.gateway, expires
         self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
+
+    def resumed(self, sa: IkeSa, old: Stub) -> None:
+        """A session went on here as `sa`. The gateway that made its `old` stub is told to end what it has of it."""
+        self.publish(sa)
+        new = sa.published or sa.index_here(self._address)
+        if new.gateway != old.index.gateway:
+            self._marks.tell(Move(old.index, new, max(old.expires, old.rekey_at)))
 
     def withdraw(self, sa: IkeSa) -> None:
         """Delete the stub of an SA that ended."""

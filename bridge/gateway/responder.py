@@ -83,7 +83,7 @@ class Responder:
         sender: Sender,
         sync: SyncConfig,
         metrics: GatewayMetrics,
-        publish: Callable[[IkeSa], None],
+        resumed: Callable[[IkeSa, Stub], None],
         moving: Callable[[StubMessage], None],
         holders: AddressHolders,
         *,
@@ -109,7 +109,7 @@ class Responder:
             writer,
             self._admission,
             metrics,
-            publish,
+            resumed,
             confirm_timeout=sync.confirm_timeout,
             clock=clock,
         )

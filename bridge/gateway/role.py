@@ -30,9 +30,11 @@ from bridge.gateway.heartbeat import Heartbeat
 from bridge.gateway.interception import Interception
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.responder import Responder
 from bridge.gateway.revocation import LockOut, Revocations
+from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.gateway.stub_lookup import StubLookup
 from bridge.net.interface import Sender
 from bridge.service.control import Answer, Command, ControlServer
@@ -63,6 +65,7 @@ class GatewayRole:
         stack.push_async_callback(role._prefetch.close)
         stack.push_async_callback(role._writer.close)
         stack.push_async_callback(role._endings.close)
+        stack.push_async_callback(role._marks.close)
         return role
 
     def __init__(
@@ -82,7 +85,11 @@ class GatewayRole:
         living = LivingSas(charon.tracker)
         revocations = Revocations(bank, keyring, config.state)
         lock_out = LockOut(revocations, bank, charon, endings, self._writer, config.address)
-        self._publisher = Publisher(self._writer, bank, config.address, config.sync, endings, living, revocations)
+        self._marks = MovedMarks(bank)
+        self._elsewhere = SessionElsewhere(charon, bank, self._metrics)
+        self._publisher = Publisher(
+            self._writer, bank, config.address, config.sync, endings, living, revocations, self._marks
+        )
         self._publisher.locked_out = lock_out.soon
         stubs = ClientStubs(
             config.sync.client_stub,
@@ -103,7 +110,7 @@ class GatewayRole:
             reachable=lambda: self._heartbeat.bank_reachable,
             timeout=config.bank.get_timeout,
         )
-        self._drain = Drain(charon, bank, sender, config.address)
+        self._drain = Drain(charon, bank, sender, config.address, self._elsewhere)
         self._responder = Responder(
             charon,
             lookup,
@@ -115,7 +122,7 @@ class GatewayRole:
             sender,
             config.sync,
             self._metrics,
-            self._publisher.publish,
+            self._publisher.resumed,
             self._drain.moving,
             AddressHolders(charon, bank, config.address),
         )
@@ -132,6 +139,7 @@ class GatewayRole:
             endings,
             living,
             lock_out,
+            self._elsewhere,
             self._metrics,
         )
         if self._replicas is not None:
@@ -162,7 +170,12 @@ class GatewayRole:
         """What follows charon: the bank is kept in step, and requests are intercepted; ended with `stack`."""
         self._reconciler.start()
         stack.push_async_callback(self._reconciler.close)
-        stack.push_async_callback(end, spawn("heartbeat", self._heartbeat.run()))
+        for name, work in (
+            ("heartbeat", self._heartbeat.run()),
+            ("moved-marks", self._marks.run()),
+            ("elsewhere", self._elsewhere.run()),
+        ):
+            stack.push_async_callback(end, spawn(name, work))
         stack.push_async_callback(self._interception.close)
         await self._interception.start()
 

@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import structlog
 
@@ -31,7 +32,7 @@ from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt, State
 from bridge.gateway.recent import Recent
 from bridge.service.tasks import end, spawn
-from bridge.stub.stub import Index
+from bridge.stub.stub import Index, Stub
 from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
@@ -53,7 +54,7 @@ class Unconfirmed:
         writer: WriteQueue,
         admission: Admission,
         metrics: GatewayMetrics,
-        publish: Callable[[IkeSa], None],
+        resumed: Callable[[IkeSa, Stub], None],
         *,
         confirm_timeout: float,
         clock: Callable[[], float] = time.monotonic,
@@ -65,7 +66,7 @@ class Unconfirmed:
         self._writer = writer
         self._admission = admission
         self._metrics = metrics
-        self._publish = publish
+        self._resumed = resumed
         self._confirm_timeout = confirm_timeout
         self._clock = clock
         self._by_digest: dict[bytes, Rebuilt] = {}
@@ -155,19 +156,15 @@ class Unconfirmed:
         self._confirmed.add((sa.id.spi_i, made.install.remote))
         # whatever the old gateway may have written since: the session is here now
         self._writer.submit_delete(index, expires=made.old.expires)
-        void = [other.sa.id for other in others]
-        old_id = IkeId.of(made.old.spi_i, made.old.spi_r, made.old.initiator)
-        if self._charon.tracker.forget(old_id) is not None:
-            # the old SA is here too: the client lost its path, not this gateway
-            void.append(old_id)
-        for leftover in made.leftovers:
-            self._charon.tracker.forget(leftover)
-            void.append(leftover)
-        if void:
-            self._drop_later(void)
+        if others:
+            self._later("drop", self.drop([other.sa.id for other in others]))
+        # the old SA is here too: the client lost its path, not this gateway
+        for spis in {made.old.spi_i + made.old.spi_r, *(leftover.spis for leftover in made.leftovers)}:
+            if (old := self._charon.tracker.sas.get(spis)) is not None:
+                self._later("end", self._end(old))
         sa.up = True
         self._metrics.resumed.inc()
-        self._publish(sa)
+        self._resumed(sa, made.old)
         self._charon.reconcile_soon()
         log.info(
             "sa-resumed",
@@ -234,10 +231,16 @@ class Unconfirmed:
         for made in gone:
             self.forget(made)
 
-    def _drop_later(self, ike_ids: list[IkeId]) -> None:
-        task = spawn("drop", self.drop(ike_ids))
+    def _later(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = spawn(name, work)
         self._drops.add(task)
         task.add_done_callback(self._drops.discard)
+
+    async def _end(self, old: IkeSa) -> None:
+        try:
+            await self._charon.end_surely(old)
+        except ChannelError as error:
+            log.warning("old-sa-not-removed", reason=str(error), **old.id.logged)
 
     async def drop(self, ike_ids: list[IkeId]) -> None:
         """Take from charon what a confirmed SA stands for."""

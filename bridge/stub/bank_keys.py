@@ -5,6 +5,7 @@
 | `ike:stub:{<gateway>/<first octet>}:<SPI>` | a stub: a hash |
 | `ike:stubs:{<gateway>/<first octet>}` | a bucket: the SPIs of its stubs, by expiry |
 | `ike:gone:{<gateway>/<first octet>}` | the SPIs of the bucket's ended sessions, by when they may be forgotten |
+| `ike:moved:{<gateway>/<first octet>}:<SPI>` | a mark: the session went on at another gateway; sealed |
 | `ike:gateways` | the addresses of gateways, by the time of their last heartbeat |
 | `ike:gateway:<gateway>` | a heartbeat |
 | `ike:<kind>:<gateway>` | what a gateway posts: see the kinds below |
@@ -29,6 +30,7 @@ BUCKETS: Final = 256
 STUB: Final = "ike:stub:"
 BUCKET: Final = "ike:stubs:"
 GONE: Final = "ike:gone:"
+MOVED: Final = "ike:moved:"
 GATEWAYS: Final = "ike:gateways"
 HEARTBEAT: Final = "ike:gateway:"
 FETCH: Final = "ike:fetch:"
@@ -48,6 +50,7 @@ SEALS_KIND: Final = "seals"
 """how many stubs it has sealed with each key"""
 
 _STUB_KEY: Final = re.compile(r"ike:stub:\{(?P<gateway>[^{}/]+)/(?P<octet>[0-9a-f]{2})\}:(?P<spi>[0-9a-f]{16})")
+_MOVED_KEY: Final = re.compile(r"ike:moved:\{(?P<gateway>[^{}/]+)/(?P<octet>[0-9a-f]{2})\}:(?P<spi>[0-9a-f]{16})")
 _TAGGED: Final = re.compile(r"(?:ike:stubs:|ike:gone:)\{(?P<gateway>[^{}/]+)/(?P<octet>[0-9a-f]{2})\}")
 _SPI: Final = re.compile(rb"[0-9a-f]{16}")
 _ADDRESS_OCTETS: Final = 45
@@ -63,6 +66,12 @@ def stub_key(gateway: str, spi: bytes) -> str:
     """The key of a stub."""
     digits = spi.hex()
     return f"{STUB}{{{gateway}/{digits[:2]}}}:{digits}"
+
+
+def moved_key(gateway: str, spi: bytes) -> str:
+    """The key of the mark that a session went on at another gateway."""
+    digits = spi.hex()
+    return f"{MOVED}{{{tag(gateway, digits[:2])}}}:{digits}"
 
 
 def stub_prefix(bucket: str) -> str:
@@ -118,6 +127,11 @@ def buckets_pattern(gateway: str | None) -> str:
     return f"{BUCKET}{{{'*' if gateway is None else gateway}/??}}"
 
 
+def moved_pattern(gateway: str) -> str:
+    """The keys of all marks about sessions of a gateway."""
+    return f"{MOVED}{{{gateway}/*"
+
+
 def gone_pattern(gateway: str | None) -> str:
     """The keys of all ended sessions of a gateway, or of all gateways."""
     return f"{GONE}{{{'*' if gateway is None else gateway}/??}}"
@@ -140,7 +154,16 @@ def gateway_name(name: bytes | str) -> str | None:
 
 def read_stub_key(key: str) -> tuple[str, bytes] | None:
     """Gateway and SPI of a stub's key."""
-    match = _STUB_KEY.fullmatch(key)
+    return _read_key(_STUB_KEY, key)
+
+
+def read_moved_key(key: str) -> tuple[str, bytes] | None:
+    """Gateway and SPI of the key of a mark."""
+    return _read_key(_MOVED_KEY, key)
+
+
+def _read_key(form: re.Pattern[str], key: str) -> tuple[str, bytes] | None:
+    match = form.fullmatch(key)
     if match is None or match["octet"] != match["spi"][:2] or gateway_name(match["gateway"]) is None:
         return None
     return match["gateway"], bytes.fromhex(match["spi"])

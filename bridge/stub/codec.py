@@ -149,7 +149,7 @@ def _extensions(stub: Stub) -> dict[int, int | bytes]:
     if stub.authenticated_until:
         more[Extension.AUTHENTICATED_UNTIL] = stub.authenticated_until
     if stub.predecessor is not None:
-        more[Extension.PREDECESSOR] = _pack_index(stub.predecessor)
+        more[Extension.PREDECESSOR] = pack_index(stub.predecessor)
     return more
 
 
@@ -166,14 +166,14 @@ def _predecessor(more: dict[int, int | bytes]) -> Index | None:
         return None
     if isinstance(octets, int):
         raise ValueError("a predecessor is an index in octets")
-    return _unpack_index(octets)
+    return unpack_index(octets)
 
 
 def _to_wire(stub: Stub) -> _WireStub:
     suite = stub.suite
     made_by_gateway = stub.index == (stub.local.address, stub.spi_i if stub.initiator else stub.spi_r)
     return _WireStub(
-        None if made_by_gateway else _pack_index(stub.index),
+        None if made_by_gateway else pack_index(stub.index),
         stub.spi_i + stub.spi_r,
         stub.initiator,
         _pack_identity(stub.local_id),
@@ -207,13 +207,10 @@ def _from_wire(wire: _WireStub, more: dict[int, int | bytes]) -> Stub:
         raise ValueError("it has an extension that has to be understood and is not known")
     spi_i, spi_r = wire.spis[:8], wire.spis[8:]
     local, remote = _shared_endpoint(wire.local), _unpack_endpoint(wire.remote)
-    if wire.index is None:
-        index = Index(local.address, spi_i if wire.initiator else spi_r)
-    else:
-        index = _unpack_index(wire.index)
+    own = Index(local.address, spi_i if wire.initiator else spi_r)
     established = wire.established
     return Stub(
-        index,
+        own if wire.index is None else unpack_index(wire.index),
         spi_i,
         spi_r,
         wire.initiator,
@@ -290,11 +287,13 @@ def _shared_identity(octets: bytes) -> Identity:
     return Identity(octets[0], octets[1:])
 
 
-def _pack_index(index: Index) -> bytes:
+def pack_index(index: Index) -> bytes:
+    """SPI and address, 12 or 24 octets."""
     return index.spi + packed(index.gateway)
 
 
-def _unpack_index(octets: bytes) -> Index:
+def unpack_index(octets: bytes) -> Index:
+    """What `pack_index` packed. Raises ValueError."""
     return Index(address_text(octets[8:]), octets[:8])
 
 

@@ -46,6 +46,11 @@ class Index(NamedTuple):
         """The key of the sorted set, by expiry, of the bucket's sessions that have ended."""
         return bank_keys.gone_key(self.gateway, self.spi[:1].hex())
 
+    @property
+    def moved(self) -> str:
+        """The key of the mark that says as which IKE_SA of another gateway the session went on."""
+        return bank_keys.moved_key(self.gateway, self.spi)
+
     def __str__(self) -> str:
         return f"{self.gateway}/{self.spi.hex()}"
 

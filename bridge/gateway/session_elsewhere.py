@@ -1,0 +1,115 @@
+"""No session in two places: IKE_SAs of this gateway whose session went on at another one are ended here.
+
+The gateway where a session goes on leaves a mark in the bank, sealed with the bank's key, so that nobody without that
+key can have a session ended. The keyspace tells of a mark at once; where it is not heard, the comparison with the bank
+finds the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import structlog
+
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.keyspace import Event
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ike_sa import IkeSa
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.stub import bank_keys
+from bridge.stub.stub import Index
+
+log = structlog.get_logger()
+
+SUSPECTED_MAX: Final = 200_000
+"""indexes that wait to be looked up; the comparison with the bank finds those beyond"""
+PACE: Final = 20
+"""a look at all SAs that took t seconds is followed by a pause of this many t"""
+
+
+class SessionElsewhere:
+    """Ends what went on elsewhere; `run` is a task."""
+
+    def __init__(
+        self, charon: Charon, bank: StubBank, metrics: GatewayMetrics, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._charon = charon
+        self._bank = bank
+        self._metrics = metrics
+        self._clock = clock
+        self._suspected: set[Index] = set()
+        self._ending: set[bytes] = set()
+        self._wake = asyncio.Event()
+
+    def heard(self, event: Event) -> None:
+        """Something happened to a key of the bank."""
+        if event.event != "set" or not event.key.startswith(bank_keys.MOVED):
+            return
+        named = bank_keys.read_moved_key(event.key)
+        if named is not None:
+            self._suspect(Index(*named))
+
+    def suspect(self, sas: Iterable[IkeSa]) -> None:
+        """The bank says that the sessions of these ended; that alone proves nothing."""
+        for sa in sas:
+            if sa.published is not None:
+                self._suspect(sa.published)
+
+    def _suspect(self, index: Index) -> None:
+        if len(self._suspected) < SUSPECTED_MAX:
+            self._suspected.add(index)
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Look up what is suspected, and end what went on elsewhere."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            began = self._clock()
+            found = self._found()
+            took = self._clock() - began
+            try:
+                moved = await self._bank.moved([index for index, _ in found]) if found else []
+            except BankUnavailable as error:
+                log.info("moves-not-read", reason=str(error))
+                moved = []
+            ends = [self.end(sa, new) for (_, sa), new in zip(found, moved, strict=False) if new is not None]
+            await asyncio.gather(*ends)
+            await asyncio.sleep(took * PACE)
+
+    def _found(self) -> list[tuple[Index, IkeSa]]:
+        """The SAs of this gateway that are suspected now."""
+        suspected, self._suspected = self._suspected, set()
+        spis = {index.spi for index in suspected}
+        return [
+            (index, sa)
+            for sa in self._charon.tracker.established()
+            if sa.local_spi in spis and (index := sa.published) is not None and index in suspected
+        ]
+
+    async def end(self, sa: IkeSa, new: Index | None) -> None:
+        """End an SA whose session goes on as `new`, if that is known."""
+        spis = sa.id.spis
+        if spis in self._ending or self._charon.tracker.sas.get(spis) is not sa:
+            return
+        self._ending.add(spis)
+        try:
+            await self._charon.end_surely(sa)
+        except ChannelError as error:
+            # the next comparison finds it again
+            log.warning("old-sa-not-removed", reason=str(error), **sa.id.logged)
+            return
+        finally:
+            self._ending.discard(spis)
+        self._metrics.moved_away.inc()
+        log.info(
+            "session-moved-away",
+            connection=sa.connection,
+            identity=sa.remote_id.text if sa.remote_id else "",
+            to=new.gateway if new is not None else "",
+            **sa.id.logged,
+        )
