@@ -15,7 +15,8 @@ from bridge.charon.ha_segments import LONGEST_PAUSE
 from bridge.gateway import install_queue
 from bridge.gateway.install_queue import InstallQueue, Prepared
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.gateway.rebuilt import Rebuilt, State
+from bridge.gateway.rebuilt import Rebuilt
+from bridge.gateway.rebuilt_state import Event, State
 from bridge.gateway.unconfirmed import Unconfirmed
 
 
@@ -74,7 +75,8 @@ class Table(list[Any]):
     def installed(self, made: Any) -> None:
         made.state = State.UNCONFIRMED
 
-    def forget(self, made: Any) -> None:
+    def forget(self, made: Any, why: Event) -> None:
+        assert why is Event.GIVEN_UP
         if made in self:
             self.remove(made)
 

@@ -14,6 +14,7 @@ from bridge.charon.ha_message import HaError
 from bridge.charon.ha_segments import LONGEST_PAUSE
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt
+from bridge.gateway.rebuilt_state import Event
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.net.interface import Packet
 
@@ -109,7 +110,7 @@ class InstallQueue:
 
     def _give_up(self, batch: list[Prepared]) -> None:
         for packet, made in batch:
-            self._unconfirmed.forget(made)
+            self._unconfirmed.forget(made, Event.GIVEN_UP)
             self._refuse(packet, made)
 
     def _still_wanted(self, batch: list[Prepared]) -> tuple[list[Prepared], list[Prepared]]:

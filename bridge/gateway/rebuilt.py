@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
+from bridge.gateway.rebuilt_state import REBUILT, Event, State
 from bridge.stub.stub import Stub
-
-
-class State(StrEnum):
-    INSTALLING = "installing"
-    UNCONFIRMED = "unconfirmed"
-    CONFIRMING = "confirming"
-    """its first request verified, and the bank is asked whether its session ended meanwhile"""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,5 +23,9 @@ class Rebuilt:
     install: Install
     leftovers: tuple[IkeId, ...] = ()
     """SAs here of the same session from before it was at another gateway: they go when this one is confirmed"""
-    state: State = State.INSTALLING
+    state: State = REBUILT.first
     deadline: float = field(default=0.0)
+
+    def on(self, event: Event) -> None:
+        """Something happened to it (bridge.gateway.rebuilt_state)."""
+        self.state = REBUILT.after(self.state, event)

@@ -32,7 +32,8 @@ from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
 from bridge.gateway.rebuild import NONE, Decision
-from bridge.gateway.rebuilt import Rebuilt, State
+from bridge.gateway.rebuilt import Rebuilt
+from bridge.gateway.rebuilt_state import State
 from bridge.gateway.recent import Recent
 from bridge.gateway.refusal import Refusal, told
 from bridge.gateway.revocation import Revocations

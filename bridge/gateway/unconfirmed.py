@@ -1,11 +1,5 @@
-"""The IKE_SAs that were rebuilt here and have not proved themselves: the table of them, and how each leaves it.
-
-An SA that was rebuilt here is in one of these states (protocol rules 2 and 3):
-
-    INSTALLING --charon has it, answer sent--> UNCONFIRMED --first verified request--> CONFIRMING
-    UNCONFIRMED --confirm_timeout--> removed in silence
-    CONFIRMING --its session lives--> an SA like any other
-    CONFIRMING --its session ended or went on elsewhere meanwhile--> ended
+"""The IKE_SAs that were rebuilt here and have not proved themselves: the table of them, and how each leaves it
+(protocol rules 2 and 3). Their states are those of bridge.gateway.rebuilt_state.
 """
 
 from __future__ import annotations
@@ -29,7 +23,8 @@ from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.endings import Endings
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.gateway.rebuilt import Rebuilt, State
+from bridge.gateway.rebuilt import Rebuilt
+from bridge.gateway.rebuilt_state import Event, State
 from bridge.gateway.recent import Recent
 from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Index, Stub
@@ -83,7 +78,7 @@ class Unconfirmed:
             await asyncio.wait(self._confirming)
         await end(*self._drops)
         with contextlib.suppress(ChannelError):
-            await self._remove(list(self._by_spis.values()))
+            await self._remove(list(self._by_spis.values()), Event.CLOSED)
 
     def __len__(self) -> int:
         return len(self._by_spis)
@@ -117,15 +112,18 @@ class Unconfirmed:
 
     def installed(self, made: Rebuilt) -> None:
         """charon has it: from now on its client has `confirm_timeout`."""
-        made.state = State.UNCONFIRMED
+        made.on(Event.INSTALLED)
         made.deadline = self._clock() + self._confirm_timeout
 
     def verified(self, ike_id: IkeId) -> None:
         """Rule 2: the first request that verified under the new keys confirms the SA."""
         made = self._by_spis.get(ike_id.spis)
-        if made is None or made.state is State.CONFIRMING:
+        if made is None:
             return
-        made.state = State.CONFIRMING
+        before = made.state
+        made.on(Event.VERIFIED)
+        if made.state is before:
+            return
         task = spawn("confirm", self._confirm(made))
         self._confirming.add(task)
         task.add_done_callback(self._confirming.discard)
@@ -137,7 +135,7 @@ class Unconfirmed:
             return
         if ended or made.old.index in self._endings:
             log.info("sa-ended-before-confirmed", old_gateway=made.old.index.gateway, **made.sa.id.logged)
-            self.forget(made)
+            self.forget(made, Event.ENDED)
             try:
                 # not in silence: its client takes the session for resumed
                 await self._charon.end({made.sa.id.spis})
@@ -147,11 +145,12 @@ class Unconfirmed:
             self._confirmed_now(made)
 
     def _confirmed_now(self, made: Rebuilt) -> None:
+        made.on(Event.LIVES)
         self._take_out(made)
         index, sa = made.old.index, made.sa
         others = self._by_index.get(index, [])[:]
         for other in others:
-            self.forget(other)
+            self.forget(other, Event.SUPERSEDED)
         self._endings.add(index, made.old.expires)
         self._confirmed.add((sa.id.spi_i, made.install.remote))
         # whatever the old gateway may have written since: the session is here now
@@ -180,13 +179,17 @@ class Unconfirmed:
         """charon ended an SA: nothing waits for it any more."""
         made = self._by_spis.get(sa.id.spis)
         if made is not None:
-            self.forget(made)
+            self.forget(made, Event.GONE)
 
-    def forget(self, made: Rebuilt) -> None:
+    def forget(self, made: Rebuilt, why: Event) -> None:
         """It will never be confirmed."""
+        if made not in self:
+            return
+        was = made.state
+        made.on(why)
         self._take_out(made)
         self._charon.tracker.forget(made.sa.id)
-        if made.state is State.UNCONFIRMED and self._handout.policy != "off":
+        if was is State.UNCONFIRMED and self._handout.policy != "off":
             # its client got a stub of it: worth nothing now
             self._endings.add(self._handout.index(made.sa), made.sa.expires)
             self._writer.submit_delete(self._handout.index(made.sa), expires=made.sa.expires)
@@ -211,7 +214,7 @@ class Unconfirmed:
                     break
                 late.append(made)
         try:
-            await self._remove(late)
+            await self._remove(late, Event.LATE)
         except ChannelError as error:
             log.warning("unconfirmed-not-removed", reason=str(error))
             return
@@ -224,12 +227,12 @@ class Unconfirmed:
                 peer=made.install.remote.address,
             )
 
-    async def _remove(self, gone: list[Rebuilt]) -> None:
+    async def _remove(self, gone: list[Rebuilt], why: Event) -> None:
         """Raises ChannelError, and then has forgotten none: the next attempt is soon."""
         if gone and self._charon.channel.ready():
             await self._charon.installer.delete([made.sa.id for made in gone])
         for made in gone:
-            self.forget(made)
+            self.forget(made, why)
 
     def _later(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         task = spawn(name, work)
