@@ -93,8 +93,8 @@ class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """seconds a stub lives at most; none: as long as its IKE_SA"""
     children_at_once: bool = True
     """whether CHILD_SAs without PFS come up in the round trip of their IKE_SA"""
-    shared_secret: bool = True
-    """whether stubs carry the Diffie-Hellman shared secret, as the draft has it"""
+    shared_secret: bool = False
+    """whether stubs carry the Diffie-Hellman shared secret, as the draft has it; no derivation needs it"""
     client_stub: Literal["off", "fallback", "prefer"] = "off"
     """stubs that clients hold themselves: given to none, used where the bank has none or is away, or used before it"""
     tell_gateways: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -32,7 +33,11 @@ class Sidecar:
         self.file = file
         self.ring = Keyring.load(file)
         self.bank = RedisBank(url, self.ring, get_timeout=5.0)
-        self.rotation = KeyRotation(self.bank, self.ring, file, address, settle=SETTLE, look=LOOK)
+        self.later = 0.0
+        """seconds that its clock is ahead of this one"""
+        self.rotation = KeyRotation(
+            self.bank, self.ring, file, address, settle=SETTLE, look=LOOK, wall=lambda: time.time() + self.later
+        )
         self.beating = True
         self._tasks = [asyncio.create_task(self.rotation.run()), asyncio.create_task(self._beat())]
 
@@ -192,3 +197,29 @@ async def test_a_spoilt_key_file_leaves_the_keys_in_memory_in_use(pair: tuple[Si
     # and the next good one is taken
     one.file.write_text(f"{os.urandom(4).hex()} {base64.b64encode(os.urandom(32)).decode()}\n")
     await has_loaded(one)
+
+
+async def test_the_key_of_the_next_epoch_seals_once_all_have_it_and_replaces_the_one_before_in_the_file(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    files = tmp_path / "one.key", tmp_path / "two.key"
+    first = generate(files[0], epoch=86_400)
+    files[1].write_bytes(files[0].read_bytes())
+    files[1].chmod(0o600)
+    async with AsyncExitStack() as stack:
+        one, two = (Sidecar(*given, server.url) for given in zip((ONE, TWO), files, strict=True))
+        for sidecar in (one, two):
+            stack.push_async_callback(sidecar.close)
+        stub = stub_of(gateway=ONE)
+        await one.bank.store([stub])
+        one.later = 86_400
+        await until(lambda: len(one.ring.ids) == 2)
+        await asyncio.sleep(3 * SETTLE)
+        # the other one's clock has yet to come there
+        assert one.sealing == first
+        assert one.ids == [first]
+        two.later = 86_400
+        await until(lambda: one.sealing == two.sealing != first)
+        await until(lambda: one.ids == two.ids == [one.sealing])
+        assert server.client.hget(stub.index.key, "sealed")[:4].hex() == one.sealing
+        assert await two.bank.get([stub.index]) == [stub]

@@ -3,12 +3,16 @@ sealed is sealed anew, in the background.
 
 Which keys a gateway has is in its heartbeat. A Redis that was emptied names gateways again only with their next
 heartbeats: so a key has to be seen at all gateways for as long as a heartbeat lives.
+
+A key with an epoch has a successor by itself, which seals in the same way: once all have it. When no stub needs the key
+before it any more, the file is rewritten without it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +42,7 @@ class KeyRotation:
         *,
         settle: float = HEARTBEAT_TTL,
         look: float = LOOK_SECONDS,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._bank = bank
         self._keyring = keyring
@@ -45,6 +50,8 @@ class KeyRotation:
         self._address = address
         self._settle = settle
         self._look = look
+        self._wall = wall
+        self._unkept = False
         self._stamp = self._stamp_of_file()
         self._candidate: tuple[bytes, float] | None = None
         """the key that would seal, and since when it has been so"""
@@ -69,6 +76,8 @@ class KeyRotation:
         first = True
         while True:
             self._reload()
+            if self._keyring.advance(self._wall()):
+                log.info("keys-of-epochs", keys=[key_id.hex() for key_id in self._keyring.ids])
             try:
                 gateways = await self._bank.gateways()
                 others = [sign.keys for name, sign in gateways.items() if sign.alive and name != self._address]
@@ -82,6 +91,7 @@ class KeyRotation:
                         log.info("stubs-resealed", gateway=gateway, stubs=count, key=self._keyring.sealing.hex())
                     self._resealed.add(gateway)
                 self._resealed &= todo
+                await self._keep_file()
             except BankUnavailable:
                 self._candidate = None
             await asyncio.sleep(self._look)
@@ -95,6 +105,23 @@ class KeyRotation:
         if (at_once or now - self._candidate[1] >= self._settle) and self._keyring.prefer((chosen,)):
             log.info("key-in-use", key=chosen.hex())
             self._resealed.clear()
+
+    async def _keep_file(self) -> None:
+        """Everything is sealed with the key that seals now: the one before it has done its duty."""
+        try:
+            if await asyncio.to_thread(self._keyring.keep, self._file):
+                self._stamp = self._stamp_of_file()
+                log.info("key-file-rewritten", file=str(self._file), key=self._keyring.sealing.hex())
+        except (SealError, OSError) as error:
+            if not self._unkept:
+                log.error(
+                    "key-file-not-rewritten",
+                    reason=str(error),
+                    fix="let the sidecar write to its folder; until then the file opens what expired in earlier epochs",
+                )
+            self._unkept = True
+        else:
+            self._unkept = False
 
     def _reload(self) -> None:
         stamp = self._stamp_of_file()

@@ -13,6 +13,7 @@ import click
 from bridge.cli.options import (
     BAD_CONFIGURATION,
     GATEWAY_FILE,
+    Duration,
     an_address,
     client_config_option,
     config_option,
@@ -255,13 +256,22 @@ def _print_findings(findings: list[Finding]) -> None:
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.option("--add", is_flag=True, help="Put a new key in front of those in FILE: it seals, the old ones still open.")
+@click.option(
+    "--epoch", type=Duration(), help="Let the key seal so long only, such as 1d; each next one follows from it."
+)
 @json_option
-def keygen(file: str, add: bool, as_json: bool) -> None:
-    """Write a new bank key to FILE (mode 0600). All gateways of one bank need the same file."""
-    from bridge.stub.keyring import SealError, generate
+def keygen(file: str, add: bool, epoch: int | None, as_json: bool) -> None:
+    """Write a new bank key to FILE (mode 0600). All gateways of one bank need the same file.
 
+    With --epoch every gateway derives the next key in time and rewrites its own FILE with it: a key that is stolen then
+    opens nothing in old files of the bank that expired in an epoch before.
+    """
+    from bridge.stub.keyring import EPOCH_MIN, SealError, generate
+
+    if epoch is not None and epoch < EPOCH_MIN:
+        fail(f"--epoch: at least {EPOCH_MIN // 60} minutes", BAD_CONFIGURATION)
     try:
-        key_id = generate(Path(file), add=add)
+        key_id = generate(Path(file), add=add, epoch=epoch)
     except SealError as error:
         fail(error)
     except OSError as error:

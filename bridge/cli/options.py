@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,6 +86,23 @@ client_config_option = _config_option(CLIENT_FILE)
 
 config_option = _config_option(f"{GATEWAY_FILE} or client.yaml")
 """where both roles have the command"""
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+class Duration(click.ParamType[int]):
+    """30d, 12h, 90m, 45s."""
+
+    name = "DURATION"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", str(value))
+        if match is None:
+            self.fail(f"{value!r} is not a duration, such as 30d, 12h, 90m or 45s", param, ctx)
+        return int(match[1]) * UNITS[match[2]]
 
 
 def an_address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:

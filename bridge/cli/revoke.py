@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import sys
 import time
 from contextlib import aclosing
@@ -20,24 +19,9 @@ from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.revocation import TEXT_MAX, Mark, canonical, names_of, open_mark, seal
 from bridge.stub.types import printable
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 REPORT_SECONDS = 10.0
 """how long living gateways have to report that they enforce a mark"""
 POLL_SECONDS = 0.2
-
-
-class Duration(click.ParamType[int]):
-    """30d, 12h, 90m, 45s."""
-
-    name = "DURATION"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", str(value))
-        if match is None:
-            self.fail(f"{value!r} is not a duration, such as 30d, 12h, 90m or 45s", param, ctx)
-        return int(match[1]) * UNITS[match[2]]
 
 
 def _an_identity(_: click.Context, __: click.Parameter, value: str) -> str:
@@ -52,7 +36,7 @@ def _an_identity(_: click.Context, __: click.Parameter, value: str) -> str:
 @click.option(
     "--for",
     "seconds",
-    type=Duration(),
+    type=options.Duration(),
     default="30d",
     show_default=True,
     help="How long: at least as long as its certificate or password stays valid.",

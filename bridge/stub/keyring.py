@@ -6,6 +6,13 @@
 
 The associated data is the key under which the bank keeps the stub, so that a stub moved to another one does not open.
 
+A key that was made with an epoch seals for so long at most: the next one is derived from it by HKDF (RFC 5869), on each
+gateway by its own clock, and the key file is rewritten with it. An older key does not follow from a newer one, so a key
+that is stolen today opens nothing in old files of the bank that expired in an epoch before:
+
+    id (4) and key (32) of epoch n + 1 = the last 4 and the first 32 octets of
+                                         HKDF-SHA-256(key of epoch n, no salt, "ike-sa-sync epoch", 36 octets)
+
 Nonces are random. One key should not seal more than 2^32 stubs (NIST SP 800-38D section 8.3): at 100 changes a second
 that is more than a year.
 """
@@ -17,11 +24,15 @@ import binascii
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 KEY_OCTETS = 32
 KEY_ID_OCTETS = 4
@@ -30,11 +41,47 @@ TAG_OCTETS = 16
 OVERHEAD = KEY_ID_OCTETS + NONCE_OCTETS + TAG_OCTETS
 """octets by which a sealed stub is longer than the stub"""
 
-_LINE = re.compile(r"(?P<id>[0-9a-f]{8})\s+(?P<key>[A-Za-z0-9+/]{43}=)")
+EPOCH_MIN: Final = 3600
+"""seconds: an epoch has to be longer than gateways take to agree on a key and to seal their stubs with it"""
+RETAIN_SECONDS: Final = 90_000
+"""how long the key of an epoch that is over is kept in memory: as long as a stub that a client holds, and an hour"""
+EPOCHS_MAX: Final = 20_000
+"""derived at once at most, from an old file: two years of the shortest epoch"""
+
+_LINE = re.compile(
+    r"(?P<id>[0-9a-f]{8})\s+(?P<key>[A-Za-z0-9+/]{43}=)(\s+epoch=(?P<number>[0-9]{1,10})/(?P<seconds>[0-9]{1,8}))?"
+)
 _HEADER = """\
 # Keys of the stub bank, for all its gateways the same: one a line, <id> <base64>. The first seals, every one opens.
 # Whoever reads this file can take over every session in the bank.
 """
+_EPOCH_INFO = b"ike-sa-sync epoch"
+
+
+class Epoch(NamedTuple):
+    """When a key seals that the next one is derived from."""
+
+    number: int
+    """Unix seconds, divided by `seconds`"""
+    seconds: int
+
+
+class _Key(NamedTuple):
+    key: bytes
+    epoch: Epoch | None
+
+    def line(self, key_id: bytes) -> str:
+        """As in the key file."""
+        epoch = f" epoch={self.epoch.number}/{self.epoch.seconds}" if self.epoch is not None else ""
+        return f"{key_id.hex()} {base64.b64encode(self.key).decode()}{epoch}\n"
+
+    def following(self) -> tuple[bytes, _Key]:
+        """Identifier and key of the next epoch."""
+        assert self.epoch is not None
+        length = KEY_OCTETS + KEY_ID_OCTETS
+        octets = HKDF(algorithm=SHA256(), length=length, salt=None, info=_EPOCH_INFO).derive(self.key)
+        following = _Key(octets[:KEY_OCTETS], Epoch(self.epoch.number + 1, self.epoch.seconds))
+        return octets[KEY_OCTETS:], following
 
 
 class SealError(Exception):
@@ -44,8 +91,20 @@ class SealError(Exception):
 class Keyring:
     """The keys of a bank by their identifiers (4 octets); the first one seals."""
 
-    def __init__(self, keys: Mapping[bytes, bytes], *, random: Callable[[int], bytes] = os.urandom) -> None:
+    def __init__(
+        self,
+        keys: Mapping[bytes, bytes],
+        *,
+        epochs: Mapping[bytes, Epoch] | None = None,
+        random: Callable[[int], bytes] = os.urandom,
+    ) -> None:
         self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
+        self._chained = {key_id: _Key(keys[key_id], epoch) for key_id, epoch in (epochs or {}).items()}
+        """keys with an epoch"""
+        self._heads = list(self._chained)
+        """of each chain the newest"""
+        self._retired: dict[bytes, float] = {}
+        """keys of epochs that are over, and until when (Unix seconds) they are kept"""
         self._sealing = next(iter(keys))
         self._random = random
 
@@ -53,12 +112,17 @@ class Keyring:
         return f"Keyring({', '.join(key_id.hex() for key_id in self._ciphers)})"
 
     @classmethod
-    def load(cls, path: str | Path) -> Keyring:
-        """The keys in a file that `generate` made.
+    def load(cls, path: str | Path, now: float | None = None) -> Keyring:
+        """The keys in a file that `generate` made, and those of the epochs that began since (`now`: Unix seconds). The
+        first one of the file seals.
 
         Raises SealError if the file is missing, open to other users, or holds anything but keys and comments.
         """
-        return cls(_read(Path(path)))
+        keys = _read(Path(path))
+        epochs = {key_id: key.epoch for key_id, key in keys.items() if key.epoch is not None}
+        ring = cls({key_id: key.key for key_id, key in keys.items()}, epochs=epochs)
+        ring.advance(time.time() if now is None else now)
+        return ring
 
     @property
     def ids(self) -> tuple[bytes, ...]:
@@ -73,8 +137,51 @@ class Keyring:
     def replace(self, other: Keyring) -> None:
         """Take over the keys of `other`: the key file was changed. What seals stays, if it is still there."""
         self._ciphers = other._ciphers
+        self._chained, self._heads, self._retired = other._chained, other._heads, other._retired
         if self._sealing not in self._ciphers:
             self._sealing = other._sealing
+
+    def advance(self, now: float) -> bool:
+        """Derive the keys of the epochs that began since, each in front of the one before, and forget those that are
+        over for long. Whether there are others than before."""
+        changed = False
+        for place, key_id in enumerate(self._heads):
+            key = self._chained[key_id]
+            assert key.epoch is not None
+            behind = int(now) // key.epoch.seconds - key.epoch.number
+            for _ in range(min(behind, EPOCHS_MAX)):
+                self._retired[key_id] = now + RETAIN_SECONDS
+                following_id, following = key.following()
+                ciphers: dict[bytes, AESGCM] = {}
+                for each, cipher in self._ciphers.items():
+                    if each == key_id:
+                        ciphers[following_id] = AESGCM(following.key)
+                    ciphers[each] = cipher
+                self._ciphers, self._chained[following_id] = ciphers, following
+                key_id, key, changed = following_id, following, True
+            self._heads[place] = key_id
+        for key_id in [each for each, until in self._retired.items() if until <= now and each != self._sealing]:
+            del self._retired[key_id], self._ciphers[key_id], self._chained[key_id]
+            changed = True
+        return changed
+
+    def keep(self, path: str | Path) -> bool:
+        """Bring a key file to the epoch of the key that seals, in one step; whether it was in an earlier one. Raises
+        SealError, OSError."""
+        path = Path(path)
+        sealing = self._chained.get(self._sealing)
+        if sealing is None or sealing.epoch is None:
+            return False
+        kept = _read(path)
+        for key_id, key in kept.items():
+            reached = key_id
+            while reached != self._sealing and key.epoch is not None and key.epoch.number < sealing.epoch.number:
+                reached, key = key.following()
+            if reached == self._sealing and key_id != reached:
+                lines = {(reached if each == key_id else each): each for each in kept}
+                _replace(path, {new: sealing if old == key_id else kept[old] for new, old in lines.items()})
+                return True
+        return False
 
     def prefer(self, everywhere: Collection[bytes]) -> bool:
         """Seal with the first key that is among `everywhere`, the ids of those that all gateways have; whether that is
@@ -113,8 +220,9 @@ class Keyring:
             raise SealError("cut, altered, moved to another index, or sealed with another key of the same id") from None
 
 
-def generate(path: str | Path, *, add: bool = False) -> str:
-    """Write a new key to `path` (mode 0600) and give its id in hex.
+def generate(path: str | Path, *, add: bool = False, epoch: int | None = None, now: float | None = None) -> str:
+    """Write a new key to `path` (mode 0600) and give its id in hex. With `epoch` (seconds) it seals for so long only:
+    see above.
 
     Without `add` the file must not exist. With it, the new key goes in front of those in the file, which is replaced
     in one step. Raises SealError, or OSError where the file cannot be written.
@@ -124,22 +232,30 @@ def generate(path: str | Path, *, add: bool = False) -> str:
     key_id = os.urandom(KEY_ID_OCTETS)
     while key_id in present:
         key_id = os.urandom(KEY_ID_OCTETS)
-    keys = {key_id: os.urandom(KEY_OCTETS), **present}
-    text = _HEADER + "".join(f"{i.hex()} {base64.b64encode(key).decode()}\n" for i, key in keys.items())
+    started = None if epoch is None else Epoch(int(time.time() if now is None else now) // epoch, epoch)
+    keys = {key_id: _Key(os.urandom(KEY_OCTETS), started), **present}
     if not add:
         try:
-            _create(path, text)
+            _create(path, _text(keys))
         except FileExistsError:
             raise SealError(f"{path} exists: --add puts a new key in front of those in it") from None
     else:
-        beside = path.with_name(f".{path.name}.{key_id.hex()}")
-        _create(beside, text)
-        try:
-            beside.replace(path)
-        except OSError:
-            beside.unlink()
-            raise
+        _replace(path, keys)
     return key_id.hex()
+
+
+def _text(keys: Mapping[bytes, _Key]) -> str:
+    return _HEADER + "".join([key.line(key_id) for key_id, key in keys.items()])
+
+
+def _replace(path: Path, keys: Mapping[bytes, _Key]) -> None:
+    beside = path.with_name(f".{path.name}.{os.urandom(KEY_ID_OCTETS).hex()}")
+    _create(beside, _text(keys))
+    try:
+        beside.replace(path)
+    except OSError:
+        beside.unlink()
+        raise
 
 
 def _create(path: Path, text: str) -> None:
@@ -150,7 +266,7 @@ def _create(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _read(path: Path) -> dict[bytes, bytes]:
+def _read(path: Path) -> dict[bytes, _Key]:
     """The keys in a file, in its order."""
     try:
         with path.open(encoding="ascii") as file:
@@ -164,18 +280,21 @@ def _read(path: Path) -> dict[bytes, bytes]:
         raise SealError(f"{path} cannot be read: {error.strerror}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise SealError(f"{path} is open to other users (mode {stat.S_IMODE(mode):04o}): chmod 600 {path}")
-    keys: dict[bytes, bytes] = {}
+    keys: dict[bytes, _Key] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _LINE.fullmatch(line.strip())
         if match is None:
             raise SealError(f"{path} line {number}: not a key: 8 hex digits, a space, 32 octets in base64")
+        epoch = None if match["number"] is None else Epoch(int(match["number"]), int(match["seconds"]))
+        if epoch is not None and epoch.seconds < EPOCH_MIN:
+            raise SealError(f"{path} line {number}: an epoch has at least {EPOCH_MIN} seconds")
         key_id = bytes.fromhex(match["id"])
         if key_id in keys:
             raise SealError(f"{path} line {number}: key id {match['id']} is there twice")
         try:
-            keys[key_id] = base64.b64decode(match["key"], validate=True)
+            keys[key_id] = _Key(base64.b64decode(match["key"], validate=True), epoch)
         except binascii.Error:
             raise SealError(f"{path} line {number}: not base64") from None
     if not keys:
