@@ -1,0 +1,167 @@
+"""What a client makes of an announcement that its gateway has failed (bridge.client.gateway_probe)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import IkeSa
+from bridge.client.gateway_probe import PROBES, GatewayProbe
+from bridge.client.outcome import Outcome
+from bridge.ike.stub_exchange import (
+    MoveStatus,
+    StubMessage,
+    StubSa,
+    build_announcement,
+    build_here,
+    move_message_id,
+    parse_stub_message,
+    verify,
+)
+from bridge.ike.transforms import Suite
+from bridge.net.packet import Datagram
+from bridge.stub.types import Endpoint
+
+CLIENT, GATEWAY, SURVIVOR = "192.0.2.10", "192.0.2.1", "192.0.2.2"
+SK_D = b"d" * 32
+SUITE = Suite(12, 128, 12, 5, 31)
+NOW = move_message_id(1_800_000_000)
+OLD = StubSa(b"initiate", b"responds", False, (GATEWAY, b"responds"), SUITE.prf, SK_D)
+
+
+class Client:
+    """A client with one session at GATEWAY. `alive`: its gateway answers probes."""
+
+    def __init__(self, *, alive: bool = False, targets: tuple[str, ...] = (GATEWAY, SURVIVOR)) -> None:
+        self.sa = IkeSa(
+            IkeId.of(b"initiate", b"responds", True),
+            SUITE,
+            SK_D,
+            up=True,
+            local=Endpoint(CLIENT, 4500),
+            remote=Endpoint(GATEWAY, 4500),
+            connection="home",
+        )
+        self.alive, self.busy = alive, False
+        self.probed = 0
+        self.moves: list[str] = []
+        self.reports: list[MoveStatus] = []
+        self._announced: StubMessage | None = None
+        self._probe = GatewayProbe(
+            self,
+            lambda spis: self.sa if spis == b"initiateresponds" else None,
+            lambda sa: targets,
+            self._begin,
+            probe_seconds=0.01,
+        )
+
+    def _begin(self, sa: IkeSa, to: str) -> asyncio.Task[Outcome] | None:
+        if self.busy:
+            return None
+        self.moves.append(to)
+
+        async def move() -> Outcome:
+            raise AssertionError
+
+        task = asyncio.create_task(move())
+        task.cancel()
+        return task
+
+    def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None:
+        assert (src, sport, dport, marker) == (CLIENT, 4500, 4500, True)
+        message = parse_stub_message(payload)
+        assert message.move is not None
+        if message.move.status is MoveStatus.PROBE:
+            assert dst == GATEWAY
+            assert verify(message, SUITE.prf, SK_D)
+            self.probed += 1
+            if self.alive:
+                self.hears(build_here(OLD, message), GATEWAY)
+        else:
+            assert dst == SURVIVOR
+            assert verify(message, SUITE.prf, SK_D, before=self._announced)
+            self.reports.append(message.move.status)
+
+    def hears(self, octets: bytes, src: str) -> None:
+        self._probe.received(parse_stub_message(octets), Datagram(src, 4500, CLIENT, 4500, octets, True))
+
+    async def announced(self, message_id: int = NOW, sa: StubSa = OLD) -> None:
+        octets = build_announcement(sa, SURVIVOR, message_id)
+        self._announced = parse_stub_message(octets)
+        self.hears(octets, SURVIVOR)
+        await self.settled()
+
+    async def settled(self) -> None:
+        if self._probe._tasks:
+            await asyncio.wait(self._probe._tasks)
+
+
+async def test_a_gateway_that_does_not_answer_is_left_for_the_one_that_announces() -> None:
+    client = Client()
+    await client.announced()
+    assert client.probed == PROBES
+    assert client.moves == [SURVIVOR]
+    assert client.reports == [MoveStatus.MOVING]
+
+
+async def test_a_gateway_that_answers_is_stayed_with_and_the_one_that_announces_is_told() -> None:
+    client = Client(alive=True)
+    await client.announced()
+    assert client.moves == []
+    assert client.reports == [MoveStatus.GATEWAY_LIVES]
+    assert client.probed == 1
+
+
+async def test_an_announcement_that_is_not_proved_has_no_effect_and_no_answer() -> None:
+    client = Client()
+    await client.announced(sa=OLD.__class__(b"initiate", b"responds", False, OLD.index, SUITE.prf, b"?" * 32))
+    assert (client.probed, client.moves, client.reports) == (0, [], [])
+
+
+async def test_an_announcement_by_a_gateway_that_is_not_configured_is_refused_without_a_probe() -> None:
+    client = Client(targets=(GATEWAY,))
+    await client.announced()
+    assert (client.probed, client.moves) == (0, [])
+    assert client.reports == [MoveStatus.NOT_CONFIGURED]
+
+
+async def test_the_same_announcement_again_brings_the_report_again_and_no_probe() -> None:
+    client = Client(alive=True)
+    await client.announced()
+    await client.announced()
+    assert client.probed == 1
+    assert client.reports == [MoveStatus.GATEWAY_LIVES] * 2
+
+
+async def test_an_older_announcement_is_not_heeded() -> None:
+    client = Client(alive=True)
+    await client.announced(NOW)
+    await client.announced(NOW - 1)
+    assert client.probed == 1
+    assert client.reports == [MoveStatus.GATEWAY_LIVES]
+
+
+async def test_an_answer_to_another_probe_keeps_no_client() -> None:
+    client = Client()
+    stale = Client(alive=True)
+    captured: list[bytes] = []
+    stale.hears = lambda octets, src: captured.append(octets)  # type: ignore[method-assign]
+    octets = build_announcement(OLD, SURVIVOR, NOW)
+    stale._probe.received(parse_stub_message(octets), Datagram(SURVIVOR, 4500, CLIENT, 4500, octets, True))
+    await stale.settled()
+    original = client.send
+
+    def send(src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None:
+        original(src, sport, dst, dport, payload, marker)
+        client.hears(captured[0], GATEWAY)
+
+    client.send = send  # type: ignore[method-assign]
+    await client.announced()
+    assert client.moves == [SURVIVOR]
+
+
+async def test_a_session_that_moves_already_says_so() -> None:
+    client = Client()
+    client.busy = True
+    await client.announced()
+    assert client.reports == [MoveStatus.BUSY]
