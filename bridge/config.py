@@ -70,6 +70,15 @@ class BankConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """stubs of failed gateways kept in memory"""
 
 
+class FailoverConfig(Struct, forbid_unknown_fields=True, frozen=True):
+    detect: Annotated[float, Meta(ge=0.3, le=60)] = 1.0
+    """seconds after which a gateway without a heartbeat in the bank counts as failed; it writes three in that time"""
+    announce: bool = True
+    """tell the clients of a failed gateway to come here, as soon as its failure is noticed; needs `address`"""
+    rate: Annotated[int, Meta(ge=1)] = 1000
+    """announcements a second at most"""
+
+
 class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     proof: Literal["required", "optional"] = "required"
     """optional also serves plain requests of the draft, which prove nothing"""
@@ -131,6 +140,7 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     ha: HaConfig = field(default_factory=HaConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
+    failover: FailoverConfig = field(default_factory=FailoverConfig)
     intercept: InterceptConfig = field(default_factory=InterceptConfig)
     state: str | None = "/var/lib/ike-sa-sync"
     """folder where the gateway remembers across a restart which sessions ended or went on elsewhere; none: in memory"""

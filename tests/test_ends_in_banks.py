@@ -20,15 +20,17 @@ from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import parse_ike_sa
-from bridge.config import BankConfig, GatewayConfig, SyncConfig
+from bridge.config import BankConfig, FailoverConfig, GatewayConfig, SyncConfig
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.endings import Endings
+from bridge.gateway.failover import Failover
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
+from bridge.net.interface import Sender
 from bridge.stub.stub import Stub
 
 pytestmark = pytest.mark.redis
@@ -77,11 +79,12 @@ class Gateway:
         self.publisher.locked_out = lock_out.soon
         config = GatewayConfig(address=GATEWAY, bank=BankConfig(url=server.url))
         rotation = KeyRotation(self.bank, RING, "/nonexistent", GATEWAY)
+        prefetch = Prefetch(self.bank)
         self.reconciler = BankReconciler(
             config,
             server.url,
             self.bank,
-            Prefetch(self.bank),
+            prefetch,
             rotation,
             charon,
             self.publisher,
@@ -89,6 +92,15 @@ class Gateway:
             living,
             lock_out,
             SessionElsewhere(charon, self.bank, GatewayMetrics()),
+            Failover(
+                FailoverConfig(),
+                GATEWAY,
+                self.bank,
+                prefetch,
+                charon,
+                cast(Sender, None),
+                self.endings.__contains__,
+            ),
             GatewayMetrics(),
         )
 

@@ -10,10 +10,6 @@ from msgspec import Struct
 from bridge.stub.readable import Readable
 from bridge.stub.stub import Index, Stub
 
-HEARTBEAT_SECONDS = 5.0
-"""between two heartbeats of a gateway"""
-HEARTBEAT_TTL = 15.0
-"""seconds: a gateway whose last heartbeat is this old counts as failed"""
 DOWNLOAD_BATCH = 256
 """stubs that come at a time from `download` and `list`"""
 
@@ -104,6 +100,10 @@ class StubBank(Protocol):
 
     async def heartbeat(self, gateway: str, ttl: float) -> None:
         """Say that a gateway lives, for `ttl` s."""
+        ...
+
+    async def leave(self, gateway: str) -> None:
+        """Take back that a gateway lives."""
         ...
 
     async def look(self, indexes: Sequence[Index]) -> list[tuple[Stub | None, bool]]:

@@ -18,11 +18,13 @@ from typing import Any, Final
 
 import structlog
 
-from bridge.bank.interface import HEARTBEAT_TTL, BankUnavailable, StubBank
+from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.stub.keyring import Keyring, SealError
 
 log = structlog.get_logger()
 
+SETTLE_SECONDS: Final = 15.0
+"""that all living gateways have to be seen with a key before it seals"""
 LOOK_SECONDS: Final = 2.0
 """between two looks at the key file, and at which keys the other gateways have"""
 
@@ -40,7 +42,7 @@ class KeyRotation:
         key_file: str | Path,
         address: str | None,
         *,
-        settle: float = HEARTBEAT_TTL,
+        settle: float = SETTLE_SECONDS,
         look: float = LOOK_SECONDS,
         wall: Callable[[], float] = time.time,
     ) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import structlog
@@ -115,6 +115,16 @@ class Prefetch:
             task = spawn(f"download {gateway}", self._fetch(gateway))
             self._tasks[gateway] = task
             task.add_done_callback(lambda done: self._ended(gateway, done))
+
+    async def fetched(self, gateway: str) -> None:
+        """Wait for the end of a download that goes on."""
+        if (task := self._tasks.get(gateway)) is not None:
+            await asyncio.wait([task])
+
+    def held(self, gateway: str) -> Collection[Stub] | None:
+        """The stubs of a gateway that are held here; None where they were fetched elsewhere or not at all."""
+        stubs = self._stubs.get(gateway)
+        return stubs.values() if stubs is not None and self._near is None else None
 
     def drop(self, gateway: str) -> None:
         """Let go of a gateway's stubs."""

@@ -287,6 +287,10 @@ class RedisBank:
         if failed := [reply for reply in replies if isinstance(reply, Exception)]:
             raise unavailable(failed[0])
 
+    async def leave(self, gateway: str) -> None:
+        """See StubBank."""
+        await self._redis.pipeline([("DEL", bank_keys.heartbeat_key(gateway))])
+
     async def gateways(self) -> dict[str, GatewaySign]:
         """See StubBank."""
         ask = ("ZRANGE", bank_keys.GATEWAYS, 0, GATEWAYS_MAX - 1, "REV")

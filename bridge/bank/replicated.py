@@ -283,6 +283,11 @@ class ReplicatedBank:
             kind = BankUnwritable if any(tier.up for tier in self._all) else BankUnavailable
             raise kind("none of the banks took it")
 
+    async def leave(self, gateway: str) -> None:
+        """See StubBank: in all banks."""
+        if not await _each(self._all, lambda tier: tier.answer(tier.bank.leave(gateway))):
+            raise BankUnavailable("none of the banks took it")
+
     async def gateways(self) -> dict[str, GatewaySign]:
         """See StubBank: a gateway lives if any bank says so, and has the keys that all of those name."""
         merged: dict[str, GatewaySign] = {}

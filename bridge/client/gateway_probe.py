@@ -22,7 +22,7 @@ from bridge.charon.ike_sa import IkeSa, client_sa
 from bridge.client.outcome import Outcome
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, build_probe, parse_stub_message, verify
 from bridge.net.interface import Sender
-from bridge.net.packet import PORT_NAT_T, Datagram
+from bridge.net.packet import Datagram, has_marker
 from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
@@ -59,7 +59,8 @@ class _Announced:
 
 class GatewayProbe:
     """Checks announcements. `find` gives the session's SA with both SPIs, up or lost; `targets` the addresses that it
-    may go to, None where that is no session of ours; `begin` starts to move it, and gives None where it moves already."""
+    may go to, None where that is no session of ours; `begin` starts to move it, and gives None where it moves already.
+    """
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class GatewayProbe:
                     sa.remote.address,
                     sa.remote.port,
                     octets,
-                    sa.local.port == PORT_NAT_T,
+                    has_marker(sa.local.port, sa.remote.port),
                 )
             except OSError as error:
                 log.info("probe-not-sent", gateway=sa.remote.address, reason=error.strerror, **sa.id.logged)

@@ -26,6 +26,7 @@ from bridge.charon.ike_sa import Condition, IkeSa
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.client.auto_resume import AutoResume
 from bridge.client.candidates import Candidates
+from bridge.client.gateway_probe import GatewayProbe
 from bridge.client.metrics import ClientMetrics
 from bridge.client.move_handler import MoveHandler
 from bridge.client.outcome import Outcome, Result
@@ -37,6 +38,7 @@ from bridge.client.sync_request import Answer, NoAnswerError, SyncRequester, Tar
 from bridge.client.vpns import Vpn, vpns_of
 from bridge.config import ClientConfig
 from bridge.ike.message import ExchangeType
+from bridge.ike.stub_exchange import ANNOUNCING
 from bridge.net.interface import Sender
 from bridge.net.packet import EXCHANGE_OFFSET, Datagram
 from bridge.service.tasks import end, spawn
@@ -81,6 +83,9 @@ class Initiator:
         self._auto_resume = AutoResume(charon, self._sessions, lambda session: self._begin(session, None))
         self._moving: dict[Session, asyncio.Task[Outcome]] = {}
         self._move_handler = MoveHandler(charon.tracker, sender, self._targets, self._sent_away, random=random)
+        self._gateway_probe = GatewayProbe(
+            sender, charon.tracker.sas.get, self._targets, self._sent_away, random=random
+        )
         self._restored: set[bytes] = set()
         self._resolving: set[asyncio.Task[None]] = set()
         self.last: Outcome | None = None
@@ -96,6 +101,7 @@ class Initiator:
 
     async def close(self) -> None:
         """Stop; what is held on disk stays."""
+        await self._gateway_probe.close()
         await self._auto_resume.close()
         await end(*self._moving.values(), *self._resolving)
         await self.keeper.close()
@@ -178,7 +184,9 @@ class Initiator:
         for datagram in batch:
             if datagram.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
                 message = gateway_message(datagram.ike)
-                if message is not None and message.move is not None:
+                if message is not None and message.move is not None and message.move.status in ANNOUNCING:
+                    self._gateway_probe.received(message, datagram)
+                elif message is not None and message.move is not None:
                     self._move_handler.asked(message)
                 elif message is not None:
                     self.keeper.received(message)

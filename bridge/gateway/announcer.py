@@ -158,6 +158,14 @@ class Announcer:
         failure.window = min(failure.window + 1, WINDOW_MAX)
         self._settle(failure, announced, "resumed")
 
+    def under_way(self) -> list[Index]:
+        """The sessions that were announced and are not settled."""
+        return [index for failure in self._failures.values() for index in failure.under_way]
+
+    def expects(self, spis: bytes) -> bool:
+        """Whether a report about the SA with these SPIs may come."""
+        return spis in self._by_spis
+
     @property
     def busy(self) -> bool:
         """Whether `tick` has anything to do."""

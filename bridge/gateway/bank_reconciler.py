@@ -22,6 +22,7 @@ from bridge.charon.vici_client import START_SECONDS
 from bridge.charon.vici_types import ViciError
 from bridge.config import GatewayConfig
 from bridge.gateway.endings import Endings
+from bridge.gateway.failover import Failover
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
@@ -62,8 +63,10 @@ class BankReconciler:
         living: LivingSas,
         lock_out: LockOut,
         elsewhere: SessionElsewhere,
+        failover: Failover,
         metrics: GatewayMetrics,
     ) -> None:
+        self._failover = failover
         self._address = config.address
         self._bank = bank
         self._prefetch = prefetch
@@ -79,7 +82,6 @@ class BankReconciler:
         self._gone_changed: set[bytes] = set()
         self._gone_news = asyncio.Event()
         self._metrics = metrics
-        self._failed: set[str] = set()
         self._compare_now = asyncio.Event()
         self._fetch_heard = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -111,6 +113,7 @@ class BankReconciler:
     # what the keyspace tells
 
     def _heard(self, hears: bool) -> None:
+        self._failover.disturbed()
         self._prefetch.heard(hears)
         if hears:
             self.returned()
@@ -138,16 +141,10 @@ class BankReconciler:
             self._gone(event)
         elif event.key.startswith(HEARTBEAT):
             gateway = bank_keys.gateway_name(event.key.removeprefix(HEARTBEAT))
-            if gateway in (None, self._address):
-                return
-            if event.event == "expired":
-                log.warning("gateway-failed", gateway=gateway, reason="its heartbeat in the bank has expired")
-                self._failed.add(gateway)
-                self._prefetch.fetch(gateway)
-            elif event.event == "set" and gateway in self._failed:
-                log.info("gateway-back", gateway=gateway)
-                self._failed.discard(gateway)
-                self._prefetch.drop(gateway)
+            if gateway is not None:
+                self._failover.heartbeat_event(gateway, event.event)
+        else:
+            self._failover.stub_event(event.key, event.event)
 
     def _gone(self, event: Event) -> None:
         """Something ended in a bucket of some gateway's."""

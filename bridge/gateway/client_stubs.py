@@ -19,7 +19,7 @@ from bridge.charon.sa_tracker import SaTracker
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
 from bridge.ike.message import MalformedMessage
-from bridge.ike.stub_exchange import StubMessage, build_download, parse_stub_message, verify
+from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_download, build_here, parse_stub_message, verify
 from bridge.net.interface import Packet, Sender
 from bridge.stub.codec import decode, encode
 from bridge.stub.keyring import Keyring, SealError
@@ -57,6 +57,8 @@ class ClientStubs:
         metrics: GatewayMetrics,
         gateways: Callable[[], Sequence[str]] = tuple,
         *,
+        expected: Callable[[bytes], bool] = lambda _: False,
+        alive: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -70,6 +72,8 @@ class ClientStubs:
         self._clock = clock
         self._wall = wall
         self._rate = Rate(ANSWERS_A_SECOND)
+        self._expected = expected
+        self._alive = alive
 
     # sealing
 
@@ -113,8 +117,10 @@ class ClientStubs:
     # GET Stub
 
     def received(self, packet: Packet) -> StubMessage | None:
-        """Take in a message of exchange type 240. Answers GET Stub; gives a Moving, which is not proved yet."""
-        if packet.ike[:SPIS_OCTETS] not in self._tracker.sas:
+        """Take in a message of exchange type 240. Answers GET Stub and Probe; gives a Moving, which is not proved
+        yet."""
+        expected = self._expected(packet.ike[:SPIS_OCTETS])
+        if packet.ike[:SPIS_OCTETS] not in self._tracker.sas and not expected:
             # a flood of messages about SAs that nobody has shall cost no more than this
             packet.drop()
             return None
@@ -126,12 +132,19 @@ class ClientStubs:
             packet.accept()
             return None
         packet.drop()
+        if expected and message.move is not None and not message.sync.from_gateway:
+            return message
         sa = self._tracker.sas.get(message.spis)
         if message.sync.from_gateway or sa is None or not sa.up or not sa.resumable:
             return None
+        now = self._clock()
+        if message.move is not None and message.move.status is MoveStatus.PROBE:
+            # of a charon that is gone the tracker still has the SAs: it may be back before they are resumed elsewhere
+            if self._alive() and verify(message, sa.suite.prf, sa.sk_d) and self._rate.take(now):
+                self._send(packet, build_here(stub_sa(sa, (message.sync.gateway, message.sync.spi)), message))
+            return None
         if message.move is not None:
             return message
-        now = self._clock()
         if (
             (self.policy != "off" or self.gateways())
             and sa.remote is not None
@@ -152,13 +165,16 @@ class ClientStubs:
         lifetime = max(self.expiry(sa) - int(self._wall()), 0)
         index = (request.sync.gateway, request.sync.spi)
         answer = build_download(stub_sa(sa, index), request, sealed, lifetime, gateways)
+        if self._send(packet, answer) and sealed is not None:
+            self._metrics.handed.inc()
+
+    def _send(self, packet: Packet, answer: bytes) -> bool:
         try:
             self._sender.send(packet.dst, packet.dport, packet.src, packet.sport, answer, packet.marker)
         except OSError as error:
             log.warning("answer-not-sent", peer=packet.src, reason=error.strerror)
-            return
-        if sealed is not None:
-            self._metrics.handed.inc()
+            return False
+        return True
 
 
 def _place(index: Index) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from bridge.bank import bank_url, open_bank
 from bridge.bank.interface import StubBank
@@ -26,6 +27,7 @@ from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.drain import Drain
 from bridge.gateway.endings import Endings
+from bridge.gateway.failover import Failover
 from bridge.gateway.heartbeat import Heartbeat
 from bridge.gateway.interception import Interception
 from bridge.gateway.living import LivingSas
@@ -36,11 +38,21 @@ from bridge.gateway.responder import Responder
 from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.gateway.stub_lookup import StubLookup
+from bridge.ike.stub_exchange import StubMessage
 from bridge.net.interface import Sender
 from bridge.service.control import Answer, Command, ControlServer
 from bridge.service.process import log_level, raw_udp, serve_metrics
 from bridge.service.tasks import end, spawn
 from bridge.stub.keyring import Keyring, SealError
+
+ANNOUNCED: Final = {
+    "announced": "sessions of failed gateways whose clients were told to come here",
+    "resumed": "of these, sessions that were resumed or ended",
+    "refused": "of these, sessions whose client does not have this gateway, or moves already",
+    "silent": "of these, sessions whose client did not answer or arrive: left to its dead peer detection",
+    "false_alarms": "failures that a client has contradicted: its gateway answered",
+}
+"""what is counted of announcements"""
 
 
 def load_keyring(key_file: str | Path) -> Keyring:
@@ -80,8 +92,13 @@ class GatewayRole:
         self._bank = bank = places
         self._prefetch = Prefetch(bank, limit=config.bank.cache, near=near, patience=config.bank.get_timeout / 2)
         self._writer = WriteQueue(bank, limit=config.bank.pending)
-        self._heartbeat = Heartbeat(bank, charon.tracker, config.address, self._metrics)
         self._endings = endings = Endings(config.state)
+        self._failover = failover = Failover(
+            config.failover, config.address, bank, self._prefetch, charon, sender, endings.__contains__
+        )
+        self._heartbeat = Heartbeat(
+            bank, charon, config.address, self._metrics, config.failover.detect, failover.own_heartbeat
+        )
         living = LivingSas(charon.tracker)
         revocations = Revocations(bank, keyring, config.state)
         lock_out = LockOut(revocations, bank, charon, endings, self._writer, config.address)
@@ -99,6 +116,8 @@ class GatewayRole:
             config.address,
             self._metrics,
             lambda: self._heartbeat.others if config.sync.tell_gateways else (),
+            expected=failover.expects,
+            alive=lambda: charon.channel.charon_socket() is not None,
         )
         lookup = StubLookup(
             self._prefetch,
@@ -123,7 +142,7 @@ class GatewayRole:
             config.sync,
             self._metrics,
             self._publisher.resumed,
-            self._drain.moving,
+            self._moving,
             AddressHolders(charon, bank, config.address),
         )
         self._interception = Interception(config.intercept, self._responder.packets, self._responder.busy)
@@ -140,6 +159,7 @@ class GatewayRole:
             living,
             lock_out,
             self._elsewhere,
+            failover,
             self._metrics,
         )
         if self._replicas is not None:
@@ -168,13 +188,13 @@ class GatewayRole:
 
     async def follow(self, stack: AsyncExitStack) -> None:
         """What follows charon: the bank is kept in step, and requests are intercepted; ended with `stack`."""
+        self._failover.start()
+        stack.push_async_callback(self._failover.close)
         self._reconciler.start()
         stack.push_async_callback(self._reconciler.close)
-        for name, work in (
-            ("heartbeat", self._heartbeat.run()),
-            ("moved-marks", self._marks.run()),
-            ("elsewhere", self._elsewhere.run()),
-        ):
+        self._heartbeat.start()
+        stack.push_async_callback(self._heartbeat.close)
+        for name, work in (("moved-marks", self._marks.run()), ("elsewhere", self._elsewhere.run())):
             stack.push_async_callback(end, spawn(name, work))
         stack.push_async_callback(self._interception.close)
         await self._interception.start()
@@ -202,6 +222,11 @@ class GatewayRole:
         """SAs that charon has and this sidecar does not know, from the bank (bridge.charon.charon.Recover)."""
         return await self._publisher.recover(infos)
 
+    def _moving(self, message: StubMessage) -> None:
+        """A client's report, not proved yet: about an announcement, or about a Move."""
+        if not self._failover.report(message):
+            self._drain.moving(message)
+
     # what is told of it
 
     def _gauges(self) -> None:
@@ -226,6 +251,8 @@ class GatewayRole:
             "stub changes that one bank has and another has yet to get",
             lambda: replicas.owed if replicas is not None else 0,
         )
+        for outcome, told in ANNOUNCED.items():
+            self._metrics.total(f"announcements_{outcome}", told, partial(self._failover.total, outcome))
         gauge("bank_reachable", "1 while the bank answers", lambda: float(self._heartbeat.bank_reachable))
 
     async def _status(self, _: dict[str, Any]) -> Answer:
@@ -243,6 +270,7 @@ class GatewayRole:
             },
             "unconfirmed": len(self._responder.unconfirmed),
             "clients_sync_last": self._responder.sync_last,
+            "failovers": self._failover.status(),
             "sas": await sa_rows(self._charon),
             "counters": self._metrics.values(),
         }

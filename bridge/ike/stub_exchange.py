@@ -79,6 +79,10 @@ REPORTS: Final = frozenset(
 """the statuses of Moving"""
 
 
+ANNOUNCING: Final = frozenset({MoveStatus.GONE, MoveStatus.HERE})
+"""the statuses with which a client hears of its gateway's failure, or of its life"""
+
+
 class Move(NamedTuple):
     """The MOVE attribute: status (1), and the target gateway's address (4 or 16)."""
 

@@ -87,6 +87,8 @@ def gateway_config(address: str, bank: str) -> dict[str, Any]:
         "ha": {"listen": "127.0.0.2", "charon": "127.0.0.1", "segments": 16},
         "bank": {"url": bank, "key_file": BANK_KEY},
         "sync": {"proof": "required", "confirm_timeout": 10, "cookie_threshold": 100},
+        # tests decide themselves when a client moves; those of announcements turn it on
+        "failover": {"announce": False},
         "state": "/run/ike-sa-sync/state",
         "control": "/run/ike-sa-sync/gateway.sock",
         "metrics": "127.0.0.1:9470",

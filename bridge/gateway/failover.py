@@ -1,0 +1,219 @@
+"""The failure of another gateway: noticed by its heartbeat, its stubs fetched, its clients told to come here.
+
+`peer_watch` decides who has failed, `announcer` which clients are told when; here are the bank, the event loop and the
+network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+import structlog
+
+from bridge.bank import gateway_facts
+from bridge.bank.gateway_facts import Facts
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.prefetch import Prefetch
+from bridge.charon.charon import Charon
+from bridge.config import FailoverConfig
+from bridge.gateway.announcer import Announcer
+from bridge.gateway.peer_watch import PeerWatch
+from bridge.ike.stub_exchange import StubMessage, move_message_id
+from bridge.net.interface import Sender
+from bridge.net.packet import has_marker
+from bridge.service.tasks import end, spawn
+from bridge.stub import bank_keys
+from bridge.stub.stub import Index, Stub, StubError
+
+log = structlog.get_logger()
+
+TICK_SECONDS: Final = 0.02
+"""between two looks at what is to be announced"""
+AGAIN_SECONDS: Final = 0.2
+"""between two questions to a bank that does not answer"""
+ENDS: Final = frozenset({"del", "expired"})
+"""keyspace events after which there is no stub any more"""
+
+Needs = tuple[str, frozenset[str]]
+"""a connection, and the children of a session"""
+
+
+class Failover:
+    """Watches the other gateways' heartbeats. `address` is this gateway's, None where it is not configured: nothing is
+    announced then. `spent` tells whether a session ended or was resumed here."""
+
+    def __init__(
+        self,
+        config: FailoverConfig,
+        address: str | None,
+        bank: StubBank,
+        prefetch: Prefetch,
+        charon: Charon,
+        sender: Sender,
+        spent: Callable[[Index], bool],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._address = address
+        self._bank = bank
+        self._prefetch = prefetch
+        self._charon = charon
+        self._sender = sender
+        self._spent = spent
+        self._clock = clock
+        self._announcer = Announcer(address or "", self._send, lambda: move_message_id(wall()), rate=float(config.rate))
+        self.watch = PeerWatch(config.detect, self._failed, self._back, clock())
+        self._wake = asyncio.Event()
+        self._run: asyncio.Task[None] | None = None
+        self._fetching: dict[str, asyncio.Task[None]] = {}
+
+    def start(self) -> None:
+        """Begin to announce what fails from now on."""
+        self._run = spawn("announce", self._announce())
+
+    async def close(self) -> None:
+        """End."""
+        tasks = [*self._fetching.values(), *([self._run] if self._run is not None else [])]
+        await end(*tasks)
+
+    # what is heard of the others
+
+    def heartbeat_event(self, gateway: str, event: str) -> None:
+        """Something happened to a gateway's heartbeat in the bank."""
+        if gateway == self._address:
+            return
+        if event == "set":
+            self.watch.heartbeat(gateway)
+        elif event == "expired":
+            self.watch.expired(gateway, self._clock())
+        elif event == "del":
+            self.watch.deleted(gateway)
+
+    def stub_event(self, key: str, event: str) -> None:
+        """Something happened to a stub in the bank."""
+        if event in ENDS and self._announcer.busy:
+            try:
+                self._announcer.over(Index.parse(key))
+            except StubError:
+                return
+
+    def disturbed(self) -> None:
+        """The bank was not heard, or is another one than before."""
+        self.watch.disturbed(self._clock())
+
+    async def own_heartbeat(self, written: bool, seconds: float) -> None:
+        """This gateway's heartbeat was written or not, in so many seconds. Decides about gateways whose heartbeat has
+        expired while the bank did not work."""
+        now = self._clock()
+        self.watch.own_heartbeat(written, seconds, now)
+        if self.watch.suspects and self.watch.calm(now):
+            try:
+                signs = await self._bank.gateways()
+            except BankUnavailable:
+                return
+            self.watch.look([name for name, sign in signs.items() if sign.alive], self._clock())
+
+    def report(self, message: StubMessage) -> bool:
+        """A client's Moving, not proved yet; whether it is about an announcement of this gateway."""
+        return self._announcer.report(message, self._clock())
+
+    def expects(self, spis: bytes) -> bool:
+        """Whether a report about the SA with these SPIs is expected."""
+        return self._announcer.expects(spis)
+
+    def status(self) -> list[dict[str, Any]]:
+        """How far the announcements of each failure are."""
+        return self._announcer.status(self._clock())
+
+    def total(self, outcome: str) -> float:
+        """Sessions whose announcement had this outcome, of all failures; "false_alarms": failures."""
+        return self._announcer.false_alarms if outcome == "false_alarms" else self._announcer.totals[outcome]
+
+    # a failure
+
+    def _failed(self, gateway: str, reason: str) -> None:
+        log.warning("gateway-failed", gateway=gateway, reason=reason)
+        self._prefetch.fetch(gateway)
+        if self._config.announce and self._address is not None and gateway not in self._fetching:
+            task = self._fetching[gateway] = spawn(f"announce {gateway}", self._prepare(gateway))
+            task.add_done_callback(lambda _: self._fetching.pop(gateway, None))
+
+    def _back(self, gateway: str) -> None:
+        log.info("gateway-back", gateway=gateway)
+        self._announcer.end(gateway, "it is back", self._clock())
+        self._prefetch.drop(gateway)
+
+    async def _prepare(self, gateway: str) -> None:
+        """Once its stubs are here, begin to announce the failure of `gateway`."""
+        await self._prefetch.fetched(gateway)
+        while True:
+            try:
+                able = await self._able(gateway)
+                stubs = [stub async for page in self._stubs(gateway) for stub in page]
+            except BankUnavailable as error:
+                log.info("announcements-wait", gateway=gateway, reason=str(error))
+                await asyncio.sleep(AGAIN_SECONDS)
+                continue
+            break
+        if self.watch.state(gateway) != "failed":
+            return
+        family = ":" in (self._address or "")
+        mine = [stub for stub in stubs if not stub.initiator and (":" in stub.remote.address) == family]
+        self._announcer.begin(gateway, [(stub, able(stub)) for stub in mine], self._clock())
+        self._wake.set()
+
+    async def _stubs(self, gateway: str) -> AsyncIterator[list[Stub]]:
+        held = self._prefetch.held(gateway)
+        if held is not None:
+            yield list(held)
+            return
+        async for page in self._bank.download(gateway):
+            yield page
+
+    async def _able(self, gateway: str) -> Callable[[Stub], list[str]]:
+        """What tells which living gateways could resume a stub: they have this bank's key, its connection and its
+        children. Raises BankUnavailable."""
+        signs = await self._bank.gateways()
+        mine = signs[self._address].keys if self._address in signs else frozenset()
+        facts: dict[str, Facts | None] = {}
+        for name, sign in signs.items():
+            if sign.alive and name != gateway and (name == self._address or not mine or mine & sign.keys):
+                facts[name] = gateway_facts.decode(await self._bank.posted(bank_keys.FACTS_KIND, name) or b"")
+        if self._address is not None:
+            connections = self._charon.tracker.connections
+            facts[self._address] = Facts(
+                {name: [child.name for child in info.children] for name, info in connections.items()}
+            )
+        known: dict[Needs, list[str]] = {}
+
+        def able(stub: Stub) -> list[str]:
+            needs = stub.connection, frozenset(child.name for child in stub.children)
+            if needs not in known:
+                known[needs] = [name for name, told in facts.items() if told is not None and told.can(*needs)]
+            return known[needs]
+
+        return able
+
+    async def _announce(self) -> None:
+        while True:
+            await self._wake.wait()
+            for index in self._announcer.under_way():
+                if self._spent(index):
+                    self._announcer.over(index)
+            self._announcer.tick(self._clock())
+            if not self._announcer.busy:
+                self._wake.clear()
+            await asyncio.sleep(TICK_SECONDS)
+
+    def _send(self, stub: Stub, octets: bytes) -> None:
+        assert self._address is not None
+        port, peer = stub.local.port, stub.remote
+        try:
+            self._sender.send(self._address, port, peer.address, peer.port, octets, has_marker(port, peer.port))
+        except OSError as error:
+            log.info("announcement-not-sent", peer=peer.address, reason=error.strerror)

@@ -1,0 +1,116 @@
+"""A gateway fails, and its clients are told by another one: within about a second, with charon's own DPD timers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from bridge.lab import Lab, Topology
+from bridge.lab.daemon import SLOWNESS, wait_until
+from bridge.lab.demo import Ping
+from bridge.lab.topology import SITE, standard
+from failover_support import connect, established, fresh, last_move, status, the_sa
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(scope="module")
+def announced() -> Iterator[Topology]:
+    """The standard lab, whose gateways announce failures, and whose client has charon's default timers."""
+    with Lab() as lab:
+        topology = standard(lab, start=False)
+        for sidecar in topology.gateways.values():
+            sidecar.config["failover"] = {"detect": 1.0 * SLOWNESS}
+        topology.client.charon.settings = {
+            key: value for key, value in topology.client.charon.settings.items() if "retransmit" not in key
+        }
+        topology.client.configure("connections { home { dpd_delay = 30s } }\n", "dpd.conf")
+        topology.start()
+        yield topology
+
+
+@pytest.fixture(autouse=True)
+def _fresh(announced: Topology) -> None:
+    fresh(announced)
+
+
+def failovers(topology: Topology, gateway: str) -> list[dict[str, Any]]:
+    return [one for one in status(topology, gateway)["failovers"] if one["gateway"] == topology.gw1.address]
+
+
+def moved_to(topology: Topology, gateway: str) -> bool:
+    return [sa["remote-host"] for sa in established(topology.client)] == [gateway]
+
+
+def test_the_client_of_a_killed_gateway_is_told_and_goes_on_with_its_traffic(announced: Topology) -> None:
+    connect(announced)
+    ping = Ping(announced.client, SITE)
+    wait_until(lambda: ping.answers() >= 10, "traffic")
+    announced.kill_gateway(announced.gw1)
+    began = time.monotonic()
+    wait_until(lambda: moved_to(announced, announced.gw2.address), "the session at the other gateway")
+    print(f"moved after {time.monotonic() - began:.2f} s")
+    at = ping.answers()
+    wait_until(lambda: ping.answers() >= at + 10, "traffic at the other gateway")
+    ping.stop()
+    assert last_move(announced)["result"] == "resumed"
+    wait_until(lambda: failovers(announced, "gw2")[0]["resumed"] == 1, "the count")
+    assert failovers(announced, "gw2")[0]["sessions"] == 1
+
+
+def test_a_charon_that_dies_alone_is_known_at_once(announced: Topology) -> None:
+    connect(announced)
+    announced.gw1.charon.kill()
+    wait_until(lambda: moved_to(announced, announced.gw2.address), "the session at the other gateway")
+    assert last_move(announced)["result"] == "resumed"
+    assert "charon-gone" in announced.gateways["gw1"].text()
+
+
+def test_a_gateway_that_is_cut_off_from_the_bank_alone_keeps_its_sessions(announced: Topology) -> None:
+    before = connect(announced)
+    # a charon that has just started is compared with the bank first
+    wait_until(lambda: len(status(announced, "gw1")["sas"]) == 1, "the session in the sidecar")
+    bank = announced.bank.host.address
+    for direction in ("INPUT", "OUTPUT"):
+        flag = "-s" if direction == "INPUT" else "-d"
+        announced.gw1.run("iptables", "-I", direction, flag, bank, "-j", "DROP")
+    try:
+        wait_until(lambda: [one["state"] for one in failovers(announced, "gw2")] == ["stopped"], "the contradiction")
+        assert "lives" in failovers(announced, "gw2")[-1]["reason"]
+        assert the_sa(announced.client)["initiator-spi"] == before["initiator-spi"]
+        told = json.loads(announced.gateways["gw2"].command("status", "--json").stdout)["counters"]
+        assert told["announcements_false_alarms_total"] == 1
+    finally:
+        for direction in ("INPUT", "OUTPUT"):
+            flag = "-s" if direction == "INPUT" else "-d"
+            announced.gw1.run("iptables", "-D", direction, flag, bank, "-j", "DROP")
+
+
+def test_a_bank_that_stands_still_moves_no_session(announced: Topology) -> None:
+    before = connect(announced)
+    known = failovers(announced, "gw2")
+    os.kill(announced.bank.pid, signal.SIGSTOP)
+    time.sleep(4 * SLOWNESS)  # longer than every heartbeat lives
+    os.kill(announced.bank.pid, signal.SIGCONT)
+    wait_until(lambda: status(announced, "gw2")["bank"]["reachable"], "the bank")
+    settled = time.monotonic() + 4 * SLOWNESS
+    wait_until(lambda: time.monotonic() > settled, "what would follow")
+    assert the_sa(announced.client)["initiator-spi"] == before["initiator-spi"]
+    assert failovers(announced, "gw2") == known
+
+
+def test_a_sidecar_that_is_restarted_in_order_is_no_failure(announced: Topology) -> None:
+    before = connect(announced)
+    known = failovers(announced, "gw2")
+    announced.gateways["gw1"].stop()
+    settled = time.monotonic() + 4 * SLOWNESS
+    wait_until(lambda: time.monotonic() > settled, "what would follow")
+    announced.gateways["gw1"].start()
+    assert the_sa(announced.client)["initiator-spi"] == before["initiator-spi"]
+    assert failovers(announced, "gw2") == known
