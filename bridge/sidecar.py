@@ -69,9 +69,11 @@ def _opener(config: RoleConfig) -> Open:
 async def _start(configs: Sequence[RoleConfig], stack: AsyncExitStack) -> None:
     openers = [_opener(config) for config in configs]
     charon = Charon(configs[0].vici, configs[0].ha)
-    await charon.ha_rules.place()
+    guarded = await charon.ha_rules.place()
     stack.push_async_callback(charon.ha_rules.close)
     await retry("ha-channel", charon.channel.open, ChannelError)
+    if not guarded:
+        charon.channel.discard()
     stack.push_async_callback(charon.close)
     roles = [await open_role(charon, stack) for open_role in openers]
     for role in roles:

@@ -7,6 +7,7 @@ queue (`peer`) and waits when it grows, and the receiver asks for a large buffer
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -92,6 +93,19 @@ class HaChannel:
         sock.connect((self._charon, PORT))
         self._socket = sock
         self._peer.open()
+
+    def discard(self) -> None:
+        """Forget what waits in the socket: it came while any user could send it. What charon said meanwhile is missing
+        then, as if it had been dropped, and the comparison with VICI finds it."""
+        assert self._socket is not None
+        forgotten = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                with contextlib.suppress(ConnectionRefusedError):
+                    self._socket.recv(1)
+                    forgotten += 1
+        if forgotten:
+            log.warning("ha-datagrams-discarded", datagrams=forgotten, reason="they came before the rules were set")
 
     def start(self) -> None:
         """Begin to hand on what charon sends; until then the kernel keeps it."""

@@ -21,17 +21,21 @@ class HaRules:
     """Of one channel; nothing is done where the operator sets such rules himself."""
 
     def __init__(self, config: HaConfig) -> None:
-        ends = (config.charon, config.listen)
+        self._ends = ends = (config.charon, config.listen)
         self._watch: RulesWatch | None = None
         self._task: asyncio.Task[None] | None = None
         if config.rules != "external":
             self._watch = RulesWatch("ha", owner_rules.rules(ends, PORT), config.rules, owner_rules.dropped)
 
-    async def place(self) -> None:
-        """Set them as soon as that works."""
-        if self._watch is not None:
-            await retry("ha-rules", self._watch.place, RulesError)
-            self._task = spawn("ha-rules", self._watch.run())
+    async def place(self) -> bool:
+        """Set them as soon as that works. Whether they were there before: else any user may have sent what waits in
+        the sidecar's socket."""
+        if self._watch is None:
+            return True
+        before = owner_rules.present(self._ends, PORT)
+        await retry("ha-rules", self._watch.place, RulesError)
+        self._task = spawn("ha-rules", self._watch.run())
+        return before
 
     async def close(self) -> None:
         """Watch them no longer."""

@@ -17,11 +17,11 @@ async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
     if running is not None:
         findings += charon.plugin(config, running) + charon.drop_in(config, running) + charon.unread(running)
     pid = host.sidecar_pid(config)
-    findings += host.sidecar(config, pid)
+    findings += host.sidecar(config, pid) + host.ha_rules(config)
     if isinstance(config, GatewayConfig):
         if running is not None:
             findings += connections.without_pfs(running, list(running.connections))
-        findings += host.queue(config, pid) + host.key_file(config)
+        findings += host.queue(config, pid) + await host.match(config) + host.key_file(config)
         findings += await bank.bank(config, running)
     elif running is not None:
         findings += connections.of_client(config, running) + charon.patience(config, running)

@@ -13,8 +13,9 @@ from bridge.check import foreign_rules
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import process_name, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.net import firewall, queue_rules
+from bridge.net import firewall, owner_rules, queue_rules
 from bridge.net.nfqueue import queue_owner
+from bridge.service import control
 from bridge.stub.keyring import Keyring, SealError
 
 
@@ -75,6 +76,43 @@ def sidecar(config: GatewayConfig | ClientConfig, pid: int | None) -> list[Findi
     return [ok("sidecar", f"process {pid} holds {end}")]
 
 
+def ha_rules(config: GatewayConfig | ClientConfig) -> list[Finding]:
+    """Whether only root can send as charon or as the sidecar."""
+    if config.ha.rules == "external":
+        return []
+    ends = (config.ha.charon, config.ha.listen)
+    if owner_rules.present(ends, PORT):
+        return [ok("HA rules", f"only root sends to and from {ends[0]} and {ends[1]}, UDP port {PORT}")]
+    return [
+        fail(
+            "HA rules",
+            f"any user of this host can send as charon or as the sidecar: no rules for {ends[0]} and {ends[1]}",
+            "they come with the sidecar, within 5 s of its start and after a flush: is it running? see its log",
+        )
+    ]
+
+
+async def match(config: GatewayConfig) -> list[Finding]:
+    """Whether intercept.match fits the clients, as the sidecar has seen them."""
+    if config.intercept.match == "first":
+        return []
+    try:
+        counters = (await control.call(config.control, {"command": "counters"}))["counters"]
+    except (control.ControlError, KeyError):
+        return []
+    clients = int(counters.get("clients_sync_last", 0))
+    if clients:
+        return [ok("match", f"{clients} clients sent IKE_SA_SYNC last within a day, as release 0.1 does")]
+    return [
+        warn(
+            "match",
+            "every handshake passes through the sidecar (intercept.match: anywhere), and no client needed that within "
+            "a day, or since the sidecar started",
+            "set intercept.match: first",
+        )
+    ]
+
+
 def queue(config: GatewayConfig, pid: int | None) -> list[Finding]:
     """The kernel's queue, who reads it, and the rules that fill it."""
     number = config.intercept.queue
@@ -106,6 +144,14 @@ def queue(config: GatewayConfig, pid: int | None) -> list[Finding]:
         return findings
     if queue_rules.present(number):
         findings.append(ok("rules", f"requests with IKE_SA_SYNC come to queue {number}"))
+        if not queue_rules.guarded():
+            findings.append(
+                warn(
+                    "guard",
+                    "a sidecar that hangs would hold up requests to resume: this kernel's iptables lack xt_recent",
+                    "modprobe xt_recent, or install nftables; then restart the sidecar",
+                )
+            )
     else:
         mend = "they come with `ike-sa-sync gateway`; is it running, or did something flush them?"
         findings.append(warn("rules", f"no rules to queue {number} are in place", mend))

@@ -172,6 +172,7 @@ class GatewayRole:
         stack.callback(serve_metrics(self._metrics, self._config.metrics))
         commands: dict[str, Command] = {
             "status": self._status,
+            "counters": self._counters,
             "log-level": log_level,
             "fetch": self._reconciler.fetch,
             "fetched": self._reconciler.progress,
@@ -254,6 +255,9 @@ class GatewayRole:
         for outcome, told in ANNOUNCED.items():
             self._metrics.total(f"announcements_{outcome}", told, partial(self._failover.total, outcome))
         gauge("bank_reachable", "1 while the bank answers", lambda: float(self._heartbeat.bank_reachable))
+
+    async def _counters(self, _: dict[str, Any]) -> Answer:
+        return {"counters": self._metrics.values()}
 
     async def _status(self, _: dict[str, Any]) -> Answer:
         return {

@@ -75,6 +75,12 @@ def present(queue: int | None = None) -> bool:
     return any(wanted.search(line) for line in listing(rules(0)).splitlines())
 
 
+def guarded() -> bool:
+    """Whether rules that are in place forget a sidecar that stands still."""
+    text = listing(rules(0))
+    return "@alive" in text or "--rcheck" in text
+
+
 def matched(view: View) -> int:
     """The packets that were for the queue, whether it took them or not."""
     return sum(count for rule, count in view.counts if "@alive" in rule or f"-g {QUEUE_CHAIN}" in rule)

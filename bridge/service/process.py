@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import os
 import resource
@@ -29,6 +30,8 @@ RETRY_SECONDS = 1.0
 """between attempts at something that is missing at start"""
 
 
+PR_SET_DUMPABLE = 4
+"""linux/prctl.h"""
 GC_THRESHOLDS = (50_000, 50, 100)
 """objects made, and collections of the younger generation, before each generation is looked through"""
 
@@ -43,10 +46,17 @@ class TaskFailed(Exception):
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run one sidecar to its end. Raises StartError, TaskFailed."""
-    # keys are in this process's memory: no core dump may hold them
+    # keys are in this process's memory: no core dump may hold them, and no other process of this user read them
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _undumpable()
     spare_collections()
     uvloop.run(main())
+
+
+def _undumpable() -> None:
+    """prctl(2): ptrace and /proc/PID/mem are then for CAP_SYS_PTRACE only, and no handler of core dumps is started."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "PR_SET_DUMPABLE is refused")
 
 
 def spare_collections() -> None:
