@@ -102,6 +102,9 @@ class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """seconds a stub lives at most; none: as long as its IKE_SA"""
     children_at_once: bool = True
     """whether CHILD_SAs without PFS come up in the round trip of their IKE_SA"""
+    duplicate_address: Literal["end-newer", "report"] = "end-newer"
+    """a handshake was given a virtual IP that another peer's session has: the newer session is ended, three times an
+    hour for one peer at most, or it is only reported"""
     shared_secret: bool = False
     """whether stubs carry the Diffie-Hellman shared secret, as the draft has it; no derivation needs it"""
     client_stub: Literal["off", "fallback", "prefer"] = "off"

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from bridge.lab import Lab, Topology, standard
+from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar
 from bridge.lab.topology import CHOICES, client_config, client_host
-from failover_support import connect, counter, fresh, the_sa
+from failover_support import connect, counter, established, fresh, the_sa
 
 pytestmark = pytest.mark.lab
 
@@ -23,6 +24,8 @@ def topology() -> Iterator[Topology]:
     with Lab() as lab:
         built = standard(lab, start=False)
         built.agent.config["resume_on_down"] = False
+        for gateway in built.gateways.values():
+            gateway.config["sync"] |= {"duplicate_address": "report"}
         other = client_host(lab, "other", "192.168.50.11", built.secret)
         other.sidecar("client", client_config(CHOICES) | {"resume_on_down": False})
         built.start()
@@ -45,22 +48,29 @@ def resumed_to(sidecar: Sidecar, gateway: Host) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def restart(topology: Topology, host: Host) -> None:
+def restart(topology: Topology, host: Host, duplicate_address: str = "report") -> None:
     """A gateway that died comes back, with an empty pool."""
+    topology.gateways[host.name].config["sync"] |= {"duplicate_address": duplicate_address}
     topology.gateways[host.name].start(wait=False)
     host.charon.start()
     topology.gateways[host.name].wait_ready()
 
 
+def emptied(topology: Topology) -> None:
+    """No pool knows any client: who comes first gets the first address."""
+    topology.kill_gateway(topology.gw1)
+    restart(topology, topology.gw1)
+
+
 def test_a_session_does_not_come_back_to_an_address_that_a_restarted_gateway_gave_away(topology: Topology) -> None:
     other = topology.lab.hosts["other"]
+    emptied(topology)
     mine = connect(topology)["local-vips"]
     topology.kill_gateway(topology.gw1)
     assert resumed_to(topology.agent, topology.gw2)["result"] == "resumed"
     restart(topology, topology.gw1)
     other.charon.initiate("net", "home")
-    if the_sa(other)["local-vips"] != mine:
-        pytest.skip("the pool gave another address")
+    assert the_sa(other)["local-vips"] == mine
     before = counter(topology, "gw1", "refusals_total[address-taken]")
     outcome = resumed_to(topology.agent, topology.gw1)
     assert outcome["result"] == "fallback"
@@ -77,3 +87,38 @@ def test_a_session_comes_back_to_a_gateway_that_still_has_its_old_sa(topology: T
     after = the_sa(topology.client)
     assert after["local-vips"] == before["local-vips"]
     assert the_sa(topology.gw1)["responder-spi"] == after["responder-spi"]
+
+
+def given_away(topology: Topology, duplicate_address: str) -> None:
+    """The client's gateway dies and comes back; the other client has the address of the first one then."""
+    other = topology.lab.hosts["other"]
+    emptied(topology)
+    mine = connect(topology)["local-vips"]
+    topology.kill_gateway(topology.gw1)
+    restart(topology, topology.gw1, duplicate_address)
+    other.charon.initiate("net", "home")
+    assert the_sa(other)["local-vips"] == mine
+
+
+def test_a_handshake_that_was_given_the_address_of_another_session_is_reported(topology: Topology) -> None:
+    given_away(topology, "report")
+    wait_until(lambda: counter(topology, "gw1", "duplicate_addresses_total") == 1, "the report")
+    assert "event=duplicate-address" in topology.gateways["gw1"].text()
+    assert counter(topology, "gw1", "duplicate_address_sessions") == 1
+    assert the_sa(topology.lab.hosts["other"])
+    wait_until(lambda: "duplicate addresses" in checked(topology), "check's word of it")
+
+
+def checked(topology: Topology) -> list[str]:
+    """What `check` finds to fail at gw1."""
+    found = json.loads(topology.gateways["gw1"].command("check", "--json", check=False).stdout)
+    return [row["check"] for row in found if row["grade"] == "fail"]
+
+
+def test_the_newer_of_two_sessions_with_one_address_is_ended(topology: Topology) -> None:
+    given_away(topology, "end-newer")
+    other = topology.lab.hosts["other"]
+    wait_until(lambda: not other.charon.sas(), "the end of the newer session")
+    assert not established(topology.gw1)
+    # and the older one goes on
+    assert resumed_to(topology.agent, topology.gw1)["result"] == "resumed"

@@ -45,6 +45,10 @@ async def test_a_gateway_needs_no_more_than_the_shipped_rights(guarded: RedisSer
     stub, other = stub_of(), stub_of()
     await bank.ping()
     await bank.store([stub, other])
+    entries = await bank.addresses([("10.20.0.7", "10.20.0.7")])
+    assert {entry.of for entry in entries} == {stub.index, other.index}
+    await bank.forget_addresses(entries)
+    assert not await bank.addresses([("10.20.0.0", "10.20.255.255")])
     assert await bank.get([stub.index]) == [stub]
     assert await bank.look([stub.index]) == [(stub, False)]
     assert await bank.revisions([stub.index]) == [1]
@@ -188,6 +192,9 @@ async def test_a_cluster_is_a_bank_like_any_other(cluster: list[int], ring: Keyr
     stubs = [stub_of() for _ in range(600)]
     assert all(await bank.store(stubs))
     assert await bank.get([stub.index for stub in stubs]) == stubs
+    assert {entry.of for entry in await bank.addresses([("10.0.0.0", "10.255.255.255")])} == {
+        stub.index for stub in stubs
+    }
     assert len(await downloaded(bank)) == 600
     assert len(await listed(bank)) == 600
     assert all(admin(port).dbsize() for port in cluster)

@@ -322,3 +322,14 @@ async def test_a_gateway_lives_for_all_others_while_one_bank_hears_it(
     signs = await (await bank_of(TWO)).gateways()
     assert signs[ONE].alive
     assert signs[ONE].keys == frozenset(ring.ids)
+
+
+@pytest.mark.parametrize("central", [False, True])
+async def test_an_address_is_found_whichever_bank_has_its_stub(bank_of: Open, central: bool) -> None:
+    one, three = await bank_of(ONE, central=central), await bank_of(THREE, central=central)
+    stub = stub_of()
+    assert await one.store([stub]) == [True]
+    where = ("10.20.0.7", "10.20.0.7")
+    assert {entry.of for entry in await three.addresses([where])} == {stub.index}
+    await three.forget_addresses(await three.addresses([where]))
+    assert await one.addresses([where]) == []

@@ -42,6 +42,13 @@ class Ending(Struct, frozen=True, gc=False):
     """Unix seconds until which a stub of it may live, by a stub that was opened or by the SA itself; 0: not known"""
 
 
+class AddressEntry(NamedTuple):
+    """A hint that the stub of `of` has the virtual IP `address` (canonical text). Only the stub itself tells."""
+
+    address: str
+    of: Index
+
+
 class GatewaySign(NamedTuple):
     """What the bank knows of a gateway: whether its heartbeat lives, and the ids of the keys it has."""
 
@@ -133,6 +140,14 @@ class StubBank(Protocol):
 
     async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
         """What the session of each index went on as. None where there is no mark, or one that does not open."""
+        ...
+
+    async def addresses(self, ranges: Sequence[tuple[str, str]]) -> list[AddressEntry]:
+        """Which stubs may have a virtual IP in one of these ranges, each given by its first and its last address."""
+        ...
+
+    async def forget_addresses(self, entries: Sequence[AddressEntry]) -> None:
+        """Give these hints no more: there are no such stubs."""
         ...
 
     async def reseal(self, gateway: str) -> int:

@@ -17,9 +17,10 @@ from typing import Any, Final
 
 import msgspec
 
+from bridge.bank.address_index import AddressIndex
 from bridge.bank.buckets import BUCKETS_AT_A_TIME, BUNDLE, HASH, STRING, ZSET, Buckets
 from bridge.bank.content_report import ContentReport
-from bridge.bank.interface import DOWNLOAD_BATCH, Ending, GatewaySign, Move
+from bridge.bank.interface import DOWNLOAD_BATCH, AddressEntry, Ending, GatewaySign, Move
 from bridge.bank.redis_client import RedisClient, Script, is_wrong_type, unavailable
 from bridge.stub import bank_keys
 from bridge.stub.codec import decode, encode, pack_index, unpack_index
@@ -73,6 +74,7 @@ class RedisBank:
         self._store, self._delete, self._reseal = (scripts[name] for name in ("store", "delete", "reseal"))
         self._redis = RedisClient(url, timeout, list(scripts.values()))
         self._buckets = Buckets(self._redis, self._report, scripts["fetch"], scripts["repair"])
+        self._addresses = AddressIndex(self._redis, self._buckets)
 
     @property
     def unreadable(self) -> int:
@@ -94,7 +96,9 @@ class RedisBank:
             again = [position for position in doubtful if stubs[position].index in forged]
             for position, code in zip(again, await self._put([stubs[position] for position in again]), strict=True):
                 said[position] = code
-        return [code == STORED for code in said]
+        stored = [code == STORED for code in said]
+        await self._addresses.put([stub for stub, done in zip(stubs, stored, strict=True) if done])
+        return stored
 
     async def _put(self, stubs: Sequence[Stub]) -> list[int]:
         def arguments(positions: Sequence[int], places: Sequence[bytes]) -> Iterable[Any]:
@@ -187,6 +191,14 @@ class RedisBank:
         commands = [("ZSCORE", index.gone, index.spi.hex()) for index in indexes]
         replies = await self._buckets.read(commands, [ZSET] * len(commands)) if commands else []
         return [None if isinstance(reply, Exception) else reply is not None for reply in replies]
+
+    async def addresses(self, ranges: Sequence[tuple[str, str]]) -> list[AddressEntry]:
+        """See StubBank."""
+        return await self._addresses.find(ranges)
+
+    async def forget_addresses(self, entries: Sequence[AddressEntry]) -> None:
+        """See StubBank."""
+        await self._addresses.remove(entries)
 
     async def endings(self) -> AsyncGenerator[list[Ending]]:
         """See StubBank; a bucket's at a time."""

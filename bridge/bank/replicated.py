@@ -25,7 +25,16 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from bridge.bank.interface import DOWNLOAD_BATCH, BankUnavailable, BankUnwritable, Ending, GatewaySign, Move, StubBank
+from bridge.bank.interface import (
+    DOWNLOAD_BATCH,
+    AddressEntry,
+    BankUnavailable,
+    BankUnwritable,
+    Ending,
+    GatewaySign,
+    Move,
+    StubBank,
+)
 from bridge.bank.replica import Replica
 from bridge.service.tasks import end, spawn
 from bridge.stub.readable import Readable
@@ -221,6 +230,15 @@ class ReplicatedBank:
         return [
             None if all(each is None for each in known) else any(known) for known in zip(*answers.values(), strict=True)
         ]
+
+    async def addresses(self, ranges: Sequence[tuple[str, str]]) -> list[AddressEntry]:
+        """See StubBank: what any bank says."""
+        answers = await self._ask(lambda bank: bank.addresses(ranges))
+        return list(dict.fromkeys(entry for entries in answers.values() for entry in entries))
+
+    async def forget_addresses(self, entries: Sequence[AddressEntry]) -> None:
+        """See StubBank: in all banks within reach."""
+        await self._ask(lambda bank: bank.forget_addresses(entries))
 
     async def endings(self) -> AsyncGenerator[list[Ending]]:
         """See StubBank: what any bank knows."""

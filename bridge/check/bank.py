@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import time
@@ -145,9 +146,10 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
     try:
         signs = {name: sign for name, sign in (await bank.gateways()).items() if sign.alive and name != config.address}
         told = {name: gateway_facts.decode(await bank.posted(bank_keys.FACTS_KIND, name) or b"") for name in signs}
+        stats = await bank.posted(bank_keys.STATS_KIND, config.address) if config.address is not None else None
     finally:
         await bank.close()
-    findings = _keys(keyring, signs)
+    findings = _keys(keyring, signs) + _duplicates(stats or b"")
     others = {name: facts for name, facts in told.items() if facts is not None}
     if not others:
         return [*findings, ok("other gateways", "none is in this bank now: pools and connections are not compared")]
@@ -156,6 +158,23 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
         findings += _connections(mine, others)
         findings += _pools(await _own_pools(config), others)
     return findings or [ok("other gateways", f"fits {', '.join(others)}: connections, children, pools")]
+
+
+def _duplicates(stats: bytes) -> list[Finding]:
+    """Sessions of this gateway with the virtual IP of another one, as its sidecar told the bank last."""
+    try:
+        count = int(json.loads(stats or b"{}").get("duplicate_address_sessions", 0))
+    except (ValueError, TypeError, AttributeError):
+        return []
+    if not count:
+        return []
+    return [
+        fail(
+            "duplicate addresses",
+            f"{count} sessions here have a virtual IP that another peer's session has too",
+            "the sidecar's log names them: duplicate-address. Use HA pools, or pools that do not overlap",
+        )
+    ]
 
 
 def _keys(keyring: Keyring, others: Mapping[str, GatewaySign]) -> list[Finding]:

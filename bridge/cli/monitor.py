@@ -151,6 +151,7 @@ class Watch:
             "resumed_per_s": round(max(resumed - before.get("resumptions_total", 0.0), 0) / elapsed, 1),
             "fallbacks": int(refused),
             "fallbacks_per_s": round(max(refused - refused_before, 0) / elapsed, 1),
+            "duplicate_addresses": int(counters.get("duplicate_address_sessions", 0.0)),
             "reasons": {printable(reason): int(value) for reason, value in sorted(refusals.items())},
         }
 
@@ -166,7 +167,7 @@ class Watch:
                 f"{row['resumed_per_s']:g}",
                 f"{row['fallbacks']:,}",
                 f"{row['fallbacks_per_s']:g}",
-                " ".join(f"{reason} {count}" for reason, count in row["reasons"].items()),
+                _notes(row),
             )
         signals = "   ".join(f"{name} {self.counts[name]:,}" for name in ("stored", "deleted", "expired"))
         lines = Table.grid(padding=(0, 2))
@@ -192,6 +193,14 @@ def _counters(raw: object) -> dict[str, float]:
     except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return {}
     return counters if all(map(math.isfinite, counters.values())) else {}
+
+
+def _notes(row: dict[str, Any]) -> Text:
+    """Why requests fell back, and what is wrong."""
+    notes = Text(" ".join(f"{reason} {count}" for reason, count in row["reasons"].items()))
+    if row["duplicate_addresses"]:
+        notes.append(f" {row['duplicate_addresses']} duplicate virtual IPs", "bold red")
+    return notes
 
 
 @click.command()

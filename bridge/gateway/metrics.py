@@ -51,6 +51,9 @@ class GatewayMetrics(Metrics):
         self.moved_away = self.counter(
             "moved_away", "IKE_SAs ended here because their session went on at another gateway"
         )
+        self.duplicates = self.counter(
+            "duplicate_addresses", "handshakes that were given a virtual IP which another peer's session has"
+        )
         self.handed = self.counter("stubs_handed", "stubs given to clients that asked for theirs")
         self.presented = self.counter("stubs_presented", "requests served with a stub that the client held")
         self.bank_errors = self.counter("bank_errors", "failed look-ups in the bank")

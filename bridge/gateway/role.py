@@ -22,10 +22,12 @@ from bridge.charon.status import charon_status, sa_rows
 from bridge.charon.vici_types import SaInfo
 from bridge.config import ConfigError, GatewayConfig
 from bridge.gateway import metrics
+from bridge.gateway.address_book import AddressBook
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.drain import Drain
+from bridge.gateway.duplicates import Duplicates
 from bridge.gateway.endings import Endings
 from bridge.gateway.failover import Failover
 from bridge.gateway.heartbeat import Heartbeat
@@ -145,6 +147,7 @@ class GatewayRole:
             self._moving,
             AddressHolders(charon, bank, config.address),
         )
+        self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
         self._interception = Interception(config.intercept, self._responder.packets, self._responder.busy)
         self._rotation = KeyRotation(bank, keyring, config.bank.key_file, config.address)
         self._reconciler = BankReconciler(
@@ -195,7 +198,11 @@ class GatewayRole:
         stack.push_async_callback(self._reconciler.close)
         self._heartbeat.start()
         stack.push_async_callback(self._heartbeat.close)
-        for name, work in (("moved-marks", self._marks.run()), ("elsewhere", self._elsewhere.run())):
+        for name, work in (
+            ("moved-marks", self._marks.run()),
+            ("elsewhere", self._elsewhere.run()),
+            ("duplicates", self._duplicates.run()),
+        ):
             stack.push_async_callback(end, spawn(name, work))
         stack.push_async_callback(self._interception.close)
         await self._interception.start()
@@ -205,10 +212,12 @@ class GatewayRole:
     def changed(self, sa: IkeSa) -> None:
         """An SA of this gateway came up or changed."""
         self._publisher.publish(sa)
+        self._duplicates.changed(sa)
 
     def gone(self, sa: IkeSa) -> None:
         """An SA of this gateway ended."""
         self._responder.unconfirmed.gone(sa)
+        self._duplicates.gone(sa.id.spis)
         if sa.up:
             self._publisher.withdraw(sa)
 
@@ -245,6 +254,11 @@ class GatewayRole:
             "clients_sync_last",
             "clients that sent IKE_SA_SYNC last within a day, as release 0.1 does; seen with intercept.match anywhere",
             lambda: responder.sync_last,
+        )
+        gauge(
+            "duplicate_address_sessions",
+            "sessions here with a virtual IP that another peer's session has too",
+            lambda: len(self._duplicates),
         )
         gauge("cookies_demanded", "1 while every request must carry a cookie", lambda: float(responder.demanding))
         gauge(

@@ -6,6 +6,7 @@
 | `ike:stubs:{<gateway>/<first octet>}` | a bucket: the SPIs of its stubs, by expiry |
 | `ike:gone:{<gateway>/<first octet>}` | the SPIs of the bucket's ended sessions, by when they may be forgotten |
 | `ike:moved:{<gateway>/<first octet>}:<SPI>` | a mark: the session went on at another gateway; sealed |
+| `ike:addresses:{<network>}` | which stubs have a virtual IP of that IPv4 /16 or IPv6 /96: a sorted set |
 | `ike:gateways` | the addresses of gateways, by the time of their last heartbeat |
 | `ike:gateway:<gateway>` | a heartbeat |
 | `ike:<kind>:<gateway>` | what a gateway posts: see the kinds below |
@@ -31,6 +32,7 @@ STUB: Final = "ike:stub:"
 BUCKET: Final = "ike:stubs:"
 GONE: Final = "ike:gone:"
 MOVED: Final = "ike:moved:"
+ADDRESSES: Final = "ike:addresses:"
 GATEWAYS: Final = "ike:gateways"
 HEARTBEAT: Final = "ike:gateway:"
 FETCH: Final = "ike:fetch:"
@@ -53,6 +55,13 @@ _STUB_KEY: Final = re.compile(r"ike:stub:\{(?P<gateway>[^{}/]+)/(?P<octet>[0-9a-
 _MOVED_KEY: Final = re.compile(r"ike:moved:\{(?P<gateway>[^{}/]+)/(?P<octet>[0-9a-f]{2})\}:(?P<spi>[0-9a-f]{16})")
 _TAGGED: Final = re.compile(r"(?:ike:stubs:|ike:gone:)\{(?P<gateway>[^{}/]+)/(?P<octet>[0-9a-f]{2})\}")
 _SPI: Final = re.compile(rb"[0-9a-f]{16}")
+_ADDRESS_MEMBER: Final = re.compile(
+    rb"(?P<address>[0-9a-f]{8}|[0-9a-f]{32}) (?P<gateway>[^{}/ ]{2,45})/(?P<spi>[0-9a-f]{16})"
+)
+_NETWORK_DIGITS: Final = {4: 4, 6: 24}
+"""hex digits of an address that name its network: IPv4 /16, IPv6 /96"""
+NETWORKS_MAX: Final = 4096
+"""that one range may span"""
 _ADDRESS_OCTETS: Final = 45
 """of the longest text of an IP address"""
 
@@ -112,6 +121,48 @@ def posted_key(kind: str, gateway: str) -> str:
 def check_key(token: str) -> str:
     """A key to try something with."""
     return f"{CHECK}{token}"
+
+
+# which stubs have an address
+
+
+def address_hex(address: str) -> str:
+    """An address in hex: 8 or 32 digits."""
+    return ip_address(address).packed.hex()
+
+
+def addresses_key(address: str) -> str:
+    """The key of the set that an address is in."""
+    parsed = ip_address(address)
+    return _addresses_key(parsed.version, parsed.packed.hex()[: _NETWORK_DIGITS[parsed.version]])
+
+
+def addresses_keys(first: str, last: str) -> list[str]:
+    """The keys of the sets that the addresses from `first` to `last` are in, NETWORKS_MAX at most."""
+    low, high = ip_address(first), ip_address(last)
+    digits = _NETWORK_DIGITS[low.version]
+    begin, end = int(low.packed.hex()[:digits], 16), int(high.packed.hex()[:digits], 16)
+    numbers = range(begin, min(end, begin + NETWORKS_MAX - 1) + 1)
+    return [_addresses_key(low.version, f"{number:0{digits}x}") for number in numbers]
+
+
+def _addresses_key(version: int, network: str) -> str:
+    return f"{ADDRESSES}{{{version}/{network}}}"
+
+
+def address_member(address: str, gateway: str, spi: bytes) -> str:
+    """The member that says that a stub has an address."""
+    return f"{address_hex(address)} {gateway}/{spi.hex()}"
+
+
+def read_address_member(member: bytes) -> tuple[str, str, bytes] | None:
+    """The address, and gateway and SPI of the stub, that a member names."""
+    match = _ADDRESS_MEMBER.fullmatch(member)
+    gateway = gateway_name(match["gateway"]) if match is not None else None
+    if match is None or gateway is None:
+        return None
+    address = ip_address(bytes.fromhex(match["address"].decode()))
+    return str(address), gateway, bytes.fromhex(match["spi"].decode())
 
 
 # patterns for SCAN and for keyspace notifications
