@@ -119,6 +119,8 @@ class InterceptConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """who sets the rules that show requests to the sidecar; external: you"""
     queue: Annotated[int, Meta(ge=0, le=65535)] = 4510
     """NFQUEUE number"""
+    ports: tuple[Annotated[int, Meta(ge=1, le=65535)], ...] | None = None
+    """UDP ports that charon receives IKE messages on; none: charon.port and charon.port_nat_t of strongswan.conf"""
     match: Literal["first", "anywhere"] = "first"
     """where a request has IKE_SA_SYNC. first: in front, as clients from release 0.2 on send it, so requests for a full
     handshake never come to the sidecar. anywhere: also where clients of release 0.1 and plain clients of the draft

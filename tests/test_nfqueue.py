@@ -89,17 +89,25 @@ class TestParse:
         assert parsed is not None
         assert parsed.ike == REQUEST
 
-    def test_answers_are_known_by_their_source_port(self) -> None:
-        packet = ipv4(udp(sport=4500, dport=1234, marker=True))
-        assert parse_datagram(packet) is None
-        assert parse_datagram(packet, answers=True) == (*with_ports(IPV4, 4500, 1234), REQUEST, True)
+    @pytest.mark.parametrize("port", [501, 4501, 41234])
+    def test_on_any_port_but_500_the_non_esp_marker_is_removed(self, port: int) -> None:
+        packet = ipv4(udp(sport=1234, dport=port, marker=True))
+        assert parse_datagram(packet) == (*with_ports(IPV4, 1234, port), REQUEST, True)
+
+    def test_without_a_marker_is_what_comes_to_another_port_from_500(self) -> None:
+        assert parse_datagram(ipv4(udp(sport=500, dport=501))) == (*with_ports(IPV4, 500, 501), REQUEST, False)
+
+    @pytest.mark.parametrize(("port", "marker"), [(500, False), (4500, True), (4501, True)])
+    def test_of_an_answer_the_source_port_is_the_gateways(self, port: int, marker: bool) -> None:
+        packet = ipv4(udp(sport=port, dport=1234, marker=marker))
+        assert parse_datagram(packet, answers=True) == (*with_ports(IPV4, port, 1234), REQUEST, marker)
 
     @pytest.mark.parametrize(
         "packet",
         [
             pytest.param(b"", id="nothing"),
             pytest.param(ipv4(udp(), protocol=6), id="TCP"),
-            pytest.param(ipv4(udp(dport=501)), id="another port"),
+            pytest.param(ipv4(udp(sport=1234, dport=501)), id="no marker on another port"),
             pytest.param(ipv4(udp(), fragment=0x2000), id="first fragment"),
             pytest.param(ipv4(udp(), fragment=0x0010), id="later fragment"),
             pytest.param(ipv4(udp(), total=500), id="cut packet"),

@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 from bridge.charon.ha_message import PORT
+from bridge.charon.ports import charon_ports
 from bridge.check import foreign_rules
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import process_name, udp_socket
@@ -117,7 +118,9 @@ def queue(config: GatewayConfig, pid: int | None) -> list[Finding]:
     """The kernel's queue, who reads it, and the rules that fill it."""
     number = config.intercept.queue
     try:
-        backend = firewall.detect(queue_rules.rules(number, config.intercept.match))
+        backend = firewall.detect(
+            queue_rules.rules(number, config.intercept.match, config.intercept.ports or charon_ports())
+        )
     except firewall.RulesError as error:
         return [fail("NFQUEUE", str(error), "install nftables or iptables; modprobe nfnetlink_queue")]
     findings = [ok("NFQUEUE", f"this kernel takes rules by {backend}")]

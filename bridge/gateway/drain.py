@@ -38,7 +38,7 @@ from bridge.config import canonical_address
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_move, move_message_id, parse_stub_message, verify
 from bridge.net.interface import Sender
-from bridge.net.packet import PORT_NAT_T
+from bridge.net.packet import has_marker
 from bridge.service.tasks import end, spawn
 from bridge.stub import bank_keys
 from bridge.stub.stub import Index
@@ -294,7 +294,9 @@ class Drain:
         assert sa.remote is not None
         local, remote = sa.local, sa.remote
         try:
-            self._sender.send(local.address, local.port, remote.address, remote.port, octets, local.port == PORT_NAT_T)
+            self._sender.send(
+                local.address, local.port, remote.address, remote.port, octets, has_marker(remote.port, local.port)
+            )
         except OSError as error:
             log.info("move-not-sent", peer=remote.address, reason=error.strerror, **sa.id.logged)
 

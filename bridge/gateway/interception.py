@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from bridge.charon.ports import charon_ports
 from bridge.config import InterceptConfig
 from bridge.net import queue_rules
 from bridge.net.firewall import RulesError
@@ -31,7 +32,7 @@ class Interception:
         self._liveness = Liveness(self._interceptor.let_go, self._unnoticed)
         self._watch: RulesWatch | None = None
         if config.rules != "external":
-            rules = queue_rules.rules(config.queue, config.match)
+            rules = queue_rules.rules(config.queue, config.match, config.ports or charon_ports())
             self._watch = RulesWatch("queue", rules, config.rules, queue_rules.matched)
         self._bypassed = 0
         self._watching: asyncio.Task[None] | None = None

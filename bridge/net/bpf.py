@@ -25,6 +25,9 @@ LOAD_X_NUMBER, LOAD_X_IPV4_HEADER = 0x01, 0xB1
 _LOAD_WORD, _LOAD_HALF = 0x40, 0x48
 """at X plus the operand"""
 
+_SOURCE_PORT, _DESTINATION_PORT = 0, 2
+"""in the UDP header"""
+
 _AND, _JUMP, _JUMP_EQUAL, _RETURN = 0x54, 0x05, 0x15, 0x06
 
 _RETURN_ALL, RETURN_NONE = (_RETURN, 0, 0, 0xFFFFFFFF), (_RETURN, 0, 0, 0)
@@ -36,14 +39,17 @@ def answers_filter(load_x: Instruction) -> list[Instruction]:
     last = len(answers) - 1
     return [
         load_x,
-        (_LOAD_HALF, 0, 0, 0),  # the source port
-        (_JUMP_EQUAL, 0, 2, PORT_IKE),
-        (_LOAD_HALF, 0, 0, exchange),
-        (_JUMP, 0, 0, 4),
-        (_JUMP_EQUAL, 0, len(answers) + 5, PORT_NAT_T),
+        # which messages follow a non-ESP marker: as bridge.net.packet.has_marker has it
+        (_LOAD_HALF, 0, 0, _SOURCE_PORT),
+        (_JUMP_EQUAL, 7, 0, PORT_IKE),
+        (_JUMP_EQUAL, 2, 0, PORT_NAT_T),
+        (_LOAD_HALF, 0, 0, _DESTINATION_PORT),
+        (_JUMP_EQUAL, 4, 0, PORT_IKE),
         (_LOAD_WORD, 0, 0, UDP_HEADER),
-        (_JUMP_EQUAL, 0, len(answers) + 3, 0),  # the non-ESP marker
+        (_JUMP_EQUAL, 0, len(answers) + 5, 0),
         (_LOAD_HALF, 0, 0, exchange + 4),
+        (_JUMP, 0, 0, 1),
+        (_LOAD_HALF, 0, 0, exchange),
         (_AND, 0, 0, 0xFF00 | FLAG_RESPONSE),
         *((_JUMP_EQUAL, last - at, 0 if at < last else 1, answer) for at, answer in enumerate(answers)),
         _RETURN_ALL,

@@ -49,16 +49,18 @@ class Datagram(NamedTuple):
     marker: bool
 
 
-def has_marker(sport: int, dport: int) -> bool:
-    """Whether an IKE message between these ports follows a non-ESP marker, as charon has it: where neither is 500."""
-    return PORT_IKE not in (sport, dport)
+def has_marker(client: int, gateway: int) -> bool:
+    """Whether an IKE message between these ports follows a non-ESP marker, as charon has it: where neither is 500. On a
+    gateway's port 4500 it always does, whatever a NAT makes of the client's port."""
+    return gateway == PORT_NAT_T or PORT_IKE not in (client, gateway)
 
 
 def parse_datagram(packet: bytes, *, answers: bool = False) -> Datagram | None:
-    """The IKE message in a whole IPv4 or IPv6 packet, sent to port 500 or 4500 (`answers`: from one of them).
+    """The IKE message in a whole IPv4 or IPv6 packet, between any ports, sent to a gateway (`answers`: by one).
 
-    None when there is none: another protocol or port, a fragment, a packet or datagram that is cut, ESP or a
-    keepalive on port 4500, less than an IKE header. Checksums are the kernel's to check, not ours. Never raises.
+    None when there is none: another protocol, a fragment, a packet or datagram that is cut, no non-ESP marker where
+    neither port is 500, as ESP and keepalives have none, less than an IKE header. Checksums are the kernel's to check,
+    not ours. Never raises.
     """
     size = len(packet)
     if size < 28:
@@ -86,15 +88,12 @@ def parse_datagram(packet: bytes, *, answers: bool = False) -> Datagram | None:
     stop = start + length
     if stop > end:
         return None
-    port = sport if answers else dport
     start += UDP_HEADER
-    if port == PORT_IKE:
-        marker = False
-    elif port == PORT_NAT_T and packet[start : start + 4] == MARKER:
-        marker = True
+    marker = has_marker(dport, sport) if answers else has_marker(sport, dport)
+    if marker:
+        if packet[start : start + 4] != MARKER:
+            return None
         start += 4
-    else:
-        return None
     if stop - start < IKE_HEADER:
         return None
     return Datagram(address_text(src), sport, address_text(dst), dport, packet[start:stop], marker)

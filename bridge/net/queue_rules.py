@@ -3,7 +3,7 @@
 `first`: a request matches when IKE_SA_SYNC is its first payload, or follows a COOKIE notification that is (IKE header's
 Next Payload 200, or 41 and then 200). Requests for a full handshake never enter the queue. `anywhere`: every
 IKE_SA_INIT request does, since a packet filter cannot walk the payloads. Both: GET Stub and Moving, which begin with
-Ni. It goes to port 500, or to 4500 with the non-ESP marker, and its response flag is clear.
+Ni. It goes to one of charon's ports, to any but 500 with the non-ESP marker, and its response flag is clear.
 
 What matches is counted, then queued if the sidecar has shown within STALL_SECONDS that its event loop runs
 (bridge.net.liveness): the kernel itself forgets a sidecar that stands still, whatever stopped it. The queue is bypassed
@@ -18,6 +18,7 @@ that: only the match for sockets and TPROXY ask for it. Where the kernel has nei
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from bridge.ike.message import ExchangeType, NotifyType, PayloadType
@@ -56,13 +57,17 @@ _COOKIE_FIRST = _word(PayloadType.NOTIFY, ExchangeType.IKE_SA_INIT)
 _ANYWHERE = (_word(0, ExchangeType.IKE_SA_INIT), _word(0, ExchangeType.STUB))
 
 
-def rules(queue: int, match: Match = "first") -> Rules:
-    """Those that send requests to `queue`."""
+PORTS = (PORT_IKE, PORT_NAT_T)
+"""charon's, unless it is configured to others"""
+
+
+def rules(queue: int, match: Match = "first", ports: Sequence[int] = PORTS) -> Rules:
+    """Those that send requests to `queue`; `ports` are those that charon receives IKE messages on."""
     return Rules(
         name=NAME,
         chains=(NAME, QUEUE_CHAIN),
-        nftables=nftables_text(queue, match),
-        iptables=lambda family, full: iptables_text(queue, match, family, full),
+        nftables=nftables_text(queue, match, ports),
+        iptables=lambda family, full: iptables_text(queue, match, family, full, ports),
         jumps=(Jump("INPUT", "-p udp", NAME),),
         nftables_optional=NFTABLES_WHOLE,
         ip6tables_optional=IP6TABLES_WHOLE,
@@ -86,7 +91,12 @@ def matched(view: View) -> int:
     return sum(count for rule, count in view.counts if "@alive" in rule or f"-g {QUEUE_CHAIN}" in rule)
 
 
-def nftables_text(queue: int, match: Match) -> str:
+def _shifts(ports: Sequence[int]) -> list[tuple[int, int]]:
+    """Each port, and the octets of the marker before a message to it."""
+    return [(port, 0 if port == PORT_IKE else _MARKER_OCTETS) for port in ports]
+
+
+def nftables_text(queue: int, match: Match, ports: Sequence[int] = PORTS) -> str:
     """What `nft -f -` reads, one transaction that also replaces an old table."""
 
     # raw payload expressions count bits
@@ -94,7 +104,7 @@ def nftables_text(queue: int, match: Match) -> str:
         return f"@th,{octet * 8},{octets * 8}"
 
     lines = []
-    for port, shift in ((PORT_IKE, 0), (PORT_NAT_T, _MARKER_OCTETS)):
+    for port, shift in _shifts(ports):
         before = f"udp dport {port}" + (f" {at(UDP_HEADER, _MARKER_OCTETS)} 0" if shift else "")
         head, payload = at(_WORD + shift, 4), _FIRST_PAYLOAD + shift
         if match == "anywhere":
@@ -128,7 +138,7 @@ table inet {NAME} {{
 """
 
 
-def iptables_text(queue: int, match: Match, family: Family, full: bool) -> str:
+def iptables_text(queue: int, match: Match, family: Family, full: bool, ports: Sequence[int] = PORTS) -> str:
     """The rules of our two chains. Not `full`: for a kernel without xt_recent, which cannot forget a sidecar.
 
     u32 loads 32 bits that begin at the given octet. It cannot walk extension headers: IPv6 packets that have some are
@@ -144,7 +154,7 @@ def iptables_text(queue: int, match: Match, family: Family, full: bool) -> str:
         return f"{before}{base + octet}"
 
     lines = []
-    for port, shift in ((PORT_IKE, 0), (PORT_NAT_T, _MARKER_OCTETS)):
+    for port, shift in _shifts(ports):
         marker = f"{at(UDP_HEADER)}=0&&" if shift else ""
         head, payload = at(_WORD + shift), _FIRST_PAYLOAD + shift
         if match == "anywhere":

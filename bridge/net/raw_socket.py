@@ -100,7 +100,7 @@ class RawUdp:
 
 
 class ResponseListener:
-    """Overhears answers to the ANSWERED exchanges from port 500 or 4500; charon gets them too.
+    """Overhears answers to the ANSWERED exchanges, between any ports; charon gets them too.
 
     A filter in the kernel lets nothing else up to here.
     """
