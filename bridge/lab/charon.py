@@ -79,7 +79,8 @@ class Charon(Daemon):
         super().__init__(host, "charon")
         self.settings: dict[str, Any] = {}  # strongswan.conf, by dotted path; read at start()
 
-    def _configure(self) -> None:
+    def configure(self) -> None:
+        """Write strongswan.conf, as `start` does."""
         etc = self.host.etc
         (etc / "strongswan.conf").write_text(MAIN)
         drop_ins = etc / "strongswan.d"
@@ -94,7 +95,7 @@ class Charon(Daemon):
 
         A sidecar has to be started before, or charon reports the keys of its SAs to nobody.
         """
-        self._configure()
+        self.configure()
         self.spawn("charon-systemd")
         self.await_alive(self.answers, "it answered on VICI")
         if load:
