@@ -9,7 +9,8 @@ import pytest
 
 from bridge.lab import Lab
 from bridge.lab.daemon import wait_until
-from vpns_support import ADDRESSES, Clusters, clusters
+from bridge.lab.demo import Ping
+from vpns_support import ADDRESSES, SITES, Clusters, clusters
 
 pytestmark = pytest.mark.lab
 
@@ -229,3 +230,25 @@ def test_a_client_that_knows_one_gateway_resumes_at_another_that_this_one_named(
     assert alone.works("x")
     alone.client.swanctl("--rekey", "--ike", "home")
     wait_until(lambda: alone.at() == {"home": "x2"} and alone.works("x"), "the rekeyed session")
+
+
+def test_a_resumed_session_that_gets_no_packets_any_more_is_set_up_again(both: Clusters) -> None:
+    both.connect("x1")
+    # from x2 nothing but IKE comes through, at first
+    esp = ("-s", ADDRESSES["x2"], "-p", "udp", "--dport", "4500", "-m", "u32", "--u32", "0>>22&0x3C@8=1:0xffffffff")
+    both.client.run("iptables", "-A", "INPUT", *esp, "-j", "DROP")
+    ping = Ping(both.client, SITES["x"])
+    said = len(both.agent.text())
+    try:
+        wait_until(lambda: ping.answers() > 0, "traffic")
+        # the counters are read now and then
+        wait_until(lambda: ping.answers() > 80, "traffic for a while")
+        both.kill("x1")
+        assert both.resume()["result"] == "resumed"
+        wait_until(lambda: "no-traffic-after-resumption" in both.agent.text()[said:], "the alarm", 60)
+    finally:
+        both.client.run("iptables", "-D", "INPUT", *esp, "-j", "DROP")
+        ping.stop()
+    wait_until(lambda: "reason=no-traffic" in both.agent.text()[said:], "the new session", PATIENCE)
+    assert both.at() == {"home-gw2": "x2"}
+    assert both.works("x")

@@ -29,6 +29,8 @@ class ChildInfo(NamedTuple):
     name: str
     state: str
     spi_in: int
+    packets_in: int = 0
+    packets_out: int = 0
 
     @property
     def works(self) -> bool:
@@ -159,6 +161,8 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
                     sys.intern(as_text(child.get("name"))),
                     sys.intern(as_text(child.get("state"))),
                     _spi(child.get("spi-in")),
+                    as_number(child.get("packets-in")) or 0,
+                    as_number(child.get("packets-out")) or 0,
                 )
                 for child in section.get("child-sas", {}).values()
             ),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -35,6 +35,7 @@ from bridge.client.sessions import Session, Sessions
 from bridge.client.stub_keeper import StubKeeper, gateway_message
 from bridge.client.switchover import Switchover
 from bridge.client.sync_request import Answer, NoAnswerError, SyncRequester, Target
+from bridge.client.traffic_watch import TrafficWatch
 from bridge.client.vpns import Vpn, vpns_of
 from bridge.config import ClientConfig
 from bridge.ike.message import ExchangeType
@@ -86,9 +87,14 @@ class Initiator:
         self._gateway_probe = GatewayProbe(
             sender, charon.tracker.sas.get, self._targets, self._sent_away, random=random
         )
+        self._traffic = TrafficWatch(charon, self._sessions, self._set_up, clock=clock)
         self._restored: set[bytes] = set()
         self._resolving: set[asyncio.Task[None]] = set()
         self.last: Outcome | None = None
+
+    async def watch_traffic(self) -> None:
+        """See that resumed sessions carry traffic, until it is cancelled."""
+        await self._traffic.run()
 
     async def restore(self) -> None:
         """Take up the sessions that were kept in the file when this host went down, and come back to those whose VPN
@@ -238,9 +244,23 @@ class Initiator:
             task.add_done_callback(lambda _: self._moving.pop(session, None))
         return task
 
+    def _set_up(self, session: Session) -> None:
+        """A session that does not work gets a new IKE_SA from the gateway that it is at."""
+        if session not in self._moving and session.last.remote is not None:
+            here = Target(session.last.remote.address, session.connection)
+            work = self._finish(
+                self._vpn(session), session, self._fallback([here], session, "no-traffic", self._clock())
+            )
+            self._moving[session] = task = spawn(f"set up {session.connection}", work)
+            task.add_done_callback(lambda _: self._moving.pop(session, None))
+
     async def _move(self, vpn: Vpn, session: Session | None, to: str | None, *, stay: bool) -> Outcome:
+        return await self._finish(vpn, session, self._attempt(vpn, session, to, stay))
+
+    async def _finish(self, vpn: Vpn, session: Session | None, work: Coroutine[Any, Any, Outcome]) -> Outcome:
+        """What becomes of an attempt, noted; nothing that goes wrong in it leaves it."""
         try:
-            outcome = await self._attempt(vpn, session, to, stay)
+            outcome = await work
         except Exception as error:
             connection = session.connection if session is not None else None
             log.exception("move-failed", vpn=vpn.name, connection=connection)
@@ -347,6 +367,7 @@ class Initiator:
                 **sa.id.logged,
             )
             raise UnusableError from error
+        self._traffic.resumed(session)
         self._named(new, answer.gateways)
         self.keeper.given(new, answer.sealed_stub, answer.lifetime)
         return Outcome(

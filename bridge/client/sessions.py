@@ -37,6 +37,8 @@ class Session:
     """those that are up, by SPIs, the youngest last"""
     until: float = 0.0
     """until when `last` can be resumed once it is lost, in clock seconds"""
+    received: bool = False
+    """whether packets came through any of its CHILD_SAs"""
 
     @property
     def up(self) -> bool:
