@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.client import move_handler, stub_keeper, sync_request
+from bridge.client import gateway_probe, move_handler, stub_keeper, sync_request
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.gateway import admission, client_stubs, drain, rebuild
+from bridge.gateway import admission, announcer, client_stubs, drain, heartbeat, rebuild
 from bridge.ike import cookie
 from bridge.ike.transforms import Suite
 from bridge.stub import child_sa
@@ -107,6 +107,14 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "and asks a silent gateway anew after at least": stub_keeper.RETRY_MIN,
     "a gateway sends Move again after": drain.ASK_SECONDS,
     "and gives a moving client up after": drain.MOVE_SECONDS,
+    "and is written so many times in that time": heartbeat.BEATS,
+    "each Announcement waits for a report": announcer.ATTEMPTS,
+    "sessions that are announced first": announcer.TRIAL,
+    "and the rest after": announcer.TRIAL_SECONDS,
+    "the next gateway's turn to announce a session comes after": announcer.TURN_SECONDS,
+    "a client that is coming is waited for": announcer.ARRIVE_SECONDS,
+    "Probes to the gateway of the SA": gateway_probe.PROBES,
+    "each of which waits for an answer": gateway_probe.PROBE_SECONDS,
     "a client that moved answers that Move for": move_handler.ANSWER_SECONDS,
 }
 
@@ -114,7 +122,12 @@ FIXED: dict[str, float | tuple[float, ...]] = {
 def test_timers_and_limits_are_those_of_the_code() -> None:
     table = PAGE.read_text().partition("\n## Timers and limits\n")[2]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"][2:]
-    configs = {"sync": GatewayConfig().sync, "bank": GatewayConfig().bank, "resume": ClientConfig().resume}
+    configs = {
+        "sync": GatewayConfig().sync,
+        "bank": GatewayConfig().bank,
+        "resume": ClientConfig().resume,
+        "failover": GatewayConfig().failover,
+    }
     fixed = {}
     for what, where, default in rows:
         if where == "fixed":

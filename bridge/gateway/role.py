@@ -48,11 +48,11 @@ from bridge.service.tasks import end, spawn
 from bridge.stub.keyring import Keyring, SealError
 
 ANNOUNCED: Final = {
-    "announced": "sessions of failed gateways whose clients were told to come here",
-    "resumed": "of these, sessions that were resumed or ended",
-    "refused": "of these, sessions whose client does not have this gateway, or moves already",
-    "silent": "of these, sessions whose client did not answer or arrive: left to its dead peer detection",
-    "false_alarms": "failures that a client has contradicted: its gateway answered",
+    "announcements_announced": "sessions of failed gateways whose clients were told to come here",
+    "announcements_resumed": "of these, sessions that were resumed or ended",
+    "announcements_refused": "of these, sessions whose client does not have this gateway, or moves already",
+    "announcements_silent": "of these, sessions whose client did not answer or arrive: left to its dead peer detection",
+    "announcements_false_alarms": "failures that a client has contradicted: its gateway answered",
 }
 """what is counted of announcements"""
 
@@ -267,7 +267,7 @@ class GatewayRole:
             lambda: replicas.owed if replicas is not None else 0,
         )
         for outcome, told in ANNOUNCED.items():
-            self._metrics.total(f"announcements_{outcome}", told, partial(self._failover.total, outcome))
+            self._metrics.total(outcome, told, partial(self._failover.total, outcome.removeprefix("announcements_")))
         gauge("bank_reachable", "1 while the bank answers", lambda: float(self._heartbeat.bank_reachable))
 
     async def _counters(self, _: dict[str, Any]) -> Answer:
