@@ -17,7 +17,8 @@ from ipaddress import ip_address
 
 import structlog
 
-from bridge.charon.ha_message import MAX_MESSAGE, PORT, HaError, HaMessage, MessageType, decode, encode
+from bridge.charon.ha_grammar import MalformedMessage, read
+from bridge.charon.ha_message import PORT, VERSIONS, HaError, HaMessage, IkeId, MessageType, encode, leading_ike_id
 from bridge.charon.socket_diag import CharonSocket, Peer
 
 log = structlog.get_logger()
@@ -33,8 +34,9 @@ POLL_SECONDS = 0.001
 """between two looks from then on; uvloop's timers know whole milliseconds only"""
 STUCK_SECONDS = 30.0
 """a charon that does not empty its queue in this time hangs"""
-_LAST_WORDS = (MessageType.IKE_DELETE, MessageType.CHILD_DELETE)
-"""what is believed of a charon that is gone"""
+MAX_DATAGRAM = 65_536
+"""octets to receive: more than any UDP datagram has. Of a CHILD_SA with many traffic selectors charon sends more than it
+would receive itself"""
 RECEIVE_BURST = 256
 """datagrams handled in one turn of the event loop, so that others get theirs"""
 _SO_RCVBUFFORCE = 33
@@ -53,17 +55,24 @@ class HaChannel:
         self,
         listen: str,
         charon: str,
-        handler: Callable[[HaMessage], None],
+        handler: Callable[[HaMessage, bool], None],
+        malformed: Callable[[IkeId | None, str], None],
         *,
         receive_buffer: int = 16 * 1024 * 1024,
     ) -> None:
         self.version: int | None = None
-        """message version of this charon, learned from VICI or from what it sends"""
+        """message version of this charon: that of what it sends, until then that of the release VICI names"""
+        self.unsupported: int | None = None
+        """the message version that charon sends, where it is none of VERSIONS"""
         self.received = 0
         self.malformed = 0
         self._listen = listen
         self._charon = charon
         self._handler = handler
+        self._malformed = malformed
+        self._buffer = bytearray(MAX_DATAGRAM)
+        self._held_by: int | None = None
+        """who held charon's end when the queue was empty the last time: an inode"""
         self._receive_buffer = receive_buffer
         self._peer = Peer(listen, charon)
         self._socket: socket.socket | None = None
@@ -128,13 +137,30 @@ class HaChannel:
 
     # receiving
 
+    def expect(self, version: int | None) -> None:
+        """Another charon, of a release whose message version is `version`, or not known yet."""
+        self.version, self.unsupported = version, None
+
+    def receive(self) -> None:
+        """Handle what has arrived, without waiting for more."""
+        if self._socket is not None:
+            self._readable()
+
     def _readable(self) -> None:
+        """Hand on what has arrived.
+
+        Who holds charon's address now may be another process than the one that sent a datagram. But between two looks
+        at which one and the same socket holds it, no other can have sent one: those are genuine.
+        """
         assert self._socket is not None
-        alive, trusted = self._holder()
+        end, trusted = self._holder()
+        holder = end.inode if end is not None and trusted else None
+        genuine = holder is not None and holder == self._held_by
         for _ in range(RECEIVE_BURST):
             try:
-                data, sender = self._socket.recvfrom(MAX_MESSAGE * 2)
+                length, _, flags, sender = self._socket.recvmsg_into([self._buffer])
             except BlockingIOError:
+                self._held_by = holder
                 return
             except OSError:
                 # ICMP port unreachable of an earlier send: charon is not there
@@ -144,21 +170,56 @@ class HaChannel:
                 # what came before connect(2) may be from anyone
                 self.malformed += 1
                 continue
-            try:
-                message = decode(data)
-            except HaError as error:
-                self.malformed += 1
-                log.warning("ha-message-malformed", octets=len(data), reason=str(error))
-                continue
-            if self.version is None and alive:
-                self.version = message.version
-            if not alive and message.type not in _LAST_WORDS:
-                # whoever bound charon's port after its end cannot invent SAs
-                self.malformed += 1
-            elif message.version == self.version:
-                self._handler(message)
-            else:
-                self.malformed += 1
+            self._take(bytes(self._buffer[:length]), bool(flags & socket.MSG_TRUNC), end is not None, genuine)
+
+    def _take(self, data: bytes, truncated: bool, alive: bool, genuine: bool) -> None:
+        """One datagram from charon's address."""
+        if genuine and data and data[0] not in VERSIONS:
+            self.malformed += 1
+            self._not_supported(data[0])
+            return
+        try:
+            if truncated:
+                raise MalformedMessage("it is longer than a UDP datagram can be", leading_ike_id(data))
+            message = read(data)
+        except MalformedMessage as error:
+            self.malformed += 1
+            self._malformed_message(data, error, alive)
+            return
+        if not alive:
+            # a process that bound charon's port after its end cannot invent SAs, nor end any
+            self.malformed += 1
+            return
+        if message.version != self.version and (genuine or self.version is None):
+            log.info("ha-version", version=message.version, expected=self.version)
+            self.version, self.unsupported = message.version, None
+        if message.version == self.version:
+            self._handler(message, genuine)
+        else:
+            self.malformed += 1
+
+    def _malformed_message(self, data: bytes, error: MalformedMessage, alive: bool) -> None:
+        log.warning(
+            "ha-message-malformed",
+            octets=len(data),
+            reason=str(error),
+            **(error.ike_id.logged if error.ike_id is not None else {}),
+        )
+        if alive:
+            self._malformed(error.ike_id, str(error))
+
+    def _not_supported(self, version: int) -> None:
+        """charon speaks a version of the HA protocol that was not there when this was written."""
+        if self.unsupported == version:
+            return
+        self.version, self.unsupported = None, version
+        log.error(
+            "ha-version-unsupported",
+            version=version,
+            supported=list(VERSIONS),
+            mend="sessions are neither stored nor resumed: install a release of ike-sa-sync that supports this "
+            "strongSwan, or the strongSwan release before it",
+        )
 
     def drops(self) -> int:
         """Datagrams of charon's that the kernel dropped because the sidecar's buffer was full."""
@@ -177,8 +238,8 @@ class HaChannel:
         """charon's end, or None when there is none: charon is down, or runs without the ha plugin."""
         return self._peer.look()
 
-    def _holder(self) -> tuple[bool, bool]:
-        """Whether somebody holds charon's end, and whether that is charon or nobody, and no other user's process."""
+    def _holder(self) -> tuple[CharonSocket | None, bool]:
+        """charon's end, if there is one, and whether no other user's process holds it."""
         end = self.charon_socket()
         if end is not None and end.uid not in (0, os.geteuid()):
             if not self._told_uid:
@@ -188,12 +249,15 @@ class HaChannel:
                     mend=f"UDP {self._charon}:{PORT} is held by that user and not by charon: stop it",
                 )
             self._told_uid = True
-            return True, False
-        return end is not None, True
+            return end, False
+        return end, True
 
     def ready(self) -> bool:
-        """Whether messages can be sent: charon's end is there, is root's, and its version is known."""
-        return self._socket is not None and self.version is not None and self._holder() == (True, True)
+        """Whether messages can be sent: charon's end is there, belongs to root, and its version is known."""
+        if self._socket is None or self.version is None:
+            return False
+        end, trusted = self._holder()
+        return end is not None and trusted
 
     def encode(self, kind: MessageType, attributes: Iterable[tuple[object, object]] = ()) -> bytes:
         """A message in this charon's version. Raises HaError, also while the version is not known."""

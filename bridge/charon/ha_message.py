@@ -370,6 +370,22 @@ def decode(data: bytes) -> HaMessage:
     return HaMessage(version, kind, attributes)
 
 
+def leading_ike_id(data: bytes) -> IkeId | None:
+    """The IKE_SA that a message is about, which charon writes first; None where it does not begin with one. All else
+    may be malformed."""
+    if len(data) < 2 or data[0] not in _READERS:
+        return None
+    offset = 2
+    if data[1] == MessageType.IKE_ADD:
+        # IKE_VERSION is in front of it
+        if data[offset : offset + 1] != bytes((_NUMBERS[data[0]][Attr.IKE_VERSION],)):
+            return None
+        offset += 2
+    if data[offset : offset + 1] != bytes((_NUMBERS[data[0]][Attr.IKE_ID],)) or len(data) < offset + 19:
+        return None
+    return _read_ike_id(data, offset + 1)[0]
+
+
 def encode(version: int, kind: MessageType, attributes: Iterable[tuple[Attr, Value]] = ()) -> bytes:
     """A message for a charon that speaks `version`, one datagram.
 

@@ -55,6 +55,11 @@ class SaInfo(NamedTuple):
     rekey: int | None
     reauth: int | None
     children: tuple[ChildInfo, ...]
+    local_id: str
+    """identities as strongSwan writes them"""
+    remote_id: str
+    eap_id: str
+    """that of EAP, where it is another than `remote_id`; else empty"""
     unique_id: str = ""
     """by which charon names it: a decimal number"""
 
@@ -166,6 +171,9 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
                 )
                 for child in section.get("child-sas", {}).values()
             ),
+            local_id=as_text(section.get("local-id")),
+            remote_id=as_text(section.get("remote-id")),
+            eap_id=as_text(section.get("remote-eap-id")),
             unique_id=as_text(section.get("uniqueid")),
         )
     except _NOT_AS_EXPECTED as error:

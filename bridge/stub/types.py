@@ -13,13 +13,16 @@ from bridge.ike.transforms import child_name
 
 
 class IdType(IntEnum):
-    """Identification types (RFC 7296 section 3.5) that have a form for people."""
+    """Identification types (RFC 7296 section 3.5) that strongSwan has a text for."""
 
+    ID_ANY = 0
+    """no type of the RFC: strongSwan's own, for an identity that is not known"""
     ID_IPV4_ADDR = 1
     ID_FQDN = 2
     ID_RFC822_ADDR = 3
     ID_IPV6_ADDR = 5
     ID_DER_ASN1_DN = 9
+    ID_KEY_ID = 11
 
 
 class Identity(Struct, frozen=True, gc=False):
