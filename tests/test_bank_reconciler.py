@@ -177,7 +177,8 @@ def test_what_the_ha_channel_dropped_is_asked_for_again(topology: Topology) -> N
 LAND = """
 import asyncio
 from bridge.charon.ha_channel import HaChannel
-from bridge.charon.ha_message import IkeId, version_for
+from bridge.charon.ha_message import IkeId
+from bridge.charon.releases import version_for
 from bridge.charon.ha_commands import Install
 from bridge.charon.installer import Installer
 from bridge.charon.ha_segments import SegmentChooser
@@ -186,8 +187,8 @@ from bridge.stub.types import Endpoint, Identity
 import sys
 
 async def land():
-    channel = HaChannel("127.0.0.2", "127.0.0.1", lambda message: None)
-    channel.version = version_for(sys.argv[1])
+    channel = HaChannel("127.0.0.2", "127.0.0.1", lambda message, genuine: None, lambda ike_id, reason: None)
+    channel.expect(version_for(sys.argv[1]))
     channel.open()
     await Installer(channel, SegmentChooser()).land([Install(
         id=IkeId.of(b"initiate", b"responds", False),

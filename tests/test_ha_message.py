@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.charon.ha_message import Attr, HaError, IkeId, MessageType, decode, encode, version_for
+from bridge.charon.ha_message import Attr, HaError, IkeId, MessageType, decode, encode
+from bridge.charon.releases import version_for
 from bridge.stub.types import Endpoint, Identity, TrafficSelector
 from vectors_support import NAMES, SIDES, VECTORS, messages
 

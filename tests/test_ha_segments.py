@@ -5,7 +5,15 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from bridge.charon.ha_segments import LONGEST_PAUSE, SHARE, SegmentChooser, landing_addresses, segment_of
+from bridge.charon.ha_segments import (
+    BLOCKED_SECONDS,
+    LONGEST_PAUSE,
+    SHARE,
+    SegmentChooser,
+    landing_addresses,
+    segment_of,
+)
+from bridge.charon.half_open import REQUEST_SECONDS, HalfOpenSas
 
 
 @pytest.mark.parametrize(("address", "segment"), [("192.168.50.10", 13), ("198.18.0.8", 7), ("198.18.0.9", 3)])
@@ -33,19 +41,77 @@ def test_addresses_spread_over_all_segments() -> None:
 
 
 def use(choice: SegmentChooser, now: float, seconds: float = 0.0) -> int:
-    """Where a batch lands at `now`; its activation takes `seconds`."""
-    segment = choice.next(now)
+    """The segment that is activated at `now`; that takes `seconds`."""
+    segment = choice.to_activate(now)
+    assert segment is not None
     choice.disturbed(segment, now + seconds, seconds)
     return segment
 
 
-def test_a_batch_lands_where_no_handshake_is_in_progress() -> None:
-    choice = SegmentChooser(2, handshake_seconds=5)
-    address = landing_addresses(2)[1]
-    choice.handshake_seen(address, now=100.0)
-    assert use(choice, 101.0) == 2
-    assert use(choice, 102.0) == 2
-    assert use(choice, 106.0) == 1
+ADDRESSES = landing_addresses(2)
+
+
+@pytest.mark.parametrize("crashes", [True, False])
+def test_a_segment_with_a_handshake_in_progress_is_not_activated_until_that_is_over(crashes: bool) -> None:
+    half_open = HalfOpenSas()
+    choice = SegmentChooser(2, half_open)
+    choice.crashes = crashes
+    half_open.began(b"one", ADDRESSES[1], 0.0)
+    # however long it takes
+    assert [use(choice, now) for now in (1.0, 2.0, 3600.0)] == [2, 2, 2]
+    half_open.ended(b"one")
+    assert use(choice, 3601.0) == 1
+
+
+@pytest.mark.parametrize("crashes", [True, False])
+def test_where_each_segment_has_a_handshake_in_progress_none_is_activated(crashes: bool) -> None:
+    half_open = HalfOpenSas()
+    choice = SegmentChooser(2, half_open)
+    choice.crashes = crashes
+    for segment, address in ADDRESSES.items():
+        half_open.began(bytes((segment,)), address, 0.0)
+    assert choice.next(1.0) in (1, 2)
+    assert choice.blocked(1.0)
+    assert choice.wait(1.0) == BLOCKED_SECONDS
+    assert choice.to_activate(1.0) is None
+    half_open.ended(b"\x02")
+    assert not choice.blocked(2.0)
+    assert choice.wait(2.0) == 0
+    assert choice.to_activate(2.0) == 2
+
+
+def test_a_handshake_that_begins_after_the_installation_has_the_sas_activated_elsewhere() -> None:
+    half_open = HalfOpenSas()
+    choice = SegmentChooser(2, half_open)
+    assert choice.next(1.0) == 1
+    half_open.began(b"one", ADDRESSES[1], 1.0)
+    assert choice.to_activate(2.0) == 2
+
+
+def test_a_request_on_its_way_to_charon_is_avoided_and_where_charon_crashes_it_counts_as_a_handshake() -> None:
+    half_open = HalfOpenSas()
+    choice = SegmentChooser(2, half_open)
+    half_open.request(b"initiate", ADDRESSES[1], 1.0)
+    assert use(choice, 1.1) == 2
+    half_open.request(b"another1", ADDRESSES[2], 1.1)
+    assert not choice.blocked(1.2)
+    choice.crashes = True
+    assert choice.blocked(1.2)
+    assert choice.to_activate(1.2) is None
+    # charon told of one of them
+    half_open.began(b"initiate" + b"responds", ADDRESSES[1], 1.3)
+    half_open.ended(b"initiate" + b"responds")
+    assert use(choice, 1.4) == 1
+    # of the other one nothing came
+    assert not choice.blocked(1.1 + REQUEST_SECONDS)
+
+
+def test_what_vici_lists_as_connecting_replaces_what_was_known_before() -> None:
+    half_open = HalfOpenSas()
+    half_open.began(b"failed", "192.0.2.1", 1.0)
+    half_open.began(b"later", "192.0.2.2", 6.0)
+    half_open.listed({b"listed": "192.0.2.3"}, 5.0)
+    assert sorted(half_open.addresses()) == ["192.0.2.2", "192.0.2.3"]
 
 
 def test_a_batch_lands_where_the_fewest_clients_are() -> None:

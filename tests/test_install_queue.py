@@ -100,14 +100,27 @@ class Made:
         self.state = State.INSTALLING
 
 
+class OneCharon:
+    """Stands for a `Charon`."""
+
+    def __init__(self, installer: Installer) -> None:
+        self.installer = installer
+        self.requests: list[str] = []
+        """where requests come from that it may begin a handshake for"""
+
+    def request(self, spi_i: bytes, address: str) -> None:
+        self.requests.append(address)
+
+
 class Scene:
     def __init__(self) -> None:
         self.installer = Installer()
+        self.charon = OneCharon(self.installer)
         self.table = Table()
         self.answers: list[Any] = []
         self.coming = False
         self.batches = InstallQueue(
-            cast(Charon, type("OneCharon", (), {"installer": self.installer})()),
+            cast(Charon, self.charon),
             cast(Unconfirmed, self.table),
             GatewayMetrics(),
             self.answer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import cast
 
@@ -9,8 +10,9 @@ import pytest
 
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import Install, add_message, update_message
-from bridge.charon.ha_message import VERSIONS, Attr, IkeId, MessageType, decode
-from bridge.charon.ha_segments import SegmentChooser
+from bridge.charon.ha_message import VERSIONS, Attr, HaMessage, IkeId, MessageType, decode
+from bridge.charon.ha_segments import BLOCKED_SECONDS, SegmentChooser, landing_addresses, segment_of
+from bridge.charon.half_open import HalfOpenSas
 from bridge.charon.ike_sa import Condition
 from bridge.charon.installer import Installer
 from bridge.charon.socket_diag import CharonSocket
@@ -68,15 +70,21 @@ class OneChannel:
 
     def __init__(self) -> None:
         self.inode = 1
-        self.sent: list[MessageType] = []
+        self.messages: list[HaMessage] = []
+
+    @property
+    def sent(self) -> list[MessageType]:
+        return [message.type for message in self.messages]
 
     def charon_socket(self) -> CharonSocket:
         return CharonSocket(0, 0, 0, self.inode)
 
     async def send(self, messages: Iterable[bytes]) -> None:
-        self.sent += [decode(message).type for message in messages]
+        self.messages += [decode(message) for message in messages]
 
     async def drained(self) -> None: ...
+
+    def receive(self) -> None: ...
 
 
 async def test_what_landed_is_activated_together() -> None:
@@ -91,6 +99,55 @@ async def test_what_landed_is_activated_together() -> None:
     assert channel.sent[-2:] == [MessageType.IKE_UPDATE] * 2
 
 
+async def test_sas_whose_segment_has_a_handshake_since_are_moved_to_another_and_activated_there() -> None:
+    channel, half_open = OneChannel(), HalfOpenSas()
+    segments = SegmentChooser(16, half_open)
+    installer = Installer(cast(HaChannel, channel), segments)
+    await installer.land([REBUILT])
+    landed = segments.next(0.0)
+    half_open.began(b"one", landing_addresses()[landed], 0.0)
+    channel.messages.clear()
+    await installer.activate()
+    moved, *activation, at_last = channel.messages
+    assert moved.type is at_last.type is MessageType.IKE_UPDATE
+    [segment] = {message.first(Attr.SEGMENT) for message in activation}
+    assert segment != landed
+    assert segment_of(moved.first(Attr.REMOTE_ADDR).address) == segment
+    assert at_last.first(Attr.REMOTE_ADDR) == REBUILT.remote
+
+
+async def test_where_each_segment_has_a_handshake_the_activation_waits_until_one_is_over() -> None:
+    channel, half_open, asked = OneChannel(), HalfOpenSas(), []
+    for segment, address in landing_addresses().items():
+        half_open.began(bytes((segment,)), address, 0.0)
+    installer = Installer(cast(HaChannel, channel), SegmentChooser(16, half_open), blocked=lambda: asked.append(1))
+    assert installer.wait() > 0
+    await installer.land([REBUILT])
+    activation = asyncio.create_task(installer.activate())
+    await asyncio.sleep(3 * BLOCKED_SECONDS)
+    assert MessageType.SEGMENT_TAKE not in channel.sent
+    # VICI is asked which of them are over
+    assert asked
+    half_open.ended(b"\x07")
+    await activation
+    assert {message.first(Attr.SEGMENT) for message in channel.messages} >= {7}
+
+
+async def test_vici_is_asked_for_handshakes_before_each_activation() -> None:
+    channel, half_open = OneChannel(), HalfOpenSas()
+    segments = SegmentChooser(16, half_open)
+    order: list[str] = []
+
+    async def look() -> None:
+        order.append(f"asked after {channel.sent[-1].name}")
+        half_open.listed({b"one": landing_addresses()[segments.next(0.0)]}, 0.0)
+
+    installer = Installer(cast(HaChannel, channel), segments, look)
+    await installer.install([REBUILT])
+    # all of what charon was told is done, or the SA would be one without a connection itself
+    assert order == ["asked after IKE_MID_RESPONDER"]
+
+
 async def test_what_landed_in_a_charon_that_was_restarted_since_is_not_there() -> None:
     channel = OneChannel()
     installer = Installer(cast(HaChannel, channel), SegmentChooser())
@@ -98,7 +155,7 @@ async def test_what_landed_in_a_charon_that_was_restarted_since_is_not_there() -
     channel.inode = 2
     with pytest.raises(ChannelError, match="restarted"):
         await installer.activate()
-    channel.sent.clear()
+    channel.messages.clear()
     await installer.install([REBUILT])
     assert channel.sent.count(MessageType.IKE_ADD) == 1
     assert channel.sent[-1] == MessageType.IKE_UPDATE

@@ -12,7 +12,7 @@ from bridge.charon.sa_tracker import HALF_OPEN_SECONDS, SaTracker
 from bridge.charon.vici_types import ChildInfo, ConnectionInfo, Event, SaInfo
 from bridge.ike.transforms import Group
 from bridge.stub.stub import Index
-from bridge.stub.types import Endpoint
+from bridge.stub.types import Endpoint, Identity
 from vectors_support import NAMES, SIDES, VECTORS, messages
 
 NOW = 1_800_000_000
@@ -59,14 +59,33 @@ def reconcile(known: SaTracker, infos: list[SaInfo], *, since: float) -> dict[by
 
 
 def feed(into: SaTracker, vector: dict[str, Any], side: str, until: MessageType | None = None, count: int = 1) -> None:
-    """The vector's messages, up to and with the `count`th of type `until`."""
+    """The vector's messages, up to and with the `count`th of type `until`; and VICI says the same."""
     for octets in messages(vector, side):
         message = decode(octets)
         into.handle(message)
+        confirm(into, message)
         if message.type is until:
             count -= 1
             if not count:
                 return
+
+
+def confirm(known: SaTracker, message: HaMessage) -> None:
+    """VICI's event beside an IKE_UPDATE of charon."""
+    sa = known.sas.get(message.first(Attr.IKE_ID).spis)
+    if sa is None or message.type is not MessageType.IKE_UPDATE:
+        return
+    vips = tuple(vip.address for vip in message.all(Attr.REMOTE_VIP))
+    if vips:
+        known.event(Event("child-updown", info(sa, remote_vips=vips), True))
+    elif not sa.up:
+        # a new SA has the virtual IPs of the one that it was rekeyed from
+        vips = sa.rekeyed_from.remote_vips if sa.rekeyed_from is not None else ()
+        known.event(Event("ike-updown", info(sa, remote_vips=vips), True))
+
+
+def text(identity: Identity | None) -> str:
+    return "" if identity is None else identity.data.decode()
 
 
 def info(sa: IkeSa, **changes: Any) -> SaInfo:
@@ -88,6 +107,9 @@ def info(sa: IkeSa, **changes: Any) -> SaInfo:
         rekey=14000,
         reauth=None,
         children=(),
+        local_id=text(sa.local_id),
+        remote_id=text(sa.remote_id),
+        eap_id=text(sa.eap_id),
     )
     return said._replace(**changes)
 
@@ -212,37 +234,247 @@ def test_a_closed_child_leaves_the_sa() -> None:
     assert recorder.news[-1] == ("changed", sa.id)
 
 
+def the_update() -> HaMessage:
+    """The first vector's IKE_UPDATE of an SA that comes up, on the gateway."""
+    sent = (decode(octets) for octets in messages(VECTORS[0], "gateway"))
+    return next(message for message in sent if message.type is MessageType.IKE_UPDATE)
+
+
+def whole(known: SaTracker) -> IkeSa:
+    """The first vector's SA, with all that HA messages say of it, and nothing yet from VICI."""
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
+    known.handle(the_update())
+    [sa] = known.sas.values()
+    return sa
+
+
+def the_info(**changes: Any) -> SaInfo:
+    """What VICI says of it."""
+    return info(whole(tracker()[0]), **changes)
+
+
 @pytest.mark.parametrize("vici_first", [True, False])
 def test_vici_tells_the_lifetime_whether_before_or_after_the_keys(vici_first: bool) -> None:
     known, _, _ = tracker()
     known.connections = {"g0": ConnectionInfo("g0", 14400, 0, ())}
     feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
-    [half_open] = known.sas.values()
-    said = SaInfo(
-        "g0",
-        half_open.id.spi_i,
-        half_open.id.spi_r,
-        False,
-        2,
-        "ESTABLISHED",
-        Endpoint("192.168.50.1", 4500),
-        Endpoint("192.168.50.10", 4500),
-        (),
-        (),
-        0,
-        13000,
-        None,
-        (),
-    )
+    event = Event("ike-updown", the_info(rekey=13000), True)
     if vici_first:
-        known.event(Event("ike-updown", said, True))
-    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
-    if not vici_first:
-        assert next(known.established()).expires == NOW + 14400 + 1440
-        known.event(Event("ike-updown", said, True))
+        known.event(event)
+        known.handle(the_update())
+    else:
+        known.handle(the_update())
+        known.event(event)
     [sa] = known.established()
     assert sa.rekey_at == NOW + 13000
     assert sa.expires == NOW + 13000 + 1440
+
+
+# VICI says which SAs there are, and who their peers are
+
+
+def test_an_sa_that_vici_has_not_named_is_not_up() -> None:
+    known, recorder, _ = tracker()
+    sa = whole(known)
+    assert not sa.up
+    assert not recorder.news
+    known.event(Event("ike-updown", the_info(), True))
+    assert sa.up
+    assert recorder.news == [("changed", sa.id)]
+
+
+def test_an_sa_that_vici_does_not_list_is_forgotten_without_having_been_up() -> None:
+    known, recorder, clock = tracker()
+    whole(known)
+    clock.now = 2.0
+    assert known.unconfirmed_since() == 0.0
+    reconcile(known, [], since=1.0)
+    assert not known.sas
+    assert not recorder.news
+    assert known.unconfirmed_since() is None
+
+
+def test_an_sa_that_came_after_the_list_was_asked_for_still_waits_for_vici() -> None:
+    known, _, clock = tracker()
+    clock.now = 5.0
+    sa = whole(known)
+    reconcile(known, [], since=4.0)
+    assert known.unconfirmed_since() == 5.0
+    assert reconcile(known, [the_info()], since=6.0) == {}
+    assert sa.up
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"remote_id": "admin@corp.example"},
+        {"local_id": "other.example"},
+        {"eap_id": "admin"},
+        {"connection": "admins"},
+        {"remote_id": ""},
+    ],
+)
+@pytest.mark.parametrize("by", ["event", "list"])
+def test_an_sa_whose_peers_are_others_in_vici_is_not_resumable(difference: dict[str, str], by: str) -> None:
+    known, recorder, _ = tracker()
+    sa = whole(known)
+    if by == "event":
+        known.event(Event("ike-updown", the_info(**difference), True))
+    else:
+        assert reconcile(known, [the_info(**difference)], since=1.0) == {}
+    assert sa.up
+    assert not sa.resumable
+    assert known.unresumable == 1
+    # what was not true is nowhere to be seen
+    assert sa.remote_id is None
+    assert recorder.news == [("changed", sa.id)]
+
+
+def test_an_eap_identity_that_vici_does_not_know_makes_an_sa_not_resumable() -> None:
+    known, _, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
+    update = the_update()
+    at = next(place for place, (name, _) in enumerate(update.attributes) if name is Attr.LOCAL_ADDR)
+    update.attributes.insert(at, (Attr.REMOTE_EAP_ID, Identity(3, b"admin")))
+    known.handle(update)
+    [sa] = known.sas.values()
+    known.event(Event("ike-updown", the_info(), True))
+    assert not sa.resumable
+    assert sa.eap_id is None
+
+
+def test_a_difference_that_is_seen_later_withdraws_an_sa() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    recorder.news.clear()
+    reconcile(known, [info(sa, remote_id="admin@corp.example")], since=1.0)
+    assert not sa.resumable
+    assert recorder.news == [("changed", sa.id)]
+
+
+def test_virtual_ips_are_those_that_vici_names_and_none_where_it_names_none() -> None:
+    known, _, clock = tracker()
+    sa = whole(known)
+    known.event(Event("ike-updown", the_info(), True))
+    forged = [(Attr.IKE_ID, sa.id), (Attr.REMOTE_VIP, Endpoint("10.20.2.77", 0))]
+    known.handle(HaMessage(3, MessageType.IKE_UPDATE, forged))
+    assert not sa.remote_vips
+    # it is asked of VICI
+    assert known.unconfirmed_since() == 0.0
+    known.event(Event("child-updown", info(sa, remote_vips=("10.20.0.1",)), True))
+    assert sa.remote_vips == ("10.20.0.1",)
+    clock.now = 1.0
+    reconcile(known, [info(sa, remote_vips=())], since=0.5)
+    assert not sa.remote_vips
+
+
+def test_a_later_message_changes_neither_the_keys_nor_the_peers_of_an_sa_that_is_up() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
+    [sa] = known.established()
+    sk_d = sa.sk_d
+    add = decode(messages(VECTORS[0], "gateway")[0])
+    forged = [(name, b"F" * len(value) if name is Attr.SECRET else value) for name, value in add.attributes]
+    known.handle(HaMessage(3, MessageType.IKE_ADD, forged))
+    assert sa.sk_d == sk_d
+    update = the_update()
+    named = [(name, Identity(3, b"admin") if name is Attr.REMOTE_ID else value) for name, value in update.attributes]
+    recorder.news.clear()
+    known.handle(HaMessage(3, MessageType.IKE_UPDATE, named))
+    assert not sa.resumable
+    assert recorder.news == [("changed", sa.id)]
+
+
+def test_an_sa_with_a_malformed_message_is_up_and_not_resumable_and_nothing_is_asked_of_charon_for_it() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
+    [sa] = known.sas.values()
+    known.malformed(sa.id, "REMOTE_ID is 2 times in IKE_UPDATE")
+    assert not sa.up
+    assert reconcile(known, [the_info()], since=1.0) == {}
+    assert sa.up
+    assert not sa.resumable
+    assert known.unresumable == 1
+    assert recorder.news == [("changed", sa.id)]
+
+
+@pytest.mark.parametrize("keys_known", [True, False])
+def test_a_malformed_message_of_an_sa_makes_no_resynchronisation(keys_known: bool) -> None:
+    known, _, clock = tracker()
+    if keys_known:
+        feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
+    said = the_info()
+    known.malformed(IkeId.of(said.spi_i, said.spi_r, False), "cut")
+    for _ in range(3):
+        clock.now += 30.0
+        assert reconcile(known, [said], since=clock.now) == {}
+    assert known.unresumable == 1
+    reconcile(known, [], since=clock.now + 1)
+    # once it is gone, nothing of it is kept
+    assert not known._malformed
+
+
+def test_a_malformed_message_takes_back_an_sa_that_was_up() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    recorder.news.clear()
+    known.malformed(sa.id, "cut")
+    assert not sa.resumable
+    assert recorder.news == [("changed", sa.id)]
+
+
+# messages that may be from another process
+
+
+@pytest.mark.parametrize("kind", [MessageType.IKE_DELETE, MessageType.CHILD_DELETE])
+def test_a_delete_that_may_be_forged_ends_nothing_and_asks_vici(kind: MessageType) -> None:
+    known, recorder, clock = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.CHILD_ADD)
+    [sa] = known.established()
+    [child] = sa.children
+    recorder.news.clear()
+    attributes: list[tuple[Attr, Any]] = [(Attr.IKE_ID, sa.id)]
+    if kind is MessageType.CHILD_DELETE:
+        attributes.append((Attr.INBOUND_SPI, child.spi_in))
+    clock.now = 3.0
+    known.handle(HaMessage(3, kind, attributes), genuine=False)
+    assert (sa.up, sa.children, recorder.news) == (True, (child,), [])
+    assert known.unconfirmed_since() == 3.0
+    reconcile(known, [info(sa, children=listed(child.spi_in))], since=4.0)
+    assert (sa.up, sa.children) == (True, (child,))
+    reconcile(known, [], since=5.0)
+    assert recorder.news[-1] == ("gone", sa.id)
+
+
+def test_a_message_that_may_be_forged_confirms_no_keys() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    recorder.news.clear()
+    attributes: list[tuple[Attr, Any]] = [(Attr.IKE_ID, sa.id), (Attr.MID, 2)]
+    known.handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, attributes), genuine=False)
+    assert not recorder.news
+    known.handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, attributes))
+    assert recorder.news == [("verified", sa.id)]
+
+
+# handshakes in progress
+
+
+def test_a_handshake_is_half_open_from_its_keys_until_its_sa_is_up() -> None:
+    known, _, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
+    assert list(known.half_open.addresses()) == ["192.168.50.10"]
+    known.handle(the_update())
+    assert not len(known.half_open)
+
+
+def test_a_rekey_is_no_handshake() -> None:
+    known, _, _ = tracker()
+    feed(known, VECTORS[0], "gateway")
+    assert not len(known.half_open)
 
 
 def test_a_move_that_vici_reports_changes_the_sa() -> None:
@@ -317,11 +549,9 @@ def test_what_was_listed_of_an_sa_that_came_and_went_is_not_kept() -> None:
     feed(before, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
     [sa] = before.established()
     known, _, _ = tracker()
-    known.connections = {sa.connection: ConnectionInfo(sa.connection, 14400, 0, ())}
     reconcile(known, [info(sa, rekey=13000)], since=0.0)
     reconcile(known, [], since=1.0)
-    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
-    assert next(known.established()).rekey_at == NOW + 14400
+    assert not whole(known).up
 
 
 def test_reconciliation_spares_what_came_up_after_the_list_was_asked_for() -> None:
@@ -472,6 +702,7 @@ def test_an_unknown_prf_is_refused_by_name_and_never_half_served() -> None:
         message = decode(octets)
         attributes = [(name, 99 if name is Attr.ALG_PRF else value) for name, value in message.attributes]
         known.handle(HaMessage(3, message.type, attributes))
+        confirm(known, message)
     assert known.unresumable
     [sa] = known.established()
     assert not sa.resumable
@@ -486,7 +717,9 @@ def test_a_session_with_a_postquantum_preshared_key_is_not_resumable() -> None:
             (name, value | Condition.PPK if name is Attr.CONDITIONS else value) for name, value in message.attributes
         ]
         known.handle(HaMessage(3, message.type, attributes))
-    assert not any(sa.resumable for sa in known.established())
+        confirm(known, message)
+    [sa] = known.established()
+    assert not sa.resumable
 
 
 def test_after_a_crash_of_charon_nobody_is_told_that_its_sas_ended() -> None:

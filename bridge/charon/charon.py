@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 
 import structlog
 
-from bridge.charon.conf_parser import pfs_children
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import Install
-from bridge.charon.ha_message import HaError, IkeId, version_for
 from bridge.charon.ha_rules import HaRules
 from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.installer import Installer
+from bridge.charon.reconcile import Reconciler, Recover, no_recovery
+from bridge.charon.releases import crashes_on_activation, version_for
 from bridge.charon.sa_tracker import Listener, Listeners, SaTracker
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
 from bridge.charon.vici_watch import ViciWatch
@@ -27,25 +26,9 @@ from bridge.stub.child_sa import SpiChoice
 
 log = structlog.get_logger()
 
-RECONCILE_SECONDS = 30.0
-"""between two comparisons with VICI's list, at least"""
-RECONCILE_SHARE = 100
-"""a comparison that took t seconds is followed by a pause of this many t, for list-sas walks all SAs"""
 INSTALL_TRIES = 3
-UNLOADED_SECONDS = 0.5
-"""between two looks for connections that charon did not have yet"""
 ENDING_AT_ONCE = 4
 """IKE_SAs that charon is asked to end at a time: other questions have to be answered meanwhile"""
-IN_FLIGHT_SECONDS = 0.5
-"""what VICI lists may still be on its way over the HA channel for so long"""
-
-Recover = Callable[[list[SaInfo]], Awaitable[list[IkeSa] | None]]
-"""the SAs of a list whose keys are known elsewhere; None where that cannot be told now"""
-
-
-async def no_recovery(_: list[SaInfo]) -> list[IkeSa]:
-    """Recover where no keys are known from elsewhere."""
-    return []
 
 
 class Charon:
@@ -54,35 +37,34 @@ class Charon:
     def __init__(self, vici: str, ha: HaConfig) -> None:
         self._listeners = Listeners()
         self.tracker = SaTracker(self._listeners, wall=time.time, clock=time.monotonic)
-        self.channel = HaChannel(ha.listen, ha.charon, self.tracker.handle, receive_buffer=ha.receive_buffer)
-        self.landing = SegmentChooser(ha.segments)
-        self.installer = Installer(self.channel, self.landing)
-        self.spis = SpiChoice(self.tracker.child_spis)
+        self.channel = HaChannel(
+            ha.listen, ha.charon, self.tracker.handle, self.tracker.malformed, receive_buffer=ha.receive_buffer
+        )
+        self.landing = SegmentChooser(ha.segments, self.tracker.half_open)
         self.vici = ViciWatch(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
+        self.installer = Installer(self.channel, self.landing, self._look, self._blocked)
+        self.spis = SpiChoice(self.tracker.child_spis)
         self.release = ""
         self.ha_rules = HaRules(ha)
-        self.reconciled = asyncio.Event()
-        """set once the SAs that charon had when the sidecar came are known"""
-        self._recover: Recover = no_recovery
-        self._pfs: dict[tuple[str, str], str] = {}
-        self._inode: int | None = None
-        self._asked: set[bytes] = set()
-        self._strays: set[bytes] = set()
-        self._due = asyncio.Event()
-        self._unknown = False
-        self._waited = 0.0
+        self._reconciler = Reconciler(self.tracker, self.channel, self.landing, self.installer, self.vici)
         self._ending = asyncio.Semaphore(ENDING_AT_ONCE)
         self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def reconciled(self) -> asyncio.Event:
+        """Set once the SAs that charon had when the sidecar came are known."""
+        return self._reconciler.reconciled
 
     def start(self, *listeners: Listener, recover: Recover = no_recovery) -> None:
         """Begin to pass on to `listeners` what charon's SAs do; the HA channel is held from before, by
         `channel.open()`. `recover` supplies SAs whose keys are known from elsewhere (the bank), so that charon need
         not be asked, which has it rekey their CHILD_SAs."""
         self._listeners.each = listeners
-        self._recover = recover
+        self._reconciler.recover = recover
         self.channel.start()
         self.vici.start()
-        self._tasks.append(spawn("reconcile", self._keep_in_step()))
+        self._tasks.append(spawn("reconcile", self._reconciler.run()))
+        self._tasks.append(spawn("handshakes", self._reconciler.watch_handshakes()))
 
     async def pause(self) -> None:
         """Pass on nothing more. What the HA channel brings from here on the kernel keeps for the next process."""
@@ -103,8 +85,7 @@ class Charon:
         """A configured connection by name; one that is not known makes the list be read again soon."""
         found = self.tracker.connections.get(name)
         if found is None:
-            self._unknown = True
-            self._due.set()
+            self._reconciler.connections_soon()
         return found
 
     def takes_at_once(self, connection: str, child: str) -> bool:
@@ -114,7 +95,7 @@ class Charon:
         return (
             found is not None
             and any(configured.name == child for configured in found.children)
-            and (connection, child) not in self._pfs
+            and not self._reconciler.with_key_exchange(connection, child)
         )
 
     async def install_surely(self, install: Install) -> None:
@@ -173,21 +154,34 @@ class Charon:
                 await self.installer.delete([sa.id])
         self.tracker.end(sa.id)
 
+    def request(self, spi_i: bytes, address: str) -> None:
+        """An IKE_SA_INIT request goes on to charon, which may begin a handshake."""
+        self.tracker.half_open.request(spi_i, address, time.monotonic())
+
     def reconcile_soon(self) -> None:
         """Compare with VICI's list as soon as the pace allows."""
-        self._due.set()
+        self._reconciler.soon()
+
+    async def _look(self) -> None:
+        try:
+            await self._reconciler.look()
+        except ViciError as error:
+            raise ChannelError(f"handshakes in progress cannot be told: {error}") from error
+
+    def _blocked(self) -> None:
+        self._reconciler.look_soon()
 
     def _event(self, event: Event) -> None:
         if event.kind == "ike-updown" and event.up and event.sa.connection not in self.tracker.connections:
-            self._due.set()
+            self._reconciler.soon()
         self.tracker.event(event)
 
     def _connected(self, release: str) -> None:
         self.release = release
-        try:
-            self.channel.version = version_for(release)
-        except HaError as error:
-            log.error("charon-release-unknown", release=release, reason=str(error))
+        self.landing.crashes = crashes_on_activation(release)
+        self.channel.expect(version_for(release))
+        # what comes from here on charon alone can have sent
+        self.channel.receive()
         end = self.channel.charon_socket()
         if end is None:
             log.error(
@@ -196,138 +190,8 @@ class Charon:
                 mend="load charon's ha plugin: install libcharon-extra-plugins and the drop-in of strongswan-conf/, "
                 "then restart strongSwan",
             )
-        elif self._inode not in (None, end.inode):
-            # another process than before: what it had it lost, and clients will resume from the stubs
-            log.warning("charon-restarted", sas_lost=sum(1 for _ in self.tracker.established()))
-            self.tracker.forget_all()
-            self.tracker.connections = {}
-            self._asked.clear()
-        self._inode = end.inode if end is not None else self._inode
+        self._reconciler.connected(end.inode if end is not None else None)
         log.info("charon-connected", release=release, ha_version=self.channel.version)
-        self._due.set()
 
     def _disconnected(self) -> None:
         log.warning("charon-disconnected", mend="restart strongSwan if it does not come back by itself")
-
-    async def _keep_in_step(self) -> None:
-        drops = 0
-        while True:
-            self._due.clear()
-            took, most = 0.0, float("inf")
-            if self.vici.connected:
-                began = time.monotonic()
-                try:
-                    await self.reconcile()
-                except Exception as error:
-                    if isinstance(error, (ViciError, ChannelError)):
-                        log.warning("reconcile-failed", reason=str(error))
-                    else:
-                        log.exception("reconcile-failed")
-                    # how long it was asked in vain says nothing of its SAs
-                    most = RECONCILE_SECONDS
-                took = time.monotonic() - began - self._waited
-            if (dropped := self.channel.drops()) > drops:
-                log.warning("ha-datagrams-dropped", count=dropped - drops, mend="raise ha.receive_buffer")
-                drops = dropped
-                self._due.set()
-            await self._pause(min(max(0.2, took * RECONCILE_SHARE), most))
-
-    async def _pause(self, at_least: float) -> None:
-        until = time.monotonic() + at_least
-        while (left := until - time.monotonic()) > 0:
-            await asyncio.sleep(min(left, UNLOADED_SECONDS))
-            # these are read at little cost, however many SAs there are. A charon that has none has just been started:
-            # they are loaded next, which no event tells
-            if self.vici.connected and (self._unknown or not self.tracker.connections):
-                # what is wrong the next comparison says
-                with contextlib.suppress(Exception):
-                    await self._read_connections()
-        at_most = RECONCILE_SECONDS if self.tracker.connections else UNLOADED_SECONDS
-        try:
-            async with asyncio.timeout(max(at_most - at_least, 0)):
-                await self._due.wait()
-        except TimeoutError:
-            pass
-
-    async def reconcile(self) -> None:
-        """Compare with VICI: connections, lifetimes, SAs that ended unseen, SAs whose keys are missing."""
-        self._waited = 0.0
-        await self._read_connections()
-        missing, since = await self._compare()
-        if missing and self.channel.version is not None:
-            await asyncio.sleep(IN_FLIGHT_SECONDS)
-            self._waited += IN_FLIGHT_SECONDS
-            # what ended meanwhile, or while the first list was on its way, is not missing
-            still, since = await self._compare()
-            missing = {spis: info for spis, info in still.items() if spis in missing}
-        if missing:
-            recovered = await self._recover(list(missing.values()))
-            if recovered is None:
-                # charon would have to rekey CHILD_SAs for what the bank may well have
-                self._due.set()
-                return
-            for sa in recovered:
-                spis = sa.id.spis
-                if self._known(spis) or self.tracker.take_back(sa, missing[spis], since=since):
-                    del missing[spis]
-            # of one that was rekeyed, charon has nothing to tell
-            missing = {spis: info for spis, info in missing.items() if not self.tracker.recall.was_rekeyed(spis)}
-        unasked = {spis: info for spis, info in missing.items() if spis not in self._asked}
-        if unasked and self.channel.ready():
-            segments = {self.landing.segment_of(info.remote.address) for info in unasked.values()}
-            log.info("resync", sas=len(unasked), segments=sorted(segments))
-            await self.installer.resync(segments)
-            await self.channel.drained()
-            self._asked |= unasked.keys()
-        self.tracker.recall.end()
-        self.reconciled.set()
-
-    async def _read_connections(self) -> None:
-        self._unknown = False
-        self.tracker.connections = await self.vici.list_connections()
-        self._pfs = await asyncio.to_thread(pfs_children, list(self.tracker.connections))
-
-    def _known(self, spis: bytes) -> bool:
-        sa = self.tracker.sas.get(spis)
-        return sa is not None and sa.up
-
-    async def _compare(self) -> tuple[dict[bytes, SaInfo], float]:
-        """What is missing here of what VICI lists, and when it was asked (monotonic seconds)."""
-        since = time.monotonic()
-        comparison = self.tracker.compare(since=since)
-        established: Counter[int] = Counter()
-        strays: dict[bytes, SaInfo] = {}
-
-        def take(infos: list[SaInfo]) -> None:
-            left_over = [info for info in infos if self._is_stray(info)]
-            if left_over:
-                strays.update((info.spis, info) for info in left_over)
-                infos = [info for info in infos if info.spis not in strays]
-            comparison.take(infos)
-            established.update(
-                self.landing.segment_of(info.remote.address) for info in infos if info.state == "ESTABLISHED"
-            )
-
-        self._waited += await self.vici.each_sas(take)
-        end = self.channel.charon_socket()
-        if not self.vici.connected or end is None or end.inode != self._inode:
-            # another charon's list: nothing of it says that the SAs of the first one ended in order
-            raise ViciError("charon was restarted while it was asked, or has no ha plugin")
-        self.landing.established = established
-        missing = comparison.end()
-        await self._remove_strays(strays)
-        return missing, since
-
-    def _is_stray(self, info: SaInfo) -> bool:
-        """Whether an SA is where they land, and nobody's: whoever was about to activate it was killed, or gave up."""
-        return self.installer.lands_at(info.remote.address) and info.spis not in self.tracker.sas
-
-    async def _remove_strays(self, strays: dict[bytes, SaInfo]) -> None:
-        """Remove those that were strays the last time too: a client's new SA lands before it is known."""
-        old = [info for spis, info in strays.items() if spis in self._strays]
-        self._strays = set(strays)
-        if old:
-            await self.installer.delete([IkeId.of(info.spi_i, info.spi_r, info.initiator) for info in old])
-            log.info("strays-removed", sas=len(old))
-        elif strays:
-            self._due.set()

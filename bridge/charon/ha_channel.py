@@ -35,8 +35,8 @@ POLL_SECONDS = 0.001
 STUCK_SECONDS = 30.0
 """a charon that does not empty its queue in this time hangs"""
 MAX_DATAGRAM = 65_536
-"""octets to receive: more than any UDP datagram has. Of a CHILD_SA with many traffic selectors charon sends more than it
-would receive itself"""
+"""octets to receive: more than any UDP datagram has. Of a CHILD_SA with many traffic selectors charon sends more than
+it would receive itself"""
 RECEIVE_BURST = 256
 """datagrams handled in one turn of the event loop, so that others get theirs"""
 _SO_RCVBUFFORCE = 33

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from enum import IntEnum, auto
 from functools import lru_cache
 from ipaddress import ip_address
@@ -411,22 +411,3 @@ def encode(version: int, kind: MessageType, attributes: Iterable[tuple[Attr, Val
     if len(message) > MAX_MESSAGE:
         raise HaError(f"the message has {len(message)} octets, charon takes {MAX_MESSAGE}")
     return message
-
-
-def version_for(release: str) -> int:
-    """The message version of a strongSwan release, as VICI `version` names it ("5.9.8", "6.0.1", "6.1.0dr1")."""
-    numbers = []
-    for part in release.split(".")[:3]:
-        digits = "".join(_leading_digits(part))
-        numbers.append(int(digits) if digits else 0)
-    release_tuple = tuple((*numbers, 0, 0, 0)[:3])
-    if release_tuple <= (6, 0, 0):
-        return 3
-    return 4 if release_tuple == (6, 0, 1) else 5
-
-
-def _leading_digits(text: str) -> Iterator[str]:
-    for character in text:
-        if not character.isdigit():
-            return
-        yield character

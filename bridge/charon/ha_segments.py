@@ -8,8 +8,11 @@ benchmarking, so no peer has one) that hashes to the chosen segment, and get the
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from functools import lru_cache
 from ipaddress import IPv4Address, ip_address
+
+from bridge.charon.half_open import HalfOpenSas
 
 MAX_SEGMENTS = 16
 """charon's limit for charon.plugins.ha.segment_count."""
@@ -17,6 +20,8 @@ SHARE = 0.01
 """of their time that activations may cost established SAs"""
 LONGEST_PAUSE = 2.0
 """seconds between activations at most, or clients would give up waiting"""
+BLOCKED_SECONDS = 0.05
+"""between two looks for a segment without a handshake in progress, where each has one"""
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0xDEADBEEF
 _LANDING_NETWORK = int(IPv4Address("198.18.0.0"))
@@ -60,68 +65,94 @@ def landing_addresses(count: int = MAX_SEGMENTS) -> dict[int, str]:
 
 
 class SegmentChooser:
-    """Chooses the segment to land the next batch in.
+    """Chooses the segment to activate the next batch of rebuilt SAs in.
 
-    A toggle of an active segment makes its established SAs deaf for a moment, and in strongSwan 6 ends handshakes in
-    progress there. So: none with a handshake in progress if there is one, then the one with the fewest established
-    SAs, then the one that was disturbed longest ago.
+    While a segment changes hands, charon processes no IKE messages of its established SAs, and of those in state
+    CONNECTING strongSwan 6.0.1 crashes, and later releases destroy them. So: never one that has an SA in that state;
+    then one to which no request is on its way, then the one with the fewest established SAs, then the one that was
+    disturbed longest ago.
     """
 
-    def __init__(self, count: int = MAX_SEGMENTS, handshake_seconds: float = 5.0) -> None:
+    def __init__(self, count: int = MAX_SEGMENTS, half_open: HalfOpenSas | None = None) -> None:
         self.count = count
-        self._handshake_seconds = handshake_seconds
-        self._handshakes = [float("-inf")] * (count + 1)
+        self.crashes = False
+        """whether this charon crashes where another chooser's choice would only destroy a handshake: then a request on
+        its way to charon counts as a handshake too"""
+        self._half_open = HalfOpenSas() if half_open is None else half_open
         self._used = [float("-inf")] * (count + 1)
         self._rests_until = [float("-inf")] * (count + 1)
         self._due = float("-inf")
         self._in_use: int | None = None
         self.established: Counter[int] = Counter()
-        """Established SAs by segment, kept by whoever tracks them."""
-
-    def handshake_seen(self, address: str, now: float) -> None:
-        """An ordinary IKE_SA_INIT request came from `address` at `now` (monotonic seconds)."""
-        self._handshakes[segment_of(address, self.count)] = now
+        """Established SAs by segment, kept by the one that tracks them."""
 
     def segment_of(self, address: str) -> int:
         """The segment of a peer address."""
         return segment_of(address, self.count)
 
     def disturbed(self, segment: int, now: float, seconds: float) -> None:
-        """An activation that ended at `now` kept the established SAs of `segment` deaf for `seconds`. They come at
-        such distances that, one segment after the other, none is disturbed for more than SHARE of its time, but two at
-        once after a pause; what wants to be activated meanwhile shares one, for each makes charon look at every SA."""
+        """An activation that ended at `now` kept the established SAs of `segment` from answering for `seconds`. They
+        come at such distances that, one segment after the other, none is disturbed for more than SHARE of its time, but
+        two at once after a pause; what wants to be activated meanwhile shares one, for each makes charon look at every
+        SA."""
         pause = min(seconds / (SHARE * self.count), LONGEST_PAUSE)
         # those of segments without SAs, which wait for nothing, add up to no more than one pause
         self._due = min(max(self._due + pause, now), now + pause)
         if self.established[segment]:
             self._rests_until[segment] = now + self.count * pause
+        self._used[segment] = now
         self._in_use = None
 
+    def blocked(self, now: float) -> bool:
+        """Whether there is a handshake in progress in each segment."""
+        return len(self._blocked(now)) == self.count
+
     def wait(self, now: float) -> float:
-        """Seconds until the segment in use may be disturbed, or any if none is in use; one without established SAs
-        always may."""
-        numbers = range(1, self.count + 1) if self._in_use is None else (self._in_use,)
-        return min(self._rest(number, now) for number in numbers)
+        """Seconds until the next activation; a segment without established SAs waits for none."""
+        blocked = self._blocked(now)
+        free = [number for number in range(1, self.count + 1) if number not in blocked]
+        if not free:
+            return BLOCKED_SECONDS
+        if self._in_use in free:
+            return self._rest(self._in_use, now)
+        return min(self._rest(number, now) for number in free)
+
+    def next(self, now: float) -> int:
+        """The segment to install in from `now` until the activation."""
+        if self._in_use is None:
+            self._in_use = self._best(now, ())
+        return self._in_use
+
+    def to_activate(self, now: float) -> int | None:
+        """The segment to activate at `now`: that in which the SAs were installed, or another one where a handshake has
+        begun there since. None where there is one in each."""
+        blocked = self._blocked(now)
+        if self._in_use is None or self._in_use in blocked:
+            if len(blocked) == self.count:
+                return None
+            self._in_use = self._best(now, blocked)
+        return self._in_use
+
+    def _blocked(self, now: float) -> set[int]:
+        blocked = {self.segment_of(address) for address in self._half_open.addresses()}
+        if self.crashes:
+            blocked |= {self.segment_of(address) for address in self._half_open.requested(now)}
+        return blocked
 
     def _rest(self, segment: int, now: float) -> float:
         until = max(self._rests_until[segment], self._due) if self.established[segment] else now
         return max(until - now, 0.0)
 
-    def next(self, now: float) -> int:
-        """The segment to use from `now` until it is `disturbed`."""
-        if self._in_use is not None:
-            return self._in_use
-        busy_since = now - self._handshake_seconds
-        segment = min(
-            range(1, self.count + 1),
+    def _best(self, now: float, blocked: Container[int]) -> int:
+        handshakes = {self.segment_of(address) for address in self._half_open.addresses()}
+        handshakes |= {self.segment_of(address) for address in self._half_open.requested(now)}
+        return min(
+            (number for number in range(1, self.count + 1) if number not in blocked),
             key=lambda number: (
                 self._rest(number, now),
-                self._handshakes[number] > busy_since,
+                number in handshakes,
                 self.established[number],
                 self._used[number],
                 number,
             ),
         )
-        self._in_use = segment
-        self._used[segment] = now
-        return segment

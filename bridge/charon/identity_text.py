@@ -1,7 +1,7 @@
 """Whether an identity of an HA message is the one that VICI names. No I/O.
 
-VICI gives an identity as text, in strongSwan's own notation; HA messages give its octets. The text is made of the octets
-as charon makes it, and both are compared: there is no way back from the text.
+VICI gives an identity as text, in strongSwan's own notation; HA messages give its octets. The text is made of the
+octets as charon makes it, and both are compared: there is no way back from the text.
 """
 
 from __future__ import annotations

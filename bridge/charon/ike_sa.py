@@ -66,8 +66,8 @@ class IkeSa:
     eap_id: Identity | None = None
     local: Endpoint | None = None
     remote: Endpoint | None = None
-    moved: float = 0.0
-    """when VICI told of its last change of address, in the tracker's clock"""
+    told: float = 0.0
+    """when the last VICI event about it came, in the tracker's clock"""
     connection: str = ""
     conditions: tuple[int, ...] = ()
     extensions: tuple[int, ...] = ()

@@ -1,14 +1,16 @@
 """Rebuilt IKE_SAs into an unmodified charon, over its HA channel.
 
-An SA is installed as the HA peer's, which leaves it PASSIVE, in a landing segment (`segments`); one toggle of that
-segment activates all that were installed into it; then each gets its peer's real address.
+An SA is installed as the HA peer's, which leaves it PASSIVE, with an address of one of charon's segments
+(`ha_segments`); activating that segment activates all that were installed into it; then each gets its peer's address.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import chain
+
+import structlog
 
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import (
@@ -25,22 +27,45 @@ from bridge.charon.ha_message import (
     IkeId,
     MessageType,
 )
-from bridge.charon.ha_segments import SegmentChooser, landing_addresses
+from bridge.charon.ha_segments import BLOCKED_SECONDS, LONGEST_PAUSE, SegmentChooser, landing_addresses
 from bridge.stub.child_sa import NewChild
+from bridge.stub.types import Endpoint
 
+log = structlog.get_logger()
+
+LOOK_SHARE = 10
+"""a look for handshakes in progress that took t seconds is repeated after this many t"""
 FEW = 8
 """SAs in a batch whose activation is not measured apart from their installation: that costs a client time"""
 
 
-class Installer:
-    """Installs batches into one charon, one after the other. Raises ChannelError when charon is not there."""
+Look = Callable[[], Awaitable[None]]
+"""asks VICI which SAs are in state CONNECTING"""
 
-    def __init__(self, channel: HaChannel, landing: SegmentChooser) -> None:
-        self.toggles = 0
+
+async def no_look() -> None:
+    """Look where nothing can be asked."""
+
+
+class Installer:
+    """Installs batches into one charon, one after the other. Raises ChannelError when charon is not there.
+
+    `look` is awaited before each activation; `blocked` is called while each segment has a handshake in progress.
+    """
+
+    def __init__(
+        self,
+        channel: HaChannel,
+        landing: SegmentChooser,
+        look: Look = no_look,
+        blocked: Callable[[], None] = lambda: None,
+    ) -> None:
         self.toggle_seconds = 0.0
         """how long the last activation kept the SAs of its segment from answering, at most"""
         self._channel = channel
         self._landing = landing
+        self._look = look
+        self._blocked = blocked
         self._addresses = landing_addresses(landing.count)
         self._landing_addresses = frozenset(self._addresses.values())
         self._landed: list[Install] = []
@@ -75,8 +100,11 @@ class Installer:
         return address in self._landing_addresses
 
     def wait(self) -> float:
-        """Seconds until an activation costs running SAs no more than their share."""
-        return self._landing.wait(asyncio.get_running_loop().time())
+        """Seconds until an activation costs running SAs no more than their share, and no handshake."""
+        now = asyncio.get_running_loop().time()
+        if self._landing.blocked(now):
+            self._blocked()
+        return self._landing.wait(now)
 
     async def _land(self, batch: Sequence[Install]) -> None:
         segment = self._landing.next(asyncio.get_running_loop().time())
@@ -90,27 +118,58 @@ class Installer:
 
     async def _activate(self) -> None:
         clock = asyncio.get_running_loop().time
-        segment = self._landing.next(clock())
         batch, self._landed = self._landed, []
         afterwards, self._afterwards = self._afterwards, []
         if self._whose() != self._where:
             raise ChannelError("charon was restarted before the rebuilt SAs were active")
-        if len(batch) > FEW:
+        installed_in = self._landing.next(clock())
+        few = len(batch) <= FEW
+        # charon has all of them before it is asked for handshakes: until then they look like some
+        await self._channel.drained()
+        segment = await self._free_segment()
+        if segment != installed_in:
+            await self._channel.send(self._moved(batch, segment))
+            if not few:
+                await self._channel.drained()
+        began = clock()
+        if few:
+            await self._channel.send(chain(self._activation(segment), afterwards))
             await self._channel.drained()
-            began = clock()
-            await self._channel.send(self._toggle(segment))
+            self.toggle_seconds = clock() - began
+        else:
+            await self._channel.send(self._activation(segment))
             await self._channel.drained()
             self.toggle_seconds = clock() - began
             await self._channel.send(afterwards)
             await self._channel.drained()
-        else:
-            began = clock()
-            await self._channel.send(chain(self._toggle(segment), afterwards))
-            await self._channel.drained()
-            self.toggle_seconds = clock() - began
         self._landing.disturbed(segment, clock(), self.toggle_seconds)
         self._landing.established.update(self._landing.segment_of(install.remote.address) for install in batch)
-        self.toggles += 1
+
+    async def _free_segment(self) -> int:
+        """A segment without a handshake in progress. Waits where each has one: charon ends them after a while."""
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        waited = False
+        while True:
+            looked = clock()
+            await self._look()
+            took = clock() - looked
+            # what charon has told meanwhile
+            self._channel.receive()
+            segment = self._landing.to_activate(clock())
+            if segment is not None:
+                if waited:
+                    log.info("activation-waited", seconds=round(clock() - began, 3))
+                return segment
+            waited = True
+            self._blocked()
+            await asyncio.sleep(max(BLOCKED_SECONDS, min(LOOK_SHARE * took, LONGEST_PAUSE)))
+
+    def _moved(self, batch: Sequence[Install], segment: int) -> Iterator[bytes]:
+        version = self._channel.version
+        assert version is not None
+        for install in batch:
+            yield address_message(version, install.id, Endpoint(self._addresses[segment], install.remote.port))
 
     def _whose(self) -> int | None:
         """Which charon is there."""
@@ -126,7 +185,7 @@ class Installer:
             yield update_message(version, install, landing)
             yield message_id_message(version, install)
 
-    def _toggle(self, segment: int) -> Iterator[bytes]:
+    def _activation(self, segment: int) -> Iterator[bytes]:
         version = self._channel.version
         assert version is not None
         # charon takes no notice of a TAKE where the segment is not active yet

@@ -1,7 +1,8 @@
 """HA messages and VICI reports of one charon, joined into its IKE_SAs. No I/O.
 
-HA messages bring the keys and what each SA is; VICI brings how long it lives and what HA leaves out (a client's own
-virtual IPs, moves to another address). Either may come first.
+HA messages bring the keys and what each SA is. VICI says which SAs there are, who their peers are, which addresses they
+have and how long they live. An SA is up here once VICI has named it too: what VICI does not list is not stored, and
+where the two differ the SA cannot be resumed. Either may come first.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import Protocol
 import structlog
 
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
+from bridge.charon.half_open import HalfOpenSas
+from bridge.charon.identity_text import is_named
 from bridge.charon.ike_sa import Condition, IkeSa
 from bridge.charon.sa_recovery import SaRecovery, child_of, drop_unlisted, groups, inherit
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, expiry
 from bridge.charon.virtual_ips import VirtualIps
 from bridge.ike.keys import derive_sk_d, skeyseed_initial, skeyseed_rekey
 from bridge.ike.transforms import Suite, UnsupportedSuite, check_resumable
-from bridge.stub.types import ChildSa
+from bridge.stub.types import ChildSa, Endpoint
 
 log = structlog.get_logger()
 
@@ -30,6 +33,10 @@ FIRST_MESSAGE_ID = 1
 """what a rebuilt SA expects first; more means that a request verified"""
 HALF_OPEN_SECONDS = 60.0
 """an SA that has keys but is not up after this long never will be"""
+WORD_SECONDS = 1.0
+"""VICI's event about an SA comes within this time of its HA messages, or VICI has to be asked"""
+MALFORMED_MAX = 20_000
+"""SAs with malformed messages that are remembered"""
 
 
 class Listener(Protocol):
@@ -87,42 +94,77 @@ class SaTracker:
         self.connections: dict[str, ConnectionInfo] = {}
         self.unresumable = 0
         self.virtual_ips = VirtualIps()
+        self.half_open = HalfOpenSas()
+        self.recall = SaRecovery()
         self._listener = listener
         self._wall = wall
         self._clock = clock
-        self._early: dict[bytes, SaInfo] = {}
-        self.recall = SaRecovery()
-        self._half_open: dict[bytes, IkeSa] = {}
+        self._early: dict[bytes, tuple[SaInfo, float]] = {}
+        """what VICI said of SAs whose HA messages are still to come, and when"""
+        self._unconfirmed: dict[bytes, float] = {}
+        """SAs of which HA messages say what VICI has not said yet, and since when; oldest first"""
+        self._malformed: dict[bytes, tuple[str, float]] = {}
+        """SAs that charon sent a malformed message about: why, and when"""
+        self._incomplete: dict[bytes, IkeSa] = {}
 
     # HA
 
-    def handle(self, message: HaMessage) -> None:
-        """Take in one message of charon's."""
+    def handle(self, message: HaMessage, genuine: bool = True) -> None:
+        """Take in one message of charon. One that is not `genuine` may be from another process: it ends nothing, and
+        confirms no keys."""
         ike_id: IkeId | None = message.first(Attr.IKE_ID)
         if ike_id is None:
             return
         match message.type:
-            case MessageType.IKE_MID_RESPONDER:
-                self._verified(ike_id, message.first(Attr.MID, 0))
             case MessageType.IKE_ADD:
                 self._add(ike_id, message)
             case MessageType.IKE_UPDATE:
                 self._update(ike_id, message)
-            case MessageType.IKE_DELETE:
-                self._delete(ike_id)
             case MessageType.CHILD_ADD:
                 self._child_add(ike_id, message)
+            case MessageType.IKE_DELETE | MessageType.CHILD_DELETE | MessageType.IKE_MID_RESPONDER if not genuine:
+                self._ask(ike_id)
+            case MessageType.IKE_MID_RESPONDER:
+                self._verified(ike_id, message.first(Attr.MID, 0))
+            case MessageType.IKE_DELETE:
+                self._delete(ike_id)
             case MessageType.CHILD_DELETE:
                 self._child_delete(ike_id, message)
             case _:
                 pass
+
+    def malformed(self, ike_id: IkeId | None, reason: str) -> None:
+        """charon sent a malformed message, about this SA. What it said is lost, so the SA cannot be resumed."""
+        if ike_id is None:
+            return
+        spis, text = ike_id.spis, f"charon's HA message about it is malformed: {reason}"
+        known = spis in self._malformed
+        if not known and len(self._malformed) >= MALFORMED_MAX:
+            del self._malformed[next(iter(self._malformed))]
+        self._malformed[spis] = (text, self._clock())
+        self.half_open.ended(spis)
+        sa = self.sas.get(spis)
+        if sa is None:
+            self.unresumable += not known
+            self._log_unresumable(ike_id, text)
+        elif sa.up:
+            self._refuse(sa, text)
+            self._listener.changed(sa)
+        else:
+            self._come_up(sa)
+
+    def unconfirmed_since(self) -> float | None:
+        """Since when (clock seconds) VICI is to be asked about an SA; None where there is nothing to ask."""
+        return next(iter(self._unconfirmed.values()), None)
+
+    def _ask(self, ike_id: IkeId) -> None:
+        self._unconfirmed.setdefault(ike_id.spis, self._clock())
 
     def _verified(self, ike_id: IkeId, next_id: int) -> None:
         sa = self.sas.get(ike_id.spis)
         if sa is not None and sa.unproven and next_id > FIRST_MESSAGE_ID:
             sa.unproven = False
             self._come_up(sa)
-            self._listener.changed(sa)
         self._listener.verified(ike_id)
 
     def _add(self, ike_id: IkeId, message: HaMessage) -> None:
@@ -137,6 +179,9 @@ class SaTracker:
             additional=groups(message.first(Attr.ALG_ADD_KES, b"")),
         )
         known = self.sas.get(ike_id.spis)
+        if known is not None and (known.up or known.adopted):
+            # a resynchronisation repeats what is known. The keys of an SA that is up do not change
+            return
         if not suite.prf:
             # a further key exchange of the same SA (RFC 9370) comes without its proposal
             if known is None:
@@ -147,13 +192,13 @@ class SaTracker:
             sk_d, secret = self._keys(ike_id, suite, known, message)
         except (UnsupportedSuite, ValueError) as error:
             self.unresumable += 1
-            log.warning("sa-not-resumable", spi_i=ike_id.spi_i.hex(), spi_r=ike_id.spi_r.hex(), reason=str(error))
+            self._log_unresumable(ike_id, str(error))
             sk_d, secret, resumable = b"", None, False
         else:
             resumable = True
         rekeyed: IkeId | None = message.first(Attr.IKE_REKEY_ID)
         if known is not None:
-            # a resynchronisation repeats what is known; RFC 9370 updates the keys
+            # of each key exchange of RFC 9370 charon sends the keys that come of it
             known.sk_d, known.shared_secret, known.suite, known.resumable = sk_d, secret, suite, resumable
             return
         self._sweep()
@@ -163,9 +208,13 @@ class SaTracker:
             if sa.rekeyed_from is None:
                 self.recall.rekeyed(rekeyed, sa)
         # a rebuilt SA, told again after the sidecar forgot it: perhaps nobody ever proved the keys
-        sa.unproven = message.first(Attr.OLD_SKD) is not None and rekeyed is None and not ike_id.initiator
+        rebuilt = message.first(Attr.OLD_SKD) is not None and rekeyed is None
+        sa.unproven = rebuilt and not ike_id.initiator
         self.sas[ike_id.spis] = sa
-        self._half_open[ike_id.spis] = sa
+        self._incomplete[ike_id.spis] = sa
+        remote: Endpoint | None = message.first(Attr.REMOTE_ADDR)
+        if remote is not None and rekeyed is None and not rebuilt:
+            self.half_open.began(ike_id.spis, remote.address, sa.seen)
 
     @staticmethod
     def _keys(ike_id: IkeId, suite: Suite, known: IkeSa | None, message: HaMessage) -> tuple[bytes, bytes | None]:
@@ -196,6 +245,9 @@ class SaTracker:
         sa = self.sas.get(ike_id.spis)
         if sa is None:
             return
+        if sa.up or sa.adopted:
+            self._update_known(sa, message)
+            return
         for name, value in message.attributes:
             match name:
                 case Attr.LOCAL_ID:
@@ -216,42 +268,83 @@ class SaTracker:
             sa.extensions = extensions
         if peers := message.all(Attr.PEER_ADDR):
             sa.peer_addresses = peers
-        if vips := message.all(Attr.REMOTE_VIP):
-            sa.remote_vips = tuple(vip.address for vip in vips)
-            self.virtual_ips.put(ike_id.spis, sa.remote_vips, self._clock())
-        if vips := message.all(Attr.LOCAL_VIP):
-            sa.local_vips = tuple(vip.address for vip in vips)
-        if not sa.up and sa.connection and not sa.unproven:
-            self._come_up(sa)
-        if sa.up:
-            self._listener.changed(sa)
+        if sa.connection:
+            self.half_open.ended(ike_id.spis)
+        self._come_up(sa)
+
+    def _update_known(self, sa: IkeSa, message: HaMessage) -> None:
+        """charon repeats what it said (a resynchronisation), or tells of virtual IPs, which VICI has too. Who the peers
+        of an SA are does not change."""
+        said = (sa.local_id, sa.remote_id, sa.eap_id, sa.connection)
+        attributes = (Attr.LOCAL_ID, Attr.REMOTE_ID, Attr.REMOTE_EAP_ID, Attr.CONFIG_NAME)
+        now = tuple([message.first(name) for name in attributes])
+        if sa.resumable and any(value is not None for value in now) and now != said:
+            self._refuse(sa, "charon's HA messages name other peers of it than before")
+            if sa.up:
+                self._listener.changed(sa)
+        for name, known in ((Attr.REMOTE_VIP, sa.remote_vips), (Attr.LOCAL_VIP, sa.local_vips)):
+            vips = tuple([vip.address for vip in message.all(name)])
+            if vips and vips != known:
+                self._ask(sa.id)
+
+    def _whole(self, sa: IkeSa) -> bool:
+        """Whether charon's HA messages have said all that they say of an SA that is up."""
+        said = sa.connection and sa.local_id is not None and sa.remote_id is not None
+        return bool(said or sa.id.spis in self._malformed) and not sa.unproven
 
     def _come_up(self, sa: IkeSa) -> None:
+        """Have an SA up once both HA messages and VICI have named it."""
+        if sa.up or not self._whole(sa):
+            return
+        info, since = self._early.get(sa.id.spis, (None, 0.0))
+        if info is None or info.state != "ESTABLISHED":
+            self._ask(sa.id)
+            return
+        del self._early[sa.id.spis]
+        self._is_up(sa, info, since=since)
+
+    def _is_up(self, sa: IkeSa, info: SaInfo, *, since: float) -> None:
         sa.up = True
-        sa.share()
-        self._half_open.pop(sa.id.spis, None)
-        if sa.has(Condition.PPK) and sa.resumable:
-            # charon mixes the PPK into SK_d behind the ha plugin's back (RFC 8784)
-            sa.resumable = False
-            self.unresumable += 1
-            log.warning(
-                "sa-not-resumable",
-                spi_i=sa.id.spi_i.hex(),
-                spi_r=sa.id.spi_r.hex(),
-                reason="it uses a post-quantum preshared key (RFC 8784), which charon's ha plugin does not carry",
-            )
+        self._incomplete.pop(sa.id.spis, None)
+        self._unconfirmed.pop(sa.id.spis, None)
+        self.half_open.ended(sa.id.spis)
         if (old := sa.rekeyed_from) is not None:
             inherit(sa, old)
             self.recall.rekeyed_again(old, sa)
             sa.rekeyed_from = None
             self.virtual_ips.put(sa.id.spis, sa.remote_vips, self._clock())
+        malformed, _ = self._malformed.get(sa.id.spis, ("", 0.0))
+        if malformed:
+            sa.connection = sa.connection or info.connection
+            self._refuse(sa, malformed)
+        elif difference := differs(sa, info):
+            self._refuse(sa, difference)
+        elif sa.has(Condition.PPK):
+            # charon mixes the PPK into SK_d behind the ha plugin's back (RFC 8784)
+            self._unresumable(
+                sa, "it uses a post-quantum preshared key (RFC 8784), which charon's ha plugin does not carry"
+            )
         now = int(self._wall())
         sa.established = now
-        info = self._early.pop(sa.id.spis, None)
-        if info is not None:
-            self._take_info(sa, info, since=self._clock())
-        else:
-            self._assume_lifetime(sa, now)
+        self._assume_lifetime(sa, now)
+        self._take_info(sa, info, since=since)
+        sa.share()
+        self._listener.changed(sa)
+
+    def _unresumable(self, sa: IkeSa, reason: str) -> None:
+        if sa.resumable:
+            sa.resumable = False
+            self.unresumable += 1
+            self._log_unresumable(sa.id, reason, connection=sa.connection)
+
+    def _refuse(self, sa: IkeSa, reason: str) -> None:
+        """What HA messages say of the peers of an SA is not true: forget it."""
+        self._unresumable(sa, reason)
+        sa.local_id = sa.remote_id = sa.eap_id = None
+
+    @staticmethod
+    def _log_unresumable(ike_id: IkeId, reason: str, **more: str) -> None:
+        log.warning("sa-not-resumable", **ike_id.logged, reason=reason, **more)
 
     def _assume_lifetime(self, sa: IkeSa, now: int) -> None:
         """Until VICI says better: what the connection is configured to, which jitter can only shorten."""
@@ -262,11 +355,16 @@ class SaTracker:
 
     def _delete(self, ike_id: IkeId) -> None:
         sa = self.sas.pop(ike_id.spis, None)
-        self._half_open.pop(ike_id.spis, None)
-        self._early.pop(ike_id.spis, None)
-        self.virtual_ips.drop(ike_id.spis)
+        self._drop(ike_id.spis)
         if sa is not None and (sa.up or sa.adopted):
             self._listener.gone(sa)
+
+    def _drop(self, spis: bytes) -> None:
+        """Forget what is noted of an SA that is gone."""
+        for table in (self._incomplete, self._unconfirmed, self._early, self._malformed):
+            table.pop(spis, None)
+        self.half_open.ended(spis)
+        self.virtual_ips.drop(spis)
 
     def _child_add(self, ike_id: IkeId, message: HaMessage) -> None:
         sa = self.sas.get(ike_id.spis)
@@ -287,36 +385,41 @@ class SaTracker:
     def _sweep(self) -> None:
         """Forget handshakes that came to nothing; the oldest come first."""
         limit = self._clock() - HALF_OPEN_SECONDS
-        while self._half_open:
-            spis, sa = next(iter(self._half_open.items()))
+        while self._incomplete:
+            spis, sa = next(iter(self._incomplete.items()))
             if sa.seen > limit:
                 return
-            del self._half_open[spis]
+            del self._incomplete[spis]
+            self._unconfirmed.pop(spis, None)
             self.sas.pop(spis, None)
 
     # VICI
 
     def event(self, event: Event) -> None:
         """Take in one VICI event."""
+        spis, now = event.sa.spis, self._clock()
         if event.kind == "ike-updown" and event.up is False:
-            self._early.pop(event.sa.spis, None)
-            self.virtual_ips.drop(event.sa.spis)
+            self._early.pop(spis, None)
+            self.virtual_ips.drop(spis)
             self._listener.down(event.sa)
             return
         if event.kind == "ike-updown" and event.sa.remote_vips:
             # its end is reported in the same way, and after all other events of it
-            self.virtual_ips.put(event.sa.spis, event.sa.remote_vips, self._clock())
-        sa = self.sas.get(event.sa.spis)
+            self.virtual_ips.put(spis, event.sa.remote_vips, now)
+        sa = self.sas.get(spis)
         if sa is not None and sa.up:
-            now = self._clock()
-            if event.kind == "ike-update":
-                sa.moved = now
+            if event.up is not False:
+                # asked before that, a list does not know it
+                sa.told = now
+            self._unconfirmed.pop(spis, None)
             if self._take_info(sa, event.sa, since=now):
                 self._listener.changed(sa)
-        elif event.kind in ("ike-updown", "ike-rekey"):
+        elif event.up is not False:
             if len(self._early) > EARLY_MAX:
                 self._early.clear()
-            self._early[event.sa.spis] = event.sa
+            self._early[spis] = (event.sa, now)
+            if sa is not None and not sa.adopted:
+                self._come_up(sa)
 
     def _take_info(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
         """Join what VICI says, asked for at `since`; whether that changed the stub by more than a second of jitter."""
@@ -334,12 +437,17 @@ class SaTracker:
             sa.rekey_at, sa.reauth_at, sa.expires = rekey_at, reauth_at, expires
         sa.established = int(now) - info.established
         sa.unique_id = info.unique_id
-        # a list that was on its way while the SA moved has it where it was
-        local, remote = (info.local, info.remote) if since >= sa.moved else (sa.local, sa.remote)
-        where = (local, remote, info.local_vips or sa.local_vips, info.remote_vips or sa.remote_vips)
+        if sa.resumable and (difference := differs(sa, info)):
+            self._refuse(sa, difference)
+            return True
+        if since < sa.told:
+            # a list that was on its way while the SA moved has it where it was
+            return moved
+        where = (info.local, info.remote, info.local_vips, info.remote_vips)
         # what is equal stays the object that others share
         if where != (sa.local, sa.remote, sa.local_vips, sa.remote_vips):
             sa.local, sa.remote, sa.local_vips, sa.remote_vips = where
+            self.virtual_ips.put(sa.id.spis, sa.remote_vips, self._clock())
             return True
         return moved
 
@@ -380,16 +488,15 @@ class SaTracker:
         self._delete(ike_id)
 
     def forget(self, ike_id: IkeId) -> IkeSa | None:
-        """Drop an SA that the sidecar itself removes; nobody is told."""
-        self._half_open.pop(ike_id.spis, None)
-        self.virtual_ips.drop(ike_id.spis)
+        """Drop an SA that the sidecar itself removes, without news of it."""
+        self._drop(ike_id.spis)
         return self.sas.pop(ike_id.spis, None)
 
     def forget_all(self) -> None:
         """charon died: its SAs are gone without a word, and their stubs are what clients resume from."""
-        self.sas.clear()
-        self._half_open.clear()
-        self._early.clear()
+        for table in (self.sas, self._incomplete, self._early, self._unconfirmed, self._malformed):
+            table.clear()
+        self.half_open.clear()
         self.virtual_ips.clear()
         self.recall.end()
 
@@ -412,13 +519,17 @@ class SaTracker:
         return Comparison(self, since, set(self._early))
 
     def listed(self, info: SaInfo, *, since: float) -> bool:
-        """Take what VICI lists of an SA that is up: its lifetime, where it is, CHILD_SAs that it no longer has. False
-        where the keys of it are missing here."""
-        sa = self.sas.get(info.spis)
+        """Take what VICI lists of an SA that is up: who its peers are, its lifetime, where it is, CHILD_SAs that it no
+        longer has. False where the keys of it are missing here."""
+        spis = info.spis
+        sa = self.sas.get(spis)
         if sa is None or not (sa.up or sa.adopted):
             # for when the HA channel tells the rest
-            self._early[info.spis] = info
-            return False
+            self._early[spis] = (info, since)
+            if sa is not None:
+                self._come_up(sa)
+            # charon would only send again what is malformed
+            return spis in self._malformed or (sa is not None and sa.up)
         if sa.up:
             changed = self._take_info(sa, info, since=since)
             if sa.children_at < since and drop_unlisted(sa, info):
@@ -432,10 +543,36 @@ class SaTracker:
         were reported before."""
         for spis in early - present:
             self._early.pop(spis, None)
+        for spis, (_, at) in list(self._malformed.items()):
+            if spis not in present and at < since:
+                del self._malformed[spis]
+        for spis, at in list(self._unconfirmed.items()):
+            if at < since:
+                # VICI has said what there is to say: an SA that it does not list is none, whatever HA messages say
+                del self._unconfirmed[spis]
+                sa = self.sas.get(spis)
+                if sa is not None and not sa.up and not sa.adopted and spis not in present:
+                    self._delete(sa.id)
         for spis, sa in list(self.sas.items()):
             if sa.up and spis not in present and sa.seen < since:
                 self._delete(sa.id)
         self.virtual_ips.keep(present, since=since)
+
+
+def differs(sa: IkeSa, info: SaInfo) -> str:
+    """In what HA messages contradict VICI about who the peers of an SA are; empty where they agree."""
+    if sa.connection != info.connection:
+        return "HA messages name another connection than VICI"
+    for identity, text, whose in (
+        (sa.local_id, info.local_id, "another identity of this host"),
+        (sa.remote_id, info.remote_id, "another identity of the peer"),
+        (sa.eap_id, info.eap_id, "another EAP identity of the peer"),
+    ):
+        if identity is None and not text:
+            continue
+        if identity is None or not text or not is_named(identity, text):
+            return f"HA messages name {whose} than VICI"
+    return ""
 
 
 class Comparison:

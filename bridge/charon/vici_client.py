@@ -65,6 +65,12 @@ class ViciClient:
             since = as_text(stats["uptime"]["since"])
             return int(time.mktime(time.strptime(since, "%b %d %H:%M:%S %Y")))
 
+    async def half_open(self) -> int:
+        """How many IKE_SAs are in state CONNECTING, or about to be."""
+        stats = await self._request("stats")
+        with _failures("stats"):
+            return as_number(stats["ikesas"]["half-open"]) or 0
+
     async def plugins(self) -> list[str]:
         """The plugins that charon has loaded."""
         return [as_text(name) for name in (await self._request("stats")).get("plugins", ())]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge.charon.conf_parser import Settings
-from bridge.charon.ha_message import PORT, HaError, version_for
+from bridge.charon.ha_message import PORT
+from bridge.charon.releases import crashes_on_activation, version_for
 from bridge.charon.socket_diag import proc_address
 from bridge.charon.vici_client import START_SECONDS, ViciClient
 from bridge.charon.vici_types import ConnectionInfo, ViciError
@@ -48,7 +49,6 @@ async def ask(config: GatewayConfig | ClientConfig) -> tuple[CharonAnswer | None
     vici = ViciClient(config.vici)
     try:
         release = await vici.version()
-        version = version_for(release)
         charon = CharonAnswer(
             release,
             await vici.plugins(),
@@ -59,9 +59,27 @@ async def ask(config: GatewayConfig | ClientConfig) -> tuple[CharonAnswer | None
     except ViciError as error:
         mend = "start strongSwan (charon-systemd), or set `vici` to its socket"
         return None, [fail("charon", f"{config.vici}: {error}", mend)]
-    except HaError as error:
-        return None, [fail("charon", str(error), "use a strongSwan release from 5.9 on")]
-    return charon, [ok("charon", f"strongSwan {release}, ha message version {version}")]
+    return charon, [_release(release)]
+
+
+def _release(release: str) -> Finding:
+    version = version_for(release)
+    if version is None:
+        return warn(
+            "charon",
+            f"strongSwan {release} is newer than this release of ike-sa-sync: nothing is resumed until its first "
+            "HA message has shown its version",
+            "look at `ha_version` in `ike-sa-sync status` after the next handshake; if there is none, install a newer "
+            "ike-sa-sync",
+        )
+    if crashes_on_activation(release):
+        return warn(
+            "charon",
+            f"strongSwan {release}: its ha plugin crashes when rebuilt SAs are activated beside a handshake in progress"
+            " in the same HA segment; resumptions wait for a segment that has none",
+            "install strongSwan 6.0.2 or later, where this is fixed",
+        )
+    return ok("charon", f"strongSwan {release}, ha message version {version}")
 
 
 def plugin(config: GatewayConfig | ClientConfig, charon: CharonAnswer) -> list[Finding]:

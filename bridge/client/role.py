@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 
 from bridge.charon import metrics as charon_metrics
-from bridge.charon.charon import Charon, no_recovery
+from bridge.charon.charon import Charon
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.reconcile import no_recovery
 from bridge.charon.status import charon_status, sa_rows
 from bridge.charon.vici_types import SaInfo
 from bridge.client.initiator import Initiator

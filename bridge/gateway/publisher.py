@@ -52,13 +52,17 @@ class Publisher:
         self._wall = wall
 
     def publish(self, sa: IkeSa) -> None:
-        """Store the stub of an SA that is up, as it is now. A session that ended is not published again."""
+        """Store the stub of an SA that is up, as it is now. That of a session which ended is not stored again; that of
+        an SA which is not resumable after all is deleted."""
         if self._revocations.revoked(sa):
             self.locked_out()
             return
         self._living.put(sa)
         index = sa.index_here(self._address)
-        if not sa.resumable or index in self._endings:
+        if not sa.resumable:
+            self._take_back(sa)
+            return
+        if index in self._endings:
             return
         # milliseconds: grows with every change, and across restarts of the sidecar
         sa.revision = max(sa.revision + 1, int(self._wall() * 1000))
@@ -82,11 +86,15 @@ class Publisher:
     def withdraw(self, sa: IkeSa) -> None:
         """Delete the stub of an SA that ended."""
         self._living.take_out(sa)
-        if sa.resumable and sa.local is not None:
+        self._take_back(sa)
+
+    def _take_back(self, sa: IkeSa) -> None:
+        if (sa.resumable or sa.published_at) and sa.local is not None:
             index = sa.published or sa.index_here(self._address)
             expires = max(sa.stub_expires, sa.expires)
             self._endings.add(index, expires)
             self._writer.submit_delete(index, expires=expires)
+            sa.published_at = ""
 
     async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
         """SAs that charon has and this sidecar does not know, from their stubs. None while the bank is away."""

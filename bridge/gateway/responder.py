@@ -205,8 +205,7 @@ class Responder:
                 self._malformed(packet, error)
                 continue
             if seen is None:
-                self._charon.landing.handshake_seen(packet.src, now)
-                packet.accept()
+                self._pass_on(packet)
                 continue
             requests += 1
             verdict = self._admission.judge(seen, packet.src, packet.sport, self._load, now)
@@ -245,7 +244,7 @@ class Responder:
     def _malformed(self, packet: Packet, error: MalformedMessage) -> None:
         self._metrics.malformed.inc()
         log.debug("request-malformed", peer=packet.src, reason=str(error))
-        packet.accept()
+        self._pass_on(packet)
 
     def _known(self, packet: Packet, digest: bytes) -> bool:
         """Rule 3: one answer to one request. Same octets get the same answer, wherever they come from; while it is
@@ -334,6 +333,11 @@ class Responder:
         for packet, request, _ in batch:
             self._refuse(packet, request, reason)
 
+    def _pass_on(self, packet: Packet) -> None:
+        """To charon, which begins a handshake."""
+        self._charon.request(packet.ike[:8], packet.src)
+        packet.accept()
+
     def _refuse_unseen(self, packet: Packet, reason: Refusal, stub: Stub | None = None) -> None:
         """Refuse a request that was not looked at as a whole yet, or is not at hand any more."""
         try:
@@ -359,7 +363,7 @@ class Responder:
             self._metrics.refusals_told.inc()
             self._answer(packet, told(request, reason, stub))
         else:
-            packet.accept()
+            self._pass_on(packet)
 
     def _refuse(self, packet: Packet, request: SyncRequest, reason: Refusal, stub: Stub | None = None) -> None:
         self._settle(packet, request, reason, stub)

@@ -1,0 +1,281 @@
+"""The sidecar's picture of charon, kept in step with what VICI lists: connections, IKE_SAs, handshakes in progress."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+
+import structlog
+
+from bridge.charon.conf_parser import pfs_children
+from bridge.charon.ha_channel import ChannelError, HaChannel
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ha_segments import SegmentChooser
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.installer import LOOK_SHARE, Installer
+from bridge.charon.sa_tracker import WORD_SECONDS, SaTracker
+from bridge.charon.vici_types import SaInfo, ViciError
+from bridge.charon.vici_watch import ViciWatch
+
+log = structlog.get_logger()
+
+RECONCILE_SECONDS = 30.0
+"""between two comparisons with VICI's list, at least"""
+RECONCILE_SHARE = 100
+"""a comparison that took t seconds is followed by a pause of this many t, for list-sas walks all SAs"""
+LEAST_PAUSE_SECONDS = 0.2
+"""between two comparisons"""
+UNLOADED_SECONDS = 0.5
+"""between two looks for connections that charon did not have yet"""
+IN_FLIGHT_SECONDS = 0.5
+"""what VICI lists may still be on its way over the HA channel for so long"""
+LEAST_LOOK_SECONDS = 0.25
+
+UNNAMED = "(unnamed)"
+"""the connection that VICI names for an SA whose peer has not said who it is"""
+HALF_OPEN_STATES = ("CREATED", "CONNECTING")
+"""of an IKE_SA, as VICI names them; charon makes the second of the first while it works on a request"""
+
+Recover = Callable[[list[SaInfo]], Awaitable[list[IkeSa] | None]]
+"""the SAs of a list whose keys are known elsewhere; None where that cannot be told now"""
+
+
+async def no_recovery(_: list[SaInfo]) -> list[IkeSa]:
+    """Recover where no keys are known from elsewhere."""
+    return []
+
+
+class Reconciler:
+    """Compares a tracker with its charon, again and again, and whenever `soon` was called."""
+
+    def __init__(
+        self, tracker: SaTracker, channel: HaChannel, segments: SegmentChooser, installer: Installer, vici: ViciWatch
+    ) -> None:
+        self.reconciled = asyncio.Event()
+        """set once the SAs that charon had when the sidecar came are known"""
+        self.recover: Recover = no_recovery
+        self._tracker = tracker
+        self._channel = channel
+        self._segments = segments
+        self._installer = installer
+        self._vici = vici
+        self._pfs: dict[tuple[str, str], str] = {}
+        """children with a key exchange of their own, by (connection, child)"""
+        self._inode: int | None = None
+        self._asked: set[bytes] = set()
+        self._strays: set[bytes] = set()
+        self._due = asyncio.Event()
+        self._look_due = asyncio.Event()
+        self._unknown = False
+        self._waited = 0.0
+        self._next_list = 0.0
+        """when all SAs may be listed again to look for handshakes, by the monotonic clock"""
+
+    def soon(self) -> None:
+        """Compare as soon as the pace allows."""
+        self._due.set()
+
+    def connections_soon(self) -> None:
+        """Read the connections as soon as the pace allows: one was named that is not among them."""
+        self._unknown = True
+        self._due.set()
+
+    def look_soon(self) -> None:
+        """Ask VICI which handshakes are still in progress, as soon as the pace allows."""
+        self._look_due.set()
+
+    def with_key_exchange(self, connection: str, child: str) -> bool:
+        """Whether a CHILD_SA has a key exchange of its own (PFS), as far as swanctl.conf tells."""
+        return (connection, child) in self._pfs
+
+    def connected(self, inode: int | None) -> None:
+        """charon answers on VICI; `inode` is its end of the HA channel, if it has one."""
+        if inode is not None and self._inode not in (None, inode):
+            # another process than before: what it had it lost, and clients will resume from the stubs
+            log.warning("charon-restarted", sas_lost=sum(1 for _ in self._tracker.established()))
+            self._tracker.forget_all()
+            self._tracker.connections = {}
+            self._asked.clear()
+        self._inode = inode if inode is not None else self._inode
+        self._due.set()
+
+    async def run(self) -> None:
+        """Compare for as long as the sidecar runs."""
+        drops = 0
+        while True:
+            self._due.clear()
+            took, most = 0.0, float("inf")
+            if self._vici.connected:
+                began = time.monotonic()
+                try:
+                    await self.reconcile()
+                except Exception as error:
+                    if isinstance(error, (ViciError, ChannelError)):
+                        log.warning("reconcile-failed", reason=str(error))
+                    else:
+                        log.exception("reconcile-failed")
+                    # how long it was asked in vain says nothing of its SAs
+                    most = RECONCILE_SECONDS
+                took = time.monotonic() - began - self._waited
+            if (dropped := self._channel.drops()) > drops:
+                log.warning("ha-datagrams-dropped", count=dropped - drops, mend="raise ha.receive_buffer")
+                drops = dropped
+                self._due.set()
+            await self._pause(min(max(LEAST_PAUSE_SECONDS, took * RECONCILE_SHARE), most))
+
+    async def watch_handshakes(self) -> None:
+        """Ask for handshakes in progress whenever `look_soon` was called, for as long as the sidecar runs."""
+        while True:
+            await self._look_due.wait()
+            self._look_due.clear()
+            began = time.monotonic()
+            # what is wrong with VICI the comparison says
+            with contextlib.suppress(ViciError):
+                await self.look()
+            await asyncio.sleep(max(LEAST_LOOK_SECONDS, LOOK_SHARE * (time.monotonic() - began)))
+
+    async def _pause(self, at_least: float) -> None:
+        until = time.monotonic() + at_least
+        while (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, UNLOADED_SECONDS))
+            # these are read at little cost, however many SAs there are. A charon that has none has just been started:
+            # they are loaded next, which no event tells
+            if self._vici.connected and (self._unknown or not self._tracker.connections):
+                # what is wrong the next comparison says
+                with contextlib.suppress(Exception):
+                    await self.read_connections()
+        at_most = time.monotonic() + (RECONCILE_SECONDS if self._tracker.connections else UNLOADED_SECONDS) - at_least
+        while not self._due.is_set() and (left := at_most - time.monotonic()) > 0:
+            if self._vici_owes_word():
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, UNLOADED_SECONDS)):
+                    await self._due.wait()
+
+    def _vici_owes_word(self) -> bool:
+        """Whether HA messages said something of an SA a while ago that no VICI event has confirmed."""
+        since = self._tracker.unconfirmed_since()
+        return since is not None and time.monotonic() - since > WORD_SECONDS
+
+    async def reconcile(self) -> None:
+        """Compare with VICI: connections, lifetimes, SAs that ended unseen, SAs whose keys are missing."""
+        self._waited = 0.0
+        await self.read_connections()
+        missing, since = await self._compare()
+        if missing and self._channel.version is not None:
+            await asyncio.sleep(IN_FLIGHT_SECONDS)
+            self._waited += IN_FLIGHT_SECONDS
+            # what ended meanwhile, or while the first list was on its way, is not missing
+            still, since = await self._compare()
+            missing = {spis: info for spis, info in still.items() if spis in missing}
+        if missing:
+            recovered = await self.recover(list(missing.values()))
+            if recovered is None:
+                # charon would have to rekey CHILD_SAs for what the bank may well have
+                self._due.set()
+                return
+            for sa in recovered:
+                spis = sa.id.spis
+                if self._known(spis) or self._tracker.take_back(sa, missing[spis], since=since):
+                    del missing[spis]
+            # of one that was rekeyed, charon has nothing to tell
+            missing = {spis: info for spis, info in missing.items() if not self._tracker.recall.was_rekeyed(spis)}
+        await self._resynchronise({spis: info for spis, info in missing.items() if spis not in self._asked})
+        self._tracker.recall.end()
+        self.reconciled.set()
+
+    async def _resynchronise(self, unasked: dict[bytes, SaInfo]) -> None:
+        if unasked and self._channel.ready():
+            segments = {self._segments.segment_of(info.remote.address) for info in unasked.values()}
+            log.info("resync", sas=len(unasked), segments=sorted(segments))
+            await self._installer.resync(segments)
+            await self._channel.drained()
+            self._asked |= unasked.keys()
+
+    async def read_connections(self) -> None:
+        """Take in what is configured now. Raises ViciError."""
+        self._unknown = False
+        self._tracker.connections = await self._vici.list_connections()
+        self._pfs = await asyncio.to_thread(pfs_children, list(self._tracker.connections))
+
+    def _known(self, spis: bytes) -> bool:
+        sa = self._tracker.sas.get(spis)
+        return sa is not None and sa.up
+
+    async def _compare(self) -> tuple[dict[bytes, SaInfo], float]:
+        """What is missing here of what VICI lists, and when it was asked (monotonic seconds)."""
+        since = time.monotonic()
+        comparison = self._tracker.compare(since=since)
+        established: Counter[int] = Counter()
+        strays: dict[bytes, SaInfo] = {}
+        connecting: dict[bytes, str] = {}
+
+        def take(infos: list[SaInfo]) -> None:
+            left_over = [info for info in infos if self._is_stray(info)]
+            if left_over:
+                strays.update((info.spis, info) for info in left_over)
+                infos = [info for info in infos if info.spis not in strays]
+            comparison.take(infos)
+            established.update(
+                self._segments.segment_of(info.remote.address) for info in infos if info.state == "ESTABLISHED"
+            )
+            # what is about to be activated is in that state until charon has been told all of it
+            connecting.update(self._connecting(info for info in infos if not self._is_installed(info)))
+
+        self._waited += await self._vici.each_sas(take)
+        end = self._channel.charon_socket()
+        if not self._vici.connected or end is None or end.inode != self._inode:
+            # another charon's list: nothing of it says that the SAs of the first one ended in order
+            raise ViciError("charon was restarted while it was asked, or has no ha plugin")
+        self._segments.established = established
+        self._tracker.half_open.listed(connecting, since)
+        missing = comparison.end()
+        await self._remove_strays(strays)
+        return missing, since
+
+    async def look(self) -> None:
+        """Ask VICI which SAs are in state CONNECTING, once charon has done what it was told. Raises ViciError.
+
+        How many there are costs next to nothing to ask; those of peers that are not authenticated yet are listed alone.
+        All SAs are listed, at a pace that charon can bear, where others are in that state: this host initiates them, or
+        they are between two messages of IKE_AUTH, which HA messages tell of too. A charon that crashes at what is not
+        known is asked each time.
+        """
+        since, half_open = time.monotonic(), self._tracker.half_open
+        count = await self._vici.half_open()
+        connecting = self._connecting(await self._vici.list_sas(UNNAMED)) if count else {}
+        if len(connecting) >= count:
+            half_open.listed(connecting, since)
+        elif self._segments.crashes or since >= self._next_list:
+            await self._vici.each_sas(lambda infos: connecting.update(self._connecting(infos)))
+            half_open.listed(connecting, since)
+            self._next_list = time.monotonic() + LOOK_SHARE * (time.monotonic() - since)
+        else:
+            half_open.also(connecting, since)
+
+    def _connecting(self, infos: Iterable[SaInfo]) -> dict[bytes, str]:
+        return {
+            info.spis: info.remote.address
+            for info in infos
+            if info.state in HALF_OPEN_STATES and not self._known(info.spis)
+        }
+
+    def _is_installed(self, info: SaInfo) -> bool:
+        return self._installer.lands_at(info.remote.address)
+
+    def _is_stray(self, info: SaInfo) -> bool:
+        """Whether an SA has an address for the time before activation, and no task here is about to activate it."""
+        return self._is_installed(info) and info.spis not in self._tracker.sas
+
+    async def _remove_strays(self, strays: dict[bytes, SaInfo]) -> None:
+        """Remove those that were strays the last time too: a client's new SA lands before it is known."""
+        old = [info for spis, info in strays.items() if spis in self._strays]
+        self._strays = set(strays)
+        if old:
+            await self._installer.delete([IkeId.of(info.spi_i, info.spi_r, info.initiator) for info in old])
+            log.info("strays-removed", sas=len(old))
+        elif strays:
+            self._due.set()
