@@ -107,6 +107,8 @@ class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     hour for one peer at most, or it is only reported"""
     shared_secret: bool = False
     """whether stubs carry the Diffie-Hellman shared secret, as the draft has it; no derivation needs it"""
+    forward_secrecy: Literal["offered", "required", "off"] = "offered"
+    """a Diffie-Hellman exchange in the round trip, on a curve: where clients ask for it, from every client, or never"""
     client_stub: Literal["off", "fallback", "prefer"] = "off"
     """stubs that clients hold themselves: given to none, used where the bank has none or is away, or used before it"""
     tell_gateways: bool = True
@@ -187,6 +189,9 @@ class ResumeConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """how long charon has to bring up an SA or a CHILD_SA"""
     children_at_once: bool = True
     """whether to ask for CHILD_SAs without PFS in the round trip of their IKE_SA"""
+    forward_secrecy: bool | Literal["preferred"] = False
+    """whether to ask for a Diffie-Hellman exchange in the round trip; an answer without it is accepted with preferred
+    only"""
 
 
 class HeldConfig(Struct, forbid_unknown_fields=True, frozen=True):
@@ -253,7 +258,7 @@ def read(path: str | Path) -> object:
 def load(path: str | Path, kind: type[Config]) -> Config:
     """Read and validate one file. Raises ConfigError, whose text fits one line."""
     try:
-        config = msgspec.convert(read(path), kind)
+        config = msgspec.convert(_off_in_quotes(read(path)), kind)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {printable(_key_and_reason(str(error), kind))}") from error
     _check(path, config)
@@ -283,6 +288,14 @@ def role_of(raw: object) -> Literal["gateway", "client"] | None:
     if keys & set(ClientConfig.__struct_fields__):
         return "client"
     return "gateway" if keys & set(GatewayConfig.__struct_fields__) else None
+
+
+def _off_in_quotes(raw: object) -> object:
+    """YAML reads `off` without quotes as false."""
+    if isinstance(raw, dict) and isinstance(sync := raw.get("sync"), dict):
+        words = {key: "off" for key in ("client_stub", "forward_secrecy") if sync.get(key) is False}
+        return {**raw, "sync": {**sync, **words}}
+    return raw
 
 
 def canonical_address(text: str) -> str:

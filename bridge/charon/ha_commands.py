@@ -50,6 +50,8 @@ class Install(msgspec.Struct, frozen=True, gc=False):
     """to be installed with it"""
     message_id: int = FIRST_MESSAGE_ID
     """of the client's next request"""
+    g_ir: bytes = b""
+    """with forward secrecy"""
 
     def __repr__(self) -> str:
         # keys are in it
@@ -67,6 +69,7 @@ class Install(msgspec.Struct, frozen=True, gc=False):
         remote_vips: tuple[str, ...],
         children: tuple[NewChild, ...] = (),
         message_id: int = FIRST_MESSAGE_ID,
+        g_ir: bytes = b"",
     ) -> Install:
         """What makes charon have `sa`, whose peers and their identities are known."""
         assert sa.local_id is not None
@@ -91,12 +94,13 @@ class Install(msgspec.Struct, frozen=True, gc=False):
             remote_vips=remote_vips,
             children=children,
             message_id=message_id,
+            g_ir=g_ir,
         )
 
 
 def add_message(version: int, install: Install, landing: str) -> bytes:
-    """IKE_ADD: keys. charon derives as for a rekey; with an empty shared secret that is the draft's SKEYSEED
-    (draft-xu-ike-sa-sync-01 section 3.3)."""
+    """IKE_ADD: keys. charon derives as for a rekey, which is the SKEYSEED of forward secrecy; with an empty shared
+    secret that is the draft's (draft-xu-ike-sa-sync-01 section 3.3)."""
     suite = install.suite
     attributes: Attributes = [
         (Attr.IKE_VERSION, 2),
@@ -119,7 +123,7 @@ def add_message(version: int, install: Install, landing: str) -> bytes:
     attributes += [
         (Attr.NONCE_I, install.nonce_i),
         (Attr.NONCE_R, install.nonce_r),
-        (Attr.SECRET, b""),
+        (Attr.SECRET, install.g_ir),
         (Attr.REMOTE_ADDR, Endpoint(landing, install.remote.port)),
     ]
     return encode(version, MessageType.IKE_ADD, attributes)

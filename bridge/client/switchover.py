@@ -139,7 +139,7 @@ class Switchover:
         suite, ike_id = old.suite, answer.ike_id
         if not key_confirmation.possible(suite):
             return None
-        seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r)
+        seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r, answer.g_ir)
         keys = derive_keys(suite, seed, answer.nonce_i, answer.nonce_r, ike_id.spi_i, ike_id.spi_r)
         return Confirmation(suite, keys, ike_id.spi_i, ike_id.spi_r, random=self._random)
 
@@ -202,7 +202,7 @@ class Switchover:
     def _rebuilt(self, old: IkeSa, gateway: Target, answer: Answer) -> IkeSa:
         """The new SA: keys per draft-xu-ike-sa-sync-01 section 3.3, all else as in the old one."""
         suite, ike_id = old.suite, answer.ike_id
-        seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r)
+        seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r, answer.g_ir)
         return IkeSa(
             id=ike_id,
             suite=suite,
@@ -230,6 +230,7 @@ class Switchover:
             sk_d_old=old.sk_d,
             nonce_i=answer.nonce_i,
             nonce_r=answer.nonce_r,
+            g_ir=answer.g_ir,
             local_vips=new.local_vips,
             remote_vips=(),
             # the confirming request is not charon's

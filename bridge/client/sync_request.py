@@ -22,7 +22,7 @@ from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.config import ResumeConfig
 from bridge.ike.key_confirmation import Confirmation
-from bridge.ike.key_exchange import fresh_public_value
+from bridge.ike.key_exchange import KeyExchange, can_exchange, fresh_public_value
 from bridge.ike.message import MalformedMessage
 from bridge.ike.sync_exchange import (
     CookieChallenge,
@@ -92,6 +92,8 @@ class Answer:
     lifetime: int | None
     children: tuple[NewChild, ...]
     """CHILD_SAs that come up with it"""
+    g_ir: bytes = field(default=b"", repr=False)
+    """with forward secrecy"""
     gateways: tuple[str, ...] = ()
     """addresses of other gateways that resume too"""
 
@@ -152,7 +154,8 @@ class SyncRequester:
         requests: list[bytes] = []
         queue: asyncio.Queue[Datagram] = asyncio.Queue()
         self._listening[spi_i] = queue
-        ke_value = fresh_public_value(sa.suite.group)
+        exchange = self._exchange(sa.suite.group)
+        ke_value = exchange.public if exchange is not None else fresh_public_value(sa.suite.group)
         try:
             began = self._clock()
             deadline = began + self._config.answer_timeout
@@ -172,6 +175,7 @@ class SyncRequester:
                     old_children=offered.old_spis,
                     sealed_stub=self._sealed_stub(sa),
                     refusable=True,
+                    forward_secrecy=exchange is not None,
                 )
                 if request not in requests:
                     requests.append(request)
@@ -189,7 +193,8 @@ class SyncRequester:
                     if isinstance(answer, SyncRefusal):
                         raise RefusedError(answer.reason)
                     if isinstance(answer, SyncResponse):
-                        return self._accepted(answer, offered, spi_i, nonce, local, datagram, began)
+                        g_ir = self._g_ir(answer, exchange)
+                        return self._accepted(answer, offered, spi_i, nonce, local, datagram, began, g_ir)
                     if isinstance(answer, CookieChallenge):
                         # the answer to a retransmission holds the same one once more
                         if len(cookies) < MAX_COOKIES and answer.cookie not in cookies:
@@ -254,6 +259,7 @@ class SyncRequester:
         local: Endpoint,
         datagram: Datagram,
         began: float,
+        g_ir: bytes,
     ) -> Answer:
         remote = Endpoint(datagram.src, datagram.sport)
         here, there = answer.nat_destination, answer.nat_source
@@ -271,7 +277,34 @@ class SyncRequester:
             lifetime=answer.lifetime,
             children=granted(offered, answer.sync.children if answer.sync else (), nonce, answer.nonce),
             gateways=answer.sync.gateways if answer.sync else (),
+            g_ir=g_ir,
         )
+
+    def _exchange(self, group: int) -> KeyExchange | None:
+        """This client's half of the exchange that forward secrecy needs; None where it is not asked for. Raises
+        RefusedError where it is wanted and cannot be had."""
+        if not self._config.forward_secrecy:
+            return None
+        if not can_exchange(group):
+            if self._config.forward_secrecy == "preferred":
+                return None
+            raise RefusedError("forward-secrecy-impossible")
+        return KeyExchange(group)
+
+    def _g_ir(self, answer: SyncResponse, exchange: KeyExchange | None) -> bytes:
+        """g^ir of a proven answer; empty without forward secrecy. Raises RefusedError for an answer that lacks what was
+        asked for: it is the gateway's own, for PROOF covers question and answer."""
+        if exchange is None or (answer.key_exchange is None and self._config.forward_secrecy == "preferred"):
+            return b""
+        if answer.key_exchange is None:
+            raise RefusedError("forward-secrecy-missing")
+        group, public_value = answer.key_exchange
+        try:
+            if group != exchange.group:
+                raise ValueError
+            return exchange.shared(public_value)
+        except ValueError:
+            raise RefusedError("public-value-wrong") from None
 
     def _send(self, local: Endpoint, remote: Endpoint, request: bytes, marker: bool) -> None:
         try:

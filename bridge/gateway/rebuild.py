@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
 from bridge.charon.charon import Charon
 from bridge.charon.ha_commands import Install
@@ -21,6 +22,7 @@ from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.refusal import Refusal
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
+from bridge.ike.key_exchange import KeyExchange, can_exchange
 from bridge.ike.keys import derive_sk_d, skeyseed_resume
 from bridge.ike.sync_exchange import SyncRequest, build_response, nat_hash, verify_request
 from bridge.ike.transforms import least_nonce
@@ -34,6 +36,19 @@ NONCE_OCTETS = 32
 NONE: AbstractSet[bytes] = frozenset()
 ATTEMPTS_PER_STUB = 4
 """unconfirmed SAs from one stub at most: a client may start anew, and an old request of its may be replayed"""
+
+
+class _Exchanged(NamedTuple):
+    """What forward secrecy adds: KEr (group and public value), and g^ir."""
+
+    answer: tuple[int, bytes] | None
+    g_ir: bytes
+
+    def __repr__(self) -> str:
+        return "_Exchanged(...)"
+
+
+NOT_EXCHANGED = _Exchanged(None, b"")
 
 
 class Decision:
@@ -96,14 +111,30 @@ class Decision:
             return Refusal.TOO_MANY_UNCONFIRMED
         if self._admission.full(packet.src):
             return Refusal.SOURCE_UNCONFIRMED
-        return self._rebuild(packet, request, digest, stub)
+        exchanged = self._exchange(request, stub.suite.group)
+        return exchanged if isinstance(exchanged, Refusal) else self._rebuild(packet, request, digest, stub, exchanged)
 
-    def _rebuild(self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub) -> Rebuilt:
+    def _exchange(self, request: SyncRequest, group: int) -> _Exchanged | Refusal:
+        """With forward secrecy, this gateway's half of the exchange; nothing without."""
+        policy = self._sync.forward_secrecy
+        if policy == "off" or not request.forward_secrecy or not can_exchange(group):
+            return Refusal.FORWARD_SECRECY_MISSING if policy == "required" else NOT_EXCHANGED
+        if request.group != group:
+            return Refusal.PUBLIC_VALUE_WRONG
+        try:
+            ours = KeyExchange(group)
+            return _Exchanged((group, ours.public), ours.shared(request.public_value))
+        except ValueError:
+            return Refusal.PUBLIC_VALUE_WRONG
+
+    def _rebuild(
+        self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub, exchanged: _Exchanged
+    ) -> Rebuilt:
         ike_id = IkeId.of(request.spi_i, self._random(8), False)
         nonce = self._random(NONCE_OCTETS)
         suite = stub.suite
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
-        seed = skeyseed_resume(suite.prf, stub.sk_d, request.nonce, nonce)
+        seed = skeyseed_resume(suite.prf, stub.sk_d, request.nonce, nonce, exchanged.g_ir)
         lifetime = self._lifetime(stub)
         moved = {stub.local.address, stub.remote.address} - {local.address, remote.address}
         # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
@@ -162,6 +193,7 @@ class Decision:
             children=granted.answer,
             sealed_stub=self._handout.seal(sa) if request.sync.attributes else None,
             gateways=self._handout.gateways(),
+            key_exchange=exchanged.answer,
             nat=(local.address, local.port, remote.address, remote.port),
         )
         install = Install.of(
@@ -172,6 +204,7 @@ class Decision:
             local_vips=stub.local_vips,
             remote_vips=stub.remote_vips,
             children=granted.children,
+            g_ir=exchanged.g_ir,
         )
         known = self._charon.tracker.sas
         return Rebuilt(

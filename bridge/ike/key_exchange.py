@@ -1,7 +1,9 @@
-"""Fresh public values for KE payloads.
+"""Public values for KE payloads, and Diffie-Hellman with them.
 
-A resumption uses none of them: the request carries one so that a gateway which knows nothing of IKE_SA_SYNC can
-answer as usual (draft-xu-ike-sa-sync-01 section 3.1). The private half is thrown away.
+The request carries a public value so that a gateway which knows nothing of IKE_SA_SYNC can answer as usual
+(draft-xu-ike-sa-sync-01 section 3.1). Without forward secrecy nothing else is done with it, and its private half is
+thrown away (`fresh_public_value`). With it both sides have a `KeyExchange`, on a curve: `cryptography` is about to drop
+MODP groups, and Python's own arithmetic would hold the event loop for milliseconds.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import os
 import secrets
 from typing import Final
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, x448, x25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -54,17 +57,65 @@ _ML_KEM_RANKS: Final[dict[int, int]] = {Group.ML_KEM_512: 2, Group.ML_KEM_768: 3
 _ML_KEM_Q: Final = 3329
 
 
+class UnsupportedGroup(ValueError):
+    """A key exchange method that cannot be carried out here."""
+
+
+class KeyExchange:
+    """One side of a Diffie-Hellman exchange on a curve, with a fresh private key. Raises UnsupportedGroup."""
+
+    def __init__(self, group: int) -> None:
+        self.group = group
+        try:
+            self._private = _generate(group)
+        except UnsupportedAlgorithm as error:
+            raise UnsupportedGroup(str(error)) from None
+        self.public = _public_octets(self._private)
+        """as the KE payload carries it"""
+
+    def __repr__(self) -> str:
+        return f"KeyExchange({self.group})"
+
+    def shared(self, peer: bytes) -> bytes:
+        """g^ir with the peer's public value, as SKEYSEED takes it (RFC 7296 section 2.14, RFC 5903 section 7). Raises
+        ValueError for a value that is none of the group."""
+        private = self._private
+        if isinstance(private, x25519.X25519PrivateKey):
+            return private.exchange(x25519.X25519PublicKey.from_public_bytes(peer))
+        if isinstance(private, x448.X448PrivateKey):
+            return private.exchange(x448.X448PublicKey.from_public_bytes(peer))
+        return private.exchange(ec.ECDH(), ec.EllipticCurvePublicKey.from_encoded_point(private.curve, b"\4" + peer))
+
+
+_Private = x25519.X25519PrivateKey | x448.X448PrivateKey | ec.EllipticCurvePrivateKey
+
+
+def can_exchange(group: int) -> bool:
+    """Whether `KeyExchange` has this group."""
+    return group in (Group.CURVE_25519, Group.CURVE_448) or group in _CURVES
+
+
+def _generate(group: int) -> _Private:
+    if group == Group.CURVE_25519:
+        return x25519.X25519PrivateKey.generate()
+    if group == Group.CURVE_448:
+        return x448.X448PrivateKey.generate()
+    if group in _CURVES:
+        return ec.generate_private_key(_CURVES[group]())
+    raise UnsupportedGroup(f"the key exchange method with number {group} is not implemented")
+
+
+def _public_octets(private: _Private) -> bytes:
+    if isinstance(private, (x25519.X25519PrivateKey, x448.X448PrivateKey)):
+        return private.public_key().public_bytes_raw()
+    # both coordinates, without the octet that says so
+    return private.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
+
+
 def fresh_public_value(group: int) -> bytes:
     """A fresh public value of a key exchange method, in the form of its KE payload (RFC 7296, 5903, 6954, 8031)."""
-    if group == Group.CURVE_25519:
-        return x25519.X25519PrivateKey.generate().public_key().public_bytes_raw()
-    if group == Group.CURVE_448:
-        return x448.X448PrivateKey.generate().public_key().public_bytes_raw()
-    curve = _CURVES.get(group)
-    if curve is not None:
-        public = ec.generate_private_key(curve()).public_key()
-        # both coordinates, without the octet that says so
-        return public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
+    if group in (Group.CURVE_25519, Group.CURVE_448) or group in _CURVES:
+        return KeyExchange(group).public
     if group == Group.ECP_224_BP:
         return _point_of_brainpool_p224r1()
     rank = _ML_KEM_RANKS.get(group)

@@ -97,9 +97,10 @@ def skeyseed_rekey(
     return prf(old_algorithm, sk_d_old, g_ir + ni + nr + additional)
 
 
-def skeyseed_resume(algorithm: int, sk_d_old: bytes, ni: bytes, nr: bytes) -> bytes:
-    """SKEYSEED = prf(SK_d_old, Ni | Nr) (draft-xu-ike-sa-sync-01 section 3.3)."""
-    return prf(algorithm, sk_d_old, ni + nr)
+def skeyseed_resume(algorithm: int, sk_d_old: bytes, ni: bytes, nr: bytes, g_ir: bytes = b"") -> bytes:
+    """SKEYSEED = prf(SK_d_old, Ni | Nr) (draft-xu-ike-sa-sync-01 section 3.3); with forward secrecy
+    prf(SK_d_old, g^ir | Ni | Nr), as of a rekey (docs/protocol.md)."""
+    return prf(algorithm, sk_d_old, g_ir + ni + nr)
 
 
 class IkeKeys(NamedTuple):

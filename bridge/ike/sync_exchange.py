@@ -5,7 +5,8 @@
                                   <--        HDR, Nr, SYN
 
 The draft has SYN last in the request; in front, a packet filter sees it. SYN carries PROOF, which the draft lacks: see
-bridge.ike.proof. A gateway that does not resume may answer a client that asked for that with N(RESUMPTION_REFUSED).
+bridge.ike.proof. Where the client asks for forward secrecy, the answer has KEr in front of Nr. A gateway that does not
+resume may answer a client that asked for that with N(RESUMPTION_REFUSED).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bridge.ike.message import (
     PayloadType,
     build,
     check_nonce,
+    decode_ke,
     decode_notify,
     encode_ke,
     encode_notify,
@@ -86,6 +88,7 @@ def build_request(
     old_children: Sequence[int] = (),
     sealed_stub: bytes | None = None,
     refusable: bool = False,
+    forward_secrecy: bool = False,
     nat: Addresses | None = None,
     cookie: bytes | None = None,
 ) -> bytes:
@@ -93,7 +96,8 @@ def build_request(
 
     `sync_index` is (old gateway's address, its SPI); `children` are (child number, the client's inbound ESP SPI), and
     `old_children` by that number the old gateway's inbound ESP SPIs. `refusable`: the sender does not go on with
-    IKE_AUTH, so a gateway that does not resume shall say so with a notification.
+    IKE_AUTH, so a gateway that does not resume shall say so with a notification. `forward_secrecy`: it holds the
+    private key of `ke_value` and wants KEr.
     """
     attributes: list[tuple[int, bytes]] = []
     if sk_d_old is not None:
@@ -104,6 +108,8 @@ def build_request(
             attributes.append((Attribute.SEALED_STUB, sealed_stub))
         if refusable:
             attributes.append((Attribute.REFUSAL, b""))
+        if forward_secrecy:
+            attributes.append((Attribute.FORWARD_SECRECY, b""))
         attributes.append(empty_proof(prf))
     payloads: list[tuple[int, bytes]] = []
     if cookie is not None:
@@ -141,6 +147,10 @@ class SyncRequest(Struct, frozen=True, gc=False):
     blank: bytes
     """the message with the octets of PROOF zero"""
     spi_i: bytes
+    group: int
+    """of KEi"""
+    public_value: bytes
+    """in KEi"""
     nonce: bytes
     sync: SyncPayload
     cookie: bytes | None
@@ -165,15 +175,22 @@ class SyncRequest(Struct, frozen=True, gc=False):
         """Whether its sender wants to be told of a refusal, and does not go on with IKE_AUTH."""
         return self.sync.first(Attribute.REFUSAL) is not None
 
+    @property
+    def forward_secrecy(self) -> bool:
+        """Whether its sender asks for KEr."""
+        return self.sync.first(Attribute.FORWARD_SECRECY) is not None
+
 
 _UNDERSTOOD: Final = frozenset(map(int, PayloadType))
 """payload types that may be critical: those of RFC 7296, and ours"""
 # plain numbers: comparing with enums takes far longer
 _INIT, _RESPONSE, _INITIATOR = int(ExchangeType.IKE_SA_INIT), int(Flag.RESPONSE), int(Flag.INITIATOR)
-_SYNC, _NONCE, _NOTIFY = int(PayloadType.SYNC), int(PayloadType.NONCE), int(PayloadType.NOTIFY)
+_SYNC, _NONCE, _NOTIFY, _KE = (
+    int(kind) for kind in (PayloadType.SYNC, PayloadType.NONCE, PayloadType.NOTIFY, PayloadType.KE)
+)
 _COOKIE = int(NotifyType.COOKIE)
 _NAT_SOURCE, _NAT_DESTINATION = int(NotifyType.NAT_DETECTION_SOURCE_IP), int(NotifyType.NAT_DETECTION_DESTINATION_IP)
-_EXPECTED: Final = frozenset((_SYNC, _NONCE, int(PayloadType.SA), int(PayloadType.KE)))
+_EXPECTED: Final = frozenset((_SYNC, _NONCE, int(PayloadType.SA), _KE))
 """there once each"""
 _SYNC_MARK: Final = bytes((_SYNC,))
 
@@ -216,9 +233,12 @@ def parse_request(data: bytes) -> SyncRequest | None:
     cookies = notified[_COOKIE]
     if len(cookies) > 1:
         raise MalformedMessage("several cookies")
+    group, public_value = decode_ke(once[_KE].body)
     return SyncRequest(
         blank=blank(data, payload.offset, payload.body),
         spi_i=header.spi_i,
+        group=group,
+        public_value=public_value,
         nonce=check_nonce(once[_NONCE].body),
         sync=sync,
         cookie=cookies[0] if cookies else None,
@@ -253,13 +273,18 @@ def build_response(
     children: Sequence[tuple[int, int]] = (),
     sealed_stub: bytes | None = None,
     gateways: Sequence[str] = (),
+    key_exchange: tuple[int, bytes] | None = None,
     nat: Addresses | None = None,
 ) -> bytes:
-    """The answer: `HDR, Nr` to a request without attributes (draft), else `HDR, Nr, SYN`.
+    """The answer: `HDR, Nr` to a request without attributes (draft), else `HDR, [KEr,] Nr, SYN`.
 
-    `lifetime` is in seconds, `gateways` are addresses. NAT detection is answered where the request asked for it.
+    `lifetime` is in seconds, `gateways` are addresses, `key_exchange` is (group, public value) of KEr. NAT detection is
+    answered where the request asked for it.
     """
-    payloads: list[tuple[int, bytes]] = [(PayloadType.NONCE, nonce)]
+    payloads: list[tuple[int, bytes]] = []
+    if key_exchange is not None:
+        payloads.append((PayloadType.KE, encode_ke(*key_exchange)))
+    payloads.append((PayloadType.NONCE, nonce))
     proven = bool(request.sync.attributes)
     if nat is not None and request.nat_source and request.nat_destination:
         payloads += _nat_notifies(request.spi_i, spi_r, nat)
@@ -314,6 +339,8 @@ class SyncResponse(Struct, frozen=True, gc=False):
 
     blank: bytes
     spi_r: bytes
+    key_exchange: tuple[int, bytes] | None
+    """group and public value of KEr; None without forward secrecy"""
     nonce: bytes
     sync: SyncPayload | None
     """None in the plain draft form"""
@@ -388,9 +415,11 @@ def parse_response(data: bytes, request_raw: bytes) -> Response:
     if header.spi_r == _NO_SPI:
         raise MalformedMessage("an answer that resumes has an SPIr")
     blanked, sync = (data, None) if payload is None else _from_gateway(data, payload)
+    exchange = message.only(PayloadType.KE)
     return SyncResponse(
         blank=blanked,
         spi_r=header.spi_r,
+        key_exchange=None if exchange is None else decode_ke(exchange.body),
         nonce=check_nonce(nonce.body),
         sync=sync,
         nat_source=tuple(message.notifies(NotifyType.NAT_DETECTION_SOURCE_IP)),

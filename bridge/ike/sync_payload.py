@@ -45,9 +45,10 @@ class Attribute(IntEnum):
     OLD_CHILDREN = 6
     REFUSAL = 7
     GATEWAYS = 8
+    FORWARD_SECRECY = 9
 
 
-_LENGTHS: Final = {Attribute.CHILD: _CHILD.size, Attribute.LIFETIME: 4}
+_LENGTHS: Final = {Attribute.CHILD: _CHILD.size, Attribute.LIFETIME: 4, Attribute.FORWARD_SECRECY: 0}
 _ONCE: Final = frozenset(
     {
         Attribute.PROOF,
@@ -57,6 +58,7 @@ _ONCE: Final = frozenset(
         Attribute.OLD_CHILDREN,
         Attribute.REFUSAL,
         Attribute.GATEWAYS,
+        Attribute.FORWARD_SECRECY,
     }
 )
 GATEWAYS_MAX: Final = 16
