@@ -26,6 +26,7 @@ from bridge.config import ClientConfig, ConfigError, GatewayConfig, load
 from bridge.ike.cookie import Cookies, glance
 from bridge.ike.encrypted_payload import NotAuthentic, Protection, protect, unprotect
 from bridge.ike.key_confirmation import Confirmation
+from bridge.ike.key_exchange import KeyExchange, can_exchange
 from bridge.ike.keys import derive_keys
 from bridge.ike.message import PAYLOAD_HEADER, VERSION, MalformedMessage, NotifyType, PayloadType, build, parse
 from bridge.ike.stub_exchange import (
@@ -53,6 +54,7 @@ from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
 from bridge.net.packet import MARKER, ipv6_packet, parse_datagram, udp_datagram
 from bridge.service.control import Answer, ControlServer
+from bridge.stub import revocation
 from bridge.stub.codec import decode, encode
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.stub import Index, Stub, StubError
@@ -153,6 +155,7 @@ def _requests() -> list[bytes]:
     return [
         REQUEST,
         _request(cookie=b"c" * 17),
+        _request(forward_secrecy=True),
         _request(children=[(0, 0xC0000001), (1, 0xC0000002)], sealed_stub=b"sealed" * 20),
         _request(sync_index=("2001:db8::1", b"O" * 8), nat=None),
     ]
@@ -199,7 +202,12 @@ def response(data: bytes) -> None:
 
 @functools.cache
 def _responses() -> list[bytes]:
-    return [_response(), _response(children=[(0, 1)], sealed_stub=b"s" * 40), _response(nat=None)]
+    return [
+        _response(),
+        _response(children=[(0, 1)], sealed_stub=b"s" * 40),
+        _response(nat=None),
+        _response(key_exchange=(31, b"K" * 32)),
+    ]
 
 
 SUITES: Final = (
@@ -554,6 +562,38 @@ def key_file(data: bytes) -> None:
         _one_line(error)
 
 
+_CURVES: Final = [int(group) for group in Group if can_exchange(group)]
+
+
+def public_value(data: bytes) -> None:
+    """bridge.ike.key_exchange.KeyExchange.shared: any octets are a public value of the group, or a ValueError."""
+    if not data:
+        return
+    group = _CURVES[data[0] % len(_CURVES)]
+    with contextlib.suppress(ValueError):
+        assert any(KeyExchange(group).shared(data[1:]))
+
+
+_MARKS: Final = Keyring({b"mark": b"m" * 32}, random=lambda length: b"n" * length)
+
+
+def _mark() -> bytes:
+    return revocation.seal(revocation.Mark("CN=alice, O=Example\\, Inc.", True, 1, 2), _MARKS)
+
+
+def mark(data: bytes) -> None:
+    """bridge.stub.revocation.open_mark: what opens under the key is a mark, or a SealError; and any text has one
+    canonical form."""
+    for sealed in (data, _MARKS.seal(data, revocation.PLACE)):
+        try:
+            found = revocation.open_mark(sealed, _MARKS)
+        except SealError:
+            continue
+        assert found.name == revocation.canonical(found.identity)
+    text = data.decode(errors="replace")
+    assert revocation.canonical(f" {text} ") == revocation.canonical(text)
+
+
 def held_file(data: bytes) -> None:
     """bridge.client.session_file.load: any octets behind the header are sessions, written and read again the same, or
     an error of one line."""
@@ -629,7 +669,15 @@ TARGETS: Final = {
     "datagram": Target(datagram, _datagram_seeds),
     "vici": Target(vici_event, _vici_seeds),
     "config": Target(config, _config_seeds),
-    "key-file": Target(key_file, lambda: [b"# keys\n01234567 " + b"A" * 43 + b"=\n"]),
+    "key-file": Target(
+        key_file,
+        lambda: [
+            b"# keys\n01234567 " + b"A" * 43 + b"=\n",
+            b"01234567 " + b"A" * 43 + b"= epoch=20000/86400\n89abcdef " + b"B" * 42 + b"A=\n",
+        ],
+    ),
+    "public-value": Target(public_value, lambda: [bytes((group,)) + KeyExchange(group).public for group in _CURVES]),
+    "mark": Target(mark, lambda: [_mark(), b"key0" + bytes(60)]),
     "held-file": Target(held_file, _held_file_seeds),
     "control": Target(control, lambda: [b'{"command": "status"}\n', b'{"command": ["x"]}', b"[[1]]"]),
 }

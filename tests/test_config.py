@@ -213,3 +213,10 @@ def test_addresses_are_compared_in_their_canonical_form(tmp_path: Path) -> None:
     assert load(_file(tmp_path, "address: FD00:50:0::1"), GatewayConfig).address == "fd00:50::1"
     text = "gateways: [{address: 'FD00:50:0::2', connection: home}]"
     assert load(_file(tmp_path, text), ClientConfig).gateways[0].address == "fd00:50::2"
+
+
+@pytest.mark.parametrize("key", ["client_stub", "forward_secrecy"])
+def test_off_needs_no_quotes(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text(f"sync: {{{key}: off}}\n")
+    assert getattr(load(file, GatewayConfig).sync, key) == "off"

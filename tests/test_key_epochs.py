@@ -64,7 +64,7 @@ def test_a_key_of_a_later_epoch_opens_nothing_of_an_earlier_one(file: Path) -> N
         stolen.open(expired, PLACE)
     # in memory it is still there, for what clients hold
     assert ring.open(expired, PLACE) == b"stub"
-    ring.advance(NOW + DAY + RETAIN_SECONDS + DAY)
+    ring.advance(NOW + DAY + RETAIN_SECONDS)
     with pytest.raises(SealError):
         ring.open(expired, PLACE)
 
@@ -117,6 +117,17 @@ def test_an_epoch_that_is_none_is_refused(file: Path, epoch: str) -> None:
         Keyring.load(file, NOW)
 
 
-def test_a_file_of_years_ago_does_not_hold_a_start_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_file_of_long_ago_the_keys_are_kept_that_may_still_be_needed(file: Path) -> None:
+    ring = Keyring.load(file, NOW + 1000 * DAY)
+    # that of the file, which seals, those of today and yesterday, and the one before, by which a client may hold a stub
+    assert 3 <= len(ring.ids) <= 4
+    assert ring.ids[-1] == ring.sealing
+
+
+def test_a_file_of_ages_ago_does_not_hold_a_start_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keyring, "EPOCHS_MAX", 10)
-    assert len(Keyring.load(file, NOW + 1000 * DAY).ids) == 11
+    ring = Keyring.load(file, NOW + 1000 * DAY)
+    for _ in range(100):
+        ring.advance(NOW + 1000 * DAY)
+    monkeypatch.setattr(keyring, "EPOCHS_MAX", 10_000)
+    assert ring.ids[0] == Keyring.load(file, NOW + 1000 * DAY).ids[0]

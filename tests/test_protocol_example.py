@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from bridge.config import canonical_address
@@ -91,6 +92,9 @@ def test_every_value_is_there() -> None:
         **dict.fromkeys(("SK_d", "SK_ai", "SK_ar", "SK_pi", "SK_pr"), 32),
         **dict.fromkeys(("SK_ei", "SK_er"), 16),
         "KEYMAT_0": 40,
+        **dict.fromkeys(("private i", "private r", "FS KEi", "FS KEr", "g^ir", "FS SKEYSEED", "FS SK_d"), 32),
+        "FS request": int.from_bytes(VALUES["FS request"][24:28]),
+        "FS answer": int.from_bytes(VALUES["FS answer"][24:28]),
         "stub": 197,
         "bank key": 32,
         "key id": 4,
@@ -167,6 +171,56 @@ def test_this_project_makes_the_same_messages_and_keys() -> None:
     seed = skeyseed_resume(SUITE.prf, v["SK_d_old"], v["Ni"], v["Nr"])
     keys = derive_keys(SUITE, seed, v["Ni"], v["Nr"], v["SPIi"], v["SPIr"])
     assert tuple(keys) == tuple(v[name] for name in ("SK_d", "SK_ai", "SK_ar", "SK_ei", "SK_er", "SK_pi", "SK_pr"))
+
+
+def test_forward_secrecy_follows_from_x25519_and_the_formulas_alone() -> None:
+    v = VALUES
+    ours, theirs = (X25519PrivateKey.from_private_bytes(v[name]) for name in ("private i", "private r"))
+    assert ours.public_key().public_bytes_raw() == v["FS KEi"]
+    assert theirs.public_key().public_bytes_raw() == v["FS KEr"]
+    assert ours.exchange(theirs.public_key()) == v["g^ir"]
+    assert prf(v["SK_d_old"], v["g^ir"] + v["Ni"] + v["Nr"]) == v["FS SKEYSEED"]
+    assert prf_plus(v["FS SKEYSEED"], v["Ni"] + v["Nr"] + v["SPIi"] + v["SPIr"], 32) == v["FS SK_d"]
+    asked, answered = without_proof(v["FS request"]), without_proof(v["FS answer"])
+    assert split(v["FS request"])[1] == prf(prf(v["SK_d_old"], b"IKE_SA_SYNC initiator"), asked)
+    assert v["FS answer"][-32:] == prf(prf(v["SK_d_old"], b"IKE_SA_SYNC responder"), asked + answered)
+
+
+def test_this_project_makes_the_same_messages_with_forward_secrecy() -> None:
+    v = VALUES
+    asked = build_request(
+        spi_i=v["SPIi"],
+        suite=SUITE,
+        ke_value=v["FS KEi"],
+        nonce=v["Ni"],
+        sync_index=(OLD, v["old SPI"]),
+        prf=SUITE.prf,
+        sk_d_old=v["SK_d_old"],
+        children=[(0, SPI_CLIENT)],
+        old_children=[SPI_OLD],
+        refusable=True,
+        forward_secrecy=True,
+        nat=(CLIENT, 4500, TARGET, 4500),
+    )
+    assert asked == v["FS request"]
+    request = parse_request(asked)
+    assert request is not None
+    answered = build_response(
+        request,
+        spi_r=v["SPIr"],
+        nonce=v["Nr"],
+        prf=SUITE.prf,
+        sk_d_old=v["SK_d_old"],
+        lifetime=14400,
+        children=[(0, SPI_GATEWAY)],
+        key_exchange=(SUITE.group, v["FS KEr"]),
+        nat=(TARGET, 4500, CLIENT, 4500),
+    )
+    assert answered == v["FS answer"]
+    answer = parse_response(answered, asked)
+    assert isinstance(answer, SyncResponse)
+    assert answer.key_exchange == (SUITE.group, v["FS KEr"])
+    assert skeyseed_resume(SUITE.prf, v["SK_d_old"], v["Ni"], v["Nr"], v["g^ir"]) == v["FS SKEYSEED"]
 
 
 ESTABLISHED = 1795910400

@@ -51,7 +51,7 @@ def ask(suite: Suite = SUITE, port: int = 500, **changes: Any) -> bytes:
     return build_request(**(values | changes))
 
 
-def answer(to: bytes, suite: Suite = SUITE) -> bytes:
+def answer(to: bytes, suite: Suite = SUITE, key_exchange: tuple[int, bytes] | None = None) -> bytes:
     request = parse_request(to)
     assert request is not None
     return build_response(
@@ -61,6 +61,7 @@ def answer(to: bytes, suite: Suite = SUITE) -> bytes:
         prf=suite.prf,
         sk_d_old=SK_D,
         lifetime=14400,
+        key_exchange=key_exchange,
         nat=(GATEWAY, 500, CLIENT, 500),
     )
 
@@ -139,6 +140,8 @@ MESSAGES = {
     "a request whose sender wants to be told of a refusal": ask(refusable=True),
     "a refusal": build_refusal(read(ask(refusable=True))),
     "a refusal with a proof": build_refusal(read(ask(refusable=True)), "no-stub", prf=SUITE.prf, sk_d_old=SK_D),
+    "a request for forward secrecy": ask(forward_secrecy=True),
+    "an answer with KEr": answer(ask(forward_secrecy=True), key_exchange=(31, bytes(range(32)))),
     "an answer": answer(ask()),
     "a plain draft answer": answer(ask(sk_d_old=None)),
     "an answer to a request with an IPv6 index": answer(ask(sync_index=("2001:db8::1", OLD))),

@@ -75,6 +75,17 @@ class _Key(NamedTuple):
         epoch = f" epoch={self.epoch.number}/{self.epoch.seconds}" if self.epoch is not None else ""
         return f"{key_id.hex()} {base64.b64encode(self.key).decode()}{epoch}\n"
 
+    def epochs_over(self, now: float) -> int:
+        """How many epochs began since its own, by `now` (Unix seconds)."""
+        assert self.epoch is not None
+        return max(int(now) // self.epoch.seconds - self.epoch.number, 0)
+
+    @property
+    def needed_until(self) -> float:
+        """Until when (Unix seconds) something may be around that was sealed with it in its epoch."""
+        assert self.epoch is not None
+        return (self.epoch.number + 1) * self.epoch.seconds + RETAIN_SECONDS
+
     def following(self) -> tuple[bytes, _Key]:
         """Identifier and key of the next epoch."""
         assert self.epoch is not None
@@ -145,24 +156,30 @@ class Keyring:
         """Derive the keys of the epochs that began since, each in front of the one before, and forget those that are
         over for long. Whether there are others than before."""
         changed = False
-        for place, key_id in enumerate(self._heads):
-            key = self._chained[key_id]
-            assert key.epoch is not None
-            behind = int(now) // key.epoch.seconds - key.epoch.number
-            for _ in range(min(behind, EPOCHS_MAX)):
-                self._retired[key_id] = now + RETAIN_SECONDS
-                following_id, following = key.following()
+        for place, head in enumerate(self._heads):
+            key_id, key = head, self._chained[head]
+            newest_first: list[tuple[bytes, _Key]] = []
+            for _ in range(min(key.epochs_over(now), EPOCHS_MAX)):
+                self._retired[key_id] = key.needed_until
+                key_id, key = key.following()
+                if key.needed_until <= now and newest_first:
+                    # over for long as well: only the way to those behind it
+                    newest_first.clear()
+                newest_first.insert(0, (key_id, key))
+            if newest_first:
+                self._chained.update(newest_first)
+                self._heads[place] = key_id
                 ciphers: dict[bytes, AESGCM] = {}
                 for each, cipher in self._ciphers.items():
-                    if each == key_id:
-                        ciphers[following_id] = AESGCM(following.key)
+                    if each == head:
+                        ciphers.update((new_id, AESGCM(new.key)) for new_id, new in newest_first)
                     ciphers[each] = cipher
-                self._ciphers, self._chained[following_id] = ciphers, following
-                key_id, key, changed = following_id, following, True
-            self._heads[place] = key_id
-        for key_id in [each for each, until in self._retired.items() if until <= now and each != self._sealing]:
-            del self._retired[key_id], self._ciphers[key_id], self._chained[key_id]
-            changed = True
+                self._ciphers, changed = ciphers, True
+        for key_id, until in list(self._retired.items()):
+            if until <= now and key_id != self._sealing:
+                del self._retired[key_id]
+                self._chained.pop(key_id, None)
+                changed = self._ciphers.pop(key_id, None) is not None or changed
         return changed
 
     def keep(self, path: str | Path) -> bool:
