@@ -3,8 +3,8 @@ answers before the gateway does, from the gateway's address and port.
 
     python tests/forger.py KIND PID CLIENT GATEWAY
 
-PID is the gateway's sidecar, which it keeps stopped until the forged answers are out. Prints `ready`, and at the end
-how many it sent.
+PID is the gateway's charon, which it keeps stopped until the forged answers are out, so that the sidecar cannot answer.
+Prints `ready`, and at the end how many it sent.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from wire_support import (
     packets,
     proof_of,
     suite_as_tshark_reads,
+    tree_of,
     values,
 )
 
@@ -245,7 +246,7 @@ def test_a_gateway_that_asks_for_a_cookie_gets_the_same_request_with_it_in_front
 
 def test_the_proposal_is_what_charon_calls_that_of_the_old_sa(resumption: Resumption) -> None:
     request, _ = resumption.exchange
-    suite = suite_as_tshark_reads(request.layers["isakmp"]["isakmp.typepayload_tree"][0])
+    suite = suite_as_tshark_reads(tree_of(request.layers, PayloadType.SA))
     old = resumption.old
     assert suite.name == "/".join(
         (f"{old['encr-alg']}_{old['encr-keysize']}", old["integ-alg"], old["prf-alg"], old["dh-group"])

@@ -192,6 +192,14 @@ def as_tshark_reads(layers: Layers) -> Reading:
     return header, payloads
 
 
+def tree_of(layers: Layers, kind: int) -> Layers:
+    """The one payload of a type, in a message of several."""
+    ike = layers["isakmp"]
+    pairs = zip(ike["isakmp.typepayload"], ike["isakmp.typepayload_tree"], strict=True)
+    [tree] = [tree for found, tree in pairs if int(found) == kind]
+    return dict(tree)
+
+
 def _tshark_fields(kind: int, tree: Layers, layers: Layers) -> Any:
     match kind:
         case PayloadType.SA:
