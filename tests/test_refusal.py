@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bank_support import stub_of
-from bridge.gateway.refusal import Refusal, told
+from bridge.gateway.refusal import FINAL, Refusal, told
 from bridge.ike.message import NotifyType
 from bridge.ike.sync_exchange import (
     OrdinaryResponse,
@@ -44,6 +46,15 @@ def test_a_refusal_is_proven_to_a_sender_that_proved_itself_alone() -> None:
     assert request is not None
     answer = parse_response(told(request, Refusal.PROOF_WRONG, STUB), octets)
     assert answer == OrdinaryResponse(NotifyType.RESUMPTION_REFUSED)
+
+
+@pytest.mark.parametrize("reason", [reason for reason in Refusal if reason not in FINAL])
+def test_a_refusal_that_another_attempt_may_cause_is_plain(reason: Refusal) -> None:
+    """The client listens on for the answer to that one."""
+    octets = asked()
+    request = parse_request(octets)
+    assert request is not None
+    assert parse_response(told(request, reason, STUB), octets) == OrdinaryResponse(NotifyType.RESUMPTION_REFUSED)
 
 
 def test_without_a_stub_a_refusal_is_plain() -> None:

@@ -61,14 +61,21 @@ def test_a_client_that_falls_back_leaves_none_either(topology: Topology) -> None
 def test_a_refusal_is_proven_where_the_stub_was_found(topology: Topology) -> None:
     connect(topology)
     stub = the_stub(topology)
-    with configured(topology.gateways["gw2"], "sync", max_unconfirmed=1):
-        first, second = (of_number(stub, number, refusable=True) for number in (1, 2))
-        send(topology, first)
-        [octets] = send(topology, second)
-        answer = parse_response(octets, second)
+    gateway = topology.gateways["gw2"]
+    gateway.stop()
+    topology.gw2.charon.vici().unload_conn({"name": stub.connection})
+    gateway.start()
+    try:
+        message = of_number(stub, 1, refusable=True)
+        [octets] = send(topology, message)
+        answer = parse_response(octets, message)
         assert isinstance(answer, SyncRefusal)
-        assert verify_refusal(answer, second, stub.suite.prf, stub.sk_d)
-        assert answer.reason == "too-many-unconfirmed"
+        assert verify_refusal(answer, message, stub.suite.prf, stub.sk_d)
+        assert answer.reason == "connection-missing"
+        assert resume(topology, "--to", topology.gw2.address)["reason"] == "refused"
+        assert "reason=connection-missing" in topology.agent.text()
+    finally:
+        topology.gw2.swanctl("--load-all")
 
 
 def test_with_the_policy_drop_a_refused_request_gets_no_answer_and_leaves_nothing(topology: Topology) -> None:

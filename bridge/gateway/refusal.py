@@ -32,8 +32,22 @@ class Refusal(StrEnum):
     SOURCE_RATE = "source-rate"
 
 
+FINAL = frozenset(
+    {
+        Refusal.REVOKED,
+        Refusal.STUB_EXPIRED,
+        Refusal.NONCE_SHORT,
+        Refusal.CONNECTION_MISSING,
+        Refusal.ADDRESS_TAKEN,
+    }
+)
+"""what holds for every attempt of this session here. Of the others, an attacker can cause some: with forged cookies
+that the client sends back, for instance, more attempts than one stub may have, while one of them is being answered"""
+
+
 def told(request: SyncRequest, reason: Refusal, stub: Stub | None) -> bytes:
-    """The answer to a request that is to be told. A proof is for those only who have proved themselves."""
-    if stub is None or not verify_request(request, stub.suite.prf, stub.sk_d):
+    """The answer to a request that is to be told. A proof, which ends the client's attempt at once, is for final
+    reasons, and for those only who have proved themselves."""
+    if stub is None or reason not in FINAL or not verify_request(request, stub.suite.prf, stub.sk_d):
         return build_refusal(request)
     return build_refusal(request, reason, prf=stub.suite.prf, sk_d_old=stub.sk_d)
