@@ -43,15 +43,19 @@ def test_a_failed_gateways_stubs_are_fetched_and_serve_a_client_without_the_bank
     topology.kill_gateway(topology.gw1)
     before = said(topology, "gw2", "downloaded")
     wait_until(lambda: topology.bank.cli("DEL", f"ike:gateway:{GW1}") != "", "the bank")
-    # as if its time had run out: only an expiry tells of a failure
+    # as if its time had run out
     topology.bank.cli("SET", f"ike:gateway:{GW1}", "1", "PX", "50")
     wait_until(lambda: said(topology, "gw2", "downloaded") > before, "the download")
     key = topology.bank.stubs()[0]
     hits = counter(topology, "gw2", "bank_cache_hits_total")
-    assert resume(topology)["result"] == "resumed"
-    assert topology.client.ping(SITE) == 3
-    assert counter(topology, "gw2", "bank_cache_hits_total") == hits + 1
-    assert key not in topology.bank.stubs()
+    os.kill(topology.bank.pid, signal.SIGSTOP)
+    try:
+        assert resume(topology)["result"] == "resumed"
+        assert topology.client.ping(SITE) == 3
+        assert counter(topology, "gw2", "bank_cache_hits_total") == hits + 1
+    finally:
+        os.kill(topology.bank.pid, signal.SIGCONT)
+    wait_until(lambda: topology.bank.stubs() != [] and key not in topology.bank.stubs(), "the move of the stub")
 
 
 def test_an_operator_has_the_others_fetch_a_gateways_stubs(topology: Topology) -> None:
@@ -248,3 +252,27 @@ def test_a_new_key_seals_when_every_gateway_has_it(topology: Topology) -> None:
         wait_until(lambda host=host: status(topology, host.name)["bank"]["keys"] == [new[:8]], "the end of the old key")  # type: ignore[misc]
     topology.kill_gateway(topology.gw1)
     assert resume(topology)["result"] == "resumed"
+
+
+def test_sessions_resume_from_a_full_bank_and_no_gateway_counts_as_dead(topology: Topology) -> None:
+    """Readable and writable are two facts."""
+    sa = connect(topology)
+    old = stub_key(GW1, sa["responder-spi"])
+    wait_until(lambda: old in topology.bank.stubs(), "the stub")
+    failed = said(topology, "gw2", "gateway-failed")
+    topology.bank.cli("CONFIG", "SET", "maxmemory", "1")
+    try:
+        wait_until(lambda: not status(topology, "gw2")["bank"]["writable"], "word that the bank takes no writes")
+        assert status(topology, "gw2")["bank"]["reachable"]
+        # the heartbeats of all gateways expire
+        wait_until(lambda: topology.bank.cli("EXISTS", f"ike:gateway:{GW1}") == "0", "the end of gw1's heartbeat", 60)
+        assert said(topology, "gw2", "gateway-failed") == failed
+        topology.kill_gateway(topology.gw1)
+        assert resume(topology)["result"] == "resumed"
+        assert topology.client.ping(SITE) == 3
+        # the end of the old session needs no memory; the new one's stub waits for some
+        wait_until(lambda: topology.bank.stubs() == [], "the end of the old stub")
+        assert said(topology, "gw2", "gateway-failed") == failed
+    finally:
+        topology.bank.cli("CONFIG", "SET", "maxmemory", "0")
+    wait_until(lambda: len(topology.bank.stubs()) == 1, "the new stub")

@@ -16,6 +16,7 @@ import pytest
 
 import redis
 from bank_support import GATEWAY, PASSWORD, PATIENCE, RedisServer, downloaded, ending, listed, shipped_users, stub_of
+from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Keyspace
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.redis_url import connect
@@ -108,6 +109,40 @@ def test_the_shipped_users_may_do_nothing_else(guarded: RedisServer, user: str, 
     client = redis.Redis(unix_socket_path=str(guarded.socket), username=user, password=PASSWORD)
     with pytest.raises(redis.exceptions.NoPermissionError):
         client.execute_command(*command.split())  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("user", ["gateway", "monitor"])
+def test_the_shipped_users_read_no_settings(guarded: RedisServer, user: str) -> None:
+    """masterauth and the passphrase of the TLS key are among them."""
+    client = redis.Redis(unix_socket_path=str(guarded.socket), username=user, password=PASSWORD)
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        client.config_get("*")
+
+
+async def test_a_script_without_end_is_killed_by_the_gateways(guarded: RedisServer, ring: Keyring) -> None:
+    bank = RedisBank(f"unix://gateway:{PASSWORD}@{guarded.socket}", ring, get_timeout=5.0)
+    stub = stub_of()
+    await bank.store([stub])
+
+    def hang() -> None:
+        client: Any = redis.Redis(unix_socket_path=str(guarded.socket), username="gateway", password=PASSWORD)
+        with pytest.raises(redis.exceptions.RedisError):
+            client.evalsha(client.script_load("while true do end"), 0)
+
+    hanging = asyncio.create_task(asyncio.to_thread(hang))
+    deadline = time.monotonic() + PATIENCE
+    await asyncio.sleep(0.1)
+    while True:
+        try:
+            assert await bank.get([stub.index]) == [stub]
+        except BankUnavailable:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+        else:
+            break
+    await hanging
+    assert time.monotonic() < deadline
+    await bank.close()
 
 
 async def test_a_monitor_reads_who_a_stub_is_of(guarded: RedisServer, ring: Keyring) -> None:

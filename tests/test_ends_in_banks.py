@@ -63,8 +63,9 @@ class FakeCharon:
 class Gateway:
     """What a gateway does for its bank, and nothing else of it."""
 
-    def __init__(self, server: RedisServer) -> None:
+    def __init__(self, server: RedisServer, *, detect: float = 1.0) -> None:
         self.bank = RedisBank(server.url, RING)
+        self.prefetch = Prefetch(self.bank)
         self.writer = WriteQueue(self.bank)
         self.charon = FakeCharon()
         self.endings = Endings()
@@ -79,12 +80,20 @@ class Gateway:
         self.publisher.locked_out = lock_out.soon
         config = GatewayConfig(address=GATEWAY, bank=BankConfig(url=server.url))
         rotation = KeyRotation(self.bank, RING, "/nonexistent", GATEWAY)
-        prefetch = Prefetch(self.bank)
+        self.failover = Failover(
+            FailoverConfig(detect=detect),
+            GATEWAY,
+            self.bank,
+            self.prefetch,
+            charon,
+            cast(Sender, None),
+            self.endings.__contains__,
+        )
         self.reconciler = BankReconciler(
             config,
             server.url,
             self.bank,
-            prefetch,
+            self.prefetch,
             rotation,
             charon,
             self.publisher,
@@ -92,15 +101,7 @@ class Gateway:
             living,
             lock_out,
             SessionElsewhere(charon, self.bank, GatewayMetrics()),
-            Failover(
-                FailoverConfig(),
-                GATEWAY,
-                self.bank,
-                prefetch,
-                charon,
-                cast(Sender, None),
-                self.endings.__contains__,
-            ),
+            self.failover,
             GatewayMetrics(),
         )
 

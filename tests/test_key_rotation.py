@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+import structlog
 
 from bank_support import PATIENCE, RedisServer, stub_of
 from bridge.bank.key_rotation import KeyRotation
@@ -223,3 +224,41 @@ async def test_the_key_of_the_next_epoch_seals_once_all_have_it_and_replaces_the
         await until(lambda: one.ids == two.ids == [one.sealing])
         assert server.client.hget(stub.index.key, "sealed")[:4].hex() == one.sealing
         assert await two.bank.get([stub.index]) == [stub]
+
+
+async def test_a_phantom_gateway_does_not_keep_a_new_key_from_use_in_silence(
+    pair: tuple[Sidecar, Sidecar], server: RedisServer
+) -> None:
+    one, two = pair
+    one.rotation._patience = SETTLE
+    server.client.set("ike:gateway:198.51.100.66", "1 ")
+    server.client.zadd("ike:gateways", {"198.51.100.66": time.time()})
+    with structlog.testing.capture_logs() as events:
+        new = generate(one.file, add=True)
+        give(two, one)
+        await until(lambda: one.rotation.status()["waits_for"] == ["198.51.100.66"])
+        await asyncio.sleep(2 * SETTLE)
+    [event] = [event for event in events if event["event"] == "key-waits-for-gateways" and event["key"] == new]
+    assert event["gateways"] == "198.51.100.66"
+    assert one.sealing != new
+    server.client.delete("ike:gateway:198.51.100.66")
+    await until(lambda: one.sealing == two.sealing == new)
+    assert one.rotation.status()["waits_for"] == []
+
+
+async def test_a_bank_that_takes_no_heartbeats_lets_no_new_key_seal(
+    pair: tuple[Sidecar, Sidecar], server: RedisServer
+) -> None:
+    """All gateways but this one seem dead there, and lack the key."""
+    one, two = pair
+    old = one.sealing
+    doubtful = True
+    one.rotation._doubtful = lambda: doubtful
+    two.beating = False
+    generate(one.file, add=True)
+    await has_loaded(one)
+    await until(lambda: not server.client.exists(f"ike:gateway:{TWO}"))
+    await asyncio.sleep(3 * SETTLE)
+    assert one.sealing == old
+    doubtful = False
+    await until(lambda: one.sealing != old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import tempfile
 from pathlib import Path
 
@@ -106,6 +107,15 @@ def test_a_key_file_open_to_others_is_refused_with_the_mend(tmp_path: Path, mode
     generate(path)
     path.chmod(mode)
     with pytest.raises(SealError, match=f"chmod 600 {path}"):
+        Keyring.load(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
+def test_a_key_file_of_another_user_is_refused_with_the_fix(tmp_path: Path) -> None:
+    path = tmp_path / "bank.key"
+    generate(path)
+    os.chown(path, 65534, 0)
+    with pytest.raises(SealError, match=f"chown root {path}"):
         Keyring.load(path)
 
 

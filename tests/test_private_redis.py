@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -173,6 +174,25 @@ async def test_a_server_that_cannot_start_is_logged_with_where_to_look(tmp_path:
     with pytest.raises(BankUnavailable):
         await bank.ping()
     await bank.close()
+
+
+async def test_a_server_that_ends_at_once_time_after_time_is_started_ever_more_seldom(
+    directory: Path, ring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[float] = []
+
+    async def launch(_: PrivateBank) -> int:
+        started.append(time.monotonic())
+        process = await asyncio.create_subprocess_exec("true")
+        return process.pid
+
+    monkeypatch.setattr(PrivateBank, "_launch", launch)
+    bank = PrivateBank(directory, ring)
+    await bank.start()
+    await asyncio.sleep(2.0)
+    await bank.close()
+    # after 0.04, 0.08, 0.16, 0.32, 0.64 s, not 100 times
+    assert 4 <= len(started) <= 7
 
 
 async def test_a_missing_binary_is_named_with_the_mend(

@@ -11,20 +11,25 @@ before it any more, the file is rewritten without it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
-from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.interface import BankUnavailable, BankUnwritable, StubBank
+from bridge.bank.seal_volume import POST_SECONDS, SealVolume
 from bridge.stub.keyring import Keyring, SealError
 
 log = structlog.get_logger()
 
 SETTLE_SECONDS: Final = 15.0
 """that all living gateways have to be seen with a key before it seals"""
+WAIT_SECONDS: Final = 60.0
+"""how long a new key waits for gateways that lack it before the log names them: files are copied one after the other"""
+GATEWAYS_SHOWN: Final = 20
 LOOK_SECONDS: Final = 2.0
 """between two looks at the key file, and at which keys the other gateways have"""
 
@@ -32,7 +37,9 @@ LOOK_SECONDS: Final = 2.0
 class KeyRotation:
     """Keeps `keyring` as `key_file` has it, and chooses what seals. `address` is this gateway's in the index.
 
-    `settle` in seconds: how long all gateways have to be seen with a key before it seals.
+    `settle` in seconds: how long all gateways have to be seen with a key before it seals. `doubtful` says that
+    heartbeats may be missing since the bank did not take them: then a gateway that is not seen may be alive, and no key
+    is chosen.
     """
 
     def __init__(
@@ -43,17 +50,25 @@ class KeyRotation:
         address: str | None,
         *,
         settle: float = SETTLE_SECONDS,
+        patience: float = WAIT_SECONDS,
         look: float = LOOK_SECONDS,
         wall: Callable[[], float] = time.time,
+        doubtful: Callable[[], bool] = lambda: False,
     ) -> None:
         self._bank = bank
         self._keyring = keyring
         self._file = Path(key_file)
         self._address = address
         self._settle = settle
+        self._patience = patience
         self._look = look
         self._wall = wall
         self._unkept = False
+        self._doubtful = doubtful
+        self._volume = SealVolume(bank, keyring, address)
+        self._volume_at = 0.0
+        self._waiting_since: float | None = None
+        self._waits_for: tuple[str, ...] = ()
         self._stamp = self._stamp_of_file()
         self._candidate: tuple[bytes, float] | None = None
         """the key that would seal, and since when it has been so"""
@@ -67,6 +82,8 @@ class KeyRotation:
             "sealing": self._keyring.sealing.hex(),
             "keys": [key_id.hex() for key_id in self._keyring.ids],
             "resealed": self._address in self._resealed,
+            "waits_for": list(self._waits_for),
+            "seals": self.seals,
         }
 
     def returned(self) -> None:
@@ -82,10 +99,16 @@ class KeyRotation:
                 log.info("keys-of-epochs", keys=[key_id.hex() for key_id in self._keyring.ids])
             try:
                 gateways = await self._bank.gateways()
-                others = [sign.keys for name, sign in gateways.items() if sign.alive and name != self._address]
-                # whoever starts among others that live does as they do
-                self._choose(frozenset(self._keyring.ids).intersection(*others), at_once=first and bool(others))
-                first = False
+                others = {name: sign.keys for name, sign in gateways.items() if sign.alive and name != self._address}
+                if self._doubtful():
+                    self._candidate = None
+                else:
+                    # a gateway that starts while others are alive takes the key that they have in use
+                    everywhere = frozenset(self._keyring.ids).intersection(*others.values())
+                    self._choose(everywhere, immediately=first and bool(others))
+                    first = False
+                self._say_who_lacks(others)
+                await self._count(gateways)
                 # each its own, and of those that are gone the first who comes
                 todo = {name for name, sign in gateways.items() if not sign.alive or name == self._address}
                 for gateway in todo - self._resealed:
@@ -98,13 +121,13 @@ class KeyRotation:
                 self._candidate = None
             await asyncio.sleep(self._look)
 
-    def _choose(self, everywhere: frozenset[bytes], *, at_once: bool) -> None:
+    def _choose(self, everywhere: frozenset[bytes], *, immediately: bool) -> None:
         """Let the first key of the file that is `everywhere` seal, if that has been so for long enough."""
         chosen = next((key_id for key_id in self._keyring.ids if key_id in everywhere), self._keyring.sealing)
         now = time.monotonic()
         if self._candidate is None or self._candidate[0] != chosen:
             self._candidate = (chosen, now)
-        if (at_once or now - self._candidate[1] >= self._settle) and self._keyring.prefer((chosen,)):
+        if (immediately or now - self._candidate[1] >= self._settle) and self._keyring.prefer((chosen,)):
             log.info("key-in-use", key=chosen.hex())
             self._resealed.clear()
 
@@ -124,6 +147,38 @@ class KeyRotation:
             self._unkept = True
         else:
             self._unkept = False
+
+    @property
+    def seals(self) -> int:
+        """Stubs sealed with the key that seals now, by all gateways as far as is known."""
+        return self._volume.total
+
+    async def _count(self, gateways: Iterable[str]) -> None:
+        now = time.monotonic()
+        if now >= self._volume_at:
+            self._volume_at = now + POST_SECONDS
+            with contextlib.suppress(BankUnwritable):
+                await self._volume.update(gateways)
+
+    def _say_who_lacks(self, others: Mapping[str, frozenset[bytes]]) -> None:
+        """The file's first key does not seal until every gateway that is alive has it. Anyone with write access to the
+        bank can forge the heartbeat of a gateway that does not exist, so the log says for which ones the key waits."""
+        newest, now = self._keyring.ids[0], time.monotonic()
+        lacking = tuple(sorted(name for name, keys in others.items() if newest not in keys))
+        if newest == self._keyring.sealing or not lacking:
+            self._waiting_since, self._waits_for = None, ()
+            return
+        if self._waiting_since is None:
+            self._waiting_since = now
+        if lacking != self._waits_for and now - self._waiting_since >= self._patience:
+            self._waits_for = lacking
+            log.warning(
+                "key-waits-for-gateways",
+                key=newest.hex(),
+                gateways=" ".join(lacking[:GATEWAYS_SHOWN]),
+                count=len(lacking),
+                fix="copy the key file to them; delete ike:gateway:ADDRESS in the bank where ADDRESS is no gateway",
+            )
 
     def _reload(self) -> None:
         stamp = self._stamp_of_file()

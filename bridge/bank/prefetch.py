@@ -187,22 +187,25 @@ class Prefetch:
 
         Raises BankUnavailable where neither has anything to say.
         """
-        now = time.time()
-        held: dict[Index, Stub] = {}
-        for index in indexes:
-            stub = self._stubs.get(index.gateway, {}).get(index)
-            if stub is not None and stub.expires > now:
-                held[index] = stub
+        held = self._held(indexes)
         try:
             async with asyncio.timeout(self._patience if held else None):
                 return await self._bank.get(indexes)
         except (BankUnavailable, TimeoutError):
-            # what was deleted meanwhile may have been let go meanwhile
-            held = {index: stub for index, stub in held.items() if index in self._stubs.get(index.gateway, {})}
-            if not held:
+            if not (found := self.served(indexes)):
                 raise
+        return [found.get(index) for index in indexes]
+
+    def served(self, indexes: Sequence[Index]) -> dict[Index, Stub]:
+        """Those stubs that are held here, for a bank that does not answer."""
+        held = self._held(indexes)
         self.hits += len(held)
-        return [held.get(index) for index in indexes]
+        return held
+
+    def _held(self, indexes: Sequence[Index]) -> dict[Index, Stub]:
+        now = time.time()
+        found = {index: self._stubs.get(index.gateway, {}).get(index) for index in indexes}
+        return {index: stub for index, stub in found.items() if stub is not None and stub.expires > now}
 
     async def close(self) -> None:
         """End all downloads."""

@@ -32,8 +32,10 @@ START_PATIENCE: Final = 10.0
 STOP_PATIENCE: Final = 5.0
 """seconds from SIGTERM to its end"""
 LOOK_SECONDS: Final = 0.02
-RESTART_MAX: Final = 5.0
+RESTART_MAX: Final = 30.0
 """seconds between two attempts to start it, at most"""
+STEADY_SECONDS: Final = 60.0
+"""a server that lived this long is started again without delay"""
 
 
 class PrivateBank(RedisBank):
@@ -75,18 +77,20 @@ class PrivateBank(RedisBank):
     async def _keep(self, first: asyncio.Future[None]) -> None:
         delay = LOOK_SECONDS
         while True:
+            began = time.monotonic()
             try:
                 pid = await self._serving() or await self._launch()
             except (BankUnavailable, OSError) as error:
                 log.warning("private-redis-failed", reason=str(error), directory=str(self.directory))
-                delay = min(delay * 2, RESTART_MAX)
             else:
                 log.info("private-redis", pid=pid, socket=str(self.socket))
-                delay = LOOK_SECONDS
                 if not first.done():
                     first.set_result(None)
                 await _ended(pid)
-                log.warning("private-redis-ended", pid=pid)
+                log.warning("private-redis-ended", pid=pid, log=str(self.directory / LOG_FILE))
+            # one that starts and ends at once, time after time, is no less failed than one that does not start
+            steady = time.monotonic() - began >= STEADY_SECONDS
+            delay = LOOK_SECONDS if steady else min(delay * 2, RESTART_MAX)
             if not first.done():
                 first.set_result(None)
             await asyncio.sleep(delay)

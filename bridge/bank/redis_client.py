@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import structlog
 from redis.asyncio import RedisCluster
-from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from bridge.bank.interface import BankUnavailable, BankUnwritable
 from bridge.bank.redis_url import FAILURES, Client, connect
@@ -19,8 +20,8 @@ from bridge.stub.types import printable
 
 log = structlog.get_logger()
 
-_REFUSED_WRITES: Final = ("OOM ", "READONLY ", "NOREPLICAS ", "MISCONF ")
-"""how the replies begin by which a Redis that answers reads says that it takes no writes now"""
+_REFUSED_WRITES: Final = re.compile("\\b(OOM|READONLY|NOREPLICAS|MISCONF) ")
+"""in the replies by which a Redis that answers reads says that it takes no writes now"""
 _BUSY: Final = "BUSY "
 _KEYED_SCRIPTS: Final = ("EVALSHA", "EVAL")
 
@@ -64,7 +65,21 @@ class RedisClient:
 
         Raises BankUnavailable where nothing could be asked; some of the commands may have been carried out then.
         """
-        transaction = writing and not isinstance(self.client, RedisCluster)
+        try:
+            replies = await self._replies(commands, writing and not isinstance(self.client, RedisCluster))
+        except BankUnavailable as error:
+            if _BUSY in str(error):
+                await self._kill_script()
+            raise
+        failed = [reply for reply in replies if isinstance(reply, Exception)]
+        if any(_BUSY in str(reply) for reply in failed):
+            await self._kill_script()
+        if failed and len(failed) == len(replies) and not any(isinstance(each, ResponseError) for each in failed):
+            # no node of the Cluster answers
+            raise unavailable(failed[0]) from None
+        return replies
+
+    async def _replies(self, commands: Sequence[tuple[Any, ...]], transaction: bool) -> list[Any]:
         with self.reaching():
             replies = await self._send(commands, transaction)
             unknown = [position for position, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
@@ -74,11 +89,6 @@ class RedisClient:
                 again = await self._send([commands[position] for position in unknown], transaction)
                 for position, reply in zip(unknown, again, strict=True):
                     replies[position] = reply
-        failed = [reply for reply in replies if isinstance(reply, Exception)]
-        if failed and any(str(reply).startswith(_BUSY) for reply in failed):
-            await self._kill_script()
-        if failed and len(failed) == len(replies) and not any(map(is_wrong_type, failed)):
-            raise unavailable(failed[0]) from None
         return replies
 
     async def _send(self, commands: Sequence[tuple[Any, ...]], transaction: bool) -> list[Any]:
@@ -116,9 +126,9 @@ class RedisClient:
         return str(node.name)
 
     async def _kill_script(self) -> None:
-        """Somebody runs a script without end, which answers nothing else: the scripts of a bank take milliseconds."""
+        """Somebody runs a script without end, and Redis answers nothing else: the bank's own take milliseconds."""
         with suppress(*FAILURES):
-            await self.client.execute_command("SCRIPT KILL")
+            await self.client.script_kill()
             log.error("bank-script-killed", reason="a script ran without end", fix="rotate the passwords of the bank")
 
     @contextmanager
@@ -152,6 +162,6 @@ def is_wrong_type(reply: object) -> bool:
 def unavailable(error: Exception) -> BankUnavailable:
     """What a failure of Redis means for the bank. One line, short: redis-py repeats whole commands in some of its
     errors, in front of what Redis said."""
-    text = str(error).rpartition("caused error: ")[2].strip('(),"') or type(error).__name__
-    refuses = isinstance(error, OutOfMemoryError | ReadOnlyError) or text.startswith(_REFUSED_WRITES)
+    text = str(error).rpartition("caused error: ")[2].strip("(),\"'") or type(error).__name__
+    refuses = isinstance(error, OutOfMemoryError | ReadOnlyError) or _REFUSED_WRITES.search(text) is not None
     return (BankUnwritable if refuses else BankUnavailable)(f"Redis: {printable(text)[:160]}")

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from bridge.bank import gateway_facts
 from bridge.bank.gateway_facts import Facts
@@ -15,6 +16,8 @@ from bridge.bank.interface import BankUnavailable, GatewaySign
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.redis_url import FAILURES, Client, connect
+from bridge.bank.seal_volume import SEALS_ASK, SEALS_MAX
+from bridge.bank.seal_volume import decode as decode_seals
 from bridge.charon.vici_client import ViciClient
 from bridge.charon.vici_types import ViciError
 from bridge.check.charon import CharonAnswer
@@ -145,11 +148,12 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
     bank = RedisBank(config.bank.url, keyring, timeout=PATIENCE)
     try:
         signs = {name: sign for name, sign in (await bank.gateways()).items() if sign.alive and name != config.address}
+        seals = [decode_seals(await bank.posted(bank_keys.SEALS_KIND, name)) for name in (config.address or "", *signs)]
         told = {name: gateway_facts.decode(await bank.posted(bank_keys.FACTS_KIND, name) or b"") for name in signs}
         stats = await bank.posted(bank_keys.STATS_KIND, config.address) if config.address is not None else None
     finally:
         await bank.close()
-    findings = _keys(keyring, signs) + _duplicates(stats or b"")
+    findings = [*_keys(keyring, signs), *_volume(keyring, seals), *_duplicates(stats or b"")]
     others = {name: facts for name, facts in told.items() if facts is not None}
     if not others:
         return [*findings, ok("other gateways", "none is in this bank now: pools and connections are not compared")]
@@ -200,6 +204,22 @@ def _keys(keyring: Keyring, others: Mapping[str, GatewaySign]) -> list[Finding]:
                 )
             )
     return findings
+
+
+def _volume(keyring: Keyring, seals: Iterable[Mapping[str, int]]) -> list[Finding]:
+    """Whether a key has sealed so much that the next one is due."""
+    totals: Counter[str] = Counter()
+    for counts in seals:
+        totals.update(counts)
+    return [
+        (fail if totals[key_id.hex()] >= SEALS_MAX // 2 else warn)(
+            "bank key",
+            f"key {key_id.hex()} has sealed {totals[key_id.hex()]:,} stubs; {SEALS_MAX:,} are the most for one key",
+            "make a new key: ike-sa-sync keygen FILE --add, and copy the file to all gateways",
+        )
+        for key_id in keyring.ids[:1]
+        if totals[key_id.hex()] >= SEALS_ASK
+    ]
 
 
 def _connections(mine: dict[str, list[str]], others: dict[str, Facts]) -> list[Finding]:

@@ -165,6 +165,8 @@ class Drain:
             told = await self._bank.posted(bank_keys.FACTS_KIND, to)
         except BankUnavailable as error:
             return {"error": f"the bank does not answer, and no session can move without it: {error}"}
+        if self._address in gateways and not gateways[self._address].alive:
+            return {"error": "the bank takes no writes now, and no session can move without: see `ike-sa-sync status`"}
         if to not in gateways or not gateways[to].alive:
             alive = ", ".join(sorted(name for name, sign in gateways.items() if sign.alive and name != self._address))
             return {"error": f"no gateway lives at {to}; others that do: {alive or 'none'}"}

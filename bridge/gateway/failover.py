@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Final
 
 import structlog
@@ -17,10 +17,11 @@ from bridge.bank import gateway_facts
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.prefetch import Prefetch
+from bridge.bank.redis_bank import GATEWAYS_MAX
 from bridge.charon.charon import Charon
 from bridge.config import FailoverConfig
 from bridge.gateway.announcer import Announcer
-from bridge.gateway.peer_watch import PeerWatch
+from bridge.gateway.peer_watch import PeerState, PeerWatch
 from bridge.ike.stub_exchange import StubMessage, move_message_id
 from bridge.net.interface import Sender
 from bridge.net.packet import has_marker
@@ -32,6 +33,8 @@ log = structlog.get_logger()
 
 TICK_SECONDS: Final = 0.02
 """between two looks at what is to be announced"""
+MISSING: Final = 2.0
+"""times `detect` that a heartbeat is missing in the bank before its gateway counts as failed without an event of it"""
 AGAIN_SECONDS: Final = 0.2
 """between two questions to a bank that does not answer"""
 ENDS: Final = frozenset({"del", "expired"})
@@ -68,6 +71,8 @@ class Failover:
         self._clock = clock
         self._announcer = Announcer(address or "", self._send, lambda: move_message_id(wall()), rate=float(config.rate))
         self.watch = PeerWatch(config.detect, self._failed, self._back, clock())
+        self._seen: set[str] = set()
+        self._missing: dict[str, float] = {}
         self._wake = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
         self._fetching: dict[str, asyncio.Task[None]] = {}
@@ -106,17 +111,25 @@ class Failover:
         """The bank was not heard, or is another one than before."""
         self.watch.disturbed(self._clock())
 
-    async def own_heartbeat(self, written: bool, seconds: float) -> None:
-        """This gateway's heartbeat was written or not, in so many seconds. Decides about gateways whose heartbeat has
-        expired while the bank did not work."""
+    async def own_heartbeat(self, written: bool, seconds: float, alive: Collection[str] | None) -> None:
+        """This gateway's heartbeat was written or not, in so many seconds, and then these others are `alive` in the
+        bank. Decides about gateways whose heartbeat has expired while the bank did not work, and finds those whose end
+        was not received."""
         now = self._clock()
         self.watch.own_heartbeat(written, seconds, now)
+        if alive is None:
+            return
+        for gateway in alive:
+            if len(self._seen) < GATEWAYS_MAX:
+                self._seen.add(gateway)
+            self.watch.heartbeat(gateway)
+        # one that is missing now may come back with its next heartbeat: the bank may have been emptied
+        self._missing = {gateway: self._missing.get(gateway, now) for gateway in self._seen - set(alive)}
+        for gateway, since in self._missing.items():
+            if now - since >= MISSING * self._config.detect and self.watch.state(gateway) is PeerState.ALIVE:
+                self.watch.expired(gateway, now)
         if self.watch.suspects and self.watch.calm(now):
-            try:
-                signs = await self._bank.gateways()
-            except BankUnavailable:
-                return
-            self.watch.look([name for name, sign in signs.items() if sign.alive], self._clock())
+            self.watch.look(alive, now)
 
     def report(self, message: StubMessage) -> bool:
         """A client's Moving, not proved yet; whether it is about an announcement of this gateway."""

@@ -149,7 +149,9 @@ class GatewayRole:
         )
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
         self._interception = Interception(config.intercept, self._responder.packets, self._responder.busy)
-        self._rotation = KeyRotation(bank, keyring, config.bank.key_file, config.address)
+        self._rotation = KeyRotation(
+            bank, keyring, config.bank.key_file, config.address, doubtful=lambda: self._heartbeat.doubtful
+        )
         self._reconciler = BankReconciler(
             config,
             bank_url(config.bank),
@@ -269,6 +271,12 @@ class GatewayRole:
         for outcome, told in ANNOUNCED.items():
             self._metrics.total(outcome, told, partial(self._failover.total, outcome.removeprefix("announcements_")))
         gauge("bank_reachable", "1 while the bank answers", lambda: float(self._heartbeat.bank_reachable))
+        gauge(
+            "bank_key_seals",
+            "stubs sealed with the bank's key in use, by all gateways; 2^32 are the most for one key",
+            lambda: self._rotation.seals,
+        )
+        gauge("bank_writable", "1 while the bank takes writes", lambda: float(self._heartbeat.bank_writable))
 
     async def _counters(self, _: dict[str, Any]) -> Answer:
         return {"counters": self._metrics.values()}
@@ -281,6 +289,7 @@ class GatewayRole:
             "charon": charon_status(self._charon),
             "bank": {
                 "reachable": self._heartbeat.bank_reachable,
+                "writable": self._heartbeat.bank_writable,
                 "pending": self._writer.pending,
                 "stubs": self._charon.tracker.count()[1],
                 **self._rotation.status(),

@@ -82,6 +82,8 @@ class StubLookup:
                 log.warning("bank-unavailable", reason=str(error) or f"no answer in {self._timeout} s")
             finally:
                 self._metrics.bank_seconds.observe(self._clock() - began)
+        else:
+            stubs.update(self._stubs.served(indexes))
         return [self._choose(index, own, stubs, ended) for index, own in zip(indexes, held, strict=True)]
 
     async def ended(self, index: Index) -> bool:

@@ -13,8 +13,8 @@ that is stolen today opens nothing in old files of the bank that expired in an e
     id (4) and key (32) of epoch n + 1 = the last 4 and the first 32 octets of
                                          HKDF-SHA-256(key of epoch n, no salt, "ike-sa-sync epoch", 36 octets)
 
-Nonces are random. One key should not seal more than 2^32 stubs (NIST SP 800-38D section 8.3): at 100 changes a second
-that is more than a year.
+Nonces are random. One key should not seal more than 2^32 stubs (NIST SP 800-38D section 8.3): bridge.bank.seal_volume
+counts them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import os
 import re
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -118,6 +119,7 @@ class Keyring:
         """keys of epochs that are over, and until when (Unix seconds) they are kept"""
         self._sealing = next(iter(keys))
         self._random = random
+        self._seals: Counter[bytes] = Counter()
 
     def __repr__(self) -> str:
         return f"Keyring({', '.join(key_id.hex() for key_id in self._ciphers)})"
@@ -144,6 +146,11 @@ class Keyring:
     def sealing(self) -> bytes:
         """The identifier of the key that seals."""
         return self._sealing
+
+    @property
+    def seals(self) -> dict[bytes, int]:
+        """How often each key has sealed in this process, by its identifier."""
+        return dict(self._seals)
 
     def replace(self, other: Keyring) -> None:
         """Take over the keys of `other`: the key file was changed. What seals stays, if it is still there."""
@@ -221,6 +228,7 @@ class Keyring:
     def seal(self, plaintext: bytes, aad: bytes) -> bytes:
         """`plaintext` sealed with the first key for the place that `aad` names; `OVERHEAD` octets longer."""
         nonce = self._random(NONCE_OCTETS)
+        self._seals[self._sealing] += 1
         return b"".join((self._sealing, nonce, self._ciphers[self._sealing].encrypt(nonce, plaintext, aad)))
 
     def open(self, sealed: bytes, aad: bytes) -> bytes:
@@ -287,7 +295,7 @@ def _read(path: Path) -> dict[bytes, _Key]:
     """The keys in a file, in its order."""
     try:
         with path.open(encoding="ascii") as file:
-            mode = os.fstat(file.fileno()).st_mode
+            found = os.fstat(file.fileno())
             lines = file.read().splitlines()
     except FileNotFoundError:
         raise SealError(f"{path} does not exist: make it with `ike-sa-sync keygen {path}`, or copy it here") from None
@@ -295,6 +303,10 @@ def _read(path: Path) -> dict[bytes, _Key]:
         raise SealError(f"{path} is not a key file: it holds octets that are not ASCII") from None
     except OSError as error:
         raise SealError(f"{path} cannot be read: {error.strerror}") from None
+    mode = found.st_mode
+    if found.st_uid not in (0, os.geteuid()):
+        # its owner could read and replace the keys, whatever the mode
+        raise SealError(f"{path} belongs to user {found.st_uid}: chown root {path}")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise SealError(f"{path} is open to other users (mode {stat.S_IMODE(mode):04o}): chmod 600 {path}")
     keys: dict[bytes, _Key] = {}
