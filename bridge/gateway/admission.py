@@ -8,6 +8,7 @@ for counts requests with a valid cookie only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from socket import AF_INET6, inet_pton
 
@@ -35,15 +36,19 @@ class Verdict(StrEnum):
     REFUSE = "refuse"
 
 
-def source_of(address: str) -> str | bytes:
+Source = str | bytes
+
+
+def source_of(address: str) -> Source:
     """What the limits count an address as."""
     return inet_pton(AF_INET6, address)[:8] if ":" in address else address
 
 
 class Admission:
-    """Decides on requests before anything is known of them but their address, SPIi, nonce and cookie."""
+    """Decides on requests before anything is known of them but their address, SPIi, nonce and cookie. `unconfirmed`
+    tells how many unconfirmed SAs a source has."""
 
-    def __init__(self, sync: SyncConfig, cookies: Cookies) -> None:
+    def __init__(self, sync: SyncConfig, cookies: Cookies, unconfirmed: Callable[[Source], int]) -> None:
         self._sync = sync
         self._cookies = cookies
         self._rate = Rate(sync.cookie_rate)
@@ -52,7 +57,7 @@ class Admission:
         """why"""
         self._unproved = SourceRates(sync.source_rate)
         self._proved = SourceRates(sync.source_rate)
-        self._unconfirmed: dict[str | bytes, int] = {}
+        self._unconfirmed = unconfirmed
 
     def judge(self, seen: Glance, address: str, port: int, load: int, now: float) -> Verdict | Demand:
         """What becomes of a request. `load`: SAs unconfirmed, and requests that wait to become one.
@@ -69,7 +74,7 @@ class Admission:
         if now < self._busy_until:
             return self._busy
         source = source_of(address)
-        if 2 * self._unconfirmed.get(source, 0) >= self._sync.max_unconfirmed_per_source:
+        if 2 * self._unconfirmed(source) >= self._sync.max_unconfirmed_per_source:
             return Demand.SOURCE_UNCONFIRMED
         if not self._unproved.take(source, now):
             return Demand.SOURCE_RATE
@@ -79,22 +84,6 @@ class Admission:
         """Whether every request must carry a cookie now."""
         return load >= self._sync.cookie_threshold or now < self._busy_until
 
-    # unconfirmed SAs of each source
-
     def full(self, address: str) -> bool:
         """Whether this source has as many unconfirmed SAs as one may have."""
-        return self._unconfirmed.get(source_of(address), 0) >= self._sync.max_unconfirmed_per_source
-
-    def rebuilt(self, address: str) -> None:
-        """One more unconfirmed SA of this source."""
-        source = source_of(address)
-        self._unconfirmed[source] = self._unconfirmed.get(source, 0) + 1
-
-    def settled(self, address: str) -> None:
-        """One that was counted was confirmed, or is gone."""
-        source = source_of(address)
-        left = self._unconfirmed[source] - 1
-        if left:
-            self._unconfirmed[source] = left
-        else:
-            del self._unconfirmed[source]
+        return self._unconfirmed(source_of(address)) >= self._sync.max_unconfirmed_per_source

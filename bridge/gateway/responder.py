@@ -98,7 +98,6 @@ class Responder:
         self._sender = sender
         self._moving = moving
         self._cookies = Cookies(random=random)
-        self._admission = Admission(sync, self._cookies)
         self._metrics = metrics
         metrics.expect(Refusal, Demand)
         self._clock = clock
@@ -108,12 +107,12 @@ class Responder:
             lookup.ended,
             handout,
             writer,
-            self._admission,
             metrics,
             resumed,
             confirm_timeout=sync.confirm_timeout,
             clock=clock,
         )
+        self._admission = Admission(sync, self._cookies, self.unconfirmed.of_source)
         self._holders = holders
         self._decision = Decision(
             charon,

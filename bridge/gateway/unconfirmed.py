@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -19,7 +19,7 @@ from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ViciError
-from bridge.gateway.admission import Admission
+from bridge.gateway.admission import Source, source_of
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.endings import Endings
 from bridge.gateway.metrics import GatewayMetrics
@@ -47,7 +47,6 @@ class Unconfirmed:
         ended: Callable[[Index], Awaitable[bool]],
         handout: ClientStubs,
         writer: WriteQueue,
-        admission: Admission,
         metrics: GatewayMetrics,
         resumed: Callable[[IkeSa, Stub], None],
         *,
@@ -59,7 +58,6 @@ class Unconfirmed:
         self._ended = ended
         self._handout = handout
         self._writer = writer
-        self._admission = admission
         self._metrics = metrics
         self._resumed = resumed
         self._confirm_timeout = confirm_timeout
@@ -67,6 +65,7 @@ class Unconfirmed:
         self._by_digest: dict[bytes, Rebuilt] = {}
         self._by_spis: OrderedDict[bytes, Rebuilt] = OrderedDict()
         self._by_index: dict[Index, list[Rebuilt]] = {}
+        self._by_source: Counter[Source] = Counter()
         self._confirmed: Recent[tuple[bytes, Endpoint]] = Recent(LATE_SECONDS, clock=clock)
         self._drops: set[asyncio.Task[None]] = set()
         self._confirming: set[asyncio.Task[None]] = set()
@@ -94,6 +93,10 @@ class Unconfirmed:
         """Whether a request with this SPIi, from where the confirmed SA's client is, comes too late: it has its SA."""
         return (spi_i, peer) in self._confirmed
 
+    def of_source(self, source: Source) -> int:
+        """How many wait that clients of one source asked for."""
+        return self._by_source[source]
+
     def attempts(self, index: Index) -> int:
         """How many wait that were made from one stub."""
         return len(self._by_index.get(index, ()))
@@ -107,7 +110,7 @@ class Unconfirmed:
         self._by_digest[made.digest] = made
         self._by_index.setdefault(made.old.index, []).append(made)
         self._by_spis[made.sa.id.spis] = made
-        self._admission.rebuilt(made.install.remote.address)
+        self._by_source[source_of(made.install.remote.address)] += 1
         self._charon.tracker.adopt(made.sa)
 
     def installed(self, made: Rebuilt) -> None:
@@ -197,7 +200,10 @@ class Unconfirmed:
     def _take_out(self, made: Rebuilt) -> None:
         self._by_digest.pop(made.digest, None)
         if self._by_spis.pop(made.sa.id.spis, None) is not None:
-            self._admission.settled(made.install.remote.address)
+            source = source_of(made.install.remote.address)
+            self._by_source[source] -= 1
+            if not self._by_source[source]:
+                del self._by_source[source]
         attempts = self._by_index.get(made.old.index, [])
         if made in attempts:
             attempts.remove(made)

@@ -1,0 +1,257 @@
+"""What the two roles are tested with, without root and without a lab: time that does not pass, a charon that answers
+from memory, a wire that keeps what was sent, and requests that keep what became of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar, cast
+
+from bridge.bank.interface import BankUnavailable, Ending, StubBank
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_commands import Install
+from bridge.charon.ha_message import HaError, IkeId
+from bridge.charon.vici_types import ChildConfig, ConnectionInfo
+from bridge.config import HaConfig
+from bridge.net.interface import Packet
+from bridge.service.tasks import end
+from bridge.stub.stub import Index, Stub
+
+Result = TypeVar("Result")
+
+
+class _NoWaiting(selectors.SelectSelector):
+    """Where there is nothing to do, the time comes at once at which there will be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready and timeout is None:
+            raise RuntimeError("all tasks wait for something that will not happen")
+        if not ready and timeout is not None and timeout > 0:
+            self.now += timeout
+        return ready
+
+
+class FakeTime(asyncio.SelectorEventLoop):
+    """An event loop whose time passes only while all tasks wait, and then at once."""
+
+    def __init__(self) -> None:
+        self._selector_of_time = _NoWaiting()
+        super().__init__(self._selector_of_time)
+        self.failures: list[str] = []
+        """the names of supervised tasks that failed"""
+        self.set_exception_handler(self._report)
+
+    def time(self) -> float:
+        return self._selector_of_time.now
+
+    def _report(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self.failures.append(f"{context['message']}: {context.get('exception')!r}")
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run `work` to its end; no supervised task may have failed by then."""
+        result = self.run_until_complete(work)
+        assert self.failures == []
+        return result
+
+    def pass_time(self, seconds: float) -> None:
+        """Let everything happen that happens within `seconds`."""
+        self.run(asyncio.sleep(seconds))
+
+    def end(self) -> None:
+        """Cancel what still runs."""
+        self.run_until_complete(end(*asyncio.all_tasks(self)))
+        self.close()
+
+
+class Wire:
+    """A Sender that keeps what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, bytes]] = []
+        """to whom, and the octets"""
+        self.down = False
+
+    def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None:
+        if self.down:
+            raise OSError(101, "Network is unreachable")
+        self.sent.append((dst, payload))
+
+
+class Request:
+    """An intercepted request. Deciding twice on it is a mistake here; the real Packet forgives it."""
+
+    def __init__(self, src: str, ike: bytes, dst: str = "192.0.2.2") -> None:
+        self.src, self.sport = src, 4500
+        self.dst, self.dport = dst, 4500
+        self.ike = ike
+        self.marker = True
+        self.fate: list[str] = []
+
+    @property
+    def held(self) -> bool:
+        return not self.fate
+
+    def accept(self) -> None:
+        if self.held:
+            self.fate.append("accepted")
+
+    def drop(self) -> None:
+        if self.held:
+            self.fate.append("dropped")
+
+
+class FakeChannel:
+    """The HA channel of a charon that is there or not."""
+
+    version = 5
+
+    def __init__(self) -> None:
+        self.up = True
+
+    def ready(self) -> bool:
+        return self.up
+
+    async def drained(self) -> None:
+        if not self.up:
+            raise ChannelError("charon's end of the HA channel is gone")
+
+
+class FakeInstaller:
+    """An Installer whose charon takes everything in, unless told otherwise."""
+
+    toggle_seconds = 0.01
+
+    def __init__(self, channel: FakeChannel) -> None:
+        self._channel = channel
+        self.failure: Exception | None = None
+        """what the next installation raises"""
+        self.landed: list[Install] = []
+        self.installed: dict[bytes, Install] = {}
+        """what charon has, by both SPIs"""
+        self.deleted: list[IkeId] = []
+
+    def wait(self) -> float:
+        return 0.0
+
+    def _fail(self) -> None:
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+        if not self._channel.up:
+            raise ChannelError("charon's end of the HA channel is gone")
+
+    async def land(self, batch: Sequence[Install]) -> None:
+        await asyncio.sleep(0.001)
+        self._fail()
+        self.landed += batch
+
+    async def activate(self) -> None:
+        await asyncio.sleep(self.toggle_seconds)
+        landed, self.landed = self.landed, []
+        self._fail()
+        self.installed |= {install.id.spis: install for install in landed}
+
+    async def install(self, batch: Sequence[Install]) -> None:
+        await self.land(batch)
+        await self.activate()
+
+    async def add_children(self, ike_id: IkeId, children: Sequence[Any]) -> None:
+        self._fail()
+
+    async def delete(self, ike_ids: Sequence[IkeId]) -> None:
+        if not self._channel.up:
+            raise ChannelError("charon's end of the HA channel is gone")
+        self.deleted += ike_ids
+        for ike_id in ike_ids:
+            self.installed.pop(ike_id.spis, None)
+
+
+def fake_charon(*connections: str, children: Sequence[str] = ("net",)) -> tuple[Charon, FakeInstaller, FakeChannel]:
+    """A charon with these connections, whose HA channel and VICI socket are made up; its tracker is a real one."""
+    charon = Charon("/nowhere", HaConfig())
+    channel = FakeChannel()
+    installer = FakeInstaller(channel)
+    charon.channel = cast(Any, channel)
+    charon.installer = cast(Any, installer)
+    charon.vici.connected = True
+    charon.tracker.connections = {
+        name: ConnectionInfo(name, 14400, 0, tuple(ChildConfig(child) for child in children)) for name in connections
+    }
+    return charon, installer, channel
+
+
+class FakeBank:
+    """A bank in memory, as much of StubBank as the roles use in these tests."""
+
+    unreadable = spoilt = 0
+
+    def __init__(self) -> None:
+        self.stubs: dict[Index, Stub] = {}
+        self.over: set[Index] = set()
+        self.away = False
+        self.failure: Exception | None = None
+        """what the next question raises"""
+        self.seconds = 0.002
+        self.asked: Counter[str] = Counter()
+
+    def as_bank(self) -> StubBank:
+        return cast(StubBank, self)
+
+    async def _reach(self, question: str) -> None:
+        self.asked[question] += 1
+        await asyncio.sleep(self.seconds)
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+        if self.away:
+            raise BankUnavailable("it is away")
+
+    async def get(self, indexes: Sequence[Index]) -> list[Stub | None]:
+        await self._reach("get")
+        return [self.stubs.get(index) for index in indexes]
+
+    async def look(self, indexes: Sequence[Index]) -> list[tuple[Stub | None, bool]]:
+        await self._reach("look")
+        return [(self.stubs.get(index), index in self.over) for index in indexes]
+
+    async def store(self, stubs: Sequence[Stub]) -> list[bool]:
+        await self._reach("store")
+        self.stubs |= {stub.index: stub for stub in stubs}
+        return [True] * len(stubs)
+
+    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
+        await self._reach("delete")
+        self.over |= {ending.index for ending in endings}
+        return [self.stubs.pop(ending.index, None) is not None for ending in endings]
+
+    async def ended(self, indexes: Sequence[Index]) -> list[bool | None]:
+        await self._reach("ended")
+        return [index in self.over for index in indexes]
+
+    async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
+        await self._reach("moved")
+        return [None for _ in indexes]
+
+    async def revocation_stamp(self) -> bytes | None:
+        await self._reach("revocation_stamp")
+        return None
+
+
+FAILURES: dict[str, Callable[[], Exception]] = {
+    "charon is gone": lambda: ChannelError("charon's end of the HA channel is gone"),
+    "one stub does not fit": lambda: HaError("too long"),
+    "a mistake of ours": lambda: RuntimeError("a mistake"),
+}
+
+
+def as_packets(requests: Sequence[Request]) -> list[Packet]:
+    return [cast(Packet, request) for request in requests]
