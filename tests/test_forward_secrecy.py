@@ -259,7 +259,7 @@ def decide(policy: Policy, stub: Stub, request: bytes) -> Rebuilt | Refusal:
         Revocations(cast(StubBank, None), keyring()),
         cast(ClientStubs, Nothing()),
         cast(Unconfirmed, Nothing()),
-        Admission(SyncConfig(), Cookies()),
+        Admission(SyncConfig(), Cookies(), lambda source: 0),
         cast(AddressHolders, Nothing()),
         SyncConfig(forward_secrecy=policy),
     )
