@@ -169,6 +169,11 @@ class RedisServer:
         """An orderly end."""
         self._end(signal.SIGTERM)
 
+    @property
+    def running(self) -> bool:
+        """Whether it was started and not killed."""
+        return self._process is not None
+
     def freeze(self) -> None:
         """Keep it from answering, its connections open."""
         assert self._process is not None

@@ -116,6 +116,10 @@ def kinds() -> Iterator[tuple[str, Spoil]]:
         "tombstones": (lambda stub: stub.index.gone, "sorted-set"),
         "gateways": (lambda _: bank_keys.GATEWAYS, "sorted-set"),
         "heartbeat": (lambda stub: bank_keys.heartbeat_key(stub.index.gateway), "string"),
+        "moved": (lambda stub: stub.index.moved, "string"),
+        "revoked": (lambda _: bank_keys.REVOKED, "sorted-set"),
+        "revoked-stamp": (lambda _: bank_keys.REVOKED_STAMP, "string"),
+        "addresses": (lambda stub: bank_keys.addresses_key(stub.remote_vips[0]), "sorted-set"),
         "facts": (lambda stub: bank_keys.posted_key(bank_keys.FACTS_KIND, stub.index.gateway), "string"),
     }
     for what, (key, right) in keys.items():
@@ -154,7 +158,8 @@ def kinds() -> Iterator[tuple[str, Spoil]]:
         "address-with-a-zone": "fe80::1%*",
     }
     for name, member in members.items():
-        for what, member_key in {"bucket": keys["bucket"][0], "tombstones": keys["tombstones"][0]}.items():
+        for what in ("bucket", "tombstones", "revoked", "addresses"):
+            member_key = keys[what][0]
             yield (
                 f"{what}-member-{name}",
                 lambda place, stub, key=member_key, member=member: place.spoil("ZADD", key(stub), 2**40, member),  # type: ignore[misc]
@@ -163,11 +168,8 @@ def kinds() -> Iterator[tuple[str, Spoil]]:
             f"gateways-member-{name}",
             lambda place, _, member=member: place.spoil("ZADD", bank_keys.GATEWAYS, 2**40, member),  # type: ignore[misc]
         )
-    for what, score_key in {
-        "bucket": keys["bucket"][0],
-        "tombstones": keys["tombstones"][0],
-        "gateways": keys["gateways"][0],
-    }.items():
+    for what in ("bucket", "tombstones", "gateways", "revoked", "addresses"):
+        score_key = keys[what][0]
         for score in ("inf", "-inf", "9e99", "-9e99", "0.5"):
             yield (
                 f"{what}-score-{score}",
@@ -205,6 +207,16 @@ async def everything_goes_on(place: Place, victim: Stub, other: Stub) -> None:
     for row in await listed(bank):
         assert all(str(value).isprintable() for value in row.as_dict().values())
     assert other.index in {row.index for row in await listed(bank)}
+    # marks of moves, of lock-outs, of addresses
+    assert await bank.moved([other.index]) == [None]
+    await bank.moved([victim.index])
+    await bank.revocation_stamp()
+    for marks in await bank.revocations():
+        assert all(isinstance(mark, bytes) for mark in marks)
+    await bank.put_revocations({b"sealed": 2**33}, [])
+    assert any(b"sealed" in marks for marks in await bank.revocations())
+    vip = other.remote_vips[0]
+    await bank.addresses([(vip, vip)])
     # what gateways do for each other
     await bank.heartbeat(GATEWAY, 30)
     assert (await bank.gateways())[GATEWAY].alive

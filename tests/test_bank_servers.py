@@ -177,9 +177,19 @@ def free_port() -> int:
 @contextmanager
 def three_primaries(tmp_path: Path, program: list[str], *more: str, option: str = "--port") -> Iterator[list[int]]:
     """The ports of a Cluster of three primaries with the shipped users; `option` sets the port that serves."""
+    with three_nodes(tmp_path, program, *more, option=option) as nodes:
+        yield list(nodes)
+
+
+@contextmanager
+def three_nodes(
+    tmp_path: Path, program: list[str], *more: str, option: str = "--port"
+) -> Iterator[dict[int, RedisServer]]:
+    """The servers of such a Cluster, by port."""
     ports = [free_port() for _ in range(3)]
     with ExitStack() as stack:
         clients = []
+        nodes: dict[int, RedisServer] = {}
         for epoch, (port, bounds) in enumerate(zip(ports, ((0, 5460), (5461, 10922), (10923, 16383)), strict=True), 1):
             directory = tmp_path / str(port)
             directory.mkdir()
@@ -192,11 +202,12 @@ def three_primaries(tmp_path: Path, program: list[str], *more: str, option: str 
             node.client.execute_command("CLUSTER SET-CONFIG-EPOCH", epoch)
             node.client.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
             clients.append(node.client)
+            nodes[port] = node
         deadline = time.monotonic() + PATIENCE
         while not all(whole(client) for client in clients):
             assert time.monotonic() < deadline, "the Cluster does not form"
             time.sleep(0.1)
-        yield ports
+        yield nodes
 
 
 @pytest.fixture

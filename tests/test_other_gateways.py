@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import structlog
 
-from bank_support import RedisServer
+from bank_support import GATEWAY, RedisServer
+from bridge.bank import gateway_facts
 from bridge.service.tasks import end
-from test_ends_in_banks import Gateway, running, server
+from test_ends_in_banks import Gateway, running, server, until
 
 __all__ = ["server"]
 
@@ -99,3 +102,23 @@ async def test_while_the_bank_takes_no_heartbeats_no_gateway_fails(server: Redis
             # once it has worked for a while, what is still missing has failed
             await looks(gateway, CALM + 4 * TTL)
             assert failures(events) == [OTHER]
+
+
+async def test_facts_are_posted_when_the_connections_change(server: RedisServer, gateway: Gateway) -> None:
+    """A sidecar that starts before swanctl has loaded its connections was no target of a drain for 20 s."""
+
+    async def pools() -> list[object]:
+        return []
+
+    gateway.charon.vici.pools = pools  # type: ignore[attr-defined]
+    connections: dict[str, Any] = {}
+    gateway.charon.tracker.connections = connections
+
+    def posted() -> dict[str, list[str]]:
+        facts = gateway_facts.decode(server.client.get(f"ike:facts:{GATEWAY}") or b"")
+        return {"none": []} if facts is None else facts.connections
+
+    async with running(gateway):
+        await until(lambda: posted() == {})
+        connections["home"] = SimpleNamespace(children=[SimpleNamespace(name="net")])
+        await until(lambda: posted() == {"home": ["net"]})

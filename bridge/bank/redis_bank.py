@@ -32,6 +32,8 @@ GET_TIMEOUT: Final = 1.0
 """seconds a look-up may take: a client waits for it"""
 TIMEOUT: Final = 2.0
 """seconds that anything else may take"""
+NODE_SHARE: Final = 0.7
+"""of the time of a look-up, that one node of a Cluster may take: the answers of the others are not lost with it"""
 HEX_KEY: Final = re.compile("[0-9a-f]{8}")
 MARKS_MAX: Final = 10_000
 """marks of locked-out identities that are read"""
@@ -160,7 +162,11 @@ class RedisBank:
             commands += [("ZSCORE", index.gone, index.spi.hex()) for index in bundle]
             with self._redis.reaching():
                 async with asyncio.timeout(self._get_timeout):
-                    replies = await self._buckets.read(commands, [HASH] * len(bundle) + [ZSET] * len(bundle))
+                    replies = await self._buckets.read(
+                        commands,
+                        [HASH] * len(bundle) + [ZSET] * len(bundle),
+                        node_timeout=self._get_timeout * NODE_SHARE,
+                    )
             sealed, ends = replies[: len(bundle)], replies[len(bundle) :]
             found += [
                 (self._open(index, octets), isinstance(end, (bytes, float)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -12,6 +13,7 @@ from typing import Any, Final
 import structlog
 from redis.asyncio import RedisCluster
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from bridge.bank.interface import BankUnavailable, BankUnwritable
 from bridge.bank.redis_url import FAILURES, Client, connect
@@ -22,6 +24,8 @@ log = structlog.get_logger()
 
 _REFUSED_WRITES: Final = re.compile("\\b(OOM|READONLY|NOREPLICAS|MISCONF) ")
 """in the replies by which a Redis that answers reads says that it takes no writes now"""
+SILENT_SECONDS: Final = 1.0
+"""how long look-ups do not wait for a node of a Cluster that did not answer"""
 _BUSY: Final = "BUSY "
 _KEYED_SCRIPTS: Final = ("EVALSHA", "EVAL")
 
@@ -44,6 +48,7 @@ class RedisClient:
     def __init__(self, url: str, timeout: float, scripts: Sequence[Script] = ()) -> None:
         self.client: Client = connect(url, timeout)
         self._scripts = scripts
+        self._silent_until: dict[str, float] = {}
 
     async def pipeline(self, commands: Sequence[tuple[Any, ...]], *, writing: bool = False) -> list[Any]:
         """The replies to `commands`, as `replies` gives them.
@@ -56,17 +61,20 @@ class RedisClient:
                 raise unavailable(reply) from None
         return replies
 
-    async def replies(self, commands: Sequence[tuple[Any, ...]], *, writing: bool = False) -> list[Any]:
+    async def replies(
+        self, commands: Sequence[tuple[Any, ...]], *, writing: bool = False, node_timeout: float | None = None
+    ) -> list[Any]:
         """The replies to `commands`, sent together; an exception in the place of each that failed alone: by what its
         key holds, or because its node of a Cluster does not answer. Scripts that Redis does not know are loaded.
 
         `writing`: in one transaction, where there is one server. Redis then goes to its disk once for all, instead of
-        after every 16 KB that it reads.
+        after every 16 KB that it reads. `node_timeout`: seconds that one node of a Cluster may take; one that took
+        longer is not waited for again for a moment.
 
         Raises BankUnavailable where nothing could be asked; some of the commands may have been carried out then.
         """
         try:
-            replies = await self._replies(commands, writing and not isinstance(self.client, RedisCluster))
+            replies = await self._replies(commands, writing and not isinstance(self.client, RedisCluster), node_timeout)
         except BankUnavailable as error:
             if _BUSY in str(error):
                 await self._kill_script()
@@ -79,19 +87,23 @@ class RedisClient:
             raise unavailable(failed[0]) from None
         return replies
 
-    async def _replies(self, commands: Sequence[tuple[Any, ...]], transaction: bool) -> list[Any]:
+    async def _replies(
+        self, commands: Sequence[tuple[Any, ...]], transaction: bool, node_timeout: float | None
+    ) -> list[Any]:
         with self.reaching():
-            replies = await self._send(commands, transaction)
+            replies = await self._send(commands, transaction, node_timeout)
             unknown = [position for position, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
             if unknown:
                 for script in self._scripts:
                     await self.client.script_load(script.source)
-                again = await self._send([commands[position] for position in unknown], transaction)
+                again = await self._send([commands[position] for position in unknown], transaction, node_timeout)
                 for position, reply in zip(unknown, again, strict=True):
                     replies[position] = reply
         return replies
 
-    async def _send(self, commands: Sequence[tuple[Any, ...]], transaction: bool) -> list[Any]:
+    async def _send(
+        self, commands: Sequence[tuple[Any, ...]], transaction: bool, node_timeout: float | None
+    ) -> list[Any]:
         if not isinstance(self.client, RedisCluster):
             try:
                 return await _pipeline(self.client, commands, transaction)
@@ -105,8 +117,8 @@ class RedisClient:
             shares.setdefault(self._node(self.client, command), []).append(position)
         answers = await asyncio.gather(
             *(
-                _pipeline(self.client, [commands[position] for position in positions], transaction)
-                for positions in shares.values()
+                self._ask_node(node, [commands[position] for position in positions], node_timeout)
+                for node, positions in shares.items()
             ),
             return_exceptions=True,
         )
@@ -116,6 +128,19 @@ class RedisClient:
                 raise answer
             for number, position in enumerate(positions):
                 replies[position] = answer if isinstance(answer, BaseException) else answer[number]
+        return replies
+
+    async def _ask_node(self, node: str, commands: Sequence[tuple[Any, ...]], node_timeout: float | None) -> list[Any]:
+        """The replies of one node of a Cluster."""
+        if node_timeout is not None and time.monotonic() < self._silent_until.get(node, 0.0):
+            raise RedisTimeoutError(f"{node} did not answer a moment ago")
+        try:
+            async with asyncio.timeout(node_timeout):
+                replies = await _pipeline(self.client, commands, False)
+        except FAILURES:
+            self._silent_until[node] = time.monotonic() + SILENT_SECONDS
+            raise
+        self._silent_until.pop(node, None)
         return replies
 
     @staticmethod

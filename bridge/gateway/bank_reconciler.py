@@ -43,6 +43,8 @@ COMPARE_SECONDS: Final = 30.0
 COMPARE_BUNDLE: Final = 512
 LEARN_SECONDS: Final = 0.5
 """from an end in the bank to the look whether it is of an SA that is here: ends come in bundles"""
+FACTS_LOOK_SECONDS: Final = 0.5
+"""between two looks whether the connections have changed"""
 STATS_SECONDS: Final = 1.0
 STATS_TTL: Final = 60.0
 
@@ -337,15 +339,22 @@ class BankReconciler:
             await asyncio.sleep(STATS_SECONDS)
 
     async def _keep_facts(self) -> None:
+        """Post this gateway's facts again and again, and at once when its connections change: another gateway that is
+        drained to this one decides by them."""
         await self._charon.reconciled.wait()
+        posted: dict[str, list[str]] | None = None
+        due = 0.0
         while True:
             connections = {
                 name: [child.name for child in info.children] for name, info in self._charon.tracker.connections.items()
             }
-            if self._address is not None:
-                with contextlib.suppress(BankUnavailable, ViciError):
-                    told = gateway_facts.Facts(connections, await self._charon.vici.pools())
-                    await self._bank.post(
-                        bank_keys.FACTS_KIND, self._address, gateway_facts.encode(told), gateway_facts.TTL
-                    )
-            await asyncio.sleep(gateway_facts.SECONDS)
+            if self._address is not None and (connections != posted or time.monotonic() >= due):
+                try:
+                    facts = gateway_facts.Facts(connections, await self._charon.vici.pools())
+                    text = gateway_facts.encode(facts)
+                    await self._bank.post(bank_keys.FACTS_KIND, self._address, text, gateway_facts.TTL)
+                except (BankUnavailable, ViciError):
+                    posted = None
+                else:
+                    posted, due = connections, time.monotonic() + gateway_facts.SECONDS
+            await asyncio.sleep(FACTS_LOOK_SECONDS)

@@ -14,10 +14,11 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from bridge.stub import bank_keys
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.types import Identity
 
-PLACE: Final = b"ike:{revoked}"
+PLACE: Final = bank_keys.REVOKED.encode()
 """the associated data: a mark does not open as a stub, nor a stub as a mark"""
 TEXT_MAX: Final = 1024
 """characters of an identity"""

@@ -1,0 +1,189 @@
+"""A bank in a Redis Cluster without any reachable node, or without one of them: nothing ends for good, the commands say
+one line, and what other nodes have is served."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from bank_support import GATEWAY, PASSWORD, PATIENCE, RedisServer, downloaded, ending, listed, stub_of
+from bridge.bank.interface import BankUnavailable
+from bridge.bank.keyspace import Keyspace
+from bridge.bank.redis_bank import RedisBank
+from bridge.bank.write_queue import WriteQueue
+from bridge.charon.charon import Charon
+from bridge.gateway.heartbeat import Heartbeat
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.lab.sidecar import program as sidecar
+from bridge.service.tasks import SUPERVISED
+from bridge.stub.keyring import Keyring, generate
+from bridge.stub.stub import Stub
+from test_bank_servers import cluster_url, three_nodes
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, program: list[str]) -> Iterator[dict[int, RedisServer]]:
+    """A Cluster of three primaries, which serves what it has while one of them is away."""
+    with three_nodes(tmp_path, program, "--cluster-require-full-coverage", "no") as nodes:
+        yield nodes
+
+
+class Sidecar:
+    """What of a gateway's sidecar speaks to its bank in the background."""
+
+    def __init__(self, url: str, ring: Keyring) -> None:
+        self.failed: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: self.failed.append(str(context.get(SUPERVISED, context)))
+        )
+        self.bank = RedisBank(url, ring, get_timeout=1.0)
+        self.writer = WriteQueue(self.bank)
+        self.hears = False
+        self.keyspace = Keyspace(url, ("ike:*",), lambda _: None, self._heard)
+        self.keyspace.start()
+        charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: 1))
+
+        async def written(*_: object) -> None:
+            """Tested elsewhere."""
+
+        self.heartbeat = Heartbeat(self.bank, cast(Charon, charon), GATEWAY, GatewayMetrics(), 1.0, written)
+        self.heartbeat.start()
+
+    def _heard(self, hears: bool) -> None:
+        self.hears = hears
+
+    async def is_well(self) -> None:
+        """Wait until all of it works, with a stub that is stored now."""
+        stub = stub_of()
+        self.writer.submit(stub)
+        await until(lambda: self.heartbeat.bank_writable and self.hears)
+        async with asyncio.timeout(PATIENCE):
+            await self.writer.flush()
+            assert await self.bank.get([stub.index]) == [stub]
+        assert self.failed == []
+
+    async def close(self) -> None:
+        await self.keyspace.close()
+        await self.heartbeat.close()
+        await self.writer.close()
+        await self.bank.close()
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(2 * PATIENCE):
+        while not condition():  # noqa: ASYNC110 - there is no event of it
+            await asyncio.sleep(0.05)
+
+
+def kill(node: RedisServer) -> None:
+    node.kill()
+
+
+def freeze(node: RedisServer) -> None:
+    node.freeze()
+
+
+def back(node: RedisServer) -> None:
+    node.thaw() if node.running else node.start()
+
+
+@pytest.mark.parametrize("away", [kill, freeze])
+async def test_a_cluster_may_be_away_and_come_back(
+    nodes: dict[int, RedisServer], ring: Keyring, away: Callable[[RedisServer], None]
+) -> None:
+    it = Sidecar(cluster_url(list(nodes)), ring)
+    await it.is_well()
+    for node in nodes.values():
+        away(node)
+    stub = stub_of()
+    it.writer.submit(stub)
+    await until(lambda: not it.heartbeat.bank_reachable)
+    # long enough for every task to fail in every way that it has
+    await asyncio.sleep(8.0)
+    assert it.failed == []
+    for node in nodes.values():
+        back(node)
+    await it.is_well()
+    assert await it.bank.get([stub.index]) == [stub]
+    await it.close()
+
+
+async def test_a_cluster_may_be_away_at_the_start(nodes: dict[int, RedisServer], ring: Keyring) -> None:
+    for node in nodes.values():
+        node.kill()
+    it = Sidecar(cluster_url(list(nodes)), ring)
+    await asyncio.sleep(3.0)
+    assert it.failed == []
+    assert not it.heartbeat.bank_reachable
+    for call in (it.bank.ping(), downloaded(it.bank), listed(it.bank), it.bank.get([stub_of().index])):
+        with pytest.raises(BankUnavailable):
+            await call
+    for node in nodes.values():
+        node.start()
+    await it.is_well()
+    await it.close()
+
+
+def at(nodes: dict[int, RedisServer], port: int, stub: Stub) -> bool:
+    """Whether a stub's bucket is at a node: its slots are a third of all, in the order of the nodes."""
+    slot = nodes[port].client.execute_command("CLUSTER KEYSLOT", stub.index.key)
+    return bool(slot * 3 // 16384 == list(nodes).index(port))
+
+
+@pytest.mark.parametrize("away", [kill, freeze])
+async def test_without_one_node_what_the_others_have_is_served_and_deleted(
+    nodes: dict[int, RedisServer], ring: Keyring, away: Callable[[RedisServer], None]
+) -> None:
+    bank = RedisBank(cluster_url(list(nodes)), ring, get_timeout=1.0)
+    stubs = [stub_of(os.urandom(8)) for _ in range(60)]
+    await bank.store(stubs)
+    port = list(nodes)[1]
+    lost = [stub for stub in stubs if at(nodes, port, stub)]
+    kept = [stub for stub in stubs if stub not in lost]
+    assert lost
+    assert kept
+    away(nodes[port])
+    assert await bank.get([stub.index for stub in [*kept, *lost]]) == [*kept, *([None] * len(lost))]
+    # the next look-up does not even wait
+    began = time.monotonic()
+    assert await bank.get([kept[0].index, lost[0].index]) == [kept[0], None]
+    assert time.monotonic() - began < 0.5
+    # changes of its buckets wait, and hold up no others
+    writer = WriteQueue(bank)
+    for stub in stubs:
+        writer.submit_delete(stub.index, expires=stub.expires)
+    await until(lambda: 0 < writer.pending <= len(lost))
+    assert not any(await bank.get([stub.index for stub in kept]))
+    back(nodes[port])
+    async with asyncio.timeout(2 * PATIENCE):
+        await writer.flush()
+    assert all(await bank.ended([stub.index for stub in stubs]))
+    assert await bank.delete([ending(stub) for stub in stubs]) == [False] * len(stubs)
+    await writer.close()
+    await bank.close()
+
+
+@pytest.mark.parametrize("command", [("stubs", "list"), ("check",)])
+def test_without_a_reachable_node_a_command_prints_no_traceback(tmp_path: Path, command: tuple[str, ...]) -> None:
+    generate(tmp_path / "bank.key")
+    file = tmp_path / "gateway.yaml"
+    url = f"redis+cluster://gateway:{PASSWORD}@127.0.0.1:1,127.0.0.1:2"
+    file.write_text(f"bank: {{url: '{url}', key_file: {tmp_path}/bank.key}}\n")
+    done = subprocess.run([*sidecar(), *command, "-c", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert PASSWORD not in done.stdout + done.stderr
+    if command == ("stubs", "list"):
+        assert done.stderr.count("\n") == 1
+    else:
+        assert len([line for line in done.stdout.splitlines() if "is bank.url right" in line]) == 1
