@@ -123,12 +123,10 @@ def test_the_stub_of_a_session_that_was_ending_while_the_sidecar_started_is_dele
     try:
         topology.gw1.swanctl("--terminate", "--ike", "gw", "--timeout", "1", check=False)
         sidecar.start()
-        wait_until(lambda: status(topology, "gw1")["charon"]["reachable"], "charon, reached")
-        time.sleep(2.0)
-        assert len(topology.bank.stubs()) == 1
+        wait_until(lambda: topology.bank.stubs() == [], "the end of the stub", 60.0)
+        assert [sa["state"] for sa in topology.gw1.charon.sas()] == ["DELETING"]
     finally:
         os.kill(charon.pid, signal.SIGCONT)
-    wait_until(lambda: topology.bank.stubs() == [], "the end of the stub", 60.0)
 
 
 def test_the_stub_of_a_charon_that_died_stays_at_the_start_of_the_next(topology: Topology) -> None:
@@ -276,3 +274,18 @@ def test_sessions_resume_from_a_full_bank_and_no_gateway_counts_as_dead(topology
     finally:
         topology.bank.cli("CONFIG", "SET", "maxmemory", "0")
     wait_until(lambda: len(topology.bank.stubs()) == 1, "the new stub")
+
+
+def test_an_ike_sa_that_charon_waits_to_see_deleted_has_no_stub(topology: Topology) -> None:
+    """A client that does not answer the DELETE is locked out, though charon has its IKE_SA for minutes."""
+    connect(topology)
+    charon = topology.client.charon
+    os.kill(charon.pid, signal.SIGSTOP)
+    try:
+        topology.gw1.swanctl("--terminate", "--ike", "gw", "--timeout", "1", check=False)
+        wait_until(lambda: topology.bank.stubs() == [], "the end of the stub", 20.0)
+        assert [sa["state"] for sa in topology.gw1.charon.sas()] == ["DELETING"]
+    finally:
+        os.kill(charon.pid, signal.SIGCONT)
+    wait_until(lambda: not topology.gw1.charon.sas(), "the end of the IKE_SA", 60.0)
+    assert topology.bank.stubs() == []

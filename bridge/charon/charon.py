@@ -47,6 +47,7 @@ class Charon:
         self.release = ""
         self.ha_rules = HaRules(ha)
         self._reconciler = Reconciler(self.tracker, self.channel, self.landing, self.installer, self.vici)
+        self.tracker.on_own_request = self._reconciler.own_request
         self._ending = asyncio.Semaphore(ENDING_AT_ONCE)
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -22,6 +22,10 @@ from bridge.charon.vici_watch import ViciWatch
 
 log = structlog.get_logger()
 
+DELETING_SECONDS = 1.0
+"""from a request of charon's own to the look whether it is a DELETE: most are answered by then"""
+OWN_REQUESTS_SECONDS = 5.0
+"""between two such looks, at least: DPD sends requests all the time"""
 RECONCILE_SECONDS = 30.0
 """between two comparisons with VICI's list, at least"""
 RECONCILE_SHARE = 100
@@ -69,6 +73,9 @@ class Reconciler:
         self._strays: set[bytes] = set()
         self._due = asyncio.Event()
         self._look_due = asyncio.Event()
+        self._own_request_at: float | None = None
+        """when the list is looked at for charon's own requests, if any"""
+        self._own_request_looked = float("-inf")
         self._unknown = False
         self._waited = 0.0
         self._next_list = 0.0
@@ -76,6 +83,19 @@ class Reconciler:
 
     def soon(self) -> None:
         """Compare as soon as the pace allows."""
+        self._due.set()
+
+    def own_request(self) -> None:
+        """charon sent a request of its own. It may be a DELETE, which only the list shows until it is answered."""
+        if self._own_request_at is not None:
+            return
+        now = time.monotonic()
+        delay = max(DELETING_SECONDS, self._own_request_looked + OWN_REQUESTS_SECONDS - now)
+        self._own_request_at = now + delay
+        asyncio.get_running_loop().call_later(delay, self._look_at_own_requests)
+
+    def _look_at_own_requests(self) -> None:
+        self._own_request_looked, self._own_request_at = time.monotonic(), None
         self._due.set()
 
     def connections_soon(self) -> None:

@@ -96,6 +96,10 @@ class SaTracker:
         self.virtual_ips = VirtualIps()
         self.half_open = HalfOpenSas()
         self.recall = SaRecovery()
+        self.on_deleting: Callable[[IkeSa], None] = lambda _: None
+        """called for an SA that VICI lists as DELETING: one of the sides ended it, and charon waits for an answer"""
+        self.on_own_request: Callable[[], None] = lambda: None
+        """called when charon sent a request: a DELETE, perhaps"""
         self._listener = listener
         self._wall = wall
         self._clock = clock
@@ -124,6 +128,9 @@ class SaTracker:
                 self._child_add(ike_id, message)
             case MessageType.IKE_DELETE | MessageType.CHILD_DELETE | MessageType.IKE_MID_RESPONDER if not genuine:
                 self._ask(ike_id)
+            case MessageType.IKE_MID_INITIATOR:
+                if ike_id.spis in self.sas:
+                    self.on_own_request()
             case MessageType.IKE_MID_RESPONDER:
                 self._verified(ike_id, message.first(Attr.MID, 0))
             case MessageType.IKE_DELETE:
@@ -593,6 +600,8 @@ class Comparison:
                 self._tracker.virtual_ips.put(info.spis, info.remote_vips, self._since)
             if info.version == 2 and info.state == "ESTABLISHED" and not self._tracker.listed(info, since=self._since):
                 self._missing[info.spis] = info
+            elif info.state == "DELETING" and (sa := self._tracker.sas.get(info.spis)) is not None and sa.up:
+                self._tracker.on_deleting(sa)
         self._missing |= {info.spis: info for info in self._tracker.recall.awaited(infos)}
 
     def end(self) -> dict[bytes, SaInfo]:

@@ -306,7 +306,10 @@ class BankReconciler:
         # those whose keys are still missing here are in this list only
         listed: set[bytes] = set()
         await self._charon.vici.each_sas(
-            lambda infos: listed.update([info.spi_i if info.initiator else info.spi_r for info in infos])
+            # one that waits to be deleted has ended
+            lambda infos: listed.update(
+                [info.spi_i if info.initiator else info.spi_r for info in infos if info.state != "DELETING"]
+            )
         )
         over: list[Ending] = []
         ending = 0

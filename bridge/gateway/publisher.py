@@ -83,6 +83,12 @@ class Publisher:
         if new.gateway != old.index.gateway:
             self._marks.tell(Move(old.index, new, max(old.expires, old.rekey_at)))
 
+    def deleting(self, sa: IkeSa) -> None:
+        """Delete the stub of an SA that charon waits to see deleted: its client may not answer for minutes."""
+        if sa.index_here(self._address) not in self._endings:
+            log.info("sa-being-deleted", connection=sa.connection, **sa.id.logged)
+            self.withdraw(sa)
+
     def withdraw(self, sa: IkeSa) -> None:
         """Delete the stub of an SA that ended."""
         self._living.take_out(sa)

@@ -110,6 +110,7 @@ class GatewayRole:
             self._writer, bank, config.address, config.sync, endings, living, revocations, self._marks
         )
         self._publisher.locked_out = lock_out.soon
+        charon.tracker.on_deleting = self._publisher.deleting
         stubs = ClientStubs(
             config.sync.client_stub,
             keyring,
