@@ -70,6 +70,13 @@ class BankConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """stubs of failed gateways kept in memory"""
 
 
+class DrainConfig(Struct, forbid_unknown_fields=True, frozen=True):
+    on_stop: bool = True
+    """where strongSwan's unit is stopped or restarted, its sessions are first moved to the other gateways that live"""
+    timeout: Seconds = 30.0
+    """how long that may take; sessions that did not move by then are left to charon, which ends them"""
+
+
 class FailoverConfig(Struct, forbid_unknown_fields=True, frozen=True):
     detect: Annotated[float, Meta(ge=0.3, le=60)] = 1.0
     """seconds after which a gateway without a heartbeat in the bank counts as failed; it writes three in that time"""
@@ -148,6 +155,7 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     bank: BankConfig = field(default_factory=BankConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     failover: FailoverConfig = field(default_factory=FailoverConfig)
+    drain: DrainConfig = field(default_factory=DrainConfig)
     intercept: InterceptConfig = field(default_factory=InterceptConfig)
     state: str | None = "/var/lib/ike-sa-sync"
     """folder where the gateway remembers across a restart which sessions ended or went on elsewhere; none: in memory"""

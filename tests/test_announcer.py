@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bank_support import stub_of as bank_stub
-from bridge.gateway.announcer import ATTEMPTS, TRIAL, TRIAL_SECONDS, TURN_SECONDS, WINDOW_START, Announcer, order
+from bridge.gateway.announcer import ATTEMPTS, TRIAL, TRIAL_SECONDS, TURN_SECONDS, WINDOW_START, Announcer
+from bridge.gateway.other_gateways import order
 from bridge.ike.stub_exchange import MoveStatus, StubSa, build_moving, parse_stub_message
 from bridge.stub.stub import Index, Stub
 

@@ -405,3 +405,39 @@ def send_from(gateway: Host, client: Host, message: bytes) -> None:
 
 def the_sa_at(client: Host, gateway: Host) -> bool:
     return [sa["remote-host"] for sa in established(client)] == [gateway.address]
+
+
+def test_to_any_gateway_the_sessions_go_to_those_that_live(clients: Clients) -> None:
+    topology = clients.topology
+    clients.connect()
+    done = drain(topology, "--to", "any", code=1)
+    assert (done["wanted"], done["moved"], done["left"], done["failed"]) == (4, 3, 1, 0)
+    assert clients.at(topology.gw2) == {"client", "second", "third"}
+
+
+def test_before_strongswan_stops_its_sessions_move(clients: Clients) -> None:
+    """As the drop-in of strongswan.service has it: ExecStop, and then charon is told to end."""
+    topology = clients.topology
+    clients.connect()
+    ping = Ping(topology.client, SITE)
+    wait_until(lambda: ping.answers() >= 20, "traffic")
+    told = topology.gateways["gw1"].command("drain", "--on-stop")
+    topology.gw1.charon.stop()
+    at = ping.answers()
+    wait_until(lambda: ping.answers() >= at + 20, "traffic goes on")
+    print("lost:", lost(ping))
+    assert "moved to any" in told.stdout
+    assert clients.at(topology.gw2) == {"client", "second", "third"}
+    topology.gw1.charon.start()
+
+
+def test_strongswan_stops_at_once_where_no_other_gateway_lives(clients: Clients) -> None:
+    topology = clients.topology
+    clients.connect()
+    topology.gateways["gw2"].kill()
+    beat = f"ike:gateway:{topology.gw2.address}"
+    wait_until(lambda: topology.bank.cli("EXISTS", beat) == "0", "the end of its heartbeat")
+    told = topology.gateways["gw1"].command("drain", "--on-stop")
+    assert "no other gateway lives" in told.stderr
+    assert clients.at(topology.gw1) == {"client", "second", "third", "plain"}
+    topology.gateways["gw2"].start()

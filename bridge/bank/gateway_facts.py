@@ -3,7 +3,6 @@ its sessions fail there: address pools that overlap, connections and children th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from ipaddress import ip_address
 
 import msgspec
@@ -23,11 +22,6 @@ class Facts(msgspec.Struct, frozen=True):
     connections: dict[str, list[str]]
     """names of the children, by connection"""
     pools: list[Pool] = []
-
-    def can(self, connection: str, children: Iterable[str]) -> bool:
-        """Whether it has the connection with these children."""
-        known = self.connections.get(connection)
-        return known is not None and set(children) <= set(known)
 
 
 def encode(facts: Facts) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -11,17 +12,32 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bridge.cli import options, output
 from bridge.config import GatewayConfig
-from bridge.gateway.drain import RATE
+from bridge.gateway.drain import ANY, RATE
 from bridge.service import control
 
 POLL_SECONDS = 0.2
 INTERRUPTED = 130
+ON_STOP_RATE = 500.0
+"""moves begun a second, at least, where strongSwan waits for them"""
+
+
+def _target(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Callback: an IP address, or ANY."""
+    return value if value == ANY else options.an_address(context, parameter, value)
 
 
 @click.command()
 @options.gateway_config_option
 @click.option(
-    "--to", required=True, metavar="ADDRESS", callback=options.an_address, help="The gateway to move clients to."
+    "--to",
+    metavar="ADDRESS|any",
+    callback=_target,
+    help="The gateway to move clients to; any: each session to one of the gateways that live.",
+)
+@click.option(
+    "--on-stop",
+    is_flag=True,
+    help="As strongSwan's unit calls it before it stops: --to any for drain.timeout s at most, and exit code 0 always.",
 )
 @click.option(
     "--share",
@@ -38,7 +54,7 @@ INTERRUPTED = 130
     help="Moves begun a second, at most.",
 )
 @options.json_option
-def drain(path: str | None, to: str, share: float, rate: float, as_json: bool) -> None:
+def drain(path: str | None, to: str | None, on_stop: bool, share: float, rate: float, as_json: bool) -> None:
     """Move clients of this gateway to another one, while it lives.
 
     Asks the clients' sidecars, which resume their sessions there. Clients without a sidecar are left alone. Ctrl-C asks
@@ -47,6 +63,11 @@ def drain(path: str | None, to: str, share: float, rate: float, as_json: bool) -
 
     Exit code 0 when as many moved as wanted, 1 when fewer did, 130 after Ctrl-C.
     """
+    if on_stop:
+        _on_stop(path, rate)
+        return
+    if to is None:
+        raise click.UsageError("Missing option '--to'.")
     socket = options.read_config(path, GatewayConfig).control
     request = {"command": "drain", "to": to, "share": share, "rate": rate}
     code = None
@@ -65,6 +86,31 @@ def drain(path: str | None, to: str, share: float, rate: float, as_json: bool) -
     if code is None:
         code = 0 if done["moved"] >= done["wanted"] else 1
     sys.exit(code)
+
+
+def _on_stop(path: str | None, rate: float) -> None:
+    """Move what can be moved before strongSwan stops. What is in the way of that keeps nothing from stopping."""
+    if path is None and not Path(options.GATEWAY_FILE).exists():
+        return
+    config = options.read_config(path, GatewayConfig)
+    if not config.drain.on_stop:
+        return
+    request = {"command": "drain", "to": ANY, "share": 1.0, "rate": max(rate, ON_STOP_RATE)}
+    try:
+        done = asyncio.run(_bounded(config.control, request, config.drain.timeout))
+    except control.ControlError as error:
+        click.echo(f"not drained: {error}", err=True)
+        return
+    _print(done)
+
+
+async def _bounded(socket: str, request: control.Answer, seconds: float) -> control.Answer:
+    """Drain for so many seconds at most."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await _drain(socket, request, False)
+    except TimeoutError:
+        return await control.call(socket, {"command": "drained"})
 
 
 async def _drain(socket: str, request: control.Answer, show: bool) -> control.Answer:

@@ -16,7 +16,6 @@ way grows with every resumption and halves when clients do not arrive.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import Any, Final
 
 import structlog
 
+from bridge.gateway.other_gateways import order
 from bridge.ike.stub_exchange import (
     REPORTS,
     MoveStatus,
@@ -58,15 +58,6 @@ class AnnouncementState(StrEnum):
     WAITING = "waiting"
     ANNOUNCED = "announced"
     COMING = "coming"
-
-
-def order(index: Index, gateways: Iterable[str]) -> list[str]:
-    """The gateways in the order in which they announce the session `index` (rendezvous hashing), on each the same."""
-
-    def weight(gateway: str) -> bytes:
-        return hashlib.blake2b(f"{index} {gateway}".encode(), digest_size=8).digest()
-
-    return sorted(gateways, key=weight, reverse=True)
 
 
 @dataclass(slots=True, eq=False)

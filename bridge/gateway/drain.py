@@ -29,18 +29,16 @@ from typing import Any, Final
 
 import structlog
 
-from bridge.bank import gateway_facts
-from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa, stub_sa
 from bridge.config import canonical_address
+from bridge.gateway.other_gateways import OtherGateways, order
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_move, move_message_id, parse_stub_message, verify
 from bridge.net.interface import Sender
 from bridge.net.packet import has_marker
 from bridge.service.tasks import end, spawn
-from bridge.stub import bank_keys
 from bridge.stub.stub import Index
 
 log = structlog.get_logger()
@@ -55,6 +53,8 @@ MOVE_SECONDS: Final = 30.0
 RATE: Final = 50.0
 """moves begun a second, unless told otherwise"""
 FAILURES_SHOWN: Final = 50
+ANY: Final = "any"
+"""target: each session goes to one of the living gateways, shared by rendezvous hashing"""
 BUNDLE: Final = 512
 """sessions that the bank is asked about at a time"""
 
@@ -72,12 +72,25 @@ _OUTCOMES: Final = {
     MoveStatus.REFUSED: (Result.FAILED, "the target did not resume the session"),
 }
 """what a client reports, but for MOVING"""
+ELSEWHERE: Final = frozenset({MoveStatus.NOT_CONFIGURED, MoveStatus.NO_ANSWER, MoveStatus.REFUSED})
+"""reports after which the session may go to another gateway"""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A session that is to move, to the first of `targets` that its client has."""
+
+    sa: IkeSa
+    targets: list[str]
+    message_id: int = 0
+    """of the last Move about it; 0: none was sent"""
 
 
 @dataclass(slots=True, eq=False)
 class _Asked:
     """A client that was sent a Move."""
 
+    waiting: _Waiting
     sa: IkeSa
     index: Index
     move: StubMessage
@@ -99,7 +112,7 @@ class _Run:
     began: float
     sessions: int
     wanted: int
-    waiting: deque[IkeSa]
+    waiting: deque[_Waiting]
     asked: dict[bytes, _Asked] = field(default_factory=dict)
     outcomes: Counter[tuple[Result, str]] = field(default_factory=Counter)
     failures: list[dict[str, str]] = field(default_factory=list)
@@ -108,17 +121,6 @@ class _Run:
 
     def count(self, result: Result) -> int:
         return sum(number for (kind, _), number in self.outcomes.items() if kind is result)
-
-
-def _lacks(target: Facts | None, sa: IkeSa) -> str | None:
-    """What the target lacks for a session, by what it says of itself; None if nothing, or if it says nothing."""
-    if target is None:
-        return None
-    children = target.connections.get(sa.connection)
-    if children is None:
-        return f"the target has no connection {sa.connection!r}"
-    missing = sorted({child.name for child in sa.children} - set(children))
-    return f"the target's connection {sa.connection!r} has no child {missing[0]!r}" if missing else None
 
 
 class Drain:
@@ -153,37 +155,46 @@ class Drain:
     # commands
 
     async def start(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Begin. `to`: address of the target, `share` of the sessions, `rate`: moves begun a second."""
+        """Begin. `to`: address of the target, or ANY; `share` of the sessions, `rate`: moves begun a second."""
         if self._task is not None and not self._task.done():
             return {"error": "this gateway is being drained already"}
-        to = canonical_address(request["to"])
+        to = request["to"] if request["to"] == ANY else canonical_address(request["to"])
         sas = [sa for sa in self._charon.tracker.established() if sa.resumable and sa.published and sa.remote]
         if to == self._address or any(sa.local is not None and sa.local.address == to for sa in sas):
             return {"error": f"{to} is this gateway"}
         try:
-            gateways = await self._bank.gateways()
-            told = await self._bank.posted(bank_keys.FACTS_KIND, to)
+            others = await OtherGateways.ask(self._bank, self._address)
         except BankUnavailable as error:
             return {"error": f"the bank does not answer, and no session can move without it: {error}"}
-        if self._address in gateways and not gateways[self._address].alive:
+        if others.silent:
             return {"error": "the bank takes no writes now, and no session can move without: see `ike-sa-sync status`"}
-        if to not in gateways or not gateways[to].alive:
-            alive = ", ".join(sorted(name for name, sign in gateways.items() if sign.alive and name != self._address))
-            return {"error": f"no gateway lives at {to}; others that do: {alive or 'none'}"}
-        mine = gateways[self._address].keys if self._address in gateways else frozenset()
-        if mine and not mine & gateways[to].keys:
+        if to in others.other_keys:
             return {"error": f"{to} has another bank key, and could open no stub of this gateway: copy the key file"}
-        lacking = {sa.id.spis: reason for sa in sas if (reason := _lacks(gateway_facts.decode(told or b""), sa))}
-        able = [sa for sa in sas if sa.id.spis not in lacking]
-        if sas and not able:
-            reasons = "; ".join(sorted(set(lacking.values())))
-            return {"error": f"{to} could resume no session of this gateway: {reasons}"}
+        if to == ANY and not others.facts:
+            return {"error": "no other gateway lives that has a bank key of this one", "alone": True}
+        if to != ANY and to not in others.facts:
+            alive = ", ".join(sorted([*others.facts, *others.other_keys]))
+            return {"error": f"no gateway lives at {to}; others that do: {alive or 'none'}"}
+        waiting: list[_Waiting] = []
+        lacking: Counter[str] = Counter()
+        for sa in sas:
+            assert sa.published is not None
+            names = [child.name for child in sa.children]
+            targets = order(sa.published, others.facts) if to == ANY else [to]
+            reasons = {target: others.lacks(target, sa.connection, names) for target in targets}
+            able = [target for target in targets if reasons[target] is None]
+            if able:
+                waiting.append(_Waiting(sa, able))
+            else:
+                lacking[next(reason for reason in reasons.values() if reason)] += 1
+        if sas and not waiting:
+            return {"error": f"{to} could resume no session of this gateway: {'; '.join(sorted(lacking))}"}
         # those known to have a sidecar first: fewer others are asked in vain
-        random.shuffle(able)
-        able.sort(key=lambda sa: not sa.companion)
+        random.shuffle(waiting)
+        waiting.sort(key=lambda one: not one.sa.companion)
         wanted = math.ceil(request["share"] * len(sas))
-        self._run = _Run(to, request["rate"], self._clock(), len(sas), wanted, deque(able))
-        self._run.outcomes.update((Result.LEFT, reason) for reason in lacking.values())
+        self._run = _Run(to, request["rate"], self._clock(), len(sas), wanted, deque(waiting))
+        self._run.outcomes.update({(Result.LEFT, reason): number for reason, number in lacking.items()})
         self._task = spawn("drain", self._drain(self._run))
         log.info("drain-begins", to=to, sessions=len(sas), wanted=wanted)
         return await self.progress({})
@@ -230,7 +241,10 @@ class Drain:
             return
         sa.companion = True
         status = message.move.status
-        if status in _OUTCOMES:
+        if status in ELSEWHERE and asked.waiting.targets:
+            self._run.asked.pop(sa.id.spis)
+            self._ask(self._run, asked.waiting)
+        elif status in _OUTCOMES:
             self._settle(self._run, asked, *_OUTCOMES[status])
         elif asked.status is MoveStatus.ASKED and status is MoveStatus.MOVING:
             asked.status, asked.again = status, self._clock() + REMIND_SECONDS
@@ -266,13 +280,15 @@ class Drain:
                 failed=run.count(Result.FAILED),
             )
 
-    def _ask(self, run: _Run, sa: IkeSa) -> None:
+    def _ask(self, run: _Run, waiting: _Waiting) -> None:
+        sa = waiting.sa
         if self._charon.tracker.sas.get(sa.id.spis) is not sa or sa.published is None:
             run.outcomes[(Result.LEFT, "the session ended, or was rekeyed")] += 1
             return
-        octets = build_move(stub_sa(sa, sa.published), run.to, move_message_id(self._wall()))
+        waiting.message_id = max(move_message_id(self._wall()), waiting.message_id + 1)
+        octets = build_move(stub_sa(sa, sa.published), waiting.targets.pop(0), waiting.message_id)
         move = parse_stub_message(octets)
-        run.asked[sa.id.spis] = _Asked(sa, sa.published, move, octets, self._clock() + MOVE_SECONDS)
+        run.asked[sa.id.spis] = _Asked(waiting, sa, sa.published, move, octets, self._clock() + MOVE_SECONDS)
 
     def _look_after(self, run: _Run, asked: _Asked, now: float) -> None:
         sa = asked.sa

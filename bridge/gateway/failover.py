@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import structlog
 
-from bridge.bank import gateway_facts
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.prefetch import Prefetch
@@ -21,12 +20,12 @@ from bridge.bank.redis_bank import GATEWAYS_MAX
 from bridge.charon.charon import Charon
 from bridge.config import FailoverConfig
 from bridge.gateway.announcer import Announcer
+from bridge.gateway.other_gateways import OtherGateways
 from bridge.gateway.peer_watch import PeerState, PeerWatch
 from bridge.ike.stub_exchange import StubMessage, move_message_id
 from bridge.net.interface import Sender
 from bridge.net.packet import has_marker
 from bridge.service.tasks import end, spawn
-from bridge.stub import bank_keys
 from bridge.stub.stub import Index, Stub, StubError
 
 log = structlog.get_logger()
@@ -189,17 +188,12 @@ class Failover:
             yield page
 
     async def _able(self, gateway: str) -> Callable[[Stub], list[str]]:
-        """What tells which living gateways could resume a stub: they have this bank's key, its connection and its
-        children. Raises BankUnavailable."""
-        signs = await self._bank.gateways()
-        mine = signs[self._address].keys if self._address in signs else frozenset()
-        facts: dict[str, Facts | None] = {}
-        for name, sign in signs.items():
-            if sign.alive and name != gateway and (name == self._address or not mine or mine & sign.keys):
-                facts[name] = gateway_facts.decode(await self._bank.posted(bank_keys.FACTS_KIND, name) or b"")
+        """What tells which living gateways could resume a stub, this one among them. Raises BankUnavailable."""
+        others = await OtherGateways.ask(self._bank, self._address)
+        others.facts.pop(gateway, None)
         if self._address is not None:
             connections = self._charon.tracker.connections
-            facts[self._address] = Facts(
+            others.facts[self._address] = Facts(
                 {name: [child.name for child in info.children] for name, info in connections.items()}
             )
         known: dict[Needs, list[str]] = {}
@@ -207,7 +201,7 @@ class Failover:
         def able(stub: Stub) -> list[str]:
             needs = stub.connection, frozenset(child.name for child in stub.children)
             if needs not in known:
-                known[needs] = [name for name, told in facts.items() if told is not None and told.can(*needs)]
+                known[needs] = others.able(*needs)
             return known[needs]
 
         return able

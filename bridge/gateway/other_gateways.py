@@ -1,0 +1,67 @@
+"""The other gateways of the bank: which of them live, have a key of this one, and could resume a session."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from bridge.bank import gateway_facts
+from bridge.bank.gateway_facts import Facts
+from bridge.bank.interface import StubBank
+from bridge.stub import bank_keys
+from bridge.stub.stub import Index
+
+
+class OtherGateways:
+    """What the bank says of them at one time. `facts` of each that lives and has a key of this gateway: its connections
+    and their children, None where it does not say."""
+
+    def __init__(self, facts: dict[str, Facts | None], other_keys: frozenset[str], silent: bool) -> None:
+        self.facts = facts
+        self.silent = silent
+        """this gateway's own heartbeat is missing: the bank takes no writes"""
+        self.other_keys = other_keys
+        """those that live, and could open no stub of this gateway"""
+
+    @classmethod
+    async def ask(cls, bank: StubBank, address: str | None) -> OtherGateways:
+        """Ask the bank. `address` is this gateway's. Raises BankUnavailable."""
+        signs = await bank.gateways()
+        mine = signs[address].keys if address is not None and address in signs else frozenset()
+        facts: dict[str, Facts | None] = {}
+        other_keys = set()
+        for name, sign in signs.items():
+            if name == address or not sign.alive:
+                continue
+            if mine and not mine & sign.keys:
+                other_keys.add(name)
+            else:
+                facts[name] = gateway_facts.decode(await bank.posted(bank_keys.FACTS_KIND, name) or b"")
+        silent = address is not None and address in signs and not signs[address].alive
+        return cls(facts, frozenset(other_keys), silent)
+
+    def lacks(self, gateway: str, connection: str, children: Iterable[str]) -> str | None:
+        """What a gateway lacks for a session, by what it says of itself; None if nothing, or if it says nothing."""
+        told = self.facts[gateway]
+        if told is None:
+            return None
+        known = told.connections.get(connection)
+        if known is None:
+            return f"the target has no connection {connection!r}"
+        missing = sorted(set(children) - set(known))
+        return f"the target's connection {connection!r} has no child {missing[0]!r}" if missing else None
+
+    def able(self, connection: str, children: Iterable[str]) -> list[str]:
+        """Those that could resume a session, as far as they say."""
+        names = tuple(children)
+        return [gateway for gateway in self.facts if self.lacks(gateway, connection, names) is None]
+
+
+def order(index: Index, gateways: Iterable[str]) -> list[str]:
+    """The gateways in the order in which a session goes to them (rendezvous hashing), on each gateway the same: without
+    one of them, the order of the others does not change."""
+
+    def weight(gateway: str) -> bytes:
+        return hashlib.blake2b(f"{index} {gateway}".encode(), digest_size=8).digest()
+
+    return sorted(gateways, key=weight, reverse=True)
