@@ -59,7 +59,7 @@ class FakeTime(asyncio.SelectorEventLoop):
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run `work` to its end; no supervised task may have failed by then."""
         result = self.run_until_complete(work)
-        assert self.failures == []
+        assert not self.failures, self.failures
         return result
 
     def pass_time(self, seconds: float) -> None:
