@@ -41,12 +41,16 @@ from bridge.ike.stub_exchange import (
     verify,
 )
 from bridge.ike.sync_exchange import (
+    MAX_REASON,
     CookieChallenge,
+    SyncRefusal,
     SyncResponse,
+    build_refusal,
     build_request,
     build_response,
     parse_request,
     parse_response,
+    verify_refusal,
     verify_request,
     verify_response,
 )
@@ -156,6 +160,7 @@ def _requests() -> list[bytes]:
         REQUEST,
         _request(cookie=b"c" * 17),
         _request(forward_secrecy=True),
+        _request(refusable=True),
         _request(children=[(0, 0xC0000001), (1, 0xC0000002)], sealed_stub=b"sealed" * 20),
         _request(sync_index=("2001:db8::1", b"O" * 8), nat=None),
     ]
@@ -198,6 +203,17 @@ def response(data: bytes) -> None:
     if isinstance(found, SyncResponse):
         assert verify_response(found, REQUEST, SUITE.prf, SK_D) is (data in _responses())
         assert found.lifetime is None or 0 <= found.lifetime < 2**32
+    if isinstance(found, SyncRefusal):
+        assert verify_refusal(found, REQUEST, SUITE.prf, SK_D) is (data == _refusal())
+        assert found.reason.isascii()
+        assert len(found.reason) <= MAX_REASON
+
+
+@functools.cache
+def _refusal() -> bytes:
+    request = parse_request(REQUEST)
+    assert request is not None
+    return build_refusal(request, "connection-missing", prf=SUITE.prf, sk_d_old=SK_D)
 
 
 @functools.cache
@@ -655,6 +671,8 @@ TARGETS: Final = {
         response,
         lambda: [
             *_responses(),
+            _refusal(),
+            _plain((PayloadType.NOTIFY, b"\0\0\x20\x08")),
             _plain((PayloadType.NOTIFY, b"\0\0\x00\x0e")),
             _plain((PayloadType.NOTIFY, b"\0\0\x40\x06" + b"c" * 17)),
             _plain((PayloadType.SA, SUITE.proposal()), (PayloadType.NONCE, b"n" * 20)),

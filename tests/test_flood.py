@@ -79,8 +79,8 @@ def test_every_packet_of_the_queue_is_decided_and_accounted_for(measured: dict[s
     assert counters["malformed_requests_total"] == 0
     # an attempt of the client's that a later one of its own overtook is rebuilt and ended, and counted as neither
     assert 0 <= counters["requests_total"] - decided <= 20
-    # ordinary requests, of the visitor and for want of better of the client, with what was sent again of them
-    assert 0 < counters["nfqueue_packets_total"] - counters["requests_total"] < counters["requests_total"] / 20
+    # GET Stub of the client; full handshakes never come to the queue
+    assert 0 <= counters["nfqueue_packets_total"] - counters["requests_total"] < counters["requests_total"] / 20
 
 
 def test_once_it_is_over_no_cookie_is_asked_for_and_all_goes_on(flood: Flood, measured: dict[str, Any]) -> None:
