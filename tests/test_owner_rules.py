@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bridge.charon.ha_channel import HaChannel
 from bridge.net import firewall, owner_rules, rules_watch
 from bridge.net.rules_watch import RulesWatch
 from net_support import End, Wire, inside, run, until, wire
@@ -138,6 +139,25 @@ def in_the_namespace_of(end: End) -> Callable[..., Awaitable[Any]]:
             return function(*arguments)
 
     return here
+
+
+async def test_what_waits_in_the_sidecars_socket_from_before_the_rules_is_forgotten(cable: Wire) -> None:
+    handled: list[object] = []
+    channel = HaChannel(SIDECAR, CHARON, handled.append)
+    with inside(cable.host.namespace):
+        channel.open()
+        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sender.bind((CHARON, PORT))
+    with contextlib.closing(sender):
+        for _ in range(3):
+            sender.sendto(b"\3\1forged", (SIDECAR, PORT))
+        channel.discard()
+        channel.start()
+        await asyncio.sleep(0.05)
+        assert (channel.received, handled) == (0, [])
+        sender.sendto(b"\3\1later", (SIDECAR, PORT))
+        await until(lambda: channel.received == 1)
+    channel.close()
 
 
 FLUSH: dict[str, list[tuple[str, ...]]] = {
