@@ -32,7 +32,7 @@ def flood() -> Iterator[Flood]:
 @pytest.fixture(scope="module")
 def measured(flood: Flood) -> dict[str, Any]:
     """The first flood of RATES that this machine has room for beside all else that it does: what the sidecar does not
-    get round to goes on to charon, and then it is charon that is flooded."""
+    get round to is dropped."""
     for rate in RATES:
         figures = measure(flood, rate, SECONDS, quiet_moves=5)
         print(json.dumps(figures, indent=1))
@@ -74,7 +74,8 @@ def test_every_packet_of_the_queue_is_decided_and_accounted_for(measured: dict[s
         for name, value in counters.items()
         if name.startswith(("cookies_total", "refusals_total", "retransmissions_total", "resumptions_total"))
     )
-    assert counters["nfqueue_drops_total"] == 0
+    # what charon got of the flood it got before cookies were demanded
+    assert counters["nfqueue_bypassed_total"] < 1000
     assert counters["nfqueue_waiting"] == 0
     assert counters["malformed_requests_total"] == 0
     # an attempt of the client's that a later one of its own overtook is rebuilt and ended, and counted as neither

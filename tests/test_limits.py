@@ -189,9 +189,9 @@ def test_past_the_rate_of_a_source_it_is_asked_and_then_refused(topology: Topolo
         answers = send(topology, *unproved)
         assert counter(topology, "gw2", "cookies_total[source-rate]") >= 1
         challenges = [(octets[:8], parse_response(octets, octets)) for octets in answers]
-        # with their cookies one is within the rate, and others beyond it go to charon
+        # with their cookies one is within the rate, and others beyond it are refused
         proved = [
-            request(stub, spi_i=spi_i, cookie=challenge.cookie)
+            request(stub, spi_i=spi_i, cookie=challenge.cookie, refusable=True)
             for spi_i, challenge in challenges
             if isinstance(challenge, CookieChallenge)
         ]
@@ -214,7 +214,7 @@ def test_no_more_sas_are_unconfirmed_than_may_be_cookie_or_not(topology: Topolog
             [octets] = send(topology, bare)
             challenge = parse_response(octets, bare)
             assert isinstance(challenge, CookieChallenge)
-            proved = request(stub, spi_i=bytes((number,)) * 8, cookie=challenge.cookie)
+            proved = request(stub, spi_i=bytes((number,)) * 8, cookie=challenge.cookie, refusable=True)
             [octets] = send(topology, proved)
             assert isinstance(parse_response(octets, proved), SyncResponse if number == 1 else OrdinaryResponse)
         assert counter(topology, "gw2", f"refusals_total[{reason}]") == 1

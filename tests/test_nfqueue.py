@@ -374,6 +374,27 @@ class TestFailOpen:
             interceptor.stop()
         assert [await received(charon) for _ in range(10)] == messages[:10]
 
+    async def test_in_a_flood_what_does_not_fit_is_dropped_and_afterwards_passes_again(
+        self, cable: Wire, seen: Seen
+    ) -> None:
+        interceptor = Interceptor(QUEUE, seen, max_length=10)
+        seen.decide = leave_undecided
+        with alive(cable, interceptor):
+            with inside(cable.host.namespace):
+                interceptor.start(asyncio.get_running_loop())
+            interceptor.fail_open(False)
+            charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
+            messages = [ike() for _ in range(30)]
+            for message in messages:
+                client.sendto(message, charon.getsockname())
+            await until(lambda: len(seen.packets) == 10)
+            assert interceptor.stats().drops == 20
+            interceptor.fail_open(True)
+            client.sendto(messages[20], charon.getsockname())
+            assert await received(charon) == messages[20]
+            interceptor.stop()
+            assert [await received(charon) for _ in range(10)] == messages[:10]
+
     async def test_requests_pass_when_the_handler_fails(
         self, cable: Wire, interceptor: Interceptor, seen: Seen
     ) -> None:

@@ -143,7 +143,7 @@ def in_the_namespace_of(end: End) -> Callable[..., Awaitable[Any]]:
 
 async def test_what_waits_in_the_sidecars_socket_from_before_the_rules_is_forgotten(cable: Wire) -> None:
     handled: list[object] = []
-    channel = HaChannel(SIDECAR, CHARON, handled.append)
+    channel = HaChannel(SIDECAR, CHARON, lambda message, _: handled.append(message), lambda *_: handled.append(_))
     with inside(cable.host.namespace):
         channel.open()
         sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

@@ -20,16 +20,24 @@ from bridge.service.tasks import end, spawn
 
 class Interception:
     """Gives intercepted batches to `handler` while it is started; `busy` tells whether what was held is being worked
-    on."""
+    on, `flooded` whether more comes than clients send.
+
+    What does not fit into the queue goes on to charon. In a flood it is dropped instead: charon would keep a half-open
+    IKE_SA of each such request, and as long as all its segments have some, no rebuilt SA is activated. Only requests to
+    resume are in the queue, whose clients send them again; with intercept.match anywhere, all requests are.
+    """
 
     def __init__(
         self,
         config: InterceptConfig,
         handler: Callable[[list[Packet]], None],
         busy: Callable[[], bool],
+        flooded: Callable[[], bool],
     ) -> None:
         self._interceptor = Interceptor(config.queue, handler, busy, lambda: self._liveness.check())
-        self._liveness = Liveness(self._interceptor.let_go, self._unnoticed)
+        self._liveness = Liveness(self._interceptor.let_go, self._unnoticed, self._beat)
+        self._flooded = flooded
+        self._only_resumption = config.match == "first"
         self._watch: RulesWatch | None = None
         if config.rules != "external":
             rules = queue_rules.rules(config.queue, config.match, config.ports or charon_ports())
@@ -54,6 +62,9 @@ class Interception:
         if self._watch is not None:
             self._watch.remove()
         self._interceptor.stop()
+
+    def _beat(self) -> None:
+        self._interceptor.fail_open(not (self._only_resumption and self._flooded()))
 
     def _unnoticed(self) -> None:
         if self._watch is not None:

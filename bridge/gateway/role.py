@@ -149,7 +149,9 @@ class GatewayRole:
             AddressHolders(charon, bank, config.address),
         )
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
-        self._interception = Interception(config.intercept, self._responder.packets, self._responder.busy)
+        self._interception = Interception(
+            config.intercept, self._responder.packets, self._responder.busy, lambda: self._responder.demanding
+        )
         self._rotation = KeyRotation(
             bank, keyring, config.bank.key_file, config.address, doubtful=lambda: self._heartbeat.doubtful
         )

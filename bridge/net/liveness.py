@@ -29,13 +29,14 @@ _ANY: dict[Family, bytes] = {"ip": b"+0.0.0.0\n", "ip6": b"+::\n"}
 
 
 class Liveness:
-    """Beats once `start`ed. `stalled` is called on the event loop after it stood still, before anything else is read;
-    `unnoticed` when a beat met no rule."""
+    """Beats once `start`ed, and calls `beat` each time. `stalled` is called on the event loop after it stood still,
+    before anything else is read; `unnoticed` when a beat met no rule."""
 
     def __init__(
         self,
         stalled: Callable[[], None],
         unnoticed: Callable[[], None],
+        beat: Callable[[], None] = lambda: None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -43,6 +44,7 @@ class Liveness:
         """how often the event loop stood still for STALL_SECONDS"""
         self._stalled = stalled
         self._unnoticed = unnoticed
+        self._each = beat
         self._clock = clock
         self._tell: Callable[[], bool] = lambda: True
         self._told = float("inf")
@@ -87,6 +89,7 @@ class Liveness:
         assert self._loop is not None
         self._timer = self._loop.call_later(BEAT_SECONDS, self._beat)
         self.check()
+        self._each()
         noticed = self._tell()
         self._told = self._clock()
         if not noticed:

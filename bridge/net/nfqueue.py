@@ -146,6 +146,7 @@ class Interceptor:
         self._stood_still = stood_still
         self._max_length = max_length
         self._queue: NetfilterQueue | None = None
+        self._fails_open = True
         self._some: _Some | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._proc = -1
@@ -170,7 +171,8 @@ class Interceptor:
                     # the kernel doubles what is asked for
                     sock_len=self._max_length * QUEUED_OCTETS // 2,
                 )
-            _fail_open(queue.get_fd(), self._number)
+            _set_fail_open(queue.get_fd(), self._number, True)
+            self._fails_open = True
             self._proc = os.open(_QUEUES, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             queue.unbind()
@@ -195,6 +197,13 @@ class Interceptor:
         self._queue.unbind()
         self._queue = None
         os.close(self._proc)
+
+    def fail_open(self, fail_open: bool) -> None:
+        """Whether what does not fit into the queue goes on to charon, as from the start on, or is dropped."""
+        if self._queue is None or fail_open is self._fails_open:
+            return
+        _set_fail_open(self._queue.get_fd(), self._number, fail_open)
+        self._fails_open = fail_open
 
     def let_go(self) -> None:
         """Let all undecided requests go on to charon, those in the kernel's queue too: their senders may have sent them
@@ -303,13 +312,14 @@ def _row(table: str, number: int) -> list[str] | None:
     return None
 
 
-def _fail_open(descriptor: int, number: int) -> None:
-    """Have the kernel accept what does not fit into the queue; the library has no call for this.
+def _set_fail_open(descriptor: int, number: int, fail_open: bool) -> None:
+    """Have the kernel accept what does not fit into the queue, or drop it; the library has no call for this.
 
     Sent without asking for an acknowledgement: that would come among the packets. Kernels since 3.6 know the flag.
     """
-    flag = struct.pack("!I", _NFQA_CFG_F_FAIL_OPEN)
-    attributes = b"".join(struct.pack("=HH", 8, kind) + flag for kind in (_NFQA_CFG_MASK, _NFQA_CFG_FLAGS))
+    mask, flags = _NFQA_CFG_F_FAIL_OPEN, _NFQA_CFG_F_FAIL_OPEN if fail_open else 0
+    attributes = struct.pack("=HH", 8, _NFQA_CFG_MASK) + struct.pack("!I", mask)
+    attributes += struct.pack("=HH", 8, _NFQA_CFG_FLAGS) + struct.pack("!I", flags)
     body = struct.pack("!BBH", socket.AF_UNSPEC, 0, number) + attributes
     header = struct.pack("=IHHII", 16 + len(body), _NFQNL_MSG_CONFIG, _NLM_F_REQUEST, 0, 0)
     with socket.socket(fileno=os.dup(descriptor)) as sock:

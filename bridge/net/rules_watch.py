@@ -82,6 +82,8 @@ class RulesWatch:
                 if str(error) != self._told:
                     log.error("rules-not-restored", rules=self._about, reason=str(error))
                 self._told = str(error)
+                # whatever suggests that they are gone does so all the time now
+                await asyncio.sleep(LOOK_SECONDS)
             looked()
 
     async def _look(self) -> None:
