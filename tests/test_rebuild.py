@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
@@ -21,7 +22,7 @@ from bridge.gateway.refusal import Refusal
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.sync_exchange import build_request, parse_request
-from bridge.ike.transforms import PRF_OUTPUT, Prf
+from bridge.ike.transforms import PRF_OUTPUT, Encr, Group, Prf, Suite
 from bridge.net.interface import Packet
 
 
@@ -29,13 +30,15 @@ class CharonWithoutConnections:
     def connection(self, name: str) -> None: ...
 
 
-def decided(prf: Prf, nonce: bytes, *, proven: bool = True) -> Any:
+def decided(
+    prf: Prf, nonce: bytes, *, proven: bool = True, asked: Callable[[Suite], Suite] = lambda suite: suite
+) -> Any:
     """What a request gets that names a stub of an SA with this prf, at a charon that has no connection for it."""
     stub = stub_of()
     stub = msgspec.structs.replace(stub, suite=msgspec.structs.replace(stub.suite, prf=prf))
     octets = build_request(
         spi_i=b"I" * 8,
-        suite=stub.suite,
+        suite=asked(stub.suite),
         ke_value=bytes(32),
         nonce=nonce,
         sync_index=(stub.index.gateway, stub.index.spi),
@@ -65,3 +68,17 @@ def test_a_nonce_of_less_than_half_the_key_size_of_the_prf_is_refused(prf: Prf, 
     assert decided(prf, bytes(half - 1), proven=proven) is Refusal.NONCE_SHORT
     # goes on to the next question
     assert decided(prf, bytes(half), proven=proven) is Refusal.CONNECTION_MISSING
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"encr": Encr.AES_CTR}, {"encr_len": 192}, {"integ": 0}, {"group": Group.MODP_2048}, {"prf": Prf.AES128_XCBC}],
+)
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_request_with_another_proposal_or_group_than_the_old_sas_is_refused(
+    change: dict[str, int], proven: bool
+) -> None:
+    def asked(suite: Suite) -> Suite:
+        return msgspec.structs.replace(suite, **change)
+
+    assert decided(Prf.HMAC_SHA2_256, bytes(32), proven=proven, asked=asked) is Refusal.PROPOSAL_DIFFERS

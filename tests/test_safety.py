@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import pytest
 
 from bridge.ike.sync_exchange import OrdinaryResponse, SyncResponse, parse_response, verify_response
-from bridge.ike.transforms import Suite
+from bridge.ike.transforms import Group, Suite
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE, bank_key
@@ -69,6 +70,16 @@ def test_a_wrong_proof_rebuilds_nothing(topology: Topology) -> None:
     before = counter(topology, "gw2", "refusals_total[proof-wrong]")
     assert refused(topology, request(the_stub(topology), sk_d_old=bytes(32)))
     assert counter(topology, "gw2", "refusals_total[proof-wrong]") == before + 1
+
+
+@pytest.mark.parametrize("change", [{"encr_len": 256}, {"group": Group.MODP_2048}])
+def test_a_request_with_another_proposal_rebuilds_nothing(topology: Topology, change: dict[str, int]) -> None:
+    """Proven as it is: it asks for another suite than the SA had, or its public value is of another group."""
+    connect(topology)
+    stub = the_stub(topology)
+    before = counter(topology, "gw2", "refusals_total[proposal-differs]")
+    assert refused(topology, request(stub, suite=msgspec.structs.replace(stub.suite, **change)))
+    assert counter(topology, "gw2", "refusals_total[proposal-differs]") == before + 1
 
 
 def test_a_request_in_the_plain_draft_form_rebuilds_nothing_by_default(topology: Topology) -> None:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, x448, x25519
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bridge.ike.key_exchange import fresh_public_value
-from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite, UnsupportedSuite, check_resumable, child_name
+from bridge.ike.transforms import (
+    Encr,
+    Group,
+    Integ,
+    Prf,
+    Suite,
+    UnsupportedSuite,
+    check_resumable,
+    child_name,
+    proposes,
+)
 
 CLASSIC = Suite(12, 128, 12, 5, 31)
 AEAD = Suite(20, 256, 0, 7, 20)
@@ -118,3 +131,37 @@ def test_public_values_of_montgomery_curves_have_their_length() -> None:
 @pytest.mark.parametrize(("group", "octets"), [(Group.MODP_2048, 256), (Group.MODP_4096, 512), (Group.ECP_224_BP, 56)])
 def test_other_public_values_have_the_length_of_their_group(group: Group, octets: int) -> None:
     assert len(fresh_public_value(group)) == octets
+
+
+def test_a_proposal_is_that_of_its_suite_in_any_order_and_of_no_other() -> None:
+    suite = Suite(Encr.AES_CBC, 128, Integ.HMAC_SHA2_256_128, Prf.HMAC_SHA2_256, Group.CURVE_25519, (Group.ML_KEM_768,))
+    body = suite.proposal()
+    assert proposes(body, suite)
+    head, parts, at = body[:8], [], 8
+    while at < len(body):
+        length = int.from_bytes(body[at + 2 : at + 4])
+        parts.append(body[at : at + length])
+        at += length
+    for order in itertools.permutations(parts):
+        marked = [bytes((0 if part is order[-1] else 3,)) + part[1:] for part in order]
+        assert proposes(head + b"".join(marked), suite)
+    for other in (
+        Suite(Encr.AES_CBC, 256, suite.integ, suite.prf, suite.group, suite.additional),
+        Suite(suite.encr, 128, Integ.HMAC_SHA2_384_192, suite.prf, suite.group, suite.additional),
+        Suite(suite.encr, 128, suite.integ, suite.prf, Group.ECP_256, suite.additional),
+        Suite(suite.encr, 128, suite.integ, suite.prf, suite.group, (Group.ML_KEM_512,)),
+        Suite(suite.encr, 128, suite.integ, suite.prf, suite.group),
+    ):
+        assert not proposes(other.proposal(), suite)
+    # two proposals, another protocol, an SPI, and anything cut
+    assert not proposes(bytes((2,)) + body[1:] + body, suite)
+    assert not proposes(body[:5] + b"\x03" + body[6:], suite)
+    assert not proposes(body[:6] + b"\x08" + body[7:], suite)
+    assert not any(proposes(body[:end], suite) for end in range(len(body)))
+
+
+@given(st.binary(max_size=100))
+def test_arbitrary_octets_are_no_proposal(octets: bytes) -> None:
+    suite = Suite(Encr.AES_CBC, 128, Integ.HMAC_SHA2_256_128, Prf.HMAC_SHA2_256, Group.CURVE_25519)
+    assert not proposes(octets, suite)
+    assert not proposes(suite.proposal()[:8] + octets, suite) or octets == suite.proposal()[8:]

@@ -24,7 +24,7 @@ from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.key_exchange import KeyExchange, can_exchange
 from bridge.ike.keys import derive_sk_d, skeyseed_resume
-from bridge.ike.sync_exchange import SyncRequest, build_response, nat_hash, verify_request
+from bridge.ike.sync_exchange import SyncRequest, build_response, is_for, nat_hash, verify_request
 from bridge.ike.transforms import least_nonce
 from bridge.net.interface import Packet
 from bridge.stub.child_sa import grant, stays
@@ -98,6 +98,8 @@ class Decision:
                 return Refusal.PROOF_MISSING
         elif not verify_request(request, stub.suite.prf, stub.sk_d):
             return Refusal.PROOF_WRONG
+        if not is_for(request, stub.suite):
+            return Refusal.PROPOSAL_DIFFERS
         if len(request.nonce) < least_nonce(stub.suite.prf):
             return Refusal.NONCE_SHORT
         if self._charon.connection(stub.connection) is None:
@@ -119,8 +121,6 @@ class Decision:
         policy = self._sync.forward_secrecy
         if policy == "off" or not request.forward_secrecy or not can_exchange(group):
             return Refusal.FORWARD_SECRECY_MISSING if policy == "required" else NOT_EXCHANGED
-        if request.group != group:
-            return Refusal.PUBLIC_VALUE_WRONG
         try:
             ours = KeyExchange(group)
             return _Exchanged((group, ours.public), ours.shared(request.public_value))

@@ -21,6 +21,8 @@ class Refusal(StrEnum):
     STUB_EXPIRED = "stub-expired"
     PROOF_MISSING = "proof-missing"
     PROOF_WRONG = "proof-wrong"
+    PROPOSAL_DIFFERS = "proposal-differs"
+    """SAi1 is not the proposal of the old SA, or KEi not of its group"""
     NONCE_SHORT = "nonce-short"
     BANK_UNAVAILABLE = "bank-unavailable"
     CHARON_UNAVAILABLE = "charon-unavailable"

@@ -39,7 +39,7 @@ from bridge.ike.message import (
 )
 from bridge.ike.proof import blank, empty_proof, prove, proves
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, encode_gateways, encode_old_children
-from bridge.ike.transforms import Suite, least_nonce
+from bridge.ike.transforms import Suite, least_nonce, proposes
 
 _NO_SPI: Final = bytes(8)
 _FIRST_STATUS: Final = 16384
@@ -156,6 +156,8 @@ class SyncRequest(Struct, frozen=True, gc=False):
     cookie: bytes | None
     nat_source: tuple[bytes, ...]
     nat_destination: tuple[bytes, ...]
+    proposal: bytes
+    """the body of SAi1"""
 
     def __repr__(self) -> str:
         return f"SyncRequest({self.spi_i.hex()})"
@@ -190,7 +192,8 @@ _SYNC, _NONCE, _NOTIFY, _KE = (
 )
 _COOKIE = int(NotifyType.COOKIE)
 _NAT_SOURCE, _NAT_DESTINATION = int(NotifyType.NAT_DETECTION_SOURCE_IP), int(NotifyType.NAT_DETECTION_DESTINATION_IP)
-_EXPECTED: Final = frozenset((_SYNC, _NONCE, int(PayloadType.SA), _KE))
+_SA = int(PayloadType.SA)
+_EXPECTED: Final = frozenset((_SYNC, _NONCE, _SA, _KE))
 """there once each"""
 _SYNC_MARK: Final = bytes((_SYNC,))
 
@@ -244,6 +247,7 @@ def parse_request(data: bytes) -> SyncRequest | None:
         cookie=cookies[0] if cookies else None,
         nat_source=tuple(notified[_NAT_SOURCE]),
         nat_destination=tuple(notified[_NAT_DESTINATION]),
+        proposal=once[_SA].body,
     )
 
 
@@ -252,6 +256,11 @@ def sync_comes_first(data: bytes) -> bool:
     if data[16] == _NOTIFY:
         return len(data) > HEADER.size and data[HEADER.size] == _SYNC
     return data[16] == _SYNC
+
+
+def is_for(request: SyncRequest, suite: Suite) -> bool:
+    """Whether SAi1 is the proposal of the old SA, and KEi of its group (draft-xu-ike-sa-sync-01 section 5)."""
+    return request.group == suite.group and proposes(request.proposal, suite)
 
 
 def verify_request(request: SyncRequest, prf: int, sk_d_old: bytes) -> bool:

@@ -172,6 +172,10 @@ PROTOCOL_IKE: Final = 1
 _KEY_LENGTH: Final = 0x800E
 """attribute Key Length, in the short form (RFC 7296 section 3.3.5)"""
 _LAST, _MORE_TRANSFORMS = 0, 3
+_PROPOSAL: Final = struct.Struct("!BBHBBBB")
+"""last or more, reserved, length, number, protocol, SPI size, number of transforms"""
+_LEAST_TRANSFORM: Final = 8
+"""octets of one without attributes"""
 
 
 class Suite(Struct, frozen=True, gc=False):
@@ -252,8 +256,34 @@ class Suite(Struct, frozen=True, gc=False):
             attribute = struct.pack("!HH", _KEY_LENGTH, key_length) if key_length else b""
             more = _LAST if position == len(transforms) else _MORE_TRANSFORMS
             octets += struct.pack("!BBHBBH", more, 0, 8 + len(attribute), kind, 0, number) + attribute
-        head = struct.pack("!BBHBBBB", _LAST, 0, 8 + len(octets), 1, PROTOCOL_IKE, 0, len(transforms))
+        head = _PROPOSAL.pack(_LAST, 0, 8 + len(octets), 1, PROTOCOL_IKE, 0, len(transforms))
         return head + octets
+
+
+def proposes(body: bytes, suite: Suite) -> bool:
+    """Whether the body of an SA payload is one proposal, that of this suite, its transforms in any order (RFC 7296
+    section 3.3)."""
+    written = suite.proposal()
+    return body == written or (len(body) == len(written) and _transforms(body) == _transforms(written))
+
+
+def _transforms(body: bytes) -> list[bytes] | None:
+    """The transforms of a payload's one proposal, sorted, without what says which is the last; None for another
+    layout."""
+    if len(body) < _PROPOSAL.size:
+        return None
+    last, _, length, _, protocol, spi_size, count = _PROPOSAL.unpack_from(body)
+    if (last, length, protocol, spi_size) != (_LAST, len(body), PROTOCOL_IKE, 0):
+        return None
+    found = []
+    at = _PROPOSAL.size
+    while at < len(body):
+        length = int.from_bytes(body[at + 2 : at + 4])
+        if length < _LEAST_TRANSFORM or at + length > len(body):
+            return None
+        found.append(body[at + 4 : at + 5] + body[at + 6 : at + length])
+        at += length
+    return sorted(found) if len(found) == count else None
 
 
 def check_resumable(suite: Suite) -> None:
