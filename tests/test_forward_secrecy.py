@@ -312,9 +312,16 @@ def test_what_a_gateway_makes_of_it(policy: Policy, asks: bool, group: int, outc
         assert (PayloadType.KE in [one.type for one in parse(rebuilt(made).response).payloads]) is outcome
 
 
-@pytest.mark.parametrize("ke", [(31, b"short"), (31, bytes(32)), (19, b"k" * 64)])
-def test_a_public_value_of_another_group_or_of_none_is_refused(ke: tuple[int, bytes]) -> None:
-    assert decided("offered", ke=ke) is Refusal.PUBLIC_VALUE_WRONG
+@pytest.mark.parametrize(
+    ("ke", "reason"),
+    [
+        ((31, b"short"), Refusal.PUBLIC_VALUE_WRONG),
+        ((31, bytes(32)), Refusal.PUBLIC_VALUE_WRONG),
+        ((19, b"k" * 64), Refusal.PROPOSAL_DIFFERS),
+    ],
+)
+def test_a_public_value_of_another_group_or_of_none_is_refused(ke: tuple[int, bytes], reason: Refusal) -> None:
+    assert decided("offered", ke=ke) is reason
 
 
 # the client
