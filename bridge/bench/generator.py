@@ -31,7 +31,7 @@ from typing import Any
 
 from bridge.bank.redis_bank import RedisBank
 from bridge.bench.sessions import ESP_SPI, Children, Session, State, Unproven, imagine, is_answer
-from bridge.ike.key_exchange import fresh_public_value
+from bridge.ike.key_exchange import KeyExchange, fresh_public_value
 from bridge.ike.message import MalformedMessage
 from bridge.net.packet import MARKER, PORT_NAT_T
 from bridge.stub.keyring import Keyring
@@ -103,11 +103,14 @@ class Generator:
                 raise SystemExit("the bank refused stubs")
         return {"made": count}
 
-    def storm(self, window: int, count: int, children: str) -> dict[str, Any]:
+    def storm(self, window: int, count: int, children: str, forward_secrecy: bool = False) -> dict[str, Any]:
         """Resume `count` sessions, each confirmed by its first protected exchange."""
         sessions = [self._made.popleft() for _ in range(min(count, len(self._made)))]
         for session in sessions:
             session.children = Children(children)
+            if forward_secrecy:
+                session.exchange = KeyExchange(session.suite.group)
+                session.ke_value = session.exchange.public
             session.prepare(*self._target, session.ke_value)
         self._last = sessions
         self._strange = self._requests = 0

@@ -41,6 +41,8 @@ IDLE_SECONDS = 3.0
 PATIENCE = 20.0
 TOGETHER = 90
 """imagined clients that resume at once: no more than are served without cookies as the sidecar is shipped"""
+FORWARD_SECRECY = "forward-secrecy"
+"""an IKE_SA alone, with an exchange in the round trip; beside those of Children"""
 RESUMPTIONS = {Children.AT_ONCE: "resumption, children at once", Children.CREATE: "resumption, CREATE_CHILD_SA"}
 
 
@@ -221,7 +223,7 @@ def compare(rig: Rig, rounds: int, progress: Progress) -> dict[str, Any]:
     gauge = Gauge(rig.meter)
     near, far = distances[0], distances[1:]
     alone: list[dict[str, Any]] = []
-    many: dict[Children, list[dict[str, Any]]] = {form: [] for form in (Children.NONE, *RESUMPTIONS)}
+    many: dict[str, list[dict[str, Any]]] = {form: [] for form in (Children.NONE, *RESUMPTIONS, FORWARD_SECRECY)}
     with ThreadPoolExecutor(len(far)) as beside:
         for number in range(rounds):
             progress(f"round {number + 1} of {rounds}", number / rounds)
@@ -230,7 +232,9 @@ def compare(rig: Rig, rounds: int, progress: Progress) -> dict[str, Any]:
             list(beside.map(lambda distance: distance.round(gauge), far))
             alone.append(resumptions(rig, 12, 1, idle=gauge.idle))
             for form, seen in many.items():
-                seen.append(resumptions(rig, TOGETHER, TOGETHER, form, gauge.idle))
+                secret = form == FORWARD_SECRECY
+                children = Children.NONE if secret else Children(form)
+                seen.append(resumptions(rig, TOGETHER, TOGETHER, children, gauge.idle, forward_secrecy=secret))
                 if failures := seen[-1]["failures"]:
                     raise LabError(f"{failures} of {TOGETHER} imagined clients did not resume, {form}: {seen[-1]}")
                 rig.order("end", None)

@@ -71,7 +71,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-IMAGINED = {"none": "IKE_SA alone", "at-once": "children at once", "create": "CREATE_CHILD_SA"}
+IMAGINED = {
+    "none": "IKE_SA alone",
+    "at-once": "children at once",
+    "create": "CREATE_CHILD_SA",
+    "forward-secrecy": "IKE_SA alone, forward secrecy",
+}
 
 
 def comparison(result: dict[str, Any]) -> tuple[str, str]:

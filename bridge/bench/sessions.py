@@ -17,6 +17,7 @@ import msgspec
 
 from bridge.bench import child
 from bridge.ike.encrypted_payload import Protection, protect, unprotect
+from bridge.ike.key_exchange import KeyExchange
 from bridge.ike.keys import derive_keys, skeyseed_resume
 from bridge.ike.message import ExchangeType, Flag, PayloadType, parse_header
 from bridge.ike.sync_exchange import CookieChallenge, SyncResponse, build_request, parse_response, verify_response
@@ -69,6 +70,7 @@ class Session:
         "confirmed",
         "cookie",
         "esp_spi",
+        "exchange",
         "incoming",
         "index",
         "ke_value",
@@ -91,6 +93,8 @@ class Session:
         self.sk_d = stub.sk_d
         [self.child] = stub.children
         self.children = Children.NONE
+        self.exchange: KeyExchange | None = None
+        """its half of the exchange that forward secrecy needs, where it asks for that"""
         self.esp_spi = esp_spi
         self.spi_i = spi_i
         self.spi_r = bytes(8)
@@ -119,6 +123,7 @@ class Session:
             children=[(0, self.esp_spi)] if self.children is Children.AT_ONCE else (),
             nat=(self.address, port, gateway, port),
             refusable=True,
+            forward_secrecy=self.exchange is not None,
             cookie=self.cookie,
         )
         return self.request
@@ -137,7 +142,12 @@ class Session:
         assert response.sync is not None
         if self.children is Children.AT_ONCE and [number for number, _ in response.sync.children] != [0]:
             raise Unproven("no CHILD_SA")
-        seed = skeyseed_resume(self.suite.prf, self.sk_d, self.nonce, response.nonce)
+        g_ir = b""
+        if self.exchange is not None:
+            if response.key_exchange is None:
+                raise Unproven("no KEr")
+            g_ir = self.exchange.shared(response.key_exchange[1])
+        seed = skeyseed_resume(self.suite.prf, self.sk_d, self.nonce, response.nonce, g_ir)
         keys = derive_keys(self.suite, seed, self.nonce, response.nonce, self.spi_i, response.spi_r)
         self.spi_r = response.spi_r
         self.sk_d = keys.sk_d

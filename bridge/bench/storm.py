@@ -27,7 +27,13 @@ Progress = Callable[[str, float], None]
 
 
 def resumptions(
-    rig: Rig, count: int, window: int, children: Children = Children.NONE, idle: Counters = NOTHING
+    rig: Rig,
+    count: int,
+    window: int,
+    children: Children = Children.NONE,
+    idle: Counters = NOTHING,
+    *,
+    forward_secrecy: bool = False,
 ) -> dict[str, Any]:
     """Resume `count` new sessions, at most `window` at a time; what it took. `idle` is the CPU to take off that each
     process uses anyhow, in seconds a second."""
@@ -35,7 +41,8 @@ def resumptions(
     # so that the bank is done with the new stubs
     rig.order("idle", SETTLE_SECONDS)
     meter = rig.meter()
-    outcome = rig.order("storm", {"window": window, "count": count, "children": children})
+    order = {"window": window, "count": count, "children": children, "forward_secrecy": forward_secrecy}
+    outcome = rig.order("storm", order)
     rig.order("idle", SETTLE_SECONDS)
     return _summary(outcome, meter, idle)
 
