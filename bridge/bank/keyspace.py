@@ -20,7 +20,7 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from bridge.bank.redis_url import FAILURES, Client, connect
+from bridge.bank.redis_url import FAILURES, Client, connect, node_client
 from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
@@ -122,17 +122,7 @@ class Keyspace:
         try:
             if isinstance(main, RedisCluster):
                 await main.initialize()
-                options = {
-                    key: value
-                    for key, value in main.connection_kwargs.items()
-                    if key in ("username", "password", "socket_timeout", "socket_connect_timeout", "protocol")
-                    or key.startswith("ssl")
-                }
-                tls = "rediss" if any(key.startswith("ssl") for key in options) else "redis"
-                options = {key: value for key, value in options.items() if key != "ssl"}
-                for node in main.get_primaries():
-                    host = f"[{node.host}]" if ":" in node.host else node.host
-                    clients.append(Redis.from_url(f"{tls}://{host}:{node.port}", **options))
+                clients += [node_client(main, node.host, int(node.port)) for node in main.get_primaries()]
             else:
                 clients.append(main)
             listening = [_Subscription(client.connection_pool) for client in clients]

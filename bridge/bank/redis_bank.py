@@ -34,6 +34,8 @@ TIMEOUT: Final = 2.0
 """seconds that anything else may take"""
 NODE_SHARE: Final = 0.7
 """of the time of a look-up, that one node of a Cluster may take: the answers of the others are not lost with it"""
+CLUSTER_PROBES: Final = 16
+"""keys that are asked for to know whether a Cluster answers"""
 HEX_KEY: Final = re.compile("[0-9a-f]{8}")
 MARKS_MAX: Final = 10_000
 """marks of locked-out identities that are read"""
@@ -70,6 +72,7 @@ class RedisBank:
     ) -> None:
         self._keyring = keyring
         self._get_timeout = get_timeout
+        self._timeout = timeout
         self._wall = wall
         self._report = ContentReport()
         scripts = {name: Script(name) for name in ("store", "delete", "fetch", "reseal", "repair")}
@@ -355,7 +358,12 @@ class RedisBank:
     async def ping(self) -> float:
         """See StubBank."""
         began = time.monotonic()
-        await self._redis.pipeline([("ZSCORE", bank_keys.GATEWAYS, "")])
+        probes: list[tuple[Any, ...]] = [("ZSCORE", bank_keys.GATEWAYS, "")]
+        if self._redis.is_cluster:
+            # at whatever nodes: a part of a Cluster is a bank too
+            probes += [("EXISTS", bank_keys.check_key(str(number))) for number in range(CLUSTER_PROBES)]
+        kinds = [ZSET] + [STRING] * (len(probes) - 1)
+        await self._buckets.read(probes, kinds, node_timeout=self._timeout)
         return time.monotonic() - began
 
     async def close(self) -> None:

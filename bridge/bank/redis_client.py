@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import structlog
 from redis.asyncio import RedisCluster
-from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import (
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
+from bridge.bank.cluster_nodes import ClusterNodes, pipeline
 from bridge.bank.interface import BankUnavailable, BankUnwritable
 from bridge.bank.redis_url import FAILURES, Client, connect
 from bridge.service import shipped_files
@@ -22,12 +26,9 @@ from bridge.stub.types import printable
 
 log = structlog.get_logger()
 
-_REFUSED_WRITES: Final = re.compile("\\b(OOM|READONLY|NOREPLICAS|MISCONF) ")
+_REFUSED_WRITES: Final = re.compile(r"\b(OOM|READONLY|NOREPLICAS|MISCONF) ")
 """in the replies by which a Redis that answers reads says that it takes no writes now"""
-SILENT_SECONDS: Final = 1.0
-"""how long look-ups do not wait for a node of a Cluster that did not answer"""
 _BUSY: Final = "BUSY "
-_KEYED_SCRIPTS: Final = ("EVALSHA", "EVAL")
 
 
 class Script:
@@ -48,7 +49,12 @@ class RedisClient:
     def __init__(self, url: str, timeout: float, scripts: Sequence[Script] = ()) -> None:
         self.client: Client = connect(url, timeout)
         self._scripts = scripts
-        self._silent_until: dict[str, float] = {}
+        self._nodes = ClusterNodes()
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether it leads to a Cluster."""
+        return isinstance(self.client, RedisCluster)
 
     async def pipeline(self, commands: Sequence[tuple[Any, ...]], *, writing: bool = False) -> list[Any]:
         """The replies to `commands`, as `replies` gives them.
@@ -94,8 +100,7 @@ class RedisClient:
             replies = await self._send(commands, transaction, node_timeout)
             unknown = [position for position, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
             if unknown:
-                for script in self._scripts:
-                    await self.client.script_load(script.source)
+                await self._load([commands[position] for position in unknown])
                 again = await self._send([commands[position] for position in unknown], transaction, node_timeout)
                 for position, reply in zip(unknown, again, strict=True):
                     replies[position] = reply
@@ -106,49 +111,20 @@ class RedisClient:
     ) -> list[Any]:
         if not isinstance(self.client, RedisCluster):
             try:
-                return await _pipeline(self.client, commands, transaction)
+                return await pipeline(self.client, commands, transaction)
             except OutOfMemoryError:
                 # a full Redis queues nothing; one by one, what needs no memory gets through
-                return await _pipeline(self.client, commands, False)
-        # each node by itself: one that does not answer keeps the answers of the others from nobody
-        await self.client.initialize()
-        shares: dict[str, list[int]] = {}
-        for position, command in enumerate(commands):
-            shares.setdefault(self._node(self.client, command), []).append(position)
-        answers = await asyncio.gather(
-            *(
-                self._ask_node(node, [commands[position] for position in positions], node_timeout)
-                for node, positions in shares.items()
-            ),
-            return_exceptions=True,
-        )
-        replies: list[Any] = [None] * len(commands)
-        for positions, answer in zip(shares.values(), answers, strict=True):
-            if isinstance(answer, BaseException) and not isinstance(answer, Exception):
-                raise answer
-            for number, position in enumerate(positions):
-                replies[position] = answer if isinstance(answer, BaseException) else answer[number]
-        return replies
+                return await pipeline(self.client, commands, False)
+        return await self._nodes.send(self.client, commands, node_timeout)
 
-    async def _ask_node(self, node: str, commands: Sequence[tuple[Any, ...]], node_timeout: float | None) -> list[Any]:
-        """The replies of one node of a Cluster."""
-        if node_timeout is not None and time.monotonic() < self._silent_until.get(node, 0.0):
-            raise RedisTimeoutError(f"{node} did not answer a moment ago")
-        try:
-            async with asyncio.timeout(node_timeout):
-                replies = await _pipeline(self.client, commands, False)
-        except FAILURES:
-            self._silent_until[node] = time.monotonic() + SILENT_SECONDS
-            raise
-        self._silent_until.pop(node, None)
-        return replies
-
-    @staticmethod
-    def _node(cluster: RedisCluster, command: tuple[Any, ...]) -> str:
-        """The name of the node that a command with a key is for."""
-        key = command[3] if command[0] in _KEYED_SCRIPTS else command[1]
-        node = cluster.nodes_manager.get_node_from_slot(cluster.keyslot(key))
-        return str(node.name)
+    async def _load(self, commands: Sequence[tuple[Any, ...]]) -> None:
+        """Load the scripts, in a Cluster where `commands` are for."""
+        clients = [self.client]
+        if isinstance(self.client, RedisCluster):
+            clients = [*self._nodes.clients(self.client, commands)]
+        for client in clients:
+            for script in self._scripts:
+                await client.script_load(script.source)
 
     async def _kill_script(self) -> None:
         """Somebody runs a script without end, and Redis answers nothing else: the bank's own take milliseconds."""
@@ -168,15 +144,8 @@ class RedisClient:
 
     async def close(self) -> None:
         """Close the connections."""
+        await self._nodes.close()
         await self.client.aclose()
-
-
-async def _pipeline(client: Client, commands: Sequence[tuple[Any, ...]], transaction: bool) -> list[Any]:
-    pipeline = client.pipeline(transaction=transaction)
-    for command in commands:
-        pipeline.execute_command(*command)
-    replies: list[Any] = await pipeline.execute(raise_on_error=False)
-    return replies
 
 
 def is_wrong_type(reply: object) -> bool:

@@ -22,6 +22,20 @@ FAILURES: Final = (RedisError, RedisClusterException, OSError)
 reachable node, or with a slot that no node serves, are no RedisError. TimeoutError is an OSError."""
 
 
+def node_client(cluster: RedisCluster, host: str, port: int) -> Redis:
+    """A client for one node of a Cluster, which asks nobody else: for what is to go on while other nodes are away."""
+    options: dict[str, Any] = {
+        key: value
+        for key, value in cluster.connection_kwargs.items()
+        if key in ("username", "password", "socket_timeout", "socket_connect_timeout", "protocol")
+        or (key.startswith("ssl") and key != "ssl")
+    }
+    tls = "rediss" if any(key.startswith("ssl") for key in options) else "redis"
+    address = f"[{host}]" if ":" in host else host
+    retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+    return Redis.from_url(f"{tls}://{address}:{port}", retry=retry, **options)
+
+
 def connect(url: str, timeout: float) -> Client:
     """A client for `url` that connects when it is first used; connecting and each reply may take `timeout` s.
 
