@@ -770,3 +770,49 @@ def test_what_many_sas_have_alike_is_in_memory_once() -> None:
     assert one is not other
     for name in ("suite", "local_id", "local", "connection", "conditions", "extensions"):
         assert getattr(one, name) is getattr(other, name), name
+
+
+# what charon was given
+
+
+def confirmed(known: SaTracker) -> IkeSa:
+    """A rebuilt SA with a CHILD_SA, whose client has confirmed it."""
+    before, _, _ = tracker()
+    feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
+    [sa] = before.established()
+    sa.up = False
+    known.adopt(sa)
+    known.granted(sa)
+    known.handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 2)]))
+    sa.up = True
+    return sa
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_child_sa_that_charon_was_given_and_does_not_list_once_its_sa_is_confirmed_is_told_of_once(
+    taken: bool,
+) -> None:
+    known, _, clock = tracker()
+    lacking: list[tuple[str, ...]] = []
+    known.not_taken = lambda sa, names: lacking.append(names)
+    clock.now = 2.0
+    sa = confirmed(known)
+    spis = listed(*children(sa)) if taken else ()
+    # asked for before it was confirmed, the list says nothing of it
+    reconcile(known, [info(sa)], since=1.0)
+    assert not lacking
+    for since in (3.0, 4.0):
+        reconcile(known, [info(sa, children=spis)], since=since)
+    assert lacking == ([] if taken else [("net",)])
+
+
+def test_a_child_sa_that_its_peer_deleted_is_not_one_that_charon_did_not_take() -> None:
+    known, _, clock = tracker()
+    lacking: list[tuple[str, ...]] = []
+    known.not_taken = lambda sa, names: lacking.append(names)
+    sa = confirmed(known)
+    [spi] = children(sa)
+    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, spi)]))
+    clock.now = 2.0
+    reconcile(known, [info(sa)], since=1.0)
+    assert not lacking

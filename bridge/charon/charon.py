@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import structlog
 
@@ -49,6 +49,9 @@ class Charon:
         self._reconciler = Reconciler(self.tracker, self.channel, self.landing, self.installer, self.vici)
         self.tracker.on_own_request = self._reconciler.own_request
         self._ending = asyncio.Semaphore(ENDING_AT_ONCE)
+        self._not_taken: set[tuple[str, str]] = set()
+        """CHILD_SAs that charon did not install over the HA channel: they come up by CREATE_CHILD_SA"""
+        self.tracker.not_taken = self._child_not_taken
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -89,6 +92,11 @@ class Charon:
             self._reconciler.connections_soon()
         return found
 
+    async def know_connections(self, needed: Iterable[tuple[str, Iterable[str]]]) -> None:
+        """Have charon's own word on these (connection, children) before something is refused, or fails, for lack of
+        one."""
+        await self._reconciler.know_connections(needed)
+
     def takes_at_once(self, connection: str, child: str) -> bool:
         """Whether a CHILD_SA can come up in the round trip of its IKE_SA here: configured, and without a key exchange
         of its own (PFS), as far as swanctl.conf tells."""
@@ -97,6 +105,7 @@ class Charon:
             found is not None
             and any(configured.name == child for configured in found.children)
             and not self._reconciler.with_key_exchange(connection, child)
+            and (connection, child) not in self._not_taken
         )
 
     async def install_surely(self, install: Install) -> None:
@@ -154,6 +163,26 @@ class Charon:
                 log.warning("sa-removed-without-events", reason=str(error), connection=sa.connection, **sa.id.logged)
                 await self.installer.delete([sa.id])
         self.tracker.end(sa.id)
+
+    def _child_not_taken(self, sa: IkeSa, names: tuple[str, ...]) -> None:
+        """VICI does not list CHILD_SAs that charon was given with a rebuilt SA. Its client counts on them, so the SA
+        is ended: the client gets a DELETE, and the next one has them by CREATE_CHILD_SA."""
+        self._not_taken.update((sa.connection, name) for name in names)
+        log.error(
+            "child-not-taken",
+            connection=sa.connection,
+            children=",".join(names),
+            mend="charon did not install these CHILD_SAs: see its log (is the child loaded, does the kernel have its "
+            "algorithms?). The IKE_SA is ended; the next one gets them by CREATE_CHILD_SA",
+            **sa.id.logged,
+        )
+        spawn("end-sa", self._end_quietly(sa))
+
+    async def _end_quietly(self, sa: IkeSa) -> None:
+        try:
+            await self.end_surely(sa)
+        except ChannelError as error:
+            log.warning("sa-not-ended", reason=str(error), **sa.id.logged)
 
     def request(self, spi_i: bytes, address: str) -> None:
         """An IKE_SA_INIT request goes on to charon, which may begin a handshake."""

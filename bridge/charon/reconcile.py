@@ -37,6 +37,10 @@ UNLOADED_SECONDS = 0.5
 IN_FLIGHT_SECONDS = 0.5
 """what VICI lists may still be on its way over the HA channel for so long"""
 LEAST_LOOK_SECONDS = 0.25
+CONNECTIONS_SECONDS = 1.0
+"""a list of connections is good for so long, as far as what is needed is in it"""
+LEAST_CONNECTIONS_SECONDS = 0.05
+"""between two lists of connections"""
 
 UNNAMED = "(unnamed)"
 """the connection that VICI names for an SA whose peer has not said who it is"""
@@ -78,6 +82,9 @@ class Reconciler:
         self._own_request_looked = float("-inf")
         self._unknown = False
         self._waited = 0.0
+        self._connections_from = 0.0
+        self._connections_next = 0.0
+        """when connections were asked for, and when they may be again, by the monotonic clock"""
         self._next_list = 0.0
         """when all SAs may be listed again to look for handshakes, by the monotonic clock"""
 
@@ -217,9 +224,29 @@ class Reconciler:
 
     async def read_connections(self) -> None:
         """Take in what is configured now. Raises ViciError."""
+        began = time.monotonic()
         self._unknown = False
         self._tracker.connections = await self._vici.list_connections()
         self._pfs = await asyncio.to_thread(pfs_children, list(self._tracker.connections))
+        now = time.monotonic()
+        self._connections_from = began
+        self._connections_next = now + max(LEAST_CONNECTIONS_SECONDS, LOOK_SHARE * (now - began))
+
+    async def know_connections(self, needed: Iterable[tuple[str, Iterable[str]]]) -> None:
+        """Ask charon for its connections, unless these (connection, children) are all known and were read just now: no
+        event tells of a `swanctl --load-conns`. What charon does not answer leaves them as they are."""
+        now = time.monotonic()
+        if all(self._is_configured(name, children) for name, children in needed):
+            if now < max(self._connections_from + CONNECTIONS_SECONDS, self._connections_next):
+                return
+        elif now < self._connections_next:
+            await asyncio.sleep(min(self._connections_next - now, CONNECTIONS_SECONDS))
+        with contextlib.suppress(ViciError):
+            await self.read_connections()
+
+    def _is_configured(self, name: str, children: Iterable[str]) -> bool:
+        found = self._tracker.connections.get(name)
+        return found is not None and set(children) <= {child.name for child in found.children}
 
     def _known(self, spis: bytes) -> bool:
         sa = self._tracker.sas.get(spis)

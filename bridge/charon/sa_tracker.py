@@ -95,6 +95,10 @@ class SaTracker:
         self.unresumable = 0
         self.virtual_ips = VirtualIps()
         self.half_open = HalfOpenSas()
+        self.not_taken: Callable[[IkeSa, tuple[str, ...]], None] = lambda sa, names: None
+        """called for a rebuilt SA that is confirmed, with the names of CHILD_SAs that charon was given and lacks"""
+        self._granted: dict[bytes, float | None] = {}
+        """rebuilt SAs with CHILD_SAs that VICI has not listed yet, and since when they are confirmed"""
         self.recall = SaRecovery()
         self.on_deleting: Callable[[IkeSa], None] = lambda _: None
         """called for an SA that VICI lists as DELETING: one of the sides ended it, and charon waits for an answer"""
@@ -172,6 +176,8 @@ class SaTracker:
         if sa is not None and sa.unproven and next_id > FIRST_MESSAGE_ID:
             sa.unproven = False
             self._come_up(sa)
+        if ike_id.spis in self._granted:
+            self._granted[ike_id.spis] = self._clock()
         self._listener.verified(ike_id)
 
     def _add(self, ike_id: IkeId, message: HaMessage) -> None:
@@ -368,7 +374,7 @@ class SaTracker:
 
     def _drop(self, spis: bytes) -> None:
         """Forget what is noted of an SA that is gone."""
-        for table in (self._incomplete, self._unconfirmed, self._early, self._malformed):
+        for table in (self._incomplete, self._unconfirmed, self._early, self._malformed, self._granted):
             table.pop(spis, None)
         self.half_open.ended(spis)
         self.virtual_ips.drop(spis)
@@ -475,6 +481,12 @@ class SaTracker:
         self.virtual_ips.put(sa.id.spis, sa.remote_vips, sa.seen)
         self._early.pop(sa.id.spis, None)
 
+    def granted(self, sa: IkeSa) -> None:
+        """An adopted SA that charon is given CHILD_SAs with: whether it took them, VICI is asked once the SA is
+        confirmed."""
+        if sa.children:
+            self._granted[sa.id.spis] = None
+
     def take_back(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
         """An SA that the bank remembers and VICI, asked at `since`, lists; False where it has CHILD_SAs that nobody
         told of."""
@@ -501,7 +513,7 @@ class SaTracker:
 
     def forget_all(self) -> None:
         """charon died: its SAs are gone without a word, and their stubs are what clients resume from."""
-        for table in (self.sas, self._incomplete, self._early, self._unconfirmed, self._malformed):
+        for table in (self.sas, self._incomplete, self._early, self._unconfirmed, self._malformed, self._granted):
             table.clear()
         self.half_open.clear()
         self.virtual_ips.clear()
@@ -539,11 +551,22 @@ class SaTracker:
             return spis in self._malformed or (sa is not None and sa.up)
         if sa.up:
             changed = self._take_info(sa, info, since=since)
+            self._check_granted(sa, info, since)
             if sa.children_at < since and drop_unlisted(sa, info):
                 changed = True
             if changed:
                 self._listener.changed(sa)
         return True
+
+    def _check_granted(self, sa: IkeSa, info: SaInfo, since: float) -> None:
+        confirmed = self._granted.get(sa.id.spis)
+        if confirmed is None or since <= confirmed:
+            return
+        del self._granted[sa.id.spis]
+        listed = {child.spi_in for child in info.children}
+        missing = tuple(dict.fromkeys(child.name for child in sa.children if child.spi_in not in listed))
+        if missing:
+            self.not_taken(sa, missing)
 
     def unlisted(self, present: Set[bytes], early: Set[bytes], *, since: float) -> None:
         """End the SAs that charon no longer has; `present` are the SPIs of those that it has, `early` of those that

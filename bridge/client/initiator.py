@@ -290,6 +290,8 @@ class Initiator:
     async def _attempt(self, vpn: Vpn, session: Session | None, to: str | None, stay: bool) -> Outcome:
         await self._candidates.resolve(vpn)
         sa = session.last if session is not None else None
+        children = [child.name for child in sa.children] if sa is not None else []
+        await self._charon.know_connections((gateway.connection, children) for gateway in vpn.gateways)
         restored = sa is not None and sa.id.spis in self._restored
         candidates = self._candidates.of(vpn, session, to, restored=restored)
         connection = sa.connection if sa is not None else None

@@ -300,6 +300,11 @@ class Responder:
             self._refuse_all(batch, Refusal.CHARON_UNAVAILABLE)
             return
         stubs = await self._lookup.find([request for _, request, _ in batch])
+        found = [stub for stub in stubs if isinstance(stub, Stub)]
+        if found:
+            await self._charon.know_connections(
+                (stub.connection, [child.name for child in stub.children]) for stub in found
+            )
         doubtful: list[tuple[Waiting, Stub]] = []
         for waiting, stub in zip(batch, stubs, strict=True):
             made = Refusal(stub) if isinstance(stub, Missing) else self._decide(waiting, stub)
