@@ -11,7 +11,7 @@ from typing import cast
 import msgspec
 import pytest
 
-from bank_support import GATEWAY, RedisServer, keyring, stub_of
+from bank_support import GATEWAY, PASSWORD, RedisServer, keyring, shipped_users, stub_of
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.replica import Replica
@@ -141,6 +141,33 @@ async def test_who_lacks_the_key_locks_nobody_out(server: RedisServer) -> None:
     await revocations.look()
     assert not revocations.revoked(stub_of())
     assert revocations.active() == []
+    await bank.close()
+
+
+@pytest.mark.redis
+async def test_the_shipped_users_may_do_what_it_takes(tmp_path: Path) -> None:
+    settings = shipped_users(tmp_path / "users.acl")
+    with RedisServer(tmp_path / "redis", *settings, username="admin", password=PASSWORD) as server:
+        bank = RedisBank(f"unix://gateway:{PASSWORD}@{server.socket}", RING)
+        await put(bank, mark())
+        revocations = Revocations(bank, RING)
+        await revocations.look()
+        assert revocations.revoked(stub_of())
+        await bank.put_revocations({}, (await bank.revocations())[0])
+        assert await bank.revocations() == [[]]
+        await bank.close()
+
+
+@pytest.mark.redis
+async def test_keys_of_a_wrong_type_are_put_right(server: RedisServer) -> None:
+    bank = RedisBank(server.url, RING)
+    server.client.set(REVOKED, "x")
+    server.client.zadd(REVOKED_STAMP, {"x": 1})
+    revocations = Revocations(bank, RING)
+    await revocations.look()
+    await put(bank, mark())
+    await revocations.look()
+    assert revocations.revoked(stub_of())
     await bank.close()
 
 

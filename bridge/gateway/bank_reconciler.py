@@ -43,6 +43,8 @@ COMPARE_SECONDS: Final = 30.0
 COMPARE_BUNDLE: Final = 512
 LEARN_SECONDS: Final = 0.5
 """from an end in the bank to the look whether it is of an SA that is here: ends come in bundles"""
+LEARN_PACE: Final = 20
+"""a look at all SAs that took t seconds is followed by a pause of this many t"""
 FACTS_LOOK_SECONDS: Final = 0.5
 """between two looks whether the connections have changed"""
 STATS_SECONDS: Final = 1.0
@@ -199,7 +201,7 @@ class BankReconciler:
                 # ends before stubs: no request shall find a stub whose end is known here
                 await self._assert_endings()
                 await self._refill()
-                self._living.forget_ended()
+                await self._living.forget_ended()
                 swept = swept or await self._sweep()
             except (BankUnavailable, ViciError) as error:
                 log.debug("comparison-waits", reason=str(error))
@@ -272,11 +274,13 @@ class BankReconciler:
             await asyncio.sleep(LEARN_SECONDS)
             self._gone_news.clear()
             changed, self._gone_changed = self._gone_changed, set()
+            began = time.monotonic()
             sas = [
                 sa
                 for sa in self._charon.tracker.established()
                 if sa.local_spi[:1] in changed and self._index(sa) not in self._endings
             ]
+            took = time.monotonic() - began
             try:
                 for first in range(0, len(sas), COMPARE_BUNDLE):
                     bundle = sas[first : first + COMPARE_BUNDLE]
@@ -288,6 +292,8 @@ class BankReconciler:
             except BankUnavailable as error:
                 # its return is news, and has all compared
                 log.debug("ends-not-learned", reason=str(error))
+            # while many sessions move away, this does not look at all SAs all the time
+            await asyncio.sleep(took * LEARN_PACE)
 
     def _learned(self, sa: IkeSa) -> None:
         self._endings.add(self._index(sa), max(sa.stub_expires, sa.expires))

@@ -7,6 +7,7 @@ traffic of the client's living session.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Final
 
@@ -17,6 +18,8 @@ from bridge.stub.types import Identity
 
 Key = Identity | Index
 
+SLICE: Final = 2048
+"""keys that are looked at before the event loop has its turn"""
 SHARED_MAX: Final = 8
 """SAs remembered of one key: an identity that more clients share answers the question as well"""
 
@@ -51,9 +54,12 @@ class LivingSas:
                 else:
                     del self._spis[key]
 
-    def forget_ended(self) -> None:
+    async def forget_ended(self) -> None:
         """Forget SAs that ended without a word, as those do that the sidecar itself removed."""
-        for key, known in list(self._spis.items()):
+        for number, key in enumerate(list(self._spis)):
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
+            known = self._spis.get(key, ())
             if any(spis not in self._tracker.sas for spis in known):
                 left = tuple([spis for spis in known if spis in self._tracker.sas])
                 if left:

@@ -71,6 +71,9 @@ class _Key(NamedTuple):
     key: bytes
     epoch: Epoch | None
 
+    def __repr__(self) -> str:
+        return f"_Key({self.epoch})"
+
     def line(self, key_id: bytes) -> str:
         """As in the key file."""
         epoch = f" epoch={self.epoch.number}/{self.epoch.seconds}" if self.epoch is not None else ""
