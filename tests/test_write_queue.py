@@ -81,6 +81,41 @@ async def test_changes_of_many_stubs_travel_together(bank: WatchedBank) -> None:
     await writer.close()
 
 
+async def test_a_bank_that_takes_nothing_is_tried_with_few_changes(bank: WatchedBank, server: RedisServer) -> None:
+    """Each attempt seals what it writes again."""
+    server.client.config_set("maxmemory", 1)
+    writer = WriteQueue(bank)
+    for _ in range(300):
+        writer.submit(stub_of())
+    async with asyncio.timeout(PATIENCE):
+        while len(bank.bundles) < 5:  # noqa: ASYNC110 - there is no event of it
+            await asyncio.sleep(0.01)
+    assert [len(bundle) for bundle in bank.bundles[:5]] == [300, 16, 16, 16, 16]
+    server.client.config_set("maxmemory", 0)
+    await written(writer)
+    assert max(len(bundle) for bundle in bank.bundles[5:]) > 200
+    await writer.close()
+
+
+async def test_a_full_bank_still_takes_the_deletions_that_wait_with_the_stubs(
+    bank: WatchedBank, server: RedisServer
+) -> None:
+    over, new = stub_of(), stub_of()
+    await bank.store([over])
+    server.client.config_set("maxmemory", 1)
+    writer = WriteQueue(bank)
+    writer.submit(new)
+    writer.submit_delete(over.index, expires=over.expires)
+    async with asyncio.timeout(PATIENCE):
+        while writer.counters.deleted < 1:  # noqa: ASYNC110 - there is no event of it
+            await asyncio.sleep(0.01)
+    assert writer.pending == 1
+    server.client.config_set("maxmemory", 0)
+    await written(writer)
+    assert await bank.get([over.index, new.index]) == [None, new]
+    await writer.close()
+
+
 async def test_no_bundle_is_larger_than_the_largest(bank: WatchedBank) -> None:
     writer = WriteQueue(bank, bundle=100)
     for _ in range(250):

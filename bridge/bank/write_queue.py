@@ -25,6 +25,8 @@ DELAY: Final = 0.005
 """seconds that a change waits for others to travel with"""
 BUNDLE: Final = 4096
 """changes written at once, at most: enough that each bucket has several"""
+PROBE: Final = 16
+"""changes written at once, at most, after a bundle of which nothing got through"""
 BACK_OFF_MIN: Final = 0.05
 BACK_OFF_MAX: Final = 0.5
 """seconds between two attempts to write: what waits is on its way within this time of the bank's return"""
@@ -145,16 +147,19 @@ class WriteQueue:
 
     async def _write(self) -> None:
         pause = BACK_OFF_MIN
-        away = False
+        away = stuck = False
         while True:
             await self._news.wait()
             await asyncio.sleep(self._delay)
             while self._waiting:
-                bundle = list(itertools.islice(self._waiting.items(), self._bundle))
+                # while nothing gets through, a few changes show as well as many whether the bank takes them again
+                size = min(PROBE, self._bundle) if stuck else self._bundle
+                bundle = list(itertools.islice(self._waiting.items(), size))
                 self._under_way = dict(bundle)
                 for index, _ in bundle:
                     del self._waiting[index]
                 error = await self._write_bundle(self._under_way)
+                stuck = error is not None and (error.left is None or len(error.left) == len(bundle))
                 if error is not None:
                     self.counters.failures += 1
                     self._take_back(error.left)
