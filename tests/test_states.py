@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from bridge.client.attempt_state import ATTEMPT
 from bridge.gateway.rebuilt_state import REBUILT, Event, State
 from bridge.service.transitions import ImpossibleTransition, Transitions
 
 ARCHITECTURE = Path(__file__).parent.parent / "ARCHITECTURE.md"
-TABLES: dict[str, Transitions[Any, Any]] = {"rebuilt_state": REBUILT}
+TABLES: dict[str, Transitions[Any, Any]] = {"rebuilt_state": REBUILT, "attempt_state": ATTEMPT}
 
 
 @pytest.fixture(params=TABLES)

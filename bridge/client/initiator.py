@@ -1,11 +1,8 @@
-"""The client's side of a resumption: one session moved to another gateway, or set up again when that is refused.
+"""The client's sessions, and what makes them move: the operator, a gateway that died, one that asks for it, or this
+host that comes up again. How one moves is `attempt`, with the states of `attempt_state`.
 
-    IDLE --resume--> ASKING --proven answer--> INSTALLING --charon has it--> CHILDREN --all up--> resumed
-                       |  '--no answer-> ASKING the next gateway                |
-                       '--refused, or none answers------------------------------'--> FALLBACK --> fallback or failed
-
-ASKING is `sync_request`, what follows the answer `switchover`; which sessions there are is known to `sessions`, where
-they may go to `candidates`, and when that begins by itself to `auto_resume`.
+Which sessions there are is known to `sessions`, where they may go to `candidates`, and when that begins by itself to
+`auto_resume`.
 """
 
 from __future__ import annotations
@@ -13,28 +10,26 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import msgspec
 import structlog
 
 from bridge.charon.charon import Charon
-from bridge.charon.ha_channel import ChannelError
-from bridge.charon.ha_message import HaError, IkeId
+from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import Condition, IkeSa
 from bridge.charon.vici_types import SaInfo, ViciError
+from bridge.client.attempt import Attempt, Means
 from bridge.client.auto_resume import AutoResume
 from bridge.client.candidates import Candidates
 from bridge.client.gateway_probe import GatewayProbe
 from bridge.client.metrics import ClientMetrics
 from bridge.client.move_handler import MoveHandler
 from bridge.client.outcome import Outcome, Result
-from bridge.client.race import RefusedByError, first_answer
 from bridge.client.sessions import Session, Sessions
 from bridge.client.stub_keeper import StubKeeper, gateway_message
 from bridge.client.switchover import Switchover
-from bridge.client.sync_request import Answer, NoAnswerError, SyncRequester, Target
+from bridge.client.sync_request import Answer, SyncRequester, Target
 from bridge.client.traffic_watch import TrafficWatch
 from bridge.client.vpns import Vpn, vpns_of
 from bridge.config import ClientConfig
@@ -45,10 +40,6 @@ from bridge.net.packet import EXCHANGE_OFFSET, Datagram
 from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
-
-
-class UnusableError(Exception):
-    """A gateway resumed, and charon does not go on with what it rebuilt."""
 
 
 class Initiator:
@@ -80,6 +71,15 @@ class Initiator:
         self._switchover = Switchover(charon, self._sessions, config.resume, random=random, clock=clock, wall=wall)
         self._requester = SyncRequester(
             sender, config.resume, self.keeper.stub_of, self._switchover.offer, random=random, clock=clock
+        )
+        self._means = Means(
+            charon,
+            self._candidates,
+            self._requester,
+            self._switchover,
+            config.resume.refusal_grace,
+            clock,
+            self._resumed,
         )
         self._auto_resume = AutoResume(charon, self._sessions, lambda session: self._begin(session, None))
         self._moving: dict[Session, asyncio.Task[Outcome]] = {}
@@ -247,20 +247,20 @@ class Initiator:
     def _set_up(self, session: Session) -> None:
         """A session that does not work gets a new IKE_SA from the gateway that it is at."""
         if session not in self._moving and session.last.remote is not None:
-            here = Target(session.last.remote.address, session.connection)
-            work = self._finish(
-                self._vpn(session), session, self._fallback([here], session, "no-traffic", self._clock())
-            )
+            vpn, here = self._vpn(session), Target(session.last.remote.address, session.connection)
+            work = self._finish(vpn, session, Attempt.set_up_at(self._means, vpn, session, here, "no-traffic"))
             self._moving[session] = task = spawn(f"set up {session.connection}", work)
             task.add_done_callback(lambda _: self._moving.pop(session, None))
 
     async def _move(self, vpn: Vpn, session: Session | None, to: str | None, *, stay: bool) -> Outcome:
-        return await self._finish(vpn, session, self._attempt(vpn, session, to, stay))
+        restored = session is not None and session.last.id.spis in self._restored
+        attempt = Attempt(self._means, vpn, session, to, stay=stay, restored=restored)
+        return await self._finish(vpn, session, attempt)
 
-    async def _finish(self, vpn: Vpn, session: Session | None, work: Coroutine[Any, Any, Outcome]) -> Outcome:
+    async def _finish(self, vpn: Vpn, session: Session | None, attempt: Attempt) -> Outcome:
         """What becomes of an attempt, noted; nothing that goes wrong in it leaves it."""
         try:
-            outcome = await work
+            outcome = await attempt.run()
         except Exception as error:
             connection = session.connection if session is not None else None
             log.exception("move-failed", vpn=vpn.name, connection=connection)
@@ -287,155 +287,7 @@ class Initiator:
         level("moved", **{key: value for key, value in told.items() if value})
         return outcome
 
-    async def _attempt(self, vpn: Vpn, session: Session | None, to: str | None, stay: bool) -> Outcome:
-        await self._candidates.resolve(vpn)
-        sa = session.last if session is not None else None
-        children = [child.name for child in sa.children] if sa is not None else []
-        await self._charon.know_connections((gateway.connection, children) for gateway in vpn.gateways)
-        restored = sa is not None and sa.id.spis in self._restored
-        candidates = self._candidates.of(vpn, session, to, restored=restored)
-        connection = sa.connection if sa is not None else None
-        if not candidates:
-            return Outcome(Result.FAILED, connection, to, reason="gateway-not-configured")
-        began = self._clock()
-        if session is None or sa is None:
-            reason = "no-ike-sa"
-        elif not sa.resumable:
-            reason = "not-resumable"
-        elif not self._charon.channel.ready():
-            reason = "charon-unavailable"
-        else:
-            try:
-                gateway, answer = await self._ask(sa, session, candidates)
-                return await self._switch(session, sa, gateway, answer, began, stay)
-            except NoAnswerError:
-                reason = "no-answer"
-            except RefusedByError as refused:
-                reason, gateway = refused.reason, refused.gateway
-                log.info(
-                    "resumption-refused",
-                    vpn=vpn.name,
-                    gateway=gateway.address,
-                    connection=connection,
-                    reason=refused.why or reason,
-                    **sa.id.logged,
-                )
-                candidates = [gateway, *(one for one in candidates if one is not gateway)]
-            except UnusableError:
-                reason = "sa-unusable"
-                candidates = [gateway, *(one for one in candidates if one is not gateway)]
-        if stay:
-            return Outcome(Result.FAILED, connection, to, reason=reason)
-        return await self._fallback(candidates, session, reason, began)
-
-    async def _ask(self, sa: IkeSa, session: Session, candidates: Sequence[Target]) -> tuple[Target, Answer]:
-        """The first proven answer. Raises NoAnswerError or RefusedByError."""
-
-        def silent(gateway: Target) -> None:
-            log.info(
-                "gateway-silent", gateway=gateway.address, connection=sa.connection, vpn=session.vpn, **sa.id.logged
-            )
-
-        # while the session works where it is, that gateway is no rival of the others
-        last = [one for one in candidates if session.up and self._candidates.is_here(sa, one)]
-        first = [one for one in candidates if one not in last]
-        for some in filter(None, (first, last)):
-            try:
-                return await first_answer(
-                    some, lambda gateway: self._requester.ask(sa, gateway), silent, self._config.resume.refusal_grace
-                )
-            except NoAnswerError:
-                continue
-        raise NoAnswerError
-
-    async def _switch(
-        self, session: Session, sa: IkeSa, gateway: Target, answer: Answer, began: float, stay: bool
-    ) -> Outcome:
-        """Go on at a gateway that resumes. Raises UnusableError where that fails."""
-        if session.up and sa.id.spis not in session.sas:
-            # charon did meanwhile what it is configured to (dpd_action)
-            return self._set_up_again(session, "set-up-by-charon", began)
-        try:
-            new, names, up = await self._switchover.resume(
-                session, sa, gateway, answer, self._requester.confirm, stay=stay
-            )
-        except (ViciError, ChannelError, HaError) as error:
-            log.warning(
-                "resumed-sa-unusable",
-                vpn=session.vpn,
-                gateway=gateway.address,
-                connection=sa.connection,
-                reason=str(error),
-                **sa.id.logged,
-            )
-            raise UnusableError from error
+    def _resumed(self, session: Session, new: IkeSa, answer: Answer) -> None:
         self._traffic.resumed(session)
         self._named(new, answer.gateways)
         self.keeper.given(new, answer.sealed_stub, answer.lifetime)
-        return Outcome(
-            Result.RESUMED,
-            gateway.connection,
-            gateway.address,
-            new.id.spi_i.hex(),
-            new.id.spi_r.hex(),
-            tuple(names),
-            _milliseconds(answer.exchange),
-            _milliseconds(up - began),
-        )
-
-    async def _fallback(
-        self, candidates: Sequence[Target], session: Session | None, reason: str, began: float
-    ) -> Outcome:
-        """A full handshake (draft-xu-ike-sa-sync-01 section 4), with the first connection that takes it: charon goes to
-        the first address of each."""
-        tried: set[str] = set()
-        for gateway in candidates:
-            if gateway.connection in tried or self._charon.connection(gateway.connection) is None:
-                continue
-            tried.add(gateway.connection)
-            try:
-                names = await self._switchover.handshake(session, gateway)
-            except (ViciError, ChannelError, HaError) as error:
-                log.warning(
-                    "handshake-failed",
-                    gateway=gateway.address,
-                    connection=gateway.connection,
-                    reason=str(error),
-                )
-                continue
-            sa = self._youngest(gateway.connection)
-            return Outcome(
-                Result.FALLBACK,
-                gateway.connection,
-                sa.remote.address if sa is not None and sa.remote is not None else gateway.address,
-                children=tuple(names),
-                total_ms=_milliseconds(self._clock() - began),
-                reason=reason,
-                **_spis(sa),
-            )
-        return Outcome(Result.FAILED, candidates[0].connection, candidates[0].address, reason=reason)
-
-    def _set_up_again(self, session: Session, reason: str, began: float) -> Outcome:
-        sa = session.last
-        return Outcome(
-            Result.FALLBACK,
-            sa.connection,
-            sa.remote.address if sa.remote is not None else None,
-            children=tuple(dict.fromkeys(child.name for child in sa.children)),
-            total_ms=_milliseconds(self._clock() - began),
-            reason=reason,
-            **_spis(sa),
-        )
-
-    def _youngest(self, connection: str) -> IkeSa | None:
-        """The IKE_SA of a connection that came up last."""
-        alive = [sa for sa in self._charon.tracker.established() if sa.connection == connection]
-        return max(alive, key=lambda sa: sa.seen, default=None)
-
-
-def _spis(sa: IkeSa | None) -> dict[str, Any]:
-    return {"spi_i": sa.id.spi_i.hex(), "spi_r": sa.id.spi_r.hex()} if sa is not None else {}
-
-
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1000, 3)
