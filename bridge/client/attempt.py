@@ -32,8 +32,8 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What every attempt is made with. `refusal_grace` in seconds; `clock` gives monotonic ones; `resumed` is called for
-    each session that was resumed, before the attempt ends."""
+    """What every attempt is made with. `refusal_grace` in seconds; `clock` gives monotonic ones; `resumed` is called
+    for each session that was resumed, before the attempt ends."""
 
     charon: Charon
     candidates: Candidates

@@ -32,13 +32,18 @@ class AutoResume:
         if session not in self._returning:
             task = spawn(f"return {session.connection}", self._return(session))
             self._returning[session] = task
-            task.add_done_callback(lambda _: self._returning.pop(session, None))
+            task.add_done_callback(lambda done: self._ended(session, done))
 
     def stop(self, session: Session) -> None:
         """Try no more."""
         task = self._returning.pop(session, None)
         if task is not None:
             task.cancel()
+
+    def _ended(self, session: Session, task: asyncio.Task[None]) -> None:
+        # one that was stopped ends after the next one may have begun
+        if self._returning.get(session) is task:
+            del self._returning[session]
 
     async def close(self) -> None:
         """Stop."""

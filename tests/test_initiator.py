@@ -1,0 +1,347 @@
+"""How a client moves its sessions (bridge.client.initiator, attempt, auto_resume), without root and without a lab: what
+gateways answer is made up, and the clock does not pass by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from bank_support import stub_of
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.vici_types import SaInfo, ViciError
+from bridge.client.initiator import Initiator
+from bridge.client.metrics import ClientMetrics
+from bridge.client.outcome import Outcome, Result
+from bridge.client.sessions import Session
+from bridge.client.sync_request import Answer, NoAnswerError, RefusedError, Target
+from bridge.config import ClientConfig, GatewayEntry, HeldConfig, VpnConfig
+from bridge.stub.types import Endpoint, Identity
+from role_support import FakeTime, Wire, fake_charon
+
+ONE, TWO, THREE = "192.0.2.1", "192.0.2.2", "192.0.2.3"
+GATEWAYS = tuple(GatewayEntry(address, f"gw{number}") for number, address in enumerate((ONE, TWO, THREE), 1))
+LOCAL = Endpoint("198.51.100.7", 4500)
+
+
+def ike_sa(connection: str, gateway: str) -> IkeSa:
+    stub = stub_of()
+    return IkeSa(
+        id=IkeId.of(os.urandom(8), os.urandom(8), True),
+        suite=stub.suite,
+        sk_d=stub.sk_d,
+        up=True,
+        local_id=Identity(3, b"client@example"),
+        remote_id=Identity(2, b"gw.example"),
+        local=LOCAL,
+        remote=Endpoint(gateway, 4500),
+        connection=connection,
+    )
+
+
+@dataclass
+class Client:
+    """An Initiator whose gateways answer as `answers` says by address, and take handshakes as `handshakes` says by
+    connection."""
+
+    loop: FakeTime
+    config: ClientConfig
+
+    def __post_init__(self) -> None:
+        self.charon, self.installer, self.channel = fake_charon("gw1", "gw2", "gw3", "work1", "work2")
+        self.wire = Wire()
+        self.initiator = Initiator(
+            self.charon, self.wire, self.config, ClientMetrics(), clock=self.loop.time, wall=lambda: 1_800_000_000.0
+        )
+        self.answers: dict[str, Exception | None] = {}
+        """what each gateway does: resumes, where it is not named"""
+        self.handshakes: dict[str, Exception | None] = {}
+        self.switches: dict[str, Exception | None] = {}
+        self.asked: list[str] = []
+        self.tried: list[str] = []
+        for one, name, fake in (
+            (self.initiator._requester, "ask", self.ask),
+            (self.initiator._switchover, "resume", self.resume),
+            (self.initiator._switchover, "handshake", self.handshake),
+            (self.initiator._switchover, "end_half_open", self.end_half_open),
+        ):
+            setattr(one, name, fake)
+
+    async def ask(self, sa: IkeSa, gateway: Target) -> Answer:
+        self.asked.append(gateway.address)
+        await asyncio.sleep(0.01)
+        failure = self.answers.get(gateway.address)
+        if isinstance(failure, NoAnswerError):
+            await asyncio.sleep(3.0)
+        if failure is not None:
+            raise failure
+        ike_id = IkeId.of(os.urandom(8), os.urandom(8), True)
+        remote = Endpoint(gateway.address, 4500)
+        return Answer(ike_id, b"i" * 32, b"r" * 32, LOCAL, remote, False, False, 0.01, None, None, ())
+
+    async def resume(
+        self, session: Session, old: IkeSa, gateway: Target, answer: Answer, confirmed_by: Any, *, stay: bool
+    ) -> tuple[IkeSa, list[str], float]:
+        await asyncio.sleep(0.01)
+        failure = self.switches.get(gateway.address)
+        if failure is not None:
+            raise failure
+        new = ike_sa(gateway.connection, gateway.address)
+        self.charon.tracker.forget(old.id)
+        self.charon.tracker.adopt(new)
+        self.initiator._sessions.moved(session, new)
+        return new, ["net"], self.loop.time()
+
+    async def handshake(self, session: Session | None, gateway: Target) -> list[str]:
+        self.tried.append(gateway.connection)
+        await asyncio.sleep(0.1)
+        failure = self.handshakes.get(gateway.connection)
+        if failure is not None:
+            raise failure
+        self.up(gateway.connection, gateway.address)
+        return ["net"]
+
+    async def end_half_open(self, session: Session, vpn: Any) -> None: ...
+
+    def up(self, connection: str = "gw1", gateway: str = ONE) -> IkeSa:
+        """charon has an IKE_SA."""
+        sa = ike_sa(connection, gateway)
+        self.charon.tracker.adopt(sa)
+        self.initiator.changed(sa)
+        return sa
+
+    def lose(self, sa: IkeSa, state: str = "CONNECTING") -> None:
+        """Its gateway does not answer any more."""
+        self.charon.tracker.forget(sa.id)
+        self.initiator.gone(sa)
+        self.initiator.down(info(sa, state))
+
+    def run(self, work: Any) -> Any:
+        return self.loop.run(work)
+
+
+def info(sa: IkeSa, state: str) -> SaInfo:
+    values: dict[str, Any] = dict.fromkeys(SaInfo._fields)
+    values |= {"connection": sa.connection, "spi_i": sa.id.spi_i, "spi_r": sa.id.spi_r, "state": state}
+    return SaInfo(**(values | {"initiator": True, "remote": sa.remote, "local": sa.local, "children": ()}))
+
+
+CONFIG = ClientConfig(gateways=GATEWAYS, held=HeldConfig(fetch=False))
+
+
+@pytest.fixture
+def loop() -> Iterator[FakeTime]:
+    loop = FakeTime()
+    yield loop
+    loop.end()
+
+
+@pytest.fixture
+def client(loop: FakeTime) -> Client:
+    return Client(loop, CONFIG)
+
+
+async def moved(client: Client, **arguments: Any) -> Outcome:
+    return await client.initiator.resume(**arguments)
+
+
+async def with_session(client: Client, **arguments: Any) -> Outcome:
+    client.up()
+    return await moved(client, **arguments)
+
+
+def test_the_first_gateway_that_answers_takes_the_session(client: Client) -> None:
+    outcome = client.run(with_session(client))
+    assert (outcome.result, outcome.gateway, outcome.connection) == (Result.RESUMED, TWO, "gw2")
+    assert client.asked == [TWO]
+
+
+def test_the_gateway_that_the_session_is_on_is_asked_last(client: Client) -> None:
+    client.answers = {TWO: NoAnswerError(), THREE: NoAnswerError()}
+    outcome = client.run(with_session(client))
+    assert client.asked == [TWO, THREE, ONE]
+    assert (outcome.result, outcome.gateway) == (Result.RESUMED, ONE)
+
+
+def test_after_a_refusal_no_other_gateway_is_asked_and_its_handshake_is_tried_first(client: Client) -> None:
+    client.answers = {TWO: RefusedError(None)}
+    client.handshakes = {"gw2": ViciError("it takes no handshake"), "gw3": ViciError("neither")}
+    outcome = client.run(with_session(client))
+    assert client.asked == [TWO]
+    assert client.tried == ["gw2", "gw3", "gw1"]
+    assert (outcome.result, outcome.connection, outcome.reason) == (Result.FALLBACK, "gw1", "refused")
+
+
+def test_where_no_gateway_answers_there_is_a_handshake_and_where_none_takes_it_the_attempt_failed(
+    client: Client,
+) -> None:
+    client.answers = dict.fromkeys((ONE, TWO, THREE), NoAnswerError())
+    client.handshakes = dict.fromkeys(("gw1", "gw2", "gw3"), ViciError("no"))
+    outcome = client.run(with_session(client))
+    assert (outcome.result, outcome.reason) == (Result.FAILED, "no-answer")
+    assert client.tried == ["gw2", "gw3", "gw1"]
+
+
+@pytest.mark.parametrize("error", [ViciError("no CHILD_SA came up"), ChannelError("charon is gone")])
+def test_a_session_that_charon_does_not_go_on_with_is_set_up_again(client: Client, error: Exception) -> None:
+    client.switches = {TWO: error}
+    outcome = client.run(with_session(client))
+    assert (outcome.result, outcome.connection, outcome.reason) == (Result.FALLBACK, "gw2", "sa-unusable")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [(RefusedError(None), "refused"), (NoAnswerError(), "no-answer")], ids=["refused", "silent"]
+)
+def test_a_session_whose_gateway_asked_for_the_move_stays_there_where_it_is_not_resumed(
+    client: Client, answer: Exception, reason: str
+) -> None:
+    client.answers = {TWO: answer}
+
+    async def sent_away() -> Outcome:
+        task = client.initiator._sent_away(client.up(), TWO)
+        assert task is not None
+        return await task
+
+    outcome = client.run(sent_away())
+    assert (outcome.result, outcome.reason) == (Result.FAILED, reason)
+    assert client.tried == []
+
+
+def test_a_session_that_cannot_be_resumed_is_set_up_again(client: Client) -> None:
+    async def work() -> Outcome:
+        sa = client.up()
+        sa.resumable = False
+        client.initiator.changed(sa)
+        return await moved(client)
+
+    outcome = client.run(work())
+    assert (outcome.result, outcome.reason) == (Result.FALLBACK, "not-resumable")
+    assert client.asked == []
+
+
+def test_without_charons_ha_plugin_there_is_a_handshake(client: Client) -> None:
+    client.channel.up = False
+    outcome = client.run(with_session(client))
+    assert (outcome.result, outcome.reason) == (Result.FALLBACK, "charon-unavailable")
+
+
+def test_a_mistake_in_the_middle_fails_one_attempt_and_the_next_one_goes_on(client: Client) -> None:
+    client.switches = {TWO: RuntimeError("a mistake")}
+    outcome = client.run(with_session(client))
+    assert (outcome.result, outcome.reason) == (Result.FAILED, "internal: RuntimeError")
+    client.switches.clear()
+    assert client.run(moved(client)).result is Result.RESUMED
+
+
+def test_who_asks_while_it_moves_gets_the_same_outcome(client: Client) -> None:
+    async def both() -> list[Outcome]:
+        client.up()
+        return list(await asyncio.gather(moved(client), moved(client)))
+
+    first, second = client.run(both())
+    assert first is second
+    assert client.asked == [TWO]
+
+
+def test_two_sessions_move_beside_each_other(loop: FakeTime) -> None:
+    work = VpnConfig(gateways=(GatewayEntry("192.0.2.11", "work1"), GatewayEntry("192.0.2.12", "work2")))
+    client = Client(loop, ClientConfig(gateways=GATEWAYS, vpns={"work": work}, held=HeldConfig(fetch=False)))
+
+    async def both() -> list[Outcome]:
+        client.up("gw1", ONE)
+        client.up("work1", "192.0.2.11")
+        client.answers = {TWO: NoAnswerError()}
+        one, other = moved(client, vpn="default"), moved(client, vpn="work")
+        return list(await asyncio.gather(one, other))
+
+    one, other = loop.run(both())
+    assert (one.result, one.gateway, one.vpn) == (Result.RESUMED, THREE, "default")
+    assert (other.result, other.gateway, other.vpn) == (Result.RESUMED, "192.0.2.12", "work")
+
+
+def test_nothing_to_move_and_nowhere_to_go_are_failures_with_their_reasons(client: Client) -> None:
+    assert client.run(moved(client)).reason == "no-ike-sa"
+    assert client.run(moved(client, connection="other")).reason == "connection-not-configured"
+    assert client.run(moved(client, vpn="other")).reason == "vpn-not-configured"
+    assert client.run(with_session(client, to="203.0.113.1")).reason == "gateway-not-configured"
+
+
+# by itself
+
+
+async def lost(client: Client, state: str = "CONNECTING") -> None:
+    client.lose(client.up(), state)
+
+
+def test_a_session_whose_gateway_died_moves_by_itself(client: Client) -> None:
+    client.run(lost(client))
+    client.loop.pass_time(1.0)
+    assert client.initiator.last is not None
+    assert (client.initiator.last.result, client.initiator.last.gateway) == (Result.RESUMED, TWO)
+
+
+def test_a_session_that_one_of_the_sides_ended_does_not(client: Client) -> None:
+    client.run(lost(client, "DELETING"))
+    client.loop.pass_time(100.0)
+    assert client.asked == []
+
+
+def test_while_no_gateway_can_be_reached_it_is_tried_again_ever_more_seldom(client: Client) -> None:
+    client.answers = dict.fromkeys((ONE, TWO, THREE), NoAnswerError())
+    client.handshakes = dict.fromkeys(("gw1", "gw2", "gw3"), ViciError("no"))
+    client.run(lost(client))
+    client.loop.pass_time(600.0)
+    attempts = len(client.asked) // 3
+    assert 8 <= attempts <= 14
+    client.answers.clear()
+    client.loop.pass_time(70.0)
+    assert client.initiator.last is not None
+    assert client.initiator.last.result is Result.RESUMED
+
+
+def test_a_session_that_comes_up_meanwhile_is_not_moved(client: Client) -> None:
+    async def work() -> None:
+        client.lose(client.up())
+        await asyncio.sleep(0.01)
+        client.up()
+
+    client.run(work())
+    client.loop.pass_time(10.0)
+    assert client.asked == []
+
+
+def test_a_return_that_was_stopped_and_begun_again_is_still_known_to_be_under_way(client: Client) -> None:
+    auto_resume = client.initiator._auto_resume
+
+    async def work() -> None:
+        client.answers = dict.fromkeys((ONE, TWO, THREE), NoAnswerError())
+        client.handshakes = dict.fromkeys(("gw1", "gw2", "gw3"), ViciError("no"))
+        sa = client.up()
+        session = client.initiator._sessions.of(sa.id.spis)
+        assert session is not None
+        client.lose(sa)
+        auto_resume.stop(session)
+        auto_resume.start(session)
+        await asyncio.sleep(0.01)
+        auto_resume.start(session)
+        await asyncio.sleep(0.01)
+        assert len([task for task in asyncio.all_tasks() if task.get_name().startswith("return")]) == 1
+
+    client.run(work())
+
+
+def test_a_client_that_stops_leaves_no_task_behind(client: Client) -> None:
+    async def work() -> None:
+        client.answers = {TWO: NoAnswerError()}
+        client.lose(client.up())
+        await asyncio.sleep(0.5)
+        await client.initiator.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    client.run(work())
