@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
-from bridge.bank.interface import BankUnavailable, Ending, StubBank
+from bridge.bank.interface import BankUnavailable, Ending, GatewaySign, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_commands import Install
@@ -197,6 +197,8 @@ class FakeBank:
     def __init__(self) -> None:
         self.stubs: dict[Index, Stub] = {}
         self.over: set[Index] = set()
+        self.went_on: dict[Index, Index] = {}
+        self.alive: set[str] = set()
         self.away = False
         self.failure: Exception | None = None
         """what the next question raises"""
@@ -239,7 +241,15 @@ class FakeBank:
 
     async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
         await self._reach("moved")
-        return [None for _ in indexes]
+        return [self.went_on.get(index) for index in indexes]
+
+    async def gateways(self) -> dict[str, GatewaySign]:
+        await self._reach("gateways")
+        return {address: GatewaySign(True, frozenset()) for address in self.alive}
+
+    async def posted(self, kind: str, gateway: str) -> bytes | None:
+        await self._reach("posted")
+        return None
 
     async def revocation_stamp(self) -> bytes | None:
         await self._reach("revocation_stamp")

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from bridge.client.attempt_state import ATTEMPT
+from bridge.gateway.drain_state import DRAIN, REASONS
+from bridge.gateway.drain_state import Event as DrainEvent
 from bridge.gateway.rebuilt_state import REBUILT, Event, State
 from bridge.service.transitions import ImpossibleTransition, Transitions
 
 ARCHITECTURE = Path(__file__).parent.parent / "ARCHITECTURE.md"
-TABLES: dict[str, Transitions[Any, Any]] = {"rebuilt_state": REBUILT, "attempt_state": ATTEMPT}
+TABLES: dict[str, Transitions[Any, Any]] = {"rebuilt_state": REBUILT, "attempt_state": ATTEMPT, "drain_state": DRAIN}
 
 
 @pytest.fixture(params=TABLES)
@@ -37,16 +39,19 @@ def test_every_state_is_reached_and_every_state_can_end(table: Transitions[Any, 
 
     kind: Any = type(table.first)
     states = set(kind)
-    final = states - {state for state, _ in table.rows}
     assert reached(table.first) == states
-    assert final
-    assert all(reached(state) & final for state in states)
+    assert table.final
+    assert all(reached(state) & table.final for state in states)
 
 
 def test_every_event_happens_somewhere(table: Transitions[Any, Any]) -> None:
     events = {event for _, event in table.rows}
     kind: Any = type(next(iter(events)))
     assert events == set(kind)
+
+
+def test_every_end_of_a_drained_client_has_its_reason() -> None:
+    assert {event for (_, event), after in DRAIN.rows.items() if after in DRAIN.final} == {*REASONS, DrainEvent.ANOTHER}
 
 
 def test_what_cannot_happen_is_a_mistake_that_is_named() -> None:

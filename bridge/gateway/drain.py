@@ -5,12 +5,8 @@ A target that could resume none of the sessions is refused before anybody is ask
 bank key of this gateway's, or without the sessions' connections. Sessions that it could not resume are left alone.
 
 Each chosen client gets a Move (bridge.ike.stub_exchange). One whose sidecar answers resumes at the target; when the
-bank says that the session went on there, its IKE_SA here is ended. One without a sidecar notices nothing.
-
-    ASKED --Moving: MOVING--> MOVING --the bank says so--> moved
-      |  |--the bank says so--> moved               | '--Moving: another, or MOVE_SECONDS--> failed
-      |  '--Moving: another--> left alone or failed
-      '--no answer--> left alone
+bank says that the session went on there, its IKE_SA here is ended. One without a sidecar notices nothing. The states
+of a client are those of bridge.gateway.drain_state.
 
 The bank is asked about every client that was asked, so a report that is lost on its way changes nothing.
 """
@@ -24,7 +20,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, Final
 
 import structlog
@@ -33,9 +28,10 @@ from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa, stub_sa
 from bridge.config import canonical_address
+from bridge.gateway.drain_state import DRAIN, ELSEWHERE, REASONS, REPORTED, Event, State
 from bridge.gateway.other_gateways import OtherGateways, order
 from bridge.gateway.session_elsewhere import SessionElsewhere
-from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_move, move_message_id, parse_stub_message, verify
+from bridge.ike.stub_exchange import StubMessage, build_move, move_message_id, parse_stub_message, verify
 from bridge.net.interface import Sender
 from bridge.net.packet import has_marker
 from bridge.service.tasks import end, spawn
@@ -53,27 +49,11 @@ MOVE_SECONDS: Final = 30.0
 RATE: Final = 50.0
 """moves begun a second, unless told otherwise"""
 FAILURES_SHOWN: Final = 50
+ALREADY: Final = {"error": "this gateway is being drained already"}
 ANY: Final = "any"
 """target: each session goes to one of the living gateways, shared by rendezvous hashing"""
 BUNDLE: Final = 512
 """sessions that the bank is asked about at a time"""
-
-
-class Result(StrEnum):
-    MOVED = "moved"
-    LEFT = "left alone"
-    FAILED = "failed"
-
-
-_OUTCOMES: Final = {
-    MoveStatus.NOT_CONFIGURED: (Result.LEFT, "the target is none of the client's gateways"),
-    MoveStatus.BUSY: (Result.LEFT, "the client was moving already"),
-    MoveStatus.NO_ANSWER: (Result.FAILED, "the target did not answer the client"),
-    MoveStatus.REFUSED: (Result.FAILED, "the target did not resume the session"),
-}
-"""what a client reports, but for MOVING"""
-ELSEWHERE: Final = frozenset({MoveStatus.NOT_CONFIGURED, MoveStatus.NO_ANSWER, MoveStatus.REFUSED})
-"""reports after which the session may go to another gateway"""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +78,7 @@ class _Asked:
     deadline: float
     again: float = 0.0
     sent: int = 0
-    status: MoveStatus = MoveStatus.ASKED
+    state: State = DRAIN.first
     vanished: bool = False
     """charon does not have the SA any more, and the bank does not say that the session went on elsewhere"""
 
@@ -114,13 +94,13 @@ class _Run:
     wanted: int
     waiting: deque[_Waiting]
     asked: dict[bytes, _Asked] = field(default_factory=dict)
-    outcomes: Counter[tuple[Result, str]] = field(default_factory=Counter)
+    outcomes: Counter[tuple[State, str]] = field(default_factory=Counter)
     failures: list[dict[str, str]] = field(default_factory=list)
     stopping: bool = False
     ended: float | None = None
 
-    def count(self, result: Result) -> int:
-        return sum(number for (kind, _), number in self.outcomes.items() if kind is result)
+    def count(self, state: State) -> int:
+        return sum(number for (kind, _), number in self.outcomes.items() if kind is state)
 
 
 class Drain:
@@ -152,12 +132,16 @@ class Drain:
         if self._task is not None:
             await end(self._task)
 
+    @property
+    def _under_way(self) -> bool:
+        return self._task is not None and not self._task.done()
+
     # commands
 
     async def start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Begin. `to`: address of the target, or ANY; `share` of the sessions, `rate`: moves begun a second."""
-        if self._task is not None and not self._task.done():
-            return {"error": "this gateway is being drained already"}
+        if self._under_way:
+            return ALREADY
         to = request["to"] if request["to"] == ANY else canonical_address(request["to"])
         sas = [sa for sa in self._charon.tracker.established() if sa.resumable and sa.published and sa.remote]
         if to == self._address or any(sa.local is not None and sa.local.address == to for sa in sas):
@@ -189,12 +173,15 @@ class Drain:
                 lacking[next(reason for reason in reasons.values() if reason)] += 1
         if sas and not waiting:
             return {"error": f"{to} could resume no session of this gateway: {'; '.join(sorted(lacking))}"}
+        if self._under_way:
+            # begun by another operator while the bank was asked
+            return ALREADY
         # those known to have a sidecar first: fewer others are asked in vain
         random.shuffle(waiting)
         waiting.sort(key=lambda one: not one.sa.companion)
         wanted = math.ceil(request["share"] * len(sas))
         self._run = _Run(to, request["rate"], self._clock(), len(sas), wanted, deque(waiting))
-        self._run.outcomes.update({(Result.LEFT, reason): number for reason, number in lacking.items()})
+        self._run.outcomes.update({(State.LEFT, reason): number for reason, number in lacking.items()})
         self._task = spawn("drain", self._drain(self._run))
         log.info("drain-begins", to=to, sessions=len(sas), wanted=wanted)
         return await self.progress({})
@@ -210,9 +197,9 @@ class Drain:
             "to": run.to,
             "sessions": run.sessions,
             "wanted": run.wanted,
-            "moved": run.count(Result.MOVED),
-            "left": run.count(Result.LEFT),
-            "failed": run.count(Result.FAILED),
+            "moved": run.count(State.MOVED),
+            "left": run.count(State.LEFT),
+            "failed": run.count(State.FAILED),
             "under_way": len(run.asked),
             "outcomes": [
                 {"result": str(result), "reason": reason, "sessions": number}
@@ -240,21 +227,21 @@ class Drain:
         if not verify(message, sa.suite.prf, sa.sk_d, before=asked.move):
             return
         sa.companion = True
-        status = message.move.status
-        if status in ELSEWHERE and asked.waiting.targets:
-            self._run.asked.pop(sa.id.spis)
-            self._ask(self._run, asked.waiting)
-        elif status in _OUTCOMES:
-            self._settle(self._run, asked, *_OUTCOMES[status])
-        elif asked.status is MoveStatus.ASKED and status is MoveStatus.MOVING:
-            asked.status, asked.again = status, self._clock() + REMIND_SECONDS
+        event = REPORTED.get(message.move.status)
+        if event is None:
+            return
+        if event in ELSEWHERE and asked.waiting.targets:
+            event = Event.ANOTHER
+        elif asked.state is State.ASKED:
+            asked.again = self._clock() + REMIND_SECONDS
+        self._on(self._run, asked, event)
 
     # the run
 
     async def _drain(self, run: _Run) -> None:
         begin = self._clock()
         try:
-            while (run.waiting and not run.stopping and run.count(Result.MOVED) < run.wanted) or run.asked:
+            while (run.waiting and not run.stopping and run.count(State.MOVED) < run.wanted) or run.asked:
                 now = self._clock()
                 # a pause pays for no burst
                 begin = max(begin, now - TICK_SECONDS)
@@ -262,7 +249,7 @@ class Drain:
                     begin <= now
                     and run.waiting
                     and not run.stopping
-                    and run.count(Result.MOVED) + len(run.asked) < run.wanted
+                    and run.count(State.MOVED) + len(run.asked) < run.wanted
                 ):
                     self._ask(run, run.waiting.popleft())
                     begin += 1 / run.rate
@@ -275,15 +262,15 @@ class Drain:
             log.info(
                 "drain-ends",
                 to=run.to,
-                moved=run.count(Result.MOVED),
-                left=run.count(Result.LEFT),
-                failed=run.count(Result.FAILED),
+                moved=run.count(State.MOVED),
+                left=run.count(State.LEFT),
+                failed=run.count(State.FAILED),
             )
 
     def _ask(self, run: _Run, waiting: _Waiting) -> None:
         sa = waiting.sa
         if self._charon.tracker.sas.get(sa.id.spis) is not sa or sa.published is None:
-            run.outcomes[(Result.LEFT, "the session ended, or was rekeyed")] += 1
+            run.outcomes[(State.LEFT, REASONS[Event.VANISHED])] += 1
             return
         waiting.message_id = max(move_message_id(self._wall()), waiting.message_id + 1)
         octets = build_move(stub_sa(sa, sa.published), waiting.targets.pop(0), waiting.message_id)
@@ -293,16 +280,16 @@ class Drain:
     def _look_after(self, run: _Run, asked: _Asked, now: float) -> None:
         sa = asked.sa
         if asked.vanished:
-            self._settle(run, asked, Result.LEFT, "the session ended, or was rekeyed")
+            self._on(run, asked, Event.VANISHED)
         elif now > asked.deadline:
-            self._settle(run, asked, Result.FAILED, "the client did not arrive")
+            self._on(run, asked, Event.OVERDUE)
         elif now >= asked.again:
-            if asked.status is MoveStatus.MOVING:
+            if asked.state is State.MOVING:
                 asked.again = now + REMIND_SECONDS
             elif asked.sent < len(ASK_SECONDS):
                 asked.again = now + ASK_SECONDS[asked.sent]
             else:
-                self._settle(run, asked, Result.LEFT, "no sidecar at the client answered")
+                self._on(run, asked, Event.UNANSWERED)
                 return
             asked.sent += 1
             self._send(sa, asked.octets)
@@ -334,20 +321,31 @@ class Drain:
             return
         over: list[tuple[IkeSa, Index | None]] = []
         for asked, vanished, new, over_there in zip(every, gone, moved, ended, strict=True):
+            if asked.state in DRAIN.final:
+                # its client has reported how it ended, while the bank was asked
+                continue
             # a target of release 0.1 leaves no mark; the client's report, which is proved, stands for it
-            if new is not None or (over_there and asked.status is MoveStatus.MOVING):
-                self._settle(run, asked, Result.MOVED, "")
+            if new is not None or (over_there and asked.state is State.MOVING):
+                self._on(run, asked, Event.WENT_ON)
                 over.append((asked.sa, new))
             else:
                 asked.vanished = vanished
         await asyncio.gather(*(self._elsewhere.end(sa, new) for sa, new in over))
 
-    def _settle(self, run: _Run, asked: _Asked, result: Result, reason: str) -> None:
+    def _on(self, run: _Run, asked: _Asked, event: Event) -> None:
+        """Something happened to a client; where that ends it, it is counted and named in the log."""
+        asked.state = DRAIN.after(asked.state, event)
+        if asked.state not in DRAIN.final:
+            return
         run.asked.pop(asked.sa.id.spis, None)
+        if asked.state is State.NEXT:
+            self._ask(run, asked.waiting)
+            return
+        result, reason = asked.state, REASONS[event]
         run.outcomes[(result, reason)] += 1
         sa = asked.sa
         identity = sa.remote_id.text if sa.remote_id else ""
         address = sa.remote.address if sa.remote else ""
-        if result is Result.FAILED and len(run.failures) < FAILURES_SHOWN:
+        if result is State.FAILED and len(run.failures) < FAILURES_SHOWN:
             run.failures.append({"identity": identity, "address": address, "reason": reason})
         log.info("drained", result=str(result), identity=identity, peer=address, reason=reason, **sa.id.logged)

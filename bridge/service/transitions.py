@@ -20,6 +20,7 @@ class Transitions(Generic[State, Event]):
     def __init__(self, first: State, rows: Mapping[tuple[State, Event], State]) -> None:
         self.first = first
         self.rows = dict(rows)
+        self.final = frozenset(rows.values()) - {state for state, _ in rows}
 
     def after(self, state: State, event: Event) -> State:
         """The state that `event` leads to. Raises ImpossibleTransition."""

@@ -1,0 +1,248 @@
+"""A drain, from its first Move to its end (bridge.gateway.drain), without root and without a lab: the clients, the bank
+and the clock are made up. With real hosts: test_drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+
+from bank_support import stub_of
+from bridge.charon.ike_sa import IkeSa, sa_of, stub_sa
+from bridge.gateway.drain import Drain
+from bridge.gateway.session_elsewhere import SessionElsewhere
+from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, parse_stub_message
+from bridge.stub.stub import Index
+from role_support import FakeBank, FakeTime, Wire, fake_charon
+
+HERE, THERE = "192.0.2.1", "192.0.2.2"
+
+
+class Elsewhere:
+    """Ends IKE_SAs whose session went on elsewhere."""
+
+    def __init__(self) -> None:
+        self.ended: list[IkeSa] = []
+
+    async def end(self, sa: IkeSa, new: Index | None) -> None:
+        self.ended.append(sa)
+
+
+class Scene:
+    """A gateway that is drained."""
+
+    def __init__(self, loop: FakeTime, clients: int) -> None:
+        self.loop = loop
+        self.charon, _, _ = fake_charon("home")
+        self.bank, self.wire, self.elsewhere = FakeBank(), Wire(), Elsewhere()
+        self.bank.alive = {HERE, THERE}
+        self.drain = Drain(
+            self.charon,
+            self.bank.as_bank(),
+            self.wire,
+            HERE,
+            cast(SessionElsewhere, self.elsewhere),
+            clock=loop.time,
+            wall=lambda: 1_800_000_000.0,
+        )
+        self.sas = [sa_of(stub_of(bytes([number]) * 8)) for number in range(1, clients + 1)]
+        for sa in self.sas:
+            self.charon.tracker.adopt(sa)
+
+    def begin(self, share: float = 1.0) -> dict[str, Any]:
+        return self.loop.run(self.drain.start({"to": THERE, "share": share, "rate": 1000.0}))
+
+    def told(self) -> dict[str, Any]:
+        return self.loop.run(self.drain.progress({}))
+
+    def moves(self, sa: IkeSa) -> list[StubMessage]:
+        """The Moves that the client of an IKE_SA got."""
+        found = [parse_stub_message(octets) for _, octets in self.wire.sent]
+        return [message for message in found if message.spis == sa.id.spis]
+
+    def report(self, sa: IkeSa, status: MoveStatus) -> None:
+        """Its client reports."""
+        assert sa.published is not None
+        octets = build_moving(stub_sa(sa, sa.published), self.moves(sa)[-1], status, b"n" * 32)
+
+        async def arrive() -> None:
+            self.drain.moving(parse_stub_message(octets))
+
+        self.loop.run(arrive())
+
+    def arrives(self, sa: IkeSa) -> None:
+        """The target has confirmed its session."""
+        assert sa.published is not None
+        self.bank.went_on[sa.published] = Index(THERE, b"rebuilt!")
+
+
+@pytest.fixture
+def loop() -> Iterator[FakeTime]:
+    loop = FakeTime()
+    yield loop
+    loop.end()
+
+
+def test_a_client_that_arrives_has_moved_and_its_sa_here_is_ended(loop: FakeTime) -> None:
+    scene = Scene(loop, 1)
+    [sa] = scene.sas
+    scene.begin()
+    loop.pass_time(0.2)
+    scene.report(sa, MoveStatus.MOVING)
+    scene.arrives(sa)
+    loop.pass_time(0.2)
+    assert (scene.told()["state"], scene.told()["moved"]) == ("done", 1)
+    assert scene.elsewhere.ended == [sa]
+
+
+def test_a_client_that_arrives_without_a_report_has_moved_too(loop: FakeTime) -> None:
+    scene = Scene(loop, 1)
+    scene.begin()
+    loop.pass_time(0.2)
+    scene.arrives(scene.sas[0])
+    loop.pass_time(0.2)
+    assert scene.told()["moved"] == 1
+
+
+def test_a_client_without_a_sidecar_is_asked_three_times_and_left_alone(loop: FakeTime) -> None:
+    scene = Scene(loop, 1)
+    scene.begin()
+    loop.pass_time(5.0)
+    assert len(scene.moves(scene.sas[0])) == 3
+    assert scene.told()["outcomes"] == [
+        {"result": "left alone", "reason": "no sidecar at the client answered", "sessions": 1}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "result"),
+    [
+        (MoveStatus.NOT_CONFIGURED, "left"),
+        (MoveStatus.BUSY, "left"),
+        (MoveStatus.NO_ANSWER, "failed"),
+        (MoveStatus.REFUSED, "failed"),
+    ],
+)
+@pytest.mark.parametrize("after", [(), (MoveStatus.MOVING,)], ids=["asked", "moving"])
+def test_a_client_that_reports_why_not_is_counted_once(
+    loop: FakeTime, status: MoveStatus, result: str, after: tuple[MoveStatus, ...]
+) -> None:
+    scene = Scene(loop, 1)
+    [sa] = scene.sas
+    scene.begin()
+    loop.pass_time(0.2)
+    for one in (*after, status, status):
+        scene.report(sa, one)
+    loop.pass_time(1.0)
+    told = scene.told()
+    assert (told["state"], told[result], told["moved"] + told["left"] + told["failed"]) == ("done", 1, 1)
+
+
+def test_a_report_that_comes_while_the_bank_is_asked_counts_once(loop: FakeTime) -> None:
+    scene = Scene(loop, 1)
+    [sa] = scene.sas
+    scene.begin()
+    loop.pass_time(0.2)
+    scene.report(sa, MoveStatus.MOVING)
+    scene.arrives(sa)
+    asked = scene.bank.asked["moved"]
+    while scene.bank.asked["moved"] == asked:
+        loop.pass_time(0.001)
+    scene.report(sa, MoveStatus.REFUSED)
+    loop.pass_time(1.0)
+    told = scene.told()
+    assert (told["state"], told["moved"] + told["left"] + told["failed"]) == ("done", 1)
+
+
+def test_a_client_that_moves_and_does_not_arrive_has_failed_after_30_s(loop: FakeTime) -> None:
+    scene = Scene(loop, 1)
+    scene.begin()
+    loop.pass_time(0.2)
+    scene.report(scene.sas[0], MoveStatus.MOVING)
+    loop.pass_time(29.0)
+    assert scene.told()["under_way"] == 1
+    loop.pass_time(2.0)
+    assert scene.told()["outcomes"] == [{"result": "failed", "reason": "the client did not arrive", "sessions": 1}]
+
+
+def test_a_session_that_ends_meanwhile_is_left_alone(loop: FakeTime) -> None:
+    scene = Scene(loop, 1)
+    scene.begin()
+    loop.pass_time(0.2)
+    scene.charon.tracker.forget(scene.sas[0].id)
+    loop.pass_time(0.2)
+    assert scene.told()["left"] == 1
+
+
+def test_no_more_are_asked_than_the_share_needs(loop: FakeTime) -> None:
+    scene = Scene(loop, 10)
+    assert scene.begin(0.3)["wanted"] == 3
+    loop.pass_time(0.2)
+    asked = [sa for sa in scene.sas if scene.moves(sa)]
+    assert len(asked) == 3
+    scene.report(asked[0], MoveStatus.BUSY)
+    for sa in asked[1:]:
+        scene.arrives(sa)
+    loop.pass_time(0.2)
+    for sa in scene.sas:
+        scene.arrives(sa)
+    loop.pass_time(0.5)
+    assert (scene.told()["moved"], scene.told()["left"], scene.told()["state"]) == (3, 1, "done")
+
+
+def test_a_bank_that_is_away_only_delays(loop: FakeTime) -> None:
+    scene = Scene(loop, 1)
+    scene.begin()
+    loop.pass_time(0.2)
+    scene.report(scene.sas[0], MoveStatus.MOVING)
+    scene.bank.away = True
+    loop.pass_time(5.0)
+    scene.arrives(scene.sas[0])
+    scene.bank.away = False
+    loop.pass_time(0.5)
+    assert scene.told()["moved"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda scene: scene.bank.alive.discard(THERE), "no gateway lives"),
+        (lambda scene: setattr(scene.bank, "away", True), "the bank does not answer"),
+    ],
+)
+def test_a_target_that_could_resume_nothing_is_refused(
+    loop: FakeTime, change: Callable[[Scene], None], reason: str
+) -> None:
+    scene = Scene(loop, 1)
+    change(scene)
+    assert reason in scene.begin()["error"]
+    assert scene.wire.sent == []
+
+
+def test_two_operators_begin_one_drain(loop: FakeTime) -> None:
+    scene = Scene(loop, 2)
+
+    async def both() -> list[dict[str, Any]]:
+        request = {"to": THERE, "share": 1.0, "rate": 1000.0}
+        return list(await asyncio.gather(scene.drain.start(request), scene.drain.start(request)))
+
+    answers = loop.run(both())
+    assert ["error" in answer for answer in answers] == [False, True]
+
+
+def test_a_drain_that_is_stopped_asks_no_more_and_waits_for_those_that_move(loop: FakeTime) -> None:
+    scene = Scene(loop, 3)
+    scene.loop.run(scene.drain.start({"to": THERE, "share": 1.0, "rate": 1.0}))
+    loop.pass_time(0.2)
+    [sa] = [sa for sa in scene.sas if scene.moves(sa)]
+    scene.report(sa, MoveStatus.MOVING)
+
+    async def stop() -> dict[str, Any]:
+        asyncio.get_running_loop().call_later(2.0, scene.arrives, sa)
+        return await scene.drain.stop({})
+
+    told = loop.run(stop())
+    assert (told["state"], told["moved"], told["under_way"]) == ("stopped", 1, 0)
+    assert [len(scene.moves(one)) > 0 for one in scene.sas].count(True) == 1
