@@ -20,7 +20,6 @@ from bridge.stub.types import printable
 
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
-PortNumber = Annotated[int, Meta(ge=1, le=65535)]
 
 
 class ConfigError(Exception):

@@ -98,14 +98,14 @@ def main() -> None:
             seen = parse_datagram(sniffer.recv(65535))
             if seen is None or (seen.src, seen.dst) != (client, gateway) or seen.ike[18] != ExchangeType.IKE_SA_INIT:
                 continue
-            for _ in range(COPIES):
+            for sent in range(1, COPIES + 1):  # noqa: B007 - printed at the end
                 raw.send(gateway, seen.dport, client, seen.sport, KINDS[kind](seen.ike), seen.marker)
             # they are there before the gateway has looked at the request
             time.sleep(0.2)
             break
     finally:
         os.kill(pid, signal.SIGCONT)
-    print(raw.sent)
+    print(sent)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from bridge.client import gateway_probe, move_handler, stub_keeper, sync_request
 from bridge.config import ClientConfig, GatewayConfig
 from bridge.gateway import admission, announcer, client_stubs, drain, heartbeat, rebuild
-from bridge.ike import cookie
+from bridge.ike import cookie, keys
 from bridge.ike.transforms import Suite
 from bridge.stub import child_sa
 from docs_support import DOCS, missing_tests
@@ -96,7 +96,7 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "a secret makes cookies": cookie.SECRET_SECONDS,
     "each further one waits longer by the factor": sync_request.BACK_OFF,
     "cookies taken in one attempt": sync_request.MAX_COOKIES,
-    "octets of a nonce": sync_request.NONCE_OCTETS,
+    "octets of a nonce": keys.NONCE_OCTETS,
     "CHILD_SAs in one round trip": child_sa.AT_ONCE,
     "octets of a stub that a client holds": client_stubs.HELD_OCTETS,
     "and how long it is good for": client_stubs.HELD_SECONDS,
@@ -136,4 +136,3 @@ def test_timers_and_limits_are_those_of_the_code() -> None:
             section, _, key = where.strip("`").partition(".")
             assert seconds(default) == [getattr(configs[section], key)], where
     assert fixed == {what: list(value) if isinstance(value, tuple) else [value] for what, value in FIXED.items()}
-    assert sync_request.NONCE_OCTETS == rebuild.NONCE_OCTETS == stub_keeper.NONCE_OCTETS

@@ -123,7 +123,6 @@ class TestSend:
         foreign = "198.51.100.1" if family == "ipv4" else "2001:db8:1::1"
         with pytest.raises(OSError, match=r"Invalid argument|unreachable"):
             raw.send(foreign, 500, cable.peer.address(family), 500, ANSWER, False)
-        assert raw.failed == 1
 
     def test_ipsec_policies_leave_it_alone(self, cable: Wire, raw: RawUdp, family: str) -> None:
         here, there = cable.host.address(family), cable.peer.address(family)
@@ -137,16 +136,6 @@ class TestSend:
             assert client.recv(65535) == ANSWER
         finally:
             cable.host.run("ip", "xfrm", "policy", "delete", *policy)
-
-
-@pytest.mark.lab
-def test_many_are_sent_and_those_that_cannot_be_counted(cable: Wire, raw: RawUdp) -> None:
-    client = cable.peer.udp("ipv4", 500)
-    good = Datagram("192.0.2.1", 500, "192.0.2.2", 500, ANSWER, False)
-    bad = Datagram("192.0.2.1", 500, "203.0.113.1", 500, ANSWER, False)
-    assert raw.send_many([good, bad, good]) == 2
-    assert (raw.sent, raw.failed) == (2, 1)
-    assert client.recv(65535) == client.recv(65535) == ANSWER
 
 
 @pytest.mark.lab

@@ -18,13 +18,12 @@ import msgspec
 from bridge.bench import child
 from bridge.ike.encrypted_payload import Protection, protect, unprotect
 from bridge.ike.key_exchange import KeyExchange
-from bridge.ike.keys import derive_keys, skeyseed_resume
+from bridge.ike.keys import NONCE_OCTETS, derive_keys, skeyseed_resume
 from bridge.ike.message import ExchangeType, Flag, PayloadType, parse_header
 from bridge.ike.sync_exchange import CookieChallenge, SyncResponse, build_request, parse_response, verify_response
 from bridge.stub.stub import Index, Stub
 from bridge.stub.types import Endpoint, Identity, IdType
 
-NONCE_OCTETS = 32
 FIRST_MESSAGE_ID = 1
 ESP_SPI = 0xC0000000
 """of the first session's CHILD_SA; each further one has the next"""

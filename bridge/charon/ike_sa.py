@@ -33,7 +33,6 @@ class Condition(IntFlag):
     NAT_ANY = 1 << 0
     NAT_HERE = 1 << 1
     NAT_THERE = 1 << 2
-    NAT_FAKE = 1 << 3
     ORIGINAL_INITIATOR = 1 << 6
     STALE = 1 << 7
     REAUTHENTICATING = 1 << 10

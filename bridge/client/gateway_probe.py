@@ -20,6 +20,7 @@ import structlog
 
 from bridge.charon.ike_sa import IkeSa, client_sa
 from bridge.client.outcome import Outcome
+from bridge.ike.keys import NONCE_OCTETS
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, build_probe, parse_stub_message, verify
 from bridge.net.interface import Sender
 from bridge.net.packet import Datagram, has_marker
@@ -27,7 +28,6 @@ from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
 
-NONCE_OCTETS: Final = 32
 PROBES: Final = 3
 """messages to the gateway of the SA"""
 PROBE_SECONDS: Final = 0.1

@@ -18,13 +18,13 @@ import structlog
 from bridge.charon.ike_sa import IkeSa, client_sa
 from bridge.charon.sa_tracker import SaTracker
 from bridge.client.outcome import Outcome, Result
+from bridge.ike.keys import NONCE_OCTETS
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, verify
 from bridge.net.interface import Sender
 from bridge.net.packet import has_marker
 
 log = structlog.get_logger()
 
-NONCE_OCTETS: Final = 32
 ANSWER_SECONDS: Final = 30.0
 """how long after a move the gateway that asked for it is still answered: the report may have been lost"""
 

@@ -21,6 +21,7 @@ from bridge.charon.ike_sa import IkeSa, client_sa, sa_of
 from bridge.charon.sa_tracker import SaTracker
 from bridge.client.session_file import Session, SessionFileError, load, pack, write
 from bridge.config import HeldConfig
+from bridge.ike.keys import NONCE_OCTETS
 from bridge.ike.message import MalformedMessage
 from bridge.ike.stub_exchange import StubMessage, build_get, parse_stub_message, verify
 from bridge.net.interface import Sender
@@ -30,7 +31,6 @@ from bridge.stub.stub import StubError
 
 log = structlog.get_logger()
 
-NONCE_OCTETS: Final = 32
 SETTLE_SECONDS: Final = 1.0
 """after a change, before the new stub is fetched: the gateway has to hear of it too, and changes come in groups"""
 RETRANSMIT_SECONDS: Final = (0.5, 1.0, 2.0)

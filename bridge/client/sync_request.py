@@ -23,6 +23,7 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.config import ResumeConfig
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.key_exchange import KeyExchange, can_exchange, fresh_public_value
+from bridge.ike.keys import NONCE_OCTETS
 from bridge.ike.message import MalformedMessage
 from bridge.ike.sync_exchange import (
     CookieChallenge,
@@ -44,7 +45,6 @@ from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
 
-NONCE_OCTETS = 32
 BACK_OFF = 1.8
 """each retransmission waits this much longer than the one before, as charon's do"""
 MAX_COOKIES = 4

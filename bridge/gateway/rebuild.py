@@ -23,7 +23,7 @@ from bridge.gateway.refusal import Refusal
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.key_exchange import KeyExchange, can_exchange
-from bridge.ike.keys import derive_sk_d, skeyseed_resume
+from bridge.ike.keys import NONCE_OCTETS, derive_sk_d, skeyseed_resume
 from bridge.ike.sync_exchange import SyncRequest, build_response, is_for, nat_hash, verify_request
 from bridge.ike.transforms import least_nonce
 from bridge.net.interface import Packet
@@ -31,8 +31,6 @@ from bridge.stub.child_sa import grant, stays
 from bridge.stub.stub import Stub
 from bridge.stub.types import Endpoint
 
-NONCE_OCTETS = 32
-"""at least half the key size of every prf (RFC 7296 section 2.10)"""
 NONE: AbstractSet[bytes] = frozenset()
 ATTEMPTS_PER_STUB = 4
 """unconfirmed SAs from one stub at most: a client may start anew, and an old request of its may be replayed"""

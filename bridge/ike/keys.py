@@ -103,6 +103,10 @@ def skeyseed_resume(algorithm: int, sk_d_old: bytes, ni: bytes, nr: bytes, g_ir:
     return prf(algorithm, sk_d_old, g_ir + ni + nr)
 
 
+NONCE_OCTETS: Final = 32
+"""of the nonces that are made here: at least half the key size of every prf (RFC 7296 section 2.10)"""
+
+
 class IkeKeys(NamedTuple):
     """{SK_d | SK_ai | SK_ar | SK_ei | SK_er | SK_pi | SK_pr} (RFC 7296 section 2.14)."""
 

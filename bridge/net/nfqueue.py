@@ -115,14 +115,12 @@ class _Some(socket.socket):
 @dataclass(frozen=True, slots=True)
 class QueueStats:
     """`drops`: requests the kernel dropped, because the queue or the socket to the sidecar was full (with fail-open,
-    none); `waiting`: in the kernel's queue now; `held`: of these, with the sidecar; `seen`: read since the start;
-    `unparsable`: of these, not an IKE request."""
+    none); `waiting`: in the kernel's queue now; `held`: of these, with the sidecar; `seen`: read since the start."""
 
     drops: int
     waiting: int
     held: int
     seen: int
-    unparsable: int
 
 
 class Interceptor:
@@ -154,7 +152,7 @@ class Interceptor:
         self._held: dict[Packet, None] = {}
         self._batch: list[Packet] = []
         self._strangers: list[Queued] = []
-        self._seen = self._unparsable = 0
+        self._seen = 0
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take the queue over, in the network namespace of the caller. Raises InterceptUnavailable."""
@@ -222,7 +220,7 @@ class Interceptor:
             row = _row(os.pread(self._proc, 65536, 0).decode(), self._number)
             if row is not None:
                 waiting, drops = int(row[2]), int(row[5]) + int(row[6])
-        return QueueStats(drops, waiting, len(self._held), self._seen, self._unparsable)
+        return QueueStats(drops, waiting, len(self._held), self._seen)
 
     def _arrived(self, queued: Queued) -> None:
         """Called by NetfilterQueue for each packet while it reads; the octets are gone once this returns."""
@@ -247,7 +245,6 @@ class Interceptor:
         for queued in strangers:
             queued.accept()
         self._seen += len(self._batch) + len(strangers)
-        self._unparsable += len(strangers)
 
     def _readable(self) -> None:
         if self._queue is None or self._stood_still():

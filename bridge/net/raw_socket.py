@@ -7,7 +7,7 @@ import contextlib
 import errno
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import structlog
 
@@ -50,7 +50,6 @@ class RawUdp:
 
     def __init__(self) -> None:
         """Raises OSError, with the mend, without CAP_NET_RAW and CAP_NET_ADMIN."""
-        self.sent = self.failed = 0
         self._ipv4 = _raw_socket(socket.AF_INET)
         self._ipv4.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
         _send_only(self._ipv4, "127.255.255.254")
@@ -63,34 +62,17 @@ class RawUdp:
 
         Raises OSError: no route, `src` not an address of this host, refused by a filter, buffer full, too long.
         """
-        try:
-            datagram = udp_datagram(src, sport, dst, dport, payload, marker)
-            if ":" not in dst:
-                # struct in_pktinfo: interface, source, (unused)
-                info = struct.pack("=i4s4x", 0, socket.inet_pton(socket.AF_INET, src))
-                self._ipv4.sendmsg([datagram], [(socket.IPPROTO_IP, _IP_PKTINFO, info)], 0, (dst, 0))
-            elif self._ipv6 is not None:
-                # struct in6_pktinfo: source, interface
-                info = struct.pack("=16si", socket.inet_pton(socket.AF_INET6, src), 0)
-                self._ipv6.sendmsg([datagram], [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info)], 0, (dst, 0))
-            else:
-                raise OSError(errno.EAFNOSUPPORT, "this host has no IPv6")
-        except OSError:
-            self.failed += 1
-            raise
-        self.sent += 1
-
-    def send_many(self, datagrams: Iterable[Datagram]) -> int:
-        """Send each; how many the kernel took. The others are logged and counted in `failed`."""
-        taken = 0
-        for datagram in datagrams:
-            try:
-                self.send(*datagram)
-            except OSError as error:
-                log.warning("datagram-not-sent", src=datagram.src, dst=datagram.dst, reason=error.strerror)
-            else:
-                taken += 1
-        return taken
+        datagram = udp_datagram(src, sport, dst, dport, payload, marker)
+        if ":" not in dst:
+            # struct in_pktinfo: interface, source, (unused)
+            info = struct.pack("=i4s4x", 0, socket.inet_pton(socket.AF_INET, src))
+            self._ipv4.sendmsg([datagram], [(socket.IPPROTO_IP, _IP_PKTINFO, info)], 0, (dst, 0))
+        elif self._ipv6 is not None:
+            # struct in6_pktinfo: source, interface
+            info = struct.pack("=16si", socket.inet_pton(socket.AF_INET6, src), 0)
+            self._ipv6.sendmsg([datagram], [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info)], 0, (dst, 0))
+        else:
+            raise OSError(errno.EAFNOSUPPORT, "this host has no IPv6")
 
     def close(self) -> None:
         """Give the sockets back."""

@@ -37,9 +37,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 KEY_OCTETS = 32
 KEY_ID_OCTETS = 4
-NONCE_OCTETS = 12
+SEAL_NONCE_OCTETS = 12
 TAG_OCTETS = 16
-OVERHEAD = KEY_ID_OCTETS + NONCE_OCTETS + TAG_OCTETS
+OVERHEAD = KEY_ID_OCTETS + SEAL_NONCE_OCTETS + TAG_OCTETS
 """octets by which a sealed stub is longer than the stub"""
 
 EPOCH_MIN: Final = 3600
@@ -230,7 +230,7 @@ class Keyring:
 
     def seal(self, plaintext: bytes, aad: bytes) -> bytes:
         """`plaintext` sealed with the first key for the place that `aad` names; `OVERHEAD` octets longer."""
-        nonce = self._random(NONCE_OCTETS)
+        nonce = self._random(SEAL_NONCE_OCTETS)
         self._seals[self._sealing] += 1
         return b"".join((self._sealing, nonce, self._ciphers[self._sealing].encrypt(nonce, plaintext, aad)))
 
@@ -241,7 +241,10 @@ class Keyring:
         cipher = self._ciphers.get(sealed[:KEY_ID_OCTETS])
         if cipher is None:
             raise SealError(f"sealed with key {sealed[:KEY_ID_OCTETS].hex()}, which is not in the key file")
-        nonce, ciphertext = sealed[KEY_ID_OCTETS : KEY_ID_OCTETS + NONCE_OCTETS], sealed[KEY_ID_OCTETS + NONCE_OCTETS :]
+        nonce, ciphertext = (
+            sealed[KEY_ID_OCTETS : KEY_ID_OCTETS + SEAL_NONCE_OCTETS],
+            sealed[KEY_ID_OCTETS + SEAL_NONCE_OCTETS :],
+        )
         try:
             return cipher.decrypt(nonce, ciphertext, aad)
         except InvalidTag:
