@@ -18,7 +18,7 @@ import msgspec
 from bridge.bench import child
 from bridge.ike.encrypted_payload import Protection, protect, unprotect
 from bridge.ike.key_exchange import KeyExchange
-from bridge.ike.keys import NONCE_OCTETS, derive_keys, skeyseed_resume
+from bridge.ike.keys import NONCE_OCTETS, Resumption
 from bridge.ike.message import ExchangeType, Flag, PayloadType, parse_header
 from bridge.ike.sync_exchange import CookieChallenge, SyncResponse, build_request, parse_response, verify_response
 from bridge.stub.stub import Index, Stub
@@ -146,8 +146,9 @@ class Session:
             if response.key_exchange is None:
                 raise Unproven("no KEr")
             g_ir = self.exchange.shared(response.key_exchange[1])
-        seed = skeyseed_resume(self.suite.prf, self.sk_d, self.nonce, response.nonce, g_ir)
-        keys = derive_keys(self.suite, seed, self.nonce, response.nonce, self.spi_i, response.spi_r)
+        keys = Resumption(
+            self.suite, self.sk_d, self.nonce, response.nonce, self.spi_i, response.spi_r, g_ir
+        ).keys()
         self.spi_r = response.spi_r
         self.sk_d = keys.sk_d
         self.outgoing = Protection.of(self.suite, keys, initiator=True)

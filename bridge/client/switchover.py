@@ -22,7 +22,7 @@ from bridge.client.vpns import Vpn
 from bridge.config import ResumeConfig
 from bridge.ike import key_confirmation
 from bridge.ike.key_confirmation import Confirmation
-from bridge.ike.keys import derive_keys, derive_sk_d, skeyseed_resume
+from bridge.ike.keys import Resumption
 from bridge.service.tasks import end
 from bridge.stub.child_sa import NOTHING, Offer, offer, stays
 from bridge.stub.types import Endpoint
@@ -139,9 +139,7 @@ class Switchover:
         suite, ike_id = old.suite, answer.ike_id
         if not key_confirmation.possible(suite):
             return None
-        seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r, answer.g_ir)
-        keys = derive_keys(suite, seed, answer.nonce_i, answer.nonce_r, ike_id.spi_i, ike_id.spi_r)
-        return Confirmation(suite, keys, ike_id.spi_i, ike_id.spi_r, random=self._random)
+        return Confirmation(suite, _resumption(old, answer).keys(), ike_id.spi_i, ike_id.spi_r, random=self._random)
 
     async def _installed(self, new: IkeSa, answer: Answer) -> list[str]:
         """Take charon's word for the CHILD_SAs that came with the answer: the names of those that it has."""
@@ -201,12 +199,10 @@ class Switchover:
 
     def _rebuilt(self, old: IkeSa, gateway: Target, answer: Answer) -> IkeSa:
         """The new SA: keys per draft-xu-ike-sa-sync-01 section 3.3, all else as in the old one."""
-        suite, ike_id = old.suite, answer.ike_id
-        seed = skeyseed_resume(suite.prf, old.sk_d, answer.nonce_i, answer.nonce_r, answer.g_ir)
         return IkeSa(
-            id=ike_id,
-            suite=suite,
-            sk_d=derive_sk_d(suite, seed, answer.nonce_i, answer.nonce_r, ike_id.spi_i, ike_id.spi_r),
+            id=answer.ike_id,
+            suite=old.suite,
+            sk_d=_resumption(old, answer).sk_d(),
             up=True,
             local_id=old.local_id,
             remote_id=old.remote_id,
@@ -300,3 +296,8 @@ class Switchover:
             if info.state == "ESTABLISHED" and (new is None or info.spis == new.id.spis)
             for child in info.children
         )
+
+
+def _resumption(old: IkeSa, answer: Answer) -> Resumption:
+    spi_i, spi_r = answer.ike_id.spi_i, answer.ike_id.spi_r
+    return Resumption(old.suite, old.sk_d, answer.nonce_i, answer.nonce_r, spi_i, spi_r, answer.g_ir)

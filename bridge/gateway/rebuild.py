@@ -23,7 +23,7 @@ from bridge.gateway.refusal import Refusal
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.key_exchange import KeyExchange, can_exchange
-from bridge.ike.keys import NONCE_OCTETS, derive_sk_d, skeyseed_resume
+from bridge.ike.keys import NONCE_OCTETS, Resumption
 from bridge.ike.sync_exchange import SyncRequest, build_response, is_for, nat_hash, verify_request
 from bridge.ike.transforms import least_nonce
 from bridge.net.interface import Packet
@@ -132,7 +132,7 @@ class Decision:
         nonce = self._random(NONCE_OCTETS)
         suite = stub.suite
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
-        seed = skeyseed_resume(suite.prf, stub.sk_d, request.nonce, nonce, exchanged.g_ir)
+        resumption = Resumption(suite, stub.sk_d, request.nonce, nonce, ike_id.spi_i, ike_id.spi_r, exchanged.g_ir)
         lifetime = self._lifetime(stub)
         moved = {stub.local.address, stub.remote.address} - {local.address, remote.address}
         # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
@@ -164,7 +164,7 @@ class Decision:
         sa = IkeSa(
             id=ike_id,
             suite=suite,
-            sk_d=derive_sk_d(suite, seed, request.nonce, nonce, ike_id.spi_i, ike_id.spi_r),
+            sk_d=resumption.sk_d(),
             local_id=stub.local_id,
             remote_id=stub.remote_id,
             eap_id=stub.eap_id,

@@ -149,6 +149,33 @@ def derive_sk_d(
     return prf_plus(suite.prf if algorithm is None else algorithm, skeyseed, seed, suite.prf_length)
 
 
+class Resumption(NamedTuple):
+    """What the keys of a resumed IKE_SA come from, on either side: SKEYSEED of draft-xu-ike-sa-sync-01 section 3.3, and
+    then as in RFC 7296 section 2.14. `g_ir` with forward secrecy only."""
+
+    suite: Suite
+    sk_d_old: bytes
+    nonce_i: bytes
+    nonce_r: bytes
+    spi_i: bytes
+    spi_r: bytes
+    g_ir: bytes = b""
+
+    def __repr__(self) -> str:
+        return "Resumption(...)"
+
+    def _skeyseed(self) -> bytes:
+        return skeyseed_resume(self.suite.prf, self.sk_d_old, self.nonce_i, self.nonce_r, self.g_ir)
+
+    def keys(self) -> IkeKeys:
+        """All of them. Raises UnsupportedSuite."""
+        return derive_keys(self.suite, self._skeyseed(), self.nonce_i, self.nonce_r, self.spi_i, self.spi_r)
+
+    def sk_d(self) -> bytes:
+        """SK_d alone, which is less work. Raises UnsupportedSuite."""
+        return derive_sk_d(self.suite, self._skeyseed(), self.nonce_i, self.nonce_r, self.spi_i, self.spi_r)
+
+
 def child_keymat(algorithm: int, sk_d: bytes, ni: bytes, nr: bytes, length: int, g_ir: bytes = b"") -> bytes:
     """KEYMAT = prf+(SK_d, g^ir | Ni | Nr), g^ir with PFS only (RFC 7296 section 2.17)."""
     return prf_plus(algorithm, sk_d, g_ir + ni + nr, length)
