@@ -63,7 +63,7 @@ class Attempt:
         self._means = means
         self._vpn = vpn
         self._session = session
-        self._sa = session.last if session is not None else None
+        self._sa: IkeSa | None = None
         self._to = to
         self._stay = stay
         self._restored = restored
@@ -104,6 +104,7 @@ class Attempt:
     async def _choose(self) -> Event:
         candidates = self._means.candidates
         await candidates.resolve(self._vpn)
+        self._sa = self._session.last if self._session is not None else None
         children = [child.name for child in self._sa.children] if self._sa is not None else []
         await self._means.charon.know_connections((gateway.connection, children) for gateway in self._vpn.gateways)
         self._gateways = list(candidates.of(self._vpn, self._session, self._to, restored=self._restored))
