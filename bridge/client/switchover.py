@@ -107,11 +107,17 @@ class Switchover:
         left = [name for name in wanted if name not in at_once]
         # without a CREATE_CHILD_SA to come, nothing else would show that both sides have the keys
         confirmation = self._confirmation(old, answer) if at_once or not left else None
-        confirmed = None if confirmation is None else asyncio.ensure_future(confirmed_by(confirmation, answer))
+        confirmed: asyncio.Future[bool] | None = None
+        if confirmation is not None and not stay:
+            # no time is lost: it is answered while charon installs the SA
+            confirmed = asyncio.ensure_future(confirmed_by(confirmation, answer))
         # with one connection for both, charon would make the CHILD_SAs that are left on the old SA
         keep = stay and (not left or old.connection != gateway.connection)
         try:
             await self._charon.install_surely(self._install(old, new, answer, confirmation is not None))
+            if confirmation is not None and confirmed is None:
+                # a session that may stay where it is is confirmed elsewhere only once charon has it
+                confirmed = asyncio.ensure_future(confirmed_by(confirmation, answer))
             self._charon.tracker.adopt(new)
             # the new SA holds the virtual IP before the old one lets go of it
             if not keep:
