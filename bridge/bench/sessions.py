@@ -146,9 +146,7 @@ class Session:
             if response.key_exchange is None:
                 raise Unproven("no KEr")
             g_ir = self.exchange.shared(response.key_exchange[1])
-        keys = Resumption(
-            self.suite, self.sk_d, self.nonce, response.nonce, self.spi_i, response.spi_r, g_ir
-        ).keys()
+        keys = Resumption(self.suite, self.sk_d, self.nonce, response.nonce, self.spi_i, response.spi_r, g_ir).keys()
         self.spi_r = response.spi_r
         self.sk_d = keys.sk_d
         self.outgoing = Protection.of(self.suite, keys, initiator=True)
