@@ -55,6 +55,7 @@ def charon_status(charon: Charon) -> dict[str, Any]:
         "release": charon.release,
         "ha_plugin": end is not None,
         "ha_version": charon.channel.version,
+        "ha_unsupported": charon.channel.unsupported,
         "ha_received": charon.channel.received,
         "ha_malformed": charon.channel.malformed,
         "ha_drops": charon.channel.drops(),

@@ -17,7 +17,7 @@ async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
     if running is not None:
         findings += charon.plugin(config, running) + charon.drop_in(config, running) + charon.unread(running)
     pid = host.sidecar_pid(config)
-    findings += host.sidecar(config, pid) + host.ha_rules(config)
+    findings += host.sidecar(config, pid) + host.ha_rules(config) + await charon.ha_version(config)
     if isinstance(config, GatewayConfig):
         if running is not None:
             findings += connections.without_pfs(running, list(running.connections))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge.charon.conf_parser import Settings
-from bridge.charon.ha_message import PORT
+from bridge.charon.ha_message import PORT, VERSIONS
 from bridge.charon.releases import crashes_on_activation, version_for
 from bridge.charon.socket_diag import proc_address
 from bridge.charon.vici_client import START_SECONDS, ViciClient
@@ -14,7 +14,7 @@ from bridge.charon.vici_types import ConnectionInfo, ViciError
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import UdpSocket, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.service import shipped_files
+from bridge.service import control, shipped_files
 
 STRONGSWAN_CONF = Path("/etc/strongswan.conf")
 DROP_IN = "strongswan-conf/ike-sa-sync.conf"
@@ -80,6 +80,26 @@ def _release(release: str) -> Finding:
             "install strongSwan 6.0.2 or later, where this is fixed",
         )
     return ok("charon", f"strongSwan {release}, ha message version {version}")
+
+
+async def ha_version(config: GatewayConfig | ClientConfig) -> list[Finding]:
+    """Whether the sidecar understands what its charon sends."""
+    try:
+        told = (await control.call(config.control, {"command": "status"}))["charon"]
+    except (control.ControlError, KeyError):
+        # whether there is a sidecar another check says
+        return []
+    version = told.get("ha_unsupported")
+    if version is None:
+        return []
+    known = ", ".join(map(str, VERSIONS))
+    return [
+        fail(
+            "ha version",
+            f"charon's HA messages have version {version}, this release knows {known}: nothing is stored or resumed",
+            "install a newer ike-sa-sync, or the strongSwan release before it",
+        )
+    ]
 
 
 def plugin(config: GatewayConfig | ClientConfig, charon: CharonAnswer) -> list[Finding]:

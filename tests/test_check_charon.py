@@ -1,0 +1,51 @@
+"""What `check` says of charon's release and of its HA messages (bridge.check.charon), for charons the lab has not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bridge.check import charon
+from bridge.check.finding import Grade
+from bridge.config import HaConfig
+from bridge.service import control
+
+
+@pytest.mark.parametrize("release", ["5.9.8", "6.0.2", "6.1.0"])
+def test_a_release_whose_messages_are_known_is_ok(release: str) -> None:
+    assert charon._release(release).grade is Grade.OK
+
+
+def test_the_release_that_crashes_is_named_with_the_one_that_does_not() -> None:
+    finding = charon._release("6.0.1")
+    assert finding.grade is Grade.WARN
+    assert "6.0.2" in (finding.mend or "")
+
+
+def test_a_newer_release_than_any_known_is_named() -> None:
+    finding = charon._release("6.2.0")
+    assert finding.grade is Grade.WARN
+    assert "6.2.0" in finding.text
+
+
+@pytest.mark.parametrize(("unsupported", "failed"), [(None, False), (6, True)])
+async def test_a_version_that_the_sidecar_does_not_know_is_a_failure(
+    unsupported: int | None, failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def call(path: str, request: dict[str, Any]) -> dict[str, Any]:
+        return {"charon": {"ha_unsupported": unsupported}}
+
+    monkeypatch.setattr(control, "call", call)
+    config: Any = type("Config", (), {"control": "/nowhere", "ha": HaConfig()})()
+    findings = await charon.ha_version(config)
+    assert [finding.grade for finding in findings] == ([Grade.FAIL] if failed else [])
+
+
+async def test_without_a_sidecar_nothing_is_said_of_its_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def call(path: str, request: dict[str, Any]) -> dict[str, Any]:
+        raise control.ControlError("nobody")
+
+    monkeypatch.setattr(control, "call", call)
+    config: Any = type("Config", (), {"control": "/nowhere"})()
+    assert await charon.ha_version(config) == []
