@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -423,13 +423,16 @@ class Packets(RuleBasedStateMachine):
         self.loop.end()
 
     def check_answers(self) -> None:
-        """Where the sidecar resumed, at least one request of the same octets was kept from charon."""
+        """Where the sidecar resumed, at least one request of that attempt, with a cookie or without, was kept from
+        charon."""
         for octets in set(self.sent):
-            fates = [request.fate[0] for request in self.gateway.requests if request.ike == octets]
+            fates = [request.fate[0] for request in self.gateway.requests if request.ike[:8] == octets[:8]]
             answers = [one for one in self.gateway.answers(octets) if isinstance(one, SyncResponse)]
             if answers:
                 assert "dropped" in fates
 
 
 TestPackets = Packets.TestCase
-TestPackets.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+# to shrink sequences of random octets would take minutes, and they differ each time
+NOT_SHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
+TestPackets.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, phases=NOT_SHRUNK)
