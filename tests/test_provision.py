@@ -38,7 +38,7 @@ esac
 
 INSIDE = """\
 set -eu
-for place in /etc/redis /etc/strongswan.d /etc/swanctl /usr/local/bin /var/lib/redis; do
+for place in /etc/redis /etc/bird /etc/strongswan.d /etc/swanctl /usr/local/bin /var/lib/redis; do
     mkdir -p "$WORK$place" && cp -a "$place/." "$WORK$place/" 2>/dev/null || true
     mount --bind "$WORK$place" "$place"
 done
@@ -165,3 +165,16 @@ END
         """,
     )
     assert told.splitlines()[-1] == "new"
+
+
+@pytest.mark.skipif(shutil.which("bird") is None, reason="no bird here")
+@pytest.mark.parametrize("arguments", ["gateway 10.10.1.11 10.10.1.100", "server 10.10.1.100 10.10.1.11 10.10.1.12"])
+def test_bird_takes_what_the_machines_of_the_inner_network_are_given(tmp_path: Path, arguments: str) -> None:
+    inside(
+        tmp_path, f'"$PROVISION/router" {arguments}\nbird -p -c /etc/bird/bird.conf\ncp /etc/bird/bird.conf "$WORK"\n'
+    )
+    text = (tmp_path / "bird.conf").read_text()
+    addresses = arguments.split()[1:]
+    assert f"router id {addresses[0]}" in text or f"define INSIDE = {addresses[0]};" in text
+    assert all(f"neighbor {address} as" in text for address in addresses[1:])
+    assert not any(f"neighbor 10.10.1.{shipped} as" in text for shipped in (1, 2, 10))
