@@ -9,6 +9,7 @@ import secrets
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -226,3 +227,9 @@ def test_the_recording_is_of_a_run_that_resumed_and_small() -> None:
     assert text.startswith("# make demo\n")
     assert "resumed at 192.168.50.2" in text
     assert re.search(r"resumed with \d+ of \d+ packets lost; the lab is gone again$", text)
+
+
+def test_the_version_is_the_same_wherever_it_stands() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (ROOT / "debian/changelog").read_text().startswith(f"ike-sa-sync ({version}) ")
+    assert re.search(rf"^## {re.escape(version)}( |$)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
