@@ -215,7 +215,6 @@ class TestListen:
             (4500, b"\xff"),
             (4500, ANSWER),
             (4500, MARKER + ike(IKE_AUTH, flags=RESPONSE)),
-            (501, ANSWER),
         ]:
             charon, gateway = cable.host.udp(family, 500), cable.peer.udp(family, port)
             gateway.sendto(payload, charon.getsockname())
@@ -223,6 +222,16 @@ class TestListen:
             charon.close()
             gateway.close()
         assert overheard.datagrams == []
+
+    async def test_an_answer_from_another_port_of_a_gateways_charon_is_overheard(
+        self, cable: Wire, overheard: Overheard, family: str
+    ) -> None:
+        charon, gateway = cable.host.udp(family, 500), cable.peer.udp(family, 501)
+        gateway.sendto(ANSWER, charon.getsockname())
+        await until(lambda: len(overheard.datagrams) == 1)
+        assert (overheard.datagrams[0].sport, overheard.datagrams[0].ike) == (501, ANSWER)
+        charon.close()
+        gateway.close()
 
     async def test_more_than_fit_into_one_reading_all_arrive(
         self, cable: Wire, overheard: Overheard, family: str
