@@ -150,6 +150,9 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """this gateway's address in the index, for SAs of its family; none, and for others: the local address of each SA"""
     vici: str = "/run/charon.vici"
     """charon's socket"""
+    swanctl: str | None = None
+    """the swanctl.conf that charon is loaded from, for what VICI does not tell (PFS); none:
+    $SWANCTL_DIR/swanctl.conf, or /etc/swanctl/swanctl.conf. ipsec.conf is read too"""
     ha: HaConfig = field(default_factory=HaConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
@@ -217,6 +220,9 @@ DEFAULT_VPN = "default"
 class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
     vici: str = "/run/charon.vici"
     """charon's socket"""
+    swanctl: str | None = None
+    """the swanctl.conf that charon is loaded from, for what VICI does not tell (PFS); none:
+    $SWANCTL_DIR/swanctl.conf, or /etc/swanctl/swanctl.conf. ipsec.conf is read too"""
     ha: HaConfig = field(default_factory=HaConfig)
     control: str = "/run/ike-sa-sync/client.sock"
     """where `resume` and `status` ask the running sidecar"""
@@ -278,7 +284,7 @@ def check_together(configs: Sequence[GatewayConfig | ClientConfig]) -> None:
         raise ConfigError("-c: one file for each role: two are of the same role")
     first = configs[0]
     for other in configs[1:]:
-        for key in ("vici", "ha"):
+        for key in ("vici", "ha", "swanctl"):
             if getattr(first, key) != getattr(other, key):
                 raise ConfigError(f"{key}: differs between the files: one sidecar serves one charon")
         for key in ("control", "metrics"):
@@ -338,7 +344,9 @@ _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,
 
 def is_name(address: str) -> bool:
     """Whether a gateway's address is a host name that has to be resolved."""
-    return bool(_HOST_NAME.fullmatch(address)) and not address.replace(".", "").isdigit()
+    # the last label of an address, or of a range of them, is a number; that of a name is none
+    last = address.rstrip(".").rpartition(".")[2]
+    return bool(_HOST_NAME.fullmatch(address)) and not last.isdigit()
 
 
 def _key_and_reason(text: str, kind: type[Struct]) -> str:

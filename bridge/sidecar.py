@@ -68,7 +68,7 @@ def _opener(config: RoleConfig) -> Open:
 
 async def _start(configs: Sequence[RoleConfig], stack: AsyncExitStack) -> None:
     openers = [_opener(config) for config in configs]
-    charon = Charon(configs[0].vici, configs[0].ha)
+    charon = Charon(configs[0].vici, configs[0].ha, configs[0].swanctl)
     guarded = await charon.ha_rules.place()
     stack.push_async_callback(charon.ha_rules.close)
     await retry("ha-channel", charon.channel.open, ChannelError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from bridge.check.foreign_rules import _holds_up
 from bridge.ike.address import Pool
@@ -238,6 +240,62 @@ def test_connections_that_a_client_lacks_or_that_lead_elsewhere(topology: Topolo
 
 
 @pytest.mark.lab
+def test_a_connection_with_several_gateways_of_which_a_handshake_reaches_one(topology: Topology) -> None:
+    config = topology.agent.config
+    entries = config["gateways"]
+    with stopped(topology.agent):
+        config["gateways"] = [{"address": f"192.168.50.{number}", "connection": "home"} for number in (1, 2)]
+    try:
+        with configured(topology.client, {"connections.home.remote_addrs": "192.168.50.1, 192.168.50.2"}):
+            findings = [finding for finding in check(topology.client) if finding["check"] == "connection"]
+    finally:
+        config["gateways"] = entries
+        topology.agent.stop()
+        topology.agent.start()
+    assert [finding["grade"] for finding in findings] == ["ok", "warn"]
+    assert "home to 192.168.50.2" in findings[1]["finding"]
+    assert "first address of the connection only, 192.168.50.1" in findings[1]["finding"]
+
+
+@pytest.mark.lab
+def test_what_charon_does_beside_the_sidecar_when_a_gateway_is_dead(topology: Topology) -> None:
+    actions = {"children.net.dpd_action": "restart", "children.net.close_action": "start", "keyingtries": 0}
+    more = {
+        f"connections.home.{name}": value for name, value in (actions | {"children.net.start_action": "start"}).items()
+    }
+    with configured(topology.client, more):
+        findings = check(topology.client)
+    for name in ("dpd_action", "close_action", "start_action"):
+        # home-gw2 takes it from home
+        found = {finding["finding"].split(":")[0]: finding["mend"] for finding in findings if finding["check"] == name}
+        assert list(found) == ["home.net", "home-gw2.net"]
+        assert all("swanctl --load-conns" in mend for mend in found.values())
+
+
+@pytest.mark.lab
+def test_connections_that_were_loaded_from_elsewhere(topology: Topology) -> None:
+    elsewhere = topology.client.write(
+        "/etc/ike-sa-sync/other.conf", "connections { other { remote_addrs = 192.0.2.1 } }\n"
+    )
+    topology.agent.config["swanctl"] = "/etc/ike-sa-sync/other.conf"
+    try:
+        topology.client.write(topology.agent.file, yaml.safe_dump(topology.agent.config))
+        finding = the(check(topology.client), "PFS", "warn")
+    finally:
+        del topology.agent.config["swanctl"]
+        topology.client.write(topology.agent.file, yaml.safe_dump(topology.agent.config))
+        elsewhere.unlink()
+    assert "PFS cannot be seen: home, home-gw2" in finding["finding"]
+    assert "set `swanctl`" in finding["mend"]
+
+
+@pytest.mark.lab
+def test_a_gateways_ports_that_are_not_intercepted(topology: Topology) -> None:
+    with charon_set(topology.gw1, {"charon.port_nat_t": 0}):
+        assert "charon.port_nat_t is 0" in the(check(topology.gw1), "ports")["finding"]
+
+
+@pytest.mark.lab
 def test_children_that_a_client_has_towards_one_gateway_only(topology: Topology) -> None:
     with configured(topology.client, {"connections.home-gw2.children.voice.remote_ts": "10.12.0.0/16"}):
         assert "connection home lacks the CHILD_SA voice" in the(check(topology.client), "children", "warn")["finding"]
@@ -246,7 +304,7 @@ def test_children_that_a_client_has_towards_one_gateway_only(topology: Topology)
 @pytest.mark.lab
 def test_a_client_that_notices_a_dead_gateway_late_or_never(topology: Topology) -> None:
     with configured(topology.client, {"connections.home-gw2.dpd_delay": "0s"}):
-        assert "nobody notices" in the(check(topology.client), "dpd_delay")["finding"]
+        assert "does not notice" in the(check(topology.client), "dpd_delay")["finding"]
     patient = {"charon.retransmit_timeout": 4.0, "charon.retransmit_base": 1.8, "charon.retransmit_tries": 5}
     (topology.client.etc / "strongswan.d/zz.conf").write_text(render(patient))
     try:
@@ -391,3 +449,75 @@ def test_the_facts_of_a_gateway_are_not_believed_to_be_well_formed(tmp_path: Pat
     for wrong in ("", "{", "[]", '{"connections": 1}', '{"connections": {}, "pools": [{"name": "a"}]}'):
         assert decode(wrong) is None
     assert decode('{"connections": {}, "pools": [{"name": "a", "base": "nowhere", "size": 1}]}') is None
+
+
+def planned(host: Host, *arguments: str) -> dict[str, Any]:
+    """`ike-sa-sync check --plan --json`, without a configuration."""
+    done = host.run(*program(), "check", "--plan", "--json", *arguments, check=False)
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.lab
+def test_a_plan_says_what_would_be_resumable_and_proposes_a_configuration(topology: Topology) -> None:
+    topology.connect()
+    try:
+        client, gateway = planned(topology.client), planned(topology.gw1)
+        more = {
+            "connections.old.version": 1,
+            "connections.old.remote_addrs": "192.0.2.1",
+            "connections.old.remote.auth": "psk",
+        }
+        with configured(topology.client, more):
+            [old] = [row for row in planned(topology.client)["connections"] if row["connection"] == "old"]
+    finally:
+        topology.client.swanctl("--terminate", "--ike", "home")
+    assert client["connections"] == [
+        {"connection": "home", "role": "client", "resumable": True, "sessions": 1, "why": "in one round trip"},
+        {"connection": "home-gw2", "role": "client", "resumable": True, "sessions": 0, "why": "in one round trip"},
+    ]
+    assert yaml.safe_load(client["files"]["client"]) == {
+        "gateways": [
+            {"address": "192.168.50.1", "connection": "home"},
+            {"address": "192.168.50.2", "connection": "home-gw2"},
+        ]
+    }
+    assert client["findings"] == []
+    assert [(row["connection"], row["role"], row["sessions"]) for row in gateway["connections"]] == [
+        ("gw", "gateway", 1)
+    ]
+    assert yaml.safe_load(gateway["files"]["gateway"])["address"] == topology.gw1.address
+    assert (old["resumable"], old["why"]) == (False, "IKEv1: set version = 2")
+
+
+@pytest.mark.lab
+def test_a_plan_is_written_where_there_is_no_file_and_the_sidecar_runs_with_it(topology: Topology) -> None:
+    with stopped(topology.agent):
+        path = topology.client.etc / "ike-sa-sync/client.yaml"
+        before = path.read_text()
+        planned(topology.client, "--write")
+        assert path.read_text() == before
+        path.unlink()
+        try:
+            planned(topology.client, "--write")
+            assert {finding["grade"] for finding in check(topology.client) if finding["check"] == "connection"} == {
+                "ok"
+            }
+        finally:
+            path.write_text(before)
+
+
+@pytest.mark.lab
+def test_a_plan_without_the_ha_plugin_says_how_to_get_it(topology: Topology) -> None:
+    with charon_set(topology.client, {"charon.plugins.ha.load": "no"}):
+        told = planned(topology.client)
+    assert "set it to yes" in the(told["findings"], "ha plugin")["mend"]
+    assert [row["resumable"] for row in told["connections"]] == [True, True]
+
+
+def test_a_plan_without_a_charon_is_one_line_and_a_status(tmp_path: Path) -> None:
+    file = tmp_path / "client.yaml"
+    file.write_text(f"vici: {tmp_path}/none\n")
+    done = subprocess.run([*program(), "check", "--plan", "-c", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "start strongSwan" in done.stdout
+    assert subprocess.run([*program(), "check", "--write"], capture_output=True, check=False).returncode == 2

@@ -5,8 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from bridge.config import ClientConfig, ConfigError, GatewayConfig, load, parse_host_port
+from bridge.config import (
+    ClientConfig,
+    ConfigError,
+    GatewayConfig,
+    HaConfig,
+    check_together,
+    load,
+    parse_host_port,
+    role_of,
+)
 
 GATEWAY = """
 address: 192.168.50.1
@@ -220,3 +230,42 @@ def test_off_needs_no_quotes(tmp_path: Path, key: str) -> None:
     file = tmp_path / "gateway.yaml"
     file.write_text(f"sync: {{{key}: off}}\n")
     assert getattr(load(file, GatewayConfig).sync, key) == "off"
+
+
+A_GATEWAY, A_CLIENT = GatewayConfig(), ClientConfig()
+
+
+def test_a_gateway_and_a_client_run_beside_one_charon() -> None:
+    check_together([A_GATEWAY])
+    check_together([A_GATEWAY, A_CLIENT])
+
+
+@pytest.mark.parametrize(
+    ("configs", "error"),
+    [
+        ([A_GATEWAY, A_GATEWAY], "two are of the same role"),
+        ([A_GATEWAY, ClientConfig(vici="/run/other.vici")], "vici: differs"),
+        ([A_GATEWAY, ClientConfig(ha=HaConfig(listen="127.0.0.3"))], "ha: differs"),
+        ([A_GATEWAY, ClientConfig(control=A_GATEWAY.control)], "control: .* is in both files"),
+        ([A_GATEWAY, ClientConfig(metrics=A_GATEWAY.metrics)], "metrics: .* is in both files"),
+    ],
+)
+def test_two_files_that_do_not_go_together_are_refused(configs: list[GatewayConfig | ClientConfig], error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        check_together(configs)
+
+
+@pytest.mark.parametrize(
+    ("text", "role"),
+    [
+        ("gateways: []", "client"),
+        ("vpns: {}", "client"),
+        ("held: {fetch: false}", "client"),
+        ("bank: {}", "gateway"),
+        ("address: 192.0.2.1", "gateway"),
+        ("vici: /run/charon.vici", None),
+        ("[]", None),
+    ],
+)
+def test_the_keys_of_a_file_tell_its_role(text: str, role: str | None) -> None:
+    assert role_of(yaml.safe_load(text)) == role

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.vpns import vpns_of
 from bridge.client.sessions import LOST_SECONDS, Session, Sessions
-from bridge.client.vpns import vpns_of
 from bridge.config import ClientConfig, GatewayEntry, VpnConfig
 from role_support import fake_charon
 from test_initiator import ONE, TWO, ike_sa, info
@@ -24,7 +24,10 @@ class Scene:
         self.charon, _, _ = fake_charon("gw1", "gw2", "work1")
         self.now, self.wall = 1000.0, 1_800_000_000.0
         self.sessions = Sessions(
-            self.charon, vpns_of(CONFIG, self.charon.tracker), clock=lambda: self.now, wall=lambda: self.wall
+            self.charon,
+            vpns_of(CONFIG, lambda: self.charon.tracker.connections),
+            clock=lambda: self.now,
+            wall=lambda: self.wall,
         )
 
     def up(self, connection: str = "gw1", **changes: Any) -> tuple[IkeSa, Session | None]:
@@ -129,7 +132,10 @@ def test_an_operator_means_a_session_that_was_lost_rather_than_one_that_is_up(sc
 
 def test_a_session_that_was_restored_is_lost_and_to_be_resumed(scene: Scene) -> None:
     sa = ike_sa("gw1", ONE)
-    session = scene.sessions.restore(sa)
-    assert session is not None
-    assert (session.up, scene.sessions.resumable_sas()) == (False, [sa])
-    assert scene.sessions.restore(ike_sa("other", ONE)) is None
+    other = ike_sa("other", ONE)
+    scene.sessions.unplaced = [sa, other]
+    [session] = scene.sessions.restore()
+    assert (session.up, session.last) == (False, sa)
+    # kept until its VPN is known
+    assert scene.sessions.unplaced == [other]
+    assert scene.sessions.resumable_sas() == [other, sa]

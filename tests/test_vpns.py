@@ -244,7 +244,8 @@ def test_a_resumed_session_that_gets_no_packets_any_more_is_set_up_again(both: C
         # the counters are read now and then
         wait_until(lambda: ping.answers() > 80, "traffic for a while")
         both.kill("x1")
-        assert both.resume()["result"] == "resumed"
+        outcome = both.resume()
+        assert outcome["result"] == "resumed", both.agent.tail(20)
         wait_until(lambda: "no-traffic-after-resumption" in both.agent.text()[said:], "the alarm", 60)
     finally:
         both.client.run("iptables", "-D", "INPUT", *esp, "-j", "DROP")
@@ -252,3 +253,34 @@ def test_a_resumed_session_that_gets_no_packets_any_more_is_set_up_again(both: C
     wait_until(lambda: "reason=no-traffic" in both.agent.text()[said:], "the new session", PATIENCE)
     assert both.at() == {"home-gw2": "x2"}
     assert both.works("x")
+
+
+def test_a_gateway_that_does_not_answer_costs_a_quarter_of_a_second(both: Clusters) -> None:
+    dead = [{"address": f"192.168.50.{number}", "connection": "home-gw2"} for number in (77, 78)]
+    entries = [*dead, {"address": ADDRESSES["x2"], "connection": "home-gw2"}]
+    home = {"address": ADDRESSES["x1"], "connection": "home"}
+    with both.agent_with(vpns={"x": {"gateways": [home, *entries], "resume_on_down": False}}):
+        both.connect("x1")
+        both.kill("x1")
+        outcome = both.resume()
+    assert (outcome["result"], outcome["gateway"]) == ("resumed", ADDRESSES["x2"])
+    # answer_timeout of the lab is 1.5 s for each
+    assert 500 <= outcome["total_ms"] < 1400
+
+
+def test_without_configuration_a_client_that_crashed_resumes_what_it_had(both: Clusters) -> None:
+    with both.agent_with(vpns={}, held={"file": "/etc/ike-sa-sync/sessions"}):
+        both.connect("x1")
+        both.connect("y1")
+        file = both.client.etc / "ike-sa-sync/sessions"
+        # each session is about 200 octets
+        wait_until(lambda: file.exists() and file.stat().st_size > 400, "both sessions in the file")
+        both.agent.kill()
+        both.client.charon.kill()
+        said = len(both.agent.text())
+        both.agent.start(wait=False)
+        both.client.charon.start()
+        wait_until(lambda: both.at() == {"home": "x1", "work": "y1"}, "both sessions where they were", PATIENCE)
+        wait_until(lambda: both.works("x") and both.works("y"), "traffic")
+        wait_until(lambda: both.agent.text()[said:].count("result=resumed") == 2, "word of both")
+        file.unlink()

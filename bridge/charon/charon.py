@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 import structlog
 
@@ -32,9 +33,10 @@ ENDING_AT_ONCE = 4
 
 
 class Charon:
-    """One charon. What its SAs do is passed on from `start` on; until then the kernel and charon keep it."""
+    """One charon. What its SAs do is passed on from `start` on; until then the kernel and charon keep it. `swanctl`:
+    the swanctl.conf that it was loaded from, None where swanctl looks for it."""
 
-    def __init__(self, vici: str, ha: HaConfig) -> None:
+    def __init__(self, vici: str, ha: HaConfig, swanctl: str | None = None) -> None:
         self._listeners = Listeners()
         self.tracker = SaTracker(self._listeners, wall=time.time, clock=time.monotonic)
         self.channel = HaChannel(
@@ -46,7 +48,14 @@ class Charon:
         self.spis = SpiChoice(self.tracker.child_spis)
         self.release = ""
         self.ha_rules = HaRules(ha)
-        self._reconciler = Reconciler(self.tracker, self.channel, self.landing, self.installer, self.vici)
+        self._reconciler = Reconciler(
+            self.tracker,
+            self.channel,
+            self.landing,
+            self.installer,
+            self.vici,
+            Path(swanctl) if swanctl is not None else None,
+        )
         self.tracker.on_own_request = self._reconciler.own_request
         self._ending = asyncio.Semaphore(ENDING_AT_ONCE)
         self._not_taken: set[tuple[str, str]] = set()

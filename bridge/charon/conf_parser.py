@@ -8,10 +8,13 @@ include pattern         relative to the file it is in, into the section it is in
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from bridge.charon.ipsec_conf import IPSEC_CONF, IpsecConf
 
 _BLANK = re.compile(r"(?:\s+|#[^\n]*)*")
 _NAME = re.compile(r'"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>[^\s{}=:,#"]+)')
@@ -20,7 +23,6 @@ _BASES = re.compile(r":(?P<bases>[^{]*)")
 _REST = re.compile(r"[^\n#{}]*")
 _DEPTH = 8
 """of includes, and of sections that refer to others"""
-SWANCTL_CONF = Path("/etc/swanctl/swanctl.conf")
 _GROUP = re.compile(r"modp\d+(s\d+)?|ecp\d+(bp)?|curve25519|x25519|curve448|x448|mlkem\d+|ke[1-7]_\w+")
 """the key exchange methods among a proposal's algorithms"""
 
@@ -50,6 +52,10 @@ class Settings:
     def names(self, path: str) -> list[str]:
         """The sections within the section at a dotted path."""
         return list(dict.fromkeys(name for found in self._chain(path.split(".")) for name in found.sections))
+
+    def has(self, path: str) -> bool:
+        """Whether there is a section at a dotted path."""
+        return bool(self._chain(path.split(".")))
 
     def leaves(self) -> Iterator[tuple[str, str]]:
         """Every (dotted path, value) as it stands, references aside."""
@@ -117,19 +123,50 @@ class Settings:
         return at
 
 
-def pfs_children(connections: Iterable[str], path: Path = SWANCTL_CONF) -> dict[tuple[str, str], str]:
-    """Children with a key exchange of their own (PFS), by (connection, child): the first of its methods. From
-    swanctl.conf, for VICI does not tell proposals."""
-    settings = Settings(path)
-    found = {}
-    for name in connections:
-        base = f"connections.{name}.children"
-        for child in settings.names(base):
-            proposals = settings.get(f"{base}.{child}.esp_proposals") or ""
-            groups = [part for part in re.split(r"[-,\s]+", proposals) if _GROUP.fullmatch(part)]
-            if groups:
-                found[name, child] = groups[0]
-    return found
+class ChildProposals:
+    """The ESP proposals of charon's connections, which VICI does not tell: as they are in the files that it was loaded
+    from. `path` is swanctl.conf; None: where swanctl looks for it."""
+
+    def __init__(self, path: Path | None = None, ipsec: Path = IPSEC_CONF) -> None:
+        self.path = path or swanctl_conf()
+        self._settings = Settings(self.path)
+        self._ipsec = IpsecConf(ipsec)
+
+    def in_ipsec_conf(self, connection: str) -> bool:
+        """Whether a connection was loaded from ipsec.conf."""
+        return not self._settings.has(f"connections.{connection}") and self._ipsec.has(connection)
+
+    def unseen(self, connections: Iterable[str]) -> list[str]:
+        """The connections that none of the files has: they were loaded from elsewhere."""
+        return [
+            name for name in connections if not self._settings.has(f"connections.{name}") and not self._ipsec.has(name)
+        ]
+
+    def with_pfs(self, connections: Iterable[str]) -> dict[tuple[str, str], str]:
+        """Children with a key exchange of their own (PFS), by (connection, child): the first of its methods."""
+        found = {}
+        for name in connections:
+            base = f"connections.{name}.children"
+            children = {
+                child: self._settings.get(f"{base}.{child}.esp_proposals") for child in self._settings.names(base)
+            }
+            if self.in_ipsec_conf(name):
+                children = {name: self._ipsec.get(name, "esp")}
+            for child, proposals in children.items():
+                groups = [part for part in re.split(r"[-,\s!]+", proposals or "") if _GROUP.fullmatch(part)]
+                if groups:
+                    found[name, child] = groups[0]
+        return found
+
+    def option(self, connection: str, child: str | None, key: str) -> str | None:
+        """An option of a connection, or of a child of it, in swanctl.conf."""
+        base = f"connections.{connection}" + (f".children.{child}" if child is not None else "")
+        return self._settings.get(f"{base}.{key}")
+
+
+def swanctl_conf() -> Path:
+    """Where swanctl looks for its configuration."""
+    return Path(os.environ.get("SWANCTL_DIR", "/etc/swanctl")) / "swanctl.conf"
 
 
 def _skip(text: str, at: int) -> int:

@@ -7,10 +7,11 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 
 import structlog
 
-from bridge.charon.conf_parser import pfs_children
+from bridge.charon.conf_parser import ChildProposals
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ha_segments import SegmentChooser
@@ -57,11 +58,19 @@ async def no_recovery(_: list[SaInfo]) -> list[IkeSa]:
 
 
 class Reconciler:
-    """Compares a tracker with its charon, again and again, and whenever `soon` was called."""
+    """Compares a tracker with its charon, again and again, and whenever `soon` was called. `swanctl`: the swanctl.conf
+    that charon was loaded from, None where swanctl looks for it."""
 
     def __init__(
-        self, tracker: SaTracker, channel: HaChannel, segments: SegmentChooser, installer: Installer, vici: ViciWatch
+        self,
+        tracker: SaTracker,
+        channel: HaChannel,
+        segments: SegmentChooser,
+        installer: Installer,
+        vici: ViciWatch,
+        swanctl: Path | None = None,
     ) -> None:
+        self._swanctl = swanctl
         self.reconciled = asyncio.Event()
         """set once the SAs that charon had when the sidecar came are known"""
         self.recover: Recover = no_recovery
@@ -227,7 +236,7 @@ class Reconciler:
         began = time.monotonic()
         self._unknown = False
         self._tracker.connections = await self._vici.list_connections()
-        self._pfs = await asyncio.to_thread(pfs_children, list(self._tracker.connections))
+        self._pfs = await asyncio.to_thread(self._with_pfs, list(self._tracker.connections))
         now = time.monotonic()
         self._connections_from = began
         self._connections_next = now + max(LEAST_CONNECTIONS_SECONDS, LOOK_SHARE * (now - began))
@@ -247,6 +256,9 @@ class Reconciler:
     def _is_configured(self, name: str, children: Iterable[str]) -> bool:
         found = self._tracker.connections.get(name)
         return found is not None and set(children) <= {child.name for child in found.children}
+
+    def _with_pfs(self, connections: list[str]) -> dict[tuple[str, str], str]:
+        return ChildProposals(self._swanctl).with_pfs(connections)
 
     def _known(self, spis: bytes) -> bool:
         sa = self._tracker.sas.get(spis)

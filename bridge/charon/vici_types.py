@@ -73,6 +73,9 @@ class ChildConfig(NamedTuple):
     local_ts: tuple[str, ...] = ()
     """traffic selectors as charon writes them"""
     remote_ts: tuple[str, ...] = ()
+    dpd_action: str = ""
+    """as VICI has it: none, trap, start (restart)"""
+    close_action: str = ""
 
 
 class ConnectionInfo(NamedTuple):
@@ -90,6 +93,10 @@ class ConnectionInfo(NamedTuple):
     local_ids: tuple[str, ...] = ()
     """identities as text, one for each authentication round that has one; none where any will do"""
     remote_ids: tuple[str, ...] = ()
+    version: str = ""
+    """IKEv1, IKEv2, or IKEv1/2"""
+    ppk: bool = False
+    """whether a post-quantum preshared key is configured (RFC 8784)"""
 
     @property
     def over_time(self) -> int:
@@ -184,6 +191,11 @@ def _selectors(section: Section, side: str) -> tuple[str, ...]:
     return tuple(as_text(value) for value in section.get(side, ()))
 
 
+def _child(name: str, section: Section) -> ChildConfig:
+    actions = (as_text(section.get("dpd_action")), as_text(section.get("close_action")))
+    return ChildConfig(name, _selectors(section, "local-ts"), _selectors(section, "remote-ts"), *actions)
+
+
 def _configured(values: Any) -> tuple[str, ...]:
     return tuple(address for value in values if not (address := as_text(value)).startswith("%any"))
 
@@ -200,15 +212,14 @@ def parse_connection(name: str, section: Section) -> ConnectionInfo:
             name=name,
             rekey_time=as_number(section.get("rekey_time")) or 0,
             reauth_time=as_number(section.get("reauth_time")) or 0,
-            children=tuple(
-                ChildConfig(child, _selectors(value, "local-ts"), _selectors(value, "remote-ts"))
-                for child, value in section.get("children", {}).items()
-            ),
+            children=tuple(_child(child, value) for child, value in section.get("children", {}).items()),
             dpd_delay=as_number(section.get("dpd_delay")) or 0,
             remote_addresses=_configured(section.get("remote_addrs", ())),
             local_addresses=_configured(section.get("local_addrs", ())),
             local_ids=_identities(section, "local"),
             remote_ids=_identities(section, "remote"),
+            version=as_text(section.get("version")),
+            ppk=bool(as_text(section.get("ppk_id"))),
         )
     except _NOT_AS_EXPECTED as error:
         raise ViciError(f"connection {name!r} could not be read from VICI: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bridge.charon.vpns import vpns_of
 from bridge.check import bank, charon, connections, host
 from bridge.check.finding import Finding, Grade
 from bridge.config import ClientConfig, GatewayConfig
@@ -20,9 +21,13 @@ async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
     findings += host.sidecar(config, pid) + host.ha_rules(config) + await charon.ha_version(config)
     if isinstance(config, GatewayConfig):
         if running is not None:
+            findings += connections.ports(config, running)
             findings += connections.without_pfs(running, list(running.connections))
         findings += host.queue(config, pid) + await host.match(config) + host.key_file(config)
         findings += await bank.bank(config, running)
     elif running is not None:
-        findings += connections.of_client(config, running) + charon.patience(config, running)
+        loaded = running.connections
+        for vpn in vpns_of(config, lambda: loaded):
+            findings += connections.of_vpn(vpn, running) + charon.patience(vpn, running)
+            findings += connections.without_pfs(running, list(dict.fromkeys(one.connection for one in vpn.gateways)))
     return findings

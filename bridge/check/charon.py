@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bridge.charon.conf_parser import Settings
+from bridge.charon.conf_parser import ChildProposals, Settings
 from bridge.charon.ha_message import PORT, VERSIONS
 from bridge.charon.releases import crashes_on_activation, version_for
 from bridge.charon.socket_diag import proc_address
 from bridge.charon.vici_client import START_SECONDS, ViciClient
 from bridge.charon.vici_types import ConnectionInfo, ViciError
+from bridge.charon.vpns import Vpn
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import UdpSocket, udp_socket
 from bridge.config import ClientConfig, GatewayConfig
@@ -37,6 +38,13 @@ class CharonAnswer:
     """Unix seconds"""
     settings: Settings
     connections: dict[str, ConnectionInfo] = field(default_factory=dict)
+    proposals: ChildProposals = field(default_factory=ChildProposals)
+
+    def where(self, connection: str) -> tuple[str, str]:
+        """The file that a connection was loaded from, and the command that loads it again."""
+        if self.proposals.in_ipsec_conf(connection):
+            return "ipsec.conf", "ipsec reload"
+        return "swanctl.conf", "swanctl --load-conns"
 
     def setting(self, name: str) -> str | None:
         """An option of charon's; charon-systemd reads both sections."""
@@ -55,6 +63,7 @@ async def ask(config: GatewayConfig | ClientConfig) -> tuple[CharonAnswer | None
             await vici.started(),
             Settings(STRONGSWAN_CONF),
             await vici.list_connections(),
+            ChildProposals(Path(config.swanctl) if config.swanctl is not None else None),
         )
     except ViciError as error:
         mend = "start strongSwan (charon-systemd), or set `vici` to its socket"
@@ -255,23 +264,25 @@ def unread(charon: CharonAnswer) -> list[Finding]:
     ]
 
 
-def patience(config: ClientConfig, charon: CharonAnswer) -> list[Finding]:
+def patience(vpn: Vpn, charon: CharonAnswer) -> list[Finding]:
     """How long this client takes to notice that its gateway is dead."""
-    if not config.resume_on_down:
+    if not vpn.resume_on_down:
         return []
     timeout, base, tries = (_number(charon.setting(name), default) for name, default in RETRANSMIT_DEFAULTS.items())
     given_up = sum(timeout * base**attempt for attempt in range(int(tries) + 1))
     findings = []
-    for entry in config.gateways:
-        connection = charon.connections.get(entry.connection)
+    for name in dict.fromkeys(entry.connection for entry in vpn.gateways):
+        connection = charon.connections.get(name)
         if connection is None:
             continue
         if not connection.dpd_delay:
+            where, load = charon.where(name)
+            option, value = ("dpddelay", "with dpdaction = clear") if where == "ipsec.conf" else ("dpd_delay", "")
             findings.append(
                 fail(
                     "dpd_delay",
-                    f"connection {connection.name} has no dpd_delay: nobody notices that {entry.address} is dead",
-                    "set dpd_delay, for instance to 5s; then swanctl --load-conns",
+                    f"connection {name} has no {option}: charon does not notice that its gateway is dead",
+                    f"set {option} in {where}, for instance to 5s{' ' if value else ''}{value}; then {load}",
                 )
             )
             continue

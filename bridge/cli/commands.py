@@ -12,6 +12,7 @@ import click
 
 from bridge.cli.options import (
     BAD_CONFIGURATION,
+    CLIENT_FILE,
     GATEWAY_FILE,
     Duration,
     an_address,
@@ -184,9 +185,12 @@ def status(path: str | None, as_json: bool) -> None:
 
 
 def _print_sas(rows: list[dict[str, Any]], now: int) -> None:
-    sas = table("connection", "peer", "identity", "virtual IPs", "CHILD_SAs", "expires in", "resumable")
+    # a client's SAs have a VPN
+    vpn = ["VPN"] if any("vpn" in row for row in rows) else []
+    sas = table(*vpn, "connection", "peer", "identity", "virtual IPs", "CHILD_SAs", "expires in", "resumable")
     for row in rows:
         sas.add_row(
+            *([row["vpn"] or ""] if vpn else []),
             row["connection"],
             row["remote"] or "",
             row["remote_id"] or "",
@@ -219,24 +223,74 @@ def log_level(path: str | None, level: str | None, as_json: bool) -> None:
 
 @click.command()
 @config_option
+@click.option("--plan", "planning", is_flag=True, help="Say what would be resumable here; needs no configuration.")
+@click.option("--write", is_flag=True, help="With --plan: write the proposed files where there are none.")
 @json_option
-def check(path: str | None, as_json: bool) -> None:
+def check(path: str | None, planning: bool, write: bool, as_json: bool) -> None:
     """Say whether this host is ready.
 
     Each finding comes with its mend; exit code 1 when something fails.
     """
-    config = read_any(path)
+    if write and not planning:
+        raise click.UsageError("--write goes with --plan")
+    if planning:
+        _plan(path, write, as_json)
+        return
+    configs = read_roles([path] if path is not None else [])
     from bridge.check import Grade, run_checks
     from bridge.service import log as logging
 
     logging.configure("warning")
     with working("looking"):
-        findings = asyncio.run(run_checks(config))
+        # of two roles on one host, what is about its charon once
+        findings = list(dict.fromkeys(finding for one in configs for finding in asyncio.run(run_checks(one))))
     if as_json:
         print_json([finding.as_dict() for finding in findings])
     else:
         _print_findings(findings)
     sys.exit(1 if any(finding.grade is Grade.FAIL for finding in findings) else 0)
+
+
+def _plan(path: str | None, write: bool, as_json: bool) -> None:
+    from bridge.check.plan import plan
+    from bridge.service import log as logging
+
+    logging.configure("warning")
+    config = ClientConfig() if path is None else read_any(path)
+    with working("looking"):
+        made = asyncio.run(plan(config))
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        rows = table("connection", "as", "resumable", "sessions", "why")
+        for row in made.rows:
+            rows.add_row(row.connection, row.role, "yes" if row.resumable else "NO", str(row.sessions), row.why)
+        if made.rows:
+            show(rows)
+            click.echo()
+        if made.findings:
+            _print_findings(made.findings)
+    for role, text in made.files.items():
+        file = Path(GATEWAY_FILE if role == "gateway" else CLIENT_FILE)
+        if write:
+            _write_new(file, text)
+        elif not as_json:
+            click.echo(f"\n{file}, as --write would write it:\n\n{text}", nl=False)
+    sys.exit(0 if made.rows else 1)
+
+
+def _write_new(file: Path, text: str) -> None:
+    """A file where there is none. Says so on stderr, for --json has stdout."""
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with file.open("x") as out:
+            out.write(text)
+    except FileExistsError:
+        click.echo(f"{file} is there already, and stays as it is", err=True)
+    except OSError as error:
+        fail(f"{file} cannot be written: {error.strerror}")
+    else:
+        click.echo(f"{file} written", err=True)
 
 
 def _print_findings(findings: list[Finding]) -> None:

@@ -18,6 +18,7 @@ from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import HaError
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ViciError
+from bridge.charon.vpns import Vpn
 from bridge.client.attempt_state import ATTEMPT, Event, State
 from bridge.client.candidates import Candidates
 from bridge.client.outcome import Outcome, Result
@@ -25,7 +26,6 @@ from bridge.client.race import RefusedByError, first_answer
 from bridge.client.sessions import Session
 from bridge.client.switchover import Switchover
 from bridge.client.sync_request import Answer, NoAnswerError, SyncRequester, Target
-from bridge.client.vpns import Vpn
 
 log = structlog.get_logger()
 

@@ -11,9 +11,9 @@ import structlog
 
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.vpns import Vpn, is_address
 from bridge.client.sessions import Session, Sessions
 from bridge.client.sync_request import Target
-from bridge.client.vpns import Vpn, is_address
 from bridge.config import is_name
 
 log = structlog.get_logger()
@@ -61,15 +61,19 @@ class Candidates:
         """The gateways to try, those of `to` alone where it is given. In the order of the configuration, but the
         gateway that the session is on comes last; or first, where it was this host that failed (`restored`).
 
-        Entries of the session's own uplink and identity come before others, which count only while no other session
-        has them.
+        Entries of the session's own uplink and identity come before others, which count only while they are no other
+        session's own.
         """
         sa = session.last if session is not None else None
         found = [target for target in self._targets(vpn) if to in (None, target.address)]
         if sa is not None:
-            taken = {other.connection for other in self._sessions if other is not session}
             own = [target for target in found if self._sessions.fits(sa, target.connection)]
-            found = own + [target for target in found if target not in own and target.connection not in taken]
+            others = [other.last for other in self._sessions if other is not session and other.vpn == vpn.name]
+            found = own + [
+                target
+                for target in found
+                if target not in own and not any(self._sessions.fits(other, target.connection) for other in others)
+            ]
         here = sa.remote.address if sa is not None and sa.remote is not None else None
         return sorted(self._loaded(found), key=lambda target: (target.address == here) is not restored)
 

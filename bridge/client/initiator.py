@@ -18,9 +18,10 @@ import structlog
 from bridge.charon.charon import Charon
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import Condition, IkeSa
-from bridge.charon.vici_types import SaInfo, ViciError
+from bridge.charon.vici_types import ConnectionInfo, SaInfo, ViciError
+from bridge.charon.vpns import Vpn, vpns_of
 from bridge.client.attempt import Attempt, Means
-from bridge.client.auto_resume import AutoResume
+from bridge.client.auto_resume import NEWS_SECONDS, AutoResume
 from bridge.client.candidates import Candidates
 from bridge.client.gateway_probe import GatewayProbe
 from bridge.client.metrics import ClientMetrics
@@ -30,8 +31,7 @@ from bridge.client.sessions import Session, Sessions
 from bridge.client.stub_keeper import StubKeeper, gateway_message
 from bridge.client.switchover import Switchover
 from bridge.client.sync_request import Answer, SyncRequester, Target
-from bridge.client.traffic_watch import TrafficWatch
-from bridge.client.vpns import Vpn, vpns_of
+from bridge.client.traffic_watch import LOOK_SECONDS, TrafficWatch
 from bridge.config import ClientConfig
 from bridge.ike.message import ExchangeType
 from bridge.ike.stub_exchange import ANNOUNCING
@@ -40,6 +40,10 @@ from bridge.net.packet import EXCHANGE_OFFSET, Datagram
 from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
+
+
+PLACE_SECONDS = 60.0
+"""how long charon may take to load the connections of the sessions that this host had"""
 
 
 class Initiator:
@@ -61,7 +65,7 @@ class Initiator:
         self._config = config
         self._metrics = metrics
         self._clock = clock
-        self._vpns = vpns_of(config, charon.tracker)
+        self._vpns = vpns_of(config, lambda: charon.tracker.connections)
         self._last_of: dict[str, Vpn] = {}
         self._sessions = Sessions(charon, self._vpns, clock=clock, wall=wall)
         self._candidates = Candidates(charon, self._sessions)
@@ -90,20 +94,41 @@ class Initiator:
         self._traffic = TrafficWatch(charon, self._sessions, self._set_up, clock=clock)
         self._restored: set[bytes] = set()
         self._resolving: set[asyncio.Task[None]] = set()
+        self._connections: dict[str, ConnectionInfo] = {}
+        """those that were there when IKE_SAs were looked through last"""
         self.last: Outcome | None = None
 
-    async def watch_traffic(self) -> None:
+    async def watch(self) -> None:
         """See that resumed sessions carry traffic, until it is cancelled."""
-        await self._traffic.run()
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if self._vpns.by_initiative and self._connections is not self._charon.tracker.connections:
+                self._connections = self._charon.tracker.connections
+                self._notice()
+            await self._traffic.read()
+
+    def _notice(self) -> None:
+        """Take in IKE_SAs that came up before their connection was known, which no report repeats."""
+        for sa in self._charon.tracker.established():
+            if self.initiated(sa) and self._sessions.of(sa.id.spis) is None:
+                self.changed(sa)
 
     async def restore(self) -> None:
         """Take up the sessions that were kept in the file when this host went down, and come back to those whose VPN
         resumes by itself."""
-        restored = [session for sa in self.keeper.restore() if (session := self._sessions.restore(sa)) is not None]
-        self._restored |= {session.last.id.spis for session in restored}
-        wanted = [session for session in restored if self._vpn(session).resume_on_down]
-        if wanted:
-            await self._auto_resume.restored(wanted)
+        self._sessions.unplaced = self.keeper.restore()
+        deadline = self._clock() + PLACE_SECONDS
+        while self._sessions.unplaced:
+            restored = self._sessions.restore()
+            self._restored |= {session.last.id.spis for session in restored}
+            wanted = [session for session in restored if self._vpn(session).resume_on_down]
+            if wanted:
+                await self._auto_resume.restored(wanted)
+            if not self._vpns.by_initiative or self._clock() > deadline:
+                self._sessions.unplaced = []
+            else:
+                # charon may not have loaded the connections yet that show the VPNs
+                await asyncio.sleep(NEWS_SECONDS)
 
     async def close(self) -> None:
         """Stop; what is held on disk stays."""
@@ -255,7 +280,11 @@ class Initiator:
     async def _move(self, vpn: Vpn, session: Session | None, to: str | None, *, stay: bool) -> Outcome:
         restored = session is not None and session.last.id.spis in self._restored
         attempt = Attempt(self._means, vpn, session, to, stay=stay, restored=restored)
-        return await self._finish(vpn, session, attempt)
+        outcome = await self._finish(vpn, session, attempt)
+        if stay and session is not None and not session.up:
+            # charon could not keep the old SA until the new one worked
+            self._auto_resume.start(session)
+        return outcome
 
     async def _finish(self, vpn: Vpn, session: Session | None, attempt: Attempt) -> Outcome:
         """What becomes of an attempt, noted; nothing that goes wrong in it leaves it."""

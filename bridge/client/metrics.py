@@ -12,7 +12,12 @@ class ClientMetrics(Metrics):
         super().__init__()
         self._outcomes = self.counter("moves", "attempts to move, by outcome", ("result", "reason"))
         # a rate needs a value before the first
-        for result, reason in (("resumed", ""), ("fallback", "refused"), ("failed", "no-answer")):
+        for result, reason in (
+            ("resumed", ""),
+            ("fallback", "refused"),
+            ("fallback", "no-traffic"),
+            ("failed", "no-answer"),
+        ):
             self._outcomes.labels(result, reason)
         self.exchange_seconds = self.histogram("exchange_seconds", "request sent to answer accepted")
         self.total_seconds = self.histogram("total_seconds", "request sent to the CHILD_SAs up")

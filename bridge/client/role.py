@@ -60,7 +60,7 @@ class ClientRole:
         """What follows charon: sessions from before this start are taken up; ended with `stack`."""
         stack.push_async_callback(self._initiator.close)
         stack.push_async_callback(end, spawn("restore", self._initiator.restore()))
-        stack.push_async_callback(end, spawn("watch traffic", self._initiator.watch_traffic()))
+        stack.push_async_callback(end, spawn("watch", self._initiator.watch()))
 
     def initiated(self, sa: IkeSa) -> bool:
         """Whether an IKE_SA is one that this host initiated in one of its VPNs."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo
-from bridge.client.vpns import Vpn, Vpns, fits
+from bridge.charon.vpns import Vpn, Vpns, fits
 
 LOST_SECONDS = 86_400.0
 """how long an SA that charon gave up can still be resumed from here, unless it expires before"""
@@ -67,6 +67,8 @@ class Sessions:
         self._clock = clock
         self._wall = wall
         self._sessions: list[Session] = []
+        self.unplaced: list[IkeSa] = []
+        """from before this host went down: their VPN is not known yet"""
         self._own: set[bytes] = set()
         self._expected: list[tuple[Session, str]] = []
         self._ended: deque[bytes] = deque(maxlen=ENDED)
@@ -74,12 +76,16 @@ class Sessions:
     def __iter__(self) -> Iterator[Session]:
         """Those that are up, and those that were lost and can be resumed, in the order of the VPNs."""
         self._sessions = [session for session in self._sessions if session.up or self._resumable(session)]
+        for session in self._sessions:
+            # a learned VPN has another name once a connection before its first one is loaded
+            vpn = self._vpns.of(session.connection)
+            session.vpn = vpn.name if vpn is not None else session.vpn
         order = {vpn.name: position for position, vpn in enumerate(self._vpns)}
         return iter(sorted(self._sessions, key=lambda session: order.get(session.vpn, len(order))))
 
     def resumable_sas(self) -> list[IkeSa]:
-        """The IKE_SAs that could be resumed now."""
-        return [session.last for session in self if session.last.resumable]
+        """The IKE_SAs that could be resumed now, or once their VPN is known."""
+        return [*self.unplaced, *(session.last for session in self if session.last.resumable)]
 
     def has(self, session: Session) -> bool:
         """Whether a session is still there, up or lost."""
@@ -105,14 +111,16 @@ class Sessions:
 
     # what the sidecar does
 
-    def restore(self, sa: IkeSa) -> Session | None:
-        """A session that this host had before it went down; None where it is of no VPN."""
-        vpn = self._vpns.of(sa.connection)
-        if vpn is None:
-            return None
-        session = Session(vpn.name, sa, until=self._clock() + LOST_SECONDS)
-        self._sessions.append(session)
-        return session
+    def restore(self) -> list[Session]:
+        """Those of `unplaced` whose VPN is known now, as lost sessions."""
+        restored = []
+        for sa in list(self.unplaced):
+            vpn = self._vpns.of(sa.connection)
+            if vpn is not None:
+                self.unplaced.remove(sa)
+                restored.append(Session(vpn.name, sa, until=self._clock() + LOST_SECONDS))
+        self._sessions += restored
+        return restored
 
     def moved(self, session: Session, sa: IkeSa | None) -> None:
         """A session goes on with this IKE_SA, and with no other; with None, another session stands for it."""
@@ -163,9 +171,13 @@ class Sessions:
             if expected in self._expected:
                 self._expected.remove(expected)
 
-    def expects(self, connection: str) -> bool:
-        """Whether a handshake of this connection is under way here."""
-        return any(expected == connection for _, expected in self._expected)
+    def is_superfluous(self, session: Session, connection: str) -> bool:
+        """Whether a handshake of a connection could only give a session that is up a second IKE_SA: it is not the
+        sidecar's own, and no other session waits for it."""
+        return self.may_stand_for(connection, session) and not (
+            any(expected == connection for _, expected in self._expected)
+            or any(not one.up and self.may_stand_for(connection, one) for one in self if one is not session)
+        )
 
     def is_own(self, spis: bytes) -> bool:
         """Whether the sidecar is at work on that IKE_SA just now."""

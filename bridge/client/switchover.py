@@ -16,9 +16,9 @@ from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import HaError
 from bridge.charon.ike_sa import IkeSa, new_conditions
 from bridge.charon.vici_types import SaInfo, ViciError
+from bridge.charon.vpns import Vpn
 from bridge.client.sessions import Session, Sessions
 from bridge.client.sync_request import Answer, Target
-from bridge.client.vpns import Vpn
 from bridge.config import ResumeConfig
 from bridge.ike import key_confirmation
 from bridge.ike.key_confirmation import Confirmation
@@ -197,11 +197,13 @@ class Switchover:
         """End the handshakes that charon itself still tries for a session that is up again (dpd_action = restart): each
         would become a second session once its gateway is back."""
         sa = session.last
-        for info in await self._charon.vici.list_sas():
-            half_open = info.state == "CONNECTING" and info.initiator and vpn.has(info.connection)
-            if half_open and self._sessions.fits(sa, info.connection) and not self._sessions.expects(info.connection):
-                log.info("half-open-ended", connection=info.connection, gateway=info.remote.address, **sa.id.logged)
-                await self._end(info)
+        for connection in dict.fromkeys(entry.connection for entry in vpn.gateways):
+            if not self._sessions.is_superfluous(session, connection):
+                continue
+            for info in await self._charon.vici.list_sas(connection):
+                if info.state == "CONNECTING" and info.initiator:
+                    log.info("half-open-ended", connection=connection, gateway=info.remote.address, **sa.id.logged)
+                    await self._end(info)
 
     def _rebuilt(self, old: IkeSa, gateway: Target, answer: Answer) -> IkeSa:
         """The new SA: keys per draft-xu-ike-sa-sync-01 section 3.3, all else as in the old one."""

@@ -3,7 +3,6 @@ work, whatever both sides say of it, and is set up again by a full handshake."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,16 +53,15 @@ class TrafficWatch:
         if session.received:
             self._watched[session.last.id.spis] = _Watched(session)
 
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            if not self._charon.vici.connected:
-                continue
-            try:
-                self.look(await self._charon.vici.list_sas())
-            except ViciError as error:
-                log.debug("counters-not-read", reason=str(error))
+    async def read(self) -> None:
+        """Look at charon's counters now, of the connections that sessions are on alone: as a gateway, this host may
+        have a hundred thousand other IKE_SAs."""
+        connections = {session.connection for session in self._sessions if session.up}
+        try:
+            for connection in connections if self._charon.vici.connected else ():
+                self.look(await self._charon.vici.list_sas(connection))
+        except ViciError as error:
+            log.debug("counters-not-read", reason=str(error))
 
     def look(self, infos: list[SaInfo]) -> None:
         """Take in what charon lists."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from bridge.charon.ike_sa import IkeSa
-from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ConnectionInfo
 from bridge.config import DEFAULT_VPN, ClientConfig, GatewayEntry, is_name
 
@@ -39,11 +38,15 @@ class Vpns(Protocol):
         """A gateway of a session of this connection names others that resume too."""
 
 
-def vpns_of(config: ClientConfig, tracker: SaTracker) -> Vpns:
+Connections = Callable[[], dict[str, ConnectionInfo]]
+"""charon's, by name, as they are known now"""
+
+
+def vpns_of(config: ClientConfig, connections: Connections) -> Vpns:
     """The VPNs that are configured; where there are none, those that charon's connections show."""
     if config.gateways or config.vpns:
         return ConfiguredVpns(config)
-    return LearnedVpns(tracker, config.resume_on_down)
+    return LearnedVpns(connections, config.resume_on_down)
 
 
 class ConfiguredVpns:
@@ -75,8 +78,8 @@ class LearnedVpns:
 
     by_initiative = True
 
-    def __init__(self, tracker: SaTracker, resume_on_down: bool) -> None:
-        self._tracker = tracker
+    def __init__(self, connections: Connections, resume_on_down: bool) -> None:
+        self._connections = connections
         self._resume_on_down = resume_on_down
         self._named: dict[str, tuple[str, ...]] = {}
         self._read: dict[str, ConnectionInfo] = {}
@@ -99,7 +102,7 @@ class LearnedVpns:
             self._group()
 
     def _refresh(self) -> None:
-        connections = self._tracker.connections
+        connections = self._connections()
         # a charon that is away, or about to load them, says nothing about them
         if connections and connections is not self._read:
             self._read = connections
