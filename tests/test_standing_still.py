@@ -16,7 +16,7 @@ from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
 from failover_support import connect, counter, fresh, resume, status
-from probe_support import rebuilt, request, send, the_stub
+from probe_support import configured, rebuilt, request, send, the_stub
 
 pytestmark = pytest.mark.lab
 
@@ -56,6 +56,16 @@ def test_full_handshakes_do_not_wait_for_a_sidecar_that_stands_still(topology: T
         began = time.monotonic()
         topology.connect("home-gw2")
         # charon retransmits after 2 s in the lab: nothing was held up, in the first second neither
+        assert time.monotonic() - began < 1
+        assert topology.client.ping(SITE) == 3
+
+
+def test_with_match_anywhere_full_handshakes_wait_for_it_for_a_second_at_most(topology: Topology) -> None:
+    sidecar = topology.gateways["gw2"]
+    with configured(sidecar, "intercept", match="anywhere"), stopped(sidecar.pid):
+        time.sleep(1.2)
+        began = time.monotonic()
+        topology.connect("home-gw2")
         assert time.monotonic() - began < 1
         assert topology.client.ping(SITE) == 3
 

@@ -52,7 +52,7 @@ class Interception:
         if self._watch is not None:
             await retry("rules", self._watch.place, RulesError)
             self._liveness.start(loop, self._watch.placed)
-            self._watching = spawn("queue-rules", self._watch.run(self._count_bypassed))
+            self._watching = spawn("queue-rules", self._watch.run(self._looked))
 
     async def close(self) -> None:
         """Let charon have all requests."""
@@ -69,6 +69,11 @@ class Interception:
     def _unnoticed(self) -> None:
         if self._watch is not None:
             self._watch.look_now()
+
+    def _looked(self) -> None:
+        # rules that were just put back know of no sidecar yet
+        self._liveness.beat()
+        self._count_bypassed()
 
     def _count_bypassed(self) -> None:
         """What the rules counted and the sidecar neither got nor will get. The rules were read first, so what came

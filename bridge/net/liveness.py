@@ -63,7 +63,7 @@ class Liveness:
             self._families = families()
             self._tell = self._tell_iptables
         self._loop = loop
-        self._beat()
+        self._again_and_again()
 
     def stop(self) -> None:
         """End; the rules let packets pass from STALL_SECONDS on."""
@@ -85,15 +85,19 @@ class Liveness:
         self._told = self._clock()
         return True
 
-    def _beat(self) -> None:
-        assert self._loop is not None
-        self._timer = self._loop.call_later(BEAT_SECONDS, self._beat)
+    def beat(self) -> None:
+        """Tell the kernel now; also when the rules were just set again."""
         self.check()
         self._each()
         noticed = self._tell()
         self._told = self._clock()
         if not noticed:
             self._unnoticed()
+
+    def _again_and_again(self) -> None:
+        assert self._loop is not None
+        self._timer = self._loop.call_later(BEAT_SECONDS, self._again_and_again)
+        self.beat()
 
     def _tell_nftables(self) -> bool:
         assert self._socket is not None
@@ -107,6 +111,13 @@ class Liveness:
         return False
 
     def _tell_iptables(self) -> bool:
+        if self._recent and self._write_lists():
+            return True
+        # a list goes with the last rule that names it, and another one may be there already
+        self._forget_recent()
+        return self._write_lists()
+
+    def _write_lists(self) -> bool:
         try:
             for family in self._families:
                 if family not in self._recent:
@@ -115,7 +126,6 @@ class Liveness:
                 os.lseek(self._recent[family], 0, os.SEEK_SET)
                 os.write(self._recent[family], _ANY[family])
         except OSError:
-            # a list goes with the last rule that names it
             self._forget_recent()
             return False
         return True
