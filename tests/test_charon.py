@@ -6,9 +6,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
+import pytest
+
 from bridge.charon.charon import Charon
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.config import HaConfig
+from bridge.stub.types import Endpoint
 
 
 class SlowVici:
@@ -51,3 +54,68 @@ async def test_connections_loaded_after_a_slow_comparison_are_known_before_the_n
         await until(lambda: charon.connection("second") is not None)
     finally:
         task.cancel()
+
+
+class BusyVici:
+    """Has handshakes in progress; says how it was asked."""
+
+    connected = True
+
+    def __init__(self, half_open: int, unnamed: list[SaInfo], named: list[SaInfo]) -> None:
+        self.count, self.unnamed, self.named = half_open, unnamed, named
+        self.asked: list[str] = []
+
+    async def half_open(self) -> int:
+        self.asked.append("count")
+        return self.count
+
+    async def list_sas(self, connection: str) -> list[SaInfo]:
+        self.asked.append(connection)
+        return self.unnamed
+
+    async def each_sas(self, take: Callable[[list[SaInfo]], None]) -> float:
+        self.asked.append("all")
+        take(self.unnamed + self.named)
+        return 0.0
+
+
+def connecting(name: str, address: str) -> SaInfo:
+    here, there = Endpoint("192.0.2.1", 500), Endpoint(address, 500)
+    spis = address.encode()[-8:], bytes(8)
+    return SaInfo(name, *spis, False, 2, "CONNECTING", here, there, (), (), 0, None, None, (), "%any", "%any", "")
+
+
+UNNAMED, NAMED = connecting("(unnamed)", "192.0.2.7"), connecting("gw", "192.0.2.8")
+
+
+async def looked(vici: BusyVici, *, crashes: bool = False, took: float = 0.0) -> list[str]:
+    """Where handshakes are in progress, as charon says."""
+    charon = Charon("/nowhere", HaConfig())
+    reconciler = charon._reconciler
+    reconciler._vici = cast(Any, vici)
+    reconciler._listing_took = took
+    charon.landing.crashes = crashes
+    await reconciler.look()
+    return sorted(charon.tracker.half_open.addresses())
+
+
+async def test_without_handshakes_in_progress_charon_is_asked_for_their_number_only() -> None:
+    vici = BusyVici(0, [], [])
+    assert await looked(vici) == []
+    assert vici.asked == ["count"]
+
+
+async def test_handshakes_of_peers_that_are_not_authenticated_are_listed_alone() -> None:
+    vici = BusyVici(1, [UNNAMED], [])
+    assert await looked(vici) == ["192.0.2.7"]
+    assert vici.asked == ["count", "(unnamed)"]
+
+
+@pytest.mark.parametrize(("crashes", "took", "asked"), [(False, 0.01, True), (False, 2.0, False), (True, 2.0, True)])
+async def test_all_sas_are_listed_where_that_is_quick_or_charon_would_crash(
+    crashes: bool, took: float, asked: bool
+) -> None:
+    vici = BusyVici(2, [UNNAMED], [NAMED])
+    found = await looked(vici, crashes=crashes, took=took)
+    assert ("all" in vici.asked) is asked
+    assert found == ["192.0.2.7"] + ["192.0.2.8"] * asked

@@ -38,6 +38,8 @@ UNLOADED_SECONDS = 0.5
 IN_FLIGHT_SECONDS = 0.5
 """what VICI lists may still be on its way over the HA channel for so long"""
 LEAST_LOOK_SECONDS = 0.25
+QUICK_SECONDS = 0.05
+"""a list of all SAs that took less is asked for before an activation, too"""
 CONNECTIONS_SECONDS = 1.0
 """a list of connections is good for so long, as far as what is needed is in it"""
 LEAST_CONNECTIONS_SECONDS = 0.05
@@ -94,8 +96,8 @@ class Reconciler:
         self._connections_from = 0.0
         self._connections_next = 0.0
         """when connections were asked for, and when they may be again, by the monotonic clock"""
-        self._next_list = 0.0
-        """when all SAs may be listed again to look for handshakes, by the monotonic clock"""
+        self._listing_took = 0.0
+        """seconds that the last list of all SAs took"""
 
     def soon(self) -> None:
         """Compare as soon as the pace allows."""
@@ -285,6 +287,7 @@ class Reconciler:
             connecting.update(self._connecting(info for info in infos if not self._is_installed(info)))
 
         self._waited += await self._vici.each_sas(take)
+        self._listing_took = time.monotonic() - since
         end = self._channel.charon_socket()
         if not self._vici.connected or end is None or end.inode != self._inode:
             # another charon's list: nothing of it says that the SAs of the first one ended in order
@@ -299,19 +302,18 @@ class Reconciler:
         """Ask VICI which SAs are in state CONNECTING, once charon has done what it was told. Raises ViciError.
 
         How many there are costs next to nothing to ask; those of peers that are not authenticated yet are listed alone.
-        All SAs are listed, at a pace that charon can bear, where others are in that state: this host initiates them, or
-        they are between two messages of IKE_AUTH, which HA messages tell of too. A charon that crashes at what is not
-        known is asked each time.
+        Where others are in that state, this host initiates them, or they are between two messages of IKE_AUTH, which HA
+        messages tell of too: all SAs are listed where that is quick, for clients wait for it, and in any case where
+        charon would crash.
         """
         since, half_open = time.monotonic(), self._tracker.half_open
         count = await self._vici.half_open()
         connecting = self._connecting(await self._vici.list_sas(UNNAMED)) if count else {}
         if len(connecting) >= count:
             half_open.listed(connecting, since)
-        elif self._segments.crashes or since >= self._next_list:
+        elif self._segments.crashes or self._listing_took < QUICK_SECONDS:
             await self._vici.each_sas(lambda infos: connecting.update(self._connecting(infos)))
             half_open.listed(connecting, since)
-            self._next_list = time.monotonic() + LOOK_SHARE * (time.monotonic() - since)
         else:
             half_open.also(connecting, since)
 
