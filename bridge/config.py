@@ -204,6 +204,16 @@ class ResumeConfig(Struct, forbid_unknown_fields=True, frozen=True):
     only"""
 
 
+Keepalive = Literal["auto", "always", "off"]
+
+
+class AnnounceConfig(Struct, forbid_unknown_fields=True, frozen=True):
+    """How announcements of a gateway's failure reach a client."""
+
+    keepalive: Keepalive = "auto"
+    """whether to send the other gateways a NAT-keepalive every 20 s; auto: where this host is behind a NAT"""
+
+
 class HeldConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """Stubs of its own that the client holds, where the gateways give it any."""
 
@@ -234,6 +244,7 @@ class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """a dead gateway (DPD, retransmissions) starts a resumption by itself; of `gateways`, each of `vpns` has its own"""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     held: HeldConfig = field(default_factory=HeldConfig)
+    announce: AnnounceConfig = field(default_factory=AnnounceConfig)
     metrics: str | None = "127.0.0.1:9471"
     """where Prometheus scrapes; none: nowhere"""
     log: LogConfig = field(default_factory=LogConfig)

@@ -26,6 +26,7 @@ from bridge.client.candidates import Candidates
 from bridge.client.gateway_probe import GatewayProbe
 from bridge.client.metrics import ClientMetrics
 from bridge.client.move_handler import MoveHandler
+from bridge.client.nat_keepalive import NatKeepalive
 from bridge.client.outcome import Outcome, Result
 from bridge.client.sessions import Session, Sessions
 from bridge.client.stub_keeper import StubKeeper, gateway_message
@@ -91,6 +92,7 @@ class Initiator:
         self._gateway_probe = GatewayProbe(
             sender, charon.tracker.sas.get, self._targets, self._sent_away, random=random
         )
+        self._keepalive = NatKeepalive(sender, config.announce.keepalive, self._sessions.resumable_sas, self._targets)
         self._traffic = TrafficWatch(charon, self._sessions, self._set_up, clock=clock)
         self._restored: set[bytes] = set()
         self._resolving: set[asyncio.Task[None]] = set()
@@ -112,6 +114,10 @@ class Initiator:
         for sa in self._charon.tracker.established():
             if self.initiated(sa) and self._sessions.of(sa.id.spis) is None:
                 self.changed(sa)
+
+    async def keep_reachable(self) -> None:
+        """Let announcements of the other gateways in, until it is cancelled."""
+        await self._keepalive.run()
 
     async def restore(self) -> None:
         """Take up the sessions that were kept in the file when this host went down, and come back to those whose VPN

@@ -61,6 +61,7 @@ class ClientRole:
         stack.push_async_callback(self._initiator.close)
         stack.push_async_callback(end, spawn("restore", self._initiator.restore()))
         stack.push_async_callback(end, spawn("watch", self._initiator.watch()))
+        stack.push_async_callback(end, spawn("nat-keepalive", self._initiator.keep_reachable()))
 
     def initiated(self, sa: IkeSa) -> bool:
         """Whether an IKE_SA is one that this host initiated in one of its VPNs."""
