@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 from bridge.lab import Lab, Topology
 from bridge.lab.daemon import SLOWNESS, wait_until
 from bridge.lab.demo import Ping
-from bridge.lab.topology import SITE, standard
+from bridge.lab.topology import CHOICES, SITE, client_config, client_host, standard
 from failover_support import connect, established, fresh, last_move, status, the_sa
 
 pytestmark = pytest.mark.lab
@@ -31,8 +32,35 @@ def announced() -> Iterator[Topology]:
             key: value for key, value in topology.client.charon.settings.items() if "retransmit" not in key
         }
         topology.client.configure("connections { home { dpd_delay = 30s } }\n", "dpd.conf")
+        _behind_a_nat(topology)
         topology.start()
+        inner = topology.lab.hosts["inner"]
+        inner.sidecars[0].start(wait=False)
+        inner.charon.start()
+        inner.sidecars[0].wait_ready()
         yield topology
+
+
+def _behind_a_nat(topology: Topology) -> None:
+    """A second client, behind a router that translates and lets in only what was sent to before."""
+    lab = topology.lab
+    router = lab.add_host("nat", "192.168.50.31/24", forward=True)
+    lab.add_network("in-nat")
+    lab.attach(router, "10.99.0.1/24", network="in-nat")
+    router.run("iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+    inner = client_host(lab, "inner", "10.99.0.10", topology.secret, network="in-nat")
+    inner.run("ip", "route", "add", "default", "via", "10.99.0.1")
+    inner.configure("connections { home { dpd_delay = 30s } }\n", "dpd.conf")
+    inner.sidecar("client", client_config(CHOICES))
+
+
+@pytest.fixture
+def inner(announced: Topology) -> Topology:
+    """The lab seen from the client behind the NAT."""
+    host = announced.lab.hosts["inner"]
+    view = dataclasses.replace(announced, client=host, agent=host.sidecars[0])
+    fresh(view)
+    return view
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +142,15 @@ def test_a_sidecar_that_is_restarted_in_order_is_no_failure(announced: Topology)
     announced.gateways["gw1"].start()
     assert the_sa(announced.client)["initiator-spi"] == before["initiator-spi"]
     assert failovers(announced, "gw2") == known
+
+
+def test_an_announcement_reaches_a_client_behind_a_nat(inner: Topology) -> None:
+    connect(inner)
+    # the first keepalive follows the session within a second
+    settled = time.monotonic() + 2 * SLOWNESS
+    wait_until(lambda: time.monotonic() > settled, "the keepalive")
+    inner.kill_gateway(inner.gw1)
+    wait_until(lambda: moved_to(inner, inner.gw2.address), "the session at the other gateway")
+    assert last_move(inner)["result"] == "resumed"
+    [told] = failovers(inner, "gw2")
+    assert (told["announced"], told["silent"]) == (1, 0)

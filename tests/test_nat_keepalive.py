@@ -47,7 +47,7 @@ BEHIND = int(Condition.NAT_ANY | Condition.NAT_HERE)
 )
 async def test_keepalives_are_sent_where_a_nat_is_or_always(policy: Keepalive, conditions: int, sent: bool) -> None:
     wire = Wire()
-    keepalive = NatKeepalive(wire, policy, lambda: [an_sa(conditions)], lambda _: {HERE, OTHER, OTHER6}, seconds=60)
+    keepalive = NatKeepalive(wire, policy, lambda: [an_sa(conditions)], lambda _: {HERE, OTHER, OTHER6})
     task = spawn("keepalive", keepalive.run())
     await asyncio.sleep(0)
     await end(task)

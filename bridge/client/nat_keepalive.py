@@ -5,6 +5,7 @@ SA. A NAT that maps the port for each gateway anew does not let it in: DPD decid
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
@@ -18,6 +19,8 @@ log = structlog.get_logger()
 
 KEEPALIVE_SECONDS: Final = 20.0
 """what NATs keep a mapping for is 30 s and more"""
+LOOK_SECONDS: Final = 1.0
+"""between two looks at which sessions there are"""
 KEEPALIVE: Final = b"\xff"
 
 
@@ -31,22 +34,27 @@ class NatKeepalive:
         sas: Callable[[], Sequence[IkeSa]],
         targets: Callable[[IkeSa], Collection[str] | None],
         *,
-        seconds: float = KEEPALIVE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sender = sender
         self._policy = policy
         self._sas = sas
         self._targets = targets
-        self._seconds = seconds
+        self._clock = clock
         self._told = ""
 
     async def run(self) -> None:
         """Until it is cancelled."""
+        due: dict[bytes, float] = {}
         while self._policy != "off":
+            now, before, due = self._clock(), due, {}
             for sa in self._sas():
                 if sa.up and (self._policy == "always" or sa.has(Condition.NAT_HERE)):
-                    self.send(sa)
-            await asyncio.sleep(self._seconds)
+                    due[sa.id.spis] = before.get(sa.id.spis, now)
+                    if now >= due[sa.id.spis]:
+                        due[sa.id.spis] = now + KEEPALIVE_SECONDS
+                        self.send(sa)
+            await asyncio.sleep(LOOK_SECONDS)
 
     def send(self, sa: IkeSa) -> None:
         """To each other gateway of the session, of the SA's address family."""
