@@ -223,6 +223,7 @@ def _responses() -> list[bytes]:
         _response(children=[(0, 1)], sealed_stub=b"s" * 40),
         _response(nat=None),
         _response(key_exchange=(31, b"K" * 32)),
+        _response(auth_lifetime=3600),
     ]
 
 

@@ -65,7 +65,11 @@ def the_stub(topology: Topology) -> Stub:
 
 def stub_at(topology: Topology, spi: str) -> Stub:
     """The stub of gw1's with this SPI, in hex."""
-    key = stub_key(topology.gw1.address, spi)
+    return stub_of_key(topology, stub_key(topology.gw1.address, spi))
+
+
+def stub_of_key(topology: Topology, key: str) -> Stub:
+    """The stub that the bank has under this key."""
     keyring = Keyring.load(topology.gw1.etc / "ike-sa-sync/bank.key")
     done = topology.bank.host.run(
         "python3",

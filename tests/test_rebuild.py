@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -31,10 +32,15 @@ class CharonWithoutConnections:
 
 
 def decided(
-    prf: Prf, nonce: bytes, *, proven: bool = True, asked: Callable[[Suite], Suite] = lambda suite: suite
+    prf: Prf,
+    nonce: bytes,
+    *,
+    proven: bool = True,
+    asked: Callable[[Suite], Suite] = lambda suite: suite,
+    **changes: int,
 ) -> Any:
     """What a request gets that names a stub of an SA with this prf, at a charon that has no connection for it."""
-    stub = stub_of()
+    stub = msgspec.structs.replace(stub_of(), **changes)
     stub = msgspec.structs.replace(stub, suite=msgspec.structs.replace(stub.suite, prf=prf))
     octets = build_request(
         spi_i=b"I" * 8,
@@ -59,6 +65,21 @@ def decided(
         SyncConfig(proof="required" if proven else "optional"),
     )
     return decision.of(cast(Packet, None), request, b"", stub)
+
+
+# that of a stub of release 0.1 ends when its IKE_SA was to be reauthenticated
+@pytest.mark.parametrize("field", ["authenticated_until", "reauth_at"])
+def test_a_session_whose_authentication_has_ended_is_refused(field: str) -> None:
+    now = int(time.time())
+    assert (
+        decided(Prf.HMAC_SHA2_256, bytes(32), proven=True, asked=lambda suite: suite, **{field: now - 1})
+        is Refusal.AUTHENTICATION_ENDED
+    )
+    # goes on to the next question
+    assert (
+        decided(Prf.HMAC_SHA2_256, bytes(32), proven=True, asked=lambda suite: suite, **{field: now + 60})
+        is Refusal.CONNECTION_MISSING
+    )
 
 
 @pytest.mark.parametrize("proven", [True, False])

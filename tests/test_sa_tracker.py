@@ -816,3 +816,46 @@ def test_a_child_sa_that_its_peer_deleted_is_not_one_that_charon_did_not_take() 
     clock.now = 2.0
     reconcile(known, [info(sa)], since=1.0)
     assert not lacking
+
+
+# until when the peer is authenticated
+
+
+def authenticated(known: SaTracker, sa: IkeSa, reauth: int | None) -> int:
+    """The end after VICI reported a time of reauthentication."""
+    reconcile(known, [info(sa, reauth=reauth)], since=0.0)
+    return sa.authenticated_until
+
+
+def test_an_authentication_ends_when_vici_says_that_it_is_to_be_repeated() -> None:
+    known, recorder, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
+    [sa] = known.established()
+    assert authenticated(known, sa, None) == 0
+    assert authenticated(known, sa, 3600) == NOW + 3600
+    # its stub says so
+    assert recorder.news[-1] == ("changed", sa.id)
+    # RADIUS may prolong a session, and shorten it
+    assert authenticated(known, sa, 7200) == NOW + 7200
+    assert authenticated(known, sa, 60) == NOW + 60
+
+
+def test_an_inherited_end_of_authentication_is_never_prolonged() -> None:
+    known, _, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
+    [sa] = known.established()
+    sa.authenticated_until, sa.authentication_inherited = NOW + 600, True
+    assert authenticated(known, sa, None) == NOW + 600
+    assert authenticated(known, sa, 3600) == NOW + 600
+    assert authenticated(known, sa, 60) == NOW + 60
+
+
+def test_a_rekeyed_ike_sa_inherits_the_end_of_authentication() -> None:
+    known, _, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
+    [old] = known.established()
+    old.authenticated_until, old.authentication_inherited = NOW + 600, True
+    feed(known, VECTORS[0], "gateway")
+    [sa] = known.established()
+    assert sa is not old
+    assert authenticated(known, sa, 3600) == NOW + 600

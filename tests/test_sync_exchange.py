@@ -271,6 +271,27 @@ def test_the_answers_proof_covers_request_and_response_with_both_proofs_zero() -
     assert octets[-32:] == prf(SUITE.prf, key, blank)
 
 
+def test_the_answer_says_until_when_the_client_is_authenticated() -> None:
+    asked = request()
+    octets = response(asked, auth_lifetime=1234)
+    answer = accepted(octets, asked)
+    assert answer.auth_lifetime == 1234
+    assert verify_response(answer, asked, SUITE.prf, SK_D)
+    assert accepted(response(asked), asked).auth_lifetime is None
+    # it is covered by the proof
+    forged = accepted(octets.replace((1234).to_bytes(4), (9999).to_bytes(4)), asked)
+    assert forged.auth_lifetime == 9999
+    assert not verify_response(forged, asked, SUITE.prf, SK_D)
+
+
+@pytest.mark.parametrize("values", [[bytes(3)], [bytes(5)], [bytes(4), bytes(4)]])
+def test_an_answer_with_another_auth_lifetime_than_one_of_4_octets_is_malformed(values: list[bytes]) -> None:
+    notified = [(PayloadType.NOTIFY, encode_notify(NotifyType.AUTH_LIFETIME, value)) for value in values]
+    octets = init([(PayloadType.NONCE, NR), *notified], flags=Flag.RESPONSE, spi_r=SPI_R)
+    with pytest.raises(MalformedMessage):
+        parse_response(octets, request())
+
+
 @given(st.integers(0, len(response(request())) - 1), st.integers(1, 255))
 def test_an_answer_with_any_octet_altered_proves_nothing(position: int, change: int) -> None:
     asked = request()

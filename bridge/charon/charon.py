@@ -159,6 +159,17 @@ class Charon:
                 ended += 1
         return ended
 
+    async def reauthenticate(self, sa: IkeSa) -> None:
+        """Have charon authenticate an IKE_SA again, by a new one in its place, as its configuration says. Raises
+        ViciError."""
+        unique_id = sa.unique_id
+        if not unique_id:
+            info = await self.vici.find_sa(sa.connection, sa.id.spis)
+            if info is None:
+                raise ViciError("charon does not have it")
+            unique_id = info.unique_id
+        await self.vici.reauthenticate(unique_id)
+
     async def end_surely(self, sa: IkeSa) -> None:
         """End an IKE_SA as `end` does; where charon cannot be asked over VICI it is removed over the HA channel, and
         neither its peer nor anybody else hears of it. The listeners are told. Raises ChannelError where neither way is

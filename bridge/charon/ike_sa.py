@@ -48,6 +48,10 @@ _NAT_HERE, _NAT_THERE = int(Condition.NAT_ANY | Condition.NAT_HERE), int(Conditi
 _NOT_KEPT = int(Condition.ORIGINAL_INITIATOR | Condition.STALE | Condition.REAUTHENTICATING | Condition.REDIRECTED)
 
 
+SAME_SECONDS = 2
+"""two times of one event that VICI told of at different moments differ by no more"""
+
+
 @dataclass(slots=True, eq=False)
 class IkeSa:
     """An IKE_SA. `local` is this host. Times in Unix seconds, 0 = never."""
@@ -81,6 +85,10 @@ class IkeSa:
     rekey_at: int = 0
     reauth_at: int = 0
     expires: int = 0
+    authenticated_until: int = 0
+    """when the peer's authentication ends, by the policy of the gateway that authenticated it"""
+    authentication_inherited: bool = False
+    """whether that comes from the session before, which this IKE_SA's own reauthentication time can only shorten"""
     revision: int = 0
     resumable: bool = True
     unproven: bool = False
@@ -107,6 +115,11 @@ class IkeSa:
     @property
     def remote_spi(self) -> bytes:
         return self.id.spi_r if self.id.initiator else self.id.spi_i
+
+    @property
+    def outlives_authentication(self) -> bool:
+        """Whether charon would let it live beyond the end of its authentication."""
+        return bool(self.authenticated_until) and not 0 < self.reauth_at <= self.authenticated_until + SAME_SECONDS
 
     @property
     def published(self) -> Index | None:
@@ -176,6 +189,7 @@ class IkeSa:
             reauth_at=self.reauth_at,
             expires=expires,
             revision=self.revision,
+            authenticated_until=self.authenticated_until,
             predecessor=self.predecessor,
         )
 
@@ -238,6 +252,8 @@ def sa_of(stub: Stub) -> IkeSa:
         rekey_at=stub.rekey_at,
         reauth_at=stub.reauth_at,
         expires=stub.expires,
+        authenticated_until=stub.authenticated_until,
+        authentication_inherited=True,
         revision=stub.revision,
         published_at=stub.index.gateway,
         stub_expires=stub.expires,

@@ -103,6 +103,8 @@ def inherit(sa: IkeSa, old: IkeSa) -> None:
     sa.remote_vips = sa.remote_vips or old.remote_vips
     sa.eap_id = sa.eap_id or old.eap_id
     sa.reauth_at = old.reauth_at
+    sa.authenticated_until = old.authenticated_until
+    sa.authentication_inherited = old.authentication_inherited
     sa.companion = old.companion
     sa.predecessor = old.predecessor
 

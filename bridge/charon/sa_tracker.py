@@ -15,7 +15,7 @@ import structlog
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
 from bridge.charon.half_open import HalfOpenSas
 from bridge.charon.identity_text import is_named
-from bridge.charon.ike_sa import Condition, IkeSa
+from bridge.charon.ike_sa import SAME_SECONDS, Condition, IkeSa
 from bridge.charon.sa_recovery import SaRecovery, child_of, drop_unlisted, groups, inherit
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, expiry
 from bridge.charon.virtual_ips import VirtualIps
@@ -446,8 +446,11 @@ class SaTracker:
             left = sa.expires - now
             expires = sa.expires if left > NO_EXPIRY_SECONDS / 2 else int(now) + NO_EXPIRY_SECONDS
         moved = abs(sa.expires - expires) > 2 or abs(sa.rekey_at - rekey_at) > 2 or abs(sa.reauth_at - reauth_at) > 2
+        until = _earlier(sa.authenticated_until, reauth_at) if sa.authentication_inherited else reauth_at
+        moved = moved or abs(sa.authenticated_until - until) > SAME_SECONDS
         if moved:
             sa.rekey_at, sa.reauth_at, sa.expires = rekey_at, reauth_at, expires
+            sa.authenticated_until = until
         sa.established = int(now) - info.established
         sa.unique_id = info.unique_id
         if sa.resumable and (difference := differs(sa, info)):
@@ -603,6 +606,11 @@ def differs(sa: IkeSa, info: SaInfo) -> str:
         if identity is None or not text or not is_named(identity, text):
             return f"HA messages name {whose} than VICI"
     return ""
+
+
+def _earlier(one: int, other: int) -> int:
+    """The earlier of two times, 0 being never."""
+    return min(filter(None, (one, other)), default=0)
 
 
 class Comparison:

@@ -159,6 +159,14 @@ class ViciClient:
                 if unique_id := as_text(line.get("ikesa-uniqueid")):
                     used.add(unique_id)
 
+    async def reauthenticate(self, unique_id: str) -> None:
+        """Begin to authenticate the IKE_SA with this unique ID again. Raises ViciError, also when there is none."""
+        name = f"rekey #{unique_id}"
+        async with self._session(name) as session:
+            answer = await session.request("rekey", {"ike-id": unique_id, "reauth": "yes"})
+        if as_text(answer.get("success")) != "yes":
+            raise ViciError(f"{name}: {as_text(answer.get('errmsg')) or 'refused'}")
+
     async def end_sa(self, unique_id: str, patience: float | None = None) -> None:
         """End the IKE_SA with this unique ID. charon sends its peer a DELETE, and waits up to `patience` seconds for
         the answer; not at all without. Raises ViciError, also when there is none."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import msgspec
 import structlog
@@ -21,13 +22,14 @@ from bridge.charon.ike_sa import Condition, IkeSa
 from bridge.charon.vici_types import ConnectionInfo, SaInfo, ViciError
 from bridge.charon.vpns import Vpn, vpns_of
 from bridge.client.attempt import Attempt, Means
-from bridge.client.auto_resume import NEWS_SECONDS, AutoResume
+from bridge.client.auto_resume import NEWS_SECONDS, RETURN_MAX, RETURN_MIN, AutoResume
 from bridge.client.candidates import Candidates
 from bridge.client.gateway_probe import GatewayProbe
 from bridge.client.metrics import ClientMetrics
 from bridge.client.move_handler import MoveHandler
 from bridge.client.nat_keepalive import NatKeepalive
 from bridge.client.outcome import Outcome, Result
+from bridge.client.reauthentication import Reauthentication
 from bridge.client.sessions import Session, Sessions
 from bridge.client.stub_keeper import StubKeeper, gateway_message
 from bridge.client.switchover import Switchover
@@ -45,6 +47,10 @@ log = structlog.get_logger()
 
 PLACE_SECONDS = 60.0
 """how long charon may take to load the connections of the sessions that this host had"""
+AGAIN_SECONDS = 1.0
+"""that charon has to begin a handshake by itself, where it is configured to"""
+UNDER_WAY = ("CONNECTING", "ESTABLISHED")
+"""states of an IKE_SA that works or may come to"""
 
 
 class Initiator:
@@ -86,6 +92,7 @@ class Initiator:
             clock,
             self._resumed,
         )
+        self._reauthentication = Reauthentication(charon, wall=wall)
         self._auto_resume = AutoResume(charon, self._sessions, lambda session: self._begin(session, None))
         self._moving: dict[Session, asyncio.Task[Outcome]] = {}
         self._move_handler = MoveHandler(charon.tracker, sender, self._targets, self._sent_away, random=random)
@@ -95,7 +102,7 @@ class Initiator:
         self._keepalive = NatKeepalive(sender, config.announce.keepalive, self._sessions.resumable_sas, self._targets)
         self._traffic = TrafficWatch(charon, self._sessions, self._set_up, clock=clock)
         self._restored: set[bytes] = set()
-        self._resolving: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[None]] = set()
         self._connections: dict[str, ConnectionInfo] = {}
         """those that were there when IKE_SAs were looked through last"""
         self.last: Outcome | None = None
@@ -140,7 +147,8 @@ class Initiator:
         """Stop; what is held on disk stays."""
         await self._gateway_probe.close()
         await self._auto_resume.close()
-        await end(*self._moving.values(), *self._resolving)
+        await self._reauthentication.close()
+        await end(*self._moving.values(), *self._under_way)
         await self.keeper.close()
 
     def initiated(self, sa: IkeSa) -> bool:
@@ -178,11 +186,10 @@ class Initiator:
             return
         if session is not known:
             # a Move may name a gateway by its address before the first attempt
-            task = spawn("resolve", self._candidates.resolve(self._vpn(session)))
-            self._resolving.add(task)
-            task.add_done_callback(self._resolving.discard)
+            self._later("resolve", self._candidates.resolve(self._vpn(session)))
         if sa.resumable:
             self.keeper.changed(sa)
+        self._reauthentication.watch(sa)
 
     def gone(self, sa: IkeSa) -> None:
         """charon ended an IKE_SA."""
@@ -197,10 +204,15 @@ class Initiator:
         if self._sessions.is_own(info.spis):
             return
         if info.state == "DELETING":
+            known = self._sessions.of(info.spis)
+            sa = None if known is None else known.sas.get(info.spis, known.last)
             session = self._sessions.ended(info)
             self.keeper.save_soon()
             if session is not None:
                 self._auto_resume.stop(session)
+                if sa is not None and self._reauthentication.lapsed(sa):
+                    log.info("authentication-lapsed", vpn=session.vpn, connection=sa.connection, **sa.id.logged)
+                    self._later(f"again {session.connection}", self._again(session))
             return
         session = self._sessions.of(info.spis)
         if session is not None and self._vpn(session).resume_on_down:
@@ -213,6 +225,11 @@ class Initiator:
                 spi_r=info.spi_r.hex(),
             )
             self._auto_resume.start(session)
+
+    def _later(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = spawn(name, work)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
 
     # news from the wire
 
@@ -325,4 +342,24 @@ class Initiator:
     def _resumed(self, session: Session, new: IkeSa, answer: Answer) -> None:
         self._traffic.resumed(session)
         self._named(new, answer.gateways)
+        self._reauthentication.watch(new)
         self.keeper.given(new, answer.sealed_stub, answer.lifetime)
+
+    async def _again(self, session: Session) -> None:
+        """A full handshake for a session whose gateway ended it because its authentication did, unless charon does that
+        by itself; again and again while no gateway takes it."""
+        vpn, pause = self._vpn(session), AGAIN_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                under_way = {info.connection for info in await self._charon.vici.list_sas() if info.state in UNDER_WAY}
+            except ViciError:
+                under_way = set()
+            if any(self._sessions.may_stand_for(connection, session) for connection in under_way):
+                return
+            await self._candidates.resolve(vpn)
+            for gateway in self._candidates.of(vpn, session, None, restored=False):
+                attempt = Attempt.set_up_at(self._means, vpn, session, gateway, "authentication-ended")
+                if (await self._finish(vpn, session, attempt)).result is not Result.FAILED:
+                    return
+            pause = min(max(2 * pause, RETURN_MIN), RETURN_MAX)

@@ -225,6 +225,8 @@ class Switchover:
             local_vips=old.local_vips,
             established=int(self._wall()),
             expires=old.expires,
+            authenticated_until=int(self._wall()) + answer.auth_lifetime if answer.auth_lifetime is not None else 0,
+            authentication_inherited=True,
         )
 
     @staticmethod

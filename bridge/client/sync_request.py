@@ -94,6 +94,8 @@ class Answer:
     """CHILD_SAs that come up with it"""
     g_ir: bytes = field(default=b"", repr=False)
     """with forward secrecy"""
+    auth_lifetime: int | None = None
+    """seconds until the client has to authenticate again"""
     gateways: tuple[str, ...] = ()
     """addresses of other gateways that resume too"""
 
@@ -275,6 +277,7 @@ class SyncRequester:
             exchange=self._clock() - began,
             sealed_stub=answer.sync.first(Attribute.SEALED_STUB) if answer.sync else None,
             lifetime=answer.lifetime,
+            auth_lifetime=answer.auth_lifetime,
             children=granted(offered, answer.sync.children if answer.sync else (), nonce, answer.nonce),
             gateways=answer.sync.gateways if answer.sync else (),
             g_ir=g_ir,

@@ -54,6 +54,9 @@ class GatewayMetrics(Metrics):
         self.duplicates = self.counter(
             "duplicate_addresses", "handshakes that were given a virtual IP which another peer's session has"
         )
+        self.authentication_ended = self.counter(
+            "authentication_ended", "resumed IKE_SAs ended because their client did not authenticate again in time"
+        )
         self.handed = self.counter("stubs_handed", "stubs given to clients that asked for theirs")
         self.presented = self.counter("stubs_presented", "requests served with a stub that the client held")
         self.bank_errors = self.counter("bank_errors", "failed look-ups in the bank")

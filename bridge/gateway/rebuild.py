@@ -98,6 +98,8 @@ class Decision:
             return Refusal.PROOF_WRONG
         if not is_for(request, stub.suite):
             return Refusal.PROPOSAL_DIFFERS
+        if 0 < authenticated_until(stub) <= self._wall():
+            return Refusal.AUTHENTICATION_ENDED
         if len(request.nonce) < least_nonce(stub.suite.prf):
             return Refusal.NONCE_SHORT
         if self._charon.connection(stub.connection) is None:
@@ -133,7 +135,11 @@ class Decision:
         suite = stub.suite
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
         resumption = Resumption(suite, stub.sk_d, request.nonce, nonce, ike_id.spi_i, ike_id.spi_r, exchanged.g_ir)
+        now = int(self._wall())
+        until = self._authenticated_until(stub, now)
         lifetime = self._lifetime(stub)
+        if until:
+            lifetime = min(lifetime, until - now)
         moved = {stub.local.address, stub.remote.address} - {local.address, remote.address}
         # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
         # that is here from it, or that went on here since; and those of two attempts would share policies, which go
@@ -160,7 +166,6 @@ class Decision:
             nat_here=_differs(request.nat_destination, request.spi_i, local),
             nat_there=_differs(request.nat_source, request.spi_i, remote),
         )
-        now = int(self._wall())
         sa = IkeSa(
             id=ike_id,
             suite=suite,
@@ -178,6 +183,8 @@ class Decision:
             children=tuple(new.child for new in granted.children),
             established=now,
             expires=now + lifetime,
+            authenticated_until=until,
+            authentication_inherited=True,
             companion=True,
             predecessor=stub.index,
         )
@@ -193,6 +200,7 @@ class Decision:
             gateways=self._handout.gateways(),
             key_exchange=exchanged.answer,
             nat=(local.address, local.port, remote.address, remote.port),
+            auth_lifetime=until - now if until else None,
         )
         install = Install.of(
             sa,
@@ -209,10 +217,23 @@ class Decision:
             digest, response, stub, sa, install, tuple(known[spis].id for spis in leftovers if spis in known)
         )
 
+    def _authenticated_until(self, stub: Stub, now: int) -> int:
+        """Until when the client is authenticated here: no longer than where it was, nor than this gateway's own policy
+        is for a client that has just authenticated itself. 0: for ever."""
+        connection = self._charon.connection(stub.connection)
+        own = now + connection.reauth_time if connection and connection.reauth_time else 0
+        return min(filter(None, (authenticated_until(stub), own)), default=0)
+
     def _lifetime(self, stub: Stub) -> int:
         """What charon will give the rebuilt SA: that of a fresh one of its connection."""
         connection = self._charon.connection(stub.connection)
         return connection.lifetime if connection and connection.lifetime else int(stub.expires - self._wall())
+
+
+def authenticated_until(stub: Stub) -> int:
+    """When the authentication of a stub's session ends, in Unix seconds; 0: never. Of a stub of release 0.1, when its
+    IKE_SA was to be reauthenticated."""
+    return stub.authenticated_until or stub.reauth_at
 
 
 def _differs(hashes: Sequence[bytes], spi_i: bytes, seen: Endpoint) -> bool:

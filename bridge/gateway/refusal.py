@@ -19,6 +19,8 @@ class Refusal(StrEnum):
     PUBLIC_VALUE_WRONG = "public-value-wrong"
     """the client asks for forward secrecy with a public value that is none of the old SA's group"""
     STUB_EXPIRED = "stub-expired"
+    AUTHENTICATION_ENDED = "authentication-ended"
+    """the client has to authenticate again (`reauth_time`, Session-Timeout)"""
     PROOF_MISSING = "proof-missing"
     PROOF_WRONG = "proof-wrong"
     PROPOSAL_DIFFERS = "proposal-differs"

@@ -24,6 +24,7 @@ from bridge.config import ConfigError, GatewayConfig
 from bridge.gateway import metrics
 from bridge.gateway.address_book import AddressBook
 from bridge.gateway.addresses import AddressHolders
+from bridge.gateway.authentication_end import AuthenticationEnd
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.drain import Drain
@@ -46,6 +47,7 @@ from bridge.service.control import Answer, Command, ControlServer
 from bridge.service.process import log_level, raw_udp, serve_metrics
 from bridge.service.tasks import end, spawn
 from bridge.stub.keyring import Keyring, SealError
+from bridge.stub.stub import Stub
 
 ANNOUNCED: Final = {
     "announcements_announced": "sessions of failed gateways whose clients were told to come here",
@@ -105,6 +107,7 @@ class GatewayRole:
         revocations = Revocations(bank, keyring, config.state)
         lock_out = LockOut(revocations, bank, charon, endings, self._writer, config.address)
         self._marks = MovedMarks(bank)
+        self._authentication = AuthenticationEnd(charon, self._metrics)
         self._elsewhere = SessionElsewhere(charon, bank, self._metrics)
         self._publisher = Publisher(
             self._writer, bank, config.address, config.sync, endings, living, revocations, self._marks
@@ -144,7 +147,7 @@ class GatewayRole:
             sender,
             config.sync,
             self._metrics,
-            self._publisher.resumed,
+            self._resumed,
             self._moving,
             AddressHolders(charon, bank, config.address),
         )
@@ -207,6 +210,7 @@ class GatewayRole:
             ("moved-marks", self._marks.run()),
             ("elsewhere", self._elsewhere.run()),
             ("duplicates", self._duplicates.run()),
+            ("authentication-end", self._authentication.run()),
         ):
             stack.push_async_callback(end, spawn(name, work))
         stack.push_async_callback(self._interception.close)
@@ -218,11 +222,18 @@ class GatewayRole:
         """An SA of this gateway came up or changed."""
         self._publisher.publish(sa)
         self._duplicates.changed(sa)
+        self._authentication.watch(sa)
+
+    def _resumed(self, sa: IkeSa, old: Stub) -> None:
+        """A session went on here as `sa`."""
+        self._publisher.resumed(sa, old)
+        self._authentication.watch(sa)
 
     def gone(self, sa: IkeSa) -> None:
         """An SA of this gateway ended."""
         self._responder.unconfirmed.gone(sa)
         self._duplicates.gone(sa.id.spis)
+        self._authentication.forget(sa)
         if sa.up:
             self._publisher.withdraw(sa)
 
@@ -235,7 +246,10 @@ class GatewayRole:
 
     async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
         """SAs that charon has and this sidecar does not know, from the bank (bridge.charon.charon.Recover)."""
-        return await self._publisher.recover(infos)
+        found = await self._publisher.recover(infos)
+        for sa in found or ():
+            self._authentication.watch(sa)
+        return found
 
     def _moving(self, message: StubMessage) -> None:
         """A client's report, not proved yet: about an announcement, or about a Move."""

@@ -52,6 +52,8 @@ class NotifyType(IntEnum):
     NAT_DETECTION_SOURCE_IP = 16388
     NAT_DETECTION_DESTINATION_IP = 16389
     COOKIE = 16390
+    AUTH_LIFETIME = 16403
+    """RFC 4478"""
 
 
 class Flag(IntFlag):

@@ -43,6 +43,7 @@ from bridge.ike.transforms import Suite, least_nonce, proposes
 
 _NO_SPI: Final = bytes(8)
 _FIRST_STATUS: Final = 16384
+AUTH_LIFETIME_OCTETS: Final = 4
 _MAX_COOKIE: Final = 64
 """octets (RFC 7296 section 2.6)"""
 MAX_REASON: Final = 64
@@ -284,11 +285,12 @@ def build_response(
     gateways: Sequence[str] = (),
     key_exchange: tuple[int, bytes] | None = None,
     nat: Addresses | None = None,
+    auth_lifetime: int | None = None,
 ) -> bytes:
     """The answer: `HDR, Nr` to a request without attributes (draft), else `HDR, [KEr,] Nr, SYN`.
 
-    `lifetime` is in seconds, `gateways` are addresses, `key_exchange` is (group, public value) of KEr. NAT detection is
-    answered where the request asked for it.
+    `lifetime` and `auth_lifetime` are in seconds, `gateways` are addresses, `key_exchange` is (group, public value) of
+    KEr. NAT detection is answered where the request asked for it.
     """
     payloads: list[tuple[int, bytes]] = []
     if key_exchange is not None:
@@ -297,6 +299,9 @@ def build_response(
     proven = bool(request.sync.attributes)
     if nat is not None and request.nat_source and request.nat_destination:
         payloads += _nat_notifies(request.spi_i, spi_r, nat)
+    if proven and auth_lifetime is not None:
+        seconds = struct.pack("!I", min(auth_lifetime, 0xFFFFFFFF))
+        payloads.append((PayloadType.NOTIFY, encode_notify(NotifyType.AUTH_LIFETIME, seconds)))
     if proven:
         attributes = [encode_child(number, spi) for number, spi in children]
         if sealed_stub is not None:
@@ -355,6 +360,8 @@ class SyncResponse(Struct, frozen=True, gc=False):
     """None in the plain draft form"""
     nat_source: tuple[bytes, ...]
     nat_destination: tuple[bytes, ...]
+    auth_lifetime: int | None
+    """seconds until the client has to authenticate again"""
 
     def __repr__(self) -> str:
         return f"SyncResponse({self.spi_r.hex()})"
@@ -433,7 +440,18 @@ def parse_response(data: bytes, request_raw: bytes) -> Response:
         sync=sync,
         nat_source=tuple(message.notifies(NotifyType.NAT_DETECTION_SOURCE_IP)),
         nat_destination=tuple(message.notifies(NotifyType.NAT_DETECTION_DESTINATION_IP)),
+        auth_lifetime=_auth_lifetime(message),
     )
+
+
+def _auth_lifetime(message: Message) -> int | None:
+    """Seconds in AUTH_LIFETIME (RFC 4478 section 3). Raises MalformedMessage."""
+    values = message.notifies(NotifyType.AUTH_LIFETIME)
+    if not values:
+        return None
+    if len(values) > 1 or len(values[0]) != AUTH_LIFETIME_OCTETS:
+        raise MalformedMessage("AUTH_LIFETIME is there once, and has 4 octets")
+    return int.from_bytes(values[0])
 
 
 def _from_gateway(data: bytes, payload: Payload) -> tuple[bytes, SyncPayload]:
