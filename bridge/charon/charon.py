@@ -176,6 +176,8 @@ class Charon:
         open.
         """
         async with self._ending:
+            if self.tracker.sas.get(sa.id.spis) is not sa:
+                return
             try:
                 if not await self.end({sa.id.spis}):
                     raise ViciError("charon did not end it")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from enum import StrEnum
 from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, NamedTuple
@@ -78,6 +79,15 @@ class ChildConfig(NamedTuple):
     close_action: str = ""
 
 
+class Unique(StrEnum):
+    """Connection uniqueness policy (`unique` in swanctl.conf), as VICI writes it."""
+
+    NEVER = "UNIQUE_NEVER"
+    NO = "UNIQUE_NO"
+    REPLACE = "UNIQUE_REPLACE"
+    KEEP = "UNIQUE_KEEP"
+
+
 class ConnectionInfo(NamedTuple):
     """A configured connection. Times in seconds, 0 = never."""
 
@@ -97,6 +107,7 @@ class ConnectionInfo(NamedTuple):
     """IKEv1, IKEv2, or IKEv1/2"""
     ppk: bool = False
     """whether a post-quantum preshared key is configured (RFC 8784)"""
+    unique: Unique = Unique.NO
 
     @property
     def over_time(self) -> int:
@@ -205,6 +216,9 @@ def _identities(section: Section, side: str) -> tuple[str, ...]:
     return tuple(identity for one in rounds if (identity := as_text(one.get("id"))) and "%any" not in identity)
 
 
+_UNIQUE = {str(policy): policy for policy in Unique}
+
+
 def parse_connection(name: str, section: Section) -> ConnectionInfo:
     """One connection of list-conns. Raises ViciError on what charon would not send."""
     try:
@@ -220,6 +234,7 @@ def parse_connection(name: str, section: Section) -> ConnectionInfo:
             remote_ids=_identities(section, "remote"),
             version=as_text(section.get("version")),
             ppk=bool(as_text(section.get("ppk_id"))),
+            unique=_UNIQUE.get(as_text(section.get("unique")), Unique.NO),
         )
     except _NOT_AS_EXPECTED as error:
         raise ViciError(f"connection {name!r} could not be read from VICI: {error}") from error

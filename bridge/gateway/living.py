@@ -67,6 +67,11 @@ class LivingSas:
                 else:
                     del self._spis[key]
 
+    def of_peer(self, local_id: Identity, peer: Identity) -> list[IkeSa]:
+        """The SAs of a peer, by its EAP identity where it has one, with this identity of ours."""
+        sas = [self._tracker.sas[spis] for spis in self._spis.get(peer, ()) if self._has(spis, peer)]
+        return [sa for sa in sas if sa.local_id == local_id]
+
     def clashes(self, stub: Stub) -> bool:
         """Whether an SA lives here that the stub is of, or that has its identity, or came from it."""
         if stub.spi_i + stub.spi_r in self._tracker.sas:

@@ -22,6 +22,7 @@ from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.refusal import Refusal
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
+from bridge.gateway.uniqueness import Uniqueness
 from bridge.ike.key_exchange import KeyExchange, can_exchange
 from bridge.ike.keys import NONCE_OCTETS, Resumption
 from bridge.ike.sync_exchange import SyncRequest, build_response, is_for, nat_hash, verify_request
@@ -70,6 +71,7 @@ class Decision:
         self._charon = charon
         self._endings = endings
         self._living = living
+        self._uniqueness = Uniqueness(charon, living)
         self._revocations = revocations
         self._handout = handout
         self._unconfirmed = unconfirmed
@@ -106,6 +108,9 @@ class Decision:
             return Refusal.CONNECTION_MISSING
         if self._holders.of_others(stub) - self._unconfirmed.made_from(stub.index) - moved_away:
             return Refusal.ADDRESS_TAKEN
+        own = self._unconfirmed.made_from(stub.index) | moved_away | self._holders.beside(stub)
+        if self._uniqueness.forbids(stub, Endpoint(packet.src, packet.sport), own):
+            return Refusal.NOT_UNIQUE
         if (
             len(self._unconfirmed) >= self._sync.max_unconfirmed
             or self._unconfirmed.attempts(stub.index) >= ATTEMPTS_PER_STUB

@@ -31,6 +31,8 @@ class Refusal(StrEnum):
     CONNECTION_MISSING = "connection-missing"
     ADDRESS_TAKEN = "address-taken"
     """an SA of another session has its virtual IP here"""
+    NOT_UNIQUE = "not-unique"
+    """the peer has another session here, and the connection says `unique = keep`"""
     TOO_MANY_UNCONFIRMED = "too-many-unconfirmed"
     SOURCE_UNCONFIRMED = "source-unconfirmed"
     SOURCE_RATE = "source-rate"

@@ -41,6 +41,7 @@ from bridge.gateway.responder import Responder
 from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.gateway.stub_lookup import StubLookup
+from bridge.gateway.uniqueness import Uniqueness
 from bridge.ike.stub_exchange import StubMessage
 from bridge.net.interface import Sender
 from bridge.service.control import Answer, Command, ControlServer
@@ -82,6 +83,7 @@ class GatewayRole:
         stack.push_async_callback(role._writer.close)
         stack.push_async_callback(role._endings.close)
         stack.push_async_callback(role._marks.close)
+        stack.push_async_callback(role._uniqueness.close)
         return role
 
     def __init__(
@@ -107,6 +109,7 @@ class GatewayRole:
         revocations = Revocations(bank, keyring, config.state)
         lock_out = LockOut(revocations, bank, charon, endings, self._writer, config.address)
         self._marks = MovedMarks(bank)
+        self._uniqueness = Uniqueness(charon, living)
         self._authentication = AuthenticationEnd(charon, self._metrics)
         self._elsewhere = SessionElsewhere(charon, bank, self._metrics)
         self._publisher = Publisher(
@@ -227,6 +230,7 @@ class GatewayRole:
     def _resumed(self, sa: IkeSa, old: Stub) -> None:
         """A session went on here as `sa`."""
         self._publisher.resumed(sa, old)
+        self._uniqueness.resumed(sa)
         self._authentication.watch(sa)
 
     def gone(self, sa: IkeSa) -> None:
