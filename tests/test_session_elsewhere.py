@@ -112,6 +112,16 @@ def test_a_session_that_comes_back_to_its_gateway_leaves_one_ike_sa_there(topolo
     wait_until(lambda: topology.bank.stubs() == [stub_key(topology.gw1.address, now[1])], "the one stub")
 
 
+def test_a_client_that_falls_back_at_another_gateway_leaves_none_at_the_first(topology: Topology) -> None:
+    before = connect(topology)
+    # what somebody spoilt does not open
+    topology.bank.cli("HSET", stub_key(topology.gw1.address, before["responder-spi"]), "sealed", "spoilt")
+    assert resume(topology, "--to", topology.gw2.address)["result"] == "fallback"
+    wait_until(lambda: not topology.gw1.charon.sas(), "the end of the old IKE_SA")
+    assert the_sa(topology.client)["remote-host"] == topology.gw2.address
+    assert topology.client.ping(SITE) == 3
+
+
 def test_whoever_writes_to_the_bank_without_its_key_ends_no_session(topology: Topology) -> None:
     connect(topology)
     before = the_sa(topology.gw1)

@@ -176,10 +176,10 @@ class Switchover:
         with self._sessions.expecting(session, gateway.connection):
             up = await self._initiate(gateway.connection, names)
             new = await self._noticed(session, gateway.connection, old)
-        if old is not None and old.connection != gateway.connection:
-            await self._drop(old)
         # without a new IKE_SA, that of another session has the CHILD_SAs
         self._sessions.moved(session, new)
+        if old is not None and old.connection != gateway.connection:
+            await self._leave(old)
         return up
 
     async def _noticed(self, session: Session, connection: str, old: IkeSa | None) -> IkeSa | None:
@@ -257,6 +257,12 @@ class Switchover:
             await self._charon.installer.delete([sa.id])
             await self._charon.channel.drained()
         self._sessions.dropped(sa)
+
+    async def _leave(self, sa: IkeSa) -> None:
+        """End an SA in whose place another gateway set up one: its own may live, and no mark in the bank tells it."""
+        if sa.id.spis in self._charon.tracker.sas:
+            with self._sessions.owning(sa.id.spis):
+                await self._charon.end_surely(sa)
 
     async def _end(self, info: SaInfo) -> None:
         """End an IKE_SA that this sidecar made, or does not want."""
