@@ -225,7 +225,10 @@ class Switchover:
             local_vips=old.local_vips,
             established=int(self._wall()),
             expires=old.expires,
-            authenticated_until=int(self._wall()) + answer.auth_lifetime if answer.auth_lifetime is not None else 0,
+            # a gateway of release 0.1 says nothing of it
+            authenticated_until=int(self._wall()) + answer.auth_lifetime
+            if answer.auth_lifetime is not None
+            else old.authenticated_until,
             authentication_inherited=True,
         )
 
