@@ -17,7 +17,7 @@ PACKAGES := \
 	build-essential python3-dev python3-venv libnetfilter-queue-dev \
 	charon-systemd strongswan-swanctl strongswan-pki \
 	libcharon-extra-plugins libcharon-extauth-plugins libstrongswan-extra-plugins libstrongswan-standard-plugins \
-	redis-server redis-tools \
+	redis-server redis-tools freeradius \
 	bird2 frr \
 	iproute2 iputils-ping iptables nftables procps kmod tshark \
 	prometheus faketime mandoc zsh fish

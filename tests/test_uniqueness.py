@@ -87,7 +87,7 @@ def test_keep_refuses_the_new_session_of_the_peer(topology: Topology, lab_hosts:
     with pytest.raises(LabError, match="AUTH_FAILED"):
         topology.connect("home-gw2")
     connect(topology)
-    refused = 'refusals_total{reason="not-unique"}'
+    refused = "refusals_total[not-unique]"
     before = counter(topology, "gw2", refused)
     assert resume(topology, "--to", topology.gw2.address)["result"] == "failed"
     assert counter(topology, "gw2", refused) > before
