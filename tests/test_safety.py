@@ -187,6 +187,31 @@ def test_a_replay_after_confirmation_finds_no_stub(topology: Topology) -> None:
     assert the_sa(topology.gw2)["uniqueid"] == after["uniqueid"]
 
 
+def test_a_replay_finds_no_stub_where_its_session_went_on_though_the_bank_has_it_again(topology: Topology) -> None:
+    """A bank that was started from an older file; and the gateway's sidecar was restarted since."""
+    connect(topology)
+    message = request(the_stub(topology))
+    [key] = topology.bank.stubs()
+    topology.bank.cli("COPY", key, "kept")
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"
+    after = the_sa(topology.gw2)
+    wait_until(lambda: key not in topology.bank.stubs(), "the end of the old stub")
+    # on disk within a second
+    time.sleep(2.0)
+    gateway = topology.gateways["gw2"]
+    gateway.kill()
+    topology.bank.cli("DEL", re.sub(r"^ike:stub:(\{.*\}):.*$", r"ike:gone:\1", key))
+    topology.bank.cli("RENAME", "kept", key)
+    gateway.start()
+    answers = [parse_response(answer, message) for answer in send(topology, message, port=4502)]
+    assert answers
+    assert all(isinstance(answer, OrdinaryResponse) for answer in answers)
+    assert the_sa(topology.gw2)["uniqueid"] == after["uniqueid"]
+    assert topology.client.ping(SITE) == 3
+    wait_until(lambda: key not in topology.bank.stubs(), "the end of the stub that came back", 60.0)
+
+
 @pytest.mark.parametrize("where", ["cut", "second-sync", "length", "version"])
 def test_a_malformed_request_goes_to_charon_untouched_and_is_counted(topology: Topology, where: str) -> None:
     connect(topology)
