@@ -4,6 +4,7 @@ one line, and what other nodes have is served."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import time
@@ -69,8 +70,17 @@ class Sidecar:
         await until(lambda: self.heartbeat.bank_writable and self.hears)
         async with asyncio.timeout(PATIENCE):
             await self.writer.flush()
-            assert await self.bank.get([stub.index]) == [stub]
+            await self.gives(stub)
         assert self.failed == []
+
+    async def gives(self, stub: Stub) -> None:
+        """Wait until a look-up gives the stub: a node that has just come back may say for a moment that the Cluster is
+        down."""
+        while True:
+            with contextlib.suppress(BankUnavailable):
+                if await self.bank.get([stub.index]) == [stub]:
+                    return
+            await asyncio.sleep(0.1)
 
     async def close(self) -> None:
         await self.keyspace.close()
@@ -114,7 +124,8 @@ async def test_a_cluster_may_be_away_and_come_back(
     for node in nodes.values():
         back(node)
     await it.is_well()
-    assert await it.bank.get([stub.index]) == [stub]
+    async with asyncio.timeout(PATIENCE):
+        await it.gives(stub)
     await it.close()
 
 
