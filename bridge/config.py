@@ -35,6 +35,9 @@ class HaConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """charon's end, charon.plugins.ha.local"""
     segments: Annotated[int, Meta(ge=1, le=16)] = 16
     """as charon.plugins.ha.segment_count"""
+    placeholders: Annotated[int, Meta(ge=0)] = 20_000
+    """addresses of charon's HA pools in use at other gateways that charon is kept from giving out, at most; 13 KB of
+    charon's memory each"""
     receive_buffer: Annotated[int, Meta(ge=65536)] = 16 * 1024 * 1024
     """octets asked of the kernel for charon's datagrams"""
     rules: Literal["auto", "nftables", "iptables", "external"] = "auto"
@@ -85,6 +88,14 @@ class FailoverConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """announcements a second at most"""
 
 
+ChildrenInExchange = Literal["auto", "always", "never"]
+
+
+def children_policy(in_exchange: ChildrenInExchange, at_once: bool | None) -> ChildrenInExchange:
+    """What the option says, or its old name where that is there."""
+    return in_exchange if at_once is None else "always" if at_once else "never"
+
+
 class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     proof: Literal["required", "optional"] = "required"
     """optional also serves plain requests of the draft, which prove nothing"""
@@ -106,8 +117,11 @@ class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """of one source; from half of it on, this source must show cookies"""
     lifetime: Annotated[int, Meta(ge=60)] | None = None
     """seconds a stub lives at most; none: as long as its IKE_SA"""
-    children_at_once: bool = True
-    """whether CHILD_SAs without PFS come up in the round trip of their IKE_SA"""
+    children_in_exchange: ChildrenInExchange = "auto"
+    """whether CHILD_SAs without PFS come up in the round trip of their IKE_SA, where charon raises no events of them;
+    auto: not those with an updown script"""
+    children_at_once: bool | None = None
+    """the old name: true is always, false is never"""
     duplicate_address: Literal["end-newer", "report"] = "end-newer"
     """a handshake was given a virtual IP that another peer's session has: the newer session is ended, three times an
     hour for one peer at most, or it is only reported"""
@@ -120,6 +134,15 @@ class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     tell_gateways: bool = True
     """whether clients are told the addresses of the other gateways of the bank, at most 16, so that they can resume
     there without configuration"""
+
+
+class NetworkConfig(Struct, forbid_unknown_fields=True, frozen=True):
+    """How what is sent to a client finds the gateway that has its session: docs/network.md."""
+
+    return_path: Literal["routed", "announced", "external"] | None = None
+    """routed: a routing daemon exports charon's table 220; announced: the sidecar announces virtual IPs of directly
+    connected networks by ARP and neighbour discovery; external: other means. None: as announced, and `check` warns
+    where it finds neither way"""
 
 
 class InterceptConfig(Struct, forbid_unknown_fields=True, frozen=True):
@@ -157,6 +180,7 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     bank: BankConfig = field(default_factory=BankConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     failover: FailoverConfig = field(default_factory=FailoverConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     drain: DrainConfig = field(default_factory=DrainConfig)
     intercept: InterceptConfig = field(default_factory=InterceptConfig)
     state: str | None = "/var/lib/ike-sa-sync"
@@ -197,8 +221,11 @@ class ResumeConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """how long to listen on for a proven answer after an ordinary one"""
     initiate_timeout: Seconds = 30.0
     """how long charon has to bring up an SA or a CHILD_SA"""
-    children_at_once: bool = True
-    """whether to ask for CHILD_SAs without PFS in the round trip of their IKE_SA"""
+    children_in_exchange: ChildrenInExchange = "auto"
+    """whether to ask for CHILD_SAs without PFS in the round trip of their IKE_SA; auto: not for those that have an
+    updown script here"""
+    children_at_once: bool | None = None
+    """the old name: true is always, false is never"""
     forward_secrecy: bool | Literal["preferred"] = False
     """whether to ask for a Diffie-Hellman exchange in the round trip; an answer without it is accepted with preferred
     only"""

@@ -29,7 +29,7 @@ Finding = dict[str, Any]
 @pytest.fixture(scope="module")
 def topology() -> Iterator[Topology]:
     with Lab() as lab:
-        yield standard(lab)
+        yield standard(lab, ha_pools=True)
 
 
 def sidecar_of(host: Host) -> Sidecar:
@@ -201,6 +201,34 @@ def test_pools_that_overlap_between_gateways(topology: Topology) -> None:
         finding = the(check(topology.gw1), "pools")
     assert "pool other (10.20.2.128-" in finding["finding"]
     assert f"of {topology.gw2.address}" in finding["finding"]
+
+
+@pytest.mark.lab
+def test_a_pool_in_charons_memory_which_forgets_at_a_restart(topology: Topology) -> None:
+    with configured(topology.gw1, {"pools.other.addrs": "10.20.9.0/24"}):
+        finding = the(check(topology.gw1), "pools in memory", "warn")
+    assert "pool other (10.20.9.0-" in finding["finding"]
+    assert "charon.plugins.ha.pools.other" in finding["mend"]
+    # charon asks its memory first
+    with configured(topology.gw1, {"pools.clients.addrs": "10.20.9.0/24"}):
+        assert "take pools.clients out" in the(check(topology.gw1), "pools in memory")["mend"]
+
+
+@pytest.mark.lab
+def test_a_pool_without_a_way_back(topology: Topology) -> None:
+    [bird] = [router for router in topology.routers if router.host is topology.gw1]
+    bird.stop()
+    try:
+        finding = the(check(topology.gw1), "return path", "warn")
+        assert "clients (10.20.1.1-" in finding["finding"]
+        sidecar = sidecar_of(topology.gw1)
+        acknowledged = sidecar.config | {"network": {"return_path": "external"}}
+        topology.gw1.write("/etc/ike-sa-sync/acknowledged.yaml", json.dumps(acknowledged))
+        command = [*program(), "check", "-c", "/etc/ike-sa-sync/acknowledged.yaml", "--json"]
+        found = json.loads(topology.gw1.run(*command, check=False).stdout)
+        assert [row["grade"] for row in found if row["check"] == "return path"] == ["ok"]
+    finally:
+        bird.start()
 
 
 @pytest.mark.lab

@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import structlog
 
 from bridge.charon.ha_channel import ChannelError, HaChannel
-from bridge.charon.ha_commands import Install
+from bridge.charon.ha_commands import Install, vips_message
+from bridge.charon.ha_message import IkeId
 from bridge.charon.ha_rules import HaRules
 from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.installer import Installer
+from bridge.charon.placeholders import NO_ADDRESS, Placeholders
 from bridge.charon.reconcile import Reconciler, Recover, no_recovery
 from bridge.charon.releases import crashes_on_activation, version_for
 from bridge.charon.sa_tracker import Listener, Listeners, SaTracker
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
 from bridge.charon.vici_watch import ViciWatch
-from bridge.config import HaConfig
+from bridge.config import ChildrenInExchange, HaConfig
 from bridge.service.tasks import end, spawn
 from bridge.stub.child_sa import SpiChoice
 
@@ -48,12 +50,15 @@ class Charon:
         self.spis = SpiChoice(self.tracker.child_spis)
         self.release = ""
         self.ha_rules = HaRules(ha)
+        self.placeholders = Placeholders(self.channel, ha.segments)
+        self.tracker.ignored = self.placeholders.spis
         self._reconciler = Reconciler(
             self.tracker,
             self.channel,
             self.landing,
             self.installer,
             self.vici,
+            self.placeholders,
             Path(swanctl) if swanctl is not None else None,
         )
         self.tracker.on_own_request = self._reconciler.own_request
@@ -106,13 +111,16 @@ class Charon:
         one."""
         await self._reconciler.know_connections(needed)
 
-    def takes_at_once(self, connection: str, child: str) -> bool:
-        """Whether a CHILD_SA can come up in the round trip of its IKE_SA here: configured, and without a key exchange
-        of its own (PFS), as far as swanctl.conf tells."""
+    def takes_at_once(self, connection: str, child: str, policy: ChildrenInExchange) -> bool:
+        """Whether a CHILD_SA comes up in the round trip of its IKE_SA here: configured, and without a key exchange of
+        its own (PFS); with `policy` auto only without an updown script, which charon calls for exchanges alone. All
+        as far as swanctl.conf tells."""
         found = self.tracker.connections.get(connection)
         return (
             found is not None
             and any(configured.name == child for configured in found.children)
+            and policy != "never"
+            and not (policy == "auto" and self._reconciler.with_script(connection, child))
             and not self._reconciler.with_key_exchange(connection, child)
             and (connection, child) not in self._not_taken
         )
@@ -209,6 +217,32 @@ class Charon:
     def request(self, spi_i: bytes, address: str) -> None:
         """An IKE_SA_INIT request goes on to charon, which may begin a handshake."""
         self.tracker.half_open.request(spi_i, address, time.monotonic())
+
+    async def remove(self, ike_ids: Sequence[IkeId], *, kept: bool = False) -> None:
+        """Remove SAs in silence, over the HA channel. A virtual IP that another SA or a placeholder has too stays
+        reserved; with `kept` all stay. Raises ChannelError."""
+        shared = [ike_id for ike_id in ike_ids if kept or self._shares_address(ike_id)]
+        if self.channel.version is not None and shared:
+            version = self.channel.version
+            await self.channel.send([vips_message(version, ike_id, (NO_ADDRESS,)) for ike_id in shared])
+        await self.installer.delete(ike_ids)
+
+    def _shares_address(self, ike_id: IkeId) -> bool:
+        addresses = self.tracker.virtual_ips.of(ike_id.spis)
+        others = self.tracker.virtual_ips.holders(addresses) - {ike_id.spis}
+        return bool(others) or any(address in self.placeholders for address in addresses)
+
+    async def reserve_again(self, addresses: Sequence[str]) -> None:
+        """Have charon's HA pools reserve addresses again that an SA released while another one has them. Raises
+        ChannelError."""
+        await self.placeholders.reserve_again(addresses)
+        version = self.channel.version
+        for address in addresses:
+            for spis in self.tracker.virtual_ips.holders([address]):
+                sa = self.tracker.sas.get(spis)
+                # the successor of a rekeyed SA has inherited the address, which was not released
+                if sa is not None and sa.adopted and version is not None:
+                    await self.channel.send([vips_message(version, sa.id, sa.remote_vips)])
 
     def reconcile_soon(self) -> None:
         """Compare with VICI's list as soon as the pace allows."""

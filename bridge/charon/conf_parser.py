@@ -158,6 +158,19 @@ class ChildProposals:
                     found[name, child] = groups[0]
         return found
 
+    def with_scripts(self, connections: Iterable[str]) -> set[tuple[str, str]]:
+        """Children with an updown script, by (connection, child)."""
+        found = set()
+        for name in connections:
+            if self.in_ipsec_conf(name):
+                if self._ipsec.get(name, "leftupdown"):
+                    found.add((name, name))
+                continue
+            for child in self._settings.names(f"connections.{name}.children"):
+                if self.option(name, child, "updown"):
+                    found.add((name, child))
+        return found
+
     def option(self, connection: str, child: str | None, key: str) -> str | None:
         """An option of a connection, or of a child of it, in swanctl.conf."""
         base = f"connections.{connection}" + (f".children.{child}" if child is not None else "")

@@ -167,6 +167,13 @@ def address_message(version: int, ike_id: IkeId, remote: Endpoint) -> bytes:
     return encode(version, MessageType.IKE_UPDATE, [(Attr.IKE_ID, ike_id), (Attr.REMOTE_ADDR, remote)])
 
 
+def vips_message(version: int, ike_id: IkeId, addresses: tuple[str, ...]) -> bytes:
+    """IKE_UPDATE that gives the SA these virtual IPs in the place of those it has; charon applies it in any state. An
+    HA pool reserves them, and does not release the others."""
+    vips = [(Attr.REMOTE_VIP, Endpoint(address, 0)) for address in addresses]
+    return encode(version, MessageType.IKE_UPDATE, [(Attr.IKE_ID, ike_id), *vips])
+
+
 def child_message(version: int, ike_id: IkeId, new: NewChild) -> bytes:
     """CHILD_ADD: charon derives its keys from SK_d and the nonces (RFC 7296 section 2.17) and installs it."""
     child = new.child

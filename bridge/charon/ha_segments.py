@@ -64,6 +64,39 @@ def landing_addresses(count: int = MAX_SEGMENTS) -> dict[int, str]:
     return found
 
 
+@lru_cache(maxsize=8)
+def _second_addresses(count: int) -> dict[int, str]:
+    """For each segment an address of 198.18.0.0/15 that is in it, other than that of `landing_addresses`."""
+    first = set(landing_addresses(count).values())
+    found: dict[int, str] = {}
+    for offset in range(1, 1 << 17):
+        address = str(IPv4Address(_LANDING_NETWORK + offset))
+        if address not in first:
+            found.setdefault(segment_of.__wrapped__(address, count), address)
+        if len(found) == count:
+            break
+    return found
+
+
+SEGMENTS_MIN = 2
+"""that placeholders need: one segment is never activated again"""
+
+
+def keeping_segment(count: int = MAX_SEGMENTS) -> int:
+    """The segment of SAs that are never activated (bridge.charon.placeholders)."""
+    return count
+
+
+def keeping_address(count: int = MAX_SEGMENTS) -> str:
+    """Their address."""
+    return _second_addresses(count)[keeping_segment(count)]
+
+
+def waiting_address(count: int = MAX_SEGMENTS) -> str:
+    """Where they are until their segment is active: in another one."""
+    return _second_addresses(count)[max(count - 1, 1)]
+
+
 class SegmentChooser:
     """Chooses the segment to activate the next batch of rebuilt SAs in.
 
@@ -83,6 +116,8 @@ class SegmentChooser:
         self._rests_until = [float("-inf")] * (count + 1)
         self._due = float("-inf")
         self._in_use: int | None = None
+        self.spared: int | None = None
+        """a segment that is never to be activated again"""
         self.established: Counter[int] = Counter()
         """Established SAs by segment, kept by the one that tracks them."""
 
@@ -105,11 +140,11 @@ class SegmentChooser:
 
     def blocked(self, now: float) -> bool:
         """Whether there is a handshake in progress in each segment."""
-        return len(self._blocked(now)) == self.count
+        return len(self.occupied(now)) == self.count
 
     def wait(self, now: float) -> float:
         """Seconds until the next activation; a segment without established SAs waits for none."""
-        blocked = self._blocked(now)
+        blocked = self.occupied(now)
         free = [number for number in range(1, self.count + 1) if number not in blocked]
         if not free:
             return BLOCKED_SECONDS
@@ -120,21 +155,23 @@ class SegmentChooser:
     def next(self, now: float) -> int:
         """The segment to install in from `now` until the activation."""
         if self._in_use is None:
-            self._in_use = self._best(now, ())
+            self._in_use = self._best(now, () if self.spared is None else (self.spared,))
         return self._in_use
 
     def to_activate(self, now: float) -> int | None:
         """The segment to activate at `now`: that in which the SAs were installed, or another one where a handshake has
         begun there since. None where there is one in each."""
-        blocked = self._blocked(now)
+        blocked = self.occupied(now)
         if self._in_use is None or self._in_use in blocked:
             if len(blocked) == self.count:
                 return None
             self._in_use = self._best(now, blocked)
         return self._in_use
 
-    def _blocked(self, now: float) -> set[int]:
-        blocked = {self.segment_of(address) for address in self._half_open.addresses()}
+    def occupied(self, now: float) -> set[int]:
+        """The segments that are not to be activated now: with a handshake in progress, or spared for ever."""
+        blocked = {self.spared} if self.spared is not None else set()
+        blocked |= {self.segment_of(address) for address in self._half_open.addresses()}
         if self.crashes:
             blocked |= {self.segment_of(address) for address in self._half_open.requested(now)}
         return blocked

@@ -17,6 +17,7 @@ from bridge.charon.ha_message import IkeId
 from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.installer import LOOK_SHARE, Installer
+from bridge.charon.placeholders import Placeholders
 from bridge.charon.sa_tracker import WORD_SECONDS, SaTracker
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.charon.vici_watch import ViciWatch
@@ -70,6 +71,7 @@ class Reconciler:
         segments: SegmentChooser,
         installer: Installer,
         vici: ViciWatch,
+        placeholders: Placeholders,
         swanctl: Path | None = None,
     ) -> None:
         self._swanctl = swanctl
@@ -81,8 +83,11 @@ class Reconciler:
         self._segments = segments
         self._installer = installer
         self._vici = vici
+        self._placeholders = placeholders
         self._pfs: dict[tuple[str, str], str] = {}
         """children with a key exchange of their own, by (connection, child)"""
+        self._scripted: set[tuple[str, str]] = set()
+        """children with an updown script"""
         self._inode: int | None = None
         self._asked: set[bytes] = set()
         self._strays: set[bytes] = set()
@@ -129,6 +134,10 @@ class Reconciler:
         """Whether a CHILD_SA has a key exchange of its own (PFS), as far as swanctl.conf tells."""
         return (connection, child) in self._pfs
 
+    def with_script(self, connection: str, child: str) -> bool:
+        """Whether a CHILD_SA has an updown script, as far as swanctl.conf tells."""
+        return (connection, child) in self._scripted
+
     def connected(self, inode: int | None) -> None:
         """charon answers on VICI; `inode` is its end of the HA channel, if it has one."""
         if inode is not None and self._inode not in (None, inode):
@@ -136,6 +145,7 @@ class Reconciler:
             log.warning("charon-restarted", sas_lost=sum(1 for _ in self._tracker.established()))
             self._tracker.forget_all()
             self._tracker.connections = {}
+            self._placeholders.reset()
             self._asked.clear()
         self._inode = inode if inode is not None else self._inode
         self._due.set()
@@ -238,7 +248,9 @@ class Reconciler:
         began = time.monotonic()
         self._unknown = False
         self._tracker.connections = await self._vici.list_connections()
-        self._pfs = await asyncio.to_thread(self._with_pfs, list(self._tracker.connections))
+        names = list(self._tracker.connections)
+        self._pfs = await asyncio.to_thread(self._with_pfs, names)
+        self._scripted = await asyncio.to_thread(self._with_scripts, names)
         now = time.monotonic()
         self._connections_from = began
         self._connections_next = now + max(LEAST_CONNECTIONS_SECONDS, LOOK_SHARE * (now - began))
@@ -262,6 +274,9 @@ class Reconciler:
     def _with_pfs(self, connections: list[str]) -> dict[tuple[str, str], str]:
         return ChildProposals(self._swanctl).with_pfs(connections)
 
+    def _with_scripts(self, connections: list[str]) -> set[tuple[str, str]]:
+        return ChildProposals(self._swanctl).with_scripts(connections)
+
     def _known(self, spis: bytes) -> bool:
         sa = self._tracker.sas.get(spis)
         return sa is not None and sa.up
@@ -275,6 +290,7 @@ class Reconciler:
         connecting: dict[bytes, str] = {}
 
         def take(infos: list[SaInfo]) -> None:
+            infos = [info for info in infos if not self._placeholders.claims(info)]
             left_over = [info for info in infos if self._is_stray(info)]
             if left_over:
                 strays.update((info.spis, info) for info in left_over)
@@ -293,6 +309,7 @@ class Reconciler:
             # another charon's list: nothing of it says that the SAs of the first one ended in order
             raise ViciError("charon was restarted while it was asked, or has no ha plugin")
         self._segments.established = established
+        self._placeholders.listed(since)
         self._tracker.half_open.listed(connecting, since)
         missing = comparison.end()
         await self._remove_strays(strays)

@@ -100,6 +100,8 @@ class SaTracker:
         self._granted: dict[bytes, float | None] = {}
         """rebuilt SAs with CHILD_SAs that VICI has not listed yet, and since when they are confirmed"""
         self.recall = SaRecovery()
+        self.ignored: Set[bytes] = frozenset()
+        """SAs, by both SPIs, that are no sessions"""
         self.on_deleting: Callable[[IkeSa], None] = lambda _: None
         """called for an SA that VICI lists as DELETING: one of the sides ended it, and charon waits for an answer"""
         self.on_own_request: Callable[[], None] = lambda: None
@@ -121,7 +123,7 @@ class SaTracker:
         """Take in one message of charon. One that is not `genuine` may be from another process: it ends nothing, and
         confirms no keys."""
         ike_id: IkeId | None = message.first(Attr.IKE_ID)
-        if ike_id is None:
+        if ike_id is None or ike_id.spis in self.ignored:
             return
         match message.type:
             case MessageType.IKE_ADD:

@@ -35,6 +35,10 @@ class VirtualIps:
         if addresses:
             self._seen[spis] = now
 
+    def of(self, spis: bytes) -> tuple[str, ...]:
+        """The addresses of an SA."""
+        return self._of.get(spis, ())
+
     def drop(self, spis: bytes) -> None:
         """The SA has ended."""
         self._seen.pop(spis, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bridge.charon.vpns import vpns_of
 from bridge.check import bank, charon, connections, host
 from bridge.check.finding import Finding, Grade
+from bridge.check.return_path import return_path
 from bridge.config import ClientConfig, GatewayConfig
 
 __all__ = ["Finding", "Grade", "run_checks"]
@@ -25,6 +26,8 @@ async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
             findings += connections.without_pfs(running, list(running.connections))
         findings += host.queue(config, pid) + await host.match(config) + host.key_file(config)
         findings += await bank.bank(config, running)
+        if running is not None:
+            findings += return_path(config, await bank.own_pools(config))
     elif running is not None:
         loaded = running.connections
         for vpn in vpns_of(config, lambda: loaded):

@@ -18,6 +18,8 @@ from bridge.bank.redis_bank import RedisBank
 from bridge.bank.redis_url import FAILURES, Client, connect
 from bridge.bank.seal_volume import SEALS_ASK, SEALS_MAX
 from bridge.bank.seal_volume import decode as decode_seals
+from bridge.charon.ha_segments import SEGMENTS_MIN
+from bridge.charon.placeholders import HaPool, ha_pools
 from bridge.charon.vici_client import ViciClient
 from bridge.charon.vici_types import ViciError
 from bridge.check.charon import CharonAnswer
@@ -160,7 +162,10 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
     if charon is not None:
         mine = {name: [child.name for child in info.children] for name, info in charon.connections.items()}
         findings += _connections(mine, others)
-        findings += _pools(await _own_pools(config), others)
+        in_memory = await _pools_in_memory(config)
+        ha = await asyncio.to_thread(ha_pools)
+        findings += _pools([*in_memory, *(pool.range for pool in ha)], others)
+        findings += _in_memory(in_memory, ha, config)
     return findings or [ok("other gateways", f"fits {', '.join(others)}: connections, children, pools")]
 
 
@@ -259,9 +264,40 @@ def _pools(mine: list[Pool], others: dict[str, Facts]) -> list[Finding]:
     ]
 
 
-async def _own_pools(config: GatewayConfig) -> list[Pool]:
+def _in_memory(pools: list[Pool], ha: list[HaPool], config: GatewayConfig) -> list[Finding]:
+    """What becomes of addresses after a restart of charon."""
+    findings = []
+    names = {pool.name for pool in ha}
+    for pool in pools:
+        if pool.name in names:
+            text = f"pool {pool.name} is an HA pool and one in charon's memory ({pool.text}), which charon asks first"
+            findings.append(fail("pools in memory", text, f"take pools.{pool.name} out of swanctl.conf"))
+        elif pool.size > 1:
+            findings.append(
+                warn(
+                    "pools in memory",
+                    f"pool {pool.name} ({pool.text}) is kept in charon's memory: after a restart charon gives out "
+                    "addresses that sessions at other gateways have",
+                    f"use an HA pool: charon.plugins.ha.pools.{pool.name} in strongswan.conf, and no "
+                    f"pools.{pool.name} in swanctl.conf (docs/network.md)",
+                )
+            )
+    if ha and config.ha.segments < SEGMENTS_MIN:
+        findings.append(
+            fail("pools", "with one segment HA pools give out addresses that are in use", "set ha.segments to 16")
+        )
+    return findings
+
+
+async def _pools_in_memory(config: GatewayConfig) -> list[Pool]:
     vici = ViciClient(config.vici)
     try:
         return await vici.pools()
     except ViciError:
         return []
+
+
+async def own_pools(config: GatewayConfig) -> list[Pool]:
+    """All pools of this gateway: those in charon's memory, and the HA pools."""
+    ha = await asyncio.to_thread(ha_pools)
+    return [*await _pools_in_memory(config), *(pool.range for pool in ha)]

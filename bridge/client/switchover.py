@@ -19,7 +19,7 @@ from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.charon.vpns import Vpn
 from bridge.client.sessions import Session, Sessions
 from bridge.client.sync_request import Answer, Target
-from bridge.config import ResumeConfig
+from bridge.config import ResumeConfig, children_policy
 from bridge.ike import key_confirmation
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import Resumption
@@ -56,7 +56,7 @@ class Switchover:
         self._charon = charon
         self._sessions = sessions
         self._patience = config.initiate_timeout
-        self._children_at_once = config.children_at_once
+        self._children = children_policy(config.children_in_exchange, config.children_at_once)
         self._random = random
         self._clock = clock
         self._wall = wall
@@ -64,14 +64,16 @@ class Switchover:
     def offer(self, sa: IkeSa, gateway: Target, local: Endpoint) -> Offer:
         """The CHILD_SAs of an SA to ask a gateway for at once, from `local`: none where the exchange that then has to
         confirm them cannot be made."""
-        if not self._children_at_once or not key_confirmation.possible(sa.suite):
+        if self._children == "never" or not key_confirmation.possible(sa.suite):
             return NOTHING
         assert sa.local is not None
         assert sa.remote is not None
         moved = {sa.local.address, sa.remote.address} - {local.address, gateway.address}
         return offer(
             sa.children,
-            lambda child: self._charon.takes_at_once(gateway.connection, child.name) and stays(child, moved),
+            lambda child: (
+                self._charon.takes_at_once(gateway.connection, child.name, self._children) and stays(child, moved)
+            ),
             self._charon.spis.next,
         )
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
@@ -18,6 +19,7 @@ from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.prefetch import Prefetch
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.placeholders import ha_pools
 from bridge.charon.vici_client import START_SECONDS
 from bridge.charon.vici_types import ViciError
 from bridge.config import GatewayConfig
@@ -89,8 +91,9 @@ class BankReconciler:
         self._compare_now = asyncio.Event()
         self._fetch_heard = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        # of what ends, only what may be of an SA here
-        gone = bank_keys.gone_pattern(config.address)
+        self.on_ending: Callable[[str], None] = lambda _: None
+        """called with the tag of a bucket of any gateway in which a session ended"""
+        gone = bank_keys.gone_pattern(None)
         moved = map(bank_keys.moved_pattern, self._addresses)
         patterns = (f"{HEARTBEAT}*", f"{FETCH}*", REVOKED_STAMP, gone, *moved)
         self._keyspace = Keyspace(url, patterns, self._event, self._heard)
@@ -153,7 +156,10 @@ class BankReconciler:
     def _gone(self, event: Event) -> None:
         """Something ended in a bucket of some gateway's."""
         named = bank_keys.read_tagged(event.key)
-        if event.event == "zadd" and named is not None and self._address in (None, named[0]):
+        if event.event != "zadd" or named is None:
+            return
+        self.on_ending(bank_keys.tag(*named))
+        if self._address in (None, named[0]):
             self._gone_changed.add(bytes.fromhex(named[1]))
             self._gone_news.set()
 
@@ -359,7 +365,8 @@ class BankReconciler:
             }
             if self._address is not None and (connections != posted or time.monotonic() >= due):
                 try:
-                    facts = gateway_facts.Facts(connections, await self._charon.vici.pools())
+                    pools = await self._charon.vici.pools() + [pool.range for pool in await asyncio.to_thread(ha_pools)]
+                    facts = gateway_facts.Facts(connections, pools)
                     text = gateway_facts.encode(facts)
                     await self._bank.post(bank_keys.FACTS_KIND, self._address, text, gateway_facts.TTL)
                 except (BankUnavailable, ViciError):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -26,6 +26,7 @@ from bridge.charon.vici_types import ViciError
 from bridge.config import SyncConfig
 from bridge.gateway.address_book import AddressBook, Holder
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.stub.stub import Index
 from bridge.stub.types import Identity
 
 log = structlog.get_logger()
@@ -38,6 +39,10 @@ ENDS_OF_ONE_PEER: Final = 3
 """how often one peer's session is ended in ENDS_SECONDS: an in-memory pool gives it the same address again"""
 ENDS_SECONDS: Final = 3600.0
 PENDING_MAX: Final = 100_000
+
+
+async def _nothing(_: IkeSa, __: Index) -> None:
+    """Nothing is to be done before a session is ended."""
 
 
 class Duplicates:
@@ -53,6 +58,8 @@ class Duplicates:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.before_end: Callable[[IkeSa, Index], Awaitable[None]] = _nothing
+        """called with a session and the one elsewhere that has its address, before the session is ended"""
         self.found: dict[bytes, Holder] = {}
         """sessions here, by both SPIs, that share an address with one elsewhere, which is the value"""
         self._charon = charon
@@ -149,6 +156,7 @@ class Duplicates:
         if not ends:
             return
         try:
+            await self.before_end(sa, holder.stub.index)
             await self._end(sa)
         except ViciError as error:
             log.warning("duplicate-not-ended", reason=str(error))

@@ -12,7 +12,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa, new_conditions
-from bridge.config import SyncConfig
+from bridge.config import SyncConfig, children_policy
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
@@ -78,6 +78,7 @@ class Decision:
         self._admission = admission
         self._holders = holders
         self._sync = sync
+        self._children = children_policy(sync.children_in_exchange, sync.children_at_once)
         self._random = random
         self._wall = wall
 
@@ -151,7 +152,7 @@ class Decision:
         # with the first that ends. Then they come up by CREATE_CHILD_SA, under keys that a replay has not.
         leftovers = self._holders.beside(stub) - self._unconfirmed.made_from(stub.index)
         alone = (
-            self._sync.children_at_once
+            self._children != "never"
             and not self._living.clashes(stub)
             and not leftovers
             and not self._unconfirmed.attempts(stub.index)
@@ -160,7 +161,9 @@ class Decision:
             stub.children,
             request.sync.children if alone else (),
             request.sync.old_children,
-            lambda child: self._charon.takes_at_once(stub.connection, child.name) and stays(child, moved),
+            lambda child: (
+                self._charon.takes_at_once(stub.connection, child.name, self._children) and stays(child, moved)
+            ),
             self._charon.spis.next,
             request.nonce,
             nonce,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from contextlib import AsyncExitStack
 from functools import partial
@@ -23,6 +25,7 @@ from bridge.charon.vici_types import SaInfo
 from bridge.config import ConfigError, GatewayConfig
 from bridge.gateway import metrics
 from bridge.gateway.address_book import AddressBook
+from bridge.gateway.address_keeper import AddressKeeper
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.authentication_end import AuthenticationEnd
 from bridge.gateway.bank_reconciler import BankReconciler
@@ -38,6 +41,7 @@ from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.responder import Responder
+from bridge.gateway.return_path import ReturnPath
 from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.gateway.stub_lookup import StubLookup
@@ -58,6 +62,10 @@ ANNOUNCED: Final = {
     "announcements_false_alarms": "failures that a client has contradicted: its gateway answered",
 }
 """what is counted of announcements"""
+
+
+ADDRESSES_SECONDS: Final = 5.0
+"""that the start waits for charon to give out addresses: there may be no connection loaded yet"""
 
 
 def load_keyring(key_file: str | Path) -> Keyring:
@@ -155,6 +163,9 @@ class GatewayRole:
             AddressHolders(charon, bank, config.address),
         )
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
+        self._keeper = AddressKeeper(charon, AddressBook(bank), limit=config.ha.placeholders)
+        self._return_path = ReturnPath(enabled=config.network.return_path in (None, "announced"))
+        self._elsewhere.before_end = self._duplicates.before_end = self._keeper.keep
         self._interception = Interception(
             config.intercept, self._responder.packets, self._responder.busy, lambda: self._responder.demanding
         )
@@ -176,6 +187,7 @@ class GatewayRole:
             failover,
             self._metrics,
         )
+        self._reconciler.on_ending = self._keeper.ended
         if self._replicas is not None:
             self._replicas.on_return = self._reconciler.returned
         self._gauges()
@@ -214,10 +226,15 @@ class GatewayRole:
             ("elsewhere", self._elsewhere.run()),
             ("duplicates", self._duplicates.run()),
             ("authentication-end", self._authentication.run()),
+            ("addresses", self._keeper.run()),
         ):
             stack.push_async_callback(end, spawn(name, work))
+        stack.push_async_callback(self._return_path.close)
         stack.push_async_callback(self._interception.close)
         await self._interception.start()
+        # until then no handshake of a client gets an address
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._keeper.settled.wait(), ADDRESSES_SECONDS)
 
     # charon's news (bridge.charon.sa_tracker.Listener)
 
@@ -226,18 +243,23 @@ class GatewayRole:
         self._publisher.publish(sa)
         self._duplicates.changed(sa)
         self._authentication.watch(sa)
+        self._return_path.changed(sa)
 
     def _resumed(self, sa: IkeSa, old: Stub) -> None:
         """A session went on here as `sa`."""
         self._publisher.resumed(sa, old)
         self._uniqueness.resumed(sa)
         self._authentication.watch(sa)
+        self._return_path.changed(sa)
+        spawn("address-taken-over", self._keeper.taken(sa))
 
     def gone(self, sa: IkeSa) -> None:
         """An SA of this gateway ended."""
         self._responder.unconfirmed.gone(sa)
         self._duplicates.gone(sa.id.spis)
         self._authentication.forget(sa)
+        self._keeper.gone(sa)
+        self._return_path.gone(sa.id.spis)
         if sa.up:
             self._publisher.withdraw(sa)
 
@@ -278,6 +300,13 @@ class GatewayRole:
             "clients that sent IKE_SA_SYNC last within a day, as release 0.1 does; seen with intercept.match anywhere",
             lambda: responder.sync_last,
         )
+        gauge("addresses_announced", "virtual IPs announced by ARP and neighbour discovery", self._announced)
+        gauge("placeholders", "addresses in use elsewhere that charon is kept from giving out", self._kept)
+        gauge(
+            "placeholders_missing",
+            "addresses in use elsewhere that charon could give out: beyond ha.placeholders, or of unknown connections",
+            lambda: self._keeper.missing,
+        )
         gauge(
             "duplicate_address_sessions",
             "sessions here with a virtual IP that another peer's session has too",
@@ -301,6 +330,12 @@ class GatewayRole:
 
     async def _counters(self, _: dict[str, Any]) -> Answer:
         return {"counters": self._metrics.values()}
+
+    def _announced(self) -> float:
+        return len(self._return_path)
+
+    def _kept(self) -> float:
+        return len(self._charon.placeholders)
 
     async def _status(self, _: dict[str, Any]) -> Answer:
         return {

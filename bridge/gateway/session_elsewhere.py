@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import structlog
@@ -31,6 +31,10 @@ PACE: Final = 20
 """a look at all SAs that took t seconds is followed by a pause of this many t"""
 
 
+async def _nothing(_: IkeSa, __: Index | None) -> None:
+    """Nothing is to be done before an SA is ended."""
+
+
 class SessionElsewhere:
     """Ends what went on elsewhere; `run` is a task."""
 
@@ -41,6 +45,8 @@ class SessionElsewhere:
         self._bank = bank
         self._metrics = metrics
         self._clock = clock
+        self.before_end: Callable[[IkeSa, Index | None], Awaitable[None]] = _nothing
+        """called with an SA and what its session goes on as, before the SA is ended"""
         self._suspected: set[Index] = set()
         self._ending: set[bytes] = set()
         self._wake = asyncio.Event()
@@ -98,6 +104,7 @@ class SessionElsewhere:
             return
         self._ending.add(spis)
         try:
+            await self.before_end(sa, new)
             await self._charon.end_surely(sa)
         except ChannelError as error:
             # the next comparison finds it again

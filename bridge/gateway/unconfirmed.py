@@ -165,7 +165,7 @@ class Unconfirmed:
         # whatever the old gateway may have written since: the session is here now
         self._writer.submit_delete(index, expires=made.old.expires)
         if others:
-            self._later("drop", self.drop([other.sa.id for other in others]))
+            self._later("drop", self.drop([other.sa.id for other in others], kept=True))
         # the old SA is here too: the client lost its path, not this gateway
         for spis in {made.old.spi_i + made.old.spi_r, *(leftover.spis for leftover in made.leftovers)}:
             if (old := self._charon.tracker.sas.get(spis)) is not None:
@@ -242,7 +242,7 @@ class Unconfirmed:
     async def _remove(self, gone: list[Rebuilt], why: Event) -> None:
         """Raises ChannelError, and then has forgotten none: the next attempt is soon."""
         if gone and self._charon.channel.ready():
-            await self._charon.installer.delete([made.sa.id for made in gone])
+            await self._charon.remove([made.sa.id for made in gone])
         for made in gone:
             self.forget(made, why)
 
@@ -257,9 +257,9 @@ class Unconfirmed:
         except ChannelError as error:
             log.warning("old-sa-not-removed", reason=str(error), **old.id.logged)
 
-    async def drop(self, ike_ids: list[IkeId]) -> None:
-        """Take from charon what a confirmed SA stands for."""
+    async def drop(self, ike_ids: list[IkeId], *, kept: bool = False) -> None:
+        """Take from charon what a confirmed SA stands for; `kept`: which has their addresses."""
         try:
-            await self._charon.installer.delete(ike_ids)
+            await self._charon.remove(ike_ids, kept=kept)
         except ChannelError as error:
             log.warning("old-sa-not-removed", reason=str(error))

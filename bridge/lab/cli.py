@@ -70,7 +70,7 @@ def up(name: str) -> None:
 
     def work() -> None:
         with Lab(name, keep=True) as built:
-            standard(built).connect()
+            standard(built, ha_pools=True).connect()
 
     with working(f"setting lab {name} up: bank, gw1, gw2, server, client"):
         _reporting(work)

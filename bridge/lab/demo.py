@@ -79,7 +79,7 @@ def run(say: Say) -> dict[str, Any]:
     """
     say("lab", "a bank, two gateways with a server behind them, and a client, in namespaces of their own ...")
     with Lab() as lab:
-        topology = standard(lab)
+        topology = standard(lab, ha_pools=True)
         version = topology.gw1.charon.vici().version()["version"].decode()
         where = "in the kernel" if lab.esp is Esp.KERNEL else "in userspace: this kernel has none"
         say("lab", f"bank, gw1, gw2, server and client are up; strongSwan {version}, ESP {where}")

@@ -112,10 +112,16 @@ def bank_key() -> str:
 
 
 def standard(
-    lab: Lab, *, start: bool = True, sidecars: bool = True, releases: Mapping[str, str] | None = None
+    lab: Lab,
+    *,
+    start: bool = True,
+    sidecars: bool = True,
+    ha_pools: bool = False,
+    releases: Mapping[str, str] | None = None,
 ) -> Topology:
     """Build the standard lab, and start it unless told not to. `releases`: hosts that run another Debian release's
-    strongSwan, by name.
+    strongSwan, by name. `ha_pools`: the addresses come from pools of charon's ha plugin, which needs the sidecars, and
+    not from those in charon's memory.
 
     The swanctl.conf of every host is the shipped example; addresses of its own, secrets and shorter times are
     in `/etc/swanctl/conf.d`. Tests change settings through `Host.configure` and `Charon.settings`.
@@ -140,7 +146,10 @@ def standard(
         lab.attach(host, f"10.10.1.{number}/24", f"fd10:10:1::{number}/64", network=INSIDE)
         routers.append(gateway_bird(host, f"10.10.1.{number}"))
         swanctl(host, "gateway", f'ike-clients {{ secret = "{secret}" }}')
-        host.configure(f"pools {{ clients {{ addrs = 10.20.{number}.0/24 }} }}\n", "pool.conf")
+        if ha_pools:
+            host.charon.settings["charon.plugins.ha.pools.clients"] = f"10.20.{number}.0/24"
+        else:
+            host.configure(f"pools {{ clients {{ addrs = 10.20.{number}.0/24 }} }}\n", "pool.conf")
         host.write(BANK_KEY, key, mode=0o600)
         gateways[host.name] = host.sidecar("gateway", gateway_config(host.address, bank.url))
     client = client_host(lab, "client", "192.168.50.10", secret, "fd00:50::10/64", release=releases.get("client"))

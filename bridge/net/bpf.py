@@ -25,6 +25,9 @@ LOAD_X_NUMBER, LOAD_X_IPV4_HEADER = 0x01, 0xB1
 _LOAD_WORD, _LOAD_HALF = 0x40, 0x48
 """at X plus the operand"""
 
+_LOAD_BYTE = 0x30
+"""at the operand"""
+
 _SOURCE_PORT, _DESTINATION_PORT = 0, 2
 """in the UDP header"""
 
@@ -52,6 +55,19 @@ def answers_filter(load_x: Instruction) -> list[Instruction]:
         (_LOAD_HALF, 0, 0, exchange),
         (_AND, 0, 0, 0xFF00 | FLAG_RESPONSE),
         *((_JUMP_EQUAL, last - at, 0 if at < last else 1, answer) for at, answer in enumerate(answers)),
+        _RETURN_ALL,
+        RETURN_NONE,
+    ]
+
+
+def is_solicitation() -> list[Instruction]:
+    """Passes Ethernet frames with a neighbour solicitation (ICMPv6 type 135) without extension headers."""
+    next_header, icmp_type = 14 + 6, 14 + 40
+    return [
+        (_LOAD_BYTE, 0, 0, next_header),
+        (_JUMP_EQUAL, 0, 3, 58),
+        (_LOAD_BYTE, 0, 0, icmp_type),
+        (_JUMP_EQUAL, 0, 1, 135),
         _RETURN_ALL,
         RETURN_NONE,
     ]

@@ -1,0 +1,243 @@
+"""charon's HA pools give out no address that a session of any gateway has: placeholders keep those in use elsewhere.
+
+    charon starts, and gives out no address
+    the sessions with an address of its pools are looked up in the bank, all by one look-up
+    a placeholder is put for each that has no IKE_SA here; then charon gives out addresses
+    every COMPARE_SECONDS, and when a session ends, what changed is put and taken away
+
+The bank's index is a hint that may come late: what slips through, bridge.gateway.duplicates finds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import structlog
+
+from bridge.bank.interface import BankUnavailable
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_message import HaError
+from bridge.charon.ha_segments import SEGMENTS_MIN, keeping_segment
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.placeholders import HaPool, ha_pools
+from bridge.gateway.address_book import AddressBook
+from bridge.service.tasks import spawn
+from bridge.stub.stub import Index, Stub
+
+log = structlog.get_logger()
+
+TICK_SECONDS: Final = 0.1
+"""between two looks whether there is something to do"""
+COMPARE_SECONDS: Final = 30.0
+"""between two comparisons of all placeholders with the bank"""
+BANK_PATIENCE: Final = 10.0
+"""seconds that a charon without addresses waits for the bank: without an address no handshake of a client succeeds"""
+HANDSHAKE_PATIENCE: Final = 5.0
+"""seconds that a segment with a handshake in progress is left inactive, where its activation would only end that"""
+RESERVE_AFTER: Final = (0.0, 0.005, 0.02, 0.1, 0.5)
+"""seconds, each after the one before, after which an address is reserved again that an SA released"""
+
+
+class AddressKeeper:
+    """Keeps one charon's addresses from `run` on. At most `limit` placeholders."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        book: AddressBook,
+        *,
+        limit: int,
+        pools: Callable[[], list[HaPool]] = ha_pools,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pools: list[HaPool] = []
+        self.missing = 0
+        """addresses in use elsewhere that no placeholder keeps: beyond `limit`, or of a connection that is not here"""
+        self.settled = asyncio.Event()
+        """set while charon gives out addresses, or has no HA pool"""
+        self._charon = charon
+        self._book = book
+        self._limit = limit
+        self._read_pools = pools
+        self._clock = clock
+        self._sessions: dict[str, Index] = {}
+        """whose session each placeholder stands for"""
+        self._waits_since: float | None = None
+        self._compare_at = 0.0
+        self._opened_at = 0.0
+        self._released: dict[str, float] = {}
+        """addresses to look at, and when"""
+        if charon.landing.count >= SEGMENTS_MIN and pools():
+            charon.landing.spared = keeping_segment(charon.landing.count)
+
+    # what happens
+
+    def gone(self, sa: IkeSa) -> None:
+        """An SA ended, and released its addresses: others may have them."""
+        now = self._clock()
+        addresses = [address for address in sa.remote_vips if self._ours(address)]
+        self._released.update(dict.fromkeys(addresses, now))
+        if any(address in self._charon.placeholders or self._is_here(address) for address in addresses):
+            spawn("addresses-reserved-again", self._reserve_again(addresses))
+
+    async def _reserve_again(self, addresses: Sequence[str]) -> None:
+        """At once, for the next handshake would get one of them, and a little later: charon tells of the end of an SA
+        before it releases the address."""
+        for seconds in RESERVE_AFTER:
+            await asyncio.sleep(seconds)
+            try:
+                await self._charon.reserve_again(addresses)
+            except ChannelError as error:
+                log.warning("address-not-reserved-again", reason=str(error))
+                return
+
+    async def taken(self, sa: IkeSa) -> None:
+        """A session came here: its SA has what a placeholder kept."""
+        try:
+            await self._charon.placeholders.hand_over(sa.remote_vips)
+        except ChannelError as error:
+            log.warning("placeholder-not-removed", reason=str(error))
+        for address in sa.remote_vips:
+            self._sessions.pop(address, None)
+
+    async def keep(self, sa: IkeSa, other: Index | None = None) -> None:
+        """Before `sa` is ended: its addresses belong to a session elsewhere, that of `other` if it is known."""
+        addresses = [address for address in sa.remote_vips if self._ours(address)]
+        if not addresses or not self._charon.placeholders.opened:
+            return
+        with contextlib.suppress(ChannelError, HaError):
+            await self._charon.placeholders.put(dict.fromkeys(addresses, sa.connection), self._clock())
+        if other is not None:
+            self._sessions.update(dict.fromkeys(addresses, other))
+
+    def ended(self, tag: str) -> None:
+        """Sessions ended in the bank whose indexes have this tag."""
+        now = self._clock()
+        self._released.update({address: now for address, index in self._sessions.items() if index.tag == tag})
+
+    def _ours(self, address: str) -> bool:
+        return any(pool.has(address) for pool in self.pools)
+
+    # what is done
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            try:
+                await self.step()
+            except (BankUnavailable, ChannelError, HaError) as error:
+                log.debug("addresses-not-kept", reason=str(error))
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def step(self) -> None:
+        """Do what is due. Raises BankUnavailable, ChannelError, HaError."""
+        charon = self._charon
+        if not charon.ready() or not charon.tracker.connections or not charon.reconciled.is_set():
+            return
+        if not charon.placeholders.opened:
+            await self._open()
+            return
+        if charon.placeholders.inactive and self.pools:
+            await self._activate()
+        now = self._clock()
+        due = [address for address, when in self._released.items() if when <= now]
+        if due:
+            await self._look_again(due, now)
+        if now >= self._compare_at and self.pools:
+            self._compare_at = now + COMPARE_SECONDS
+            await self._compare(await self._elsewhere(self.pools))
+
+    async def _open(self) -> None:
+        """Have a charon that was started give out addresses."""
+        self.settled.clear()
+        self.pools = await asyncio.to_thread(self._read_pools)
+        if not self.pools:
+            self._charon.placeholders.opened = True
+            self.settled.set()
+            return
+        if self._charon.landing.count >= SEGMENTS_MIN:
+            await self._compare(await self._elsewhere_or_nothing())
+        else:
+            log.error("addresses-given-out-unprotected", reason="charon has one segment", fix="ha.segments: 16")
+        await self._charon.placeholders.open()
+        self._opened_at = self._clock()
+        self._compare_at = self._opened_at + COMPARE_SECONDS
+        await self._activate()
+        self.settled.set()
+        log.info("addresses-given-out", pools=[pool.text for pool in self.pools], kept=len(self._charon.placeholders))
+
+    async def _activate(self) -> None:
+        """Activate segments without a handshake in progress: strongSwan 6 ends those, and 6.0.1 crashes at them."""
+        now, landing = self._clock(), self._charon.landing
+        wait = landing.crashes or now - self._opened_at < HANDSHAKE_PATIENCE
+        occupied = landing.occupied(now) if wait else set()
+        await self._charon.placeholders.activate(set(range(1, landing.count + 1)) - occupied)
+
+    async def _elsewhere_or_nothing(self) -> dict[str, Stub]:
+        """Raises BankUnavailable until charon has waited for long enough."""
+        now = self._clock()
+        if self._waits_since is None:
+            self._waits_since = now
+        try:
+            found = await self._elsewhere(self.pools)
+        except BankUnavailable as error:
+            if now - self._waits_since < BANK_PATIENCE:
+                raise
+            log.error("addresses-given-out-unprotected", reason=str(error), fix="see `ike-sa-sync check`: bank")
+            found = {}
+        self._waits_since = None
+        return found
+
+    async def _elsewhere(self, pools: Sequence[HaPool]) -> dict[str, Stub]:
+        """The sessions with an address of the pools whose SA is not here."""
+        holders = await self._book.holders([(pool.first, pool.last) for pool in pools])
+        return {address: stub for address, stub in holders if self._is_elsewhere(address)}
+
+    def _is_elsewhere(self, address: str) -> bool:
+        return self._ours(address) and not self._is_here(address)
+
+    def _is_here(self, address: str) -> bool:
+        """Whether an SA here has it for good: one that was rebuilt and is not confirmed may be removed again."""
+        tracker = self._charon.tracker
+        holders = [tracker.sas.get(spis) for spis in tracker.virtual_ips.holders([address])]
+        return any(sa is None or sa.up for sa in holders)
+
+    async def _look_again(self, addresses: Sequence[str], now: float) -> None:
+        """Some addresses were released here, or their sessions ended elsewhere."""
+        holders = dict(await self._book.holders([(address, address) for address in addresses]))
+        elsewhere = {address: stub for address, stub in holders.items() if self._is_elsewhere(address)}
+        await self._put(elsewhere)
+        over = [a for a in addresses if a not in holders and a in self._charon.placeholders]
+        await self._release(over)
+        for address in addresses:
+            if self._released[address] <= now:
+                del self._released[address]
+
+    async def _compare(self, elsewhere: dict[str, Stub]) -> None:
+        placeholders = self._charon.placeholders
+        here = [a for a in placeholders.addresses if self._is_here(a)]
+        await placeholders.hand_over(here)
+        await self._release([a for a in placeholders.addresses if a not in elsewhere])
+        await self._put(elsewhere)
+
+    async def _put(self, elsewhere: dict[str, Stub]) -> None:
+        placeholders, connections = self._charon.placeholders, self._charon.tracker.connections
+        wanted = {a: stub for a, stub in elsewhere.items() if stub.connection in connections}
+        new = [address for address in wanted if address not in placeholders]
+        room = max(self._limit - len(placeholders), 0)
+        missing = len(elsewhere) - len(wanted) + max(len(new) - room, 0)
+        if missing and not self.missing:
+            log.error("addresses-not-kept", count=missing, limit=self._limit, fix="raise ha.placeholders")
+        self.missing = missing
+        await placeholders.put({a: wanted[a].connection for a in new[:room]}, self._clock())
+        self._sessions.update((a, stub.index) for a, stub in wanted.items() if a in placeholders)
+
+    async def _release(self, addresses: Sequence[str]) -> None:
+        await self._charon.placeholders.release(addresses)
+        for address in addresses:
+            self._sessions.pop(address, None)

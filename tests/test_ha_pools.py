@@ -1,0 +1,148 @@
+"""charon's HA pools give out no address that a session of any gateway has, with real charons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from bridge.lab import Lab, Topology, standard
+from bridge.lab.daemon import wait_until
+from bridge.lab.host import Host
+from bridge.lab.topology import CHOICES, SERVER, client_config, client_host
+from failover_support import connect, counter, established, fresh, resume, status, the_sa
+
+pytestmark = pytest.mark.lab
+
+POOL = "charon.plugins.ha.pools.clients"
+FIRST = "10.20.1.1"
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    """The standard lab with HA pools of 14 addresses, and a second client, `other`."""
+    with Lab() as lab:
+        built = standard(lab, start=False)
+        built.agent.config["resume_on_down"] = False
+        for number, host in ((1, built.gw1), (2, built.gw2)):
+            host.charon.settings[POOL] = f"10.20.{number}.0/28"
+            (host.etc / "swanctl/conf.d/pool.conf").unlink()
+        other = client_host(lab, "other", "192.168.50.11", built.secret)
+        other.sidecar("client", client_config(CHOICES) | {"resume_on_down": False})
+        built.start()
+        other.sidecars[0].start(wait=False)
+        other.charon.start()
+        other.sidecars[0].wait_ready()
+        yield built
+
+
+@pytest.fixture(autouse=True)
+def _fresh(topology: Topology) -> None:
+    other = topology.lab.hosts["other"]
+    for sa in other.charon.sas():
+        other.swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", check=False)
+    fresh(topology)
+    for name in topology.gateways:
+        wait_until(lambda name=name: given_out(topology, name), "addresses")  # type: ignore[misc]
+        wait_until(lambda name=name: not placeholders(topology, name), "the end of placeholders", 60)  # type: ignore[misc]
+
+
+def given_out(topology: Topology, gateway: str) -> bool:
+    """Whether a gateway's charon gives out addresses."""
+    starts = topology.lab.hosts[gateway].charon.text().count("loaded HA pool")
+    return topology.gateways[gateway].text().count("event=addresses-given-out") >= starts
+
+
+def placeholders(topology: Topology, gateway: str) -> list[str]:
+    """The addresses of the SAs of a gateway's charon that stand for sessions elsewhere."""
+    return [
+        vip
+        for sa in topology.lab.hosts[gateway].charon.sas()
+        if sa["state"] == "PASSIVE" and sa["remote-id"].startswith("address-in-use")
+        for vip in sa["remote-vips"]
+    ]
+
+
+def restart(topology: Topology, host: Host) -> None:
+    """A gateway that died comes back."""
+    before = host.charon.text().count("loaded HA pool")
+    topology.gateways[host.name].start(wait=False)
+    host.charon.start()
+    topology.gateways[host.name].wait_ready()
+    wait_until(lambda: host.charon.text().count("loaded HA pool") > before, "the pool")
+    wait_until(lambda: given_out(topology, host.name), "addresses")
+
+
+def test_a_restarted_gateway_gives_out_no_address_of_a_session_that_is_elsewhere(topology: Topology) -> None:
+    other = topology.lab.hosts["other"]
+    assert connect(topology)["local-vips"] == [FIRST]
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"
+    restart(topology, topology.gw1)
+    assert placeholders(topology, "gw1") == [FIRST]
+    other.charon.initiate("net", "home")
+    assert the_sa(other)["local-vips"] != [FIRST]
+    assert counter(topology, "gw1", "duplicate_addresses_total") == 0
+    # placeholders are no SAs to anything else
+    assert [sa["virtual_ips"] for sa in status(topology, "gw1")["sas"]] == [the_sa(other)["local-vips"]]
+    # and the session can come back
+    done = topology.agent.command("resume", "--json", "--to", topology.gw1.address)
+    assert json.loads(done.stdout)["result"] == "resumed"
+    assert the_sa(topology.client)["local-vips"] == [FIRST]
+    wait_until(lambda: placeholders(topology, "gw1") == [], "the end of the placeholder")
+    assert topology.client.ping(SERVER) == 3
+    # its address is still its own
+    other.swanctl("--terminate", "--ike", "home", "--force")
+    wait_until(lambda: len(established(topology.gw1)) == 1, "the end of the other session")
+    other.charon.initiate("net", "home")
+    assert the_sa(other)["local-vips"] != [FIRST]
+
+
+def test_a_session_that_moved_away_keeps_its_address_at_the_gateway_that_it_left(topology: Topology) -> None:
+    other = topology.lab.hosts["other"]
+    assert connect(topology)["local-vips"] == [FIRST]
+    done = topology.agent.command("resume", "--json", "--to", topology.gw2.address)
+    assert json.loads(done.stdout)["result"] == "resumed"
+    wait_until(lambda: not established(topology.gw1), "the end of the old SA")
+    wait_until(lambda: placeholders(topology, "gw1") == [FIRST], "the placeholder")
+    other.charon.initiate("net", "home")
+    assert the_sa(other)["local-vips"] != [FIRST]
+
+
+def test_an_address_is_free_again_once_its_session_has_ended_elsewhere(topology: Topology) -> None:
+    other = topology.lab.hosts["other"]
+    assert connect(topology)["local-vips"] == [FIRST]
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"
+    restart(topology, topology.gw1)
+    assert placeholders(topology, "gw1") == [FIRST]
+    topology.client.swanctl("--terminate", "--ike-id", the_sa(topology.client)["uniqueid"])
+    wait_until(lambda: placeholders(topology, "gw1") == [], "the end of the placeholder")
+    other.charon.initiate("net", "home")
+    assert the_sa(other)["local-vips"] == [FIRST]
+
+
+def test_a_sidecar_that_was_restarted_knows_the_placeholders_of_the_one_before(topology: Topology) -> None:
+    assert connect(topology)["local-vips"] == [FIRST]
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"
+    restart(topology, topology.gw1)
+    topology.gateways["gw1"].stop()
+    topology.gateways["gw1"].start()
+    wait_until(lambda: counter(topology, "gw1", "placeholders") == 1, "the placeholder")
+    assert placeholders(topology, "gw1") == [FIRST]
+    assert counter(topology, "gw1", "ike_sas") == 0
+
+
+def test_while_many_sessions_come_and_go_the_placeholder_stays_passive(topology: Topology) -> None:
+    other = topology.lab.hosts["other"]
+    assert connect(topology)["local-vips"] == [FIRST]
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"
+    restart(topology, topology.gw1)
+    other.charon.initiate("net", "home-gw2")
+    for gateway in (topology.gw1, topology.gw2) * 9:
+        done = other.sidecars[0].command("resume", "--json", "--to", gateway.address)
+        assert json.loads(done.stdout)["result"] == "resumed"
+        assert FIRST in placeholders(topology, "gw1")

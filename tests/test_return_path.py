@@ -1,0 +1,80 @@
+"""Virtual IPs out of the gateways' own LAN: the sidecar announces them and answers for them, with real charons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bridge.lab import Lab, Topology, standard
+from bridge.lab.daemon import wait_until
+from bridge.lab.topology import SERVER
+from failover_support import counter, established, fresh, resume, the_sa
+
+GATEWAY = """
+pools {{
+    clients {{ addrs = 10.10.1.{first}/27 }}
+    clients6 {{ addrs = fd10:10:1::{first}:0/120 }}
+}}
+connections {{ gw {{
+    pools = clients,clients6
+    children {{ net {{ local_ts = 10.10.0.0/16,fd10:10:1::/64 }} }}
+}} }}
+"""
+CLIENT = """
+connections { home {
+    vips = 0.0.0.0,::
+    children { net { remote_ts = 10.10.0.0/16,fd10:10:1::/64 } }
+} }
+"""
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    """The standard lab without routing daemons; its pools are of the network behind the gateways."""
+    with Lab() as lab:
+        built = standard(lab, start=False)
+        built.agent.config["resume_on_down"] = False
+        built.routers.clear()
+        for host, first in ((built.gw1, 128), (built.gw2, 160)):
+            host.configure(GATEWAY.format(first=first), "pool.conf")
+        built.client.configure(CLIENT, "vips.conf")
+        built.start()
+        yield built
+
+
+@pytest.fixture(autouse=True)
+def _fresh(topology: Topology) -> None:
+    fresh(topology)
+
+
+@pytest.mark.lab
+def test_a_server_in_the_lan_of_the_virtual_ips_reaches_the_client_wherever_its_session_is(topology: Topology) -> None:
+    topology.connect()
+    four, six = the_sa(topology.client)["local-vips"]
+    assert topology.server.ping(four) == 3
+    assert topology.server.ping(six) == 3
+    assert topology.client.ping(SERVER) == 3
+    assert counter(topology, "gw1", "addresses_announced") == 2
+    topology.kill_gateway(topology.gw1)
+    assert resume(topology)["result"] == "resumed"
+    assert the_sa(topology.client)["local-vips"] == [four, six]
+    wait_until(lambda: topology.server.ping(four, count=1) == 1, "the new way by ARP", 3)
+    wait_until(lambda: topology.server.ping(six, count=1) == 1, "the new way by neighbour discovery", 3)
+    assert topology.server.ping(four) == topology.server.ping(six) == 3
+    assert counter(topology, "gw2", "addresses_announced") == 2
+
+
+@pytest.mark.lab
+def test_an_address_is_answered_for_no_longer_than_its_session_is_here(topology: Topology) -> None:
+    topology.connect()
+    four, six = the_sa(topology.client)["local-vips"]
+    assert topology.server.ping(four) == 3
+    topology.client.swanctl("--terminate", "--ike-id", the_sa(topology.client)["uniqueid"])
+    wait_until(lambda: not established(topology.gw1), "the end of the session")
+    wait_until(lambda: counter(topology, "gw1", "addresses_announced") == 0, "the end of the announcement")
+    topology.server.run("ip", "neigh", "flush", "dev", "eth0")
+    for address in (four, six):
+        topology.server.run("ping", "-c", "1", "-W", "1", address, check=False)
+        shown = topology.server.run("ip", "neigh", "show", address).stdout
+        assert "lladdr" not in shown
