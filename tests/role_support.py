@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 from bridge.bank.interface import BankUnavailable, Ending, GatewaySign, StubBank
@@ -123,6 +123,10 @@ class FakeChannel:
     async def drained(self) -> None:
         if not self.up:
             raise ChannelError("charon's end of the HA channel is gone")
+
+    async def send(self, messages: Iterable[bytes]) -> None:
+        list(messages)
+        await self.drained()
 
 
 class FakeInstaller:
