@@ -18,7 +18,7 @@ PACKAGES := \
 	charon-systemd strongswan-swanctl strongswan-pki \
 	libcharon-extra-plugins libcharon-extauth-plugins libstrongswan-extra-plugins libstrongswan-standard-plugins \
 	redis-server redis-tools freeradius \
-	bird2 frr \
+	bird2 \
 	iproute2 iputils-ping iptables nftables procps kmod tshark \
 	prometheus faketime mandoc zsh fish
 
