@@ -105,7 +105,7 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "answers to GET Stub a second": client_stubs.ANSWERS_A_SECOND,
     "the client waits after a change before it asks with GET Stub": stub_keeper.SETTLE_SECONDS,
     "then sends it again after": stub_keeper.RETRANSMIT_SECONDS,
-    "and asks a silent gateway anew after at least": stub_keeper.RETRY_MIN,
+    "and asks a gateway that did not answer again after at least": stub_keeper.RETRY_MIN,
     "a gateway sends Move again after": drain.ASK_SECONDS,
     "and gives a moving client up after": drain.MOVE_SECONDS,
     "and is written so many times in that time": heartbeat.BEATS,
