@@ -36,54 +36,54 @@ class HaConfig(Struct, forbid_unknown_fields=True, frozen=True):
     segments: Annotated[int, Meta(ge=1, le=16)] = 16
     """as charon.plugins.ha.segment_count"""
     placeholders: Annotated[int, Meta(ge=0)] = 20_000
-    """addresses of charon's HA pools in use at other gateways that charon is kept from giving out, at most; 13 KB of
+    """the most placeholders, each for an address of charon's HA pools that is in use at another gateway; 13 KB of
     charon's memory each"""
     receive_buffer: Annotated[int, Meta(ge=65536)] = 16 * 1024 * 1024
-    """octets asked of the kernel for charon's datagrams"""
+    """size of the socket buffer for charon's datagrams, in octets"""
     rules: Literal["auto", "nftables", "iptables", "external"] = "auto"
-    """who sets the rules that let only processes of root send to and from both ends; external: you"""
+    """what sets the rules that let only root send to and from both ends; external: the administrator"""
 
 
 class BankConfig(Struct, forbid_unknown_fields=True, frozen=True):
     mode: Literal["centralised", "distributed", "mixed"] = "centralised"
-    """one bank for all gateways; one at each gateway; or both"""
+    """centralised: one bank for all gateways; distributed: one at each gateway; mixed: both"""
     url: str | None = None
     """redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; none: a private Redis.
-    The bank of all gateways, but in mode distributed this gateway's own, as the others reach it too"""
+    The bank of all gateways; in mode distributed this gateway's own, with an address that the others can reach"""
     local: str | None = None
     """mixed: this gateway's own bank; none: a private Redis"""
     peers: dict[str, str] = field(default_factory=dict)
     """distributed and mixed: the banks of other gateways, address in the index to URL"""
     targets: tuple[str, ...] = ()
-    """those of `peers` whose banks get this gateway's stubs; none: for each stub `copies` of them, chosen by its SPI"""
+    """the `peers` that store copies of this gateway's stubs; none: `copies` peers for each stub, chosen by its SPI"""
     copies: Annotated[int, Meta(ge=0)] = 1
-    """banks of peers that get each stub where `targets` names none"""
+    """number of peers that store a copy of each stub, if `targets` is empty"""
     peer_timeout: Seconds = 0.1
-    """how long a request whose stub is not at hand waits for the other banks"""
+    """how long a request waits for the other banks if this gateway's own bank has no stub for it"""
     key_file: str = "/etc/ike-sa-sync/bank.key"
-    """from `ike-sa-sync keygen`; the same on all gateways of a bank, and for nobody else to read"""
+    """from `ike-sa-sync keygen`; the same on all gateways of a bank, and readable by no other user"""
     runtime: str = "/run/ike-sa-sync/redis"
     """folder of the private Redis: socket and append-only file"""
     get_timeout: Seconds = 1.0
     """how long a request may wait for its stub before it goes to charon"""
     pending: Count = 200_000
-    """stub changes kept in memory while the bank is away"""
+    """the most changes of stubs kept in memory while the bank is unreachable"""
     cache: Count = 200_000
-    """stubs of failed gateways kept in memory"""
+    """the most stubs of failed gateways kept in memory"""
 
 
 class DrainConfig(Struct, forbid_unknown_fields=True, frozen=True):
     on_stop: bool = True
-    """where strongSwan's unit is stopped or restarted, its sessions are first moved to the other gateways that live"""
+    """whether sessions are moved to the other living gateways before strongSwan's unit is stopped or restarted"""
     timeout: Seconds = 30.0
-    """how long that may take; sessions that did not move by then are left to charon, which ends them"""
+    """how long that may take; charon ends the sessions that have not moved by then"""
 
 
 class FailoverConfig(Struct, forbid_unknown_fields=True, frozen=True):
     detect: Annotated[float, Meta(ge=0.3, le=60)] = 1.0
     """seconds after which a gateway without a heartbeat in the bank counts as failed; it writes three in that time"""
     announce: bool = True
-    """tell the clients of a failed gateway to come here, as soon as its failure is noticed; needs `address`"""
+    """announce the failure of another gateway to its clients, so that they resume here; needs `address`"""
     rate: Annotated[int, Meta(ge=1)] = 1000
     """announcements a second at most"""
 
@@ -98,64 +98,67 @@ def children_policy(in_exchange: ChildrenInExchange, at_once: bool | None) -> Ch
 
 class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     proof: Literal["required", "optional"] = "required"
-    """optional also serves plain requests of the draft, which prove nothing"""
+    """required: requests without PROOF are refused; optional: plain requests of the draft, which are not
+    authenticated, are served too"""
     refused: Literal["handshake", "drop"] = "handshake"
-    """what follows a request that is not served (draft section 3.1). handshake: a full one, for which a client from
-    release 0.2 on gets a notification, and the request of any other goes to charon. drop: nothing is answered"""
+    """what follows a refused request (draft section 3.1). handshake: a full handshake; clients from release 0.2 on
+    receive a notification, and requests of other clients go to charon. drop: no answer"""
     confirm_timeout: Seconds = 10.0
     """after this long without a verified message a rebuilt SA is removed"""
     cookie_threshold: Annotated[int, Meta(ge=0)] = 100
-    """unconfirmed SAs, with the requests that wait to become one, from which on a request must carry a cookie"""
+    """number of unconfirmed SAs, including requests that wait to become one, from which on requests need a cookie"""
     cookie_rate: Count = 1_000
-    """requests a second, from all sources, past which they must carry a cookie"""
+    """requests a second, from all sources, beyond which they need a cookie"""
     source_rate: Count = 100
-    """requests a second from one source, past which they must carry a cookie; with cookies, past which they go to
+    """requests a second from one source, beyond which they need a cookie; with cookies, beyond which they go to
     charon. A source is an IPv4 address or an IPv6 /64"""
     max_unconfirmed: Count = 10_000
-    """unconfirmed SAs at most; what comes beyond goes to charon"""
+    """the most unconfirmed SAs; further requests go to charon"""
     max_unconfirmed_per_source: Count = 64
-    """of one source; from half of it on, this source must show cookies"""
+    """the most unconfirmed SAs of one source; from half of it on, requests of this source need a cookie"""
     lifetime: Annotated[int, Meta(ge=60)] | None = None
-    """seconds a stub lives at most; none: as long as its IKE_SA"""
+    """the longest lifetime of a stub, in seconds; none: that of its IKE_SA"""
     children_in_exchange: ChildrenInExchange = "auto"
-    """whether CHILD_SAs without PFS come up in the round trip of their IKE_SA, where charon raises no events of them;
-    auto: not those with an updown script"""
+    """whether CHILD_SAs without PFS come up in the round trip of their IKE_SA, where charon raises no events for
+    them; auto: all but those with an updown script"""
     children_at_once: bool | None = None
     """the old name: true is always, false is never"""
     duplicate_address: Literal["end-newer", "report"] = "end-newer"
-    """a handshake was given a virtual IP that another peer's session has: the newer session is ended, three times an
-    hour for one peer at most, or it is only reported"""
+    """what follows if a full handshake was assigned a virtual IP that another peer's session has. end-newer: the
+    gateway ends the newer session, three times an hour for one peer at most; report: it only reports it"""
     shared_secret: bool = False
-    """whether stubs carry the Diffie-Hellman shared secret, as the draft has it; no derivation needs it"""
+    """whether stubs contain the Diffie-Hellman shared secret, as in the draft; no derivation needs it"""
     forward_secrecy: Literal["offered", "required", "off"] = "offered"
-    """a Diffie-Hellman exchange in the round trip, on a curve: where clients ask for it, from every client, or never"""
+    """a Diffie-Hellman exchange in the round trip, on a curve. offered: for clients that ask; required: sessions
+    resume only with it; off: never"""
     client_stub: Literal["off", "fallback", "prefer"] = "off"
-    """stubs that clients hold themselves: given to none, used where the bank has none or is away, or used before it"""
+    """client-held stubs. off: clients get none; fallback: used if the bank has no stub or is unreachable; prefer: used
+    before the bank"""
     tell_gateways: bool = True
-    """whether clients are told the addresses of the other gateways of the bank, at most 16, so that they can resume
-    there without configuration"""
+    """whether the gateway sends clients the addresses of the other gateways of the bank, at most 16, so that they can
+    resume there without configuration"""
 
 
 class NetworkConfig(Struct, forbid_unknown_fields=True, frozen=True):
-    """How what is sent to a client finds the gateway that has its session: docs/network.md."""
+    """How packets to a client reach the gateway that has its session: docs/network.md."""
 
     return_path: Literal["routed", "announced", "external"] | None = None
     """routed: a routing daemon exports charon's table 220; announced: the sidecar announces virtual IPs of directly
     connected networks by ARP and neighbour discovery; external: other means. None: as announced, and `check` warns
-    where it finds neither way"""
+    if it finds neither"""
 
 
 class InterceptConfig(Struct, forbid_unknown_fields=True, frozen=True):
     rules: Literal["auto", "nftables", "iptables", "external"] = "auto"
-    """who sets the rules that show requests to the sidecar; external: you"""
+    """what sets the rules that queue requests to the sidecar; external: the administrator"""
     queue: Annotated[int, Meta(ge=0, le=65535)] = 4510
     """NFQUEUE number"""
     ports: tuple[Annotated[int, Meta(ge=1, le=65535)], ...] | None = None
     """UDP ports that charon receives IKE messages on; none: charon.port and charon.port_nat_t of strongswan.conf"""
     match: Literal["first", "anywhere"] = "first"
-    """where a request has IKE_SA_SYNC. first: in front, as clients from release 0.2 on send it, so requests for a full
-    handshake never come to the sidecar. anywhere: also where clients of release 0.1 and plain clients of the draft
-    have it, last; every IKE_SA_INIT request then passes through the sidecar"""
+    """position of IKE_SA_SYNC in a request. first: in front, as clients from release 0.2 on send it, so that requests
+    for a full handshake do not pass through the sidecar. anywhere: also last, as clients of release 0.1 and plain
+    clients of the draft send it; every IKE_SA_INIT request then passes through the sidecar"""
 
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -163,7 +166,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 class LogConfig(Struct, forbid_unknown_fields=True, frozen=True):
     level: LogLevel = "info"
-    """until `ike-sa-sync log-level` changes it"""
+    """the level at the start; `ike-sa-sync log-level` changes it"""
     format: Literal["logfmt", "json"] = "logfmt"
     """logfmt or json, one event a line"""
 
@@ -174,8 +177,8 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     vici: str = "/run/charon.vici"
     """charon's socket"""
     swanctl: str | None = None
-    """the swanctl.conf that charon is loaded from, for what VICI does not tell (PFS); none:
-    $SWANCTL_DIR/swanctl.conf, or /etc/swanctl/swanctl.conf. ipsec.conf is read too"""
+    """the swanctl.conf that charon is loaded from, for settings that VICI does not report (PFS); none:
+    $SWANCTL_DIR/swanctl.conf, or /etc/swanctl/swanctl.conf. The sidecar reads ipsec.conf too"""
     ha: HaConfig = field(default_factory=HaConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
@@ -184,11 +187,12 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     drain: DrainConfig = field(default_factory=DrainConfig)
     intercept: InterceptConfig = field(default_factory=InterceptConfig)
     state: str | None = "/var/lib/ike-sa-sync"
-    """folder where the gateway remembers across a restart which sessions ended or went on elsewhere; none: in memory"""
+    """folder where the gateway records, across restarts, which sessions ended or were resumed elsewhere; none: in
+    memory"""
     control: str = "/run/ike-sa-sync/gateway.sock"
-    """where `status` and others ask the running sidecar"""
+    """control socket of the sidecar, for `status` and other commands"""
     metrics: str | None = "127.0.0.1:9470"
-    """where Prometheus scrapes; none: nowhere"""
+    """address on which the sidecar serves metrics for Prometheus; none: no metrics"""
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -196,39 +200,39 @@ class GatewayEntry(Struct, forbid_unknown_fields=True, frozen=True):
     """One gateway the client may move to."""
 
     address: str
-    """as the gateway's own `address`, or a name: it is resolved at each attempt and may stand for several gateways"""
+    """the gateway's own `address`, or a name, which is resolved at each attempt and may stand for several gateways"""
     connection: str
     """the swanctl connection to it"""
 
 
 class VpnConfig(Struct, forbid_unknown_fields=True, frozen=True):
-    """Gateways that stand for each other."""
+    """Gateways that serve the same sessions."""
 
     gateways: Annotated[tuple[GatewayEntry, ...], Meta(min_length=1)]
-    """best first"""
+    """in order of preference"""
     resume_on_down: bool = True
-    """a dead gateway of this VPN (DPD, retransmissions) starts a resumption by itself"""
+    """whether the client resumes automatically when a gateway of this VPN fails (DPD, retransmissions)"""
 
 
 class ResumeConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """The client's timers."""
 
     answer_timeout: Seconds = 4.0
-    """how long one gateway has to answer"""
+    """how long the client waits for the answer of one gateway"""
     retransmit: Seconds = 0.4
-    """the first retransmission; each further one waits 1.8 times as long"""
+    """time until the first retransmission; each further one waits 1.8 times as long"""
     refusal_grace: Seconds = 0.4
-    """how long to listen on for a proven answer after an ordinary one"""
+    """how long the client waits on for a proven answer after a normal response"""
     initiate_timeout: Seconds = 30.0
-    """how long charon has to bring up an SA or a CHILD_SA"""
+    """how long the client waits for charon to set up an IKE_SA or a CHILD_SA"""
     children_in_exchange: ChildrenInExchange = "auto"
-    """whether to ask for CHILD_SAs without PFS in the round trip of their IKE_SA; auto: not for those that have an
-    updown script here"""
+    """whether to ask for CHILD_SAs without PFS in the round trip of their IKE_SA; auto: for all but those with an
+    updown script on this host"""
     children_at_once: bool | None = None
     """the old name: true is always, false is never"""
     forward_secrecy: bool | Literal["preferred"] = False
-    """whether to ask for a Diffie-Hellman exchange in the round trip; an answer without it is accepted with preferred
-    only"""
+    """whether to ask for a Diffie-Hellman exchange in the round trip; preferred: answers without
+    one are accepted too"""
 
 
 Keepalive = Literal["auto", "always", "off"]
@@ -238,16 +242,16 @@ class AnnounceConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """How announcements of a gateway's failure reach a client."""
 
     keepalive: Keepalive = "auto"
-    """whether to send the other gateways a NAT-keepalive every 20 s; auto: where this host is behind a NAT"""
+    """whether to send the other gateways a NAT-keepalive every 20 s; auto: if this host is behind a NAT"""
 
 
 class HeldConfig(Struct, forbid_unknown_fields=True, frozen=True):
-    """Stubs of its own that the client holds, where the gateways give it any."""
+    """Client-held stubs, if the gateways provide them."""
 
     fetch: bool = True
-    """whether they are asked for, and presented"""
+    """whether the client asks for client-held stubs and presents them"""
     file: str | None = None
-    """where sessions are kept (mode 0600), keys included, to survive a crash of this host; none: in memory"""
+    """file for sessions with their keys (mode 0600), to survive a crash of this host; none: in memory"""
 
 
 DEFAULT_VPN = "default"
@@ -258,22 +262,23 @@ class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
     vici: str = "/run/charon.vici"
     """charon's socket"""
     swanctl: str | None = None
-    """the swanctl.conf that charon is loaded from, for what VICI does not tell (PFS); none:
-    $SWANCTL_DIR/swanctl.conf, or /etc/swanctl/swanctl.conf. ipsec.conf is read too"""
+    """the swanctl.conf that charon is loaded from, for settings that VICI does not report (PFS); none:
+    $SWANCTL_DIR/swanctl.conf, or /etc/swanctl/swanctl.conf. The sidecar reads ipsec.conf too"""
     ha: HaConfig = field(default_factory=HaConfig)
     control: str = "/run/ike-sa-sync/client.sock"
-    """where `resume` and `status` ask the running sidecar"""
+    """control socket of the sidecar, for `resume`, `status` and other commands"""
     gateways: tuple[GatewayEntry, ...] = ()
-    """of one VPN, named `default`, best first"""
+    """of one VPN, named `default`, in order of preference"""
     vpns: dict[str, VpnConfig] = field(default_factory=dict)
     """gateways grouped by VPN, name to `gateways` and `resume_on_down`; a session moves within its VPN only"""
     resume_on_down: bool = True
-    """a dead gateway (DPD, retransmissions) starts a resumption by itself; of `gateways`, each of `vpns` has its own"""
+    """whether the client resumes automatically when one of `gateways` fails (DPD, retransmissions); each of `vpns`
+    has its own"""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     held: HeldConfig = field(default_factory=HeldConfig)
     announce: AnnounceConfig = field(default_factory=AnnounceConfig)
     metrics: str | None = "127.0.0.1:9471"
-    """where Prometheus scrapes; none: nowhere"""
+    """address on which the sidecar serves metrics for Prometheus; none: no metrics"""
     log: LogConfig = field(default_factory=LogConfig)
 
 

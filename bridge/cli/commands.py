@@ -100,9 +100,7 @@ def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:
 @click.command()
 @client_config_option
 @click.option("--connection", metavar="NAME", help="Session of this swanctl connection.")
-@click.option(
-    "--vpn", metavar="NAME", help="Session of this VPN. [default: one that was lost, else the first that is up]"
-)
+@click.option("--vpn", metavar="NAME", help="Session of this VPN. [default: a lost session, else the first that is up]")
 @click.option(
     "--to",
     metavar="ADDRESS",
@@ -113,9 +111,9 @@ def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:
 def resume(path: str | None, connection: str | None, vpn: str | None, to: str | None, as_json: bool) -> None:
     """Move a session of this client now.
 
-    Asks the running client sidecar, and waits for the outcome.
+    Asks the running client's sidecar, and waits for the outcome.
 
-    Exit code 0 when the session continues (resumed, or by an ordinary handshake: fallback), 1 when it does not.
+    Exit code 0 when the session continues (resumed, or by a full handshake: fallback), 1 when it does not.
     """
     config = read_config(path, ClientConfig)
     with working("moving the session"):
@@ -146,9 +144,9 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
 @config_option
 @json_option
 def status(path: str | None, as_json: bool) -> None:
-    """Show what the running sidecar knows.
+    """Show the state of the running sidecar.
 
-    IKE_SAs, unconfirmed ones, counters, and whether bank and charon answer.
+    IKE_SAs, unconfirmed SAs, counters, and whether bank and charon answer.
     """
     config = read_any(path)
     answer = _call(config.control, {"command": "status"})
@@ -212,7 +210,7 @@ def _print_sas(rows: list[dict[str, Any]], now: int) -> None:
 def log_level(path: str | None, level: str | None, as_json: bool) -> None:
     """Show or set the level of the running sidecar's log.
 
-    Until it is restarted: then `log.level` of its configuration holds again.
+    The level applies until the sidecar is restarted: then `log.level` of its configuration applies again.
     """
     answer = _call(read_any(path).control, {"command": "log-level", "level": level})
     if as_json:
@@ -223,13 +221,13 @@ def log_level(path: str | None, level: str | None, as_json: bool) -> None:
 
 @click.command()
 @config_option
-@click.option("--plan", "planning", is_flag=True, help="Say what would be resumable here; needs no configuration.")
-@click.option("--write", is_flag=True, help="With --plan: write the proposed files where there are none.")
+@click.option("--plan", "planning", is_flag=True, help="Report which sessions would resume; needs no configuration.")
+@click.option("--write", is_flag=True, help="With --plan: write the proposed files if they do not exist.")
 @json_option
 def check(path: str | None, planning: bool, write: bool, as_json: bool) -> None:
-    """Say whether this host is ready.
+    """Report whether this host is ready.
 
-    Each finding comes with its mend; exit code 1 when something fails.
+    Each problem comes with its fix; exit code 1 when a check fails.
     """
     if write and not planning:
         raise click.UsageError("--write goes with --plan")
@@ -309,16 +307,14 @@ def _print_findings(findings: list[Finding]) -> None:
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False))
-@click.option("--add", is_flag=True, help="Put a new key in front of those in FILE: it seals, the old ones still open.")
-@click.option(
-    "--epoch", type=Duration(), help="Let the key seal so long only, such as 1d; each next one follows from it."
-)
+@click.option("--add", is_flag=True, help="Put a new key in front of those in FILE: it seals, the old keys still open.")
+@click.option("--epoch", type=Duration(), help="How long the key seals, such as 1d; the next key is derived from it.")
 @json_option
 def keygen(file: str, add: bool, epoch: int | None, as_json: bool) -> None:
     """Write a new bank key to FILE (mode 0600). All gateways of one bank need the same file.
 
-    With --epoch every gateway derives the next key in time and rewrites its own FILE with it: a key that is stolen then
-    opens nothing in old files of the bank that expired in an epoch before.
+    With --epoch every gateway derives the next key in time and rewrites its own FILE with it: a stolen key then cannot
+    open stubs in old files of the bank that expired in an earlier epoch.
     """
     from bridge.stub.keyring import EPOCH_MIN, SealError, generate
 

@@ -32,36 +32,36 @@ def _target(context: click.Context, parameter: click.Parameter, value: str | Non
     "--to",
     metavar="ADDRESS|any",
     callback=_target,
-    help="The gateway to move clients to; any: each session to one of the gateways that live.",
+    help="The gateway to move clients to; any: each session to one of the living gateways.",
 )
 @click.option(
     "--on-stop",
     is_flag=True,
-    help="As strongSwan's unit calls it before it stops: --to any for drain.timeout s at most, and exit code 0 always.",
+    help="For strongSwan's unit, before it stops: --to any for drain.timeout s at most, with exit code 0.",
 )
 @click.option(
     "--share",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="How many of this gateway's sessions to move, rounded up.",
+    help="Part of this gateway's sessions to move, rounded up.",
 )
 @click.option(
     "--rate",
     type=click.FloatRange(0, min_open=True),
     default=RATE,
     show_default=True,
-    help="Moves begun a second, at most.",
+    help="The most moves begun a second.",
 )
 @options.json_option
 def drain(path: str | None, to: str | None, on_stop: bool, share: float, rate: float, as_json: bool) -> None:
-    """Move clients of this gateway to another one, while it lives.
+    """Move clients of this living gateway to another one.
 
-    Asks the clients' sidecars, which resume their sessions there. Clients without a sidecar are left alone. Ctrl-C asks
-    no more clients, and waits for those that move. A target that could resume none of the sessions is refused: one that
-    does not live, has another bank key, or lacks the sessions' connections.
+    Asks the clients' sidecars, which resume their sessions there. Clients without a sidecar stay. After Ctrl-C it asks
+    no more clients, and waits for those that move. It refuses a target that could resume none of the sessions: one that
+    is not alive, has another bank key, or lacks the sessions' connections.
 
-    Exit code 0 when as many moved as wanted, 1 when fewer did, 130 after Ctrl-C.
+    Exit code 0 when as many sessions moved as requested, 1 when fewer did, 130 after Ctrl-C.
     """
     if on_stop:
         _on_stop(path, rate)

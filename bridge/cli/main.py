@@ -14,14 +14,14 @@ from bridge.cli.options import BAD_CONFIGURATION
 LAZY = {
     "lab": ("bridge.lab.cli", "Real strongSwan hosts in network namespaces: try it, see it."),
     "bench": ("bridge.bench.cli", "Measure what resumption costs on this machine."),
-    "drain": ("bridge.cli.drain", "Move clients of this gateway to another one, while it lives."),
-    "stubs": ("bridge.cli.stubs", "Look at the stubs in the bank, delete or download them."),
-    "revoke": ("bridge.cli.revoke", "Lock an identity out, at all gateways and whatever its client does."),
+    "drain": ("bridge.cli.drain", "Move clients of this living gateway to another one."),
+    "stubs": ("bridge.cli.stubs", "List, show, delete or download the stubs in the bank."),
+    "revoke": ("bridge.cli.revoke", "Lock an identity out at all gateways."),
     "revoked": ("bridge.cli.revoke", "List the identities that are locked out."),
-    "unrevoke": ("bridge.cli.revoke", "Let an identity in again that was locked out."),
+    "unrevoke": ("bridge.cli.revoke", "Let a locked-out identity in again."),
     "monitor": ("bridge.cli.monitor", "Watch the bank: gateways, stubs, resumptions, fallbacks."),
 }
-"""commands in modules that take long to import, which `resume` in an outage shall not wait for"""
+"""commands in modules that take long to import: `resume` in an outage does not wait for them"""
 
 
 class Commands(click.Group):
@@ -53,7 +53,7 @@ def cli(context: click.Context) -> None:
 
     When a VPN gateway dies or is drained, its IKE_SAs continue on another one, in one round trip.
 
-    Begin with `ike-sa-sync lab demo`, as root: it shows that on this machine, and leaves nothing behind.
+    Begin with `ike-sa-sync lab demo`, as root: it shows a failover on this machine, and removes everything afterwards.
     """
     if os.environ.get("NO_COLOR"):
         context.color = False

@@ -205,12 +205,12 @@ def _notes(row: dict[str, Any]) -> Text:
 
 @click.command()
 @options.gateway_config_option
-@click.option("--url", metavar="URL", help="Another Redis, or another user, than the configuration names.")
+@click.option("--url", metavar="URL", help="Another Redis, or another user, than in the configuration.")
 @options.json_option
 def monitor(path: str | None, url: str | None, as_json: bool) -> None:
-    """Watch the bank: gateways, stubs, resumptions, fallbacks, and what happens to stubs, as it happens.
+    """Watch the bank live: gateways, stubs and their changes, resumptions, fallbacks.
 
-    Reads nothing but Redis, with no more rights than the user `monitor` of users.acl; needs no key file.
+    Reads only Redis, with the rights of the user `monitor` of users.acl; needs no key file.
     """
     config = options.read_config(path, GatewayConfig)
     logging.configure("error", "logfmt")

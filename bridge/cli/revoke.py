@@ -39,16 +39,16 @@ def _an_identity(_: click.Context, __: click.Parameter, value: str) -> str:
     type=options.Duration(),
     default="30d",
     show_default=True,
-    help="How long: at least as long as its certificate or password stays valid.",
+    help="Duration: at least as long as its certificate or password stays valid.",
 )
 @options.json_option
 def revoke(path: str | None, identity: str, seconds: int, as_json: bool) -> None:
     """Lock an identity out.
 
-    IDENTITY is the client's IKE or EAP identity as `swanctl --list-sas` or `stubs show` prints it. Its stubs are
-    deleted in all banks, all living gateways end its IKE_SAs whether the client answers or not, and no gateway rebuilds
-    a session of it or keeps a new one, until `unrevoke` or until the time has passed. Revoke its certificate or
-    password as well: this lasts only as long as sidecars run.
+    IDENTITY is the client's IKE or EAP identity as `swanctl --list-sas` or `stubs show` prints it. The
+    command deletes its stubs in all banks. All living gateways end its IKE_SAs, whether the client answers or not, and
+    no gateway rebuilds or keeps a session of it, until `unrevoke` or until the time has passed. Revoke its certificate
+    or password as well: the lock-out works only while sidecars run.
 
     Exit code 0 when all living gateways reported that they enforce it, 1 when one did not.
     """
@@ -81,9 +81,9 @@ def revoke(path: str | None, identity: str, seconds: int, as_json: bool) -> None
 @click.argument("identity", callback=_an_identity)
 @options.json_option
 def unrevoke(path: str | None, identity: str, as_json: bool) -> None:
-    """Let an identity in again that was locked out.
+    """Let a locked-out identity in again.
 
-    Its client needs a full handshake: the stubs of its sessions are gone.
+    Its client needs a full handshake: the stubs of its sessions were deleted.
     """
 
     async def work(bank: StubBank, keyring: Keyring) -> dict[str, Any]:

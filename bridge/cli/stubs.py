@@ -1,4 +1,4 @@
-"""`ike-sa-sync stubs`: the bank, for people. Secrets are never shown."""
+"""`ike-sa-sync stubs`: the content of the bank, without secrets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TIMES = ("established", "rekey_at", "reauth_at", "expires")
 
 @click.group()
 def stubs() -> None:
-    """Look at the stubs in the bank, delete or download them."""
+    """List, show, delete or download the stubs in the bank."""
 
 
 def with_bank(path: str | None, work: Callable[[StubBank, Keyring], Coroutine[Any, Any, Result]]) -> Result:
@@ -65,9 +65,9 @@ def with_bank(path: str | None, work: Callable[[StubBank, Keyring], Coroutine[An
 @click.option("--identity", metavar="PATTERN", help="Only stubs with an IKE or EAP identity like this: *@example.org.")
 @options.json_option
 def list_(path: str | None, gateway: str | None, identity: str | None, as_json: bool) -> None:
-    """List the stubs, by their readable fields.
+    """List the stubs, by their cleartext fields.
 
-    Anyone who can write to the bank can forge these; nothing but this list believes them.
+    A user with write access to the bank can forge these fields; gateways do not trust them.
     """
 
     async def work(bank: StubBank, _: Keyring) -> list[Readable]:
@@ -204,7 +204,7 @@ def describe(stub: Stub) -> dict[str, Any]:
 def delete(path: str | None, gateway: str, spi: bytes, as_json: bool) -> None:
     """Delete one stub.
 
-    Its client will have to run an ordinary handshake. GATEWAY and SPI (16 hex digits) are those that `list` prints.
+    Its client then has to perform a full handshake. GATEWAY and SPI (16 hex digits) are those that `list` prints.
     """
     index = Index(gateway, spi)
 
@@ -234,9 +234,9 @@ def delete(path: str | None, gateway: str, spi: bytes, as_json: bool) -> None:
 )
 @options.json_option
 def download(path: str | None, gateway: str, as_json: bool) -> None:
-    """Have the other gateways fetch the stubs of one.
+    """Make the other gateways fetch the stubs of one gateway.
 
-    Before its clients come. Shows how far the sidecar on this host is, and what it has in the end.
+    Do this before its clients come. Shows the progress of the sidecar on this host, and the number of stubs it fetched.
     """
     config = options.read_config(path, GatewayConfig)
     try:
