@@ -39,7 +39,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def show(*tables: Table) -> None:
-    """Print tables; as wide as they are where nobody's terminal limits them, and in colour only on a terminal."""
+    """Print tables; in full width unless a terminal limits them, in colour only on a terminal."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
