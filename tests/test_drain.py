@@ -169,11 +169,12 @@ def test_some_clients_move_and_the_others_stay_each_with_its_reason(clients: Cli
         facts = f"ike:facts:{gw2.address}"
         wait_until(lambda: '"gw"' in topology.bank.cli("GET", facts), "what gw2 says of itself", timeout=90)
         spoilt = stub_key(gw1.address, the_sa(second)["responder-spi"])
-        topology.bank.cli("HSET", spoilt, "sealed", "spoilt")
         before = {host.name: spis(the_sa(host)) for host in clients.all}
         pings = {host.name: Ping(host, SITE) for host in clients.all}
         wait_until(lambda: all(ping.answers() >= 20 for ping in pings.values()), "traffic")
 
+        # late: the comparison with the bank puts a spoilt stub right
+        topology.bank.cli("HSET", spoilt, "sealed", "spoilt")
         done = topology.gateways["gw1"].command("drain", "--json", "--to", gw2.address, check=False, timeout=120)
         seen = {name: ping.answers() for name, ping in pings.items()}
         wait_until(lambda: all(ping.answers() >= seen[name] + 20 for name, ping in pings.items()), "traffic goes on")
@@ -207,6 +208,7 @@ def test_some_clients_move_and_the_others_stay_each_with_its_reason(clients: Cli
 
         # those that the target could not serve move when it can, and in a terminal that is seen
         third.run("iptables", "-D", *deaf)
+        topology.bank.cli("HSET", spoilt, "sealed", "spoilt")
         again = topology.gateways["gw1"].in_terminal("drain", "--to", gw2.address)
         assert again.returncode == 1
         assert f"moved to {gw2.address}" in again.stdout

@@ -171,9 +171,9 @@ def test_a_gateway_whose_heartbeat_fails_ends_with_status_1_and_takes_its_rules_
         "from bridge.cli.main import main\n"
         "from bridge.gateway.heartbeat import Heartbeat\n"
         "async def run(self):\n"
-        "    while not self._tracker.connections: await __import__('asyncio').sleep(0.05)\n"
+        "    while not self._charon.tracker.connections: await __import__('asyncio').sleep(0.05)\n"
         "    raise RuntimeError('sabotaged')\n"
-        "Heartbeat.run = run\n"
+        "Heartbeat._run = run\n"
         "main()\n"
     )
     began = time.monotonic()
@@ -183,5 +183,6 @@ def test_a_gateway_whose_heartbeat_fails_ends_with_status_1_and_takes_its_rules_
     (line,) = [line for line in done.stderr.splitlines() if "task-failed" in line]
     assert re.search(r"\btask=heartbeat\b", line)
     assert "sabotaged" in line
-    assert "ike-sa-sync" not in gateway.host.run("iptables-save", check=False).stdout
+    # the rule of the HA addresses stays: charon goes on
+    assert "NFQUEUE" not in gateway.host.run("iptables-save", check=False).stdout
     gateway.start()
