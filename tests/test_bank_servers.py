@@ -165,12 +165,17 @@ def test_a_monitor_changes_nothing(guarded: RedisServer) -> None:
 # Sentinel and Cluster
 
 
+_given: set[int] = set()
+"""a port that was free a moment ago is given once: its server may not listen yet"""
+
+
 def free_port() -> int:
-    """A TCP port of loopback that nobody uses, and whose cluster bus port is a valid one."""
+    """A TCP port of loopback that no process uses, and whose cluster bus port is a valid one."""
     while True:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port: int = listener.getsockname()[1]
-        if port < 55_000:
+        if port < 55_000 and port not in _given:
+            _given.add(port)
             return port
 
 

@@ -118,7 +118,8 @@ def test_a_session_that_its_gateway_ended_does_not_go_on_with_what_the_client_st
         finally:
             topology.client.run("iptables", "-D", *deaf)
         assert counter(topology, "gw2", "stubs_presented_total") == 0
-        assert counter(topology, "gw2", "refusals_total[no-stub]") == 1
+        # a request that is sent again is refused again
+        assert counter(topology, "gw2", "refusals_total[no-stub]") >= 1
 
 
 def test_a_resumed_session_is_held_anew_with_its_new_keys(topology: Topology) -> None:
