@@ -72,7 +72,6 @@ class GatewayProbe:
         random: Callable[[int], bytes] = os.urandom,
         probe_seconds: float = PROBE_SECONDS,
     ) -> None:
-        self.counts: dict[str, int] = {"announced": 0, "stayed": 0, "moved": 0}
         self._sender = sender
         self._find = find
         self._targets = targets
@@ -115,7 +114,6 @@ class GatewayProbe:
         if last is not None and last.state is ProbeState.PROBING:
             # two gateways announce the same failure: the first is being checked
             return
-        self.counts["announced"] += 1
         announced = _Announced(message, sa, datagram, asyncio.Event())
         self._announced.pop(message.spis, None)
         self._announced[message.spis] = announced
@@ -136,7 +134,6 @@ class GatewayProbe:
         log.info("gateway-probed", announced_by=move.target, connection=sa.connection, **sa.id.logged)
         if await self._answers(announced):
             log.info("gateway-lives", announced_by=move.target, connection=sa.connection, **sa.id.logged)
-            self.counts["stayed"] += 1
             announced.state, announced.status = ProbeState.STAYS, MoveStatus.GATEWAY_LIVES
             self._report(announced)
             return
@@ -145,8 +142,6 @@ class GatewayProbe:
         task = self._begin(sa, move.target)
         if task is None:
             announced.status = MoveStatus.BUSY
-        else:
-            self.counts["moved"] += 1
         self._report(announced)
 
     async def _answers(self, announced: _Announced) -> bool:

@@ -155,7 +155,7 @@ class Drain:
         if to in others.other_keys:
             return {"error": f"{to} has another bank key, and could open no stub of this gateway: copy the key file"}
         if to == ANY and not others.facts:
-            return {"error": "no other gateway lives that has a bank key of this one", "alone": True}
+            return {"error": "no other gateway lives that has a bank key of this one"}
         if to != ANY and to not in others.facts:
             alive = ", ".join(sorted([*others.facts, *others.other_keys]))
             return {"error": f"no gateway lives at {to}; others that do: {alive or 'none'}"}
