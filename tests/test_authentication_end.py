@@ -85,7 +85,7 @@ def until(topology: Topology) -> int:
 
 
 def asked(topology: Topology) -> int:
-    return topology.agent.text().count("reauthentication-asked")
+    return topology.agent.text().count("reauthentication-requested")
 
 
 def test_a_session_that_moves_is_reauthenticated_in_time_period_after_period(topology: Topology) -> None:

@@ -40,9 +40,9 @@ def download(topology: Topology) -> dict[str, Any]:
 
 def test_a_failed_gateways_stubs_are_fetched_and_serve_a_client_without_the_bank(topology: Topology) -> None:
     connect(topology)
-    before = said(topology, "gw2", "downloaded")
+    before = said(topology, "gw2", "download-completed")
     topology.kill_gateway(topology.gw1)
-    wait_until(lambda: said(topology, "gw2", "downloaded") > before, "the download")
+    wait_until(lambda: said(topology, "gw2", "download-completed") > before, "the download")
     key = topology.bank.stubs()[0]
     hits = counter(topology, "gw2", "bank_cache_hits_total")
     os.kill(topology.bank.pid, signal.SIGSTOP)
@@ -214,7 +214,7 @@ def test_what_landed_in_charon_and_was_never_activated_is_removed(topology: Topo
     assert left["remote-host"].startswith("198.18.")
     sidecar.start()
     wait_until(lambda: not topology.gw2.charon.sas(), "its end")
-    assert said(topology, "gw2", "event=strays-removed") == 1
+    assert said(topology, "gw2", "event=leftover-sas-removed") == 1
     assert said(topology, "gw2", "event=resync") == 0
 
 

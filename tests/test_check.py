@@ -1,4 +1,4 @@
-"""`ike-sa-sync check` finds what makes resumption fail in silence: each fault made for real, named with its mend."""
+"""`ike-sa-sync check` finds what makes resumption fail in silence: each fault made for real, named with its fix."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check(host: Host, *prefix: str) -> list[Finding]:
     done = host.run(*argv, check=False)
     findings: list[Finding] = json.loads(done.stdout)
     assert done.returncode == (1 if any(finding["grade"] == "fail" for finding in findings) else 0)
-    assert all(finding["mend"] for finding in findings if finding["grade"] != "ok")
+    assert all(finding["fix"] for finding in findings if finding["grade"] != "ok")
     return findings
 
 
@@ -120,7 +120,7 @@ def test_the_report_for_people_names_each_mend_and_counts(topology: Topology) ->
     assert done.returncode == 1
     assert "\x1b" not in done.stdout
     assert "FAIL  dpd_delay" in done.stdout
-    assert "mend: set dpd_delay" in done.stdout
+    assert "fix: set dpd_delay" in done.stdout
     assert done.stdout.splitlines()[-1].endswith("2 fail, 0 warn")
 
 
@@ -128,7 +128,7 @@ def test_the_report_for_people_names_each_mend_and_counts(topology: Topology) ->
 def test_a_missing_charon(topology: Topology) -> None:
     topology.gw1.charon.stop()
     try:
-        assert "start strongSwan" in the(check(topology.gw1), "charon")["mend"]
+        assert "start strongSwan" in the(check(topology.gw1), "charon")["fix"]
         told = topology.gateways["gw1"].command("status").stdout
         assert told.startswith("charon      NOT REACHABLE\n")
     finally:
@@ -153,9 +153,9 @@ def test_options_that_differ_from_the_drop_in(topology: Topology) -> None:
     with charon_set(topology.gw1, settings):
         findings = check(topology.gw1)
     assert "takes and drops segments by itself" in the(findings, "plugins.ha.monitor")["finding"]
-    assert "set it to no" in the(findings, "plugins.ha.monitor")["mend"]
-    assert "set it to no" in the(findings, "plugins.ha.resync")["mend"]
-    assert "set it to 16" in the(findings, "plugins.ha.segment_count")["mend"]
+    assert "set it to no" in the(findings, "plugins.ha.monitor")["fix"]
+    assert "set it to no" in the(findings, "plugins.ha.resync")["fix"]
+    assert "set it to 16" in the(findings, "plugins.ha.segment_count")["fix"]
     the(findings, "plugins.ha.fifo_interface", "warn")
     assert "charon.ikesa_table_size is 1" in the(findings, "ikesa_table_size", "warn")["finding"]
 
@@ -165,14 +165,14 @@ def test_charons_keys_sent_elsewhere(topology: Topology) -> None:
     with charon_set(topology.gw1, {"charon.plugins.ha.remote": "127.0.0.9"}):
         findings = check(topology.gw1)
     assert "does not speak to 127.0.0.2:4510" in the(findings, "ha remote")["finding"]
-    assert "set it to 127.0.0.2" in the(findings, "plugins.ha.remote")["mend"]
+    assert "set it to 127.0.0.2" in the(findings, "plugins.ha.remote")["fix"]
 
 
 @pytest.mark.lab
 @pytest.mark.parametrize(("host", "grade"), [("client", "fail"), ("gw1", "warn")])
 def test_an_ike_sa_of_its_own_for_each_child(topology: Topology, host: str, grade: str) -> None:
     with charon_set(getattr(topology, host), {"charon.reuse_ikesa": "no"}):
-        assert "remove that line" in the(check(getattr(topology, host)), "reuse_ikesa", grade)["mend"]
+        assert "remove that line" in the(check(getattr(topology, host)), "reuse_ikesa", grade)["fix"]
 
 
 @pytest.mark.lab
@@ -208,10 +208,10 @@ def test_a_pool_in_charons_memory_which_forgets_at_a_restart(topology: Topology)
     with configured(topology.gw1, {"pools.other.addrs": "10.20.9.0/24"}):
         finding = the(check(topology.gw1), "pools in memory", "warn")
     assert "pool other (10.20.9.0-" in finding["finding"]
-    assert "charon.plugins.ha.pools.other" in finding["mend"]
+    assert "charon.plugins.ha.pools.other" in finding["fix"]
     # charon asks its memory first
     with configured(topology.gw1, {"pools.clients.addrs": "10.20.9.0/24"}):
-        assert "take pools.clients out" in the(check(topology.gw1), "pools in memory")["mend"]
+        assert "take pools.clients out" in the(check(topology.gw1), "pools in memory")["fix"]
 
 
 @pytest.mark.lab
@@ -295,9 +295,9 @@ def test_what_charon_does_beside_the_sidecar_when_a_gateway_is_dead(topology: To
         findings = check(topology.client)
     for name in ("dpd_action", "close_action", "start_action"):
         # home-gw2 takes it from home
-        found = {finding["finding"].split(":")[0]: finding["mend"] for finding in findings if finding["check"] == name}
+        found = {finding["finding"].split(":")[0]: finding["fix"] for finding in findings if finding["check"] == name}
         assert list(found) == ["home.net", "home-gw2.net"]
-        assert all("swanctl --load-conns" in mend for mend in found.values())
+        assert all("swanctl --load-conns" in fix for fix in found.values())
 
 
 @pytest.mark.lab
@@ -314,7 +314,7 @@ def test_connections_that_were_loaded_from_elsewhere(topology: Topology) -> None
         topology.client.write(topology.agent.file, yaml.safe_dump(topology.agent.config))
         elsewhere.unlink()
     assert "PFS cannot be seen: home, home-gw2" in finding["finding"]
-    assert "set `swanctl`" in finding["mend"]
+    assert "set `swanctl`" in finding["fix"]
 
 
 @pytest.mark.lab
@@ -349,14 +349,14 @@ def test_a_client_that_notices_a_dead_gateway_late_or_never(topology: Topology) 
 def test_a_clock_that_differs_from_the_banks(topology: Topology, shift: str, grade: str) -> None:
     finding = the(check(topology.gw1, "faketime", "-f", shift), "clock", grade)
     assert ("behind" if shift.startswith("-") else "ahead of") in finding["finding"]
-    assert "NTP" in finding["mend"]
+    assert "NTP" in finding["fix"]
 
 
 @pytest.mark.lab
 def test_a_bank_that_does_not_answer(topology: Topology) -> None:
     topology.bank.stop()
     try:
-        assert "is bank.url right" in the(check(topology.gw1), "bank")["mend"]
+        assert "is bank.url right" in the(check(topology.gw1), "bank")["fix"]
         sidecar = topology.gateways["gw1"]
         done = sidecar.command("stubs", "download", "--from", topology.gw2.address, check=False)
     finally:
@@ -371,7 +371,7 @@ def test_a_bank_that_tells_nobody_what_happens(topology: Topology) -> None:
     events = topology.bank.cli("CONFIG", "GET", "notify-keyspace-events").split()[-1]
     topology.bank.cli("CONFIG", "SET", "notify-keyspace-events", "")
     try:
-        assert "redis/redis.conf" in the(check(topology.gw1), "keyspace events", "warn")["mend"]
+        assert "redis/redis.conf" in the(check(topology.gw1), "keyspace events", "warn")["fix"]
     finally:
         topology.bank.cli("CONFIG", "SET", "notify-keyspace-events", events)
 
@@ -386,7 +386,7 @@ def test_a_rule_to_the_queue_without_bypass(topology: Topology) -> None:
         topology.gw1.run("iptables", "-D", *rule)
     assert "udp dport 500" in finding["finding"]
     assert "4510" in finding["finding"]
-    assert "--queue-bypass" in finding["mend"]
+    assert "--queue-bypass" in finding["fix"]
 
 
 @pytest.mark.lab
@@ -414,7 +414,7 @@ print("up", flush=True)
 time.sleep(600)
 """
     with stopped(topology.gateways["gw1"]):
-        assert "before charon" in the(check(topology.gw1), "sidecar")["mend"]
+        assert "before charon" in the(check(topology.gw1), "sidecar")["fix"]
         with running(topology.gw1, code) as pid:
             assert f"held by process {pid}" in the(check(topology.gw1), "sidecar", "warn")["finding"]
 
@@ -424,12 +424,12 @@ def test_a_key_file_that_others_may_read_or_that_is_not_there(topology: Topology
     key = topology.gw1.etc / "ike-sa-sync/bank.key"
     key.chmod(0o644)
     try:
-        assert the(check(topology.gw1), "key file")["mend"] == "chmod 600 /etc/ike-sa-sync/bank.key"
+        assert the(check(topology.gw1), "key file")["fix"] == "chmod 600 /etc/ike-sa-sync/bank.key"
     finally:
         key.chmod(0o600)
     aside = key.rename(key.with_suffix(".aside"))
     try:
-        assert "ike-sa-sync keygen" in the(check(topology.gw1), "key file")["mend"]
+        assert "ike-sa-sync keygen" in the(check(topology.gw1), "key file")["fix"]
     finally:
         aside.rename(key)
 
@@ -538,7 +538,7 @@ def test_a_plan_is_written_where_there_is_no_file_and_the_sidecar_runs_with_it(t
 def test_a_plan_without_the_ha_plugin_says_how_to_get_it(topology: Topology) -> None:
     with charon_set(topology.client, {"charon.plugins.ha.load": "no"}):
         told = planned(topology.client)
-    assert "set it to yes" in the(told["findings"], "ha plugin")["mend"]
+    assert "set it to yes" in the(told["findings"], "ha plugin")["fix"]
     assert [row["resumable"] for row in told["connections"]] == [True, True]
 
 

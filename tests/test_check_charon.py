@@ -20,7 +20,7 @@ def test_a_release_whose_messages_are_known_is_ok(release: str) -> None:
 def test_the_release_that_crashes_is_named_with_the_one_that_does_not() -> None:
     finding = charon._release("6.0.1")
     assert finding.grade is Grade.WARN
-    assert "6.0.2" in (finding.mend or "")
+    assert "6.0.2" in (finding.fix or "")
 
 
 def test_a_newer_release_than_any_known_is_named() -> None:

@@ -247,23 +247,23 @@ def test_a_client_to_which_the_target_is_a_stranger_is_left_alone(clients: Clien
 
 def test_a_target_without_a_heartbeat_is_refused_before_anybody_is_asked(clients: Clients) -> None:
     topology = clients.topology
-    said = topology.agent.text().count("move-asked")
+    said = topology.agent.text().count("move-requested")
     done = topology.gateways["gw1"].command("drain", "--to", "192.168.50.77", check=False)
     assert done.returncode == 1
     assert "no gateway lives at 192.168.50.77; others that do: 192.168.50.2" in done.stderr
     done = topology.gateways["gw1"].command("drain", "--to", topology.gw1.address, check=False)
     assert done.returncode == 1
     assert "is this gateway" in done.stderr
-    assert topology.agent.text().count("move-asked") == said
+    assert topology.agent.text().count("move-requested") == said
 
 
 def refusal(topology: Topology) -> str:
     """What `ike-sa-sync drain` to gw2 says while nobody is asked to move, and nobody moves."""
-    said, before = topology.agent.text().count("move-asked"), the_sa(topology.client)
+    said, before = topology.agent.text().count("move-requested"), the_sa(topology.client)
     done = topology.gateways["gw1"].command("drain", "--to", topology.gw2.address, check=False)
     assert done.returncode == 1
     assert spis(the_sa(topology.client)) == spis(before)
-    assert topology.agent.text().count("move-asked") == said
+    assert topology.agent.text().count("move-requested") == said
     return str(done.stderr)
 
 
@@ -380,7 +380,7 @@ def test_a_replayed_move_is_heeded_by_nobody(clients: Clients) -> None:
     send_from(topology.gw1, topology.client, move)
     wait_until(lambda: the_sa_at(topology.client, topology.gw2), "the first move")
     assert resume(topology, "--to", topology.gw1.address)["result"] == "resumed"
-    said = topology.agent.text().count("move-asked")
+    said = topology.agent.text().count("move-requested")
     again = spis(the_sa(topology.client))
     send_from(topology.gw1, topology.client, move)
     # the other one is heeded, so the replay was there before it
@@ -388,7 +388,7 @@ def test_a_replayed_move_is_heeded_by_nobody(clients: Clients) -> None:
     wrong = build_move(stub_sa(sa_of(stub), stub.index), "192.0.2.77", move_message_id(stub.established))
     send_from(topology.gw1, topology.client, wrong)
     wait_until(lambda: "move-refused target=192.0.2.77" in topology.agent.text(), "the refusal of a foreign target")
-    assert topology.agent.text().count("move-asked") == said
+    assert topology.agent.text().count("move-requested") == said
     assert spis(the_sa(topology.client)) == again
 
 

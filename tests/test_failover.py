@@ -257,7 +257,7 @@ def test_a_sidecar_restarted_while_the_bank_is_away_waits_for_it(topology: Topol
     topology.bank.kill()
     said = len(sidecar.text())
     sidecar.start()
-    wait_until(lambda: "recovery-waits-for-bank" in sidecar.text()[said:], "word that the bank is away")
+    wait_until(lambda: "component=recovery" in sidecar.text()[said:], "the log that the bank is unreachable")
     topology.bank.start()
     wait_until(lambda: status(topology, "gw1")["sas"] != [], "the SA, known again")
     # charon was not asked: it would have rekeyed the CHILD_SA
@@ -318,7 +318,7 @@ def test_a_gateway_that_is_silent_is_passed_over_and_the_next_one_resumes(topolo
         said = len(topology.agent.text())
         outcome = resume(topology)
     assert (outcome["result"], outcome["gateway"]) == ("resumed", topology.gw1.address)
-    assert f"gateway-silent gateway={topology.gw2.address}" in topology.agent.text()[said:]
+    assert f"gateway-not-answering gateway={topology.gw2.address}" in topology.agent.text()[said:]
 
 
 def test_a_client_whose_own_network_was_away_comes_back_by_itself(topology: Topology) -> None:

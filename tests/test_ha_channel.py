@@ -245,7 +245,7 @@ def test_a_version_that_is_not_known_is_not_ready_and_one_error_names_the_fix(sc
     [error] = [line for line in log if line["event"] == "ha-version-unsupported"]
     assert error["log_level"] == "error"
     assert error["version"] == 6
-    assert "install" in error["mend"]
+    assert "install" in error["fix"]
     # another charon, of a release that is known
     scene.channel.expect(5)
     assert scene.channel.unsupported is None

@@ -51,7 +51,7 @@ def _fresh(topology: Topology) -> None:
 def given_out(topology: Topology, gateway: str) -> bool:
     """Whether a gateway's charon gives out addresses."""
     starts = topology.lab.hosts[gateway].charon.text().count("loaded HA pool")
-    return topology.gateways[gateway].text().count("event=addresses-given-out") >= starts
+    return topology.gateways[gateway].text().count("event=address-assignment-started") >= starts
 
 
 def placeholders(topology: Topology, gateway: str) -> list[str]:

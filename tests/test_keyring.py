@@ -102,7 +102,7 @@ def test_an_added_key_seals_while_the_old_one_still_opens(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
-def test_a_key_file_open_to_others_is_refused_with_the_mend(tmp_path: Path, mode: int) -> None:
+def test_a_key_file_open_to_others_is_refused_with_the_fix(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "bank.key"
     generate(path)
     path.chmod(mode)
@@ -119,7 +119,7 @@ def test_a_key_file_of_another_user_is_refused_with_the_fix(tmp_path: Path) -> N
         Keyring.load(path)
 
 
-def test_a_missing_key_file_is_refused_with_the_mend(tmp_path: Path) -> None:
+def test_a_missing_key_file_is_refused_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(SealError, match="ike-sa-sync keygen"):
         Keyring.load(tmp_path / "bank.key")
 

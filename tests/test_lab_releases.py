@@ -20,9 +20,7 @@ def test_another_release_is_in_a_directory_of_its_own(tmp_path: Path, monkeypatc
     assert releases.root("trixie") == tmp_path / "trixie"
 
 
-def test_a_release_that_is_not_installed_is_named_with_its_mend(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_release_that_is_not_installed_is_named_with_its_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases, "CACHE", tmp_path)
     with pytest.raises(LabError, match=r"sid is missing: run `.*python.* -m bridge\.lab\.releases`"):
         releases.root("sid")

@@ -21,7 +21,7 @@ BRIDGE = Path(__file__).parents[1] / "bridge"
 METHODS = {"debug", "info", "warning", "error", "exception"}
 ABOUT_AN_SA = {
     "gateway-dead",
-    "gateway-silent",
+    "gateway-not-answering",
     "moved",
     "resumed-sa-unusable",
     "answer-proof-wrong",

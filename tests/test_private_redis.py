@@ -195,7 +195,7 @@ async def test_a_server_that_ends_at_once_time_after_time_is_started_ever_more_s
     assert 4 <= len(started) <= 7
 
 
-async def test_a_missing_binary_is_named_with_the_mend(
+async def test_a_missing_binary_is_named_with_the_fix(
     directory: Path, ring: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")

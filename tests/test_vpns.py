@@ -224,7 +224,7 @@ def alone(both: Clusters) -> Iterator[Clusters]:
 def test_a_client_that_knows_one_gateway_resumes_at_another_that_this_one_named(alone: Clusters) -> None:
     said = len(alone.agent.text())
     alone.connect("x1")
-    wait_until(lambda: "event=gateways-named" in alone.agent.text()[said:], "the names of the other gateways", 30)
+    wait_until(lambda: "event=gateways-received" in alone.agent.text()[said:], "the names of the other gateways", 30)
     alone.kill("x1")
     wait_until(lambda: alone.at() == {"home": "x2"}, "the session at x2", PATIENCE)
     wait_until(lambda: alone.works("x"), "traffic", PATIENCE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -17,9 +17,12 @@ DOWNLOAD_BATCH = 256
 class BankUnavailable(Exception):
     """The bank cannot be reached, or refuses: the text names the cause.
 
-    `left` are the stubs for which nothing is known of what was asked; None: all of them. `answers`: whether the bank
-    answers other questions.
+    `left` are the stubs for which the outcome of the operation is not known; None: all of them. `answers`: whether the
+    bank answers other questions.
     """
+
+    event: ClassVar[str] = "bank-unreachable"
+    """the log event of a component that waits for the bank because of this error"""
 
     def __init__(self, reason: str, left: frozenset[Index] | None = None, *, answers: bool = False) -> None:
         super().__init__(reason)
@@ -28,7 +31,9 @@ class BankUnavailable(Exception):
 
 
 class BankUnwritable(BankUnavailable):
-    """The bank answers reads, but takes no writes now: it is full, a replica, or without its quorum of replicas."""
+    """The bank answers reads and accepts no writes now: it is full, a replica, or without its quorum of replicas."""
+
+    event = "bank-unwritable"
 
     def __init__(self, reason: str, left: frozenset[Index] | None = None) -> None:
         super().__init__(reason, left, answers=True)

@@ -187,7 +187,7 @@ class KeyRotation:
         try:
             self._keyring.replace(Keyring.load(self._file))
         except (SealError, OSError) as error:
-            log.warning("keys-not-reloaded", reason=str(error), mend="the keys in memory stay in use")
+            log.warning("keys-not-reloaded", reason=str(error), effect="the keys in memory stay in use")
         else:
             log.info("keys-reloaded", keys=[key_id.hex() for key_id in self._keyring.ids])
         self._stamp = stamp

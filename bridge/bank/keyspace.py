@@ -66,6 +66,8 @@ class Keyspace:
         self._on_event = on_event
         self._on_state = on_state
         self._listening: list[_Subscription] = []
+        self._lost = False
+        """the log has that its subscription ended or could not begin, and not yet that it is back"""
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -98,18 +100,19 @@ class Keyspace:
                 await getattr(listening, method)(_channel(pattern))
 
     async def _keep(self) -> None:
-        delay, told = BACK_OFF_MIN, False
+        delay = BACK_OFF_MIN
         while True:
             try:
                 await self._listen()
             except FAILURES as error:
                 if self._listening:
-                    delay, told = BACK_OFF_MIN, False
+                    delay = BACK_OFF_MIN
                     self._listening = []
                     self._on_state(False)
-                if not told:
-                    log.info("keyspace-unheard", reason=str(error)[:160] or type(error).__name__)
-                    told = True
+                if not self._lost:
+                    self._lost = True
+                    reason = str(error)[:160] or type(error).__name__
+                    log.info("bank-unreachable", component="keyspace", reason=reason)
             await asyncio.sleep(delay)
             delay = min(delay * 2, BACK_OFF_MAX)
 
@@ -152,6 +155,9 @@ class Keyspace:
         for each in listening:
             await each.psubscribe(*map(_channel, self._patterns))
         self._listening = listening
+        if self._lost:
+            self._lost = False
+            log.info("bank-reachable", component="keyspace")
         self._on_state(True)
         await _until_moved(client, listening)
 

@@ -151,7 +151,7 @@ class Prefetch:
         held = self._stubs.setdefault(gateway, {})
         changed = self._changed.setdefault(gateway, set())
         changed.clear()
-        log.info("download-begins", gateway=gateway)
+        log.info("download-started", gateway=gateway)
         try:
             if self._keyspace is not None and self._near is None:
                 # first: what changes while the stubs come must be heard
@@ -165,11 +165,11 @@ class Prefetch:
                 progress.seconds = time.monotonic() - began
                 if self.size > self._limit:
                     progress.state = "full"
-                    log.warning("download-full", gateway=gateway, stubs=progress.stubs, mend="raise bank.cache")
+                    log.warning("download-full", gateway=gateway, stubs=progress.stubs, fix="raise bank.cache")
                     return
                 if time.monotonic() - told > PROGRESS_SECONDS:
                     told = time.monotonic()
-                    log.info("download", gateway=gateway, stubs=progress.stubs)
+                    log.info("download-progress", gateway=gateway, stubs=progress.stubs)
         except BankUnavailable as error:
             progress.state = "failed"
             log.warning("download-failed", gateway=gateway, stubs=progress.stubs, reason=str(error))
@@ -180,7 +180,7 @@ class Prefetch:
         progress.state, progress.seconds = "done", time.monotonic() - began
         if not progress.stubs:
             self._let_go(gateway)
-        log.info("downloaded", gateway=gateway, stubs=progress.stubs, seconds=round(progress.seconds, 3))
+        log.info("download-completed", gateway=gateway, stubs=progress.stubs, seconds=round(progress.seconds, 3))
 
     async def get(self, indexes: Sequence[Index]) -> list[Stub | None]:
         """GET Stub: what the bank says, and where it does not answer in time, what was fetched from it.

@@ -83,7 +83,7 @@ class PrivateBank(RedisBank):
             except (BankUnavailable, OSError) as error:
                 log.warning("private-redis-failed", reason=str(error), directory=str(self.directory))
             else:
-                log.info("private-redis", pid=pid, socket=str(self.socket))
+                log.info("private-redis-started", pid=pid, socket=str(self.socket))
                 if not first.done():
                     first.set_result(None)
                 await _ended(pid)

@@ -105,7 +105,7 @@ class Replica:
             return
         self.up = up
         if up:
-            log.info("bank-back", bank=self.name, owed=self.owed)
+            log.info("bank-reachable", component="replica", bank=self.name, pending=self.owed)
             self.on_up(self)
         else:
-            log.warning("bank-away", bank=self.name, reason=reason)
+            log.warning("bank-unreachable", component="replica", bank=self.name, reason=reason)

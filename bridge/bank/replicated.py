@@ -284,7 +284,7 @@ class ReplicatedBank:
                         yield page
                 complete += 1
             except BankUnavailable as error:
-                log.warning("bank-unread", bank=tier.name, reason=str(error))
+                log.warning(error.event, component="list", bank=tier.name, reason=str(error))
         if not complete:
             raise BankUnavailable("none of the banks answers")
 
@@ -388,14 +388,14 @@ class ReplicatedBank:
                 try:
                     deleted = await self._take_endings(tier)
                 except BankUnavailable as error:
-                    log.debug("catch-up-waits", bank=tier.name, reason=str(error))
+                    log.debug(error.event, component="catch-up", bank=tier.name, reason=str(error))
                     self._news.set()
                     with contextlib.suppress(BankUnavailable):
                         await tier.answer(tier.bank.ping())
                     continue
                 if self._ahead.get(tier) == since:
                     del self._ahead[tier]
-                    log.info("caught-up", bank=tier.name, deleted=deleted)
+                    log.info("bank-reachable", component="catch-up", bank=tier.name, deleted=deleted)
 
     async def _take_endings(self, tier: Replica) -> int:
         """Delete near what has ended according to a far bank; how many stubs that were."""

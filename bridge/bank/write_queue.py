@@ -234,7 +234,7 @@ class WriteQueue:
             encode(stub)
         except StubError as error:
             self.counters.dropped += 1
-            self._log.error("stub-unfit", index=str(stub.index), reason=str(error))
+            self._log.error("stub-not-storable", index=str(stub.index), reason=str(error))
             return False
         return True
 

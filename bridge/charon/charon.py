@@ -199,11 +199,11 @@ class Charon:
         is ended: the client gets a DELETE, and the next one has them by CREATE_CHILD_SA."""
         self._not_taken.update((sa.connection, name) for name in names)
         log.error(
-            "child-not-taken",
+            "child-not-accepted",
             connection=sa.connection,
             children=",".join(names),
-            mend="charon did not install these CHILD_SAs: see its log (is the child loaded, does the kernel have its "
-            "algorithms?). The IKE_SA is ended; the next one gets them by CREATE_CHILD_SA",
+            effect="the IKE_SA is ended; the next resumption sets these CHILD_SAs up by CREATE_CHILD_SA",
+            fix="see charon's log: is the child loaded, does the kernel have its algorithms?",
             **sa.id.logged,
         )
         spawn("end-sa", self._end_quietly(sa))
@@ -273,11 +273,11 @@ class Charon:
             log.error(
                 "ha-plugin-missing",
                 release=release,
-                mend="load charon's ha plugin: install libcharon-extra-plugins and the drop-in of strongswan-conf/, "
+                fix="load charon's ha plugin: install libcharon-extra-plugins and the drop-in of strongswan-conf/, "
                 "then restart strongSwan",
             )
         self._reconciler.connected(end.inode if end is not None else None)
         log.info("charon-connected", release=release, ha_version=self.channel.version)
 
     def _disconnected(self) -> None:
-        log.warning("charon-disconnected", mend="restart strongSwan if it does not come back by itself")
+        log.warning("charon-disconnected", fix="restart strongSwan if it does not come back by itself")

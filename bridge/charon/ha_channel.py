@@ -45,7 +45,7 @@ _SO_MEMINFO = 55
 
 
 class ChannelError(Exception):
-    """The HA channel cannot be used; the text names the cause and the mend."""
+    """The HA channel cannot be used; the text names the cause and the fix."""
 
 
 class HaChannel:
@@ -217,8 +217,8 @@ class HaChannel:
             "ha-version-unsupported",
             version=version,
             supported=list(VERSIONS),
-            mend="sessions are neither stored nor resumed: install a release of ike-sa-sync that supports this "
-            "strongSwan, or the strongSwan release before it",
+            effect="no session is stored or resumed",
+            fix="install a release of ike-sa-sync that supports this strongSwan, or the strongSwan release before it",
         )
 
     def drops(self) -> int:
@@ -246,7 +246,7 @@ class HaChannel:
                 log.error(
                     "ha-channel-foreign",
                     uid=end.uid,
-                    mend=f"UDP {self._charon}:{PORT} is held by that user and not by charon: stop it",
+                    fix=f"find and stop the process of this user that holds UDP {self._charon}:{PORT} instead of charon",
                 )
             self._told_uid = True
             return end, False

@@ -159,7 +159,7 @@ class Installer:
             segment = self._landing.to_activate(clock())
             if segment is not None:
                 if waited:
-                    log.info("activation-waited", seconds=round(clock() - began, 3))
+                    log.info("activation-delayed", seconds=round(clock() - began, 3))
                 return segment
             waited = True
             self._blocked()

@@ -169,7 +169,7 @@ class Reconciler:
                     most = RECONCILE_SECONDS
                 took = time.monotonic() - began - self._waited
             if (dropped := self._channel.drops()) > drops:
-                log.warning("ha-datagrams-dropped", count=dropped - drops, mend="raise ha.receive_buffer")
+                log.warning("ha-datagrams-dropped", count=dropped - drops, fix="raise ha.receive_buffer")
                 drops = dropped
                 self._due.set()
             await self._pause(min(max(LEAST_PAUSE_SECONDS, took * RECONCILE_SHARE), most))
@@ -354,6 +354,6 @@ class Reconciler:
         self._strays = set(strays)
         if old:
             await self._installer.delete([IkeId.of(info.spi_i, info.spi_r, info.initiator) for info in old])
-            log.info("strays-removed", sas=len(old))
+            log.info("leftover-sas-removed", sas=len(old))
         elif strays:
             self._due.set()

@@ -101,7 +101,7 @@ class Peer:
             try:
                 return _ask(diag, self._question, self._there)
             except OSError as error:
-                log.warning("sock-diag-given-up", reason=error.strerror, instead=self._proc_file)
+                log.warning("sock-diag-unavailable", reason=error.strerror, instead=self._proc_file)
                 self._forgo()
         return self._from_table()
 

@@ -60,7 +60,12 @@ class ViciWatch(ViciClient):
             except FAILURES as error:
                 if not self._told:
                     reason = str(error) or "charon closed the connection"
-                    log.warning("charon-unreachable", vici=self.path, reason=reason, mend="is charon running? retrying")
+                    log.warning(
+                        "charon-unreachable",
+                        vici=self.path,
+                        reason=reason,
+                        fix="start strongSwan: systemctl start strongswan",
+                    )
                 self._told = True
             await asyncio.sleep(RETRY_SECONDS)
 

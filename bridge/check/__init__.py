@@ -1,4 +1,4 @@
-"""`ike-sa-sync check`: is this host ready? Every finding names its mend."""
+"""`ike-sa-sync check`: is this host ready? Every finding names its fix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Finding", "Grade", "run_checks"]
 
 
 async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
-    """All checks for this host's role, in the order in which one would mend."""
+    """All checks for this host's role, in the order in which to fix what they find."""
     findings = host.privileges()
     running, said = await charon.ask(config)
     findings += said

@@ -97,11 +97,11 @@ async def _reach(client: Client) -> list[Finding]:
     seconds, microseconds = next(iter(answer.values())) if isinstance(answer, dict) else answer
     ahead = began + took / 2 - (int(seconds) + int(microseconds) / 1e6)
     text = f"this host's clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} the bank's"
-    mend = "set both by NTP: stubs expire by the clock"
+    fix = "set both by NTP: stubs expire by the clock"
     if abs(ahead) - took > CLOCK_FAIL:
-        findings.append(fail("clock", text, mend))
+        findings.append(fail("clock", text, fix))
     elif abs(ahead) - took > CLOCK_WARN:
-        findings.append(warn("clock", text, mend))
+        findings.append(warn("clock", text, fix))
     else:
         findings.append(ok("clock", f"differs from the bank's by less than {max(abs(ahead), 0.1):.1f} s"))
     return findings

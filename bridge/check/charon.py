@@ -66,8 +66,8 @@ async def ask(config: GatewayConfig | ClientConfig) -> tuple[CharonAnswer | None
             ChildProposals(Path(config.swanctl) if config.swanctl is not None else None),
         )
     except ViciError as error:
-        mend = "start strongSwan (charon-systemd), or set `vici` to its socket"
-        return None, [fail("charon", f"{config.vici}: {error}", mend)]
+        fix = "start strongSwan (charon-systemd), or set `vici` to its socket"
+        return None, [fail("charon", f"{config.vici}: {error}", fix)]
     return charon, [_release(release)]
 
 
@@ -291,8 +291,8 @@ def patience(vpn: Vpn, charon: CharonAnswer) -> list[Finding]:
         if seconds <= PROMPT_SECONDS:
             findings.append(ok("dpd_delay", text))
         else:
-            mend = "lower dpd_delay, and charon.retransmit_timeout, retransmit_base and retransmit_tries"
-            findings.append(warn("dpd_delay", text, mend))
+            fix = "lower dpd_delay, and charon.retransmit_timeout, retransmit_base and retransmit_tries"
+            findings.append(warn("dpd_delay", text, fix))
     return findings
 
 

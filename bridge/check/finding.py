@@ -18,20 +18,21 @@ class Finding(NamedTuple):
     grade: Grade
     name: str
     text: str
-    mend: str | None = None
+    fix: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        return {"check": self.name, "grade": str(self.grade), "finding": self.text, "mend": self.mend}
+        named = {"check": self.name, "grade": str(self.grade), "finding": self.text, "fix": self.fix}
+        return named | {"mend": self.fix}  # the name that `fix` had in 0.1
 
 
 def ok(name: str, text: str) -> Finding:
     return Finding(Grade.OK, name, text)
 
 
-def warn(name: str, text: str, mend: str) -> Finding:
-    return Finding(Grade.WARN, name, text, mend)
+def warn(name: str, text: str, fix: str) -> Finding:
+    return Finding(Grade.WARN, name, text, fix)
 
 
-def fail(name: str, text: str, mend: str) -> Finding:
-    return Finding(Grade.FAIL, name, text, mend)
+def fail(name: str, text: str, fix: str) -> Finding:
+    return Finding(Grade.FAIL, name, text, fix)

@@ -61,8 +61,8 @@ def sidecar(config: GatewayConfig | ClientConfig, pid: int | None) -> list[Findi
     if held.uid != 0 or strangers:
         who = f"process {strangers[0].pid} ({strangers[0].name})" if strangers else f"user {held.uid}"
         if pid is None and strangers and held.uid == 0:
-            mend = f"if that is the sidecar, is `control: {config.control}` its socket? If not, stop it: it sees keys"
-            return [warn("sidecar", f"{end} is held by {who}; no sidecar answers on {config.control}", mend)]
+            fix = f"if that is the sidecar, is `control: {config.control}` its socket? If not, stop it: it sees keys"
+            return [warn("sidecar", f"{end} is held by {who}; no sidecar answers on {config.control}", fix)]
         return [
             fail("sidecar", f"{end}, where charon sends keys, is held by {who}", "stop that, then rekey: it saw keys")
         ]
@@ -156,8 +156,8 @@ def queue(config: GatewayConfig, pid: int | None) -> list[Finding]:
                 )
             )
     else:
-        mend = "they come with `ike-sa-sync gateway`; is it running, or did something flush them?"
-        findings.append(warn("rules", f"no rules to queue {number} are in place", mend))
+        fix = "they come with `ike-sa-sync gateway`; is it running, or did something flush them?"
+        findings.append(warn("rules", f"no rules to queue {number} are in place", fix))
     return findings
 
 
@@ -174,12 +174,12 @@ def key_file(config: GatewayConfig) -> list[Finding]:
         keyring = Keyring.load(path)
         mode = stat.S_IMODE(path.stat().st_mode)
     except (SealError, OSError) as error:
-        return [fail("key file", str(error), _key_mend(path))]
+        return [fail("key file", str(error), _key_fix(path))]
     keys = ", ".join(key_id.hex() for key_id in keyring.ids)
     return [ok("key file", f"{path}, mode {mode:04o}, key {keys}")]
 
 
-def _key_mend(path: Path) -> str:
+def _key_fix(path: Path) -> str:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

@@ -299,8 +299,8 @@ def _print_findings(findings: list[Finding]) -> None:
     for finding in findings:
         grade = f"{finding.grade.upper() if finding.grade is Grade.FAIL else finding.grade:<4}"
         click.echo(f"{click.style(grade, fg=colour[finding.grade])}  {finding.name:<{width}}  {finding.text}")
-        if finding.mend:
-            click.echo(f"{'':<{width + 6}}  mend: {finding.mend}")
+        if finding.fix:
+            click.echo(f"{'':<{width + 6}}  fix: {finding.fix}")
     grades = Counter(finding.grade for finding in findings)
     click.echo(f"{count(len(findings), 'check')}: {grades[Grade.FAIL]} fail, {grades[Grade.WARN]} warn")
 

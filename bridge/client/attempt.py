@@ -152,7 +152,11 @@ class Attempt:
 
         def silent(gateway: Target) -> None:
             log.info(
-                "gateway-silent", gateway=gateway.address, connection=sa.connection, vpn=session.vpn, **sa.id.logged
+                "gateway-not-answering",
+                gateway=gateway.address,
+                connection=sa.connection,
+                vpn=session.vpn,
+                **sa.id.logged,
             )
 
         requester, grace = self._means.requester, self._means.refusal_grace

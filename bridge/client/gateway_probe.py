@@ -137,7 +137,7 @@ class GatewayProbe:
             announced.state, announced.status = ProbeState.STAYS, MoveStatus.GATEWAY_LIVES
             self._report(announced)
             return
-        log.warning("gateway-silent", announced_by=move.target, connection=sa.connection, **sa.id.logged)
+        log.warning("gateway-not-answering", announced_by=move.target, connection=sa.connection, **sa.id.logged)
         announced.state = ProbeState.MOVES
         task = self._begin(sa, move.target)
         if task is None:

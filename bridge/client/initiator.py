@@ -171,7 +171,7 @@ class Initiator:
     def _named(self, sa: IkeSa, gateways: Sequence[str]) -> None:
         """The gateway of an IKE_SA names others that resume too."""
         if gateways:
-            log.debug("gateways-named", connection=sa.connection, gateways=",".join(gateways), **sa.id.logged)
+            log.debug("gateways-received", connection=sa.connection, gateways=",".join(gateways), **sa.id.logged)
             self._vpns.named(sa.connection, gateways)
 
     # news from charon (Listener)

@@ -93,7 +93,7 @@ class MoveHandler:
             log.warning("move-refused", target=target, reason="it is no gateway of this session", **sa.id.logged)
             heeded.status = MoveStatus.NOT_CONFIGURED
             return
-        log.info("move-asked", connection=sa.connection, target=target, **sa.id.logged)
+        log.info("move-requested", connection=sa.connection, target=target, **sa.id.logged)
         task = self._begin(sa, target)
         if task is None:
             heeded.status = MoveStatus.BUSY

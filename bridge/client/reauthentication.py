@@ -72,7 +72,7 @@ class Reauthentication:
             left = sa.authenticated_until - self._wall()
             if left <= 0:
                 return
-            log.info("reauthentication-asked", connection=sa.connection, seconds=round(left), **sa.id.logged)
+            log.info("reauthentication-requested", connection=sa.connection, seconds=round(left), **sa.id.logged)
             try:
                 await self._charon.reauthenticate(sa)
             except ViciError as error:

@@ -147,7 +147,7 @@ class StubKeeper:
                 left = (holding.until - self._wall()) * REFRESH_SHARE
                 pause, retry = max(left, RETRY_MIN) if holding.sealed is not None else NAMED_SECONDS, RETRY_MIN
             else:
-                log.debug("no-stub-given", connection=sa.connection, **sa.id.logged)
+                log.debug("no-stub-received", connection=sa.connection, **sa.id.logged)
                 pause, retry = retry, min(2 * retry, RETRY_MAX)
 
     async def _fetch(self, sa: IkeSa, holding: _Holding) -> bool:

@@ -136,7 +136,7 @@ class SyncRequester:
         if answer.local.port == PORT_IKE and (answer.nat_here or answer.nat_there):
             # RFC 7296 section 2.23 wants the SA on port 4500, and only a request from there shows the gateway what the
             # NAT makes of that port; what it rebuilt for this answer goes with the next one's confirmation
-            log.info("nat-found", gateway=gateway.address, **sa.id.logged)
+            log.info("nat-detected", gateway=gateway.address, **sa.id.logged)
             answer = await self._ask_from(PORT_NAT_T, PORT_NAT_T, sa, gateway)
         return answer
 

@@ -93,7 +93,7 @@ class AddressKeeper:
             try:
                 await self._charon.reserve_again(addresses)
             except ChannelError as error:
-                log.warning("address-not-reserved-again", reason=str(error))
+                log.warning("placeholder-not-restored", reason=str(error))
                 return
 
     async def taken(self, sa: IkeSa) -> None:
@@ -131,7 +131,7 @@ class AddressKeeper:
             try:
                 await self.step()
             except (BankUnavailable, ChannelError, HaError) as error:
-                log.debug("addresses-not-kept", reason=str(error))
+                log.debug("address-check-delayed", reason=str(error))
             await asyncio.sleep(TICK_SECONDS)
 
     async def step(self) -> None:
@@ -163,13 +163,15 @@ class AddressKeeper:
         if self._charon.landing.count >= SEGMENTS_MIN:
             await self._compare(await self._elsewhere_or_nothing())
         else:
-            log.error("addresses-given-out-unprotected", reason="charon has one segment", fix="ha.segments: 16")
+            log.error("address-assignment-unprotected", reason="charon has one segment", fix="ha.segments: 16")
         await self._charon.placeholders.open()
         self._opened_at = self._clock()
         self._compare_at = self._opened_at + COMPARE_SECONDS
         await self._activate()
         self.settled.set()
-        log.info("addresses-given-out", pools=[pool.text for pool in self.pools], kept=len(self._charon.placeholders))
+        log.info(
+            "address-assignment-started", pools=[pool.text for pool in self.pools], kept=len(self._charon.placeholders)
+        )
 
     async def _activate(self) -> None:
         """Activate segments without a handshake in progress: strongSwan 6 ends those, and 6.0.1 crashes at them."""
@@ -188,7 +190,7 @@ class AddressKeeper:
         except BankUnavailable as error:
             if now - self._waits_since < BANK_PATIENCE:
                 raise
-            log.error("addresses-given-out-unprotected", reason=str(error), fix="see `ike-sa-sync check`: bank")
+            log.error("address-assignment-unprotected", reason=str(error), fix="see `ike-sa-sync check`: bank")
             found = {}
         self._waits_since = None
         return found
@@ -232,7 +234,7 @@ class AddressKeeper:
         room = max(self._limit - len(placeholders), 0)
         missing = len(elsewhere) - len(wanted) + max(len(new) - room, 0)
         if missing and not self.missing:
-            log.error("addresses-not-kept", count=missing, limit=self._limit, fix="raise ha.placeholders")
+            log.error("placeholders-missing", count=missing, limit=self._limit, fix="raise ha.placeholders")
         self.missing = missing
         await placeholders.put({a: wanted[a].connection for a in new[:room]}, self._clock())
         self._sessions.update((a, stub.index) for a, stub in wanted.items() if a in placeholders)

@@ -210,7 +210,7 @@ class BankReconciler:
                 await self._living.forget_ended()
                 swept = swept or await self._sweep()
             except (BankUnavailable, ViciError) as error:
-                log.debug("comparison-waits", reason=str(error))
+                log.debug("comparison-delayed", reason=str(error))
                 await asyncio.sleep(0.2)
                 continue
             took = time.monotonic() - took
@@ -269,7 +269,7 @@ class BankReconciler:
             self._assert_all = True
             raise
         if ends:
-            log.info("ends-asserted", sessions=len(ends))
+            log.info("endings-repeated", sessions=len(ends))
 
     async def _learn_endings(self) -> None:
         """Learn from the bank which sessions of this gateway ended or went on elsewhere while charon still has their
@@ -297,7 +297,7 @@ class BankReconciler:
                             self._learned(sa)
             except BankUnavailable as error:
                 # its return is news, and has all compared
-                log.debug("ends-not-learned", reason=str(error))
+                log.debug(error.event, component="endings", reason=str(error))
             # while many sessions move away, this does not look at all SAs all the time
             await asyncio.sleep(took * LEARN_PACE)
 

@@ -317,7 +317,7 @@ class Drain:
                 moved += await self._bank.moved(indexes)
                 ended += await self._bank.ended(indexes)
         except BankUnavailable as error:
-            log.info("drain-waits-for-bank", reason=str(error))
+            log.info(error.event, component="drain", reason=str(error))
             return
         over: list[tuple[IkeSa, Index | None]] = []
         for asked, vanished, new, over_there in zip(every, gone, moved, ended, strict=True):

@@ -113,7 +113,7 @@ class Endings:
         except OSError as error:
             if not self._failed:
                 log.warning(
-                    "endings-not-kept",
+                    "endings-not-saved",
                     file=str(self._path),
                     reason=error.strerror,
                     fix="make the folder of `state` writable",

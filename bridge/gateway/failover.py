@@ -168,7 +168,7 @@ class Failover:
                 able = await self._able(gateway)
                 stubs = [stub async for page in self._stubs(gateway) for stub in page]
             except BankUnavailable as error:
-                log.info("announcements-wait", gateway=gateway, reason=str(error))
+                log.info(error.event, component="announcements", gateway=gateway, reason=str(error))
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
             break

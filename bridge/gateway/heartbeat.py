@@ -146,13 +146,15 @@ class Heartbeat:
             return
         if state is BankState.AWAY:
             if before is not None:
-                log.warning("bank-lost", reason=reason)
+                log.warning("bank-unreachable", component="heartbeat", reason=reason)
         elif before in (None, BankState.AWAY):
-            log.info("bank-reachable")
+            log.info("bank-reachable", component="heartbeat")
         if state is BankState.READ_ONLY:
-            log.error("bank-unwritable", reason=reason, effect="sessions resume, changes of stubs wait")
+            log.error(
+                "bank-unwritable", component="heartbeat", reason=reason, effect="sessions resume, changes of stubs wait"
+            )
         elif state is BankState.WELL and before is BankState.READ_ONLY:
-            log.info("bank-writable")
+            log.info("bank-writable", component="heartbeat")
 
     async def _pause(self, until: float) -> None:
         """Until the next heartbeat is due, or charon has gone."""
@@ -160,7 +162,7 @@ class Heartbeat:
             await asyncio.sleep(min(left, CHARON_SECONDS))
             if self._served and not self._there():
                 self._served, self._left = False, True
-                log.warning("charon-gone", reason="the other gateways are told")
+                log.warning("charon-ended", effect="the other gateways are notified")
                 with contextlib.suppress(BankUnavailable):
                     if (address := self._own_address()) is not None:
                         await self._bank.leave(address)

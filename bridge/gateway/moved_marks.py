@@ -50,7 +50,7 @@ class MovedMarks:
                     told = False
                 except BankUnavailable as error:
                     if not told:
-                        log.warning("moves-wait-for-bank", reason=str(error))
+                        log.warning(error.event, component="moved-marks", reason=str(error))
                         told = True
                     await asyncio.sleep(RETRY_SECONDS)
 

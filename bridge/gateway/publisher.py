@@ -112,7 +112,7 @@ class Publisher:
         try:
             stubs = await self._bank.get(indexes)
         except BankUnavailable as error:
-            log.warning("recovery-waits-for-bank", reason=str(error))
+            log.warning(error.event, component="recovery", reason=str(error))
             return None
         for info, stub in zip(infos, stubs, strict=True):
             if stub is not None and stub.spi_i + stub.spi_r == info.spis:

@@ -114,7 +114,7 @@ class ReturnPath:
         try:
             neighbour.answer(sock)  # type: ignore[arg-type]
         except OSError as error:
-            log.debug("not-answered", interface=interface, reason=str(error))
+            log.debug("neighbour-request-not-answered", interface=interface, reason=str(error))
 
 
 def _interface(address: str, networks: Sequence[Connected]) -> str | None:

@@ -137,7 +137,7 @@ class Revocations:
         try:
             await asyncio.to_thread(_write, self._path, text)
         except OSError as error:
-            log.warning("revocations-not-kept", file=str(self._path), reason=error.strerror)
+            log.warning("revocations-not-saved", file=str(self._path), reason=error.strerror)
 
     def _load(self) -> None:
         if self._path is None:
@@ -204,7 +204,7 @@ class LockOut:
                 await self._revocations.read()
             except BankUnavailable as error:
                 # its return is news; what is known is enforced meanwhile
-                log.debug("revocations-not-asked", reason=str(error))
+                log.debug(error.event, component="revocations", reason=str(error))
             if self._revocations.changed.is_set():
                 self._revocations.changed.clear()
                 self._ended = 0
@@ -213,7 +213,7 @@ class LockOut:
                 self._ended += await self._end_all()
                 await self._report()
             except (BankUnavailable, ViciError) as error:
-                log.warning("lock-out-waits", reason=str(error))
+                log.warning("revocation-delayed", reason=str(error))
                 pause = REPEAT_SECONDS
             try:
                 async with asyncio.timeout(pause):

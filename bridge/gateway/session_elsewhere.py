@@ -81,7 +81,7 @@ class SessionElsewhere:
             try:
                 moved = await self._bank.moved([index for index, _ in found]) if found else []
             except BankUnavailable as error:
-                log.info("moves-not-read", reason=str(error))
+                log.info(error.event, component="moves", reason=str(error))
                 moved = []
             ends = [self.end(sa, new) for (_, sa), new in zip(found, moved, strict=False) if new is not None]
             await asyncio.gather(*ends)

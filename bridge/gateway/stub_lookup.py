@@ -79,7 +79,8 @@ class StubLookup:
                     await self._ask_both(indexes, held, stubs, ended)
             except (BankUnavailable, TimeoutError) as error:
                 self._metrics.bank_errors.inc()
-                log.warning("bank-unavailable", reason=str(error) or f"no answer in {self._timeout} s")
+                reason = str(error) or f"no answer in {self._timeout} s"
+                log.warning("bank-unreachable", component="lookup", reason=reason)
             finally:
                 self._metrics.bank_seconds.observe(self._clock() - began)
         else:

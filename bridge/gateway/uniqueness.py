@@ -63,7 +63,7 @@ class Uniqueness:
         return found.unique if found is not None else Unique.NO
 
     async def _end(self, sa: IkeSa) -> None:
-        log.info("replaced", connection=sa.connection, reason="unique = replace", **sa.id.logged)
+        log.info("sa-replaced", connection=sa.connection, reason="unique = replace", **sa.id.logged)
         try:
             await self._charon.end_surely(sa)
         except ChannelError as error:

@@ -29,7 +29,7 @@ KILL_PATIENCE = 10.0
 
 
 class LabError(Exception):
-    """A lab cannot be built or used; the message names the cause and the mend."""
+    """A lab cannot be built or used; the message names the cause and the fix."""
 
 
 def need_root() -> None:

@@ -46,7 +46,7 @@ _NFQA_CFG_F_FAIL_OPEN = 1
 
 
 class InterceptUnavailable(Exception):
-    """Requests cannot be intercepted; the text names the cause and the mend."""
+    """Requests cannot be intercepted; the text names the cause and the fix."""
 
 
 class Packet:

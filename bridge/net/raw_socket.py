@@ -49,7 +49,7 @@ class RawUdp:
     """Sends UDP datagrams from any local address and port, those that charon is bound to included."""
 
     def __init__(self) -> None:
-        """Raises OSError, with the mend, without CAP_NET_RAW and CAP_NET_ADMIN."""
+        """Raises OSError, with the fix, without CAP_NET_RAW and CAP_NET_ADMIN."""
         self._ipv4 = _raw_socket(socket.AF_INET)
         self._ipv4.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
         _send_only(self._ipv4, "127.255.255.254")
@@ -93,7 +93,7 @@ class ResponseListener:
         self._sockets: list[socket.socket] = []
 
     def start(self) -> None:
-        """Begin to listen, in the network namespace of the caller. Raises OSError, with the mend, without
+        """Begin to listen, in the network namespace of the caller. Raises OSError, with the fix, without
         CAP_NET_RAW."""
         ipv4, ipv6 = _raw_socket(socket.AF_INET), _raw_socket_ipv6()
         # an IPv4 raw socket gives the IP header as well, an IPv6 one does not

@@ -19,7 +19,7 @@ SLICE = 256
 
 
 class ControlError(Exception):
-    """The sidecar does not answer on its control socket, or refuses; the text names the cause and the mend."""
+    """The sidecar does not answer on its control socket, or refuses; the text names the cause and the fix."""
 
 
 class ControlServer:

@@ -37,7 +37,7 @@ GC_THRESHOLDS = (50_000, 50, 100)
 
 
 class StartError(Exception):
-    """The sidecar cannot run at all; the text names the cause and the mend."""
+    """The sidecar cannot run at all; the text names the cause and the fix."""
 
 
 class TaskFailed(Exception):
@@ -90,7 +90,9 @@ class _Life:
             # a callback, which is called again for the next packet; or a task of a library
             log.error("callback-failed", message=context["message"], reason=reason, exc_info=error)
             return
-        log.error("task-failed", task=name, reason=reason, exc_info=error, mend="the process ends; systemd restarts it")
+        log.error(
+            "task-failed", task=name, reason=reason, exc_info=error, effect="the process ends; systemd restarts it"
+        )
         self.failed = True
         self._over.set()
 
