@@ -246,7 +246,7 @@ class HaChannel:
                 log.error(
                     "ha-channel-foreign",
                     uid=end.uid,
-                    fix=f"find and stop the process of this user that holds UDP {self._charon}:{PORT} instead of charon",
+                    fix=f"stop the process of this user that holds UDP {self._charon}:{PORT} instead of charon",
                 )
             self._told_uid = True
             return end, False
