@@ -3,13 +3,14 @@
 # What they need is installed the first time and then left alone: Debian packages, and Python ones in .venv.
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo record bench test test-releases test-vm deb lint typecheck man reference lock clean
+.PHONY: help setup demo record bench test test-releases test-vm chaos deb lint typecheck man reference lock clean
 
 # Debian's Python: the headers that NetfilterQueue is built with belong to it.
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 # The tests of a file share a lab, so a file is one worker's.
 WORKERS ?= 2
 
@@ -85,6 +86,9 @@ $(VENV)/.deb-packages: debian/control $(VENV)/.packages
 test-vm: $(VENV)/.project deb ## provisioning, package and units on a Debian machine (qemu), and the lab on its kernel
 	@.ci/packages qemu-system-x86 mmdebstrap e2fsprogs
 	@PYTEST_ARGS='$(PYTEST_ARGS)' vagrant/vm/run .vm dist/ike-sa-sync_*.deb $(BIN)/python
+
+chaos: setup ## random disturbances of three gateways, six clients and a Redis pair: CHAOS_ARGS='--rounds 200 --seed 1'
+	@PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS_ARGS)
 
 lint: setup ## ruff, and who may import whom
 	@$(BIN)/ruff check .

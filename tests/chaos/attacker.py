@@ -1,0 +1,123 @@
+"""An attacker without any key: it records what passes on the outer network, and throws it, or what it makes itself, at
+the gateways; and a local user without privileges on a gateway."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from random import Random
+
+from bridge.ike.key_exchange import fresh_public_value
+from bridge.ike.message import ExchangeType, PayloadType
+from bridge.ike.sync_exchange import build_request
+from bridge.ike.transforms import Suite
+from bridge.lab.host import Host
+from bridge.net.packet import Datagram, parse_datagram
+from bridge.net.raw_socket import RawUdp
+from chaos.world import World
+from net_support import inside
+
+ETH_P_IP = 0x0800
+KEPT = 400
+"""messages of each kind that are remembered"""
+SUITE = Suite(encr=20, encr_len=128, integ=0, prf=5, group=31)
+NOBODY = 65534
+FORGE_HA = """
+import os, socket, sys
+os.setgid({nobody}); os.setuid({nobody})
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for octets in sys.stdin:
+    for target in ("127.0.0.1", "127.0.0.2"):
+        try:
+            sock.sendto(bytes.fromhex(octets), (target, 4510))
+        except OSError:
+            pass
+"""
+
+
+class Attacker:
+    """`record` before the first round; `throw` in each."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._requests: list[Datagram] = []
+        self._others: list[Datagram] = []
+        with inside(world.lab.switch):
+            self._ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP))
+        with inside(world.attacker.namespace):
+            self._sender = RawUdp()
+        self._thread = threading.Thread(target=self._record, daemon=True)
+        self._thread.start()
+
+    def _record(self) -> None:
+        while True:
+            octets, address = self._ear.recvfrom(65535)
+            if address[2] == socket.PACKET_OUTGOING:
+                continue
+            seen = parse_datagram(octets)
+            if seen is None or len(seen.ike) < 28:
+                continue
+            resumes = seen.ike[18] == ExchangeType.IKE_SA_INIT and seen.ike[16] == PayloadType.SYNC
+            kept = self._requests if resumes else self._others
+            kept.append(seen)
+            if len(kept) > KEPT:
+                del kept[0]
+
+    def throw(self, random: Random) -> str:
+        """One attack; what it was."""
+        kinds = [self._forged_request, self._forged_ha]
+        if self._requests:
+            kinds += [self._replayed_request] * 3
+        if self._others:
+            kinds += [self._replayed_messages]
+        return random.choice(kinds)(random)
+
+    def _replayed_request(self, random: Random) -> str:
+        """A request to resume that was seen, from where it came or from here, to any gateway."""
+        seen = random.choice(self._requests)
+        gateway = random.choice(self._world.gateways)
+        source = random.choice([(seen.src, seen.sport), (self._world.attacker.address, 4500)])
+        self._sender.send(*source, gateway.address, 4500, seen.ike, True)
+        return f"replayed a request of {seen.src} to {seen.dst}, from {source[0]} to {gateway.name}"
+
+    def _replayed_messages(self, random: Random) -> str:
+        """Other IKE messages that were seen, to where they went."""
+        some = random.sample(self._others, min(5, len(self._others)))
+        for seen in some:
+            self._sender.send(seen.src, seen.sport, seen.dst, seen.dport, seen.ike, seen.marker)
+        return f"replayed {len(some)} IKE messages"
+
+    def _forged_request(self, random: Random) -> str:
+        """A request with the index of a living session, which is no secret, under keys of the attacker's own."""
+        keys = sorted(self._world.stubs() or ())
+        key = random.choice(keys) if keys else "ike:stub:{192.168.50.1/11}:1111111111111111"
+        gateway, _, spi = key.partition("{")[2].partition("/")[0], "", key.rpartition(":")[2]
+        octets = build_request(
+            spi_i=os.urandom(8),
+            suite=SUITE,
+            ke_value=fresh_public_value(SUITE.group),
+            nonce=os.urandom(32),
+            sync_index=(gateway, bytes.fromhex(spi)),
+            prf=SUITE.prf,
+            sk_d_old=os.urandom(32),
+        )
+        target = random.choice(self._world.gateways)
+        self._sender.send(self._world.attacker.address, 4500, target.address, 4500, octets, True)
+        return f"forged a request for {spi} to {target.name}"
+
+    def _forged_ha(self, random: Random) -> str:
+        """IKE_DELETE of every IKE_SA of a gateway, to both ends of the HA channel."""
+        host = random.choice(self._world.gateways)
+        lines = ""
+        for version in (3, 4, 5):
+            for sa in self._world.sas_or_none(host):
+                spis = sa["initiator-spi"] + sa["responder-spi"]
+                lines += f"{version:02x}05" + "01" + "02" + spis + "00" + "\n"
+        self._as_nobody(host, lines)
+        return f"forged {lines.count(chr(10))} HA messages as uid {NOBODY} on {host.name}"
+
+    @staticmethod
+    def _as_nobody(host: Host, lines: str) -> None:
+        host.run(sys.executable, "-c", FORGE_HA.format(nobody=NOBODY), stdin=lines, check=False)
