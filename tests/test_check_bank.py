@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bank_support import GATEWAY, RedisServer
+from bank_support import GATEWAY, RedisServer, keyring
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.seal_volume import SEALS_ASK, SEALS_MAX
 from bridge.check.bank import bank as check_bank
@@ -15,6 +15,7 @@ from bridge.check.finding import Finding, Grade
 from bridge.config import BankConfig, GatewayConfig
 from bridge.stub import bank_keys
 from bridge.stub.keyring import Keyring, generate
+from bridge.stub.revocation import Mark, seal
 
 pytestmark = pytest.mark.redis
 
@@ -63,11 +64,43 @@ async def test_a_key_that_has_sealed_much_is_found(
     assert "keygen" in str(finding)
 
 
+async def test_a_gateway_that_does_not_enforce_a_lock_out_is_named(server: RedisServer, key_file: Path) -> None:
+    ring = Keyring.load(key_file)
+    bank = RedisBank(server.url, ring)
+    assert await findings(server, key_file, "locked out") == []
+    now = int(time.time())
+    mark = Mark("client@example", True, (now - 60) * 1000, now + 3600)
+    await bank.put_revocations({seal(mark, ring): mark.expires}, ())
+    for gateway in (GATEWAY, OTHER):
+        await bank.heartbeat(gateway, 30)
+    await bank.post(bank_keys.LOCKOUT_KIND, GATEWAY, f'{{"latest": {mark.made}}}', 60)
+    [finding] = await findings(server, key_file, "locked out")
+    assert finding.grade is Grade.FAIL
+    assert OTHER in finding.text
+    assert "client@example" in finding.text
+    await bank.post(bank_keys.LOCKOUT_KIND, OTHER, f'{{"latest": {mark.made}}}', 60)
+    [finding] = await findings(server, key_file, "locked out")
+    assert finding.grade is Grade.OK
+    assert finding.text.endswith(": 1")
+    await bank.close()
+
+
+async def test_marks_that_do_not_open_are_found(server: RedisServer, key_file: Path) -> None:
+    foreign = keyring()
+    bank = RedisBank(server.url, foreign)
+    now = int(time.time())
+    await bank.put_revocations({seal(Mark("client@example", True, now * 1000, now + 3600), foreign): now + 3600}, ())
+    [finding] = await findings(server, key_file, "locked out")
+    assert finding.grade is Grade.FAIL
+    assert "1 marks" in finding.text
+    await bank.close()
+
+
 async def test_junk_in_the_bank_is_no_traceback(server: RedisServer, key_file: Path) -> None:
     now = time.time()
     server.client.zadd(bank_keys.GATEWAYS, {b"\xff\xfe": now, "x" * 10_000: now, OTHER: now})
     server.client.set(bank_keys.heartbeat_key(OTHER), b"\xff" * 100_000)
-    for kind in (bank_keys.FACTS_KIND, bank_keys.SEALS_KIND, bank_keys.STATS_KIND):
+    for kind in (bank_keys.FACTS_KIND, bank_keys.SEALS_KIND, bank_keys.STATS_KIND, bank_keys.LOCKOUT_KIND):
         server.client.set(bank_keys.posted_key(kind, OTHER), b"[" * 100_000)
         server.client.set(bank_keys.posted_key(kind, GATEWAY), b'{"a": ' + b"9" * 5000 + b"}")
     [finding] = await findings(server, key_file, "bank")

@@ -141,6 +141,7 @@ async def test_who_lacks_the_key_locks_nobody_out(server: RedisServer) -> None:
     await revocations.look()
     assert not revocations.revoked(stub_of())
     assert revocations.active() == []
+    assert revocations.unreadable == 2
     await bank.close()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
-from failover_support import connect, established, fresh, resume
+from failover_support import connect, counter, established, fresh, resume
 
 pytestmark = pytest.mark.lab
 
@@ -43,6 +43,7 @@ def test_a_client_is_locked_out_of_all_gateways_until_it_is_let_in_again(topolog
     ]
     assert topology.gw1.charon.sas() == []
     assert topology.bank.stubs() == []
+    assert [counter(topology, "gw1", name) for name in ("identities_revoked", "revoked_ended_total")] == [1, 1]
     # its client got a DELETE
     wait_until(lambda: topology.client.charon.sas() == [], "the end of the session at the client")
     # a full handshake succeeds, and is ended at once

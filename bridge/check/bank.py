@@ -28,6 +28,7 @@ from bridge.config import GatewayConfig
 from bridge.ike.address import Pool
 from bridge.stub import bank_keys
 from bridge.stub.keyring import Keyring, SealError
+from bridge.stub.revocation import open_mark
 from bridge.stub.types import printable
 
 PATIENCE = 3.0
@@ -153,9 +154,12 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
         seals = [decode_seals(await bank.posted(bank_keys.SEALS_KIND, name)) for name in (config.address or "", *signs)]
         told = {name: gateway_facts.decode(await bank.posted(bank_keys.FACTS_KIND, name) or b"") for name in signs}
         stats = await bank.posted(bank_keys.STATS_KIND, config.address) if config.address is not None else None
+        marks = {sealed for each in await bank.revocations() for sealed in each}
+        named = {name: await bank.posted(bank_keys.LOCKOUT_KIND, name) for name in (config.address or "", *signs)}
     finally:
         await bank.close()
     findings = [*_keys(keyring, signs), *_volume(keyring, seals), *_duplicates(stats or b"")]
+    findings += _lock_out(keyring, marks, {name: _latest(told or b"") for name, told in named.items()})
     others = {name: facts for name, facts in told.items() if facts is not None}
     if not others:
         return [*findings, ok("other gateways", "none is in this bank now: pools and connections are not compared")]
@@ -225,6 +229,48 @@ def _volume(keyring: Keyring, seals: Iterable[Mapping[str, int]]) -> list[Findin
         for key_id in keyring.ids[:1]
         if totals[key_id.hex()] >= SEALS_ASK
     ]
+
+
+def _lock_out(keyring: Keyring, marks: Iterable[bytes], enforced: Mapping[str, int]) -> list[Finding]:
+    """Whether each gateway knows every mark of a locked-out identity: `enforced` has the time of the newest one that it
+    reported, by its address."""
+    now = time.time()
+    unreadable, known = 0, []
+    for sealed in marks:
+        try:
+            known.append(open_mark(sealed, keyring))
+        except SealError:
+            unreadable += 1
+    count = sum(mark.revoked and mark.expires > now for mark in known)
+    findings = []
+    if unreadable:
+        findings.append(
+            fail(
+                "locked out",
+                f"{unreadable} marks of locked-out identities in the bank do not open with this gateway's key file",
+                "copy the key file of the gateway where `revoke` ran; without it these identities resume here",
+            )
+        )
+    old = [mark for mark in known if mark.expires > now and mark.made < (now - PATIENCE) * 1000]
+    newest = max(old, key=lambda mark: mark.made, default=None)
+    for name, made in enforced.items():
+        if name and newest is not None and made < newest.made:
+            findings.append(
+                fail(
+                    "locked out",
+                    f"{name} has not reported that it knows the mark of {printable(newest.identity)}",
+                    "is its sidecar up, with the same key file? Its log has `revocations` or `revocation-unreadable`",
+                )
+            )
+    return findings or ([ok("locked out", f"identities locked out at all gateways: {count}")] if count else [])
+
+
+def _latest(report: bytes) -> int:
+    """When the newest mark was made that a gateway reports to enforce, in Unix milliseconds."""
+    try:
+        return int(json.loads(report or b"{}").get("latest", 0))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return 0
 
 
 def _connections(mine: dict[str, list[str]], others: dict[str, Facts]) -> list[Finding]:

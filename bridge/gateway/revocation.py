@@ -61,6 +61,8 @@ class Revocations:
         self._stamp: bytes | None = None
         self._marks: dict[str, tuple[Mark, bytes]] = {}
         self._reading = asyncio.Lock()
+        self.unreadable = 0
+        """marks of the bank that did not open at the last look"""
         self.changed = asyncio.Event()
         """set when there are other marks than before"""
         self._load()
@@ -104,6 +106,7 @@ class Revocations:
                     found.append((open_mark(sealed, self._keyring), sealed))
                 except SealError:
                     unreadable += 1
+            self.unreadable = unreadable
             if unreadable:
                 log.warning(
                     "revocation-unreadable", marks=unreadable, fix="is bank.key_file that of the other gateways?"
@@ -189,6 +192,8 @@ class LockOut:
         self._news = asyncio.Event()
         self._ended = 0
         """SAs, since the marks changed last"""
+        self.ended = 0
+        """SAs, since this sidecar started"""
 
     def soon(self) -> None:
         """The bank's marks changed, or an SA came up that is to be ended."""
@@ -239,6 +244,7 @@ class LockOut:
             self._endings.add(index, expires)
             self._writer.submit_delete(index, expires=expires)
         ended = await self._charon.end({sa.id.spis for sa in sas})
+        self.ended += ended
         for sa in sas:
             log.warning(
                 "sa-ended-by-revocation",

@@ -114,8 +114,8 @@ class GatewayRole:
             bank, charon, config.address, self._metrics, config.failover.detect, failover.own_heartbeat
         )
         living = LivingSas(charon.tracker)
-        revocations = Revocations(bank, keyring, config.state)
-        lock_out = LockOut(revocations, bank, charon, endings, self._writer, config.address)
+        self._revocations = revocations = Revocations(bank, keyring, config.state)
+        self._lock_out = lock_out = LockOut(revocations, bank, charon, endings, self._writer, config.address)
         self._marks = MovedMarks(bank)
         self._uniqueness = Uniqueness(charon, living)
         self._authentication = AuthenticationEnd(charon, self._metrics)
@@ -325,6 +325,15 @@ class GatewayRole:
             "bank_key_seals",
             "stubs sealed with the bank's key in use, by all gateways; 2^32 are the most for one key",
             lambda: self._rotation.seals,
+        )
+        gauge("identities_revoked", "identities that are locked out here", lambda: len(self._revocations.active()))
+        gauge(
+            "revocations_unreadable",
+            "marks of locked-out identities in the bank that did not open here at the last look",
+            lambda: self._revocations.unreadable,
+        )
+        self._metrics.total(
+            "revoked_ended", "IKE_SAs ended because their identity is locked out", lambda: self._lock_out.ended
         )
         gauge("bank_writable", "1 while the bank takes writes", lambda: float(self._heartbeat.bank_writable))
 
