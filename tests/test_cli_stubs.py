@@ -25,11 +25,16 @@ class Operator:
         self._file = directory / "gateway.yaml"
         generate(self.key_file)
         self._file.write_text(f"bank: {{url: '{server.url}', key_file: {self.key_file}}}\n")
-        self.bank = RedisBank(server.url, Keyring.load(self.key_file))
+        self.keyring = Keyring.load(self.key_file)
+        self.bank = RedisBank(server.url, self.keyring)
 
     def stubs(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`ike-sa-sync stubs`."""
-        command = [*program(), "stubs", *arguments, "-c", str(self._file)]
+        return self.run("stubs", *arguments)
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`ike-sa-sync WORDS`."""
+        command = [*program(), *words, "-c", str(self._file)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

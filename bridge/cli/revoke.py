@@ -89,12 +89,19 @@ def unrevoke(path: str | None, identity: str, as_json: bool) -> None:
     async def work(bank: StubBank, keyring: Keyring) -> dict[str, Any]:
         marks = {mark.name: mark for mark in await _marks(bank, keyring)}
         old = marks.get(canonical(identity))
-        if old is None or not old.revoked:
-            options.fail(f"{printable(identity)} is not locked out; `ike-sa-sync revoked` names those that are")
-        # as long as the older mark could come back from a bank that was away
-        mark = Mark(identity, False, max(int(time.time() * 1000), old.made + 1), old.expires)
         before = await _reports(bank)
-        await _put(bank, keyring, mark)
+        if old is None:
+            newest = max((mark.made for mark in marks.values()), default=0)
+            if any(_number(report, "latest") > newest for report in before.values()):
+                options.fail("the bank lost a mark that gateways write again within 30 s: repeat the command then")
+            options.fail(f"{printable(identity)} is not locked out; `ike-sa-sync revoked` names those that are")
+        if old.revoked:
+            # as long as the older mark could come back from a bank that was away
+            mark = Mark(identity, False, max(int(time.time() * 1000), old.made + 1), old.expires)
+            await _put(bank, keyring, mark)
+        else:
+            # repeated, since a gateway had not reported
+            mark = old
         return {"identity": identity, "gateways": await _await_reports(bank, mark, before)}
 
     done = with_bank(path, work)

@@ -48,7 +48,9 @@ VICI_SECONDS = 10.0
 LATELY = 2.0
 """seconds within which a tunnel that works has carried an answer"""
 PING = "while :; do ping -n -D -i 0.25 -w 20 {server}; sleep 0.25; done"
-OPERATOR_TRIES = 5
+OPERATOR_TRIES = 8
+OPERATOR_PAUSE = 5.0
+"""seconds; gateways give marks that the bank lost back to it within 30 s"""
 COMMAND_SECONDS = 60.0
 PLACEHOLDER = "address-in-use-at-another-gateway"
 
@@ -345,6 +347,7 @@ class World:
             for _ in range(OPERATOR_TRIES):
                 if operation.process.wait(COMMAND_SECONDS) == 0:
                     break
+                time.sleep(OPERATOR_PAUSE)
                 operation.process = self.command(operation.host, *operation.words)
             else:
                 raise LabError(f"{operation.host.name}: {' '.join(operation.words)} fails again and again")
