@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
+import pytest
 
 from bank_support import GATEWAY, stub_of
 from bridge.bank.interface import BankUnavailable, StubBank
@@ -16,6 +17,7 @@ from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_tracker import SaTracker
 from bridge.gateway.addresses import AddressHolders
 from bridge.stub.stub import Index, Stub
+from bridge.stub.types import Identity
 
 HERE = "192.0.2.2"
 
@@ -73,6 +75,27 @@ def test_the_sa_that_the_stubs_was_rebuilt_from_is_of_its_session_but_is_to_go()
     found = holders(sa_of(before))
     assert not found.of_others(stub)
     assert found.beside(stub) == {before.spi_i + before.spi_r}
+
+
+def test_an_older_sa_of_the_same_peer_holds_no_address_of_its_newer_one() -> None:
+    """It fell back to a full handshake at another gateway, which gave it the address that it had."""
+    stub = session("10.20.0.7", gateway=GATEWAY)
+    old = msgspec.structs.replace(session("10.20.0.7"), established=stub.established - 60)
+    found = holders(sa_of(old))
+    assert not found.of_others(stub)
+    # it is ended once the client has confirmed
+    assert found.beside(stub) == {old.spi_i + old.spi_r}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "identity"), [(60, b"client@example"), (0, b"client@example"), (-60, b"other@example")]
+)
+def test_a_younger_sa_of_the_same_peer_and_any_of_another_holds_its_address(seconds: int, identity: bytes) -> None:
+    stub = session("10.20.0.7", gateway=GATEWAY)
+    other = msgspec.structs.replace(
+        session("10.20.0.7"), established=stub.established + seconds, remote_id=Identity(3, identity)
+    )
+    assert holders(sa_of(other)).of_others(stub) == {other.spi_i + other.spi_r}
 
 
 def test_an_sa_whose_session_went_on_elsewhere_holds_its_address_no_more() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
+from bridge.charon.ike_sa import IkeSa
 from bridge.stub.stub import Index, Stub
 
 
@@ -29,8 +30,14 @@ class AddressHolders:
         return holders
 
     def of_others(self, stub: Stub) -> set[bytes]:
-        """Those of another session, as far as is known here: not the SA that the stub's was rebuilt from."""
-        return {spis for spis in self.beside(stub) if stub.predecessor is None or self._index(spis) != stub.predecessor}
+        """Those of another session, as far as is known here: not the SA that the stub's was rebuilt from, and not an
+        older one of the same peer, which has set up another since, at a gateway that gave it the same address."""
+        return {
+            spis
+            for spis in self.beside(stub)
+            if (stub.predecessor is None or self._index(spis) != stub.predecessor)
+            and not _is_older(self._charon.tracker.sas.get(spis), stub)
+        }
 
     async def moved_away(self, stubs: Sequence[Stub]) -> set[bytes]:
         """Those of them whose session went on at another gateway or ended, according to the bank: leftovers, which
@@ -51,3 +58,14 @@ class AddressHolders:
     def _index(self, spis: bytes) -> Index | None:
         sa = self._charon.tracker.sas.get(spis)
         return None if sa is None or sa.local is None else sa.published or sa.index_here(self._address)
+
+
+def _is_older(sa: IkeSa | None, stub: Stub) -> bool:
+    """Whether an SA is of the stub's peer, and was set up before the stub's was. A younger one may be another device of
+    the same user."""
+    return (
+        sa is not None
+        and sa.remote_id is not None
+        and (sa.remote_id, sa.eap_id, sa.connection) == (stub.remote_id, stub.eap_id, stub.connection)
+        and 0 < sa.established < stub.established
+    )
