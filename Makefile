@@ -16,7 +16,7 @@ WORKERS ?= 2
 
 PACKAGES := \
 	build-essential python3-dev python3-venv libnetfilter-queue-dev \
-	charon-systemd strongswan-swanctl strongswan-pki \
+	charon-systemd strongswan-swanctl strongswan-pki strongswan-starter strongswan-charon \
 	libcharon-extra-plugins libcharon-extauth-plugins libstrongswan-extra-plugins libstrongswan-standard-plugins \
 	redis-server redis-tools freeradius \
 	bird2 \

@@ -38,6 +38,14 @@ def test_connections_with_the_same_peer_and_the_same_children_are_of_one_vpn() -
     assert [vpn.name for vpn in vpns] == ["home"]
 
 
+def test_children_that_have_the_names_of_their_connections_are_the_same_as_in_ipsec_conf() -> None:
+    loaded = [
+        connection(name, address, children=(NET[0]._replace(name=name),))
+        for name, address in (("net", "192.0.2.1"), ("net-gw2", "192.0.2.2"))
+    ]
+    assert gateways(learned(*loaded), "net") == [("192.0.2.1", "net"), ("192.0.2.2", "net-gw2")]
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from bridge.charon.ike_sa import IkeSa
-from bridge.charon.vici_types import ConnectionInfo
+from bridge.charon.vici_types import ChildConfig, ConnectionInfo
 from bridge.config import DEFAULT_VPN, ClientConfig, GatewayEntry, is_name
 
 
@@ -113,7 +113,7 @@ class LearnedVpns:
         for connection in self._read.values():
             if any(_leads_to_one(address) for address in connection.remote_addresses):
                 # without an identity nothing says that two gateways are of one VPN
-                shape = (connection.remote_ids, connection.children) if connection.remote_ids else connection.name
+                shape = (connection.remote_ids, _children(connection)) if connection.remote_ids else connection.name
                 groups.setdefault(shape, []).append(connection)
         self._vpns = [Vpn(group[0].name, self._gateways(group), self._resume_on_down) for group in groups.values()]
         self._by_connection = {entry.connection: vpn for vpn in self._vpns for entry in vpn.gateways}
@@ -150,6 +150,12 @@ def fits(sa: IkeSa, own: ConnectionInfo | None, other: ConnectionInfo | None) ->
         or (sa.local_id is not None and sa.local_id.text in other.local_ids)
     )
     return uplink and identity
+
+
+def _children(connection: ConnectionInfo) -> tuple[ChildConfig, ...]:
+    """What a connection's CHILD_SAs are about. In ipsec.conf each has the name of its connection, so that the name says
+    nothing about what it has in common with others."""
+    return tuple(child._replace(name="") if child.name == connection.name else child for child in connection.children)
 
 
 def _leads_to_one(configured: str) -> bool:

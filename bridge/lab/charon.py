@@ -1,6 +1,8 @@
 """One charon of the lab: Debian's charon-systemd, unmodified, with the shipped drop-in."""
 
+import os
 import shutil
+import signal
 import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,7 @@ charon {
         farp { load = no }
         forecast { load = no }
         resolve { load = no }
+        stroke { load = %(stroke)s }
         kernel-libipsec {
             load = %(libipsec)s
             allow_peer_ts = yes
@@ -72,11 +75,17 @@ def render(settings: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# starter runs the charon of its own package, which AppArmor would confine to the machine's own files.
+STARTER = ("/usr/lib/ipsec/starter", "--nofork")
+STARTED = "/run/charon.pid"
+
+
 class Charon(Daemon):
     """charon of one host. `log` is charon's own log file."""
 
     def __init__(self, host: "Host") -> None:
         super().__init__(host, "charon")
+        self.ipsec_conf = False  # started by starter, which loads /etc/ipsec.conf of the host, in place of systemd
         self.settings: dict[str, Any] = {}  # strongswan.conf, by dotted path; read at start()
 
     def configure(self) -> None:
@@ -87,7 +96,8 @@ class Charon(Daemon):
         shutil.copytree(self.host.root / PLUGIN_DEFAULTS, drop_ins / "charon", dirs_exist_ok=True)
         shutil.copy(shipped_files.path("strongswan-conf/ike-sa-sync.conf"), drop_ins)
         libipsec = "yes" if self.host.esp is Esp.USERSPACE else "no"
-        (drop_ins / "lab.conf").write_text(LAB % {"log": self.log, "libipsec": libipsec})
+        stroke = "yes" if self.ipsec_conf else "no"
+        (drop_ins / "lab.conf").write_text(LAB % {"log": self.log, "libipsec": libipsec, "stroke": stroke})
         (drop_ins / "lab-settings.conf").write_text(render(self.settings) + "\n")
 
     def start(self, load: bool = True) -> None:
@@ -96,7 +106,7 @@ class Charon(Daemon):
         A sidecar has to be started before, or charon reports the keys of its SAs to nobody.
         """
         self.configure()
-        self.spawn("charon-systemd")
+        self.spawn(*(STARTER if self.ipsec_conf else ("charon-systemd",)))
         self.await_alive(self.answers, "it answered on VICI")
         if load:
             self.load()
@@ -135,6 +145,9 @@ class Charon(Daemon):
     def kill(self) -> None:
         """SIGKILL. A kernel would go on with the SAs of a dead charon; a dead machine does not."""
         super().kill()
+        if self.ipsec_conf:
+            # starter, which would have started it again, is gone
+            os.kill(int(self.host.path(STARTED).read_text()), signal.SIGKILL)
         self.forget()
 
     def forget(self) -> None:

@@ -1,7 +1,7 @@
 """One host of the lab: a network namespace with a file system view of its own.
 
-Inside, `/run` is empty and private and `/etc` is the machine's, read-only, but for `strongswan.conf`,
-`strongswan.d`, `swanctl` and `ike-sa-sync`, which are the host's own. From outside they are plain files under
+Inside, `/run` is empty and private and `/etc` is the machine's, read-only, but for strongSwan's files and
+`ike-sa-sync`, which are the host's own. From outside they are plain files under
 `Host.etc`.
 """
 
@@ -20,7 +20,7 @@ from bridge.lab.sidecar import Role, Sidecar
 from bridge.lab.space import LabError
 
 # The parts of /etc that are the host's own.
-OWN = ("strongswan.conf", "strongswan.d", "swanctl", "ike-sa-sync")
+OWN = ("strongswan.conf", "strongswan.d", "swanctl", "ipsec.conf", "ipsec.secrets", "ike-sa-sync")
 
 # strongSwan's programs run from a copy: AppArmor confines Debian's, by their path, to the real /etc and /run.
 PROGRAMS = ("usr/sbin/charon-systemd", "usr/sbin/swanctl")
