@@ -203,6 +203,7 @@ class FakeBank:
         self.over: set[Index] = set()
         self.went_on: dict[Index, Index] = {}
         self.alive: set[str] = set()
+        self.posts: dict[tuple[str, str], bytes] = {}
         self.away = False
         self.failure: Exception | None = None
         """what the next look-up raises; such an error of the writer ends the process (test_supervision.py)"""
@@ -253,7 +254,7 @@ class FakeBank:
 
     async def posted(self, kind: str, gateway: str) -> bytes | None:
         await self._reach("posted")
-        return None
+        return self.posts.get((kind, gateway))
 
     async def revocation_stamp(self) -> bytes | None:
         await self._reach("revocation_stamp")

@@ -55,7 +55,8 @@ class Network:
 
     def state(self) -> dict[str, object]:
         [failure] = self.announcer.status(self.now)
-        return failure
+        told: dict[str, object] = msgspec.to_builtins(failure)
+        return told
 
 
 def test_a_few_sessions_are_announced_first_and_the_rest_when_nobody_contradicts() -> None:
@@ -180,3 +181,20 @@ def test_a_gateway_that_goes_changes_no_order_among_the_others(gateways: set[str
 def test_what_is_no_report_is_none_of_the_announcers_business(status: MoveStatus) -> None:
     net = Network(1)
     assert not net.report(0, status)
+
+
+def test_sessions_that_nobody_could_resume_are_counted_and_not_announced() -> None:
+    net = Network(2)
+    net.announcer.begin(DEAD, [(stub_of(number), [HERE] if number else []) for number in range(5)], net.now)
+    assert (net.state()["stubs"], net.state()["sessions"]) == (5, 4)
+
+
+def test_a_session_that_went_on_unannounced_is_counted_once() -> None:
+    net = Network(50)
+    index = stub_of(next(number for number in range(50) if number not in net.sent)).index
+    net.announcer.over(index)
+    net.announcer.over(index)
+    assert (net.state()["elsewhere"], net.state()["resumed"]) == (1, 0)
+    net.tick(TRIAL_SECONDS)
+    net.tick(TRIAL_SECONDS)
+    assert len(net.sent) == 49

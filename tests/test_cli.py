@@ -217,3 +217,10 @@ def test_a_key_file_that_cannot_be_written_is_named_with_the_reason(tmp_path: Pa
     done = run("keygen", str(file))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"ike-sa-sync: {file} cannot be written: No such file or directory\n"
+
+
+@pytest.mark.parametrize("more", [("--to", "any"), ("--on-stop",), ("--to", "192.0.2.1", "--share", "0.5")])
+def test_until_even_is_about_one_gateway(more: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(cli, ["drain", "--until-even", *more])
+    assert done.exit_code == 2
+    assert "needs the address of one gateway" in done.output

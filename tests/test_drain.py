@@ -443,3 +443,25 @@ def test_strongswan_stops_at_once_where_no_other_gateway_lives(clients: Clients)
     assert "no other gateway lives" in told.stderr
     assert clients.at(topology.gw1) == {"client", "second", "third", "plain"}
     topology.gateways["gw2"].start()
+
+
+def test_a_gateway_that_returned_gets_its_share_of_the_sessions_back(clients: Clients) -> None:
+    topology = clients.topology
+    gw1, gw2 = topology.gw1, topology.gw2
+    clients.connect()
+    drain(topology, "--to", gw2.address, code=1)
+    assert clients.at(gw2) == {"client", "second", "third"}
+    stats = f"ike:stats:{gw1.address}"
+    wait_until(lambda: json.loads(topology.bank.cli("GET", stats)).get("ike_sas") == 1, "what gw1 counts")
+    # three there and one here: one comes back
+    arguments = ("drain", "--json", "--to", gw1.address, "--until-even")
+    done = json.loads(topology.gateways["gw2"].command(*arguments, timeout=120).stdout)
+    assert done["sessions_at"] == {gw2.address: 3, gw1.address: 1}
+    assert (done["wanted"], done["moved"]) == (1, 1)
+    assert [len(clients.at(gateway)) for gateway in (gw1, gw2)] == [2, 2]
+    assert all(host.ping(SITE) == 3 for host in clients.all)
+    # and nothing is left to do
+    wait_until(lambda: json.loads(topology.bank.cli("GET", stats)).get("ike_sas") == 2, "what gw1 counts")
+    told = topology.gateways["gw2"].command("drain", "--to", gw1.address, "--until-even").stdout
+    assert f"sessions before: {gw2.address} 2, {gw1.address} 2" in told
+    assert "done: 0 of 0 sessions wanted moved" in told

@@ -4,6 +4,7 @@ and the clock are made up. With real hosts: test_drain."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, pars
 from bridge.stub.stub import Index
 from role_support import FakeBank, FakeTime, Wire, fake_charon
 
-HERE, THERE = "192.0.2.1", "192.0.2.2"
+HERE, THERE, THIRD = "192.0.2.1", "192.0.2.2", "192.0.2.3"
 
 
 class Elsewhere:
@@ -219,6 +220,60 @@ def test_a_target_that_could_resume_nothing_is_refused(
     change(scene)
     assert reason in scene.begin()["error"]
     assert scene.wire.sent == []
+
+
+def evening(scene: Scene, **sessions: int) -> dict[str, Any]:
+    """A drain to `there` until sessions are even, where the other gateways say that they have so many."""
+    for name, count in sessions.items():
+        address = {"there": THERE, "third": THIRD}[name]
+        scene.bank.alive.add(address)
+        scene.bank.posts["stats", address] = json.dumps({"ike_sas": float(count)}).encode()
+    request = {"to": THERE, "share": 1.0, "rate": 1000.0, "until_even": True}
+    return scene.loop.run(scene.drain.start(request))
+
+
+@pytest.mark.parametrize(
+    ("here", "others", "moves"),
+    [
+        (4, {"there": 0}, 2),
+        (5, {"there": 0}, 2),
+        (5, {"there": 4}, 0),
+        (2, {"there": 9}, 0),
+        (15, {"there": 0, "third": 15}, 5),
+        (15, {"there": 5, "third": 10}, 5),
+        (10, {"there": 0, "third": 30}, 0),
+        (16, {"there": 9, "third": 2}, 0),
+    ],
+)
+def test_until_even_moves_what_is_more_than_the_mean_here_and_less_there(
+    loop: FakeTime, here: int, others: dict[str, int], moves: int
+) -> None:
+    scene = Scene(loop, here)
+    begun = evening(scene, **others)
+    assert begun["wanted"] == moves
+    assert list(begun["sessions_at"].values()) == [here, *others.values()]
+    for sa in scene.sas:
+        scene.arrives(sa)
+    loop.pass_time(1.0)
+    assert (scene.told()["state"], scene.told()["moved"]) == ("done", moves)
+
+
+def test_a_target_that_does_not_say_how_many_sessions_it_has_is_refused(loop: FakeTime) -> None:
+    assert "does not say how many" in evening(Scene(loop, 3))["error"]
+
+
+@pytest.mark.parametrize("stats", [b"[]", b"{", b'{"ike_sas": "many"}', b'{"ike_sas": 1e999}'])
+def test_counters_that_no_gateway_writes_say_nothing(loop: FakeTime, stats: bytes) -> None:
+    scene = Scene(loop, 3)
+    scene.bank.posts["stats", THERE] = stats
+    assert "does not say how many" in evening(scene)["error"]
+
+
+def test_a_gateway_that_could_resume_no_session_here_counts_for_nothing(loop: FakeTime) -> None:
+    scene = Scene(loop, 4)
+    scene.bank.posts["facts", THIRD] = b'{"connections": {"another": ["net"]}}'
+    begun = evening(scene, there=0, third=50)
+    assert (begun["wanted"], THIRD in begun["sessions_at"]) == (2, False)
 
 
 def test_two_operators_begin_one_drain(loop: FakeTime) -> None:

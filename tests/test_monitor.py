@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 
 from bank_support import GATEWAY, PATIENCE, RedisServer, ending, keyring, shipped_users, stub_of
+from bridge.bank import failover_progress
+from bridge.bank.failover_progress import FailoverProgress
 from bridge.bank.redis_bank import RedisBank
 
 pytestmark = pytest.mark.redis
@@ -199,6 +201,13 @@ async def test_the_live_view_shows_gateways_their_counters_and_what_happens(tmp_
             # the latest event comes first
             [first] = re.findall(r"events.*\n.*?(\S+ +\S+ +\S+) +[0-9a-f]{16}", frame)
             assert first.split() == ["stub", "deleted", GATEWAY]
+            # another gateway failed, and this one announces that
+            failure = FailoverProgress("192.0.2.9", "running", "", 2000, 2000, 10, 1500, 1234, 5, 6, 7, 1.5)
+            await bank.post("failovers", GATEWAY, failover_progress.encode([failure]), 60)
+            frame = await screen.shows(lambda frame: "192.0.2.9" in frame, "the failure that is announced")
+            cells = row(frame, "192.0.2.9")
+            assert cells[2:] == ["2,000", "1,500", "1,241", "5", "6", "0", "running,", "1.5", "s"]
+            assert set(cells[1]) <= set("━╸╺")
             # a gateway whose heartbeat ends has failed
             await bank.heartbeat(GATEWAY, 0.05)
             await screen.shows(lambda frame: row(frame, GATEWAY)[1:2] == ["failed"], "the failure")

@@ -153,7 +153,7 @@ class Prefetch:
         changed.clear()
         log.info("download-started", gateway=gateway)
         try:
-            if self._keyspace is not None and self._near is None:
+            if self._keyspace is not None:
                 # first: what changes while the stubs come must be heard
                 await self._keyspace.add(bank_keys.stubs_pattern(gateway))
             async for stubs in self._bank.download(gateway):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -47,6 +48,11 @@ def _target(context: click.Context, parameter: click.Parameter, value: str | Non
     help="Part of this gateway's sessions to move, rounded up.",
 )
 @click.option(
+    "--until-even",
+    is_flag=True,
+    help="Move only until this gateway and the target have as many sessions as the living gateways have on average.",
+)
+@click.option(
     "--rate",
     type=click.FloatRange(0, min_open=True),
     default=RATE,
@@ -54,7 +60,17 @@ def _target(context: click.Context, parameter: click.Parameter, value: str | Non
     help="The most moves begun a second.",
 )
 @options.json_option
-def drain(path: str | None, to: str | None, on_stop: bool, share: float, rate: float, as_json: bool) -> None:
+@click.pass_context
+def drain(
+    context: click.Context,
+    path: str | None,
+    to: str | None,
+    on_stop: bool,
+    share: float,
+    until_even: bool,
+    rate: float,
+    as_json: bool,
+) -> None:
     """Move clients of this living gateway to another one.
 
     Asks the clients' sidecars, which resume their sessions there. Clients without a sidecar stay. After Ctrl-C it asks
@@ -63,13 +79,15 @@ def drain(path: str | None, to: str | None, on_stop: bool, share: float, rate: f
 
     Exit code 0 when as many sessions moved as requested, 1 when fewer did, 130 after Ctrl-C.
     """
+    if until_even and (on_stop or to == ANY or context.get_parameter_source("share") is ParameterSource.COMMANDLINE):
+        raise click.UsageError("'--until-even' needs the address of one gateway, and takes no share.")
     if on_stop:
         _on_stop(path, rate)
         return
     if to is None:
         raise click.UsageError("Missing option '--to'.")
     socket = options.read_config(path, GatewayConfig).control
-    request = {"command": "drain", "to": to, "share": share, "rate": rate}
+    request = {"command": "drain", "to": to, "share": share, "rate": rate, "until_even": until_even}
     code = None
     try:
         try:
@@ -147,6 +165,9 @@ def _print(done: control.Answer) -> None:
         for row in done["failures"]:
             failures.add_row(row["identity"], row["address"], row["reason"])
         output.show(failures)
+    if done["sessions_at"]:
+        told = ", ".join(f"{gateway} {count:,}" for gateway, count in done["sessions_at"].items())
+        click.echo(f"sessions before: {told}")
     click.echo(
         f"{done['state']}: {done['moved']} of {output.count(done['wanted'], 'session')} wanted moved to {done['to']} "
         f"in {done['seconds']:.1f} s; this gateway had {done['sessions']:,}"

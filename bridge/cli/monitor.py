@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import click
+import msgspec
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from bridge.bank import bank_url
+from bridge.bank import bank_url, failover_progress, gateway_stats
+from bridge.bank.failover_progress import FailoverProgress
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis_bank import FORGET_GATEWAY, GATEWAYS_MAX, TIMEOUT
@@ -38,8 +40,7 @@ from bridge.stub.types import printable
 SECONDS: Final = 1.0
 """between two looks"""
 EVENTS_SHOWN: Final = 200
-STATS_OCTETS: Final = 100_000
-"""of a gateway's counters; more are not read"""
+BAR_COLUMNS: Final = 20
 PAGE: Final = (160, 30)
 """columns and lines of a view where there is no terminal"""
 _SIGNALS: Final = {"hset": "stored", "del": "deleted", "expired": "expired"}
@@ -50,6 +51,7 @@ class Watch:
 
     def __init__(self, url: str, tell: Callable[[dict[str, Any]], None]) -> None:
         self.gateways: list[dict[str, Any]] = []
+        self.failovers: list[FailoverProgress] = []
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_SHOWN)
         self.counts: Counter[str] = Counter()
         """stored, deleted, expired stubs since the start"""
@@ -112,15 +114,18 @@ class Watch:
         now = time.time()
         [members] = await self._server.replies([("ZRANGE", GATEWAYS, 0, GATEWAYS_MAX - 1, "REV", "WITHSCORES")])
         gateways = []
+        told: dict[str, list[FailoverProgress]] = {}
         rows = members if isinstance(members, list) else []
         recent = [raw for raw, score in zip(rows[::2], rows[1::2], strict=True) if float(score) > now - FORGET_GATEWAY]
         for name in sorted(filter(None, map(bank_keys.gateway_name, recent))):
             commands: list[tuple[Any, ...]] = [
                 ("PTTL", bank_keys.heartbeat_key(name)),
                 ("GET", bank_keys.posted_key(bank_keys.STATS_KIND, name)),
+                ("GET", bank_keys.posted_key(bank_keys.FAILOVERS_KIND, name)),
             ]
             commands += [("ZCOUNT", bucket, f"({now}", "+inf") for bucket in bank_keys.buckets(name)]
-            ttl, stats, *stubs = await self._server.replies(commands)
+            ttl, stats, failovers, *stubs = await self._server.replies(commands)
+            told[name] = failover_progress.decode(failovers)
             ttl = ttl if isinstance(ttl, int) else 0
             gateways.append(
                 {
@@ -128,11 +133,15 @@ class Watch:
                     "alive": ttl > 0,
                     "heartbeat_s": round(max(ttl, 0) / 1000, 1),
                     "stubs": sum(count for count in stubs if isinstance(count, int)),
-                    **self._rates(name, _counters(stats), now),
+                    **self._rates(name, gateway_stats.decode(stats), now),
                 }
             )
         self.gateways = gateways
         self._tell({"time": round(now, 3), "kind": "gateways", "gateways": gateways})
+        self.failovers = failover_progress.together(told)
+        if self.failovers:
+            rows = [msgspec.to_builtins(failure) | {"left": failure.left} for failure in self.failovers]
+            self._tell({"time": round(now, 3), "kind": "failovers", "failovers": rows})
 
     def _rates(self, name: str, counters: dict[str, float], now: float) -> dict[str, Any]:
         """Resumptions and fallbacks: in all, and a second since the look before; fallbacks by reason."""
@@ -171,7 +180,9 @@ class Watch:
             )
         signals = "   ".join(f"{name} {self.counts[name]:,}" for name in ("stored", "deleted", "expired"))
         lines = Table.grid(padding=(0, 2))
-        for event in list(self.events)[: max(height - len(self.gateways) - 9, 3)]:
+        for event in list(self.events)[
+            : max(height - len(self.gateways) - (len(self.failovers) and len(self.failovers) + 3) - 9, 3)
+        ]:
             clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
             lines.add_row(
                 Text(clock, "dim"), event["kind"], event["event"], event.get("gateway", ""), event.get("spi", "")
@@ -179,20 +190,10 @@ class Watch:
         return Group(
             Text(f"bank: {self.state}", "" if self.state == "listening" else "bold red"),
             table,
+            *([_bars(self.failovers)] if self.failovers else []),
             Text(f"stubs since the start of this view: {signals}"),
             Panel(lines, title="events", title_align="left"),
         )
-
-
-def _counters(raw: object) -> dict[str, float]:
-    """A gateway's counters; none where they are not what a gateway writes."""
-    if not isinstance(raw, bytes) or len(raw) > STATS_OCTETS:
-        return {}
-    try:
-        counters = {str(key): float(value) for key, value in json.loads(raw).items()}
-    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
-        return {}
-    return counters if all(map(math.isfinite, counters.values())) else {}
 
 
 def _notes(row: dict[str, Any]) -> Text:
@@ -201,6 +202,25 @@ def _notes(row: dict[str, Any]) -> Text:
     if row["duplicate_addresses"]:
         notes.append(f" {row['duplicate_addresses']} duplicate virtual IPs", "bold red")
     return notes
+
+
+def _bars(failures: Sequence[FailoverProgress]) -> Table:
+    """A bar for each gateway that failed."""
+    table = output.table("failed", "", "sessions", "announced", "resumed", "refused", "silent", "left to DPD", "")
+    for failure in failures:
+        over = min(failure.over, failure.stubs)
+        table.add_row(
+            failure.gateway,
+            ProgressBar(max(failure.stubs, 1), over if failure.stubs else 1, BAR_COLUMNS),
+            f"{failure.stubs:,}",
+            f"{failure.announced:,}",
+            f"{over:,}",
+            f"{failure.refused:,}",
+            f"{failure.silent:,}",
+            f"{failure.left:,}",
+            Text(f"{failure.state} {failure.reason}".strip() + f", {failure.seconds:.1f} s"),
+        )
+    return table
 
 
 @click.command()

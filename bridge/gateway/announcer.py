@@ -16,14 +16,16 @@ way grows with every resumption and halves when clients do not arrive.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
+from bridge.bank.failover_progress import RUNNING, FailoverProgress
 from bridge.gateway.other_gateways import order
 from bridge.ike.stub_exchange import (
     REPORTS,
@@ -76,6 +78,7 @@ class _Announced:
 class _Failure:
     gateway: str
     began: float
+    stubs: int
     sessions: int
     waiting: deque[_Announced]
     under_way: OrderedDict[Index, _Announced] = field(default_factory=OrderedDict)
@@ -114,15 +117,16 @@ class Announcer:
         """sessions by what became of them: announced, resumed, refused, silent"""
 
     def begin(self, gateway: str, stubs: Iterable[tuple[Stub, Iterable[str]]], now: float) -> None:
-        """`gateway` has failed; each of its stubs comes with the gateways that could resume it."""
+        """`gateway` has failed; each of its stubs comes with the gateways that could announce and resume it."""
         self.end(gateway, "a new failure", now)
-        waiting = []
+        waiting, count = [], 0
         for stub, able in stubs:
+            count += 1
             turns = order(stub.index, able)
             if self._address in turns:
                 waiting.append(_Announced(stub, now + turns.index(self._address) * TURN_SECONDS))
         waiting.sort(key=lambda one: one.turn)
-        self._failures[gateway] = failure = _Failure(gateway, now, len(waiting), deque(waiting))
+        self._failures[gateway] = failure = _Failure(gateway, now, count, len(waiting), deque(waiting))
         log.warning("announcing", gateway=gateway, sessions=failure.sessions)
 
     def end(self, gateway: str, reason: str, now: float) -> None:
@@ -144,7 +148,9 @@ class Announcer:
             return
         announced = failure.under_way.get(index)
         if announced is None:
-            failure.outside.add(index)
+            if index not in failure.outside:
+                failure.outside.add(index)
+                failure.counts["elsewhere"] += 1
             return
         failure.window = min(failure.window + 1, WINDOW_MAX)
         self._settle(failure, announced, "resumed")
@@ -185,7 +191,6 @@ class Announcer:
                 return
             announced = failure.waiting.popleft()
             if announced.stub.index in failure.outside:
-                failure.counts["elsewhere"] += 1
                 continue
             stub = announced.stub
             sa = StubSa(stub.spi_i, stub.spi_r, stub.initiator, stub.index, stub.suite.prf, stub.sk_d)
@@ -262,19 +267,25 @@ class Announcer:
             **({"stopped": failure.stopped} if failure.stopped else {}),
         )
 
-    def status(self, now: float) -> list[dict[str, Any]]:
-        """How far each failure is, for `status` and `monitor`."""
+    def status(self, now: float, ended_within: float = math.inf) -> list[FailoverProgress]:
+        """How far each failure is whose announcements go on, or ended within so many seconds."""
         return [
-            {
-                "gateway": failure.gateway,
-                "state": "running" if failure.ended is None else "stopped" if failure.stopped else "done",
-                "reason": failure.stopped,
-                "sessions": failure.sessions,
-                "under_way": len(failure.under_way),
-                **{key: failure.counts[key] for key in ("announced", "resumed", "refused", "silent", "elsewhere")},
-                "seconds": round((now if failure.ended is None else failure.ended) - failure.began, 3),
-            }
+            FailoverProgress(
+                failure.gateway,
+                RUNNING if failure.ended is None else "stopped" if failure.stopped else "done",
+                failure.stopped,
+                failure.stubs,
+                failure.sessions,
+                len(failure.under_way),
+                failure.counts["announced"],
+                failure.counts["resumed"],
+                failure.counts["refused"],
+                failure.counts["silent"],
+                failure.counts["elsewhere"],
+                round((now if failure.ended is None else failure.ended) - failure.began, 3),
+            )
             for failure in self._failures.values()
+            if failure.ended is None or now - failure.ended <= ended_within
         ]
 
 

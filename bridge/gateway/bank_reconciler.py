@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import structlog
 
-from bridge.bank import gateway_facts
+from bridge.bank import failover_progress, gateway_facts
 from bridge.bank.interface import BankUnavailable, Ending, StubBank
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.keyspace import Event, Keyspace
@@ -351,6 +351,9 @@ class BankReconciler:
                 }
                 with contextlib.suppress(BankUnavailable):
                     await self._bank.post(bank_keys.STATS_KIND, self._address, json.dumps(counters), STATS_TTL)
+                    if failures := self._failover.progress():
+                        text = failover_progress.encode(failures)
+                        await self._bank.post(bank_keys.FAILOVERS_KIND, self._address, text, STATS_TTL)
             await asyncio.sleep(STATS_SECONDS)
 
     async def _keep_facts(self) -> None:

@@ -1,6 +1,10 @@
 """Draining: clients of this gateway are asked to go on at another one, while this one lives (the load-balance scenario
 of draft-xu-ike-sa-sync-01).
 
+With `until_even` only a surplus moves: as many sessions as this gateway has more than the mean of all that could
+resume some of them, and as the target has less. So several gateways can give some to one that returned, in any order or
+at the same time, and none of them ends below the mean.
+
 A target that could resume none of the sessions is refused before anybody is asked: one without a heartbeat, without a
 bank key of this gateway's, or without the sessions' connections. Sessions that it could not resume are left alone.
 
@@ -18,7 +22,7 @@ import math
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -52,6 +56,8 @@ FAILURES_SHOWN: Final = 50
 ALREADY: Final = {"error": "this gateway is being drained already"}
 ANY: Final = "any"
 """target: each session goes to one of the living gateways, shared by rendezvous hashing"""
+HERE: Final = "this gateway"
+"""its name where it has no address in the configuration"""
 BUNDLE: Final = 512
 """sessions that the bank is asked about at a time"""
 
@@ -93,6 +99,8 @@ class _Run:
     sessions: int
     wanted: int
     waiting: deque[_Waiting]
+    sessions_at: dict[str, int] = field(default_factory=dict)
+    """what the gateways had at the beginning, where their sessions are evened out"""
     asked: dict[bytes, _Asked] = field(default_factory=dict)
     outcomes: Counter[tuple[State, str]] = field(default_factory=Counter)
     failures: list[dict[str, str]] = field(default_factory=list)
@@ -101,6 +109,12 @@ class _Run:
 
     def count(self, state: State) -> int:
         return sum(number for (kind, _), number in self.outcomes.items() if kind is state)
+
+
+def surplus(sessions_at: Mapping[str, int], here: str, there: str) -> int:
+    """How many sessions of `here` go to `there`, so that neither crosses the mean of all."""
+    mean = sum(sessions_at.values()) / len(sessions_at)
+    return max(math.floor(min(sessions_at[here] - mean, mean - sessions_at[there])), 0)
 
 
 class Drain:
@@ -139,7 +153,8 @@ class Drain:
     # commands
 
     async def start(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Begin. `to`: address of the target, or ANY; `share` of the sessions, `rate`: moves begun a second."""
+        """Begin. `to`: address of the target, or ANY; `share` of the sessions, `rate`: moves begun a second,
+        `until_even`: the surplus over the mean of the gateways instead of a share."""
         if self._under_way:
             return ALREADY
         to = request["to"] if request["to"] == ANY else canonical_address(request["to"])
@@ -173,18 +188,36 @@ class Drain:
                 lacking[next(reason for reason in reasons.values() if reason)] += 1
         if sas and not waiting:
             return {"error": f"{to} could resume no session of this gateway: {'; '.join(sorted(lacking))}"}
+        wanted, sessions_at = math.ceil(request["share"] * len(sas)), {}
+        if request.get("until_even"):
+            try:
+                sessions_at = await self._sessions_at(others, sas)
+            except BankUnavailable as error:
+                return {"error": f"the bank does not answer: {error}"}
+            if to not in sessions_at:
+                return {"error": f"{to} does not say how many sessions it has"}
+            wanted = surplus(sessions_at, self._address or HERE, to)
         if self._under_way:
             # begun by another operator while the bank was asked
             return ALREADY
         # those known to have a sidecar first: fewer others are asked in vain
         random.shuffle(waiting)
         waiting.sort(key=lambda one: not one.sa.companion)
-        wanted = math.ceil(request["share"] * len(sas))
-        self._run = _Run(to, request["rate"], self._clock(), len(sas), wanted, deque(waiting))
+        self._run = _Run(to, request["rate"], self._clock(), len(sas), wanted, deque(waiting), sessions_at)
         self._run.outcomes.update({(State.LEFT, reason): number for reason, number in lacking.items()})
         self._task = spawn("drain", self._drain(self._run))
         log.info("drain-begins", to=to, sessions=len(sas), wanted=wanted)
         return await self.progress({})
+
+    async def _sessions_at(self, others: OtherGateways, sas: Sequence[IkeSa]) -> dict[str, int]:
+        """How many sessions this gateway has, and each other one that could resume some of its own. Raises
+        BankUnavailable."""
+        needs = {(sa.connection, tuple(child.name for child in sa.children)) for sa in sas}
+        able = {name for name in others.facts if any(others.lacks(name, *need) is None for need in needs)}
+        told = await others.sessions(self._bank)
+        return {self._address or HERE: self._charon.tracker.count()[0]} | {
+            name: count for name, count in sorted(told.items()) if name in able
+        }
 
     async def progress(self, _: dict[str, Any]) -> dict[str, Any]:
         """How far the last run is."""
@@ -197,6 +230,7 @@ class Drain:
             "to": run.to,
             "sessions": run.sessions,
             "wanted": run.wanted,
+            "sessions_at": run.sessions_at,
             "moved": run.count(State.MOVED),
             "left": run.count(State.LEFT),
             "failed": run.count(State.FAILED),

@@ -11,8 +11,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Final
 
+import msgspec
 import structlog
 
+from bridge.bank.failover_progress import SHOWN_SECONDS, FailoverProgress
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.prefetch import Prefetch
@@ -140,7 +142,12 @@ class Failover:
 
     def status(self) -> list[dict[str, Any]]:
         """How far the announcements of each failure are."""
-        return self._announcer.status(self._clock())
+        told: list[dict[str, Any]] = msgspec.to_builtins(self._announcer.status(self._clock()))
+        return told
+
+    def progress(self) -> list[FailoverProgress]:
+        """The same of those that go on, or ended not long ago."""
+        return self._announcer.status(self._clock(), SHOWN_SECONDS)
 
     def total(self, outcome: str) -> float:
         """Sessions whose announcement had this outcome, of all failures; "false_alarms": failures."""
@@ -175,8 +182,12 @@ class Failover:
         if self.watch.state(gateway) != "failed":
             return
         family = ":" in (self._address or "")
-        mine = [stub for stub in stubs if not stub.initiator and (":" in stub.remote.address) == family]
-        self._announcer.begin(gateway, [(stub, able(stub)) for stub in mine], self._clock())
+
+        def turns(stub: Stub) -> list[str]:
+            mine = not stub.initiator and (":" in stub.remote.address) == family
+            return able(stub) if mine else []
+
+        self._announcer.begin(gateway, [(stub, turns(stub)) for stub in stubs], self._clock())
         self._wake.set()
 
     async def _stubs(self, gateway: str) -> AsyncIterator[list[Stub]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from bridge.bank import gateway_facts
+from bridge.bank import gateway_facts, gateway_stats
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import StubBank
 from bridge.stub import bank_keys
@@ -55,6 +55,13 @@ class OtherGateways:
         """Those that could resume a session, as far as they say."""
         names = tuple(children)
         return [gateway for gateway in self.facts if self.lacks(gateway, connection, names) is None]
+
+    async def sessions(self, bank: StubBank) -> dict[str, int]:
+        """How many each of `facts` has, as far as it says. Raises BankUnavailable."""
+        told = {name: gateway_stats.decode(await bank.posted(bank_keys.STATS_KIND, name)) for name in self.facts}
+        return {
+            name: int(stats[gateway_stats.SESSIONS]) for name, stats in told.items() if gateway_stats.SESSIONS in stats
+        }
 
 
 def order(index: Index, gateways: Iterable[str]) -> list[str]:
