@@ -148,6 +148,15 @@ class NetworkConfig(Struct, forbid_unknown_fields=True, frozen=True):
     if it finds neither"""
 
 
+class HooksConfig(Struct, forbid_unknown_fields=True, frozen=True):
+    """Programs that the gateway calls."""
+
+    session: str | None = None
+    """program that is called for each event of a session, with the event as JSON on standard input: docs/hooks.md"""
+    timeout: Seconds = 10.0
+    """how long one call may take; the program is then killed"""
+
+
 class InterceptConfig(Struct, forbid_unknown_fields=True, frozen=True):
     rules: Literal["auto", "nftables", "iptables", "external"] = "auto"
     """what sets the rules that queue requests to the sidecar; external: the administrator"""
@@ -185,6 +194,7 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     failover: FailoverConfig = field(default_factory=FailoverConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     drain: DrainConfig = field(default_factory=DrainConfig)
+    hooks: HooksConfig = field(default_factory=HooksConfig)
     intercept: InterceptConfig = field(default_factory=InterceptConfig)
     state: str | None = "/var/lib/ike-sa-sync"
     """folder where the gateway records, across restarts, which sessions ended or were resumed elsewhere; none: in

@@ -437,7 +437,8 @@ def _stub() -> Stub:
 
 
 def _extended_stub() -> Stub:
-    return msgspec.structs.replace(_stub(), authenticated_until=1_700_028_800, predecessor=Index("192.0.2.9", b"P" * 8))
+    before = Index("192.0.2.9", b"P" * 8)
+    return msgspec.structs.replace(_stub(), authenticated_until=1_700_028_800, predecessor=before, session_spi=b"S" * 8)
 
 
 _KEYRING: Final = Keyring({b"key0": b"k" * 32})

@@ -107,6 +107,8 @@ class IkeSa:
     """by which charon names it, once VICI told of it"""
     predecessor: Index | None = None
     """the index that it was resumed from here, if it was"""
+    first_spi: bytes = b""
+    """this host's SPI of the IKE_SA that the session began with here, where that is followed"""
 
     @property
     def local_spi(self) -> bytes:
@@ -191,6 +193,7 @@ class IkeSa:
             revision=self.revision,
             authenticated_until=self.authenticated_until,
             predecessor=self.predecessor,
+            session_spi=b"" if self.first_spi == self.local_spi else self.first_spi,
         )
 
 
@@ -258,4 +261,5 @@ def sa_of(stub: Stub) -> IkeSa:
         published_at=stub.index.gateway,
         stub_expires=stub.expires,
         predecessor=stub.predecessor,
+        first_spi=stub.session_spi,
     )

@@ -107,6 +107,7 @@ def inherit(sa: IkeSa, old: IkeSa) -> None:
     sa.authentication_inherited = old.authentication_inherited
     sa.companion = old.companion
     sa.predecessor = old.predecessor
+    sa.first_spi = old.first_spi
 
 
 def drop_unlisted(sa: IkeSa, info: SaInfo) -> bool:

@@ -104,6 +104,10 @@ class SaTracker:
         """SAs, by both SPIs, that are no sessions"""
         self.on_deleting: Callable[[IkeSa], None] = lambda _: None
         """called for an SA that VICI lists as DELETING: one of the sides ended it, and charon waits for an answer"""
+        self.on_info: Callable[[SaInfo], None] | None = None
+        """called for each IKE_SA that VICI reports, with the figures of its CHILD_SAs"""
+        self.on_lost: Callable[[list[IkeSa]], None] = lambda _: None
+        """called when charon was restarted, with the IKE_SAs that it had"""
         self.on_own_request: Callable[[], None] = lambda: None
         """called when charon sent a request: a DELETE, perhaps"""
         self._listener = listener
@@ -413,6 +417,8 @@ class SaTracker:
     def event(self, event: Event) -> None:
         """Take in one VICI event."""
         spis, now = event.sa.spis, self._clock()
+        if self.on_info is not None:
+            self.on_info(event.sa)
         if event.kind == "ike-updown" and event.up is False:
             self._early.pop(spis, None)
             self.virtual_ips.drop(spis)
@@ -518,6 +524,7 @@ class SaTracker:
 
     def forget_all(self) -> None:
         """charon died: its SAs are gone without a word, and their stubs are what clients resume from."""
+        self.on_lost(list(self.established()))
         for table in (self.sas, self._incomplete, self._early, self._unconfirmed, self._malformed, self._granted):
             table.clear()
         self.half_open.clear()
@@ -546,6 +553,8 @@ class SaTracker:
         """Take what VICI lists of an SA that is up: who its peers are, its lifetime, where it is, CHILD_SAs that it no
         longer has. False where the keys of it are missing here."""
         spis = info.spis
+        if self.on_info is not None:
+            self.on_info(info)
         sa = self.sas.get(spis)
         if sa is None or not (sa.up or sa.adopted):
             # for when the HA channel tells the rest

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from enum import StrEnum
 from functools import lru_cache
 from ipaddress import ip_address
@@ -32,6 +33,8 @@ class ChildInfo(NamedTuple):
     spi_in: int
     packets_in: int = 0
     packets_out: int = 0
+    octets_in: int = 0
+    octets_out: int = 0
 
     @property
     def works(self) -> bool:
@@ -162,6 +165,16 @@ _NOT_AS_EXPECTED = (KeyError, ValueError, AttributeError, TypeError)
 """a field is missing or no number or address; a value, a list or a section is there in place of another of them"""
 
 
+def _child_sections(children: Section) -> Iterator[Section]:
+    """The CHILD_SAs of a report: of a rekeyed one both that it was and that it is."""
+    for child in children.values():
+        if "old" in child and "new" in child:
+            yield child["old"]
+            yield child["new"]
+        else:
+            yield child
+
+
 def parse_ike_sa(connection: str, section: Section) -> SaInfo:
     """One IKE_SA section of list-sas or an event. Raises ViciError on what charon would not send."""
     try:
@@ -186,8 +199,10 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
                     _spi(child.get("spi-in")),
                     as_number(child.get("packets-in")) or 0,
                     as_number(child.get("packets-out")) or 0,
+                    as_number(child.get("bytes-in")) or 0,
+                    as_number(child.get("bytes-out")) or 0,
                 )
-                for child in section.get("child-sas", {}).values()
+                for child in _child_sections(section.get("child-sas", {}))
             ),
             local_id=as_text(section.get("local-id")),
             remote_id=as_text(section.get("remote-id")),

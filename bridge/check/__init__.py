@@ -24,7 +24,7 @@ async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
         if running is not None:
             findings += connections.ports(config, running)
             findings += connections.without_pfs(running, list(running.connections))
-        findings += host.queue(config, pid) + await host.match(config) + host.key_file(config)
+        findings += host.queue(config, pid) + await host.match(config) + host.key_file(config) + host.hooks(config)
         findings += await bank.bank(config, running)
         if running is not None:
             findings += return_path(config, await bank.own_pools(config))

@@ -191,3 +191,24 @@ def _key_fix(path: Path) -> str:
     if not os.access(path, os.R_OK):
         return "run as root"
     return f"copy that of another gateway, or write a new one: mv {path} {path}.old; ike-sa-sync keygen {path}"
+
+
+def hooks(config: GatewayConfig) -> list[Finding]:
+    """Whether the program of `hooks.session` can be called, and is root's alone to change; none without one."""
+    if config.hooks.session is None:
+        return []
+    path = Path(config.hooks.session)
+    mend = "hooks.session has to name an executable file, by its whole path, that only root can change"
+    try:
+        about = path.stat()
+    except OSError as error:
+        return [fail("hooks.session", f"{path}: {error.strerror}", mend)]
+    if not path.is_absolute() or not stat.S_ISREG(about.st_mode) or not about.st_mode & 0o111:
+        return [fail("hooks.session", f"{path} is no executable file", mend)]
+    for place in (path, *path.parents):
+        about = place.stat()
+        # a folder like /tmp keeps others from replacing what is not theirs
+        shared = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
+        if about.st_uid != 0 or (about.st_mode & 0o022 and not shared):
+            return [fail("hooks.session", f"{place} can be changed by other users, and {path} runs as root", mend)]
+    return [ok("hooks.session", str(path))]

@@ -72,6 +72,8 @@ class Failover:
         self._clock = clock
         self._announcer = Announcer(address or "", self._send, lambda: move_message_id(wall()), rate=float(config.rate))
         self.watch = PeerWatch(config.detect, self._failed, self._back, clock())
+        self.beats: dict[str, float] = {}
+        """when (monotonic seconds) a heartbeat of another gateway was last written, as the keyspace told"""
         self._seen: set[str] = set()
         self._missing: dict[str, float] = {}
         self._wake = asyncio.Event()
@@ -94,6 +96,8 @@ class Failover:
         if gateway == self._address:
             return
         if event == "set":
+            if gateway in self.beats or len(self.beats) < GATEWAYS_MAX:
+                self.beats[gateway] = self._clock()
             self.watch.heartbeat(gateway)
         elif event == "expired":
             self.watch.expired(gateway, self._clock())

@@ -57,6 +57,10 @@ class GatewayMetrics(Metrics):
         self.authentication_ended = self.counter(
             "authentication_ended", "resumed IKE_SAs ended because their client did not authenticate again in time"
         )
+        self._hook_calls = self.counter("hook_calls", "calls of hooks.session", ("event",))
+        self._hook_failures = self.counter(
+            "hook_failures", "events of sessions that hooks.session did not take", ("reason",)
+        )
         self.handed = self.counter("stubs_handed", "stubs given to clients that asked for theirs")
         self.presented = self.counter("stubs_presented", "requests served with a stub that the client held")
         self.bank_errors = self.counter("bank_errors", "failed look-ups in the bank")
@@ -79,6 +83,21 @@ class GatewayMetrics(Metrics):
     def refused(self, reason: str) -> None:
         """Count a request that was not served."""
         self._refused.labels(str(reason)).inc()
+
+    def expect_hooks(self, events: Iterable[str], failures: Iterable[str]) -> None:
+        """Show as 0 what hooks.session was not called for yet."""
+        for event in events:
+            self._hook_calls.labels(str(event))
+        for failure in failures:
+            self._hook_failures.labels(str(failure))
+
+    def hook_called(self, event: str) -> None:
+        """Count a call of hooks.session."""
+        self._hook_calls.labels(event).inc()
+
+    def hook_failed(self, reason: str) -> None:
+        """Count an event that hooks.session did not take."""
+        self._hook_failures.labels(reason).inc()
 
     def challenged(self, reason: str, count: int) -> None:
         """Count requests that have to come again with a cookie."""

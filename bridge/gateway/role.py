@@ -39,11 +39,13 @@ from bridge.gateway.interception import Interception
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.moved_marks import MovedMarks
+from bridge.gateway.peer_watch import PeerState
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.responder import Responder
 from bridge.gateway.return_path import ReturnPath
 from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
+from bridge.gateway.session_hooks import SessionHooks
 from bridge.gateway.stub_lookup import StubLookup
 from bridge.gateway.uniqueness import Uniqueness
 from bridge.ike.stub_exchange import StubMessage
@@ -52,7 +54,7 @@ from bridge.service.control import Answer, Command, ControlServer
 from bridge.service.process import log_level, raw_udp, serve_metrics
 from bridge.service.tasks import end, spawn
 from bridge.stub.keyring import Keyring, SealError
-from bridge.stub.stub import Stub
+from bridge.stub.stub import Index, Stub
 
 ANNOUNCED: Final = {
     "announcements_announced": "sessions of failed gateways whose clients were told to come here",
@@ -91,6 +93,7 @@ class GatewayRole:
         stack.push_async_callback(role._writer.close)
         stack.push_async_callback(role._endings.close)
         stack.push_async_callback(role._marks.close)
+        stack.push_async_callback(role._hooks.close)
         stack.push_async_callback(role._uniqueness.close)
         return role
 
@@ -165,7 +168,17 @@ class GatewayRole:
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
         self._keeper = AddressKeeper(charon, AddressBook(bank), limit=config.ha.placeholders)
         self._return_path = ReturnPath(enabled=config.network.return_path in (None, "announced"))
-        self._elsewhere.before_end = self._duplicates.before_end = self._keeper.keep
+        self._hooks = SessionHooks(
+            config.hooks,
+            charon.tracker,
+            self._metrics,
+            config.address,
+            lambda gateway: failover.watch.state(gateway) is PeerState.FAILED,
+            failover.beats,
+            detect=config.failover.detect,
+        )
+        self._duplicates.before_end = self._keeper.keep
+        self._elsewhere.before_end = self._moving_away
         self._interception = Interception(
             config.intercept, self._responder.packets, self._responder.busy, lambda: self._responder.demanding
         )
@@ -244,17 +257,25 @@ class GatewayRole:
         self._duplicates.changed(sa)
         self._authentication.watch(sa)
         self._return_path.changed(sa)
+        self._hooks.changed(sa)
 
     def _resumed(self, sa: IkeSa, old: Stub) -> None:
         """A session went on here as `sa`."""
+        self._hooks.resumed(sa, old)
         self._publisher.resumed(sa, old)
         self._uniqueness.resumed(sa)
         self._authentication.watch(sa)
         self._return_path.changed(sa)
         spawn("address-taken-over", self._keeper.taken(sa))
 
+    async def _moving_away(self, sa: IkeSa, new: Index | None) -> None:
+        """A session of this gateway went on elsewhere, and is about to be ended here."""
+        self._hooks.moving_away(sa, new.gateway if new is not None else None)
+        await self._keeper.keep(sa, new)
+
     def gone(self, sa: IkeSa) -> None:
         """An SA of this gateway ended."""
+        self._hooks.gone(sa)
         self._responder.unconfirmed.gone(sa)
         self._duplicates.gone(sa.id.spis)
         self._authentication.forget(sa)
@@ -268,13 +289,15 @@ class GatewayRole:
         self._responder.unconfirmed.verified(ike_id)
 
     def down(self, info: SaInfo) -> None:
-        """The HA channel tells the same, with the order kept."""
+        """The HA channel tells the same, with the order kept; after this VICI has no more figures of it."""
+        self._hooks.down(info)
 
     async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
         """SAs that charon has and this sidecar does not know, from the bank (bridge.charon.charon.Recover)."""
         found = await self._publisher.recover(infos)
         for sa in found or ():
             self._authentication.watch(sa)
+            self._hooks.known(sa)
         return found
 
     def _moving(self, message: StubMessage) -> None:
@@ -312,6 +335,7 @@ class GatewayRole:
             "sessions here with a virtual IP that another peer's session has too",
             lambda: len(self._duplicates),
         )
+        gauge("hook_pending", "events of sessions that wait for hooks.session", lambda: len(self._hooks))
         gauge("cookies_demanded", "1 while every request must carry a cookie", lambda: float(responder.demanding))
         gauge(
             "bank_owed",
@@ -363,6 +387,7 @@ class GatewayRole:
             "unconfirmed": len(self._responder.unconfirmed),
             "clients_sync_last": self._responder.sync_last,
             "failovers": self._failover.status(),
+            "hooks": self._hooks.status(),
             "sas": await sa_rows(self._charon),
             "counters": self._metrics.values(),
         }

@@ -39,6 +39,8 @@ class Extension(IntEnum):
     """octets: SPI and address, as the index"""
     TAKEOVER = 3
     """reserved"""
+    SESSION = 4
+    """8 octets: the first SPI of the session at its gateway"""
 
 
 CRITICAL = 128
@@ -150,6 +152,8 @@ def _extensions(stub: Stub) -> dict[int, int | bytes]:
         more[Extension.AUTHENTICATED_UNTIL] = stub.authenticated_until
     if stub.predecessor is not None:
         more[Extension.PREDECESSOR] = pack_index(stub.predecessor)
+    if stub.session_spi:
+        more[Extension.SESSION] = stub.session_spi
     return more
 
 
@@ -167,6 +171,13 @@ def _predecessor(more: dict[int, int | bytes]) -> Index | None:
     if isinstance(octets, int):
         raise ValueError("a predecessor is an index in octets")
     return unpack_index(octets)
+
+
+def _session_spi(more: dict[int, int | bytes]) -> bytes:
+    spi = more.get(Extension.SESSION, b"")
+    if not isinstance(spi, bytes) or len(spi) not in (0, 8):
+        raise ValueError("an IKE SPI has 8 octets")
+    return spi
 
 
 def _to_wire(stub: Stub) -> _WireStub:
@@ -237,6 +248,7 @@ def _from_wire(wire: _WireStub, more: dict[int, int | bytes]) -> Stub:
         wire.ike_version,
         _authenticated_until(more),
         _predecessor(more),
+        _session_spi(more),
     )
 
 

@@ -110,6 +110,9 @@ class Stub(Struct, frozen=True, gc=False):
     """when the peer's authentication ends, whatever resumed or rekeyed the session since; 0: never"""
     predecessor: Index | None = None
     """the stub of the session that this one was resumed from"""
+    session_spi: bytes = b""
+    """the SPI, at the host that made the stub, of the IKE_SA that the session began with there, where it was rekeyed
+    since and the gateway has a program for its sessions; else none"""
 
     def __repr__(self) -> str:
         return f"Stub({self.index}, revision={self.revision}, connection={self.connection!r})"

@@ -1,0 +1,411 @@
+"""What happens to the sessions of this gateway, as events for the program of `hooks.session` (docs/hooks.md).
+
+    handshake ---> established        resumed-here or taken-over <--- a session of another gateway
+                        '-----------.     .------'
+                  rekeyed: the same session, no event
+                        .-----------'     '------.
+                     ended                    moved-away
+
+charon raises nothing for an IKE_SA that comes over its HA channel. Here every session begins with one event and ends
+with one. A session keeps its name, the index that its IKE_SA at this gateway had first, when it is rekeyed, so that the
+end has the name of the beginning; the stub carries the name to the gateway where the session goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from typing import Any, Final, NamedTuple
+
+import structlog
+
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.sa_tracker import SaTracker
+from bridge.charon.vici_types import SaInfo
+from bridge.config import HooksConfig
+from bridge.gateway.hook_program import FAILURES, HookProgram
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.service.tasks import end, spawn
+from bridge.stub.stub import Index, Stub
+from bridge.stub.types import ChildSa, Endpoint, Identity
+
+log = structlog.get_logger()
+
+SETTLE_SECONDS: Final = 1.0
+"""that an IKE_SA that comes up has until its virtual IP and its first CHILD_SA are known"""
+LOOK_SECONDS: Final = 0.05
+END_SECONDS: Final = 1.0
+"""after the end of an IKE_SA, until which its successor by a rekeying, or VICI's last figures, may still come"""
+WATCH_SECONDS: Final = 40.0
+"""that a session's previous gateway is watched for, beyond the time after which it counts as failed; more than a
+sidecar that was stopped in order has for its return"""
+DETECTIONS: Final = 5
+"""how many times the detection's time it may take to know that a gateway failed"""
+WATCH_EACH: Final = 1.0
+BEAT_SECONDS: Final = 0.2
+"""a heartbeat this long after the resumption is of a gateway that has received the mark of the move"""
+WATCHED_MAX: Final = 50_000
+"""sessions whose previous gateway is watched"""
+CHILDREN_MAX: Final = 64
+"""CHILD_SAs whose octets are known one by one"""
+
+
+class SessionEvent(StrEnum):
+    """What the program is told."""
+
+    ESTABLISHED = "established"
+    RESUMED_HERE = "resumed-here"
+    TAKEN_OVER = "taken-over"
+    MOVED_AWAY = "moved-away"
+    ENDED = "ended"
+
+
+class Name(NamedTuple):
+    """A session at a gateway."""
+
+    gateway: str
+    spi: bytes
+    """the gateway's, of the first IKE_SA of the session there"""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {"gateway": self.gateway, "session": str(Index(*self))}
+
+
+class Octets:
+    """The octets of all CHILD_SAs that a session has had, (to this gateway, from this gateway)."""
+
+    def __init__(self) -> None:
+        self._children: dict[int, tuple[int, int]] = {}
+        self._ended = (0, 0)
+
+    def put(self, info: SaInfo) -> None:
+        """What VICI says of them now; a CHILD_SA that has ended is not in later reports."""
+        for child in info.children:
+            known = self._children.get(child.spi_in, (0, 0))
+            self._children[child.spi_in] = max(known[0], child.octets_in), max(known[1], child.octets_out)
+        while len(self._children) > CHILDREN_MAX:
+            oldest = self._children.pop(next(iter(self._children)))
+            self._ended = self._ended[0] + oldest[0], self._ended[1] + oldest[1]
+
+    @property
+    def both(self) -> tuple[int, int]:
+        every = [self._ended, *self._children.values()]
+        return sum(one for one, _ in every), sum(one for _, one in every)
+
+
+class _Session:
+    """One session here."""
+
+    def __init__(self, name: Name, sa: IkeSa, previous: Name | None = None) -> None:
+        self.name = name
+        self.sa = sa
+        self.previous = previous
+        self.children = sa.children
+        """those that it had last"""
+        self.octets = Octets()
+        self.begun: asyncio.Task[None] | None = None
+        self.down = asyncio.Event()
+        """VICI has reported its end, and all figures before"""
+        self.moved = False
+        self.to: str | None = None
+        """the gateway that it moved to"""
+
+
+class SessionHooks:
+    """Follows the sessions of `tracker`. `address` is this gateway's in the index; `failed` tells whether another
+    gateway has failed, which is known some `detect` seconds later; `beats` when each wrote its last heartbeat. Without
+    a program none of its methods does anything."""
+
+    def __init__(
+        self,
+        config: HooksConfig,
+        tracker: SaTracker,
+        metrics: GatewayMetrics,
+        address: str | None,
+        failed: Callable[[str], bool],
+        beats: Mapping[str, float],
+        *,
+        detect: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._program = HookProgram(config.session, config.timeout, metrics) if config.session else None
+        self._tracker = tracker
+        self._address = address
+        self._failed = failed
+        self._beats = beats
+        self._detect = detect
+        self._clock = clock
+        self._wall = wall
+        self._by_spis: dict[bytes, _Session] = {}
+        self._by_name: dict[Name, _Session] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watched: dict[Name, tuple[Stub, float, float]] = {}
+        """sessions of other gateways that went on here, since when, and until when those gateways are watched"""
+        self._watch: asyncio.Task[None] | None = None
+        if self._program is not None:
+            tracker.on_info = self._told
+            tracker.on_lost = self._lost
+            metrics.expect_hooks(SessionEvent, FAILURES)
+
+    async def close(self) -> None:
+        """Hand over what is left, for a while."""
+        if self._watch is not None:
+            await end(self._watch)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=SETTLE_SECONDS + END_SECONDS)
+        await end(*self._tasks)
+        if self._program is not None:
+            await self._program.close()
+
+    def __len__(self) -> int:
+        """How many events wait for the program."""
+        return 0 if self._program is None else len(self._program)
+
+    def status(self) -> dict[str, Any] | None:
+        """For `ike-sa-sync status`."""
+        return None if self._program is None else {"pending": len(self), "last_failure": self._program.last_failure}
+
+    # what happens
+
+    def changed(self, sa: IkeSa) -> None:
+        """An IKE_SA came up or changed."""
+        if self._program is None or not sa.up:
+            return
+        session = self._by_spis.get(sa.id.spis)
+        if session is None:
+            if self._put(sa) and not sa.adopted:
+                session = self._by_spis[sa.id.spis]
+                session.begun = self._spawn("session-established", self._established(session))
+        elif sa.children:
+            session.children = sa.children
+
+    def known(self, sa: IkeSa) -> None:
+        """An IKE_SA is here from before the sidecar started."""
+        if self._program is not None:
+            self._put(sa)
+
+    def resumed(self, sa: IkeSa, old: Stub) -> None:
+        """A session goes on here as `sa`, from its `old` stub."""
+        self._came(SessionEvent.RESUMED_HERE, sa, old)
+
+    def taken_over(self, sa: IkeSa, old: Stub) -> None:
+        """This gateway took over the session of another one, with the address of that gateway, as `sa`."""
+        self._came(SessionEvent.TAKEN_OVER, sa, old)
+
+    def moving_away(self, sa: IkeSa, to: str | None) -> None:
+        """An IKE_SA is about to be ended, because its session went on at another gateway."""
+        if (session := self._of(sa)) is not None:
+            session.moved, session.to = True, to
+
+    def gone(self, sa: IkeSa) -> None:
+        """An IKE_SA ended."""
+        if not sa.up or (session := self._of(sa)) is None:
+            return
+        self._spawn("session-ended", self._ended(session, sa))
+
+    def down(self, info: SaInfo) -> None:
+        """VICI has reported the end of an IKE_SA."""
+        if (session := self._by_spis.get(info.spis)) is not None:
+            session.down.set()
+
+    def _told(self, info: SaInfo) -> None:
+        if (session := self._by_spis.get(info.spis)) is not None:
+            session.octets.put(info)
+
+    def _lost(self, sas: Iterable[IkeSa]) -> None:
+        """charon was restarted, and has none of these."""
+        for sa in sas:
+            if (session := self._of(sa)) is not None:
+                self._forget(session)
+                self._raise(SessionEvent.ENDED, session, reason="charon-restarted")
+
+    # sessions
+
+    def _of(self, sa: IkeSa) -> _Session | None:
+        """The session of an IKE_SA; one that was here before the sidecar started is known from now on."""
+        if self._program is not None and sa.up and sa.id.spis not in self._by_spis:
+            self._put(sa)
+        return self._by_spis.get(sa.id.spis)
+
+    def _put(self, sa: IkeSa, previous: Name | None = None) -> bool:
+        """Take in an IKE_SA; whether its session is new here."""
+        sa.first_spi = sa.first_spi or sa.local_spi
+        name = Name(sa.index_here(self._address).gateway, sa.first_spi)
+        session = self._by_name.get(name)
+        new = session is None
+        if session is None:
+            session = self._by_name[name] = _Session(name, sa, previous)
+            # of a rekeying that this sidecar knew, or did not see
+            new = sa.first_spi == sa.local_spi
+        session.sa, session.children = sa, sa.children or session.children
+        self._by_spis[sa.id.spis] = session
+        return new
+
+    def _forget(self, session: _Session) -> None:
+        self._by_name.pop(session.name, None)
+        self._by_spis.pop(session.sa.id.spis, None)
+
+    def _came(self, event: SessionEvent, sa: IkeSa, old: Stub) -> None:
+        if self._program is None:
+            return
+        previous = Name(old.index.gateway, old.session_spi or old.index.spi)
+        own = self._tracker.sas.get(old.spi_i + old.spi_r)
+        if own is not None and own is not sa:
+            self.moving_away(own, sa.index_here(self._address).gateway)
+        sa.first_spi = sa.local_spi
+        self._put(sa, previous)
+        session = self._by_spis[sa.id.spis]
+        self._raise(event, session)
+        if previous.gateway != session.name.gateway and len(self._watched) < WATCHED_MAX:
+            now = self._clock()
+            self._watched[previous] = old, now, now + DETECTIONS * self._detect + WATCH_SECONDS
+            if self._watch is None or self._watch.done():
+                self._watch = spawn("previous-gateways", self._watch_gateways())
+
+    async def _established(self, session: _Session) -> None:
+        for _ in range(round(SETTLE_SECONDS / LOOK_SECONDS)):
+            sa = session.sa
+            if sa.children and sa.told >= sa.children_at:
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        self._raise(SessionEvent.ESTABLISHED, session)
+
+    async def _ended(self, session: _Session, sa: IkeSa) -> None:
+        if session.begun is not None:
+            await session.begun
+        # one that was removed over the HA channel, or was rekeyed, does not go down
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(session.down.wait(), END_SECONDS)
+        if session.sa is not sa:
+            self._by_spis.pop(sa.id.spis, None)
+            return
+        self._forget(session)
+        self._raise(SessionEvent.MOVED_AWAY if session.moved else SessionEvent.ENDED, session)
+
+    async def _watch_gateways(self) -> None:
+        """A gateway that lives reports itself that a session left it, even if it stops soon afterwards, as at the end
+        of a drain. For one that failed this gateway does."""
+        while self._watched:
+            await asyncio.sleep(WATCH_EACH)
+            now = self._clock()
+            for name, (old, since, until) in list(self._watched.items()):
+                if self._beats.get(name.gateway, 0.0) > since + BEAT_SECONDS or until < now:
+                    del self._watched[name]
+                elif self._failed(name.gateway):
+                    del self._watched[name]
+                    self._raise_lost(name, old)
+
+    def _spawn(self, name: str, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = spawn(name, work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # the event
+
+    def _raise(self, event: SessionEvent, session: _Session, *, reason: str | None = None) -> None:
+        assert self._program is not None
+        sa, at = session.sa, self._wall()
+        children = session.children if event in (SessionEvent.MOVED_AWAY, SessionEvent.ENDED) else sa.children
+        octets_in, octets_out = session.octets.both
+
+        def build() -> dict[str, Any]:
+            return {
+                "event": str(event),
+                "time": round(at, 3),
+                **session.name.facts,
+                "connection": sa.connection,
+                "spi_i": sa.id.spi_i.hex(),
+                "spi_r": sa.id.spi_r.hex(),
+                **_peers(sa.local_id, sa.remote_id, sa.eap_id, sa.local, sa.remote),
+                "virtual_ips": sa.remote_vips,
+                "virtual_ips_in_use": self._in_use(sa),
+                "children": _children(children),
+                "octets_in": octets_in,
+                "octets_out": octets_out,
+                "established": sa.established,
+                "authenticated_until": sa.authenticated_until or None,
+                "previous": session.previous.facts if session.previous else None,
+                "to": session.to if event is SessionEvent.MOVED_AWAY else None,
+                "reason": reason,
+            }
+
+        self._program.call(_key(session.name, sa.remote_vips), str(event), build)
+
+    def _raise_lost(self, previous: Name, old: Stub) -> None:
+        assert self._program is not None
+        at = self._wall()
+
+        def build() -> dict[str, Any]:
+            return {
+                "event": str(SessionEvent.ENDED),
+                "time": round(at, 3),
+                **previous.facts,
+                "connection": old.connection,
+                "spi_i": old.spi_i.hex(),
+                "spi_r": old.spi_r.hex(),
+                **_peers(old.local_id, old.remote_id, old.eap_id, old.local, old.remote),
+                "virtual_ips": old.remote_vips,
+                "virtual_ips_in_use": self._in_use(None, old.remote_vips),
+                "children": _children(old.children),
+                "octets_in": None,
+                "octets_out": None,
+                "established": old.established,
+                "authenticated_until": old.authenticated_until or None,
+                "previous": None,
+                "to": None,
+                "reason": "gateway-failed",
+            }
+
+        self._program.call(_key(previous, old.remote_vips), str(SessionEvent.ENDED), build)
+
+    def _in_use(self, own: IkeSa | None, addresses: tuple[str, ...] | None = None) -> list[str]:
+        """The addresses that another IKE_SA here has now."""
+        if addresses is None:
+            addresses = own.remote_vips if own is not None else ()
+        return [address for address in addresses if any(self._holds(own, spis) for spis in self._holders(address))]
+
+    def _holders(self, address: str) -> set[bytes]:
+        return self._tracker.virtual_ips.holders([address])
+
+    def _holds(self, own: IkeSa | None, spis: bytes) -> bool:
+        """Whether this is another IKE_SA than `own`, and no rebuilt one whose client has yet to confirm it."""
+        sa = self._tracker.sas.get(spis)
+        return (own is None or spis != own.id.spis) and (sa is None or sa.up)
+
+
+def _key(name: Name, addresses: tuple[str, ...]) -> str:
+    """What keeps events in order: who has an address next is told after who had it before."""
+    return addresses[0] if addresses else str(Index(*name))
+
+
+def _peers(
+    local_id: Identity | None,
+    remote_id: Identity | None,
+    eap_id: Identity | None,
+    local: Endpoint | None,
+    remote: Endpoint | None,
+) -> dict[str, Any]:
+    return {
+        "local_id": local_id.text if local_id else None,
+        "remote_id": remote_id.text if remote_id else None,
+        "eap_id": eap_id.text if eap_id else None,
+        "local": {"address": local.address, "port": local.port} if local else None,
+        "remote": {"address": remote.address, "port": remote.port} if remote else None,
+    }
+
+
+def _children(children: Iterable[ChildSa]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": child.name,
+            "local_ts": [selector.text for selector in child.local_ts],
+            "remote_ts": [selector.text for selector in child.remote_ts],
+        }
+        for child in children
+    ]
