@@ -240,6 +240,9 @@ class ResumeConfig(Struct, forbid_unknown_fields=True, frozen=True):
     updown script on this host"""
     children_at_once: bool | None = None
     """the old name: true is always, false is never"""
+    after_delete: Literal["nothing", "handshake"] = "nothing"
+    """what follows when the gateway ends a session by a DELETE. nothing: what charon is configured to do; handshake: a
+    full handshake with one of the gateways, the one that sent the DELETE last"""
     forward_secrecy: bool | Literal["preferred"] = False
     """whether to ask for a Diffie-Hellman exchange in the round trip; preferred: answers without
     one are accepted too"""

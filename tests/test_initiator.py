@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from bank_support import stub_of
 from bridge.charon.ha_channel import ChannelError
-from bridge.charon.ha_message import IkeId
+from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.client.initiator import Initiator
@@ -21,7 +22,7 @@ from bridge.client.metrics import ClientMetrics
 from bridge.client.outcome import Outcome, Result
 from bridge.client.sessions import Session
 from bridge.client.sync_request import Answer, NoAnswerError, RefusedError, Target
-from bridge.config import ClientConfig, GatewayEntry, HeldConfig, VpnConfig
+from bridge.config import ClientConfig, GatewayEntry, HeldConfig, ResumeConfig, VpnConfig
 from bridge.stub.types import Endpoint, Identity
 from role_support import FakeTime, Wire, fake_charon
 
@@ -290,6 +291,108 @@ def test_a_session_that_one_of_the_sides_ended_does_not(client: Client) -> None:
     client.run(lost(client, "DELETING"))
     client.loop.pass_time(100.0)
     assert client.asked == []
+
+
+async def deleted(client: Client, *requests: tuple[str, float]) -> None:
+    """Requests on its IKE_SA, charon's own and the peer's, each so long after the one before; then one of the sides has
+    ended it."""
+    sa = client.up()
+    tracker = client.charon.tracker
+    for whose, seconds in requests:
+        await asyncio.sleep(seconds)
+        kind = MessageType.IKE_MID_INITIATOR if whose == "own" else MessageType.IKE_MID_RESPONDER
+        tracker.handle(HaMessage(5, kind, [(Attr.IKE_ID, sa.id), (Attr.MID, 7)]))
+    client.lose(sa, "DELETING")
+
+
+@pytest.fixture
+def returning(loop: FakeTime) -> Client:
+    """A client whose sessions are set up again when their gateway ends them."""
+    client = Client(loop, replace(CONFIG, resume=ResumeConfig(after_delete="handshake")))
+    client.charon.tracker._clock = loop.time
+    client.charon.vici.list_sas = no_sas  # type: ignore[method-assign,assignment]
+    return client
+
+
+async def no_sas(*_: Any) -> list[SaInfo]:
+    return []
+
+
+def test_a_session_that_its_gateway_deleted_is_set_up_again_elsewhere_first(returning: Client) -> None:
+    returning.run(deleted(returning, ("own", 1.0), ("peer", 1.0)))
+    returning.loop.pass_time(5.0)
+    assert returning.tried == ["gw2"]
+    assert returning.initiator.last is not None
+    assert returning.initiator.last.reason == "deleted-by-gateway"
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        (),
+        (("peer", 1.0), ("own", 1.0)),
+        (("peer", 1.0), ("own", 0.001)),
+        (("own", 1.0), ("peer", 0.2)),
+        (("own", 1.0), ("peer", 5.0), ("own", 9.0)),
+    ],
+)
+def test_a_session_that_may_have_been_ended_here_is_not(returning: Client, requests: Any) -> None:
+    returning.run(deleted(returning, *requests))
+    returning.loop.pass_time(100.0)
+    assert returning.tried == []
+
+
+def test_what_the_peer_said_long_before_is_no_delete(returning: Client) -> None:
+    async def later() -> None:
+        sa = returning.up()
+        returning.charon.tracker.handle(
+            HaMessage(5, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 7)])
+        )
+        await asyncio.sleep(2.0)
+        returning.lose(sa, "DELETING")
+
+    returning.run(later())
+    returning.loop.pass_time(100.0)
+    assert returning.tried == []
+
+
+def test_an_end_that_this_host_waits_for_is_its_own(returning: Client) -> None:
+    async def both() -> None:
+        sa = returning.up()
+        assert sa.requests is not None
+        sa.requests.deleting = True
+        returning.charon.tracker.handle(
+            HaMessage(5, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 7)])
+        )
+        returning.lose(sa, "DELETING")
+
+    returning.run(both())
+    returning.loop.pass_time(100.0)
+    assert returning.tried == []
+
+
+def test_a_client_that_is_deleted_again_and_again_comes_ever_more_seldom(returning: Client) -> None:
+    pauses: list[float] = []
+    for number in range(10):
+        returning.run(deleted(returning, ("peer", 0.1)))
+        began = returning.loop.time()
+        while len(returning.tried) == number:
+            returning.loop.pass_time(0.5)
+        pauses.append(returning.loop.time() - began)
+    assert 1.0 <= pauses[0] <= 4.0
+    assert pauses == sorted(pauses)
+    assert 300.0 <= pauses[-1] <= 302.0
+    # one that lived for long is set up at once again
+    returning.loop.pass_time(1200.0)
+    returning.run(deleted(returning, ("peer", 0.1)))
+    returning.loop.pass_time(5.0)
+    assert len(returning.tried) == 11
+
+
+def test_by_default_a_session_that_its_gateway_deleted_is_charons(client: Client) -> None:
+    client.run(deleted(client, ("peer", 1.0)))
+    client.loop.pass_time(100.0)
+    assert client.tried == []
 
 
 def test_while_no_gateway_can_be_reached_it_is_tried_again_ever_more_seldom(client: Client) -> None:

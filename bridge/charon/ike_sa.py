@@ -52,6 +52,20 @@ SAME_SECONDS = 2
 """two times of one event that VICI told of at different moments differ by no more"""
 
 
+@dataclass(slots=True)
+class Requests:
+    """The last protected requests on an IKE_SA, in the tracker's clock."""
+
+    own: float = float("-inf")
+    """when charon reported one that it sent"""
+    own_next: int = 0
+    """the Message ID that follows it"""
+    of_peer: float = float("-inf")
+    """when charon reported one of the peer that verified"""
+    deleting: bool = False
+    """VICI listed the SA as DELETING: charon waits for the answer to its own DELETE"""
+
+
 @dataclass(slots=True, eq=False)
 class IkeSa:
     """An IKE_SA. `local` is this host. Times in Unix seconds, 0 = never."""
@@ -105,6 +119,8 @@ class IkeSa:
     """its keys came from a stub, not from charon"""
     unique_id: str = ""
     """by which charon names it, once VICI told of it"""
+    requests: Requests | None = None
+    """kept where the client role asks for it"""
     predecessor: Index | None = None
     """the index that it was resumed from here, if it was"""
     first_spi: bytes = b""

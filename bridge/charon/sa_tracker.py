@@ -139,7 +139,9 @@ class SaTracker:
             case MessageType.IKE_DELETE | MessageType.CHILD_DELETE | MessageType.IKE_MID_RESPONDER if not genuine:
                 self._ask(ike_id)
             case MessageType.IKE_MID_INITIATOR:
-                if ike_id.spis in self.sas:
+                if (sa := self.sas.get(ike_id.spis)) is not None:
+                    if sa.requests is not None:
+                        sa.requests.own, sa.requests.own_next = self._clock(), message.first(Attr.MID, 0)
                     self.on_own_request()
             case MessageType.IKE_MID_RESPONDER:
                 self._verified(ike_id, message.first(Attr.MID, 0))
@@ -179,6 +181,8 @@ class SaTracker:
 
     def _verified(self, ike_id: IkeId, next_id: int) -> None:
         sa = self.sas.get(ike_id.spis)
+        if sa is not None and sa.requests is not None:
+            sa.requests.of_peer = self._clock()
         if sa is not None and sa.unproven and next_id > FIRST_MESSAGE_ID:
             sa.unproven = False
             self._come_up(sa)
@@ -643,6 +647,8 @@ class Comparison:
             if info.version == 2 and info.state == "ESTABLISHED" and not self._tracker.listed(info, since=self._since):
                 self._missing[info.spis] = info
             elif info.state == "DELETING" and (sa := self._tracker.sas.get(info.spis)) is not None and sa.up:
+                if sa.requests is not None:
+                    sa.requests.deleting = True
                 self._tracker.on_deleting(sa)
         self._missing |= {info.spis: info for info in self._tracker.recall.awaited(infos)}
 

@@ -18,11 +18,11 @@ import structlog
 
 from bridge.charon.charon import Charon
 from bridge.charon.ha_message import IkeId
-from bridge.charon.ike_sa import Condition, IkeSa
+from bridge.charon.ike_sa import Condition, IkeSa, Requests
 from bridge.charon.vici_types import ConnectionInfo, SaInfo, ViciError
 from bridge.charon.vpns import Vpn, vpns_of
 from bridge.client.attempt import Attempt, Means
-from bridge.client.auto_resume import NEWS_SECONDS, RETURN_MAX, RETURN_MIN, AutoResume
+from bridge.client.auto_resume import NEWS_SECONDS, AutoResume
 from bridge.client.candidates import Candidates
 from bridge.client.gateway_probe import GatewayProbe
 from bridge.client.metrics import ClientMetrics
@@ -31,6 +31,7 @@ from bridge.client.nat_keepalive import NatKeepalive
 from bridge.client.outcome import Outcome, Result
 from bridge.client.reauthentication import Reauthentication
 from bridge.client.sessions import Session, Sessions
+from bridge.client.set_up_again import SetUpAgain
 from bridge.client.stub_keeper import StubKeeper, gateway_message
 from bridge.client.switchover import Switchover
 from bridge.client.sync_request import Answer, SyncRequester, Target
@@ -47,10 +48,6 @@ log = structlog.get_logger()
 
 PLACE_SECONDS = 60.0
 """how long charon may take to load the connections of the sessions that this host had"""
-AGAIN_SECONDS = 1.0
-"""that charon has to begin a handshake by itself, where it is configured to"""
-UNDER_WAY = ("CONNECTING", "ESTABLISHED")
-"""states of an IKE_SA that works or may come to"""
 
 
 class Initiator:
@@ -101,6 +98,9 @@ class Initiator:
         )
         self._keepalive = NatKeepalive(sender, config.announce.keepalive, self._sessions.resumable_sas, self._targets)
         self._traffic = TrafficWatch(charon, self._sessions, self._set_up, clock=clock)
+        self._set_up_again = SetUpAgain(
+            charon, self._sessions, self._candidates, self._means, self._vpn, self._finish, self._later, clock=clock
+        )
         self._restored: set[bytes] = set()
         self._under_way: set[asyncio.Task[None]] = set()
         self._connections: dict[str, ConnectionInfo] = {}
@@ -187,6 +187,8 @@ class Initiator:
         if session is not known:
             # a Move may name a gateway by its address before the first attempt
             self._later("resolve", self._candidates.resolve(self._vpn(session)))
+        if sa.requests is None and self._config.resume.after_delete == "handshake":
+            sa.requests = Requests()
         if sa.resumable:
             self.keeper.changed(sa)
         self._reauthentication.watch(sa)
@@ -211,8 +213,9 @@ class Initiator:
             if session is not None:
                 self._auto_resume.stop(session)
                 if sa is not None and self._reauthentication.lapsed(sa):
-                    log.info("authentication-lapsed", vpn=session.vpn, connection=sa.connection, **sa.id.logged)
-                    self._later(f"again {session.connection}", self._again(session))
+                    self._set_up_again.lapsed(session, sa)
+                elif sa is not None and self._config.resume.after_delete == "handshake":
+                    self._set_up_again.deleted(session, sa)
             return
         session = self._sessions.of(info.spis)
         if session is not None and self._vpn(session).resume_on_down:
@@ -344,22 +347,3 @@ class Initiator:
         self._named(new, answer.gateways)
         self._reauthentication.watch(new)
         self.keeper.given(new, answer.sealed_stub, answer.lifetime)
-
-    async def _again(self, session: Session) -> None:
-        """A full handshake for a session whose gateway ended it because its authentication did, unless charon does that
-        by itself; again and again while no gateway takes it."""
-        vpn, pause = self._vpn(session), AGAIN_SECONDS
-        while True:
-            await asyncio.sleep(pause)
-            try:
-                under_way = {info.connection for info in await self._charon.vici.list_sas() if info.state in UNDER_WAY}
-            except ViciError:
-                under_way = set()
-            if any(self._sessions.may_stand_for(connection, session) for connection in under_way):
-                return
-            await self._candidates.resolve(vpn)
-            for gateway in self._candidates.of(vpn, session, None, restored=False):
-                attempt = Attempt.set_up_at(self._means, vpn, session, gateway, "authentication-ended")
-                if (await self._finish(vpn, session, attempt)).result is not Result.FAILED:
-                    return
-            pause = min(max(2 * pause, RETURN_MIN), RETURN_MAX)

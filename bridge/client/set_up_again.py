@@ -1,0 +1,133 @@
+"""A gateway ends an IKE_SA by a DELETE, and its session is set up again by a full handshake: because the session's
+authentication had ended, or, with `resume.after_delete: handshake`, whatever the reason was.
+
+VICI reports an end in state DELETING whichever side sent the DELETE. The HA channel tells which: charon reports each
+verified request of the peer, and each request of its own, before it acts on it. An SA that ends right after a request
+of the peer, and not around one of charon's own, was ended by the peer. In doubt it was this host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
+
+import structlog
+
+from bridge.charon.charon import Charon
+from bridge.charon.ike_sa import IkeSa, Requests
+from bridge.charon.vici_types import ViciError
+from bridge.charon.vpns import Vpn
+from bridge.client.attempt import Attempt, Means
+from bridge.client.auto_resume import NEWS_SECONDS, RETURN_MAX, RETURN_MIN
+from bridge.client.candidates import Candidates
+from bridge.client.outcome import Outcome, Result
+from bridge.client.sessions import Session, Sessions
+
+log = structlog.get_logger()
+
+AGAIN_SECONDS: Final = 1.0
+"""that charon has to begin a handshake by itself, where it is configured to"""
+SPREAD: Final = 2.0
+"""times AGAIN_SECONDS by which the handshakes of a gateway's clients differ: it deletes all their SAs at a time"""
+PAUSE_MAX: Final = 300.0
+"""seconds before a session is set up again whose last IKE_SA was deleted soon: its client may be locked out"""
+FORGET_SECONDS: Final = 600.0
+"""an IKE_SA that lived for so long was not deleted soon"""
+DELETE_SECONDS: Final = 1.0
+"""from the peer's request to the end of the SA, at most"""
+ANSWER_SECONDS: Final = 0.5
+"""from a request of charon's own to the next of the peer, at least: an answer to a DELETE of its own ends the SA too"""
+UNDER_WAY: Final = ("CONNECTING", "ESTABLISHED")
+"""states of an IKE_SA that works or may come to"""
+
+Finish = Callable[[Vpn, Session, Attempt], Awaitable[Outcome]]
+
+
+def ended_by_peer(requests: Requests, at: float) -> bool:
+    """Whether the peer ended an SA that ended at `at` (the tracker's clock)."""
+    if requests.deleting or requests.of_peer - requests.own < ANSWER_SECONDS:
+        return False
+    return at - requests.of_peer < DELETE_SECONDS
+
+
+class SetUpAgain:
+    """`later` starts a task, `finish` runs an attempt and notes its outcome."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        sessions: Sessions,
+        candidates: Candidates,
+        means: Means,
+        vpn_of: Callable[[Session], Vpn],
+        finish: Finish,
+        later: Callable[[str, Coroutine[Any, Any, None]], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._charon = charon
+        self._sessions = sessions
+        self._candidates = candidates
+        self._means = means
+        self._vpn_of = vpn_of
+        self._finish = finish
+        self._later = later
+        self._clock = clock
+        self._uniform = uniform
+        self._deleted: dict[str, tuple[float, float]] = {}
+        """by VPN: when a session of it was deleted last, and the pause after that"""
+
+    def lapsed(self, session: Session, sa: IkeSa) -> None:
+        """The gateway ended an SA because its authentication ended."""
+        log.info("authentication-lapsed", vpn=session.vpn, connection=sa.connection, **sa.id.logged)
+        self._later(f"again {session.connection}", self._again(session, "authentication-ended", AGAIN_SECONDS))
+
+    def deleted(self, session: Session, sa: IkeSa) -> None:
+        """One of the sides ended an SA by a DELETE."""
+        self._later(f"deleted {session.connection}", self._deleted_by_peer(session, sa, self._clock()))
+
+    async def _deleted_by_peer(self, session: Session, sa: IkeSa, at: float) -> None:
+        # the HA channel's news may come after VICI's
+        await asyncio.sleep(NEWS_SECONDS)
+        if sa.requests is None or not ended_by_peer(sa.requests, at):
+            return
+        before, pause = self._deleted.get(session.vpn, (float("-inf"), 0.0))
+        if at - before > FORGET_SECONDS + pause:
+            pause = self._uniform(AGAIN_SECONDS, (1 + SPREAD) * AGAIN_SECONDS)
+        else:
+            pause = min(2 * pause, PAUSE_MAX)
+        self._deleted[session.vpn] = at, pause
+        log.warning(
+            "deleted-by-gateway",
+            vpn=session.vpn,
+            connection=sa.connection,
+            handshake_after=round(pause, 1),
+            **sa.id.logged,
+        )
+        await self._again(session, "deleted-by-gateway", pause)
+
+    async def _again(self, session: Session, reason: str, pause: float) -> None:
+        """A full handshake, unless charon does that by itself; again and again while no gateway takes it. The gateway
+        that ended the SA comes last: it may be shutting down."""
+        vpn, old = self._vpn_of(session), session.last
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                under_way = {info.connection for info in await self._charon.vici.list_sas() if info.state in UNDER_WAY}
+            except ViciError:
+                under_way = set()
+            if any(self._sessions.may_stand_for(connection, session) for connection in under_way):
+                return
+            await self._candidates.resolve(vpn)
+            gateways = list(self._candidates.of(vpn, session, None, restored=False))
+            if reason != "authentication-ended":
+                gateways.sort(key=lambda gateway: self._candidates.is_here(old, gateway))
+            for gateway in gateways:
+                attempt = Attempt.set_up_at(self._means, vpn, session, gateway, reason)
+                if (await self._finish(vpn, session, attempt)).result is not Result.FAILED:
+                    return
+            pause = min(max(2 * pause, RETURN_MIN), max(RETURN_MAX, pause))
