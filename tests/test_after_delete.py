@@ -1,4 +1,4 @@
-"""`resume.after_delete: handshake`: sessions that their gateway ends are set up again, those that the client ends not."""
+"""`resume.after_delete: handshake`: a session that its gateway ends is set up again, one that the client ends not."""
 
 from __future__ import annotations
 
