@@ -52,14 +52,19 @@ class Buckets:
         self._repair = repair
 
     async def read(
-        self, commands: Sequence[tuple[Any, ...]], kinds: Sequence[Kind], *, node_timeout: float | None = None
+        self,
+        commands: Sequence[tuple[Any, ...]],
+        kinds: Sequence[Kind],
+        *,
+        within: float | None = None,
+        node_timeout: float | None = None,
     ) -> list[Any]:
         """The replies to commands that read one key each, the key being their first argument and of a type in `kinds`.
         None for a key that is not of its type, an exception for one that could not be asked.
 
         Raises BankUnavailable where none could be asked.
         """
-        replies = await self._redis.replies(commands, node_timeout=node_timeout)
+        replies = await self._redis.replies(commands, within=within, node_timeout=node_timeout)
         wrong = [position for position, reply in enumerate(replies) if is_wrong_type(reply)]
         for position in wrong:
             replies[position] = None

@@ -17,7 +17,8 @@ from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import AskError, ClusterDownError, TryAgainError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from bridge.bank.redis_url import FAILURES, Client, node_client
+from bridge.bank.exchange import exchange
+from bridge.bank.redis_url import FAILURES, node_client
 from bridge.service.tasks import end, spawn
 
 SILENT_SECONDS: Final = 1.0
@@ -37,17 +38,22 @@ class ClusterNodes:
         self._refreshed = 0.0
 
     async def send(
-        self, cluster: RedisCluster, commands: Sequence[tuple[Any, ...]], node_timeout: float | None
+        self,
+        cluster: RedisCluster,
+        commands: Sequence[tuple[Any, ...]],
+        timeout: float | None,
+        node_timeout: float | None,
     ) -> list[Any]:
-        """The replies to commands with a key; an exception in the place of each that failed. Raises what redis-py does
-        where no node can be asked who has what."""
+        """The replies to commands with a key; an exception in the place of each that failed. The replies of a node may
+        take `timeout` s, with connecting to it `node_timeout` s. Raises what redis-py does where no node can be asked
+        who has what."""
         await cluster.initialize()
         shares: dict[str, list[int]] = {}
         for position, command in enumerate(commands):
             shares.setdefault(self._node(cluster, command), []).append(position)
         answers = await asyncio.gather(
             *(
-                self._ask(name, [commands[position] for position in positions], node_timeout)
+                self._ask(name, [commands[position] for position in positions], timeout, node_timeout)
                 for name, positions in shares.items()
             ),
             return_exceptions=True,
@@ -79,15 +85,17 @@ class ClusterNodes:
         """The name of the node that a command is for."""
         node = cluster.nodes_manager.get_node_from_slot(cluster.keyslot(_key(command)))
         if node.name not in self._clients:
-            self._clients[node.name] = node_client(cluster, node.host, int(node.port))
+            self._clients[node.name] = node_client(cluster, node.host, int(node.port), bare=True)
         return str(node.name)
 
-    async def _ask(self, name: str, commands: Sequence[tuple[Any, ...]], node_timeout: float | None) -> list[Any]:
+    async def _ask(
+        self, name: str, commands: Sequence[tuple[Any, ...]], timeout: float | None, node_timeout: float | None
+    ) -> list[Any]:
         if node_timeout is not None and time.monotonic() < self._silent_until.get(name, 0.0):
             raise RedisTimeoutError(f"{name} did not answer a moment ago")
         try:
             async with asyncio.timeout(node_timeout):
-                replies = await pipeline(self._clients[name], commands, False)
+                replies = await exchange(self._clients[name], commands, timeout)
         except FAILURES:
             self._silent_until[name] = time.monotonic() + SILENT_SECONDS
             raise
@@ -116,12 +124,3 @@ class ClusterNodes:
 
 def _key(command: tuple[Any, ...]) -> Any:
     return command[3] if command[0] in _KEYED_SCRIPTS else command[1]
-
-
-async def pipeline(client: Client, commands: Sequence[tuple[Any, ...]], transaction: bool) -> list[Any]:
-    """The replies of one server to `commands`, sent together; an exception in the place of each that failed."""
-    queue = client.pipeline(transaction=transaction)
-    for command in commands:
-        queue.execute_command(*command)
-    replies: list[Any] = await queue.execute(raise_on_error=False)
-    return replies

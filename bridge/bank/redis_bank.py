@@ -163,13 +163,12 @@ class RedisBank:
             bundle = indexes[first : first + BUNDLE]
             commands: list[tuple[Any, ...]] = [("HGET", index.key, "sealed") for index in bundle]
             commands += [("ZSCORE", index.gone, index.spi.hex()) for index in bundle]
-            with self._redis.reaching():
-                async with asyncio.timeout(self._get_timeout):
-                    replies = await self._buckets.read(
-                        commands,
-                        [HASH] * len(bundle) + [ZSET] * len(bundle),
-                        node_timeout=self._get_timeout * NODE_SHARE,
-                    )
+            replies = await self._buckets.read(
+                commands,
+                [HASH] * len(bundle) + [ZSET] * len(bundle),
+                within=self._get_timeout,
+                node_timeout=self._get_timeout * NODE_SHARE,
+            )
             sealed, ends = replies[: len(bundle)], replies[len(bundle) :]
             found += [
                 (self._open(index, octets), isinstance(end, (bytes, float)))
@@ -337,9 +336,7 @@ class RedisBank:
 
     async def revocation_stamp(self) -> bytes:
         """See StubBank."""
-        with self._redis.reaching():
-            async with asyncio.timeout(self._get_timeout):
-                [stamp] = await self._buckets.read([("GET", bank_keys.REVOKED_STAMP)], [STRING])
+        [stamp] = await self._buckets.read([("GET", bank_keys.REVOKED_STAMP)], [STRING], within=self._get_timeout)
         return bytes(stamp or b"")
 
     async def revocations(self) -> Sequence[Sequence[bytes]]:

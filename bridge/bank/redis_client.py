@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import structlog
-from redis.asyncio import RedisCluster
+from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
@@ -18,7 +19,8 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from bridge.bank.cluster_nodes import ClusterNodes, pipeline
+from bridge.bank.cluster_nodes import ClusterNodes
+from bridge.bank.exchange import exchange
 from bridge.bank.interface import BankUnavailable, BankUnwritable
 from bridge.bank.redis_url import FAILURES, Client, connect
 from bridge.service import shipped_files
@@ -48,6 +50,12 @@ class RedisClient:
 
     def __init__(self, url: str, timeout: float, scripts: Sequence[Script] = ()) -> None:
         self.client: Client = connect(url, timeout)
+        """for what is seldom asked"""
+        bare = None if isinstance(self.client, RedisCluster) else connect(url, timeout, bare=True)
+        assert not isinstance(bare, RedisCluster)
+        self._bare: Redis | None = bare
+        """for all else, where there is one server"""
+        self._timeout = timeout
         self._scripts = scripts
         self._nodes = ClusterNodes()
 
@@ -68,19 +76,29 @@ class RedisClient:
         return replies
 
     async def replies(
-        self, commands: Sequence[tuple[Any, ...]], *, writing: bool = False, node_timeout: float | None = None
+        self,
+        commands: Sequence[tuple[Any, ...]],
+        *,
+        writing: bool = False,
+        within: float | None = None,
+        node_timeout: float | None = None,
     ) -> list[Any]:
         """The replies to `commands`, sent together; an exception in the place of each that failed alone: by what its
         key holds, or because its node of a Cluster does not answer. Scripts that Redis does not know are loaded.
 
         `writing`: in one transaction, where there is one server. Redis then goes to its disk once for all, instead of
-        after every 16 KB that it reads. `node_timeout`: seconds that one node of a Cluster may take; one that took
-        longer is not waited for again for a moment.
+        after every 16 KB that it reads. `within`: seconds that all of it may take, connecting included. `node_timeout`:
+        seconds that one node of a Cluster may take; one that took longer is not waited for again for a moment.
 
         Raises BankUnavailable where nothing could be asked; some of the commands may have been carried out then.
         """
         try:
-            replies = await self._replies(commands, writing and not isinstance(self.client, RedisCluster), node_timeout)
+            with self.reaching():
+                if within is None:
+                    replies = await self._replies(commands, writing, self._timeout, node_timeout)
+                else:
+                    async with asyncio.timeout(within):
+                        replies = await self._replies(commands, writing, None, node_timeout)
         except BankUnavailable as error:
             if _BUSY in str(error):
                 await self._kill_script()
@@ -94,28 +112,28 @@ class RedisClient:
         return replies
 
     async def _replies(
-        self, commands: Sequence[tuple[Any, ...]], transaction: bool, node_timeout: float | None
+        self, commands: Sequence[tuple[Any, ...]], writing: bool, timeout: float | None, node_timeout: float | None
     ) -> list[Any]:
-        with self.reaching():
-            replies = await self._send(commands, transaction, node_timeout)
-            unknown = [position for position, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-            if unknown:
-                await self._load([commands[position] for position in unknown])
-                again = await self._send([commands[position] for position in unknown], transaction, node_timeout)
-                for position, reply in zip(unknown, again, strict=True):
-                    replies[position] = reply
+        replies = await self._send(commands, writing, timeout, node_timeout)
+        unknown = [position for position, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if unknown:
+            await self._load([commands[position] for position in unknown])
+            again = await self._send([commands[position] for position in unknown], writing, timeout, node_timeout)
+            for position, reply in zip(unknown, again, strict=True):
+                replies[position] = reply
         return replies
 
     async def _send(
-        self, commands: Sequence[tuple[Any, ...]], transaction: bool, node_timeout: float | None
+        self, commands: Sequence[tuple[Any, ...]], writing: bool, timeout: float | None, node_timeout: float | None
     ) -> list[Any]:
-        if not isinstance(self.client, RedisCluster):
-            try:
-                return await pipeline(self.client, commands, transaction)
-            except OutOfMemoryError:
-                # a full Redis queues nothing; one by one, what needs no memory gets through
-                return await pipeline(self.client, commands, False)
-        return await self._nodes.send(self.client, commands, node_timeout)
+        if isinstance(self.client, RedisCluster):
+            return await self._nodes.send(self.client, commands, timeout, node_timeout)
+        assert self._bare is not None
+        try:
+            return await exchange(self._bare, commands, timeout, transaction=writing)
+        except OutOfMemoryError:
+            # a full Redis queues nothing; one by one, what needs no memory gets through
+            return await exchange(self._bare, commands, timeout)
 
     async def _load(self, commands: Sequence[tuple[Any, ...]]) -> None:
         """Load the scripts, in a Cluster where `commands` are for."""
@@ -145,6 +163,8 @@ class RedisClient:
     async def close(self) -> None:
         """Close the connections."""
         await self._nodes.close()
+        if self._bare is not None:
+            await self._bare.aclose()
         await self.client.aclose()
 
 

@@ -22,8 +22,9 @@ FAILURES: Final = (RedisError, RedisClusterException, OSError)
 reachable node, or with a slot that no node serves, are no RedisError. TimeoutError is an OSError."""
 
 
-def node_client(cluster: RedisCluster, host: str, port: int) -> Redis:
-    """A client for one node of a Cluster, which asks nobody else: for what is to go on while other nodes are away."""
+def node_client(cluster: RedisCluster, host: str, port: int, *, bare: bool = False) -> Redis:
+    """A client for one node of a Cluster, which asks no other node: for what is to go on while other nodes are away.
+    `bare`: as `connect` has it."""
     options: dict[str, Any] = {
         key: value
         for key, value in cluster.connection_kwargs.items()
@@ -33,17 +34,20 @@ def node_client(cluster: RedisCluster, host: str, port: int) -> Redis:
     tls = "rediss" if any(key.startswith("ssl") for key in options) else "redis"
     address = f"[{host}]" if ":" in host else host
     retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+    if bare:
+        options["socket_timeout"] = None
     return Redis.from_url(f"{tls}://{address}:{port}", retry=retry, **options)
 
 
-def connect(url: str, timeout: float) -> Client:
-    """A client for `url` that connects when it is first used; connecting and each reply may take `timeout` s.
+def connect(url: str, timeout: float, *, bare: bool = False) -> Client:
+    """A client for `url` that connects when it is first used; connecting and each reply may take `timeout` s. `bare`:
+    replies may take any time, for bridge.bank.exchange, which limits the time of an exchange as a whole.
 
     It tries once more, at once, where a connection has gone: a restarted Redis closes those that lie ready.
     Raises ValueError, without the URL (it may hold a password), where it is not of the forms of bridge.net.redis_url.
     """
     options: dict[str, Any] = {
-        "socket_timeout": timeout,
+        "socket_timeout": None if bare else timeout,
         "socket_connect_timeout": timeout,
         "protocol": 2,
         "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
