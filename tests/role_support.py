@@ -240,6 +240,10 @@ class FakeBank:
         self.over |= {ending.index for ending in endings}
         return [self.stubs.pop(ending.index, None) is not None for ending in endings]
 
+    async def change(self, stubs: Sequence[Stub], endings: Sequence[Ending]) -> tuple[list[bool], list[bool]]:
+        stored = await self.store(stubs) if stubs else []
+        return stored, await self.delete(endings) if endings else []
+
     async def ended(self, indexes: Sequence[Index]) -> list[bool | None]:
         await self._reach("ended")
         return [index in self.over for index in indexes]

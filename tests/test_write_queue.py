@@ -31,13 +31,9 @@ class WatchedBank(RedisBank):
 
     bundles: list[list[Index]]
 
-    async def store(self, stubs: Sequence[Stub]) -> list[bool]:
-        self.bundles.append([stub.index for stub in stubs])
-        return await super().store(stubs)
-
-    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
-        self.bundles.append([ending.index for ending in endings])
-        return await super().delete(endings)
+    async def change(self, stubs: Sequence[Stub], endings: Sequence[Ending]) -> tuple[list[bool], list[bool]]:
+        self.bundles += [[change.index for change in changes] for changes in (stubs, endings) if changes]
+        return await super().change(stubs, endings)
 
 
 @pytest.fixture

@@ -42,6 +42,35 @@ ZSET: Final = Kind("sorted set", "ZSCORE", ("",))
 STRING: Final = Kind("string", "GET", ())
 
 
+class Work(NamedTuple):
+    """A script for stubs. `arguments` gives those for the stubs at some positions, which are of one bucket, with their
+    keys."""
+
+    script: Script
+    indexes: Sequence[Index]
+    arguments: Callable[[Sequence[int], Sequence[bytes]], Iterable[Any]]
+
+    def buckets(self) -> dict[str, list[int]]:
+        """The positions of the stubs of each bucket."""
+        buckets: dict[str, list[int]] = {}
+        for position, index in enumerate(self.indexes):
+            buckets.setdefault(index.bucket, []).append(position)
+        return buckets
+
+    def call(self, bucket: str, positions: Sequence[int]) -> tuple[Any, ...]:
+        """The command for those of one bucket."""
+        places = [self.indexes[position].key.encode() for position in positions]
+        keys = [bucket.encode(), bank_keys.gone_of(bucket).encode(), *places]
+        return self.script.call(keys, self.arguments(positions, places))
+
+
+class _Call(NamedTuple):
+    command: tuple[Any, ...]
+    positions: list[int]
+    outcome: list[int | None]
+    """where what it says of the stub at each position goes"""
+
+
 class Buckets:
     """Reads, scripts and walks by way of `redis`; what no gateway wrote goes to `report`."""
 
@@ -91,64 +120,70 @@ class Buckets:
         indexes: Sequence[Index],
         arguments: Callable[[Sequence[int], Sequence[bytes]], Iterable[Any]],
     ) -> list[int]:
-        """Run a script on each bucket of `indexes`; gives what it says of each index.
+        """Run a script on each bucket of `indexes`; gives what it says of each index. See `run_all`."""
+        [outcome], _ = await self.run_all([Work(script, indexes, arguments)])
+        return outcome
 
-        `arguments` gives those for the stubs at some positions, which are of one bucket, with their keys. Redis works
-        on a portion while the next one is made ready.
+    async def run_all(
+        self, works: Sequence[Work], commands: Sequence[tuple[Any, ...]] = ()
+    ) -> tuple[list[list[int]], list[Any]]:
+        """Run scripts on each bucket of their indexes, one script after the other, and other commands with a key each;
+        all in one round trip where they are few. Gives what each script says of each of its indexes, and the replies
+        to the commands. Redis works on a portion while the next one is made ready.
 
-        Raises BankUnavailable, with the indexes of the buckets that failed, after the others are done.
+        Raises BankUnavailable, with the indexes of the buckets that failed, after the others are done. What became of
+        the commands is then not told.
         """
-        buckets: dict[str, list[int]] = {}
-        for position, index in enumerate(indexes):
-            buckets.setdefault(index.bucket, []).append(position)
-        outcome: list[int | None] = [None] * len(indexes)
+        outcomes: list[list[int | None]] = [[None] * len(work.indexes) for work in works]
         failures: list[Exception] = []
-        ahead: asyncio.Task[None] | None = None
+        ahead: asyncio.Task[list[Any]] | None = None
 
-        async def send(calls: list[tuple[Any, ...]], called: list[list[int]]) -> None:
-            replies = await self._redis.replies(calls, writing=True)
-            for number, reply in enumerate(replies):
-                if is_wrong_type(reply):
-                    replies[number] = await self._again(calls[number])
-            for positions, reply in zip(called, replies, strict=True):
-                if isinstance(reply, Exception):
-                    failures.append(reply)
+        async def send(calls: list[_Call], more: Sequence[tuple[Any, ...]] = ()) -> list[Any]:
+            replies = await self._redis.replies([*(call.command for call in calls), *more], writing=True)
+            for call, reply in zip(calls, replies, strict=False):
+                answer = await self._again(call.command) if is_wrong_type(reply) else reply
+                if isinstance(answer, Exception):
+                    failures.append(answer)
                     continue
-                for position, done in zip(positions, reply, strict=True):
-                    outcome[position] = int(done or 0)
+                for position, done in zip(call.positions, answer, strict=True):
+                    call.outcome[position] = int(done or 0)
+            return replies[len(calls) :]
 
+        replies: list[Any] = []
         try:
-            calls: list[tuple[Any, ...]] = []
-            called: list[list[int]] = []
+            calls: list[_Call] = []
             size = 0
-            for bucket, positions in buckets.items():
-                places = [indexes[position].key.encode() for position in positions]
-                keys = [bucket.encode(), bank_keys.gone_of(bucket).encode(), *places]
-                calls.append(script.call(keys, arguments(positions, places)))
-                called.append(positions)
-                size += len(positions)
-                if size >= PORTION:
-                    if ahead is not None:
-                        await ahead
-                    ahead = asyncio.create_task(send(calls, called))
-                    await question_left()
-                    calls, called, size = [], [], 0
+            for work, outcome in zip(works, outcomes, strict=True):
+                for bucket, positions in work.buckets().items():
+                    calls.append(_Call(work.call(bucket, positions), positions, outcome))
+                    size += len(positions)
+                    if size >= PORTION:
+                        if ahead is not None:
+                            await ahead
+                        ahead = asyncio.create_task(send(calls))
+                        await question_left()
+                        calls, size = [], 0
             if ahead is not None:
                 await ahead
-            if calls:
-                await send(calls, called)
+            if calls or commands:
+                replies = await send(calls, commands)
         except BankUnavailable as error:
             failures.insert(0, error)
         finally:
             if ahead is not None:
                 await end(ahead)
-        left = frozenset(index for index, done in zip(indexes, outcome, strict=True) if done is None)
+        left = frozenset(
+            index
+            for work, outcome in zip(works, outcomes, strict=True)
+            for index, done in zip(work.indexes, outcome, strict=True)
+            if done is None
+        )
         if failures:
             failure = failures[0] if isinstance(failures[0], BankUnavailable) else unavailable(failures[0])
             failure.left = left
-            failure.answers = failure.answers or len(left) < len(set(indexes))
+            failure.answers = failure.answers or any(done is not None for outcome in outcomes for done in outcome)
             raise failure
-        return [done or 0 for done in outcome]
+        return [[done or 0 for done in outcome] for outcome in outcomes], replies
 
     async def _again(self, call: tuple[Any, ...]) -> Any:
         """The reply to a script that failed by a key of a wrong type, after those keys were deleted."""

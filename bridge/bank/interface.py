@@ -103,6 +103,11 @@ class StubBank(Protocol):
         """
         ...
 
+    async def change(self, stubs: Sequence[Stub], endings: Sequence[Ending]) -> tuple[list[bool], list[bool]]:
+        """`store`, then `delete`, in as few round trips as that takes; what each of them gives. Where some of it
+        failed, all else was tried."""
+        ...
+
     def download(self, gateway: str, batch: int = DOWNLOAD_BATCH) -> AsyncGenerator[list[Stub]]:
         """Download Stub: all stubs of a gateway, at most `batch` at a time.
 

@@ -158,7 +158,7 @@ class Prefetch:
                 await self._keyspace.add(bank_keys.stubs_pattern(gateway))
             async for stubs in self._bank.download(gateway):
                 if self._near is not None:
-                    await self._near.store(stubs)
+                    await self._near.change(stubs, ())
                 else:
                     held |= {stub.index: stub for stub in stubs if stub.index not in changed}
                 progress.stubs += len(stubs)

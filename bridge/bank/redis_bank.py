@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from bridge.bank.address_index import AddressIndex
-from bridge.bank.buckets import BUCKETS_AT_A_TIME, BUNDLE, HASH, STRING, ZSET, Buckets
+from bridge.bank.buckets import BUCKETS_AT_A_TIME, BUNDLE, HASH, STRING, ZSET, Buckets, Work
 from bridge.bank.content_report import ContentReport
 from bridge.bank.interface import DOWNLOAD_BATCH, AddressEntry, Ending, GatewaySign, Move
 from bridge.bank.redis_client import RedisClient, Script, is_wrong_type, unavailable
@@ -95,23 +95,60 @@ class RedisBank:
 
     async def store(self, stubs: Sequence[Stub]) -> list[bool]:
         """See StubBank. Stubs of one bucket are stored atomically, together."""
-        said = await self._put(stubs)
-        doubtful = [position for position, code in enumerate(said) if code == HELD_IS_NEWER]
-        if doubtful and (forged := await self._confirm([stubs[position].index for position in doubtful])):
-            again = [position for position in doubtful if stubs[position].index in forged]
-            for position, code in zip(again, await self._put([stubs[position] for position in again]), strict=True):
-                said[position] = code
-        stored = [code == STORED for code in said]
-        await self._addresses.put([stub for stub, done in zip(stubs, stored, strict=True) if done])
-        return stored
+        return (await self.change(stubs, ()))[0]
 
-    async def _put(self, stubs: Sequence[Stub]) -> list[int]:
+    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
+        """See StubBank. After a lost connection a repeated delete gives False for what the first one deleted."""
+        return (await self.change((), endings))[1]
+
+    async def change(self, stubs: Sequence[Stub], endings: Sequence[Ending]) -> tuple[list[bool], list[bool]]:
+        """See StubBank. In one transaction, where there is one server and they are few."""
+        works = []
+        if stubs:
+            works.append(self._storing(stubs))
+        if endings:
+            works.append(self._deleting(endings, await self._expiries(endings)))
+        outcomes, replies = await self._buckets.run_all(works, self._addresses.additions(stubs))
+        said = outcomes[0] if stubs else []
+        await self._addresses.added(stubs, said, replies)
+        await self._put_over_forged(stubs, said)
+        deleted = outcomes[-1] if endings else []
+        return [code == STORED for code in said], [bool(count) for count in deleted]
+
+    def _storing(self, stubs: Sequence[Stub]) -> Work:
         def arguments(positions: Sequence[int], places: Sequence[bytes]) -> Iterable[Any]:
             mine = [stubs[position] for position in positions]
             sealed = [self._keyring.seal(encode(stub), place) for stub, place in zip(mine, places, strict=True)]
             return (_fields_encoder.encode([readable_fields(stub) for stub in mine]), *sealed)
 
-        return await self._buckets.run(self._store, [stub.index for stub in stubs], arguments)
+        return Work(self._store, [stub.index for stub in stubs], arguments)
+
+    def _deleting(self, endings: Sequence[Ending], expiries: Sequence[int]) -> Work:
+        def arguments(positions: Sequence[int], _: Sequence[bytes]) -> Iterable[Any]:
+            return [expiries[position] for position in positions]
+
+        return Work(self._delete, [ending.index for ending in endings], arguments)
+
+    async def _expiries(self, endings: Sequence[Ending]) -> list[int]:
+        """When the stub of each would have expired; looked up where the caller does not know."""
+        expiries = [ending.expires for ending in endings]
+        unknown = [position for position, expires in enumerate(expiries) if not expires]
+        if unknown:
+            indexes = [endings[position].index for position in unknown]
+            for position, (sealed,) in zip(unknown, await self._read_fields(indexes, "sealed"), strict=True):
+                stub = self._open(endings[position].index, sealed)
+                expiries[position] = stub.expires if stub is not None else 0
+        return expiries
+
+    async def _put_over_forged(self, stubs: Sequence[Stub], said: list[int]) -> None:
+        """Store those again that a readable revision which is not that of the sealed part kept out."""
+        doubtful = [position for position, code in enumerate(said) if code == HELD_IS_NEWER]
+        if not doubtful or not (forged := await self._confirm([stubs[position].index for position in doubtful])):
+            return
+        again = [position for position in doubtful if stubs[position].index in forged]
+        [codes], _ = await self._buckets.run_all([self._storing([stubs[position] for position in again])])
+        for position, code in zip(again, codes, strict=True):
+            said[position] = code
 
     async def _confirm(self, indexes: Sequence[Index]) -> set[Index]:
         """Those of `indexes` whose readable revision is not that of their sealed part; it is put right, unless the stub
@@ -133,22 +170,6 @@ class RedisBank:
 
         await self._buckets.run(self._reseal, wrong, arguments)
         return set(wrong)
-
-    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
-        """See StubBank. After a lost connection a repeated delete gives False for what the first one deleted."""
-        expiries = [ending.expires for ending in endings]
-        unknown = [position for position, expires in enumerate(expiries) if not expires]
-        if unknown:
-            indexes = [endings[position].index for position in unknown]
-            for position, (sealed,) in zip(unknown, await self._read_fields(indexes, "sealed"), strict=True):
-                stub = self._open(endings[position].index, sealed)
-                expiries[position] = stub.expires if stub is not None else 0
-
-        def arguments(positions: Sequence[int], _: Sequence[bytes]) -> Iterable[Any]:
-            return [expiries[position] for position in positions]
-
-        deleted = await self._buckets.run(self._delete, [ending.index for ending in endings], arguments)
-        return [bool(count) for count in deleted]
 
     # GET
 

@@ -81,13 +81,9 @@ class Replica:
         self._is(True)
         return answer
 
-    async def store(self, stubs: Sequence[Stub]) -> list[bool]:
+    async def change(self, stubs: Sequence[Stub], endings: Sequence[Ending]) -> tuple[list[bool], list[bool]]:
         """See StubBank."""
-        return await self.answer(self.bank.store(stubs))
-
-    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
-        """See StubBank."""
-        return await self.answer(self.bank.delete(endings))
+        return await self.answer(self.bank.change(stubs, endings))
 
     def owe(self, stub: Stub) -> None:
         """Store `stub` when it is back."""

@@ -125,43 +125,43 @@ class ReplicatedBank:
         return [self.near, *([self._central] if self._central else []), *chosen]
 
     async def store(self, stubs: Sequence[Stub]) -> list[bool]:
-        """See StubBank. Stored is what one bank has; the others, if they are down, are owed it. False where one of
-        them refused."""
-        shares: dict[Replica, list[int]] = {}
+        """See StubBank and `change`."""
+        return (await self.change(stubs, ()))[0]
+
+    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
+        """See StubBank and `change`."""
+        return (await self.change((), endings))[1]
+
+    async def change(self, stubs: Sequence[Stub], endings: Sequence[Ending]) -> tuple[list[bool], list[bool]]:
+        """See StubBank. Stored is what one bank has; False where one of those that it belongs in refused. Deleted is
+        what any bank deleted. Banks that did not take their part are owed it.
+
+        Without `start` nothing would bring it to them: then a deletion that one did not take raises BankUnavailable.
+        """
+        shares: dict[Replica, list[int]] = {tier: [] for tier in self._all} if endings else {}
         for position, stub in enumerate(stubs):
             for tier in self.holders(stub.index):
                 shares.setdefault(tier, []).append(position)
-        up = [tier for tier in shares if tier.up] or list(shares)
-        outcomes = await _each(up, lambda tier: tier.store([stubs[position] for position in shares[tier]]))
+        serving = self._task is not None or not endings
+        asked = [tier for tier in shares if tier.up or not serving] or list(shares)
+        outcomes = await _each(asked, lambda tier: tier.change([stubs[position] for position in shares[tier]], endings))
         taken: dict[int, bool] = {}
-        for tier, stored in outcomes.items():
+        for tier, (stored, _) in outcomes.items():
             for position, done in zip(shares[tier], stored, strict=True):
                 taken[position] = taken.get(position, True) and done
-        if len(taken) < len(stubs):
-            raise BankUnavailable("none of the banks took it")
-        for tier in shares.keys() - outcomes.keys():
-            for position in shares[tier]:
-                tier.owe(stubs[position])
-        return [taken[position] for position in range(len(stubs))]
-
-    async def delete(self, endings: Sequence[Ending]) -> list[bool]:
-        """See StubBank. True where any bank deleted; those that did not take it are owed it.
-
-        Without `start` nothing would bring it to them: then it raises BankUnavailable where one did not answer.
-        """
-        serving = self._task is not None
-        up = [tier for tier in self._all if tier.up or not serving] or self._all
-        outcomes = await _each(up, lambda tier: tier.delete(endings))
-        away = [tier for tier in self._all if tier not in outcomes]
-        if len(away) == len(self._all):
+        away = [tier for tier in shares if tier not in outcomes]
+        if len(taken) < len(stubs) or (endings and not outcomes):
             raise BankUnavailable("none of the banks took it")
         if away and not serving:
             names = ", ".join(tier.name for tier in away)
             raise BankUnavailable(f"deleted, but not in the bank of {names}, which does not answer: repeat it later")
         for tier in away:
+            for position in shares[tier]:
+                tier.owe(stubs[position])
             for ending in endings:
                 tier.owe_deletion(ending)
-        return [any(deleted) for deleted in zip(*outcomes.values(), strict=True)]
+        deleted = [any(done) for done in zip(*(gone for _, gone in outcomes.values()), strict=True)]
+        return [taken[position] for position in range(len(stubs))], deleted
 
     # GET
 
@@ -405,7 +405,7 @@ class ReplicatedBank:
                 held = await self.near.answer(self.near.bank.revisions([ending.index for ending in page]))
                 over = [ending for ending, revision in zip(page, held, strict=True) if revision]
                 if over:
-                    deleted += sum(await self.near.delete(over))
+                    deleted += sum(await self.near.answer(self.near.bank.delete(over)))
         return deleted
 
     # last: from here on `list` is this method in the annotations of the class

@@ -54,8 +54,7 @@ class Counters:
 class Writable(Protocol):
     """What a Writer needs of a bank: see StubBank."""
 
-    async def store(self, stubs: Sequence[Stub]) -> list[bool]: ...
-    async def delete(self, endings: Sequence[Ending]) -> list[bool]: ...
+    async def change(self, stubs: Sequence[Stub], endings: Sequence[Ending]) -> tuple[list[bool], list[bool]]: ...
 
 
 class WriteQueue:
@@ -199,35 +198,23 @@ class WriteQueue:
         but takes no stubs may still take deletions, which make room."""
         stubs = [change for change in bundle.values() if isinstance(change, Stub)]
         endings = [change for change in bundle.values() if isinstance(change, Ending)]
-        failures: list[BankUnavailable] = []
-        if stubs:
-            try:
-                stored = await self._store(stubs)
-            except BankUnavailable as error:
-                if error.left is None or not error.answers:
-                    return BankUnavailable(str(error))
-                self.counters.stored += len(stubs) - len(error.left)
-                failures.append(error)
-            else:
-                self.counters.stored += sum(stored)
-                self.counters.refused += len(stored) - sum(stored)
-        if endings:
-            try:
-                self.counters.deleted += sum(await self._bank.delete(endings))
-            except BankUnavailable as error:
-                failures.append(error)
-        if not failures:
-            return None
-        left: frozenset[Index] = frozenset().union(
-            *(error.left if error.left is not None else [each.index for each in endings] for error in failures)
-        )
-        return BankUnavailable(str(failures[0]), left)
-
-    async def _store(self, stubs: list[Stub]) -> list[bool]:
         try:
-            return await self._bank.store(stubs)
+            stored, deleted = await self._change(stubs, endings)
+        except BankUnavailable as error:
+            if error.left is not None:
+                self.counters.stored += sum(stub.index not in error.left for stub in stubs)
+                self.counters.deleted += sum(ending.index not in error.left for ending in endings)
+            return error
+        self.counters.stored += sum(stored)
+        self.counters.refused += len(stored) - sum(stored)
+        self.counters.deleted += sum(deleted)
+        return None
+
+    async def _change(self, stubs: list[Stub], endings: list[Ending]) -> tuple[list[bool], list[bool]]:
+        try:
+            return await self._bank.change(stubs, endings)
         except StubError:
-            return await self._bank.store([stub for stub in stubs if self._fits(stub)])
+            return await self._bank.change([stub for stub in stubs if self._fits(stub)], endings)
 
     def _fits(self, stub: Stub) -> bool:
         try:

@@ -6,7 +6,7 @@
 | `ike:stubs:{<gateway>/<first octet>}` | a bucket: the SPIs of its stubs, by expiry |
 | `ike:gone:{<gateway>/<first octet>}` | the SPIs of the bucket's ended sessions, by when they may be forgotten |
 | `ike:moved:{<gateway>/<first octet>}:<SPI>` | a mark: the session went on at another gateway; sealed |
-| `ike:addresses:{<network>}` | which stubs have a virtual IP of that IPv4 /16 or IPv6 /96: a sorted set |
+| `ike:addresses:{<network>}` | which stubs have a virtual IP of that IPv4 /26 or IPv6 /122: a sorted set |
 | `ike:gateways` | the addresses of gateways, by the time of their last heartbeat |
 | `ike:gateway:<gateway>` | a heartbeat |
 | `ike:<kind>:<gateway>` | what a gateway posts: see the kinds below |
@@ -22,8 +22,11 @@ bank can make keys and members of any form, so every reader gives None for a nam
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Final
+
+from bridge.ike.address import address_text, packed
 
 BUCKETS: Final = 256
 """buckets of a gateway, one for each first octet of an SPI"""
@@ -57,13 +60,12 @@ _STUB_KEY: Final = re.compile(r"ike:stub:\{(?P<gateway>[^{}/]+)/(?P<octet>[0-9a-
 _MOVED_KEY: Final = re.compile(r"ike:moved:\{(?P<gateway>[^{}/]+)/(?P<octet>[0-9a-f]{2})\}:(?P<spi>[0-9a-f]{16})")
 _TAGGED: Final = re.compile(r"(?:ike:stubs:|ike:gone:)\{(?P<gateway>[^{}/]+)/(?P<octet>[0-9a-f]{2})\}")
 _SPI: Final = re.compile(rb"[0-9a-f]{16}")
-_ADDRESS_MEMBER: Final = re.compile(
-    rb"(?P<address>[0-9a-f]{8}|[0-9a-f]{32}) (?P<gateway>[^{}/ ]{2,45})/(?P<spi>[0-9a-f]{16})"
-)
-_NETWORK_DIGITS: Final = {4: 4, 6: 24}
-"""hex digits of an address that name its network: IPv4 /16, IPv6 /96"""
-NETWORKS_MAX: Final = 4096
-"""that one range may span"""
+_ADDRESS_MEMBERS: Final = (1 + 4 + 8, 1 + 16 + 8)
+"""their octets: of a gateway with an IPv4 and an IPv6 address"""
+NETWORK: Final = 64
+"""addresses in the set of a network. Redis keeps a small set in its compact form, and looks through all of it"""
+NETWORKS_MAX: Final = 65_536
+"""that one range may span: an IPv4 /10"""
 _ADDRESS_OCTETS: Final = 45
 """of the longest text of an IP address"""
 
@@ -128,43 +130,39 @@ def check_key(token: str) -> str:
 # which stubs have an address
 
 
-def address_hex(address: str) -> str:
-    """An address in hex: 8 or 32 digits."""
-    return ip_address(address).packed.hex()
-
-
 def addresses_key(address: str) -> str:
     """The key of the set that an address is in."""
-    parsed = ip_address(address)
-    return _addresses_key(parsed.version, parsed.packed.hex()[: _NETWORK_DIGITS[parsed.version]])
+    octets = packed(address)
+    return _addresses_key(octets[:-1], octets[-1] // NETWORK)
 
 
-def addresses_keys(first: str, last: str) -> list[str]:
-    """The keys of the sets that the addresses from `first` to `last` are in, NETWORKS_MAX at most."""
-    low, high = ip_address(first), ip_address(last)
-    digits = _NETWORK_DIGITS[low.version]
-    begin, end = int(low.packed.hex()[:digits], 16), int(high.packed.hex()[:digits], 16)
-    numbers = range(begin, min(end, begin + NETWORKS_MAX - 1) + 1)
-    return [_addresses_key(low.version, f"{number:0{digits}x}") for number in numbers]
+def addresses_ranges(first: str, last: str) -> Iterator[tuple[str, int, int]]:
+    """The keys of the sets that the addresses from `first` to `last` are in, NETWORKS_MAX at most, each with the last
+    octets of the first and of the last address in it."""
+    low, high = packed(first), packed(last)
+    begin, end = int.from_bytes(low, "big") // NETWORK, int.from_bytes(high, "big") // NETWORK
+    for number in range(begin, min(end, begin + NETWORKS_MAX - 1) + 1):
+        base = (number * NETWORK).to_bytes(len(low), "big")
+        key = _addresses_key(base[:-1], base[-1] // NETWORK)
+        yield key, low[-1] if number == begin else base[-1], high[-1] if number == end else base[-1] + NETWORK - 1
 
 
-def _addresses_key(version: int, network: str) -> str:
-    return f"{ADDRESSES}{{{version}/{network}}}"
+def _addresses_key(octets: bytes, part: int) -> str:
+    return f"{ADDRESSES}{{{4 if len(octets) == 3 else 6}/{octets.hex()}{part * NETWORK:02x}}}"
 
 
-def address_member(address: str, gateway: str, spi: bytes) -> str:
-    """The member that says that a stub has an address."""
-    return f"{address_hex(address)} {gateway}/{spi.hex()}"
+def address_member(address: str, gateway: str, spi: bytes) -> bytes:
+    """The member that says that a stub has an address: the last octet of the address, the gateway's address, the
+    SPI."""
+    return packed(address)[-1:] + packed(gateway) + spi
 
 
-def read_address_member(member: bytes) -> tuple[str, str, bytes] | None:
-    """The address, and gateway and SPI of the stub, that a member names."""
-    match = _ADDRESS_MEMBER.fullmatch(member)
-    gateway = gateway_name(match["gateway"]) if match is not None else None
-    if match is None or gateway is None:
+def read_address_member(key: str, member: bytes) -> tuple[str, str, bytes] | None:
+    """The address, and gateway and SPI of the stub, that a member of the set `key` names."""
+    if len(member) not in _ADDRESS_MEMBERS:
         return None
-    address = ip_address(bytes.fromhex(match["address"].decode()))
-    return str(address), gateway, bytes.fromhex(match["spi"].decode())
+    network = bytes.fromhex(key.removeprefix(ADDRESSES).strip("{}").partition("/")[2])
+    return address_text(network[:-1] + member[:1]), address_text(member[1:-8]), member[-8:]
 
 
 # patterns for SCAN and for keyspace notifications
