@@ -16,6 +16,8 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ExecAbortError, ResponseError
 
+CONNECTING: Final = 4
+"""times the time of an exchange, for a connection: several Sentinels may have to be asked, each within that time"""
 _BEGIN: Final = pack_command(("MULTI",))
 _END: Final = pack_command(("EXEC",))
 
@@ -40,14 +42,14 @@ async def exchange(
 
 async def _once(client: Redis, packed: bytes, count: int, timeout: float | None, transaction: bool) -> list[Any]:
     connections = client.connection_pool
-    connection: Any = await connections.get_connection()  # type: ignore[no-untyped-call]
-    try:
-        if timeout is None:
+    async with asyncio.timeout(None if timeout is None else timeout * CONNECTING) as limit:
+        connection: Any = await connections.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            if timeout is not None:
+                limit.reschedule(asyncio.get_running_loop().time() + timeout)
             return await _carry(connection, packed, count, transaction)
-        async with asyncio.timeout(timeout):
-            return await _carry(connection, packed, count, transaction)
-    finally:
-        await connections.release(connection)
+        finally:
+            await connections.release(connection)
 
 
 async def _carry(connection: Any, packed: bytes, count: int, transaction: bool) -> list[Any]:

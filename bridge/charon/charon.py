@@ -111,6 +111,10 @@ class Charon:
         one."""
         await self._reconciler.know_connections(needed)
 
+    def know_connections_soon(self) -> None:
+        """`know_connections` will be called soon: begin with it."""
+        self._reconciler.read_connections_ahead()
+
     def takes_at_once(self, connection: str, child: str, policy: ChildrenInExchange) -> bool:
         """Whether a CHILD_SA comes up in the round trip of its IKE_SA here: configured, and without a key exchange of
         its own (PFS); with `policy` auto only without an updown script, which charon calls for exchanges alone. All
@@ -247,6 +251,10 @@ class Charon:
     def reconcile_soon(self) -> None:
         """Compare with VICI's list as soon as the pace allows."""
         self._reconciler.soon()
+
+    def sas_soon(self) -> None:
+        """Compare the SAs with VICI's list soon, once for all that ask for it within a moment."""
+        self._reconciler.sas_soon()
 
     async def _look(self) -> None:
         try:

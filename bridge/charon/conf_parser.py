@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bridge.charon.files_read import FilesRead
 from bridge.charon.ipsec_conf import IPSEC_CONF, IpsecConf
 
 _BLANK = re.compile(r"(?:\s+|#[^\n]*)*")
@@ -39,10 +40,14 @@ class Settings:
     """One such file with all it includes. What is missing or cannot be read is as if it were empty."""
 
     def __init__(self, path: Path) -> None:
-        self.files: list[Path] = []
-        """those that were read"""
+        self.read_from = FilesRead()
         self._root = Section()
         self._read(path, self._root, 0)
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that were read."""
+        return self.read_from.files
 
     def get(self, path: str) -> str | None:
         """The value at a dotted path."""
@@ -77,11 +82,9 @@ class Settings:
         return current
 
     def _read(self, path: Path, into: Section, depth: int) -> None:
-        try:
-            text = path.read_text(errors="replace")
-        except OSError:
+        text = self.read_from.read(path)
+        if text is None:
             return
-        self.files.append(path)
         open_sections = [into]
         at = _skip(text, 0)
         while at < len(text):
@@ -102,7 +105,7 @@ class Settings:
             rest = _REST.match(text, match.end())
             assert rest is not None
             if depth < _DEPTH:
-                for included in _matching(path.parent, rest[0].strip().strip('"')):
+                for included in self.read_from.matching(path.parent, rest[0].strip().strip('"')):
                     self._read(included, section, depth + 1)
             return rest.end()
         at = _skip(text, match.end())
@@ -131,6 +134,10 @@ class ChildProposals:
         self.path = path or swanctl_conf()
         self._settings = Settings(self.path)
         self._ipsec = IpsecConf(ipsec)
+
+    def changed(self) -> bool:
+        """Whether any of the files has changed since."""
+        return self._settings.read_from.changed() or self._ipsec.read_from.changed()
 
     def in_ipsec_conf(self, connection: str) -> bool:
         """Whether a connection was loaded from ipsec.conf."""
@@ -190,11 +197,6 @@ def _skip(text: str, at: int) -> int:
 
 def _unquoted(match: re.Match[str]) -> str:
     return match["plain"] if match["quoted"] is None else re.sub(r"\\(.)", r"\1", match["quoted"])
-
-
-def _matching(folder: Path, pattern: str) -> list[Path]:
-    base = Path("/") if pattern.startswith("/") else folder
-    return sorted(base.glob(pattern.lstrip("/"))) if pattern.strip("/") else []
 
 
 def _leaves(section: Section, prefix: str) -> Iterator[tuple[str, str]]:

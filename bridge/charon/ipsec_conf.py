@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from bridge.charon.files_read import FilesRead
+
 IPSEC_CONF: Final = Path("/etc/ipsec.conf")
 _DEPTH: Final = 8
 """of includes, and of `also`"""
@@ -21,6 +23,7 @@ class IpsecConf:
     """One such file with all it includes. What is missing or cannot be read is as if it were empty."""
 
     def __init__(self, path: Path = IPSEC_CONF) -> None:
+        self.read_from = FilesRead()
         self._conns: dict[str, dict[str, str]] = {}
         self._read(path, 0)
 
@@ -41,9 +44,8 @@ class IpsecConf:
         return None
 
     def _read(self, path: Path, depth: int) -> None:
-        try:
-            text = path.read_text(errors="replace")
-        except OSError:
+        text = self.read_from.read(path)
+        if text is None:
             return
         section: dict[str, str] = {}
         for raw in text.splitlines():
@@ -56,8 +58,7 @@ class IpsecConf:
                 if equals:
                     section[key.strip()] = value.strip().strip('"')
             elif words[0] == "include" and len(words) == 2 and depth < _DEPTH:
-                base = Path("/") if words[1].startswith("/") else path.parent
-                for included in sorted(base.glob(words[1].strip().lstrip("/"))):
+                for included in self.read_from.matching(path.parent, words[1].strip()):
                     self._read(included, depth + 1)
             else:
                 # config setup and ca sections say nothing about connections

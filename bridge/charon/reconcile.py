@@ -21,6 +21,7 @@ from bridge.charon.placeholders import Placeholders
 from bridge.charon.sa_tracker import WORD_SECONDS, SaTracker
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.charon.vici_watch import ViciWatch
+from bridge.service.tasks import spawn
 
 log = structlog.get_logger()
 
@@ -28,6 +29,8 @@ DELETING_SECONDS = 1.0
 """from a request of charon's own to the look whether it is a DELETE: most are answered by then"""
 OWN_REQUESTS_SECONDS = 5.0
 """between two such looks, at least: DPD sends requests all the time"""
+RESUMED_SECONDS = 1.0
+"""from the first of some resumptions to the comparison that they share"""
 RECONCILE_SECONDS = 30.0
 """between two comparisons with VICI's list, at least"""
 RECONCILE_SHARE = 100
@@ -84,10 +87,15 @@ class Reconciler:
         self._installer = installer
         self._vici = vici
         self._placeholders = placeholders
+        self._proposals: ChildProposals | None = None
         self._pfs: dict[tuple[str, str], str] = {}
         """children with a key exchange of their own, by (connection, child)"""
         self._scripted: set[tuple[str, str]] = set()
         """children with an updown script"""
+        self._reading: asyncio.Task[None] | None = None
+        self._whole = True
+        """whether the next comparison is about connections too, however lately they were read"""
+        self._sas_asked = False
         self._inode: int | None = None
         self._asked: set[bytes] = set()
         self._strays: set[bytes] = set()
@@ -106,7 +114,14 @@ class Reconciler:
 
     def soon(self) -> None:
         """Compare as soon as the pace allows."""
+        self._whole = True
         self._due.set()
+
+    def sas_soon(self) -> None:
+        """Compare the SAs in RESUMED_SECONDS, for all that asked for it until then: VICI knows more of a rebuilt SA."""
+        if not self._sas_asked:
+            self._sas_asked = True
+            asyncio.get_running_loop().call_later(RESUMED_SECONDS, self._due.set)
 
     def own_request(self) -> None:
         """charon sent a request of its own. It may be a DELETE, which only the list shows until it is answered."""
@@ -148,7 +163,7 @@ class Reconciler:
             self._placeholders.reset()
             self._asked.clear()
         self._inode = inode if inode is not None else self._inode
-        self._due.set()
+        self.soon()
 
     async def run(self) -> None:
         """Compare for as long as the sidecar runs."""
@@ -211,7 +226,10 @@ class Reconciler:
     async def reconcile(self) -> None:
         """Compare with VICI: connections, lifetimes, SAs that ended unseen, SAs whose keys are missing."""
         self._waited = 0.0
-        await self.read_connections()
+        self._sas_asked = False
+        if self._whole or time.monotonic() - self._connections_from >= RECONCILE_SECONDS:
+            await self.read_connections()
+            self._whole = False
         missing, since = await self._compare()
         if missing and self._channel.version is not None:
             await asyncio.sleep(IN_FLIGHT_SECONDS)
@@ -247,20 +265,41 @@ class Reconciler:
         """Take in what is configured now. Raises ViciError."""
         began = time.monotonic()
         self._unknown = False
-        self._tracker.connections = await self._vici.list_connections()
-        names = list(self._tracker.connections)
-        self._pfs = await asyncio.to_thread(self._with_pfs, names)
-        self._scripted = await asyncio.to_thread(self._with_scripts, names)
+        found = await self._vici.list_connections()
+        if found != self._tracker.connections or self._proposals is None or self._proposals.changed():
+            self._proposals = await asyncio.to_thread(ChildProposals, self._swanctl)
+            self._pfs = self._proposals.with_pfs(found)
+            self._scripted = self._proposals.with_scripts(found)
+        self._tracker.connections = found
         now = time.monotonic()
         self._connections_from = began
         self._connections_next = now + max(LEAST_CONNECTIONS_SECONDS, LOOK_SHARE * (now - began))
 
+    def read_connections_ahead(self) -> None:
+        """Begin to read the connections, unless that is going on or they were read just now: `know_connections` is
+        going to need them."""
+        if time.monotonic() < self._fresh_until or (self._reading is not None and not self._reading.done()):
+            return
+
+        async def read() -> None:
+            with contextlib.suppress(ViciError):
+                await self.read_connections()
+
+        self._reading = spawn("read-connections", read())
+
+    @property
+    def _fresh_until(self) -> float:
+        """Until when (monotonic seconds) a list of connections that has what is needed need not be read again."""
+        return max(self._connections_from + CONNECTIONS_SECONDS, self._connections_next)
+
     async def know_connections(self, needed: Iterable[tuple[str, Iterable[str]]]) -> None:
         """Ask charon for its connections, unless these (connection, children) are all known and were read just now: no
         event tells of a `swanctl --load-conns`. What charon does not answer leaves them as they are."""
+        if self._reading is not None and not self._reading.done():
+            await asyncio.wait([self._reading])
         now = time.monotonic()
         if all(self._is_configured(name, children) for name, children in needed):
-            if now < max(self._connections_from + CONNECTIONS_SECONDS, self._connections_next):
+            if now < self._fresh_until:
                 return
         elif now < self._connections_next:
             await asyncio.sleep(min(self._connections_next - now, CONNECTIONS_SECONDS))
@@ -270,12 +309,6 @@ class Reconciler:
     def _is_configured(self, name: str, children: Iterable[str]) -> bool:
         found = self._tracker.connections.get(name)
         return found is not None and set(children) <= {child.name for child in found.children}
-
-    def _with_pfs(self, connections: list[str]) -> dict[tuple[str, str], str]:
-        return ChildProposals(self._swanctl).with_pfs(connections)
-
-    def _with_scripts(self, connections: list[str]) -> set[tuple[str, str]]:
-        return ChildProposals(self._swanctl).with_scripts(connections)
 
     def _known(self, spis: bytes) -> bool:
         sa = self._tracker.sas.get(spis)

@@ -299,6 +299,8 @@ class Responder:
         if not self._charon.ready():
             self._refuse_all(batch, Refusal.CHARON_UNAVAILABLE)
             return
+        # while the bank is asked
+        self._charon.know_connections_soon()
         stubs = await self._lookup.find([request for _, request, _ in batch])
         found = [stub for stub in stubs if isinstance(stub, Stub)]
         if found:

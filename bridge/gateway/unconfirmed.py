@@ -173,7 +173,7 @@ class Unconfirmed:
         sa.up = True
         self._metrics.resumed.inc()
         self._resumed(sa, made.old)
-        self._charon.reconcile_soon()
+        self._charon.sas_soon()
         log.info(
             "sa-resumed",
             connection=sa.connection,
