@@ -11,7 +11,6 @@ import contextlib
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 
@@ -19,6 +18,7 @@ import structlog
 
 from bridge.charon.ha_grammar import MalformedMessage, read
 from bridge.charon.ha_message import PORT, VERSIONS, HaError, HaMessage, IkeId, MessageType, encode, leading_ike_id
+from bridge.charon.nap import Naps
 from bridge.charon.socket_diag import CharonSocket, Peer
 
 log = structlog.get_logger()
@@ -28,10 +28,8 @@ QUEUE_HIGH = 96 * 1024
 holds 208 KiB"""
 BURST = 32
 """datagrams sent between two looks at charon's queue"""
-NAP_SECONDS, NAPS = 0.0001, 12
-"""between two looks while waiting, and how many such looks: one install takes charon about a millisecond"""
-POLL_SECONDS = 0.001
-"""between two looks from then on; uvloop's timers know whole milliseconds only"""
+NAP_SECONDS, NAP_MAX, NAP_GROWTH = 0.0001, 0.001, 1.5
+"""between two looks while waiting: one install takes charon about a millisecond, a batch of them longer"""
 STUCK_SECONDS = 30.0
 """a charon that does not empty its queue in this time hangs"""
 MAX_DATAGRAM = 65_536
@@ -78,6 +76,7 @@ class HaChannel:
         self._socket: socket.socket | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told_uid = False
+        self._naps = Naps()
 
     def open(self) -> None:
         """Bind the sidecar's end, or take the socket that systemd holds for it. Raises ChannelError."""
@@ -133,6 +132,7 @@ class HaChannel:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        self._naps.close()
         self._peer.close()
 
     # receiving
@@ -289,22 +289,19 @@ class HaChannel:
         await self._below(1)
 
     async def _below(self, octets: int) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + STUCK_SECONDS
-        naps = 0
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + STUCK_SECONDS
+        nap = NAP_SECONDS
         while True:
             end = self.charon_socket()
             if end is None:
                 raise ChannelError("charon's end of the HA channel is gone: charon stopped, or has no ha plugin")
             if end.queued < octets:
                 return
-            if loop.time() > deadline:
+            if clock() > deadline:
                 raise ChannelError(f"charon did not read its HA channel for {STUCK_SECONDS:.0f} s")
-            naps += 1
-            if naps <= NAPS:
-                time.sleep(NAP_SECONDS)  # noqa: ASYNC251 - shorter than any timer of the event loop
-            else:
-                await asyncio.sleep(POLL_SECONDS)
+            await self._naps.nap(nap)
+            nap = min(nap * NAP_GROWTH, NAP_MAX)
 
 
 def _inherited(listen: str) -> socket.socket | None:
