@@ -162,7 +162,10 @@ class FakeInstaller:
         await asyncio.sleep(self.toggle_seconds)
         landed, self.landed = self.landed, []
         self._fail()
-        self.installed |= {install.id.spis: install for install in landed}
+        for install in landed:
+            self.installed[install.id.spis] = install
+            if install.replaces is not None:
+                await self.delete([install.replaces])
 
     async def install(self, batch: Sequence[Install]) -> None:
         await self.land(batch)

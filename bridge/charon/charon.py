@@ -129,18 +129,20 @@ class Charon:
             and (connection, child) not in self._not_taken
         )
 
-    async def install_surely(self, install: Install) -> None:
-        """Install one SA and see with VICI that charon has it; ChannelError or ViciError where it does not.
+    async def install_surely(self, install: Install) -> tuple[SaInfo, float]:
+        """Install one SA, with its CHILD_SAs, and see with VICI that charon has it: what VICI says of it, and when it
+        was installed (monotonic seconds). Raises ChannelError or ViciError where charon does not have it.
 
         The client's own charon gets the gateway's answer too. If it comes to it while the SA has its keys but not yet
-        its message ID, charon takes it for a reply to nothing and destroys the SA. The same SA is then installed again:
-        the answer is gone by then, and none of its keys has been used.
+        its message ID, charon takes it for a reply to nothing and destroys the SA. All of it is then installed again:
+        the answer is gone by then, and none of the keys has been used.
         """
         for _ in range(INSTALL_TRIES):
             await self.installer.install([install])
+            installed = time.monotonic()
             found = await self.vici.find_sa(install.connection, install.id.spis)
             if found is not None and found.state == "ESTABLISHED":
-                return
+                return found, installed
             log.info("install-repeated", spi_i=install.id.spi_i.hex(), spi_r=install.id.spi_r.hex())
             if found is not None:
                 await self.installer.delete([install.id])

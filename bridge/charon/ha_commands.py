@@ -48,6 +48,9 @@ class Install(msgspec.Struct, frozen=True, gc=False):
     remote_vips: tuple[str, ...]
     children: tuple[NewChild, ...] = ()
     """to be installed with it"""
+    replaces: IkeId | None = None
+    """the IKE_SA in whose place it comes, removed before the CHILD_SAs are installed: they would share policies with
+    those of that one, which go with the first that ends"""
     message_id: int = FIRST_MESSAGE_ID
     """of the client's next request"""
     g_ir: bytes = b""
@@ -68,6 +71,7 @@ class Install(msgspec.Struct, frozen=True, gc=False):
         local_vips: tuple[str, ...],
         remote_vips: tuple[str, ...],
         children: tuple[NewChild, ...] = (),
+        replaces: IkeId | None = None,
         message_id: int = FIRST_MESSAGE_ID,
         g_ir: bytes = b"",
     ) -> Install:
@@ -93,6 +97,7 @@ class Install(msgspec.Struct, frozen=True, gc=False):
             local_vips=local_vips,
             remote_vips=remote_vips,
             children=children,
+            replaces=replaces,
             message_id=message_id,
             g_ir=g_ir,
         )

@@ -198,6 +198,8 @@ class Installer:
         assert version is not None
         for install in batch:
             yield address_message(version, install.id, install.remote)
+            if install.replaces is not None:
+                yield delete_message(version, install.replaces)
             # these take over the addresses that their IKE_SA has
             for child in install.children:
                 yield child_message(version, install.id, child)

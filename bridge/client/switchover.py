@@ -13,7 +13,7 @@ import structlog
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_commands import Install
-from bridge.charon.ha_message import HaError
+from bridge.charon.ha_message import HaError, IkeId
 from bridge.charon.ike_sa import IkeSa, new_conditions
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.charon.vpns import Vpn
@@ -24,7 +24,7 @@ from bridge.ike import key_confirmation
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import Resumption
 from bridge.service.tasks import end
-from bridge.stub.child_sa import NOTHING, Offer, offer, stays
+from bridge.stub.child_sa import NOTHING, NewChild, Offer, offer, stays
 from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
@@ -85,15 +85,14 @@ class Switchover:
 
         Raises ViciError, ChannelError or HaError; what could be resumed before still can.
         """
-        new = self._rebuilt(old, gateway, answer)
         if self._charon.connection(gateway.connection) is None:
             raise ViciError(f"charon has no connection {gateway.connection!r}: add it to swanctl.conf")
-        with self._sessions.owning(new.id.spis):
+        with self._sessions.owning(answer.ike_id.spis):
             try:
-                names, up = await self._switched(old, new, gateway, answer, confirmed_by, stay)
+                new, names, up = await self._switched(old, gateway, answer, confirmed_by, stay)
             except (ViciError, ChannelError, HaError):
                 # the new SA never worked: the old stub stays what can be resumed (rule 6)
-                await self._drop(new)
+                await self._remove(answer.ike_id)
                 if old.id.spis not in self._charon.tracker.sas:
                     self._sessions.lose(session, old)
                 raise
@@ -102,31 +101,48 @@ class Switchover:
         return new, names, up
 
     async def _switched(
-        self, old: IkeSa, new: IkeSa, gateway: Target, answer: Answer, confirmed_by: Confirm, stay: bool
-    ) -> tuple[list[str], float]:
+        self, old: IkeSa, gateway: Target, answer: Answer, confirmed_by: Confirm, stay: bool
+    ) -> tuple[IkeSa, list[str], float]:
         wanted = self._children_of(old, gateway)
         at_once = {made.child.name for made in answer.children}
         left = [name for name in wanted if name not in at_once]
-        # without a CREATE_CHILD_SA to come, nothing else would show that both sides have the keys
-        confirmation = self._confirmation(old, answer) if at_once or not left else None
+        spi_i, spi_r = answer.ike_id.spi_i, answer.ike_id.spi_r
+        resumption = Resumption(old.suite, old.sk_d, answer.nonce_i, answer.nonce_r, spi_i, spi_r, answer.g_ir)
+        # without a CREATE_CHILD_SA to come, nothing else would show that both sides have the keys; where no messages of
+        # this suite can be made here, charon's own liveness check has to do
+        confirmation: Confirmation | None = None
+        if (at_once or not left) and key_confirmation.possible(old.suite):
+            confirmation = Confirmation(old.suite, resumption.keys(), spi_i, spi_r, random=self._random)
         confirmed: asyncio.Future[bool] | None = None
         if confirmation is not None and not stay:
-            # no time is lost: it is answered while charon installs the SA
+            # no time is lost: it travels and is answered while the SA is made ready and charon installs it
             confirmed = asyncio.ensure_future(confirmed_by(confirmation, answer))
-        # with one connection for both, charon would make the CHILD_SAs that are left on the old SA
-        keep = stay and (not left or old.connection != gateway.connection)
+            await asyncio.sleep(0)
         try:
-            await self._charon.install_surely(self._install(old, new, answer, confirmation is not None))
+            new = self._rebuilt(old, gateway, answer, resumption.sk_d())
+            # with one connection for both, charon would make the CHILD_SAs that are left on the old SA
+            keep = stay and (not left or old.connection != gateway.connection)
+            in_place = not stay or keep
+            listed, up = await self._install(
+                new,
+                old,
+                answer,
+                children=answer.children if in_place else (),
+                replaces=None if stay else old,
+                confirming=confirmation is not None,
+            )
             if confirmation is not None and confirmed is None:
                 # a session that may stay where it is is confirmed elsewhere only once charon has it
                 confirmed = asyncio.ensure_future(confirmed_by(confirmation, answer))
             self._charon.tracker.adopt(new)
             # the new SA holds the virtual IP before the old one lets go of it
-            if not keep:
+            if not in_place:
                 await self._drop(old)
-            await self._charon.installer.add_children(new.id, answer.children)
-            up = self._clock()
-            names = await self._installed(new, answer)
+                await self._charon.installer.add_children(new.id, answer.children)
+                up = self._clock()
+                found = await self._charon.vici.find_sa(new.connection, new.id.spis)
+                listed = found if found is not None else listed
+            names = self._installed(new, answer, listed)
             if confirmed is not None and not await confirmed:
                 raise ViciError("the gateway did not answer under the new keys")
             left = [name for name in wanted if name not in names]
@@ -140,21 +156,49 @@ class Switchover:
         finally:
             if confirmed is not None:
                 await end(confirmed)
-        return names, up
+        return new, names, up
 
-    def _confirmation(self, old: IkeSa, answer: Answer) -> Confirmation | None:
-        """None where no messages of this suite can be made here: then charon's own liveness check has to do."""
-        suite, ike_id = old.suite, answer.ike_id
-        if not key_confirmation.possible(suite):
-            return None
-        return Confirmation(suite, _resumption(old, answer).keys(), ike_id.spi_i, ike_id.spi_r, random=self._random)
+    async def _install(
+        self,
+        new: IkeSa,
+        old: IkeSa,
+        answer: Answer,
+        *,
+        children: tuple[NewChild, ...],
+        replaces: IkeSa | None,
+        confirming: bool,
+    ) -> tuple[SaInfo, float]:
+        """Have charon take `new` with `children` in, in the place of `replaces`; what VICI says of it then, and when
+        that was done (clock seconds)."""
+        install = Install.of(
+            new,
+            sk_d_old=old.sk_d,
+            nonce_i=answer.nonce_i,
+            nonce_r=answer.nonce_r,
+            g_ir=answer.g_ir,
+            local_vips=new.local_vips,
+            remote_vips=(),
+            children=children,
+            replaces=replaces.id if replaces is not None else None,
+            # the confirming request is not charon's
+            message_id=key_confirmation.MESSAGE_ID + 1 if confirming else key_confirmation.MESSAGE_ID,
+        )
+        if replaces is None:
+            return await self._charon.install_surely(install)
+        try:
+            with self._sessions.owning(replaces.id.spis):
+                done = await self._charon.install_surely(install)
+                self._charon.tracker.forget(replaces.id)
+        except (ViciError, ChannelError):
+            # charon may have removed it already
+            await self._drop(replaces)
+            raise
+        self._sessions.dropped(replaces)
+        return done
 
-    async def _installed(self, new: IkeSa, answer: Answer) -> list[str]:
+    def _installed(self, new: IkeSa, answer: Answer, listed: SaInfo) -> list[str]:
         """Take charon's word for the CHILD_SAs that came with the answer: the names of those that it has."""
-        if not answer.children:
-            return []
-        listed = await self._charon.vici.find_sa(new.connection, new.id.spis)
-        installed = {child.spi_in for child in listed.children if child.works} if listed is not None else set()
+        installed = {child.spi_in for child in listed.children if child.works}
         for made in answer.children:
             if made.child.spi_in in installed:
                 # charon tells nobody of what it is given
@@ -207,12 +251,12 @@ class Switchover:
                     log.info("half-open-ended", connection=connection, gateway=info.remote.address, **sa.id.logged)
                     await self._end(info)
 
-    def _rebuilt(self, old: IkeSa, gateway: Target, answer: Answer) -> IkeSa:
+    def _rebuilt(self, old: IkeSa, gateway: Target, answer: Answer, sk_d: bytes) -> IkeSa:
         """The new SA: keys per draft-xu-ike-sa-sync-01 section 3.3, all else as in the old one."""
         return IkeSa(
             id=answer.ike_id,
             suite=old.suite,
-            sk_d=_resumption(old, answer).sk_d(),
+            sk_d=sk_d,
             up=True,
             local_id=old.local_id,
             remote_id=old.remote_id,
@@ -234,20 +278,6 @@ class Switchover:
             authentication_inherited=True,
         )
 
-    @staticmethod
-    def _install(old: IkeSa, new: IkeSa, answer: Answer, confirming: bool) -> Install:
-        return Install.of(
-            new,
-            sk_d_old=old.sk_d,
-            nonce_i=answer.nonce_i,
-            nonce_r=answer.nonce_r,
-            g_ir=answer.g_ir,
-            local_vips=new.local_vips,
-            remote_vips=(),
-            # the confirming request is not charon's
-            message_id=key_confirmation.MESSAGE_ID + 1 if confirming else key_confirmation.MESSAGE_ID,
-        )
-
     def _children_of(self, old: IkeSa | None, gateway: Target) -> list[str]:
         """Names of the CHILD_SAs to bring up: those of the old SA that the connection has; else all it has."""
         connection = self._charon.connection(gateway.connection)
@@ -257,11 +287,14 @@ class Switchover:
 
     async def _drop(self, sa: IkeSa) -> None:
         """Remove an SA from charon in silence: no DELETE to the peer, no updown event."""
-        with self._sessions.owning(sa.id.spis):
-            self._charon.tracker.forget(sa.id)
-            await self._charon.installer.delete([sa.id])
-            await self._charon.channel.drained()
+        await self._remove(sa.id)
         self._sessions.dropped(sa)
+
+    async def _remove(self, ike_id: IkeId) -> None:
+        with self._sessions.owning(ike_id.spis):
+            self._charon.tracker.forget(ike_id)
+            await self._charon.installer.delete([ike_id])
+            await self._charon.channel.drained()
 
     async def _leave(self, sa: IkeSa) -> None:
         """End an SA in whose place another gateway set up one: its own may live, and no mark in the bank tells it."""
@@ -317,8 +350,3 @@ class Switchover:
             if info.state == "ESTABLISHED" and (new is None or info.spis == new.id.spis)
             for child in info.children
         )
-
-
-def _resumption(old: IkeSa, answer: Answer) -> Resumption:
-    spi_i, spi_r = answer.ike_id.spi_i, answer.ike_id.spi_r
-    return Resumption(old.suite, old.sk_d, answer.nonce_i, answer.nonce_r, spi_i, spi_r, answer.g_ir)
