@@ -3,7 +3,7 @@
 # What they need is installed the first time and then left alone: Debian packages, and Python ones in .venv.
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo record bench test test-releases test-vm chaos deb lint typecheck man reference lock clean
+.PHONY: help setup demo record bench test test-releases test-vm test-vagrant test-dist chaos dist deb debs lint typecheck man reference lock clean
 
 # Debian's Python: the headers that NetfilterQueue is built with belong to it.
 PYTHON ?= /usr/bin/python3
@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
+DIST ?= dist
 # The tests of a file share a lab, so a file is one worker's.
 WORKERS ?= 2
 
@@ -72,12 +73,28 @@ $(VENV)/.releases: $(VENV)/.project
 	@$(BIN)/python -m bridge.lab.valkey
 	@touch $@
 
-deb: $(VENV)/.deb-packages ## a Debian package with everything in it, into dist/
-	@rm -rf build/deb && mkdir -p build/deb/source dist
-	@git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --ignore-failed-read -cf - | \
-		tar -xf - -C build/deb/source
-	@cd build/deb/source && dpkg-buildpackage --build=binary --no-sign >../log 2>&1 || { tail -n 30 ../log; exit 1; }
-	@mv build/deb/*.deb dist/ && rm -rf build/deb && ls dist/*.deb
+dist: $(VENV)/.build ## what pip installs: the source and the wheel, into dist/; the same octets each time
+	@mkdir -p $(DIST)
+	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} $(VENV)/build/bin/python -m build --no-isolation \
+		--outdir $(DIST) >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@ls $(DIST)/*.whl $(DIST)/*.tar.gz
+
+# The build backends are pinned, as all that is installed here.
+$(VENV)/.build: requirements-build.lock $(VENV)/.packages
+	@$(PYTHON) -m venv --clear $(VENV)/build
+	@$(VENV)/build/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-build.lock
+	@touch $@
+
+deb: $(VENV)/.deb-packages ## a Debian package with everything in it, for this release, into dist/
+	@debian/build $(DIST)
+
+debs: $(VENV)/.deb-packages ## the same for Debian 12 and 13
+	@.ci/packages mmdebstrap && mkdir -p $(DIST)
+	@for release in bookworm trixie; do debian/in-release $$release $(DIST) debian/build $(DIST) || exit 1; done
+
+test-dist: $(VENV)/.project $(VENV)/.build $(VENV)/.deb-packages ## what dist, deb and debs make: installs on Debian 12 and 13, is the same each time
+	@.ci/packages mmdebstrap
+	@$(BIN)/python -m pytest -m dist tests/test_dist.py $(PYTEST_ARGS)
 
 $(VENV)/.deb-packages: debian/control $(VENV)/.packages
 	@.ci/packages dpkg-dev debhelper
@@ -85,7 +102,13 @@ $(VENV)/.deb-packages: debian/control $(VENV)/.packages
 
 test-vm: $(VENV)/.project deb ## provisioning, package and units on a Debian machine (qemu), and the lab on its kernel
 	@.ci/packages qemu-system-x86 mmdebstrap e2fsprogs
-	@PYTEST_ARGS='$(PYTEST_ARGS)' vagrant/vm/run .vm dist/ike-sa-sync_*.deb $(BIN)/python
+	@PYTEST_ARGS='$(PYTEST_ARGS)' vagrant/vm/run .vm "$$(ls -t dist/ike-sa-sync_*+deb$$(. /etc/os-release && echo $$VERSION_ID)_*.deb | head -n 1)" $(BIN)/python
+
+test-vagrant: $(VENV)/.project deb ## the Vagrant lab: vagrant up on emulated machines, failovers, reboots
+	@.ci/packages vagrant vagrant-libvirt libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
+		qemu-utils mmdebstrap dnsmasq-base rsync openssh-client socat e2fsprogs tcpdump
+	@vagrant/emulated/run .vm/vagrant $(BIN)/python -m pytest -m vagrant tests/test_vagrant_up.py --log-cli-level=INFO \
+		--override-ini=log_cli_format='%(message)s' $(PYTEST_ARGS)
 
 chaos: setup ## random disturbances of three gateways, six clients and a Redis pair: CHAOS_ARGS='--rounds 200 --seed 1'
 	@PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS_ARGS)
@@ -111,7 +134,9 @@ lock: $(VENV)/.packages ## bring requirements.lock and requirements-dev.lock up 
 		--output-file requirements-dev.lock pyproject.toml $(VENV)/development.in
 	@CUSTOM_COMPILE_COMMAND='make lock' $(COMPILE) --constraint requirements-dev.lock \
 		--output-file requirements.lock pyproject.toml
-	@rm -rf $(VENV)/lock $(VENV)/development.in
+	@printf '%s\n' build cython hatchling setuptools wheel >$(VENV)/build.in
+	@CUSTOM_COMPILE_COMMAND='make lock' $(COMPILE) --upgrade --output-file requirements-build.lock $(VENV)/build.in
+	@rm -rf $(VENV)/lock $(VENV)/development.in $(VENV)/build.in
 
 clean: ## remove what the commands above made, but for Debian packages
 	@if [ -x $(BIN)/ike-sa-sync ]; then $(BIN)/ike-sa-sync lab clean; fi

@@ -146,13 +146,15 @@ def test_nothing_is_restarted_where_all_run_and_nothing_changed(tmp_path: Path) 
     assert "restart" not in (tmp_path / "log").read_text()
 
 
-def test_of_two_packages_the_newest_is_served(tmp_path: Path) -> None:
+def test_of_several_packages_the_newest_of_this_release_is_served(tmp_path: Path) -> None:
     told = inside(
         tmp_path,
         f"""
         mkdir -p "$WORK/source/dist" "$WORK/cache" && cd "$WORK/source"
-        echo old >dist/ike-sa-sync_0.1.0_amd64.deb && touch -d '1 hour ago' dist/ike-sa-sync_0.1.0_amd64.deb
-        echo new >dist/ike-sa-sync_0.2.0_amd64.deb
+        . /etc/os-release
+        echo old >"dist/ike-sa-sync_0.1.0+deb${{VERSION_ID}}_amd64.deb" && touch -d '1 hour ago' dist/*
+        echo new >"dist/ike-sa-sync_0.2.0+deb${{VERSION_ID}}_amd64.deb"
+        echo "of another release" >dist/ike-sa-sync_0.2.0+deb99_amd64.deb
         cat >"$WORK/bin/systemd-run" <<'END'
 #!/bin/sh
 while [ "$1" != python3 ]; do shift; done

@@ -36,6 +36,8 @@ class Sidecar(Daemon):
         super().__init__(host, role)
         self.role: Role = role
         self.config: dict[str, Any] = dict(config)
+        self.program = program()
+        """its command line, up to the subcommand; of another release, where a test sets it"""
         self.file = f"/etc/ike-sa-sync/{role}.yaml"
         self._seen = 0  # length of the log when it was last started
 
@@ -43,7 +45,7 @@ class Sidecar(Daemon):
         """Write its configuration and start it, without waiting for anything."""
         self.host.write(self.file, yaml.safe_dump(self.config, sort_keys=False))
         self._seen = len(self.text())
-        self.spawn(*program(), self.role, "-c", self.file)
+        self.spawn(*self.program, self.role, "-c", self.file)
 
     def start(self, wait: bool = True) -> None:
         """Start it, and wait until charon may be started. With `wait`, until it serves, which needs a charon."""
@@ -74,9 +76,9 @@ class Sidecar(Daemon):
 
     def command(self, *argv: str, check: bool = True, timeout: float = 60.0) -> "CompletedProcess[str]":
         """Run `ike-sa-sync ARGV -c FILE` with its configuration file, on its host."""
-        return self.host.run(*program(), *argv, "-c", self.file, check=check, timeout=timeout)
+        return self.host.run(*self.program, *argv, "-c", self.file, check=check, timeout=timeout)
 
     def in_terminal(self, *argv: str, timeout: float = 120.0) -> "CompletedProcess[str]":
         """The same in a terminal: what it shows there, exit status not checked."""
-        command = shlex.join([*program(), *argv, "-c", self.file])
+        command = shlex.join([*self.program, *argv, "-c", self.file])
         return self.host.run("script", "--quiet", "--return", "-c", command, "/dev/null", check=False, timeout=timeout)

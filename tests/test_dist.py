@@ -1,0 +1,83 @@
+"""What a release consists of: the source and the wheel for pip, and the Debian packages (`make test-dist`)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+RELEASES = ["bookworm", "trixie"]
+
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(os.geteuid() != 0, reason="root directories of other releases need root"),
+]
+
+
+def run(*argv: str | Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(arg) for arg in argv], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source and the wheel."""
+    built = tmp_path_factory.mktemp("dist")
+    run("make", "--silent", "dist", f"DIST={built}")
+    return built
+
+
+def test_two_builds_of_source_and_wheel_are_the_same_octets(dist: Path, tmp_path: Path) -> None:
+    run("make", "--silent", "dist", f"DIST={tmp_path}")
+    assert set(digests(dist)) == {f"ike_sa_sync-{VERSION}.tar.gz", f"ike_sa_sync-{VERSION}-py3-none-any.whl"}
+    assert digests(tmp_path) == digests(dist)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_pip_installs_it(dist: Path, tmp_path: Path, release: str, kind: str) -> None:
+    [file] = dist.glob(kind)
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+    script = """
+        python3 -m venv "$1/venv"
+        "$1/venv/bin/pip" install --quiet --disable-pip-version-check "$1/$2"
+        cd / && "$1/venv/bin/ike-sa-sync" --version
+    """
+    told = run("debian/in-release", release, tmp_path, "sh", "-euc", script, "sh", tmp_path, file.name)
+    assert told.split()[-1] == VERSION
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_two_builds_of_a_debian_package_are_the_same_octets_and_it_runs(tmp_path: Path, release: str) -> None:
+    for build in ("one", "two"):
+        (tmp_path / build).mkdir()
+        run("debian/in-release", release, tmp_path / build, "debian/build", tmp_path / build)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    [package] = (tmp_path / "one").iterdir()
+    number = {"bookworm": "12", "trixie": "13"}[release]
+    assert package.name.startswith(f"ike-sa-sync_{VERSION}+deb{number}_")
+    script = """
+        mkdir "$1/root" && dpkg-deb -x "$1/"*.deb "$1/root"
+        cd / && PYTHONPATH=$(echo "$1"/root/usr/lib/ike-sa-sync/lib/python3*/site-packages) python3 -m bridge --version
+    """
+    told = run("debian/in-release", release, tmp_path / "one", "sh", "-euc", script, "sh", tmp_path / "one")
+    assert told.split()[-1] == VERSION
+
+
+def test_the_program_tells_the_version_of_pyproject() -> None:
+    assert run(sys.executable, "-m", "bridge", "--version").split()[-1] == VERSION
