@@ -17,6 +17,7 @@ RELEASES = ["bookworm", "trixie"]
 
 pytestmark = [
     pytest.mark.dist,
+    pytest.mark.releases,
     pytest.mark.timeout(3600),
     pytest.mark.skipif(os.geteuid() != 0, reason="root directories of other releases need root"),
 ]
