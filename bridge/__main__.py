@@ -1,4 +1,4 @@
-"""Entry point of `ike-sa-sync`, and `python -m bridge`: whenever it is told to end, there is no traceback."""
+"""Entry point of `ike-sa-sync`, and `python -m bridge`: a signal at any time ends it without a traceback."""
 
 from __future__ import annotations
 

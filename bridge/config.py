@@ -452,7 +452,7 @@ def _check(path: str | Path, config: GatewayConfig | ClientConfig) -> None:
 
 
 def _check_vpns(path: str | Path, config: ClientConfig) -> None:
-    """A connection tells which VPN a session belongs to, so it is in one only."""
+    """A connection decides which VPN a session belongs to, so it is in one only."""
     if config.gateways and DEFAULT_VPN in config.vpns:
         raise ConfigError(f"{path}: vpns.{DEFAULT_VPN}: is the name of the VPN of `gateways`: choose another")
     vpn_of = {entry.connection: DEFAULT_VPN for entry in config.gateways}

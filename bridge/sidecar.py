@@ -47,7 +47,7 @@ class Role(Listener, Protocol):
         """Begin with what needs charon's news, which is read now."""
 
     async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
-        """Those SAs whose keys the role has from elsewhere; None where that cannot be told now."""
+        """Those SAs whose keys the role has from elsewhere; None where that cannot be found out now."""
 
 
 Open = Callable[[Charon, AsyncExitStack], Awaitable[Role]]
@@ -86,7 +86,7 @@ async def _start(configs: Sequence[RoleConfig], stack: AsyncExitStack) -> None:
 
 
 class _Some:
-    """A role that hears of some of charon's IKE_SAs only."""
+    """A role that receives the events of some of charon's IKE_SAs only."""
 
     def __init__(self, role: Role, wanted: Callable[[IkeSa], bool]) -> None:
         self._role = role

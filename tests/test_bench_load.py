@@ -1,4 +1,4 @@
-"""The benchmarks' imagined clients (bridge.bench.generator) at a real gateway."""
+"""The benchmarks' simulated clients (bridge.bench.generator) at a real gateway."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def child_sas(built: Rig) -> int:
     return sum(len(sa["child-sas"]) for sa in built.target.charon.sas())
 
 
-def test_imagined_clients_resume_with_forward_secrecy(built: Rig) -> None:
+def test_simulated_clients_resume_with_forward_secrecy(built: Rig) -> None:
     seen = resumptions(built, COUNT, COUNT, forward_secrecy=True)
     assert seen["failures"] == 0, seen
     assert built.order("end", None) == {"ended": COUNT}
@@ -35,7 +35,7 @@ def test_imagined_clients_resume_with_forward_secrecy(built: Rig) -> None:
 
 
 @pytest.mark.parametrize(("form", "each"), [(Children.NONE, 0), (Children.AT_ONCE, 1), (Children.CREATE, 1)])
-def test_imagined_clients_resume_with_the_child_sas_they_ask_for_and_go(built: Rig, form: Children, each: int) -> None:
+def test_simulated_clients_resume_with_the_child_sas_they_ask_for_and_go(built: Rig, form: Children, each: int) -> None:
     seen = resumptions(built, COUNT, COUNT, form)
     assert seen["failures"] == 0, seen
     assert len(built.target.charon.sas()) == COUNT

@@ -159,11 +159,11 @@ def test_some_clients_move_and_the_others_stay_each_with_its_reason(clients: Cli
     gw1, gw2, client = topology.gw1, topology.gw2, topology.client
     second, third = clients.hosts[1:]
     plain = clients.plain
-    deaf = ("INPUT", "-s", gw2.address, "-j", "DROP")
+    dropped = ("INPUT", "-s", gw2.address, "-j", "DROP")
     # one client's session is of a connection that the target lacks, one's stub was spoilt, one cannot hear the target
     gw1.configure("connections { own : connections.gw { remote { id = plain@example.org } } }\n", "own.conf")
     gw1.swanctl("--load-conns")
-    third.run("iptables", "-A", *deaf)
+    third.run("iptables", "-A", *dropped)
     try:
         clients.connect()
         facts = f"ike:facts:{gw2.address}"
@@ -207,7 +207,7 @@ def test_some_clients_move_and_the_others_stay_each_with_its_reason(clients: Cli
         assert set(topology.bank.stubs()) == at_gw1 | at_gw2
 
         # those that the target could not serve move when it can, and in a terminal that is seen
-        third.run("iptables", "-D", *deaf)
+        third.run("iptables", "-D", *dropped)
         topology.bank.cli("HSET", spoilt, "sealed", "spoilt")
         again = topology.gateways["gw1"].in_terminal("drain", "--to", gw2.address)
         assert again.returncode == 1
@@ -217,7 +217,7 @@ def test_some_clients_move_and_the_others_stay_each_with_its_reason(clients: Cli
         assert clients.at(gw2) == {client.name, third.name}
         assert clients.at(gw1) == {second.name, plain.name}
     finally:
-        third.run("iptables", "-D", *deaf, check=False)
+        third.run("iptables", "-D", *dropped, check=False)
         (gw1.etc / "swanctl/conf.d/own.conf").unlink()
         gw1.swanctl("--load-conns")
 

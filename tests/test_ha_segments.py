@@ -133,19 +133,19 @@ def test_what_comes_before_an_activation_lands_where_the_others_landed() -> None
 
 
 @pytest.mark.parametrize(("count", "seconds"), [(1, 0.001), (1, 0.02), (2, 0.03), (16, 0.001), (16, 0.02), (16, 0.3)])
-def test_no_segment_is_deaf_for_more_than_its_share(count: int, seconds: float) -> None:
+def test_no_segment_is_inactive_for_more_than_its_share(count: int, seconds: float) -> None:
     choice = SegmentChooser(count)
     choice.established = Counter(dict.fromkeys(range(1, count + 1), 100))
-    deaf: Counter[int] = Counter()
+    inactive: Counter[int] = Counter()
     now, activations = 0.0, 0
     while activations < 20 * count:
         now += choice.wait(now)
         assert choice.wait(now) == 0
-        deaf[use(choice, now, seconds)] += 1
+        inactive[use(choice, now, seconds)] += 1
         now += seconds
         activations += 1
     # each as often as the others
-    assert set(deaf.values()) == {20}
+    assert set(inactive.values()) == {20}
     # two at once are allowed to begin with
     assert 20 * seconds / now == pytest.approx(SHARE, rel=0.005 + 2 / (20 * count - 2))
 

@@ -70,7 +70,7 @@ async def test_while_the_keyspace_is_not_heard_nothing_is_answered_from_memory(
     await bank.store([stub])
     cache = Prefetch(bank)
     await fetched(cache)
-    cache.heard(False)
+    cache.on_state(False)
     assert cache.size == 0
     server.kill()
     with pytest.raises(BankUnavailable):
@@ -84,7 +84,7 @@ async def test_a_stub_that_changes_in_the_bank_is_let_go(bank: RedisBank, server
     hears, gone = asyncio.Event(), asyncio.Event()
 
     def heard(event: Event) -> None:
-        cache.hear(event)
+        cache.on_event(event)
         gone.set()
 
     keyspace = Keyspace(server.url, ("ike:none",), heard, lambda state: hears.set() if state else None)

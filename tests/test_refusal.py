@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bank_support import stub_of
-from bridge.gateway.refusal import FINAL, Refusal, told
+from bridge.gateway.refusal import FINAL, Refusal, notification
 from bridge.ike.message import NotifyType
 from bridge.ike.sync_exchange import (
     OrdinaryResponse,
@@ -36,7 +36,7 @@ def test_a_refusal_is_proven_to_a_sender_that_proved_itself_alone() -> None:
     octets = asked()
     request = parse_request(octets)
     assert request is not None
-    answer = parse_response(told(request, Refusal.CONNECTION_MISSING, STUB), octets)
+    answer = parse_response(notification(request, Refusal.CONNECTION_MISSING, STUB), octets)
     assert isinstance(answer, SyncRefusal)
     assert answer.reason == "connection-missing"
     assert verify_refusal(answer, octets, STUB.suite.prf, STUB.sk_d)
@@ -44,7 +44,7 @@ def test_a_refusal_is_proven_to_a_sender_that_proved_itself_alone() -> None:
     octets = asked(bytes(32))
     request = parse_request(octets)
     assert request is not None
-    answer = parse_response(told(request, Refusal.PROOF_WRONG, STUB), octets)
+    answer = parse_response(notification(request, Refusal.PROOF_WRONG, STUB), octets)
     assert answer == OrdinaryResponse(NotifyType.RESUMPTION_REFUSED)
 
 
@@ -54,12 +54,14 @@ def test_a_refusal_that_another_attempt_may_cause_is_plain(reason: Refusal) -> N
     octets = asked()
     request = parse_request(octets)
     assert request is not None
-    assert parse_response(told(request, reason, STUB), octets) == OrdinaryResponse(NotifyType.RESUMPTION_REFUSED)
+    assert parse_response(notification(request, reason, STUB), octets) == OrdinaryResponse(
+        NotifyType.RESUMPTION_REFUSED
+    )
 
 
 def test_without_a_stub_a_refusal_is_plain() -> None:
     octets = asked()
     request = parse_request(octets)
     assert request is not None
-    answer = parse_response(told(request, Refusal.NO_STUB, None), octets)
+    answer = parse_response(notification(request, Refusal.NO_STUB, None), octets)
     assert answer == OrdinaryResponse(NotifyType.RESUMPTION_REFUSED)

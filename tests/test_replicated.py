@@ -189,7 +189,7 @@ async def test_while_no_bank_answers_every_call_says_so(bank_of: Open, servers: 
         ):
             with pytest.raises(BankUnavailable):
                 await call
-    assert bank.owed == 0
+    assert bank.pending == 0
 
 
 # banks that were away
@@ -202,9 +202,9 @@ async def test_a_bank_that_was_away_gets_what_it_missed(bank_of: Open, servers: 
     servers[TWO].kill()
     assert await bank.store([kept]) == [True]
     assert await bank.delete([ending(ended)]) == [True]
-    assert bank.owed == 2
+    assert bank.pending == 2
     servers[TWO].start()
-    await until(lambda: bank.owed == 0)
+    await until(lambda: bank.pending == 0)
     assert holds(servers[TWO], kept)
     assert not holds(servers[TWO], ended)
 
@@ -245,7 +245,7 @@ async def moved_while_two_was_away(bank_of: Open, servers: dict[str, RedisServer
     assert await three.delete([ending(stub)]) == [True]
     # three dies, and with it what its sidecar had to tell two
     for tier in three._all:
-        tier._owed._waiting.clear()
+        tier._later._waiting.clear()
     await three.close()
     servers[TWO].start()
     assert holds(servers[TWO], stub)

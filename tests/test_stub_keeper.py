@@ -103,20 +103,20 @@ def test_a_gateway_that_prefers_what_clients_hold_takes_it_before_the_banks(topo
 def test_a_session_that_its_gateway_ended_does_not_go_on_with_what_the_client_still_holds(
     topology: Topology, policy: str
 ) -> None:
-    deaf = ("INPUT", "-s", topology.gw1.address, "-j", "DROP")
+    dropped = ("INPUT", "-s", topology.gw1.address, "-j", "DROP")
     with (
         configured(topology.gateways["gw2"], "sync", client_stub=policy),
         agent_with(topology, resume_on_down=False),
     ):
         hold(topology)
-        topology.client.run("iptables", "-A", *deaf)
+        topology.client.run("iptables", "-A", *dropped)
         try:
             topology.gw1.swanctl("--terminate", "--ike", "gw", "--force", "--timeout", "1", check=False)
             wait_until(lambda: topology.bank.stubs() == [], "the end of the stub in the bank")
             assert kept(topology)[0].sealed is not None
             assert resume(topology, "--to", topology.gw2.address)["result"] == "fallback"
         finally:
-            topology.client.run("iptables", "-D", *deaf)
+            topology.client.run("iptables", "-D", *dropped)
         assert counter(topology, "gw2", "stubs_presented_total") == 0
         # a request that is sent again is refused again
         assert counter(topology, "gw2", "refusals_total[no-stub]") >= 1

@@ -56,7 +56,7 @@ async def open_bank(config: BankConfig, keyring: Keyring, *, serve: bool = False
 
 
 def replica_in(name: str, url: str, bank: StubBank, pending: int = LIMIT) -> Replica:
-    """A bank in the Redis at `url`, among others; its keyspace notifications tell whether it is there."""
+    """A bank in the Redis at `url`, among others; its keyspace notifications show whether it is reachable."""
 
     def watch(there: Callable[[bool], None]) -> Keyspace:
         return Keyspace(url, (bank_keys.GATEWAYS,), lambda _: None, there)

@@ -1,4 +1,4 @@
-"""How the bank's Redis is read and written whatever somebody else left in it: commands for single keys, scripts for
+"""How the bank's Redis is read and written, whatever another process left in it: commands for single keys, scripts for
 buckets, walks through buckets.
 
 A failure counts for the key or the bucket that it is of, not for what was asked together with it. A key of another type

@@ -1,4 +1,4 @@
-"""What a gateway tells the other ones about itself through the bank, so that `ike-sa-sync check` finds what would make
+"""What a gateway publishes about itself in the bank, so that `ike-sa-sync check` finds what would make
 its sessions fail there: address pools that overlap, connections and children that are missing."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import msgspec
 from bridge.ike.address import Pool
 
 SECONDS = 20.0
-"""between two times that they are told"""
+"""between two publications"""
 TTL = 3 * SECONDS
 OCTETS_MAX = 1_000_000
 """of what a gateway writes; more is not read"""

@@ -48,7 +48,7 @@ class Ending(Struct, frozen=True, gc=False):
 
 
 class AddressEntry(NamedTuple):
-    """A hint that the stub of `of` has the virtual IP `address` (canonical text). Only the stub itself tells."""
+    """A hint that the stub of `of` has the virtual IP `address` (canonical text). Only the stub itself is proof."""
 
     address: str
     of: Index
@@ -172,7 +172,7 @@ class StubBank(Protocol):
         ...
 
     async def post(self, kind: str, gateway: str, value: str, ttl: float) -> None:
-        """Leave `value` under `ike:<kind>:<gateway>` for `ttl` s: what monitors read, and what other gateways heed."""
+        """Leave `value` under `ike:<kind>:<gateway>` for `ttl` s: monitors and other gateways read it."""
         ...
 
     async def posted(self, kind: str, gateway: str) -> bytes | None:

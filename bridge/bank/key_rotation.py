@@ -1,5 +1,5 @@
 """Rotation of the bank's keys without a gap: a new key seals once every living gateway has it, and then what other keys
-sealed is sealed anew, in the background.
+sealed is sealed again, in the background.
 
 Which keys a gateway has is in its heartbeat. A Redis that was emptied names gateways again only with their next
 heartbeats: so a key has to be seen at all gateways for as long as a heartbeat lives.

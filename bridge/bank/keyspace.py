@@ -27,9 +27,9 @@ log = structlog.get_logger()
 
 BACK_OFF_MIN: Final = 0.1
 BACK_OFF_MAX: Final = 0.5
-"""seconds between two attempts to listen: a Redis that is back is heard within this time"""
+"""seconds between two attempts to listen: events of a Redis that is back arrive within this time"""
 PROBE_SECONDS: Final = 5.0
-"""how often a silent connection is asked whether it lives"""
+"""after which a connection without events is probed"""
 MOVED_SECONDS: Final = 2.0
 """between two looks at which servers are the primaries, where Sentinels or a Cluster know it"""
 CONFIRM_SECONDS: Final = 2.0
@@ -50,8 +50,8 @@ class Event(NamedTuple):
 class Keyspace:
     """Listens to the keys that match `patterns` (globs), until `close`.
 
-    `on_event` gets what happens. `on_state` gets True when it begins to hear all of it, False when it no longer does.
-    Both are called on the event loop. The URL is one of `bridge.bank.redis_url`.
+    `on_event` gets what happens. `on_state` gets True when it begins to receive all of them, False when it no longer
+    does. Both are called on the event loop. The URL is one of `bridge.bank.redis_url`.
     """
 
     def __init__(
@@ -162,16 +162,16 @@ class Keyspace:
         await _until_moved(client, listening)
 
     async def _read(self, listening: _Subscription) -> None:
-        silent = False
+        probed = False
         while True:
             message = await listening.get_message(timeout=PROBE_SECONDS)
             if message is None:
-                if silent:
+                if probed:
                     raise TimeoutError("Redis does not answer")
-                silent = True
+                probed = True
                 await listening.ping()
                 continue
-            silent = False
+            probed = False
             if message["type"] == "psubscribe":
                 listening.confirm(message["channel"])
             elif message["type"] == "pmessage" and (match := _CHANNEL.fullmatch(message["channel"])):

@@ -51,7 +51,7 @@ class Progress(Struct):
 class Prefetch:
     """GET Stub from `bank`, or where that does not answer within `patience` s from what was fetched of failed gateways.
 
-    `fetch` starts a download, `drop` ends what it brought. `hear` and `heard` are fed by a Keyspace. Where `near` is
+    `fetch` starts a download, `drop` ends what it brought. A Keyspace calls `on_event` and `on_state`. Where `near` is
     given, what is fetched is stored there, and not here.
     """
 
@@ -76,19 +76,19 @@ class Prefetch:
         """Stubs held."""
         return sum(map(len, self._stubs.values()))
 
-    # what the keyspace tells
+    # events of the keyspace
 
     def attach(self, keyspace: Keyspace) -> None:
-        """Where to hear what becomes of fetched stubs."""
+        """Keys whose events say what becomes of fetched stubs."""
         self._keyspace = keyspace
 
-    def heard(self, hears: bool) -> None:
-        """Whether the keyspace is heard. What is held may be outdated where it was not."""
-        if not hears:
+    def on_state(self, listening: bool) -> None:
+        """Whether events of the keyspace arrive. What is held may be outdated where they did not."""
+        if not listening:
             for gateway in list(self._stubs):
                 self.drop(gateway)
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Something happened to a key: a fetched stub that it names is outdated."""
         if not event.key.startswith(bank_keys.STUB):
             return
@@ -146,7 +146,7 @@ class Prefetch:
             self.progress[gateway].state = "failed"
 
     async def _fetch(self, gateway: str) -> None:
-        began = told = time.monotonic()
+        began = logged = time.monotonic()
         progress = self.progress[gateway]
         held = self._stubs.setdefault(gateway, {})
         changed = self._changed.setdefault(gateway, set())
@@ -154,7 +154,7 @@ class Prefetch:
         log.info("download-started", gateway=gateway)
         try:
             if self._keyspace is not None:
-                # first: what changes while the stubs come must be heard
+                # first: changes that happen while the stubs arrive must be seen
                 await self._keyspace.add(bank_keys.stubs_pattern(gateway))
             async for stubs in self._bank.download(gateway):
                 if self._near is not None:
@@ -167,8 +167,8 @@ class Prefetch:
                     progress.state = "full"
                     log.warning("download-full", gateway=gateway, stubs=progress.stubs, fix="raise bank.cache")
                     return
-                if time.monotonic() - told > PROGRESS_SECONDS:
-                    told = time.monotonic()
+                if time.monotonic() - logged > PROGRESS_SECONDS:
+                    logged = time.monotonic()
                     log.info("download-progress", gateway=gateway, stubs=progress.stubs)
         except BankUnavailable as error:
             progress.state = "failed"

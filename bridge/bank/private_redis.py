@@ -1,4 +1,4 @@
-"""The bank of a gateway that has no other: a redis-server of its own, on a Unix socket that nobody else can reach."""
+"""The bank of a gateway that has no other: a redis-server of its own, on a Unix socket that no other user can reach."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class PrivateBank(RedisBank):
                     first.set_result(None)
                 await _ended(pid)
                 log.warning("private-redis-ended", pid=pid, log=str(self.directory / LOG_FILE))
-            # one that starts and ends at once, time after time, is no less failed than one that does not start
+            # one that starts and ends immediately, time after time, is no less failed than one that does not start
             steady = time.monotonic() - began >= STEADY_SECONDS
             delay = LOOK_SECONDS if steady else min(delay * 2, RESTART_MAX)
             if not first.done():
@@ -108,7 +108,8 @@ class PrivateBank(RedisBank):
             return info
 
     def _check_none_hangs(self) -> None:
-        """Two servers on one append-only file would spoil it. Raises BankUnavailable where one lives but is silent."""
+        """Two servers on one append-only file would spoil it. Raises BankUnavailable where one runs and does not
+        answer."""
         with contextlib.suppress(OSError, ValueError):
             pid = int((self.directory / PID_FILE).read_text())
             name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
@@ -177,7 +178,7 @@ class PrivateBank(RedisBank):
 
 
 async def _ended(pid: int) -> None:
-    """Wait for the end of a process, whoever's child it is."""
+    """Wait for the end of a process, also of one that is not this process's child."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

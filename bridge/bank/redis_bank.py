@@ -174,7 +174,7 @@ class RedisBank:
     # GET
 
     async def get(self, indexes: Sequence[Index]) -> list[Stub | None]:
-        """See StubBank. A stub is not given out while its tombstone is there, whoever put it back."""
+        """See StubBank. A stub is not returned while its tombstone exists, also one that another process put back."""
         return [None if ended else stub for stub, ended in await self.look(indexes)]
 
     async def look(self, indexes: Sequence[Index]) -> list[tuple[Stub | None, bool]]:

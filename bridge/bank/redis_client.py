@@ -145,7 +145,7 @@ class RedisClient:
                 await client.script_load(script.source)
 
     async def _kill_script(self) -> None:
-        """Somebody runs a script without end, and Redis answers nothing else: the bank's own take milliseconds."""
+        """A script runs without end, and Redis answers nothing else: the bank's own scripts take milliseconds."""
         with suppress(*FAILURES):
             await self.client.script_kill()
             log.error("bank-script-killed", reason="a script ran without end", fix="rotate the passwords of the bank")

@@ -43,7 +43,7 @@ def connect(url: str, timeout: float, *, bare: bool = False) -> Client:
     """A client for `url` that connects when it is first used; connecting and each reply may take `timeout` s. `bare`:
     replies may take any time, for bridge.bank.exchange, which limits the time of an exchange as a whole.
 
-    It tries once more, at once, where a connection has gone: a restarted Redis closes those that lie ready.
+    It tries once more, immediately, where a connection has gone: a restarted Redis closes those that lie ready.
     Raises ValueError, without the URL (it may hold a password), where it is not of the forms of bridge.net.redis_url.
     """
     options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""One bank among several: whether it answers, and what it has yet to be told."""
+"""One bank among several: whether it answers, and which changes it does not have yet."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ LATE: Final = "no answer in time"
 class Replica:
     """A bank with a name for people: `local`, `central`, or the address of the gateway whose bank it is.
 
-    A bank that did not answer counts as down until it answers something that no client waits for: a heartbeat, what it
-    is owed, or the watch that `start` begins. One that answers but takes no writes is up. `on_up` is called when it
-    comes back. `watch` makes what watches it, from what wants to know whether it is there; without, nothing watches it.
+    A bank that did not answer counts as down until it answers something that no client waits for: a heartbeat, a
+    pending change, or the watch that `start` begins. One that answers and accepts no writes is up. `on_up` is called
+    when it comes back. `watch` makes what watches it, from what wants to know whether it is there; without, nothing
+    watches it.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Replica:
         self.bank = bank
         self.up = True
         self.on_up: Callable[[Replica], None] = lambda _: None
-        self._owed = WriteQueue(self, limit=pending, name=name)
+        self._later = WriteQueue(self, limit=pending, name=name)
         self._watch = watch(self._watched) if watch is not None else None
 
     def __repr__(self) -> str:
@@ -52,20 +53,20 @@ class Replica:
             self._watch.start()
 
     async def close(self) -> None:
-        """Give it what it is owed, for a moment, and let go of it."""
+        """Write its pending changes, for a moment, and close it."""
         if self._watch is not None:
             await self._watch.close()
-        await self._owed.close()
+        await self._later.close()
         await self.bank.close()
 
     @property
-    def owed(self) -> int:
+    def pending(self) -> int:
         """Changes that other banks have and this one does not."""
-        return self._owed.pending
+        return self._later.pending
 
     def status(self) -> dict[str, Any]:
         """For `ike-sa-sync status`."""
-        return {"bank": self.name, "reachable": self.up, "pending": self.owed}
+        return {"bank": self.name, "reachable": self.up, "pending": self.pending}
 
     async def answer(self, asked: Awaitable[Answer], timeout: float | None = None) -> Answer:
         """What it answers, within `timeout` s; whether it does is remembered. Raises BankUnavailable."""
@@ -85,23 +86,23 @@ class Replica:
         """See StubBank."""
         return await self.answer(self.bank.change(stubs, endings))
 
-    def owe(self, stub: Stub) -> None:
+    def store_later(self, stub: Stub) -> None:
         """Store `stub` when it is back."""
-        self._owed.submit(stub)
+        self._later.submit(stub)
 
-    def owe_deletion(self, ending: Ending) -> None:
+    def delete_later(self, ending: Ending) -> None:
         """Delete the stub of a session that ended when it is back."""
-        self._owed.submit_delete(ending.index, expires=ending.expires)
+        self._later.submit_delete(ending.index, expires=ending.expires)
 
-    def _watched(self, hears: bool) -> None:
-        self._is(hears, "its connection has gone")
+    def _watched(self, listening: bool) -> None:
+        self._is(listening, "its connection was lost")
 
     def _is(self, up: bool, reason: str = "") -> None:
         if up == self.up:
             return
         self.up = up
         if up:
-            log.info("bank-reachable", component="replica", bank=self.name, pending=self.owed)
+            log.info("bank-reachable", component="replica", bank=self.name, pending=self.pending)
             self.on_up(self)
         else:
             log.warning("bank-unreachable", component="replica", bank=self.name, reason=reason)

@@ -5,8 +5,9 @@ copies agree is in the banks themselves (redis/*.lua): of two revisions the newe
 never stored again. So changes may come to them in any order, and more than once.
 
     store     near, central, and the banks of the stub's targets
-    delete    everywhere: whoever holds a copy, and whoever might get one
-    get       near and central at once; what neither has is asked of all peers in parallel, for a bounded time. An end
+    delete    everywhere: in each bank that has a copy or could get one
+    get       near and central in parallel; what neither has is asked of all peers in parallel, for a bounded time. An
+    end
               that any of them knows of counts, and of several copies the one with the greatest revision
 
 A bank that was away may have missed ends. What only the near bank says is asked of the others too until it has caught
@@ -104,9 +105,9 @@ class ReplicatedBank:
         return sum(tier.bank.spoilt for tier in self._all)
 
     @property
-    def owed(self) -> int:
+    def pending(self) -> int:
         """Changes that one bank has and another one has yet to get."""
-        return sum(tier.owed for tier in self._all)
+        return sum(tier.pending for tier in self._all)
 
     @property
     def caught_up(self) -> bool:
@@ -157,9 +158,9 @@ class ReplicatedBank:
             raise BankUnavailable(f"deleted, but not in the bank of {names}, which does not answer: repeat it later")
         for tier in away:
             for position in shares[tier]:
-                tier.owe(stubs[position])
+                tier.store_later(stubs[position])
             for ending in endings:
-                tier.owe_deletion(ending)
+                tier.delete_later(ending)
         deleted = [any(done) for done in zip(*(gone for _, gone in outcomes.values()), strict=True)]
         return [taken[position] for position in range(len(stubs))], deleted
 
@@ -343,7 +344,7 @@ class ReplicatedBank:
         return [marks for answer in answers.values() for marks in answer]
 
     async def put_revocations(self, marks: Mapping[bytes, int], stale: Collection[bytes]) -> None:
-        """See StubBank. Gateways bring them to a bank that was away. Without `start`, for which nobody would, it raises
+        """See StubBank. Gateways bring them to a bank that was away. Without `start`, where no gateway would, it raises
         BankUnavailable where one did not answer."""
         serving = self._task is not None
         up = [tier for tier in self._all if tier.up or not serving] or self._all

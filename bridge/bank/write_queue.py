@@ -24,9 +24,9 @@ LIMIT: Final = 200_000
 DELAY: Final = 0.005
 """seconds that a change waits for others to travel with"""
 BUNDLE: Final = 4096
-"""changes written at once, at most: enough that each bucket has several"""
+"""changes in one bundle at most: enough that each bucket has several"""
 PROBE: Final = 16
-"""changes written at once, at most, after a bundle of which nothing got through"""
+"""changes in one bundle at most, after a bundle of which nothing got through"""
 BACK_OFF_MIN: Final = 0.05
 BACK_OFF_MAX: Final = 0.5
 """seconds between two attempts to write: what waits is on its way within this time of the bank's return"""

@@ -24,7 +24,7 @@ from bridge.stub.stub import Index, Stub
 from bridge.stub.types import ChildSa, Endpoint, Identity, TrafficSelector
 
 GATEWAY_STUBS: Final = 100_000
-"""stubs of one gateway, unless told otherwise: a larger bank is that of more gateways"""
+"""stubs of one gateway, by default: a larger bank is that of more gateways"""
 GATEWAYS_MAX: Final = 254
 """gateways that `address` has addresses for"""
 CHUNK: Final = 10_240
@@ -36,7 +36,7 @@ GET_BATCH: Final = 32
 LIFETIME: Final = 14_400
 STEPS: Final = ("Initiate", "GET", "Download")
 
-Told = Callable[[str, float], None]
+Progress = Callable[[str, float], None]
 """gets what goes on, and which share of it is done"""
 
 
@@ -126,7 +126,7 @@ def gateways_of(count: int, gateways: int | None) -> int:
     return gateways or min(math.ceil(count / GATEWAY_STUBS), GATEWAYS_MAX)
 
 
-def fill(counts: Sequence[int], gateways: int | None, told: Told) -> dict[str, Any]:
+def fill(counts: Sequence[int], gateways: int | None, progress: Progress) -> dict[str, Any]:
     """Fill an empty bank with so many stubs, look up, download; for each of `counts`.
 
     They belong to so many `gateways`, an equal share to each; None: see `gateways_of`.
@@ -136,30 +136,30 @@ def fill(counts: Sequence[int], gateways: int | None, told: Told) -> dict[str, A
     rows = []
     for count in counts:
         with tempfile.TemporaryDirectory(prefix="ike-sa-sync-bench-") as directory:
-            rows.append(uvloop.run(_measure(count, gateways_of(count, gateways), directory, told)))
+            rows.append(uvloop.run(_measure(count, gateways_of(count, gateways), directory, progress)))
     return {"rows": rows}
 
 
-async def _measure(count: int, gateways: int, directory: str, told: Told) -> dict[str, Any]:
+async def _measure(count: int, gateways: int, directory: str, progress: Progress) -> dict[str, Any]:
     bank = PrivateBank(directory, Keyring({os.urandom(4): os.urandom(32)}), get_timeout=60.0)
     await bank.start()
     try:
         info = await bank.info()
         pid, empty = int(info["process_id"]), int(info["used_memory"])
         row: dict[str, Any] = {"stubs": count, "gateways": gateways}
-        indexes, row["Initiate"] = await _initiate(bank, count, gateways, Clock(pid), told)
-        # as a sidecar; and this benchmark's own list of what it made is nobody's price
+        indexes, row["Initiate"] = await _initiate(bank, count, gateways, Clock(pid), progress)
+        # as a sidecar; and this benchmark's own list of what it made costs no operation anything
         spare_collections()
         row["octets_per_stub"] = round((int((await bank.info())["used_memory"]) - empty) / count, 1)
-        row["GET"] = await _get(bank, indexes, Clock(pid), told)
-        row["Download"] = await _download(bank, count, gateways, Clock(pid), told)
+        row["GET"] = await _get(bank, indexes, Clock(pid), progress)
+        row["Download"] = await _download(bank, count, gateways, Clock(pid), progress)
     finally:
         await bank.close()
     return row
 
 
 async def _initiate(
-    bank: PrivateBank, count: int, gateways: int, clock: Clock, told: Told
+    bank: PrivateBank, count: int, gateways: int, clock: Clock, progress: Progress
 ) -> tuple[list[Index], dict[str, Any]]:
     """Through the writer, as a gateway does; one gateway after the other."""
     writer, indexes = WriteQueue(bank), []
@@ -172,14 +172,14 @@ async def _initiate(
             for stub in stubs:
                 writer.submit(stub)
             await writer.flush()
-        told(f"Initiate, {count:,} stubs", len(indexes) / count)
+        progress(f"Initiate, {count:,} stubs", len(indexes) / count)
     await writer.close()
     if writer.counters.stored != count:
         raise RuntimeError(f"{writer.counters.stored} of {count} stubs were stored")
     return indexes, clock.of(count)
 
 
-async def _get(bank: PrivateBank, indexes: Sequence[Index], clock: Clock, told: Told) -> dict[str, Any]:
+async def _get(bank: PrivateBank, indexes: Sequence[Index], clock: Clock, progress: Progress) -> dict[str, Any]:
     gets = min(GETS, 4 * len(indexes)) // GET_BATCH * GET_BATCH
     with clock.running():
         for first in range(0, gets, GET_BATCH):
@@ -187,17 +187,17 @@ async def _get(bank: PrivateBank, indexes: Sequence[Index], clock: Clock, told: 
             if None in await bank.get(wanted):
                 raise RuntimeError("a stored stub was not found")
             if first % 1024 == 0:
-                told("GET", first / gets)
+                progress("GET", first / gets)
     return clock.of(gets)
 
 
-async def _download(bank: PrivateBank, count: int, gateways: int, clock: Clock, told: Told) -> dict[str, Any]:
+async def _download(bank: PrivateBank, count: int, gateways: int, clock: Clock, progress: Progress) -> dict[str, Any]:
     came = 0
     with clock.running():
         for gateway in range(gateways):
             async for stubs in bank.download(address(gateway)):
                 came += len(stubs)
-                told("Download", came / count)
+                progress("Download", came / count)
     if came != count:
         raise RuntimeError(f"{came} of {count} stubs came")
     return clock.of(count)

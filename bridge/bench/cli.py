@@ -21,7 +21,7 @@ from bridge.bench.flood import flood_lab
 from bridge.bench.flood import measure as measure_flood
 from bridge.bench.handshake import compare
 from bridge.bench.rig import Rig, rig
-from bridge.bench.storm import Progress as Told
+from bridge.bench.storm import Progress as Report
 from bridge.bench.storm import growth as fill
 from bridge.bench.storm import storm as break_loose
 from bridge.bench.usage import lab_machine, machine
@@ -30,7 +30,7 @@ from bridge.lab.space import LabError
 WINDOW = 2048
 """sessions at a time: what a gateway's queue holds without letting any by"""
 CLIENTS = 20
-Work = Callable[[Rig, Told], dict[str, Any]]
+Work = Callable[[Rig, Report], dict[str, Any]]
 
 
 @click.group()
@@ -39,7 +39,7 @@ def bench() -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Told]:
+def _progress() -> Iterator[Report]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task("the lab starts", total=1.0)
@@ -49,30 +49,30 @@ def _progress() -> Iterator[Told]:
 def _measure(name: str, work: Work, clients: int = 0) -> dict[str, Any]:
     """One benchmark in a lab of its own, with all that is to be known about its circumstances."""
     try:
-        with _progress() as told, rig(clients) as built:
+        with _progress() as progress, rig(clients) as built:
             built.take_model()
             about = lab_machine(built.target)
-            result = work(built, told)
+            result = work(built, progress)
     except LabError as error:
         raise click.ClickException(str(error)) from None
-    return _told(name, about, result)
+    return _published(name, about, result)
 
 
-def _told(name: str, about: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+def _published(name: str, about: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return {"benchmark": name, "date": date, "machine": about, "result": result}
 
 
 def _measure_bank(counts: Sequence[int], gateways: int | None = None) -> dict[str, Any]:
-    with _progress() as told:
-        return _told("bank", machine(), bank_bench.fill(counts, gateways, told))
+    with _progress() as progress:
+        return _published("bank", machine(), bank_bench.fill(counts, gateways, progress))
 
 
 def _measure_flood(rate: int, seconds: float, moves: int) -> dict[str, Any]:
     try:
-        with _progress() as told, flood_lab() as built:
-            told("a flood", 0.5)
-            return _told("flood", lab_machine(built.target), measure_flood(built, rate, seconds, moves))
+        with _progress() as progress, flood_lab() as built:
+            progress("a flood", 0.5)
+            return _published("flood", lab_machine(built.target), measure_flood(built, rate, seconds, moves))
     except LabError as error:
         raise click.ClickException(str(error)) from None
 
@@ -114,7 +114,7 @@ _window = click.option("--window", default=WINDOW, show_default=True, help="Sess
 @_json
 def handshake_vs_resume(rounds: int, plot: str | None, as_json: bool) -> None:
     """Handshakes and resumptions in turn, at the same charon."""
-    _publish(_measure("handshake-vs-resume", lambda r, told: compare(r, rounds, told)), plot, as_json)
+    _publish(_measure("handshake-vs-resume", lambda r, progress: compare(r, rounds, progress)), plot, as_json)
 
 
 @bench.command()
@@ -125,7 +125,7 @@ def handshake_vs_resume(rounds: int, plot: str | None, as_json: bool) -> None:
 @_json
 def storm(sessions: int, clients: int, window: int, plot: str | None, as_json: bool) -> None:
     """A gateway dies, all its clients resume at another one."""
-    measured = _measure("storm", lambda r, told: break_loose(r, sessions, window, told), clients)
+    measured = _measure("storm", lambda r, progress: break_loose(r, sessions, window, progress), clients)
     _publish(measured, plot, as_json)
     result = measured["result"]
     if failures := result["storm"]["failures"] + result["clients"]["failures"]:
@@ -140,7 +140,7 @@ def storm(sessions: int, clients: int, window: int, plot: str | None, as_json: b
 @_json
 def growth(sizes: tuple[int, ...], sample: int, window: int, plot: str | None, as_json: bool) -> None:
     """The price of a resumption at a gateway that holds more and more SAs."""
-    measured = _measure("growth", lambda r, told: fill(r, sorted(sizes), sample, window, told))
+    measured = _measure("growth", lambda r, progress: fill(r, sorted(sizes), sample, window, progress))
     _publish(measured, plot, as_json)
 
 
@@ -181,9 +181,9 @@ def flood(rate: int, seconds: float, moves: int, plot: str | None, as_json: bool
 
 
 SHORT: dict[str, Callable[[], dict[str, Any]]] = {
-    "handshake-vs-resume": lambda: _measure("handshake-vs-resume", lambda r, told: compare(r, 5, told)),
-    "storm": lambda: _measure("storm", lambda r, told: break_loose(r, 10_000, WINDOW, told), CLIENTS),
-    "growth": lambda: _measure("growth", lambda r, told: fill(r, [1000, 10_000], 1000, WINDOW, told)),
+    "handshake-vs-resume": lambda: _measure("handshake-vs-resume", lambda r, progress: compare(r, 5, progress)),
+    "storm": lambda: _measure("storm", lambda r, progress: break_loose(r, 10_000, WINDOW, progress), CLIENTS),
+    "growth": lambda: _measure("growth", lambda r, progress: fill(r, [1000, 10_000], 1000, WINDOW, progress)),
     "bank": lambda: _measure_bank([20_000]),
     "flood": lambda: _measure_flood(20_000, 8.0, 8),
 }

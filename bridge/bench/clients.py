@@ -1,4 +1,4 @@
-"""Real clients among the imagined ones: charon, sidecar and traffic, each on a host of its own."""
+"""Real clients among the simulated ones: charon, sidecar and traffic, each on a host of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Clients:
         self._pings: list[Ping] = []
         for number in range(count):
             host = client_host(topology.lab, f"client{number}", f"192.168.50.{FIRST + number}", topology.secret)
-            # the storm begins when it is told to
+            # the storm begins on command
             sidecar = host.sidecar("client", client_config(CHOICES) | {"resume_on_down": False})
             self._hosts.append((host, sidecar))
 
@@ -44,7 +44,7 @@ class Clients:
             wait_until(lambda ping=ping: ping.answers() > 0, "traffic")  # type: ignore[misc]
 
     def resume(self) -> list[dict[str, Any]]:
-        """Have all resume at once; the outcomes, as `ike-sa-sync resume --json` prints them."""
+        """Have all resume together; the outcomes, as `ike-sa-sync resume --json` prints them."""
 
         async def ask() -> list[dict[str, Any]]:
             paths = [str(host.path(sidecar.config["control"])) for host, sidecar in self._hosts]
@@ -54,7 +54,8 @@ class Clients:
         return asyncio.run(ask())
 
     def traffic(self) -> dict[str, int]:
-        """Once traffic flows again at all of them: packets sent and lost, and the longest silence in ms."""
+        """Once traffic flows again at all of them: packets sent and lost, and the longest time without an answer in
+        ms."""
         seen = [ping.answers() for ping in self._pings]
         for ping, before in zip(self._pings, seen, strict=True):
             wait_until(lambda p=ping, b=before: p.answers() > b, "traffic again", RETURN_PATIENCE)  # type: ignore[misc]

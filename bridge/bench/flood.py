@@ -48,8 +48,8 @@ class Flood:
 
     def counters(self) -> dict[str, float]:
         """What the target's sidecar counts."""
-        told = self._ask(self.target, self.topology.gateways["gw2"].config["control"], {"command": "status"})
-        return dict(told["counters"])
+        result = self._ask(self.target, self.topology.gateways["gw2"].config["control"], {"command": "status"})
+        return dict(result["counters"])
 
     def _ask(self, host: Host, socket: str, request: dict[str, Any]) -> dict[str, Any]:
         return asyncio.run(control.call(str(host.path(socket)), request))
@@ -76,7 +76,7 @@ class Flood:
 
     @contextlib.contextmanager
     def going_on(self, rate: int, seconds: float) -> Iterator[Callable[[], dict[str, Any] | None]]:
-        """While the flood goes on. Gives what tells of its end: what was sent, None before."""
+        """While the flood goes on. Gives a function that returns what was sent once it has ended, None before."""
         words = ("-m", "bridge.bench.spray", self.target.address, str(PORT), str(rate), str(seconds))
         process = subprocess.Popen(
             self._source.enter(sys.executable, *words),
@@ -88,12 +88,12 @@ class Flood:
         )
         assert process.stdin is not None
         assert process.stdout is not None
-        told: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         try:
             process.stdout.readline()
             process.stdin.write("\n")
             process.stdin.flush()
-            yield lambda: told or _end_of(process, told)
+            yield lambda: result or _end_of(process, result)
         finally:
             process.kill()
             process.wait()
@@ -101,7 +101,7 @@ class Flood:
             process.stdout.close()
 
     def handshakes(self, until: threading.Event, took: list[float]) -> None:
-        """Ordinary handshakes of the visitor with the target, one after the other; how long each took, in seconds."""
+        """Full handshakes of the visitor with the target, one after the other; how long each took, in seconds."""
         while not until.is_set():
             began = time.monotonic()
             until.wait(REST)
@@ -111,12 +111,12 @@ class Flood:
             self._visitor.swanctl("--terminate", "--ike", "home-gw2", check=False)
 
 
-def _end_of(process: subprocess.Popen[str], told: dict[str, Any]) -> dict[str, Any] | None:
+def _end_of(process: subprocess.Popen[str], result: dict[str, Any]) -> dict[str, Any] | None:
     if process.poll() is None:
         return None
     assert process.stdout is not None
-    told.update(json.loads(process.stdout.read()))
-    return told
+    result.update(json.loads(process.stdout.read()))
+    return result
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def flood_lab() -> Iterator[Flood]:
     with Lab() as lab:
         topology = standard(lab, start=False)
         source = lab.add_host("source", f"{ADDRESS}/24")
-        # answers to addresses that nobody has
+        # answers to addresses that no host has
         source.run("ip", "route", "add", "blackhole", CLIENTS)
         visitor = client_host(lab, "visitor", VISITOR, topology.secret)
         for gateway in (topology.gw1, topology.gw2):

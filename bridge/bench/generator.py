@@ -38,7 +38,7 @@ from bridge.stub.keyring import Keyring
 from bridge.stub.stub import Index, Stub
 
 CLIENTS = "10.128.0.0/9"
-"""addresses of the imagined clients"""
+"""addresses of the simulated clients"""
 _FIRST = int(IPv4Address("10.128.0.0")) + 1
 STEP = 29
 """between the addresses of two clients"""

@@ -1,9 +1,9 @@
-"""`bench handshake-vs-resume`: ordinary handshakes and resumptions, in turn, at the same charon.
+"""`bench handshake-vs-resume`: full handshakes and resumptions, in turn, at the same charon.
 
 Of every distance (a delay on the cable) there are three clients, with a charon each and nothing of the benchmark's in
 it: one that shakes hands, without a sidecar, and two that move from gw1 to gw2 and back, whose CHILD_SAs come up in the
 round trip of the IKE_SA or by CREATE_CHILD_SA. What activation costs a resumption that has it for itself alone these
-tell; what it costs where it is shared, many imagined clients at once.
+tell; what it costs where it is shared, many simulated clients in parallel.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ SETTLE_SECONDS = 0.15
 IDLE_SECONDS = 3.0
 PATIENCE = 20.0
 TOGETHER = 90
-"""imagined clients that resume at once: no more than are served without cookies as the sidecar is shipped"""
+"""simulated clients that resume in parallel: no more than are served without cookies as the sidecar is shipped"""
 FORWARD_SECRECY = "forward-secrecy"
 """an IKE_SA alone, with an exchange in the round trip; beside those of Children"""
-RESUMPTIONS = {Children.AT_ONCE: "resumption, children at once", Children.CREATE: "resumption, CREATE_CHILD_SA"}
+RESUMPTIONS = {Children.AT_ONCE: "resumption, children in exchange", Children.CREATE: "resumption, CREATE_CHILD_SA"}
 
 
 @dataclass
@@ -236,7 +236,7 @@ def compare(rig: Rig, rounds: int, progress: Progress) -> dict[str, Any]:
                 children = Children.NONE if secret else Children(form)
                 seen.append(resumptions(rig, TOGETHER, TOGETHER, children, gauge.idle, forward_secrecy=secret))
                 if failures := seen[-1]["failures"]:
-                    raise LabError(f"{failures} of {TOGETHER} imagined clients did not resume, {form}: {seen[-1]}")
+                    raise LabError(f"{failures} of {TOGETHER} simulated clients did not resume, {form}: {seen[-1]}")
                 rig.order("end", None)
     return {
         "delays_ms": [distance.delay_ms for distance in distances],
@@ -244,8 +244,8 @@ def compare(rig: Rig, rounds: int, progress: Progress) -> dict[str, Any]:
         "clients": {
             name: [distance.samples[name].row(distance.delay_ms) for distance in distances] for name in near.samples
         },
-        "imagined alone": _mean(alone),
-        "imagined together": {form: _mean(rows) for form, rows in many.items()},
+        "simulated alone": _mean(alone),
+        "simulated together": {form: _mean(rows) for form, rows in many.items()},
         "together": TOGETHER,
     }
 

@@ -31,27 +31,27 @@ Measured on {machine}.
 Everything (client, generator, both ends of the network, gateway, bank) shares these cores, and whatever else the
 machine does shares them too. CPU is what the kernel accounts to the processes charon, sidecar and Redis of the
 gateway under test, measured in nanoseconds from their schedstat, including what they still do for a session after
-it is up (its stub on the way to the bank); work on packets in interrupts belongs to no process and is not in it. Two
+it is up (its stub on the way to the bank); work on packets in interrupts belongs to no process and is not included. Two
 runs differ by 20 % and more. Compare the ratios before the figures.
 
 A load generator plays the clients of storms. It speaks the real protocol from addresses of its own; its sessions'
 stubs, with a virtual IP and a CHILD_SA each, are sealed with the bank's key after the model of a real session. It
-believes an answer only if its PROOF is right, and counts a session only when charon itself has answered its first
+accepts an answer only if its PROOF is right, and counts a session only when charon itself has answered its first
 protected message.
 """
 
 PRICE = """\
 ## What running SAs pay
 
-Installed SAs become active through one toggle of a segment of charon's HA plugin, during which the SAs of that
-segment leave IKE messages unanswered (ESP is untouched; the peer retransmits) and after which each gets one more
-liveness check. The sidecar measures each toggle, and lands in a segment without SAs as long as there is one. Otherwise
-a toggle that took t seconds is followed by the next one 6.25 t later, in another of the 16 segments: 1 % of anybody's
-time on average, with two in a row after a pause. The distance is never longer than 2 s, so with toggles of more than
-320 ms it can be more than 1 %. What is rebuilt meanwhile lands in charon and shares the next toggle: with all 16
-segments occupied this, not CPU, is what the latency of a storm consists of.
-charon walks its whole IKE_SA table at each toggle: with `ikesa_table_size = 65536` an empty one took 4 ms of CPU for
-one resumption, with 4096 a third of that.
+charon activates installed SAs by a deactivation and an activation of one of its HA segments. Meanwhile it does not
+process IKE messages of the SAs in that segment (peers retransmit, ESP is not affected), and afterwards it probes each
+of them once more. The sidecar measures each activation, and uses a segment without SAs as long as there is one.
+Otherwise an activation that took t seconds is followed by the next one 6.25 t later, in another of the 16 segments: 1 %
+of the time of each SA on average, with two in a row after a pause. The interval is never longer than 2 s, so if
+activations take more than 320 ms it can be more than 1 %. SAs that are rebuilt meanwhile share the next activation:
+with SAs in all 16 segments, waiting for activation, not CPU, dominates latency. charon walks its whole IKE_SA table at
+each activation: with `ikesa_table_size = 65536` an empty one took 4 ms of CPU for one resumption, with 4096 a third of
+that.
 """
 
 
@@ -71,9 +71,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-IMAGINED = {
+SIMULATED = {
     "none": "IKE_SA alone",
-    "at-once": "children at once",
+    "at-once": "children in exchange",
     "create": "CREATE_CHILD_SA",
     "forward-secrecy": "IKE_SA alone, forward secrecy",
 }
@@ -81,12 +81,12 @@ IMAGINED = {
 
 def comparison(result: dict[str, Any]) -> tuple[str, str]:
     """Text and plot of handshake-vs-resume."""
-    clients, together, count = result["clients"], result["imagined together"], result["together"]
+    clients, together, count = result["clients"], result["simulated together"], result["together"]
     near = {name: rows[0] for name, rows in clients.items()}
     shakes = [name for name, row in near.items() if not row["answer_p50_ms"]]
     moves = [name for name in near if name not in shakes]
     costs = [
-        *((f"{count} at once, {IMAGINED[form]}", row["cpu_ms"]) for form, row in together.items()),
+        *((f"{count} in parallel, {SIMULATED[form]}", row["cpu_ms"]) for form, row in together.items()),
         *((f"{name}, one alone", near[name]["cpu_ms"]) for name in moves),
     ]
     ratios = [[name, *(f"{near[kind]['cpu_ms'] / cost:.1f}" for kind in shakes), cost] for name, cost in costs]
@@ -104,24 +104,24 @@ def comparison(result: dict[str, Any]) -> tuple[str, str]:
     answers = ", ".join(
         f"{name} {near[name]['answer_p50_ms']} ms (p50) and {near[name]['answer_p99_ms']} ms (p99)" for name in moves
     )
-    alone, idle = result["imagined alone"], sum(result["idle_cpu_ms_per_s"].values())
+    alone, idle = result["simulated alone"], sum(result["idle_cpu_ms_per_s"].values())
     text = (
         "## A handshake and a resumption\n\n"
-        "How many times the gateway's CPU of a resumption an ordinary handshake costs. A handshake is IKE_SA_INIT + "
+        "How many times the gateway's CPU of a resumption a full handshake costs. A handshake is IKE_SA_INIT + "
         "IKE_AUTH with one CHILD_SA, PSK with X25519.\n\n"
         + table(["resumption", *(f"handshake, {kind}" for kind in shakes), "gateway CPU, ms"], ratios)
         + "\nOne alone pays an activation and a round through all event loops for itself; many share them. Of "
-        f"{count} at once, in ms: "
+        f"{count} in parallel, in ms: "
         + "; ".join(
-            f"{IMAGINED[form]}: " + ", ".join(f"{name} {cost}" for name, cost in row["by_process_ms"].items())
+            f"{SIMULATED[form]}: " + ", ".join(f"{name} {cost}" for name, cost in row["by_process_ms"].items())
             for form, row in together.items()
         )
-        + f". What these processes use without any session ({idle:.1f} ms a second) is taken off everywhere. With "
+        + f". What these processes use without any session ({idle:.1f} ms a second) is subtracted everywhere. With "
         "CHILD_SAs of kernel-libipsec, charon encrypts in userspace, sets up routes and a policy for each, "
-        "and that is in it, as it is in the handshakes.\n\n"
-        "Until the tunnel is up, at a real client with nothing else going on, p50 / p99 in ms, by the cable's delay "
-        "each way. Round trips are what the delay of the cable multiplies with; packets those that the client sent "
-        "and got.\n\n"
+        "which is included here and in the handshakes.\n\n"
+        "Until the tunnel is up, at a real client without other load, p50 / p99 in ms, by the delay of the cable "
+        "each way. The delay of the cable counts once for each round trip; packets are those that the client sent "
+        "and received.\n\n"
         + table(["", "round trips", "packets", *(f"{delay} ms" for delay in delays)], paces)
         + f"\nFrom SYN to the answer accepted, without delay: {answers}; a client of the load generator, without a "
         f"charon to ask first: {alone['p50_ms']} and {alone['p99_ms']} ms.\n\n![CPU](bench/handshake-vs-resume.svg)\n"
@@ -132,7 +132,7 @@ def comparison(result: dict[str, Any]) -> tuple[str, str]:
         [(f"handshake, {kind}", [near[kind]["cpu_ms"]]) for kind in shakes]
         + [(f"{name}, alone", [near[name]["cpu_ms"]]) for name in moves]
         + [
-            (f"{count} at once, {IMAGINED[form]}", list(row["by_process_ms"].values()))
+            (f"{count} in parallel, {SIMULATED[form]}", list(row["by_process_ms"].values()))
             for form, row in together.items()
         ],
         list(together["none"]["by_process_ms"]),
@@ -207,7 +207,7 @@ def _real_clients(clients: dict[str, Any]) -> str:
         f"Among them were {clients['clients']} real clients with charon, sidecar and traffic: "
         f"{clients['resumed']} resumed{f' ({reasons})' if reasons else ''}, answer after {answer['p50']} ms (p50) and "
         f"{answer['max']} ms (the last), tunnel after {tunnel['p50']} and {tunnel['max']} ms. Of {clients['sent']} "
-        f"packets, one every 50 ms and client, {clients['lost']} were lost; the longest silence was "
+        f"packets, one every 50 ms and client, {clients['lost']} were lost; the longest time without an answer was "
         f"{clients['silence_ms']} ms.\n\n"
     )
 
@@ -243,7 +243,15 @@ def _growth(result: dict[str, Any], title: str, name: str) -> tuple[str, str]:
         )
         + "\n"
         + table(
-            ["SAs before", "answer p50, ms", "p99, ms", "activations", "each, ms", "deaf, %", "sidecar, octets per SA"],
+            [
+                "SAs before",
+                "answer p50, ms",
+                "p99, ms",
+                "activations",
+                "each, ms",
+                "IKE not processed, %",
+                "sidecar, octets per SA",
+            ],
             [
                 [
                     f"{row['sas']:,}",
@@ -251,15 +259,15 @@ def _growth(result: dict[str, Any], title: str, name: str) -> tuple[str, str]:
                     row["answer_ms"]["p99"],
                     round(row["activations"]),
                     row["activation_ms"],
-                    row["deaf_percent"],
+                    row["unprocessed_percent"],
                     f"{row['sidecar_octets_per_sa']:,}",
                 ]
                 for row in rows
             ],
         )
-        + "\nDeaf: how much of its time an SA of this gateway did not answer IKE messages for the sake of activations, "
-        "on average, from the row before until the sample was resumed, which is one storm after the other. The "
-        "sidecar's memory is what it has more than after a first storm whose clients left again.\n\n"
+        + "\nIKE not processed: the average share of time in which charon processed no IKE messages of an SA because "
+        "of activations, from the row before until the sample was resumed, one storm after the other. The sidecar's "
+        "memory is the increase since the end of a first storm whose clients left again.\n\n"
         f"![growth](bench/{name}.svg)\n"
     )
     plot = bars(
@@ -289,7 +297,7 @@ SECTIONS = {
 
 
 class Outdated(Exception):
-    """Results without what a section tells of; the text is the section's name."""
+    """Results that lack what a section needs; the text is the section's name."""
 
 
 def render(reports: dict[str, dict[str, Any]]) -> tuple[str, dict[str, str]]:
@@ -308,7 +316,7 @@ def render(reports: dict[str, dict[str, Any]]) -> tuple[str, dict[str, str]]:
             raise Outdated(name) from None
         # under the heading
         title, _, rest = text.partition("\n")
-        # the bank's has no lab, and is silent about strongSwan
+        # the bank's has no lab, and does not name strongSwan
         here = report["machine"].items() <= head["machine"].items()
         texts.append(f"{title}\n\nTaken {report['date']}{'' if here else elsewhere}.\n{rest}")
     goals = "## What was aimed at\n\n" + aimed_at(reports)

@@ -1,4 +1,4 @@
-"""What every benchmark stands on: the standard lab, a host full of imagined clients, and a model session."""
+"""What every benchmark stands on: the standard lab, a host full of simulated clients, and a model session."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Rig:
 
     @property
     def target(self) -> Host:
-        """The gateway that everybody resumes at."""
+        """The gateway that all clients resume at."""
         return self.topology.gw2
 
     def meter(self) -> Meter:
@@ -55,7 +55,7 @@ class Rig:
         return dict(json.loads(answer)["counters"])
 
     def take_model(self) -> None:
-        """Leave the generator the stub of a real session as its model. Nobody moves the session itself from now on."""
+        """Leave the generator the stub of a real session as its model. The session itself does not move from now on."""
         topology = self.topology
         topology.connect()
         [session] = topology.client.charon.sas()
@@ -66,7 +66,7 @@ class Rig:
         self.order("template", [index.gateway, index.spi.hex()])
 
     def kill_first_gateway(self) -> None:
-        """Have the gateway of all imagined clients die."""
+        """Have the gateway of all simulated clients die."""
         self.topology.kill_gateway(self.topology.gw1)
 
     def start_generator(self) -> None:
@@ -119,7 +119,7 @@ class Rig:
 
 @contextlib.contextmanager
 def rig(clients: int = 0) -> Iterator[Rig]:
-    """The standard lab with a host of imagined clients and so many real ones more, all of it up."""
+    """The standard lab with a host of simulated clients and so many real ones more, all of it up."""
     with Lab() as lab:
         topology = standard(lab, start=False)
         load = lab.add_host("load", f"{ADDRESS}/24")

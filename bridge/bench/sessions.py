@@ -1,7 +1,7 @@
 """The load generator's clients: one session each, from its stub to its first protected exchange. No I/O.
 
 PREPARED --request--> ASKED --answer, PROOF right--> ANSWERED --first protected exchange--> CONFIRMED
-                        '---cookie: asked anew          (its request has message ID 1)
+                        '---cookie: asked again         (its request has message ID 1)
 
 CONFIRMED --delete--> LEAVING --answer--> ENDED
 """
@@ -52,7 +52,7 @@ class Children(StrEnum):
 
 
 class Unproven(Exception):
-    """An answer that proves nothing: an ordinary one, or one without a valid PROOF. A client listens on (rule 6).
+    """An answer that proves nothing: a normal response, or one without a valid PROOF. A client waits on (rule 6).
     So is, for a benchmark, one that does not give what it measures."""
 
 

@@ -8,11 +8,11 @@ from typing import Any
 SESSIONS = 10_000
 
 Line = tuple[str, str, str]
-"""what, how much, which benchmark tells"""
+"""what, how much, which benchmark measures it"""
 
 
 def lines(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Line]:
-    """Those that these results tell of."""
+    """Those that these results answer."""
     grown = results.get("growth-long") or results.get("growth")
     if grown is not None:
         yield from _memory(grown)
@@ -26,7 +26,7 @@ def lines(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Line]:
         )
         seconds = SESSIONS / many["rate"]
         yield (
-            "all resume at once, CPU of the gateway",
+            "all resume together, CPU of the gateway",
             f"{many['cpu_us_each'] * SESSIONS / 1e6:.1f} s ({parts}), in {seconds:.1f} s on the cores above",
             "storm",
         )

@@ -3,7 +3,7 @@
     python -m bridge.bench.spray GATEWAY PORT RATE SECONDS
 
 Sends RATE IPv4 packets a second, and prints as JSON how many went out and how long it took. Sources are addresses of
-CLIENTS: whoever runs it sees to it that answers to them go where nobody minds.
+CLIENTS: the caller has to route the answers to them to a place where they do no harm.
 """
 
 from __future__ import annotations

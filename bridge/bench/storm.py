@@ -17,7 +17,7 @@ SETTLE_SECONDS = 0.4
 """after the last session, for stubs still on their way to the bank: they are part of the price"""
 FILL_BUNDLE = 2000
 THICK_SECONDS = 0.5
-"""from the first imagined client of a storm to the real ones"""
+"""from the first simulated client of a storm to the real ones"""
 SEGMENTS = 16
 """of charon's SAs, in the lab"""
 Counters = Mapping[str, float]
@@ -126,7 +126,7 @@ def growth(rig: Rig, sizes: list[int], sample: int, window: int, progress: Progr
     present = 0
     rows = []
     progress("warming up", 0.0)
-    # what so many requests at once need is not for the SAs that they leave behind
+    # what so many requests together need is not for the SAs that they leave behind
     resumptions(rig, window, window)
     rig.order("end", None)
     before = rig.meter().read()["sidecar"]["rss_mb"]
@@ -163,5 +163,5 @@ def _activations(before: Counters, after: Counters, seconds: float) -> dict[str,
     return {
         "activations": count,
         "activation_ms": round(took / max(count, 1) * 1000, 2),
-        "deaf_percent": round(took / SEGMENTS / seconds * 100, 2) if seconds else 0.0,
+        "unprocessed_percent": round(took / SEGMENTS / seconds * 100, 2) if seconds else 0.0,
     }

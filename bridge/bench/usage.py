@@ -18,7 +18,7 @@ NANOSECONDS = 1e9
 
 def cpu_seconds(pid: int) -> float:
     """CPU of all threads of a process, in nanosecond steps (schedstat), kernel time on their behalf included. What
-    the kernel does in interrupts, that is most of the work on arriving packets, belongs to nobody."""
+    the kernel does in interrupts, that is most of the work on arriving packets, is counted for no process."""
     total = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):
@@ -42,7 +42,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Start again from zero."""
         self._began = time.monotonic()
         self._cpu = {name: cpu_seconds(pid) for name, pid in self.pids.items()}
 

@@ -118,7 +118,7 @@ class Charon:
     def takes_at_once(self, connection: str, child: str, policy: ChildrenInExchange) -> bool:
         """Whether a CHILD_SA comes up in the round trip of its IKE_SA here: configured, and without a key exchange of
         its own (PFS); with `policy` auto only without an updown script, which charon calls for exchanges alone. All
-        as far as swanctl.conf tells."""
+        as far as swanctl.conf shows."""
         found = self.tracker.connections.get(connection)
         return (
             found is not None
@@ -186,8 +186,8 @@ class Charon:
 
     async def end_surely(self, sa: IkeSa) -> None:
         """End an IKE_SA as `end` does; where charon cannot be asked over VICI it is removed over the HA channel, and
-        neither its peer nor anybody else hears of it. The listeners are told. Raises ChannelError where neither way is
-        open.
+        neither its peer nor another process receives an event. The listeners are called. Raises ChannelError
+        where neither way is open.
         """
         async with self._ending:
             if self.tracker.sas.get(sa.id.spis) is not sa:
@@ -225,8 +225,8 @@ class Charon:
         self.tracker.half_open.request(spi_i, address, time.monotonic())
 
     async def remove(self, ike_ids: Sequence[IkeId], *, kept: bool = False) -> None:
-        """Remove SAs in silence, over the HA channel. A virtual IP that another SA or a placeholder has too stays
-        reserved; with `kept` all stay. Raises ChannelError."""
+        """Remove SAs without a DELETE or an event, over the HA channel. A virtual IP that another SA or a placeholder
+        has too stays reserved; with `kept` all stay. Raises ChannelError."""
         shared = [ike_id for ike_id in ike_ids if kept or self._shares_address(ike_id)]
         if self.channel.version is not None and shared:
             version = self.channel.version
@@ -262,7 +262,7 @@ class Charon:
         try:
             await self._reconciler.look()
         except ViciError as error:
-            raise ChannelError(f"handshakes in progress cannot be told: {error}") from error
+            raise ChannelError(f"cannot find out which handshakes are in progress: {error}") from error
 
     def _blocked(self) -> None:
         self._reconciler.look_soon()

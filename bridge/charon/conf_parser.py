@@ -1,4 +1,4 @@
-"""strongswan.conf and swanctl.conf, read as strongSwan reads them: VICI does not tell most of what they set.
+"""strongswan.conf and swanctl.conf, read as strongSwan reads them: VICI does not report most of what they set.
 
 name { ... }            a section; one that is opened again is added to
 name : other.path { }   which takes from another what it does not set itself
@@ -95,7 +95,7 @@ class Settings:
             elif match := _NAME.match(text, at):
                 at = self._statement(match, path, open_sections, depth)
             else:
-                at += 1  # strongSwan would refuse the file; the rest still tells something
+                at += 1  # strongSwan would refuse the file; the rest is still useful
             at = _skip(text, at)
 
     def _statement(self, match: re.Match[str], path: Path, open_sections: list[Section], depth: int) -> int:
@@ -127,8 +127,8 @@ class Settings:
 
 
 class ChildProposals:
-    """The ESP proposals of charon's connections, which VICI does not tell: as they are in the files that it was loaded
-    from. `path` is swanctl.conf; None: where swanctl looks for it."""
+    """The ESP proposals of charon's connections, which VICI does not report: as they are in the files that it was
+    loaded from. `path` is swanctl.conf; None: where swanctl looks for it."""
 
     def __init__(self, path: Path | None = None, ipsec: Path = IPSEC_CONF) -> None:
         self.path = path or swanctl_conf()

@@ -1,7 +1,7 @@
 """The far end of charon's HA channel: a UDP socket on loopback, with what the protocol itself does not give.
 
-It has no acknowledgement, and a full receive buffer drops datagrams in silence. So the sender watches charon's receive
-queue (`peer`) and waits when it grows, and the receiver asks for a large buffer and counts what was dropped.
+It has no acknowledgement, and a full receive buffer drops datagrams without an error. So the sender watches charon's
+receive queue (`peer`) and waits when it grows, and the receiver asks for a large buffer and counts what was dropped.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class HaChannel:
         self._peer = Peer(listen, charon)
         self._socket: socket.socket | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._told_uid = False
+        self._logged_uid = False
         self._naps = Naps()
 
     def open(self) -> None:
@@ -242,13 +242,13 @@ class HaChannel:
         """charon's end, if there is one, and whether no other user's process holds it."""
         end = self.charon_socket()
         if end is not None and end.uid not in (0, os.geteuid()):
-            if not self._told_uid:
+            if not self._logged_uid:
                 log.error(
                     "ha-channel-foreign",
                     uid=end.uid,
                     fix=f"stop the process of this user that holds UDP {self._charon}:{PORT} instead of charon",
                 )
-            self._told_uid = True
+            self._logged_uid = True
             return end, False
         return end, True
 

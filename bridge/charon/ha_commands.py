@@ -29,7 +29,8 @@ Attributes = list[tuple[Attr, Any]]
 
 
 class Install(msgspec.Struct, frozen=True, gc=False):
-    """All that charon is told of one rebuilt IKE_SA. `local` is this host, `id.initiator` whether it is the client."""
+    """All that charon receives about one rebuilt IKE_SA. `local` is this host, `id.initiator` whether it is the
+    client."""
 
     id: IkeId
     suite: Suite
@@ -205,7 +206,7 @@ def child_message(version: int, ike_id: IkeId, new: NewChild) -> bytes:
 
 
 def delete_message(version: int, ike_id: IkeId) -> bytes:
-    """IKE_DELETE: charon drops the SA in silence, no DELETE to the peer, no updown event."""
+    """IKE_DELETE: charon drops the SA without a DELETE to the peer or an updown event."""
     return encode(version, MessageType.IKE_DELETE, [(Attr.IKE_ID, ike_id)])
 
 

@@ -23,7 +23,7 @@ from bridge.charon.ha_message import (
 
 
 class MalformedMessage(HaError):
-    """A message that charon did not mean so. `ike_id` is the IKE_SA that it is about, where that can be told: charon
+    """A message that is not in charon's format. `ike_id` is the IKE_SA that it is about, where that is readable: charon
     writes it in front of all that a peer could choose."""
 
     def __init__(self, reason: str, ike_id: IkeId | None) -> None:

@@ -43,7 +43,7 @@ class HaRules:
             await end(self._task)
 
     def gauges(self, metrics: Metrics) -> None:
-        """What is told of them."""
+        """Their state, for `status`."""
         watch = self._watch
         if watch is None:
             return

@@ -128,7 +128,7 @@ class SegmentChooser:
     def disturbed(self, segment: int, now: float, seconds: float) -> None:
         """An activation that ended at `now` kept the established SAs of `segment` from answering for `seconds`. They
         come at such distances that, one segment after the other, none is disturbed for more than SHARE of its time, but
-        two at once after a pause; what wants to be activated meanwhile shares one, for each makes charon look at every
+        two in a row after a pause; what wants to be activated meanwhile shares one, for each makes charon look at every
         SA."""
         pause = min(seconds / (SHARE * self.count), LONGEST_PAUSE)
         # those of segments without SAs, which wait for nothing, add up to no more than one pause

@@ -1,6 +1,6 @@
 """The IKE_SAs that charon has in state CONNECTING: handshakes in progress, and those that came to nothing. No I/O.
 
-VICI knows all of them. charon's ha plugin tells of some: it sends IKE_ADD once keys are derived, which a responder does
+VICI knows all of them. charon's ha plugin reports some: it sends IKE_ADD once keys are derived, which a responder does
 when IKE_AUTH comes, and IKE_UPDATE when the SA is up; of a handshake that fails in between most releases send nothing.
 charon keeps what nothing follows for half_open_timeout, 30 s by default.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 REQUEST_SECONDS: Final = 1.0
-"""a request that charon got this long ago has become an IKE_SA, which charon told of, or none"""
+"""a request that charon got this long ago has become an IKE_SA, which charon reported, or none"""
 REQUESTS_MAX: Final = 4096
 """requests that are remembered; in a flood charon demands cookies, and most become no IKE_SA"""
 

@@ -49,7 +49,7 @@ _NOT_KEPT = int(Condition.ORIGINAL_INITIATOR | Condition.STALE | Condition.REAUT
 
 
 SAME_SECONDS = 2
-"""two times of one event that VICI told of at different moments differ by no more"""
+"""two times of one event that VICI reported at different moments differ by no more"""
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ class IkeSa:
     eap_id: Identity | None = None
     local: Endpoint | None = None
     remote: Endpoint | None = None
-    told: float = 0.0
+    reported_at: float = 0.0
     """when the last VICI event about it came, in the tracker's clock"""
     connection: str = ""
     conditions: tuple[int, ...] = ()
@@ -94,7 +94,7 @@ class IkeSa:
     children: tuple[ChildSa, ...] = ()
     """oldest first"""
     children_at: float = 0.0
-    """when charon told of the last of them, in the tracker's clock"""
+    """when charon reported the last of them, in the tracker's clock"""
     established: int = 0
     rekey_at: int = 0
     reauth_at: int = 0
@@ -106,19 +106,19 @@ class IkeSa:
     revision: int = 0
     resumable: bool = True
     unproven: bool = False
-    """rebuilt by this gateway, told by charon again, and no request on it verified yet"""
+    """rebuilt by this gateway, reported by charon again, and no request on it verified yet"""
     published_at: str = ""
     """the gateway's address in the index that its stub was stored under last"""
     stub_expires: int = 0
     """when the stub stored last expires"""
     companion: bool = False
-    """whether a sidecar of the client's was heard of on it"""
+    """whether its client's sidecar sent a message about it"""
     handed: float = 0.0
     """when the client was last given its stub, in the clock of bridge.gateway.client_stubs"""
     adopted: bool = False
     """its keys came from a stub, not from charon"""
     unique_id: str = ""
-    """by which charon names it, once VICI told of it"""
+    """by which charon names it, once VICI reported it"""
     requests: Requests | None = None
     """kept where the client role asks for it"""
     predecessor: Index | None = None
@@ -224,8 +224,8 @@ def gateway_address(configured: str | None, local: str) -> str:
 def new_conditions(conditions: tuple[int, ...], *, initiator: bool, nat_here: bool, nat_there: bool) -> tuple[int, ...]:
     """The conditions for a rebuilt SA, from those of the old one.
 
-    The client is the initiator of what it resumes, whoever initiated the old SA. NAT found on the new path is added
-    to what was there: a NAT_ANY that charon faked (for UDP encapsulation) has to stay.
+    The client is the initiator of what it resumes, whichever side initiated the old SA. NAT found on the new path is
+    added to what was there: a NAT_ANY that charon faked (for UDP encapsulation) has to stay.
     """
     added = 0
     if initiator:
@@ -248,7 +248,7 @@ def client_sa(sa: IkeSa) -> StubSa:
 
 
 def sa_of(stub: Stub) -> IkeSa:
-    """The SA that a stub of this gateway's tells of."""
+    """The SA of a stub that this gateway made."""
     return IkeSa(
         id=IkeId.of(stub.spi_i, stub.spi_r, stub.initiator),
         suite=stub.suite,

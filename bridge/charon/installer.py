@@ -108,7 +108,7 @@ class Installer:
 
     async def _land(self, batch: Sequence[Install]) -> None:
         segment = self._landing.next(asyncio.get_running_loop().time())
-        # all of it before any is sent: what charon was told half it would derive other keys for
+        # all of it before any is sent: of an incomplete message charon would derive other keys
         messages, afterwards = list(self._installs(batch, segment)), list(self._activated(batch))
         if not self._landed:
             self._where = self._whose()
@@ -154,7 +154,7 @@ class Installer:
             looked = clock()
             await self._look()
             took = clock() - looked
-            # what charon has told meanwhile
+            # what charon has reported meanwhile
             self._channel.receive()
             segment = self._landing.to_activate(clock())
             if segment is not None:
@@ -212,7 +212,7 @@ class Installer:
         await self._channel.drained()
 
     async def delete(self, ike_ids: Sequence[IkeId]) -> None:
-        """Drop SAs in silence."""
+        """Drop SAs without a DELETE or an event."""
         version = self._channel.version
         if version is not None and ike_ids:
             await self._channel.send([delete_message(version, ike_id) for ike_id in ike_ids])

@@ -153,7 +153,7 @@ class Placeholders:
         self.spis.discard(ike_id.spis)
         self._put_at.pop(ike_id.spis, None)
 
-    # what charon is told; all raise ChannelError
+    # commands to charon; all raise ChannelError
 
     async def put(self, wanted: Mapping[str, str], now: float) -> None:
         """Keep addresses, each given with the name of a connection that has its pool."""

@@ -13,7 +13,7 @@ _DEFAULTS: Final = {"port": PORT_IKE, "port_nat_t": PORT_NAT_T}
 
 
 def configured_ports(settings: Settings) -> dict[str, int]:
-    """charon.port and charon.port_nat_t; 0 is one that the kernel chooses, anew at each start of charon."""
+    """charon.port and charon.port_nat_t; 0 is one that the kernel chooses at each start of charon."""
     found = {}
     for name, default in _DEFAULTS.items():
         # charon-systemd reads both sections

@@ -55,7 +55,7 @@ HALF_OPEN_STATES = ("CREATED", "CONNECTING")
 """of an IKE_SA, as VICI names them; charon makes the second of the first while it works on a request"""
 
 Recover = Callable[[list[SaInfo]], Awaitable[list[IkeSa] | None]]
-"""the SAs of a list whose keys are known elsewhere; None where that cannot be told now"""
+"""the SAs of a list whose keys are known elsewhere; None where that cannot be found out now"""
 
 
 async def no_recovery(_: list[SaInfo]) -> list[IkeSa]:
@@ -146,11 +146,11 @@ class Reconciler:
         self._look_due.set()
 
     def with_key_exchange(self, connection: str, child: str) -> bool:
-        """Whether a CHILD_SA has a key exchange of its own (PFS), as far as swanctl.conf tells."""
+        """Whether a CHILD_SA has a key exchange of its own (PFS), as far as swanctl.conf shows."""
         return (connection, child) in self._pfs
 
     def with_script(self, connection: str, child: str) -> bool:
-        """Whether a CHILD_SA has an updown script, as far as swanctl.conf tells."""
+        """Whether a CHILD_SA has an updown script, as far as swanctl.conf shows."""
         return (connection, child) in self._scripted
 
     def connected(self, inode: int | None) -> None:
@@ -205,7 +205,7 @@ class Reconciler:
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, UNLOADED_SECONDS))
             # these are read at little cost, however many SAs there are. A charon that has none has just been started:
-            # they are loaded next, which no event tells
+            # they are loaded next, which no event reports
             if self._vici.connected and (self._unknown or not self._tracker.connections):
                 # what is wrong the next comparison says
                 with contextlib.suppress(Exception):
@@ -247,7 +247,7 @@ class Reconciler:
                 spis = sa.id.spis
                 if self._known(spis) or self._tracker.take_back(sa, missing[spis], since=since):
                     del missing[spis]
-            # of one that was rekeyed, charon has nothing to tell
+            # charon has nothing more about one that was rekeyed
             missing = {spis: info for spis, info in missing.items() if not self._tracker.recall.was_rekeyed(spis)}
         await self._resynchronise({spis: info for spis, info in missing.items() if spis not in self._asked})
         self._tracker.recall.end()
@@ -294,7 +294,7 @@ class Reconciler:
 
     async def know_connections(self, needed: Iterable[tuple[str, Iterable[str]]]) -> None:
         """Ask charon for its connections, unless these (connection, children) are all known and were read just now: no
-        event tells of a `swanctl --load-conns`. What charon does not answer leaves them as they are."""
+        event reports a `swanctl --load-conns`. What charon does not answer leaves them as they are."""
         if self._reading is not None and not self._reading.done():
             await asyncio.wait([self._reading])
         now = time.monotonic()
@@ -332,7 +332,7 @@ class Reconciler:
             established.update(
                 self._segments.segment_of(info.remote.address) for info in infos if info.state == "ESTABLISHED"
             )
-            # what is about to be activated is in that state until charon has been told all of it
+            # what is about to be activated is in that state until charon has all of it
             connecting.update(self._connecting(info for info in infos if not self._is_installed(info)))
 
         self._waited += await self._vici.each_sas(take)
@@ -349,11 +349,11 @@ class Reconciler:
         return missing, since
 
     async def look(self) -> None:
-        """Ask VICI which SAs are in state CONNECTING, once charon has done what it was told. Raises ViciError.
+        """Ask VICI which SAs are in state CONNECTING, once charon has processed the commands. Raises ViciError.
 
         How many there are costs next to nothing to ask; those of peers that are not authenticated yet are listed alone.
         Where others are in that state, this host initiates them, or they are between two messages of IKE_AUTH, which HA
-        messages tell of too: all SAs are listed where that is quick, for clients wait for it, and in any case where
+        messages report too: all SAs are listed where that is quick, for clients wait for it, and in any case where
         charon would crash.
         """
         since, half_open = time.monotonic(), self._tracker.half_open
@@ -382,7 +382,8 @@ class Reconciler:
         return self._is_installed(info) and info.spis not in self._tracker.sas
 
     async def _remove_strays(self, strays: dict[bytes, SaInfo]) -> None:
-        """Remove those that were strays the last time too: a client's new SA lands before it is known."""
+        """Remove those that were left over the last time too: a client's new SA is installed before it is known
+        here."""
         old = [info for spis, info in strays.items() if spis in self._strays]
         self._strays = set(strays)
         if old:

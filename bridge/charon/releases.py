@@ -12,7 +12,8 @@ CRASHES_ON_ACTIVATION: Final = (6, 0, 1)
 
 
 def version_for(release: str) -> int | None:
-    """The HA message version of a release; None for a later one than is known, which its first message tells."""
+    """The HA message version of a release; None for a later release than is known: its first message has the
+    version."""
     numbers = _numbers(release)
     if numbers[:2] > NEWEST_KNOWN:
         return None

@@ -1,7 +1,7 @@
 """After a restart: what charon says about IKE_SAs that the sidecar is still to recall from the bank. No I/O.
 
 The HA channel's messages may be read, in order, before the bank was asked for the SAs they are about. What they say of
-CHILD_SAs is kept until then; and an SA that was rekeyed meanwhile has the keys of the new one told, but not its
+CHILD_SAs is kept until then; and an SA that was rekeyed meanwhile has the keys of the new one reported, but not its
 CHILD_SAs, which charon moves without a message.
 """
 
@@ -31,7 +31,7 @@ class SaRecovery:
         """by the SPIs of an SA that is not known: what it was rekeyed to"""
 
     def end(self) -> None:
-        """All that charon had when the sidecar came is known, or will be told."""
+        """All that charon had when the sidecar came is known, or will be reported."""
         self._going_on = False
         self._early.clear()
         self._heirs.clear()
@@ -58,7 +58,7 @@ class SaRecovery:
         listed = {info.spis: info for info in infos}
         for old, heir in self._heirs.values():
             info = listed.get(heir.id.spis)
-            if info is not None and heir.up and not all_told(heir, info):
+            if info is not None and heir.up and not all_reported(heir, info):
                 yield info._replace(spi_i=old.spi_i, spi_r=old.spi_r, initiator=old.initiator)
 
     def was_rekeyed(self, spis: bytes) -> bool:
@@ -75,9 +75,9 @@ class SaRecovery:
     def catch_up(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
         """What happened since to an SA that the bank remembers; whether all its CHILD_SAs are known of those that VICI
         lists, which was asked at `since`. A long list is old when its end is read: what came later stands."""
-        told = self._early.get(sa.id.spis, ())
-        later = [message for at, message in told if at >= since]
-        for at, message in told:
+        reported = self._early.get(sa.id.spis, ())
+        later = [message for at, message in reported if at >= since]
+        for at, message in reported:
             if at < since:
                 _apply(sa, message)
         drop_unlisted(sa, info)
@@ -118,7 +118,7 @@ def drop_unlisted(sa: IkeSa, info: SaInfo) -> bool:
     return dropped
 
 
-def all_told(sa: IkeSa, info: SaInfo) -> bool:
+def all_reported(sa: IkeSa, info: SaInfo) -> bool:
     """Whether all CHILD_SAs are known that charon lists; what it is replacing may be missing."""
     return _works(info) <= {child.spi_in for child in sa.children}
 

@@ -230,7 +230,7 @@ class SaTracker:
             sa.rekeyed_from = self.sas.get(rekeyed.spis)
             if sa.rekeyed_from is None:
                 self.recall.rekeyed(rekeyed, sa)
-        # a rebuilt SA, told again after the sidecar forgot it: perhaps nobody ever proved the keys
+        # a rebuilt SA, reported again after the sidecar forgot it: perhaps its peer never proved the keys
         rebuilt = message.first(Attr.OLD_SKD) is not None and rekeyed is None
         sa.unproven = rebuilt and not ike_id.initiator
         self.sas[ike_id.spis] = sa
@@ -296,7 +296,7 @@ class SaTracker:
         self._come_up(sa)
 
     def _update_known(self, sa: IkeSa, message: HaMessage) -> None:
-        """charon repeats what it said (a resynchronisation), or tells of virtual IPs, which VICI has too. Who the peers
+        """charon repeats what it said (a resynchronisation), or reports virtual IPs, which VICI has too. Who the peers
         of an SA are does not change."""
         said = (sa.local_id, sa.remote_id, sa.eap_id, sa.connection)
         attributes = (Attr.LOCAL_ID, Attr.REMOTE_ID, Attr.REMOTE_EAP_ID, Attr.CONFIG_NAME)
@@ -435,7 +435,7 @@ class SaTracker:
         if sa is not None and sa.up:
             if event.up is not False:
                 # asked before that, a list does not know it
-                sa.told = now
+                sa.reported_at = now
             self._unconfirmed.pop(spis, None)
             if self._take_info(sa, event.sa, since=now):
                 self._listener.changed(sa)
@@ -450,7 +450,7 @@ class SaTracker:
         """Join what VICI says, asked for at `since`; whether that changed the stub by more than a second of jitter."""
         if info.state != "ESTABLISHED":
             return False
-        # a long list tells of when it was asked for, however late it is read
+        # a long list is as of when it was asked for, however late it is read
         now = self._wall() - (self._clock() - since)
         rekey_at, reauth_at, expires = expiry(info, self.connections.get(sa.connection), now)
         if not expires:
@@ -468,7 +468,7 @@ class SaTracker:
         if sa.resumable and (difference := differs(sa, info)):
             self._refuse(sa, difference)
             return True
-        if since < sa.told:
+        if since < sa.reported_at:
             # a list that was on its way while the SA moved has it where it was
             return moved
         where = (info.local, info.remote, info.local_vips, info.remote_vips)
@@ -479,7 +479,7 @@ class SaTracker:
             return True
         return moved
 
-    # what no message tells
+    # changes that no message reports
 
     def put_child(self, sa: IkeSa, child: ChildSa) -> None:
         """A CHILD_SA that `sa` has from now on."""
@@ -487,7 +487,7 @@ class SaTracker:
         sa.children_at = self._clock()
 
     def adopt(self, sa: IkeSa) -> None:
-        """An SA that the sidecar itself installed, or knew before it restarted: charon is silent about these."""
+        """An SA that the sidecar itself installed, or knew before it restarted: charon reports nothing about these."""
         sa.seen = self._clock()
         sa.adopted = True
         sa.children_at = sa.seen
@@ -503,8 +503,8 @@ class SaTracker:
             self._granted[sa.id.spis] = None
 
     def take_back(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
-        """An SA that the bank remembers and VICI, asked at `since`, lists; False where it has CHILD_SAs that nobody
-        told of."""
+        """An SA that the bank remembers and VICI, asked at `since`, lists; False where it has CHILD_SAs
+        that were not reported."""
         heir = self.recall.heir(sa)
         if heir is not None:
             self._listener.changed(heir)
@@ -561,7 +561,7 @@ class SaTracker:
             self.on_info(info)
         sa = self.sas.get(spis)
         if sa is None or not (sa.up or sa.adopted):
-            # for when the HA channel tells the rest
+            # until the HA channel has brought the rest
             self._early[spis] = (info, since)
             if sa is not None:
                 self._come_up(sa)

@@ -63,8 +63,8 @@ def proc_address(address: str, port: int) -> tuple[str, str]:
 
 
 class Peer:
-    """Looks at the socket on `charon`'s address and PORT that hears the one on `listen`, in the network namespace of
-    whoever calls `open`."""
+    """Looks at the socket on `charon`'s address and PORT that receives from the one on `listen`, in the network
+    namespace of the process that calls `open`."""
 
     def __init__(self, listen: str, charon: str) -> None:
         self._charon = charon

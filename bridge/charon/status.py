@@ -48,7 +48,7 @@ async def sa_rows(charon: Charon) -> list[dict[str, Any]]:
 
 
 def charon_status(charon: Charon) -> dict[str, Any]:
-    """How the local charon is, as `status` tells it."""
+    """The state of the local charon, for `status`."""
     end = charon.channel.charon_socket()
     return {
         "reachable": charon.vici.connected,

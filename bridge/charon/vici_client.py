@@ -29,7 +29,7 @@ from bridge.ike.address import Pool
 log = structlog.get_logger()
 
 START_SECONDS: Final = 2
-"""how much too early the start may be that charon tells: two clocks, both cut to seconds"""
+"""how much too early the start may be that charon reports: two clocks, both cut to seconds"""
 
 SLICE_SECONDS: Final = 0.001
 """of a long list that is read and handed over before the event loop has its turn; its timers know whole milliseconds"""
@@ -91,8 +91,8 @@ class ViciClient:
     async def each_sas(self, take: Callable[[list[SaInfo]], None]) -> float:
         """All IKE_SAs, as `list_sas`, handed to `take` some at a time.
 
-        charon answers at once with all it has then, so the last of a long list may be minutes old. Reading it leaves
-        the event loop most of its time. Gives the seconds it slept for that. Raises what `take` raises.
+        charon answers immediately with all it has then, so the last of a long list may be minutes old. Reading it
+        leaves the event loop most of its time. Gives the seconds it slept for that. Raises what `take` raises.
         """
         slept, infos = 0.0, list[SaInfo]()
         nap = SLICE_SECONDS * (1 / LISTING_SHARE - 1)

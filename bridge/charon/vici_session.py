@@ -85,7 +85,7 @@ class ViciSession:
             yield _event(packet)
 
     def _send(self, packet: bytes) -> None:
-        # a command is less than a socket takes at once: nothing to wait for
+        # a command is less than a socket accepts in one write: nothing to wait for
         self._writer.write(LENGTH.pack(len(packet)) + packet)
 
     async def _answer(self, kind: int, what: str) -> Section:

@@ -265,7 +265,7 @@ class Event(NamedTuple):
 
 
 def parse_event(kind: str, message: Section) -> list[Event]:
-    """The IKE_SAs a VICI event tells of. Raises ViciError."""
+    """The IKE_SAs that a VICI event is about. Raises ViciError."""
     up = (as_text(message.get("up")) == "yes") if kind.endswith("updown") else None
     events = []
     for name, section in message.items():
@@ -288,7 +288,7 @@ def expiry(info: SaInfo, connection: ConnectionInfo | None, now: float | None = 
     """(rekey_at, reauth_at, expires) of an IKE_SA in Unix seconds, 0 = never.
 
     charon deletes an IKE_SA at min(rekey, reauth) + over_time; over_time is charon's default,
-    for VICI does not tell it.
+    for VICI does not report it.
     """
     at = time.time() if now is None else now
     rekey_at = int(at + info.rekey) if info.rekey is not None else 0

@@ -42,7 +42,7 @@ class ViciWatch(ViciClient):
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
         self._tasks: list[asyncio.Task[None]] = []
-        self._told = False
+        self._logged = False
         """whether the log says that charon is not there"""
 
     def start(self) -> None:
@@ -58,7 +58,7 @@ class ViciWatch(ViciClient):
             try:
                 await self._listen_once()
             except FAILURES as error:
-                if not self._told:
+                if not self._logged:
                     reason = str(error) or "charon closed the connection"
                     log.warning(
                         "charon-unreachable",
@@ -66,7 +66,7 @@ class ViciWatch(ViciClient):
                         reason=reason,
                         fix="start strongSwan: systemctl start strongswan",
                     )
-                self._told = True
+                self._logged = True
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _listen_once(self) -> None:
@@ -76,7 +76,7 @@ class ViciWatch(ViciClient):
             for kind in EVENTS:
                 await session.register(kind)
             # none is missed from here on
-            self._told = False
+            self._logged = False
             call(self._connected, release)
             try:
                 async with aclosing(session.events()) as events:

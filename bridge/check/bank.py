@@ -1,4 +1,4 @@
-"""The bank: reachable, observable, of the same time, and what the other gateways have told it about themselves."""
+"""The bank: reachable, observable, of the same time, and what the other gateways have published in it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PATIENCE = 3.0
 SLOW = 0.02
 """seconds from which on the way to the bank is felt"""
 EVENTS = {"hset", "del", "set", "expired"}
-"""what gateways have to hear of"""
+"""the events that gateways need"""
 CLOCK_WARN, CLOCK_FAIL = 2.0, 60.0
 """seconds by which this host's clock may differ from the bank's: stubs expire by the clock"""
 
@@ -110,35 +110,35 @@ async def _reach(client: Client) -> list[Finding]:
 
 async def _events(url: str, client: Client) -> list[Finding]:
     """By trying: the user `gateway` of users.acl may not ask for settings."""
-    heard: set[str] = set()
-    hears, complete = asyncio.Event(), asyncio.Event()
+    received: set[str] = set()
+    listening, complete = asyncio.Event(), asyncio.Event()
 
-    def hear(event: Event) -> None:
-        heard.add(event.event)
-        if heard >= EVENTS:
+    def on_event(event: Event) -> None:
+        received.add(event.event)
+        if received >= EVENTS:
             complete.set()
 
     key = bank_keys.check_key(os.urandom(8).hex())
-    keyspace = Keyspace(url, (key,), hear, lambda state: hears.set() if state else None)
+    keyspace = Keyspace(url, (key,), on_event, lambda state: listening.set() if state else None)
     keyspace.start()
     try:
         async with asyncio.timeout(PATIENCE):
-            await hears.wait()
+            await listening.wait()
             for command in (("HSET", key, "a", "b"), ("DEL", key), ("SET", key, "a", "PX", 20)):
                 await client.execute_command(*command)
             await complete.wait()
     except TimeoutError:
-        missing = ", ".join(sorted(EVENTS - heard))
+        missing = ", ".join(sorted(EVENTS - received))
         return [
             warn(
                 "keyspace events",
-                f"the bank does not tell of {missing}: the stubs of a gateway that fails are not fetched ahead",
+                f"the bank sends no events for {missing}: the stubs of a gateway that fails are not fetched ahead",
                 "use redis/redis.conf, or CONFIG SET notify-keyspace-events Kg$hzxe",
             )
         ]
     finally:
         await keyspace.close()
-    return [ok("keyspace events", "the bank tells what happens to its keys")]
+    return [ok("keyspace events", "the bank sends its keyspace events")]
 
 
 async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Finding]:
@@ -152,7 +152,7 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
     try:
         signs = {name: sign for name, sign in (await bank.gateways()).items() if sign.alive and name != config.address}
         seals = [decode_seals(await bank.posted(bank_keys.SEALS_KIND, name)) for name in (config.address or "", *signs)]
-        told = {name: gateway_facts.decode(await bank.posted(bank_keys.FACTS_KIND, name) or b"") for name in signs}
+        published = {name: gateway_facts.decode(await bank.posted(bank_keys.FACTS_KIND, name) or b"") for name in signs}
         stats = await bank.posted(bank_keys.STATS_KIND, config.address) if config.address is not None else None
         marks = {sealed for each in await bank.revocations() for sealed in each}
         named = {name: await bank.posted(bank_keys.LOCKOUT_KIND, name) for name in (config.address or "", *signs)}
@@ -160,7 +160,7 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
         await bank.close()
     findings = [*_keys(keyring, signs), *_volume(keyring, seals), *_duplicates(stats or b"")]
     findings += _lock_out(keyring, marks, {name: _latest(told or b"") for name, told in named.items()})
-    others = {name: facts for name, facts in told.items() if facts is not None}
+    others = {name: facts for name, facts in published.items() if facts is not None}
     if not others:
         return [*findings, ok("other gateways", "none is in this bank now: pools and connections are not compared")]
     if charon is not None:
@@ -174,7 +174,7 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
 
 
 def _duplicates(stats: bytes) -> list[Finding]:
-    """Sessions of this gateway with the virtual IP of another one, as its sidecar told the bank last."""
+    """Sessions of this gateway with the virtual IP of another one, as its sidecar published last."""
     try:
         count = int(json.loads(stats or b"{}").get("duplicate_address_sessions", 0))
     except (ValueError, TypeError, AttributeError):

@@ -30,7 +30,7 @@ RETRANSMIT_DEFAULTS = {"retransmit_timeout": 4.0, "retransmit_base": 1.8, "retra
 
 @dataclass
 class CharonAnswer:
-    """What VICI and the files tell of one charon."""
+    """What VICI and the files say about one charon."""
 
     release: str
     plugins: list[str]
@@ -94,11 +94,11 @@ def _release(release: str) -> Finding:
 async def ha_version(config: GatewayConfig | ClientConfig) -> list[Finding]:
     """Whether the sidecar understands what its charon sends."""
     try:
-        told = (await control.call(config.control, {"command": "status"}))["charon"]
+        status = (await control.call(config.control, {"command": "status"}))["charon"]
     except (control.ControlError, KeyError):
         # whether there is a sidecar another check says
         return []
-    version = told.get("ha_unsupported")
+    version = status.get("ha_unsupported")
     if version is None:
         return []
     known = ", ".join(map(str, VERSIONS))
@@ -287,7 +287,7 @@ def patience(vpn: Vpn, charon: CharonAnswer) -> list[Finding]:
             )
             continue
         seconds = connection.dpd_delay + given_up
-        text = f"{connection.name}: a silent gateway is given up after {seconds:.0f} s at most"
+        text = f"{connection.name}: a gateway that does not answer is given up after {seconds:.0f} s at most"
         if seconds <= PROMPT_SECONDS:
             findings.append(ok("dpd_delay", text))
         else:

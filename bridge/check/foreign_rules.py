@@ -1,4 +1,4 @@
-"""Rules to the sidecar's queue, whoever set them, that would hold IKE up when nobody reads it."""
+"""Rules to the sidecar's queue, from any origin, that would hold IKE up when no process reads it."""
 
 from __future__ import annotations
 

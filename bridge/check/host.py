@@ -44,7 +44,7 @@ def sidecar_pid(config: GatewayConfig | ClientConfig) -> int | None:
 
 
 def sidecar(config: GatewayConfig | ClientConfig, pid: int | None) -> list[Finding]:
-    """Whether it runs, and holds the socket that charon sends keys to; nobody else may."""
+    """Whether it runs, and holds the socket that charon sends keys to; no other process may."""
     end = f"UDP {config.ha.listen}:{PORT}"
     role = "gateway" if isinstance(config, GatewayConfig) else "client"
     held = udp_socket(config.ha.listen, PORT)
@@ -52,7 +52,7 @@ def sidecar(config: GatewayConfig | ClientConfig, pid: int | None) -> list[Findi
         return [
             fail(
                 "sidecar",
-                f"nobody holds {end}, where charon sends keys",
+                f"no process listens on {end}, to which charon sends session keys",
                 f"start `ike-sa-sync {role}`, or its systemd socket, before charon",
             )
         ]

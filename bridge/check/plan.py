@@ -95,7 +95,7 @@ def made_of(answer: CharonAnswer, sas: Sequence[SaInfo]) -> Plan:
     for name, info in sorted(answer.connections.items()):
         resumable, why = _judged(info, answer)
         initiated, accepted = counts[name, True], counts[name, False]
-        # a site's connection may serve both ways: what happened tells
+        # a site's connection may serve both ways: the sessions show which
         if name in leading and (initiated or not accepted):
             rows.append(Row(name, "client", resumable, initiated, why))
         if name not in leading or accepted:

@@ -47,18 +47,18 @@ _SIGNALS: Final = {"hset": "stored", "del": "deleted", "expired": "expired"}
 
 
 class Watch:
-    """What a monitor knows. `tell` gets each event as an object for JSON."""
+    """What a monitor knows. `emit` gets each event as an object for JSON."""
 
-    def __init__(self, url: str, tell: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, url: str, emit: Callable[[dict[str, Any]], None]) -> None:
         self.gateways: list[dict[str, Any]] = []
         self.failovers: list[FailoverProgress] = []
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_SHOWN)
         self.counts: Counter[str] = Counter()
         """stored, deleted, expired stubs since the start"""
         self.state = "connecting"
-        self._tell = tell
+        self._emit = emit
         self._server = RedisClient(url, TIMEOUT)
-        self._keyspace = Keyspace(url, (f"{STUB}*", f"{HEARTBEAT}*", f"{FETCH}*"), self._event, self._heard)
+        self._keyspace = Keyspace(url, (f"{STUB}*", f"{HEARTBEAT}*", f"{FETCH}*"), self._event, self._on_state)
         self._before: dict[str, tuple[float, dict[str, float]]] = {}
         self._alive: dict[str, bool] = {}
 
@@ -80,9 +80,9 @@ class Watch:
 
     # what happens
 
-    def _heard(self, hears: bool) -> None:
-        self.state = "listening" if hears else "Redis is away"
-        self._say("bank", "reachable" if hears else "lost")
+    def _on_state(self, listening: bool) -> None:
+        self.state = "listening" if listening else "Redis is away"
+        self._say("bank", "reachable" if listening else "lost")
 
     def _event(self, event: Event) -> None:
         if event.key.startswith(STUB):
@@ -104,9 +104,9 @@ class Watch:
             self._say("gateway", "stubs fetched by the others", gateway=printable(event.key.rpartition("fetch:")[2]))
 
     def _say(self, kind: str, what: str, **more: str) -> None:
-        told = {"time": round(time.time(), 3), "kind": kind, "event": what, **more}
-        self.events.appendleft(told)
-        self._tell(told)
+        event = {"time": round(time.time(), 3), "kind": kind, "event": what, **more}
+        self.events.appendleft(event)
+        self._emit(event)
 
     # how things are
 
@@ -137,11 +137,11 @@ class Watch:
                 }
             )
         self.gateways = gateways
-        self._tell({"time": round(now, 3), "kind": "gateways", "gateways": gateways})
+        self._emit({"time": round(now, 3), "kind": "gateways", "gateways": gateways})
         self.failovers = failover_progress.together(told)
         if self.failovers:
             rows = [msgspec.to_builtins(failure) | {"left": failure.left} for failure in self.failovers]
-            self._tell({"time": round(now, 3), "kind": "failovers", "failovers": rows})
+            self._emit({"time": round(now, 3), "kind": "failovers", "failovers": rows})
 
     def _rates(self, name: str, counters: dict[str, float], now: float) -> dict[str, Any]:
         """Resumptions and fallbacks: in all, and a second since the look before; fallbacks by reason."""
@@ -243,18 +243,18 @@ def monitor(path: str | None, url: str | None, as_json: bool) -> None:
 
 
 async def _lines(url: str) -> None:
-    await Watch(url, lambda told: print(json.dumps(told), flush=True)).run()
+    await Watch(url, lambda event: print(json.dumps(event), flush=True)).run()
 
 
 async def _pages(url: str) -> None:
     """One view after the other, as `top -b`."""
     console = Console(width=PAGE[0])
 
-    def tell(told: dict[str, Any]) -> None:
-        if told["kind"] in ("gateways", "bank"):
+    def emit(event: dict[str, Any]) -> None:
+        if event["kind"] in ("gateways", "bank"):
             console.print(watch.view(PAGE[1]))
 
-    watch = Watch(url, tell)
+    watch = Watch(url, emit)
     await watch.run()
 
 

@@ -50,7 +50,7 @@ def read_config(path: str | None, kind: type[Config]) -> Config:
 
 
 def read_any(path: str | None) -> GatewayConfig | ClientConfig:
-    """A configuration of either role, told by its keys, else by the file's name."""
+    """A configuration of either role, recognised by its keys, else by the file's name."""
     if path is None:
         return read_config(None, GatewayConfig) if Path(GATEWAY_FILE).exists() else read_config(None, ClientConfig)
     try:

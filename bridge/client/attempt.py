@@ -150,7 +150,7 @@ class Attempt:
     async def _first_answer(self, session: Session, sa: IkeSa, gateways: Sequence[Target]) -> tuple[Target, Answer]:
         """Raises NoAnswerError or RefusedByError."""
 
-        def silent(gateway: Target) -> None:
+        def not_answering(gateway: Target) -> None:
             log.info(
                 "gateway-not-answering",
                 gateway=gateway.address,
@@ -160,7 +160,7 @@ class Attempt:
             )
 
         requester, grace = self._means.requester, self._means.refusal_grace
-        return await first_answer(gateways, lambda gateway: requester.ask(sa, gateway), silent, grace)
+        return await first_answer(gateways, lambda gateway: requester.ask(sa, gateway), not_answering, grace)
 
     @property
     def _resumable(self) -> tuple[Session, IkeSa]:

@@ -72,7 +72,7 @@ class AutoResume:
             for session in loaded:
                 if not any(self._sessions.may_stand_for(name, session) for name in begun):
                     self.start(session)
-            # nothing tells of connections that are loaded
+            # no event reports connections that are loaded
             await asyncio.sleep(NEWS_SECONDS)
 
     async def _begun(self) -> set[str]:

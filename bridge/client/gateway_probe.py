@@ -1,10 +1,10 @@
 """What a client does when another gateway announces that its own has failed (docs/protocol.md, Announcement).
 
 The client does not take the announcement's word for it: it asks its gateway, whose sidecar answers if its charon still
-has the SA. Only silence makes the session move, to the gateway that announced, by resumption.
+has the SA. Only a gateway that does not answer makes the session move, to the gateway that announced, by resumption.
 
     --Announcement, proven--> PROBING --Here, proven----------> STAYS: reported to the gateway that announced
-                                 '--silence for PROBES-----> MOVES, or why not: reported too
+                                 '--no answer to PROBES----> MOVES, or why not: reported too
 """
 
 from __future__ import annotations

@@ -338,8 +338,8 @@ class Initiator:
         if outcome.total_ms is not None:
             self._metrics.total_seconds.observe(outcome.total_ms / 1000)
         level = log.warning if outcome.result is Result.FAILED else log.info
-        told = msgspec.structs.asdict(outcome) | {"children": ",".join(outcome.children)}
-        level("moved", **{key: value for key, value in told.items() if value})
+        logged = msgspec.structs.asdict(outcome) | {"children": ",".join(outcome.children)}
+        level("moved", **{key: value for key, value in logged.items() if value})
         return outcome
 
     def _resumed(self, session: Session, new: IkeSa, answer: Answer) -> None:

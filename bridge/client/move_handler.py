@@ -30,7 +30,7 @@ ANSWER_SECONDS: Final = 30.0
 
 
 @dataclass(slots=True, eq=False)
-class _Heeded:
+class _Accepted:
     """The last Move about an IKE_SA."""
 
     sa: IkeSa
@@ -60,12 +60,12 @@ class MoveHandler:
         self._begin = begin
         self._random = random
         self._clock = clock
-        self._heeded: dict[bytes, _Heeded] = {}
+        self._accepted: dict[bytes, _Accepted] = {}
 
     def asked(self, message: StubMessage) -> None:
         """A Move, not proved yet."""
         sa = self._tracker.sas.get(message.spis)
-        last = self._heeded.get(message.spis)
+        last = self._accepted.get(message.spis)
         if sa is None:
             if last is not None and self._clock() < last.until and verify(message, last.sa.suite.prf, last.sa.sk_d):
                 self._answer(message, last)
@@ -74,45 +74,45 @@ class MoveHandler:
             return
         if last is None or message.message_id > last.message.message_id:
             now = self._clock()
-            self._heeded = {
-                spis: one for spis, one in self._heeded.items() if spis in self._tracker.sas or now < one.until
+            self._accepted = {
+                spis: one for spis, one in self._accepted.items() if spis in self._tracker.sas or now < one.until
             }
-            last = self._heeded[message.spis] = _Heeded(sa, message, MoveStatus.MOVING, now + ANSWER_SECONDS)
-            self._heed(sa, last)
+            last = self._accepted[message.spis] = _Accepted(sa, message, MoveStatus.MOVING, now + ANSWER_SECONDS)
+            self._accept(sa, last)
         self._answer(message, last)
 
-    def _answer(self, message: StubMessage, last: _Heeded) -> None:
+    def _answer(self, message: StubMessage, last: _Accepted) -> None:
         if message.message_id == last.message.message_id:
             # asked again, it may be: the report was lost
-            self._tell(last.sa, last)
+            self._report(last.sa, last)
 
-    def _heed(self, sa: IkeSa, heeded: _Heeded) -> None:
-        assert heeded.message.move is not None
-        target = heeded.message.move.target
+    def _accept(self, sa: IkeSa, accepted: _Accepted) -> None:
+        assert accepted.message.move is not None
+        target = accepted.message.move.target
         if target not in (self._targets(sa) or ()):
             log.warning("move-refused", target=target, reason="it is no gateway of this session", **sa.id.logged)
-            heeded.status = MoveStatus.NOT_CONFIGURED
+            accepted.status = MoveStatus.NOT_CONFIGURED
             return
         log.info("move-requested", connection=sa.connection, target=target, **sa.id.logged)
         task = self._begin(sa, target)
         if task is None:
-            heeded.status = MoveStatus.BUSY
+            accepted.status = MoveStatus.BUSY
             return
-        task.add_done_callback(lambda done: self._done(sa, heeded, done))
+        task.add_done_callback(lambda done: self._done(sa, accepted, done))
 
-    def _done(self, sa: IkeSa, heeded: _Heeded, task: asyncio.Task[Outcome]) -> None:
-        heeded.until = self._clock() + ANSWER_SECONDS
+    def _done(self, sa: IkeSa, accepted: _Accepted, task: asyncio.Task[Outcome]) -> None:
+        accepted.until = self._clock() + ANSWER_SECONDS
         if task.cancelled() or task.result().result is not Result.FAILED:
             return
-        heeded.status = MoveStatus.NO_ANSWER if task.result().reason == "no-answer" else MoveStatus.REFUSED
+        accepted.status = MoveStatus.NO_ANSWER if task.result().reason == "no-answer" else MoveStatus.REFUSED
         if self._tracker.sas.get(sa.id.spis) is sa:
-            self._tell(sa, heeded)
+            self._report(sa, accepted)
 
-    def _tell(self, sa: IkeSa, heeded: _Heeded) -> None:
+    def _report(self, sa: IkeSa, accepted: _Accepted) -> None:
         assert sa.local is not None
         assert sa.remote is not None
         local, remote = sa.local, sa.remote
-        octets = build_moving(client_sa(sa), heeded.message, heeded.status, self._random(NONCE_OCTETS))
+        octets = build_moving(client_sa(sa), accepted.message, accepted.status, self._random(NONCE_OCTETS))
         try:
             self._sender.send(
                 local.address, local.port, remote.address, remote.port, octets, has_marker(local.port, remote.port)

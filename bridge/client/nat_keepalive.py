@@ -1,6 +1,6 @@
 """A NAT or stateful filter in front of the client lets another gateway's announcement in: the client sends each other
 gateway of its session's VPN a NAT-keepalive now and then (RFC 3948 section 2.3: one octet 0xFF), from the port of its
-SA. A NAT that maps the port for each gateway anew does not let it in: DPD decides then."""
+SA. A NAT that maps the port for each gateway separately does not let it in: DPD decides then."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class NatKeepalive:
         self._sas = sas
         self._targets = targets
         self._clock = clock
-        self._told = ""
+        self._logged = ""
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -67,6 +67,6 @@ class NatKeepalive:
             try:
                 self._sender.send(local.address, local.port, target, remote.port, KEEPALIVE, False)
             except OSError as error:
-                if self._told != str(error):
+                if self._logged != str(error):
                     log.info("keepalive-not-sent", gateway=target, reason=error.strerror)
-                self._told = str(error)
+                self._logged = str(error)

@@ -31,9 +31,9 @@ class RefusedByError(Exception):
 
 
 async def first_answer(
-    gateways: Sequence[Target], ask: Ask, silent: Callable[[Target], None], grace: float
+    gateways: Sequence[Target], ask: Ask, on_timeout: Callable[[Target], None], grace: float
 ) -> tuple[Target, Answer]:
-    """The first proven answer, and whose it is. `silent` is told of each gateway that does not answer. After a refusal
+    """The first proven answer, and whose it is. `on_timeout` gets each gateway that does not answer. After a refusal
     no other gateway is asked, and those that were asked have `grace` seconds more.
 
     Raises NoAnswerError where none answers, RefusedByError where one refuses and none resumes.
@@ -57,7 +57,7 @@ async def first_answer(
                 try:
                     return gateway, task.result()
                 except NoAnswerError:
-                    silent(gateway)
+                    on_timeout(gateway)
                 except RefusedError as error:
                     refused = refused or RefusedByError(gateway, str(error), error.why)
         raise refused if refused is not None else NoAnswerError

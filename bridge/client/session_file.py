@@ -1,7 +1,8 @@
 """The file in which a client keeps its sessions, keys included, so that they survive a crash of its host.
 
 A header line, then a MessagePack array of [stub, sealed stub or nil, Unix seconds until when that is good]. The stub is
-the client's own view of its IKE_SA (bridge.stub.codec), in the clear: whoever reads the file can take the session over.
+the client's own view of its IKE_SA (bridge.stub.codec), in the clear: a process that can read the file can take the
+session over.
 """
 
 from __future__ import annotations
@@ -75,13 +76,13 @@ def pack(sessions: Sequence[Session]) -> bytes:
 
 
 def write(path: Path, octets: bytes) -> None:
-    """Replace the file in one step, readable by nobody else at any time; on disk when this returns.
+    """Replace the file in one step, not readable by other users at any time; on disk when this returns.
 
     Raises HeldFileError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # mkstemp: mode 0600 from the first moment, and a name that nobody else made
+        # mkstemp: mode 0600 from the first moment, and a name that no other process made
         descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:

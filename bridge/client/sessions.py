@@ -1,11 +1,11 @@
 """The client's sessions: each belongs to one VPN, outlives its IKE_SAs, and is up, or lost and can be resumed.
 
-    an IKE_SA comes up --> up --its last IKE_SA goes, nobody ended it--> lost --resumed, or set up again--> up
+    an IKE_SA comes up --> up --its last IKE_SA goes, neither side ended it--> lost --resumed, or set up again--> up
                            |                                              |
                            '--one of the sides ended it--> forgotten <----'--its IKE_SA has expired
 
-Sessions of one VPN are told apart by what they came from: the connection, the local address, the identities. A rekeyed
-or reauthenticated IKE_SA belongs to the session of the one before it.
+Sessions of one VPN are distinguished by what they came from: the connection, the local address, the identities. A
+rekeyed or reauthenticated IKE_SA belongs to the session of the one before it.
 """
 
 from __future__ import annotations

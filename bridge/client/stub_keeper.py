@@ -32,13 +32,13 @@ from bridge.stub.stub import StubError
 log = structlog.get_logger()
 
 SETTLE_SECONDS: Final = 1.0
-"""after a change, before the new stub is fetched: the gateway has to hear of it too, and changes come in groups"""
+"""after a change, before the new stub is fetched: the gateway has to learn of it too, and changes come in groups"""
 RETRANSMIT_SECONDS: Final = (0.5, 1.0, 2.0)
 """how long each request waits for its answer"""
 RETRY_MIN, RETRY_MAX = 60.0, 3600.0
 """between attempts at a gateway that does not answer"""
 REFRESH_SHARE: Final = 0.5
-"""a stub is fetched anew after this share of its life"""
+"""a stub is fetched again after this share of its life"""
 NAMED_SECONDS: Final = 600.0
 """between two requests to a gateway that gives no stub, but names the other gateways"""
 SAVE_SECONDS: Final = 0.1
@@ -175,7 +175,7 @@ class StubKeeper:
         return False
 
     def received(self, message: StubMessage) -> None:
-        """A message of exchange type 240 that a gateway sent; heeded if it is the proved answer to our request."""
+        """A message of exchange type 240 that a gateway sent; accepted if it is the proved answer to our request."""
         holding = self._held.get(message.spis)
         sa = self._tracker.sas.get(message.spis)
         if (
@@ -255,5 +255,5 @@ def _from_to(sa: IkeSa) -> tuple[str, int, str, int]:
 
 
 def _shape(sa: IkeSa) -> object:
-    """What a stub tells of an IKE_SA and can change while it lives."""
+    """What a stub says about an IKE_SA and can change while it lives."""
     return (sa.remote, sa.local_vips, tuple(child.spi_in for child in sa.children))

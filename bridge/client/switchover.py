@@ -30,7 +30,7 @@ from bridge.stub.types import Endpoint
 log = structlog.get_logger()
 
 NEWS_SECONDS = 0.5
-"""how long the HA channel may take to tell of an IKE_SA that VICI has"""
+"""how long the HA channel may take to report an IKE_SA that VICI has"""
 LOOK_SECONDS = 0.01
 """between two looks for that"""
 END_SECONDS = 1.0
@@ -62,8 +62,8 @@ class Switchover:
         self._wall = wall
 
     def offer(self, sa: IkeSa, gateway: Target, local: Endpoint) -> Offer:
-        """The CHILD_SAs of an SA to ask a gateway for at once, from `local`: none where the exchange that then has to
-        confirm them cannot be made."""
+        """The CHILD_SAs of an SA to ask a gateway for in the exchange, from `local`: none where the exchange that then
+        has to confirm them cannot be made."""
         if self._children == "never" or not key_confirmation.possible(sa.suite):
             return NOTHING
         assert sa.local is not None
@@ -201,7 +201,7 @@ class Switchover:
         installed = {child.spi_in for child in listed.children if child.works}
         for made in answer.children:
             if made.child.spi_in in installed:
-                # charon tells nobody of what it is given
+                # charon reports nothing about what it is given
                 self._charon.tracker.put_child(new, made.child)
             else:
                 log.warning("child-not-installed", connection=new.connection, child=made.child.name, **new.id.logged)
@@ -286,7 +286,7 @@ class Switchover:
         return [name for name in wanted if name in configured] or configured
 
     async def _drop(self, sa: IkeSa) -> None:
-        """Remove an SA from charon in silence: no DELETE to the peer, no updown event."""
+        """Remove an SA from charon without a DELETE to the peer or an updown event."""
         await self._remove(sa.id)
         self._sessions.dropped(sa)
 
@@ -297,7 +297,7 @@ class Switchover:
             await self._charon.channel.drained()
 
     async def _leave(self, sa: IkeSa) -> None:
-        """End an SA in whose place another gateway set up one: its own may live, and no mark in the bank tells it."""
+        """End an SA in whose place another gateway set up one: its own may live, and no mark in the bank reports it."""
         if sa.id.spis in self._charon.tracker.sas:
             with self._sessions.owning(sa.id.spis):
                 await self._charon.end_surely(sa)

@@ -2,7 +2,7 @@
 
 What the wire says before the keys have proved themselves is believed in nothing but the responder's nonce (protocol
 rule 6): an answer without a proof, a refusal among them, ends the attempt only after the time in which a proven one
-could still come. A proven refusal ends it at once.
+could still come. A proven refusal ends it immediately.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Answer:
 
 class SyncRequester:
     """Asks gateways to resume. Datagrams arrive through `datagram`; `sealed_stub` gives the stub that the client holds
-    of an IKE_SA, `offer` the CHILD_SAs of one that may come up at a gateway at once."""
+    of an IKE_SA, `offer` the CHILD_SAs of one that may come up in the exchange."""
 
     def __init__(
         self,

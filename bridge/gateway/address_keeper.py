@@ -86,8 +86,8 @@ class AddressKeeper:
             spawn("addresses-reserved-again", self._reserve_again(addresses))
 
     async def _reserve_again(self, addresses: Sequence[str]) -> None:
-        """At once, for the next handshake would get one of them, and a little later: charon tells of the end of an SA
-        before it releases the address."""
+        """Immediately, for the next handshake would get one of them, and a little later: charon reports the end of an
+        SA before it releases the address."""
         for seconds in RESERVE_AFTER:
             await asyncio.sleep(seconds)
             try:

@@ -16,7 +16,7 @@ from bridge.stub.stub import Index, Stub
 
 
 class AddressHolders:
-    """Tells which IKE_SAs of this charon have an address of a stub's. `address` is this gateway's in the index."""
+    """Finds which IKE_SAs of this charon have an address of a stub's. `address` is this gateway's in the index."""
 
     def __init__(self, charon: Charon, bank: StubBank, address: str | None) -> None:
         self._charon = charon
@@ -41,7 +41,7 @@ class AddressHolders:
 
     async def moved_away(self, stubs: Sequence[Stub]) -> set[bytes]:
         """Those of them whose session went on at another gateway or ended, according to the bank: leftovers, which
-        charon has yet to notice. Empty while the bank cannot tell."""
+        charon has yet to notice. Empty while the bank does not answer."""
         found = [
             (spis, index)
             for spis in set().union(*(self.of_others(stub) for stub in stubs))

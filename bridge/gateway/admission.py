@@ -2,7 +2,7 @@
 source. No I/O.
 
 A source is an IPv4 address, or the /64 network of an IPv6 address, which one host can have all of. What an address that
-has not proved itself does can cost whoever really has it a cookie, never its turn: the rate that a source is refused
+has not proved itself does can cost the true owner a cookie, never its turn: the rate that a source is refused
 for counts requests with a valid cookie only.
 """
 
@@ -46,7 +46,7 @@ def source_of(address: str) -> Source:
 
 class Admission:
     """Decides on requests before anything is known of them but their address, SPIi, nonce and cookie. `unconfirmed`
-    tells how many unconfirmed SAs a source has."""
+    returns how many unconfirmed SAs a source has."""
 
     def __init__(self, sync: SyncConfig, cookies: Cookies, unconfirmed: Callable[[Source], int]) -> None:
         self._sync = sync

@@ -1,8 +1,8 @@
-"""A failed gateway's clients are told to come here (docs/protocol.md, Announcement). No I/O; times are monotonic
+"""A failed gateway's clients are asked to resume here (docs/protocol.md, Announcement). No I/O; times are monotonic
 seconds.
 
 The sessions of a failed gateway are shared among those that could resume them by rendezvous hashing: each session has
-an order of gateways, the first announces at once, each later one a turn later if it was not resumed by then.
+an order of gateways, the first announces immediately, each later one a turn later if it was not resumed by then.
 
     WAITING --its turn, and room--> ANNOUNCED --Moving: moving--> COMING --confirmed--> resumed
        |                               |  '--no answer to ATTEMPTS--> silent: left to DPD
@@ -114,7 +114,7 @@ class Announcer:
         self.false_alarms = 0
         """failures that a client has contradicted"""
         self.totals: Counter[str] = Counter()
-        """sessions by what became of them: announced, resumed, refused, silent"""
+        """sessions by their outcome: announced, resumed, refused, silent (no answer)"""
 
     def begin(self, gateway: str, stubs: Iterable[tuple[Stub, Iterable[str]]], now: float) -> None:
         """`gateway` has failed; each of its stubs comes with the gateways that could announce and resume it."""

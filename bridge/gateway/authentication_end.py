@@ -1,7 +1,7 @@
 """A resumed session ends when its authentication does: charon counts the reauthentication time of a rebuilt IKE_SA from
 when it was rebuilt, so the sidecar ends what would outlive the authentication of the session.
 
-A client whose sidecar was told of the end (AUTH_LIFETIME) has authenticated again before.
+A client whose sidecar received the end (AUTH_LIFETIME) has authenticated again before.
 """
 
 from __future__ import annotations

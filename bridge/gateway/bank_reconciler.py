@@ -1,5 +1,5 @@
 """What a gateway does for the bank beside its own changes: it fetches the stubs of gateways that fail, puts back what a
-Redis lost, and takes away what nobody ended."""
+Redis lost, and removes what neither side ended."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = structlog.get_logger()
 
 FETCH_SECONDS: Final = 60.0
 HEAR_SECONDS: Final = 2.0
-"""within which this gateway hears of that itself, where the bank's keyspace can be heard"""
+"""within which this gateway receives its own event, where the bank sends keyspace events"""
 COMPARE_SECONDS: Final = 30.0
 """between two comparisons with the bank that nothing gave cause for"""
 COMPARE_BUNDLE: Final = 512
@@ -96,7 +96,7 @@ class BankReconciler:
         gone = bank_keys.gone_pattern(None)
         moved = map(bank_keys.moved_pattern, self._addresses)
         patterns = (f"{HEARTBEAT}*", f"{FETCH}*", REVOKED_STAMP, gone, *moved)
-        self._keyspace = Keyspace(url, patterns, self._event, self._heard)
+        self._keyspace = Keyspace(url, patterns, self._event, self._on_state)
         prefetch.attach(self._keyspace)
 
     def start(self) -> None:
@@ -117,12 +117,12 @@ class BankReconciler:
         await end(*self._tasks)
         await self._keyspace.close()
 
-    # what the keyspace tells
+    # events of the keyspace
 
-    def _heard(self, hears: bool) -> None:
+    def _on_state(self, listening: bool) -> None:
         self._failover.disturbed()
-        self._prefetch.heard(hears)
-        if hears:
+        self._prefetch.on_state(listening)
+        if listening:
             self.returned()
 
     def returned(self) -> None:
@@ -133,8 +133,8 @@ class BankReconciler:
         self._rotation.returned()
 
     def _event(self, event: Event) -> None:
-        self._prefetch.hear(event)
-        self._elsewhere.heard(event)
+        self._prefetch.on_event(event)
+        self._elsewhere.on_event(event)
         if event.key.startswith(FETCH) and event.event == "set":
             gateway = bank_keys.gateway_name(event.key.removeprefix(FETCH))
             if gateway is None:
@@ -166,7 +166,7 @@ class BankReconciler:
     async def fetch(self, request: dict[str, Any]) -> dict[str, Any]:
         """Control command: have all other gateways fetch the stubs of one.
 
-        This one begins when it hears of it, as they do: of a keyspace that is silent it would not hear either that a
+        This one begins with that event, as they do: without keyspace events it would not learn either that a
         fetched stub has ended.
         """
         gateway = str(request["from"])
@@ -175,12 +175,12 @@ class BankReconciler:
         try:
             await self._bank.post(bank_keys.FETCH_KIND, gateway, str(int(time.time())), FETCH_SECONDS)
         except BankUnavailable as error:
-            return {"error": f"{error}; `ike-sa-sync check` tells more"}
+            return {"error": f"{error}; see `ike-sa-sync check`"}
         try:
             async with asyncio.timeout(HEAR_SECONDS):
                 await self._fetch_heard.wait()
         except TimeoutError:
-            return {"error": "the bank's keyspace events are not heard here: is notify-keyspace-events Kg$hzxe there?"}
+            return {"error": "no keyspace events of the bank arrive here: is notify-keyspace-events Kg$hzxe set?"}
         return await self.progress(request)
 
     async def progress(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -311,7 +311,7 @@ class BankReconciler:
     async def _sweep(self) -> bool:
         """Delete the stubs of SAs that ended while no sidecar ran: charon has run since before they were set up, and
         does not have them. Those of a charon before it stay: their clients may resume. Once, at start; False while
-        charon lists an SA that is not known here and has a stub, for when that one ends nobody will notice."""
+        charon lists an SA that is not known here and has a stub, for no event would report the end of that one."""
         if self._address is None or not self._charon.vici.connected:
             return False
         started = await self._charon.vici.started()
@@ -357,8 +357,8 @@ class BankReconciler:
             await asyncio.sleep(STATS_SECONDS)
 
     async def _keep_facts(self) -> None:
-        """Post this gateway's facts again and again, and at once when its connections change: another gateway that is
-        drained to this one decides by them."""
+        """Post this gateway's facts again and again, and immediately when its connections change: another gateway that
+        is drained to this one decides by them."""
         await self._charon.reconciled.wait()
         posted: dict[str, list[str]] | None = None
         due = 0.0

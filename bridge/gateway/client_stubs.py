@@ -2,8 +2,8 @@
 
 The client gets its stub sealed with the gateways' key and can only hand it back. It is bound to its index, and to being
 held by a client: one out of the bank does not open here, nor one of these in the bank. GET Stub is answered without
-any state but a time stamp of the SA's, to the address that the SA's peer has, and not often: a replay gives nobody more
-than what was on the wire before, sealed.
+any state but a time stamp of the SA's, to the address that the SA's peer has, and not often: a replay gives no host
+more than what was on the wire before, sealed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ANSWERS_A_SECOND: Final = 2000
 class ClientStubs:
     """Seals stubs for their clients, opens what clients present, and answers GET Stub. `address` is this gateway's in
     the index, or None for the local address of each SA; `gateways` gives the addresses of the other gateways that
-    clients are told of."""
+    clients receive."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class ClientStubs:
         yet."""
         expected = self._expected(packet.ike[:SPIS_OCTETS])
         if packet.ike[:SPIS_OCTETS] not in self._tracker.sas and not expected:
-            # a flood of messages about SAs that nobody has shall cost no more than this
+            # a flood of messages about SAs that do not exist shall cost no more than this
             packet.drop()
             return None
         try:

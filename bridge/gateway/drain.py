@@ -5,8 +5,8 @@ With `until_even` only a surplus moves: as many sessions as this gateway has mor
 resume some of them, and as the target has less. So several gateways can give some to one that returned, in any order or
 at the same time, and none of them ends below the mean.
 
-A target that could resume none of the sessions is refused before anybody is asked: one without a heartbeat, without a
-bank key of this gateway's, or without the sessions' connections. Sessions that it could not resume are left alone.
+A target that could resume none of the sessions is refused before any client is asked: one without a heartbeat, without
+a bank key of this gateway's, or without the sessions' connections. Sessions that it could not resume are left alone.
 
 Each chosen client gets a Move (bridge.ike.stub_exchange). One whose sidecar answers resumes at the target; when the
 bank says that the session went on there, its IKE_SA here is ended. One without a sidecar notices nothing. The states
@@ -51,7 +51,7 @@ REMIND_SECONDS: Final = 1.0
 MOVE_SECONDS: Final = 30.0
 """how long a move may take"""
 RATE: Final = 50.0
-"""moves begun a second, unless told otherwise"""
+"""moves begun a second, by default"""
 FAILURES_SHOWN: Final = 50
 ALREADY: Final = {"error": "this gateway is being drained already"}
 ANY: Final = "any"
@@ -142,7 +142,7 @@ class Drain:
         self._task: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
-        """End without waiting for anybody."""
+        """End without waiting for any client."""
         if self._task is not None:
             await end(self._task)
 
@@ -165,7 +165,7 @@ class Drain:
             others = await OtherGateways.ask(self._bank, self._address)
         except BankUnavailable as error:
             return {"error": f"the bank does not answer, and no session can move without it: {error}"}
-        if others.silent:
+        if others.without_heartbeat:
             return {"error": "the bank takes no writes now, and no session can move without: see `ike-sa-sync status`"}
         if to in others.other_keys:
             return {"error": f"{to} has another bank key, and could open no stub of this gateway: copy the key file"}

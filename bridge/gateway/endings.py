@@ -3,7 +3,7 @@
 A bank can forget: a replica that was behind is promoted, a Redis starts from an older file, or empty. Its stubs of
 sessions that ended are then back, and a request that was captured once could be replayed. So each gateway remembers the
 ends that it took part in, also across a restart, refuses those indexes whatever the bank says, never publishes them
-again, and tells a bank that was away of them (bridge.gateway.bank_reconciler).
+again, and reports them to a bank that was away (bridge.gateway.bank_reconciler).
 
 The file has one end a line, `<Unix seconds> <gateway> <SPI hex>`: until when it is remembered, and the index.
 """

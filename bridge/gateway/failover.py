@@ -1,6 +1,6 @@
-"""The failure of another gateway: noticed by its heartbeat, its stubs fetched, its clients told to come here.
+"""The failure of another gateway: noticed by its heartbeat, its stubs fetched, its clients asked to resume here.
 
-`peer_watch` decides who has failed, `announcer` which clients are told when; here are the bank, the event loop and the
+`peer_watch` decides who has failed, `announcer` which clients are asked when; here are the bank, the event loop and the
 network.
 """
 
@@ -47,7 +47,7 @@ Needs = tuple[str, frozenset[str]]
 
 class Failover:
     """Watches the other gateways' heartbeats. `address` is this gateway's, None where it is not configured: nothing is
-    announced then. `spent` tells whether a session ended or was resumed here."""
+    announced then. `spent` returns whether a session ended or was resumed here."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Failover:
         tasks = [*self._fetching.values(), *([self._run] if self._run is not None else [])]
         await end(*tasks)
 
-    # what is heard of the others
+    # what is known of the other gateways
 
     def heartbeat_event(self, gateway: str, event: str) -> None:
         """Something happened to a gateway's heartbeat in the bank."""
@@ -113,7 +113,7 @@ class Failover:
                 return
 
     def disturbed(self) -> None:
-        """The bank was not heard, or is another one than before."""
+        """The bank did not answer, or is another one than before."""
         self.watch.disturbed(self._clock())
 
     async def own_heartbeat(self, written: bool, seconds: float, alive: Collection[str] | None) -> None:
@@ -203,7 +203,8 @@ class Failover:
             yield page
 
     async def _able(self, gateway: str) -> Callable[[Stub], list[str]]:
-        """What tells which living gateways could resume a stub, this one among them. Raises BankUnavailable."""
+        """A function that returns which living gateways could resume a stub, this one among them. Raises
+        BankUnavailable."""
         others = await OtherGateways.ask(self._bank, self._address)
         others.facts.pop(gateway, None)
         if self._address is not None:

@@ -43,7 +43,7 @@ class BankState(StrEnum):
 
 class Heartbeat:
     """Keeps `ike:gateway:<address>` alive, `detect` s each time, and takes it away when charon goes. `address` is this
-    gateway's in the index; None stands for the local address of the first SA that is up. `written` is told of each
+    gateway's in the index; None stands for the local address of the first SA that is up. `written` gets each
     attempt: whether it was written, the seconds that it took, and the other gateways whose heartbeats are in the bank
     (None where that is not known)."""
 

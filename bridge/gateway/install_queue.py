@@ -21,7 +21,7 @@ from bridge.net.interface import Packet
 log = structlog.get_logger()
 
 INSTALL_BATCH = 512
-"""SAs that land at once at most: an activation that is due shall not wait long"""
+"""SAs in one installation at most: an activation that is due shall not wait long"""
 GATHER_SECONDS = 0.05
 """for what comes between activations, at most: charon takes it in meanwhile"""
 WORTH = 3.0
@@ -33,7 +33,7 @@ Prepared = tuple[Packet, Rebuilt]
 
 class InstallQueue:
     """Installs what is added; `answer` sends the response to a packet's sender, `give_up` refuses one whose SA is not
-    installed, `coming` tells whether more may follow soon."""
+    installed, `coming` returns whether more may follow soon."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class InstallQueue:
                 self._installable.clear()
 
     def _enough(self) -> bool:
-        """Whether nobody else is on the way, or those that landed have waited for others as long as is worth it."""
+        """Whether no more are on the way, or those installed have waited for others as long as is worth it."""
         others = bool(self._prepared) or self._coming()
         # the last activation may have found charon stopped
         worth = min(WORTH * self._charon.installer.toggle_seconds, LONGEST_PAUSE)
@@ -135,7 +135,7 @@ class InstallQueue:
             self._landed += batch
         except HaError as error:
             if len(batch) > 1:
-                # one stub that charon cannot be told must not cost the others their turn
+                # one stub that cannot be encoded for charon must not cost the others their turn
                 for one in batch:
                     await self._land([one])
                 return

@@ -19,7 +19,7 @@ from bridge.service.tasks import end, spawn
 
 
 class Interception:
-    """Gives intercepted batches to `handler` while it is started; `busy` tells whether what was held is being worked
+    """Gives intercepted batches to `handler` while it is started; `busy` returns whether what was held is being worked
     on, `flooded` whether more comes than clients send.
 
     What does not fit into the queue goes on to charon. In a flood it is dropped instead: charon would keep a half-open
@@ -84,7 +84,7 @@ class Interception:
         self._bypassed = max(self._bypassed, missed)
 
     def gauges(self, metrics: Metrics) -> None:
-        """What is told of them."""
+        """Their state, for `status`."""
         queue, total = self._interceptor, metrics.total
         total("nfqueue_drops", "requests the kernel dropped from the queue", lambda: queue.stats().drops)
         total("nfqueue_packets", "packets read from the queue", lambda: queue.stats().seen)

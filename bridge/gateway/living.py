@@ -25,7 +25,7 @@ SHARED_MAX: Final = 8
 
 
 class LivingSas:
-    """Finds SAs of `tracker`. It is told of SAs by `put`, and looks itself whether they still are what they were."""
+    """Finds SAs of `tracker`. It gets SAs by `put`, and looks itself whether they still are what they were."""
 
     def __init__(self, tracker: SaTracker) -> None:
         self._tracker = tracker

@@ -1,4 +1,4 @@
-"""Tells the gateways that sessions came from that they went on here, however long the bank takes to be reached."""
+"""Reports to the gateways that sessions came from that they went on here, however long the bank is unreachable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MovedMarks:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def tell(self, move: Move) -> None:
+    def submit(self, move: Move) -> None:
         """A session went on here."""
         self._waiting[move] = None
         if len(self._waiting) > WAITING_MAX:
@@ -40,18 +40,18 @@ class MovedMarks:
 
     async def run(self) -> None:
         """Write what waits."""
-        told = False
+        logged = False
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
                 try:
                     await self._write()
-                    told = False
+                    logged = False
                 except BankUnavailable as error:
-                    if not told:
+                    if not logged:
                         log.warning(error.event, component="moved-marks", reason=str(error))
-                        told = True
+                        logged = True
                     await asyncio.sleep(RETRY_SECONDS)
 
     async def close(self) -> None:

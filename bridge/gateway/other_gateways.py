@@ -16,9 +16,9 @@ class OtherGateways:
     """What the bank says of them at one time. `facts` of each that lives and has a key of this gateway: its connections
     and their children, None where it does not say."""
 
-    def __init__(self, facts: dict[str, Facts | None], other_keys: frozenset[str], silent: bool) -> None:
+    def __init__(self, facts: dict[str, Facts | None], other_keys: frozenset[str], without_heartbeat: bool) -> None:
         self.facts = facts
-        self.silent = silent
+        self.without_heartbeat = without_heartbeat
         """this gateway's own heartbeat is missing: the bank takes no writes"""
         self.other_keys = other_keys
         """those that live, and could open no stub of this gateway"""
@@ -37,15 +37,15 @@ class OtherGateways:
                 other_keys.add(name)
             else:
                 facts[name] = gateway_facts.decode(await bank.posted(bank_keys.FACTS_KIND, name) or b"")
-        silent = address is not None and address in signs and not signs[address].alive
-        return cls(facts, frozenset(other_keys), silent)
+        without_heartbeat = address is not None and address in signs and not signs[address].alive
+        return cls(facts, frozenset(other_keys), without_heartbeat)
 
     def lacks(self, gateway: str, connection: str, children: Iterable[str]) -> str | None:
         """What a gateway lacks for a session, by what it says of itself; None if nothing, or if it says nothing."""
-        told = self.facts[gateway]
-        if told is None:
+        published = self.facts[gateway]
+        if published is None:
             return None
-        known = told.connections.get(connection)
+        known = published.connections.get(connection)
         if known is None:
             return f"the target has no connection {connection!r}"
         missing = sorted(set(children) - set(known))

@@ -83,7 +83,7 @@ class PeerWatch:
             self._calm_since = now
 
     def disturbed(self, now: float) -> None:
-        """The bank was not heard for a while, or is another one than before."""
+        """The bank did not answer for a while, or is another one than before."""
         self._calm_since = now
 
     def calm(self, now: float) -> bool:

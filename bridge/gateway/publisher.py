@@ -77,11 +77,12 @@ class Publisher:
         self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
 
     def resumed(self, sa: IkeSa, old: Stub) -> None:
-        """A session went on here as `sa`. The gateway that made its `old` stub is told to end what it has of it."""
+        """A session went on here as `sa`. The gateway that made its `old` stub is asked, by a mark in the bank, to end
+        what it has of it."""
         self.publish(sa)
         new = sa.published or sa.index_here(self._address)
         if new.gateway != old.index.gateway:
-            self._marks.tell(Move(old.index, new, max(old.expires, old.rekey_at)))
+            self._marks.submit(Move(old.index, new, max(old.expires, old.rekey_at)))
 
     def deleting(self, sa: IkeSa) -> None:
         """Delete the stub of an SA that charon waits to see deleted: its client may not answer for minutes."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 
 MAX_SOURCES = 16_384
-"""sources whose rate is known; of more, those not heard for longest are forgotten"""
+"""sources whose rate is known; of more, those without a request for longest are forgotten"""
 
 
 class Rate:
-    """Up to `per_second` a second, and as many at once after a second of rest."""
+    """Up to `per_second` a second, and as many together after a second of rest."""
 
     __slots__ = ("_paid_until", "_step")
 
@@ -28,7 +28,7 @@ class Rate:
 
 
 class SourceRates:
-    """A Rate for each source, the `limit` that were heard last."""
+    """A Rate for each source, the `limit` that sent last."""
 
     def __init__(self, per_second: float, limit: int = MAX_SOURCES) -> None:
         self._per_second = per_second

@@ -34,7 +34,7 @@ from bridge.stub.types import Endpoint
 
 NONE: AbstractSet[bytes] = frozenset()
 ATTEMPTS_PER_STUB = 4
-"""unconfirmed SAs from one stub at most: a client may start anew, and an old request of its may be replayed"""
+"""unconfirmed SAs from one stub at most: a client may start again, and an old request of a client may be replayed"""
 
 
 class _Exchanged(NamedTuple):
@@ -187,7 +187,7 @@ class Decision:
             conditions=conditions,
             extensions=stub.extensions,
             remote_vips=stub.remote_vips,
-            # charon tells nobody of what it is given
+            # charon reports nothing about what it is given
             children=tuple(new.child for new in granted.children),
             established=now,
             expires=now + lifetime,

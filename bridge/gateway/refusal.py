@@ -51,8 +51,8 @@ FINAL = frozenset(
 that the client sends back, for instance, more attempts than one stub may have, while one of them is being answered"""
 
 
-def told(request: SyncRequest, reason: Refusal, stub: Stub | None) -> bytes:
-    """The answer to a request that is to be told. A proof, which ends the client's attempt at once, is for final
+def notification(request: SyncRequest, reason: Refusal, stub: Stub | None) -> bytes:
+    """The answer to a request that gets one. A proof, which ends the client's attempt immediately, is for final
     reasons, and for those only who have proved themselves."""
     if stub is None or reason not in FINAL or not verify_request(request, stub.suite.prf, stub.sk_d):
         return build_refusal(request)

@@ -3,7 +3,7 @@
 Packets come in batches and stay in order; one task takes all that wait, has their stubs looked up in one round trip and
 each request judged (`decision`), and gives what is to be rebuilt to the next batch that is installed (`batches`), which
 answers. What was rebuilt is removed again unless its client confirms it (`unconfirmed`). A request that is refused goes
-on to charon as it came; but a client that cannot go on with charon's answer is told by a notification, since charon
+on to charon as it came; but a client that cannot go on with charon's answer receives a notification, since charon
 would keep a half-open IKE_SA of its request. What fails here goes to charon.
 """
 
@@ -35,7 +35,7 @@ from bridge.gateway.rebuild import NONE, Decision
 from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.rebuilt_state import State
 from bridge.gateway.recent import Recent
-from bridge.gateway.refusal import Refusal, told
+from bridge.gateway.refusal import Refusal, notification
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.gateway.unconfirmed import Unconfirmed
@@ -52,9 +52,9 @@ from bridge.stub.types import Endpoint
 log = structlog.get_logger()
 
 GET_BATCH = 256
-"""stubs asked of the bank at once at most: opening them is work, and must not make their own answer late"""
+"""stubs asked of the bank together at most: opening them is work, and must not make their own answer late"""
 REFUSALS_LOGGED = 20
-"""lines a second at most: whoever sends nonsense shall not fill the disk with it"""
+"""lines a second at most: an attacker shall not fill the disk with them"""
 WARNED_OF = (Refusal.PROOF_WRONG, Refusal.CONNECTION_MISSING, Refusal.ADDRESS_TAKEN)
 
 SYNC_LAST_SECONDS = 86400.0
@@ -185,7 +185,7 @@ class Responder:
     # packets
 
     def packets(self, batch: Sequence[Packet]) -> None:
-        """Take in intercepted requests. Decides at once on all but those that name a stub.
+        """Take in intercepted requests. Decides immediately on all but those that name a stub.
 
         In a flood almost all of them end with a cookie: up to there a packet meets nothing but `glance` and `judge`;
         and `_known`, while anything is served that it could be a repetition of.
@@ -270,7 +270,7 @@ class Responder:
         try:
             self._sender.send(packet.dst, packet.dport, packet.src, packet.sport, response, packet.marker)
         except OSError as error:
-            # to an address that somebody made up, perhaps
+            # to an address that an attacker made up, perhaps
             if self._lines.take(self._clock()):
                 log.warning("answer-not-sent", peer=packet.src, reason=error.strerror)
 
@@ -367,7 +367,7 @@ class Responder:
         elif request.refusable:
             packet.drop()
             self._metrics.refusals_told.inc()
-            self._answer(packet, told(request, reason, stub))
+            self._answer(packet, notification(request, reason, stub))
         else:
             self._pass_on(packet)
 

@@ -57,7 +57,7 @@ from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.stub import Index, Stub
 
 ANNOUNCED: Final = {
-    "announcements_announced": "sessions of failed gateways whose clients were told to come here",
+    "announcements_announced": "sessions of failed gateways whose clients were asked to resume here",
     "announcements_resumed": "of these, sessions that were resumed or ended",
     "announcements_refused": "of these, sessions whose client does not have this gateway, or moves already",
     "announcements_silent": "of these, sessions whose client did not answer or arrive: left to its dead peer detection",
@@ -289,7 +289,7 @@ class GatewayRole:
         self._responder.unconfirmed.verified(ike_id)
 
     def down(self, info: SaInfo) -> None:
-        """The HA channel tells the same, with the order kept; after this VICI has no more figures of it."""
+        """The HA channel reports the same, in order; after this VICI has no more figures of it."""
         self._hooks.down(info)
 
     async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
@@ -305,7 +305,7 @@ class GatewayRole:
         if not self._failover.report(message):
             self._drain.moving(message)
 
-    # what is told of it
+    # its state
 
     def _gauges(self) -> None:
         charon_metrics.of_charon(self._metrics, self._charon)
@@ -340,10 +340,10 @@ class GatewayRole:
         gauge(
             "bank_owed",
             "stub changes that one bank has and another has yet to get",
-            lambda: replicas.owed if replicas is not None else 0,
+            lambda: replicas.pending if replicas is not None else 0,
         )
-        for outcome, told in ANNOUNCED.items():
-            self._metrics.total(outcome, told, partial(self._failover.total, outcome.removeprefix("announcements_")))
+        for outcome, text in ANNOUNCED.items():
+            self._metrics.total(outcome, text, partial(self._failover.total, outcome.removeprefix("announcements_")))
         gauge("bank_reachable", "1 while the bank answers", lambda: float(self._heartbeat.bank_reachable))
         gauge(
             "bank_key_seals",

@@ -1,8 +1,8 @@
 """No session in two places: IKE_SAs of this gateway whose session went on at another one are ended here.
 
-The gateway where a session goes on leaves a mark in the bank, sealed with the bank's key, so that nobody without that
-key can have a session ended. The keyspace tells of a mark at once; where it is not heard, the comparison with the bank
-finds the session.
+The gateway where a session goes on leaves a mark in the bank, sealed with the bank's key, so that no process without
+that key can have a session ended. A keyspace event reports a mark immediately; without events, the comparison with the
+bank finds the session.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SessionElsewhere:
         self._ending: set[bytes] = set()
         self._wake = asyncio.Event()
 
-    def heard(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Something happened to a key of the bank."""
         if event.event != "set" or not event.key.startswith(bank_keys.MOVED):
             return

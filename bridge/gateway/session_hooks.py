@@ -270,7 +270,7 @@ class SessionHooks:
     async def _established(self, session: _Session) -> None:
         for _ in range(round(SETTLE_SECONDS / LOOK_SECONDS)):
             sa = session.sa
-            if sa.children and sa.told >= sa.children_at:
+            if sa.children and sa.reported_at >= sa.children_at:
                 break
             await asyncio.sleep(LOOK_SECONDS)
         self._raise(SessionEvent.ESTABLISHED, session)

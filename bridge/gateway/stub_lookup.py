@@ -40,7 +40,7 @@ class Missing(StrEnum):
 
 
 class StubLookup:
-    """Finds stubs. `reachable` tells whether the bank is worth asking, `timeout` (s) how long it may take."""
+    """Finds stubs. `reachable` returns whether the bank is worth asking, `timeout` (s) how long it may take."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class StubLookup:
         return [self._choose(index, own, stubs, ended) for index, own in zip(indexes, held, strict=True)]
 
     async def ended(self, index: Index) -> bool:
-        """Whether the session of `index` has ended or gone on, as far as that can be told within the time of a
+        """Whether the session of `index` has ended or gone on, as far as the bank answers within the time of a
         look-up."""
         if index in self._endings:
             return True

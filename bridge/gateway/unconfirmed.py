@@ -38,7 +38,7 @@ LATE_SECONDS = 30.0
 
 class Unconfirmed:
     """The rebuilt SAs that wait for their first verified request, oldest first. `confirm_timeout` in seconds; `ended`
-    tells whether the session of an index ended or went on elsewhere."""
+    returns whether the session of an index ended or went on elsewhere."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Unconfirmed:
             log.info("sa-ended-before-confirmed", old_gateway=made.old.index.gateway, **made.sa.id.logged)
             self.forget(made, Event.ENDED)
             try:
-                # not in silence: its client takes the session for resumed
+                # with a DELETE: its client takes the session for resumed
                 await self._charon.end({made.sa.id.spis})
             except ViciError as error:
                 log.warning("ended-sa-not-removed", reason=str(error), **made.sa.id.logged)

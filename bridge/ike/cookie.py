@@ -78,7 +78,7 @@ def glance(data: bytes) -> Glance | None:
     Raises MalformedMessage where the payloads are cut or more than MAX_PAYLOADS, or Ni is missing or of a wrong length.
     """
     end = len(data)
-    # most ordinary requests do not even hold that octet
+    # most requests for a full handshake do not even hold that octet
     if end < HEADER.size or data[18] != _INIT or data[19] & _RESPONSE or _SYNC_MARK not in data:
         return None
     kind, at, left = data[16], HEADER.size, MAX_PAYLOADS

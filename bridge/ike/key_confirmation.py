@@ -16,7 +16,7 @@ MESSAGE_ID: Final = 1
 
 
 class Confirmation:
-    """`request` is what to send, as often as need be. Raises UnsupportedSuite (`possible` tells before)."""
+    """`request` is what to send, as often as need be. Raises UnsupportedSuite (check `possible` first)."""
 
     def __init__(
         self, suite: Suite, keys: IkeKeys, spi_i: bytes, spi_r: bytes, *, random: Callable[[int], bytes]

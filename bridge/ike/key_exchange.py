@@ -1,9 +1,9 @@
 """Public values for KE payloads, and Diffie-Hellman with them.
 
-The request carries a public value so that a gateway which knows nothing of IKE_SA_SYNC can answer as usual
-(draft-xu-ike-sa-sync-01 section 3.1). Without forward secrecy nothing else is done with it, and its private half is
-thrown away (`fresh_public_value`). With it both sides have a `KeyExchange`, on a curve: `cryptography` is about to drop
-MODP groups, and Python's own arithmetic would hold the event loop for milliseconds.
+The request carries a public value so that a gateway which knows nothing of IKE_SA_SYNC can answer with a normal
+response (draft-xu-ike-sa-sync-01 section 3.1). Without forward secrecy nothing else is done with it, and its private
+half is thrown away (`fresh_public_value`). With it both sides have a `KeyExchange`, on a curve: `cryptography` is about
+to drop MODP groups, and Python's own arithmetic would hold the event loop for milliseconds.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _CURVES: Final[dict[int, type[ec.EllipticCurve]]] = {
 }
 
 # Groups that `cryptography` lacks, all of them or in its older releases, get a random value of the form that a
-# responder accepts; nobody knows its private half. Any number below a MODP prime is a member of its group or of its
-# subgroup's coset; the top bit is cleared, for the primes begin with 64 ones, those of RFC 5114 with one at least.
-# These are octets of a public value:
+# responder accepts; its private half is not known to anyone. Any number below a MODP prime is a member of its group or
+# of its subgroup's coset; the top bit is cleared, for the primes begin with 64 ones, those of RFC 5114 with one at
+# least. These are octets of a public value:
 _RANDOM: Final[dict[int, int]] = {
     Group.MODP_768: 96,
     Group.MODP_1024: 128,

@@ -73,7 +73,7 @@ CRITICAL: Final = 0x80
 MIN_NONCE, MAX_NONCE = 16, 256
 """octets (section 3.9)"""
 MAX_PAYLOADS: Final = 64
-"""in one message; a chain of empty payloads is nothing anybody sends"""
+"""in one message; no implementation sends a chain of empty payloads"""
 
 # plain numbers: comparing with enums takes far longer
 _NONE, _NOTIFY = int(PayloadType.NONE), int(PayloadType.NOTIFY)

@@ -80,7 +80,7 @@ REPORTS: Final = frozenset(
 
 
 ANNOUNCING: Final = frozenset({MoveStatus.GONE, MoveStatus.HERE})
-"""the statuses with which a client hears of its gateway's failure, or of its life"""
+"""the statuses of an answer to an announcement"""
 
 
 class Move(NamedTuple):
@@ -105,7 +105,7 @@ class Move(NamedTuple):
 class StubMessage:
     """A message of exchange type 240. Nothing in it is proved before `verify`.
 
-    `blank`: the message with the octets of PROOF zero. `sync.from_gateway` tells who sent it.
+    `blank`: the message with the octets of PROOF zero. `sync.from_gateway` says which side sent it.
     """
 
     blank: bytes = field(repr=False)
@@ -206,12 +206,12 @@ def build_move(sa: StubSa, target: str, message_id: int) -> bytes:
 
 
 def move_message_id(now: float) -> int:
-    """Of a Move that is first sent at `now` (Unix seconds). It grows, so that a client heeds none twice."""
+    """Of a Move that is first sent at `now` (Unix seconds). It grows, so that a client accepts none twice."""
     return GET_MESSAGE_ID + 1 + int(now) % (GET_MESSAGE_ID - 1)
 
 
 def build_moving(sa: StubSa, asked: StubMessage, status: MoveStatus, nonce: bytes) -> bytes:
-    """Moving: the client tells what becomes of it."""
+    """Moving: the client reports what becomes of it."""
     assert asked.move is not None
     attributes = (Move(status, asked.move.target).encode(),)
     return _build(sa, False, asked.message_id, attributes, nonce=nonce, before=asked.blank)

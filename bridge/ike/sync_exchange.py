@@ -175,7 +175,7 @@ class SyncRequest(Struct, frozen=True, gc=False):
 
     @property
     def refusable(self) -> bool:
-        """Whether its sender wants to be told of a refusal, and does not go on with IKE_AUTH."""
+        """Whether its sender accepts a notification of a refusal, and does not go on with IKE_AUTH."""
         return self.sync.first(Attribute.REFUSAL) is not None
 
     @property
@@ -200,14 +200,14 @@ _SYNC_MARK: Final = bytes((_SYNC,))
 
 
 def parse_request(data: bytes) -> SyncRequest | None:
-    """A request with IKE_SA_SYNC; None for any other message, which is none of our business.
+    """A request with IKE_SA_SYNC; None for any other message, which goes to charon unchanged.
 
     Raises MalformedMessage for one that has the payload and breaks a rule: cut payloads; IKE_SA_SYNC, SAi1, KEi, Ni or
     a cookie twice, or one of the first four not there; an unknown critical payload; C = 1; an SPIi of zero, an SPIr, a
     message ID other than 0, the flag I not set.
     """
     if len(data) < HEADER.size or data[18] != _INIT or data[19] & _RESPONSE or _SYNC_MARK not in data:
-        # ordinary requests are not ours to judge
+        # charon judges requests for a full handshake
         return None
     header, payloads = parse(data)
     if not any(one.type == _SYNC for one in payloads):
@@ -265,7 +265,7 @@ def is_for(request: SyncRequest, suite: Suite) -> bool:
 
 
 def verify_request(request: SyncRequest, prf: int, sk_d_old: bytes) -> bool:
-    """Whether whoever sent the request holds SK_d of the old SA. Constant time; False without PROOF."""
+    """Whether the sender of the request holds SK_d of the old SA. Constant time; False without PROOF."""
     return proves(request.sync, request.blank, prf, sk_d_old)
 
 
@@ -396,7 +396,7 @@ class OrdinaryResponse(NamedTuple):
     """What a gateway answers that does not resume: an IKE_SA_INIT response, or an error notification."""
 
     error: int | None
-    """the notification's type, None for an ordinary response"""
+    """the notification's type, None for a normal response"""
 
 
 Response = SyncResponse | SyncRefusal | OrdinaryResponse | CookieChallenge

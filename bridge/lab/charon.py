@@ -103,7 +103,7 @@ class Charon(Daemon):
     def start(self, load: bool = True) -> None:
         """Start charon, wait until it answers on VICI, and load `/etc/swanctl`.
 
-        A sidecar has to be started before, or charon reports the keys of its SAs to nobody.
+        A sidecar has to be started before, or no process receives the keys that charon reports.
         """
         self.configure()
         self.spawn(*(STARTER if self.ipsec_conf else ("charon-systemd",)))

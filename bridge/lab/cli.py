@@ -56,8 +56,8 @@ def demo(as_json: bool) -> None:
     if as_json:
         print_json(outcome)
         return
-    told = f"resumed with {outcome['lost']} of {outcome['sent']} packets lost; the lab is gone again"
-    click.echo(click.style(told, fg="green"))
+    result = f"resumed with {outcome['lost']} of {outcome['sent']} packets lost; the lab is gone again"
+    click.echo(click.style(result, fg="green"))
 
 
 @lab.command()
@@ -122,7 +122,7 @@ def _host(name: str | None, host: str) -> tuple[str, int]:
 def kill(name: str | None, host: str) -> None:
     """Fail a host of a running lab, as a machine does.
 
-    SIGKILL to everything that runs on it; its SAs are gone, and nobody is told.
+    SIGKILL to everything that runs on it; its SAs are lost, and no peer receives a DELETE.
     """
     namespace, holder = _host(name, host)
     _reporting(lambda: space.kill_all(namespace, spare=holder))

@@ -14,7 +14,7 @@ from bridge.lab.space import LabError
 if TYPE_CHECKING:
     from bridge.lab.host import Host
 
-# How many times slower than usual this machine is: who emulates a processor says so, and all patience grows with it.
+# How many times slower this machine is than a real one: an emulator sets it, and all time limits grow with it.
 SLOWNESS = float(os.environ.get("IKE_SA_SYNC_LAB_SLOWNESS", "1"))
 
 # Seconds; generous, since many may share few cores.

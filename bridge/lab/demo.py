@@ -72,7 +72,7 @@ class Ping:
 
 
 def run(say: Say) -> dict[str, Any]:
-    """Run the demo in a lab of its own. `say` gets a heading and what there is to tell, step by step.
+    """Run the demo in a lab of its own. `say` gets a heading and a text, step by step.
 
     Gives what `ike-sa-sync resume --json` printed, with `sent`, `lost` (packets) and `silence_ms` added.
     LabError if the session cannot be set up, or does not carry traffic at the end.

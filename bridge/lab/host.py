@@ -228,7 +228,7 @@ class Host:
         return done.stdout.count(" bytes from ")
 
     def power_off(self) -> None:
-        """Fail as a machine does: every process gone at once, nothing answers, the kernel forgets its SAs."""
+        """Fail as a machine does: all processes end together, nothing answers, the kernel forgets its SAs."""
         space.kill_all(self.namespace, spare=self.pid)
         self.charon.forget()
         for sidecar in self.sidecars:

@@ -1,7 +1,7 @@
 """The lab: real strongSwan hosts as network namespaces on a bridge.
 
 Everything lives in namespaces of its own, so the machine's network, files and daemons stay as they are, and
-several labs can run at once.
+several labs can run in parallel.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ class Lab:
         )
 
     def _terminate_as_exit(self) -> None:
-        """Let SIGTERM unwind the stack as Ctrl-C does, unless somebody else handles it."""
+        """Let SIGTERM unwind the stack as Ctrl-C does, unless other code handles it."""
         if threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

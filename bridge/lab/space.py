@@ -1,7 +1,7 @@
 """What a lab leaves in the system, and how it is found and removed again.
 
 A lab is a name. Its traces are network namespaces called `<lab>-<host>`, the processes in them, and the
-directory `/run/ike-sa-sync-lab/<lab>`; nothing else outside them is changed. So whoever knows the name can
+directory `/run/ike-sa-sync-lab/<lab>`; nothing else outside them is changed. So a process that knows the name can
 remove a lab, also one whose owner was killed.
 """
 
@@ -33,7 +33,7 @@ class LabError(Exception):
 
 
 def need_root() -> None:
-    """Raises LabError for anybody else."""
+    """Raises LabError unless root runs it."""
     if os.geteuid() != 0:
         raise LabError("the lab makes network namespaces: run it as root")
 

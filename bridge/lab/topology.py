@@ -30,8 +30,8 @@ SERVER6 = "fd10:10:1::10"
 INSIDE = "inside"  # the network behind the gateways
 BANK_KEY = "/etc/ike-sa-sync/bank.key"
 
-# A dead gateway is given up after 2 s without an answer to the probe that follows 2 s of silence; later on a slow
-# machine, where one that lives may take as long to answer.
+# A dead gateway is given up after 2 s without an answer to the probe that follows 2 s without a message; later on a
+# slow machine, where one that lives may take as long to answer.
 PATIENCE = {"charon.retransmit_timeout": 0.5 * SLOWNESS, "charon.retransmit_base": 1.0, "charon.retransmit_tries": 3}
 DPD_DELAY = f"{2 * SLOWNESS:.0f}s"
 
@@ -70,7 +70,7 @@ class Topology:
             sidecar.wait_ready()
 
     def connect(self, connection: str = "home") -> None:
-        """Bring the client's session up, by an ordinary handshake."""
+        """Bring the client's session up, by a full handshake."""
         self.client.charon.initiate("net", connection)
 
     def kill_gateway(self, host: Host) -> None:
@@ -119,7 +119,7 @@ def standard(
     ha_pools: bool = False,
     releases: Mapping[str, str] | None = None,
 ) -> Topology:
-    """Build the standard lab, and start it unless told not to. `releases`: hosts that run another Debian release's
+    """Build the standard lab, and start it by default. `releases`: hosts that run another Debian release's
     strongSwan, by name. `ha_pools`: the addresses come from pools of charon's ha plugin, which needs the sidecars, and
     not from those in charon's memory.
 

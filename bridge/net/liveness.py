@@ -1,8 +1,8 @@
 """Shows the kernel that the event loop runs, so that the queue's rules hold packets for it; sees that it stood still.
 
-The rules (bridge.net.queue_rules) queue a packet only if they were told within STALL_SECONDS. A process that hangs, is
-stopped or is frozen tells nothing, whatever the cause, and from then on its packets go to charon without it. nftables
-is told by a datagram, which an output rule notes and drops; iptables by the list of xt_recent.
+The rules (bridge.net.queue_rules) queue a packet only if a sign of life came within STALL_SECONDS. A process that
+hangs, is stopped or is frozen gives none, whatever the cause, and from then on its packets go to charon without it. The
+sign is a datagram for nftables, which an output rule notes and drops; for iptables an entry in the list of xt_recent.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Liveness:
         self._each = beat
         self._clock = clock
         self._tell: Callable[[], bool] = lambda: True
-        self._told = float("inf")
+        self._signed_at = float("inf")
         self._socket: socket.socket | None = None
         self._families: Sequence[Family] = ()
         self._recent: dict[Family, int] = {}
@@ -76,21 +76,21 @@ class Liveness:
 
     def check(self) -> bool:
         """Whether the event loop stood still for so long that packets passed it. What it missed is then settled."""
-        stood = self._clock() - self._told
+        stood = self._clock() - self._signed_at
         if stood < STALL_SECONDS:
             return False
         self.stalls += 1
         log.warning("event-loop-stood-still", seconds=round(stood, 2))
         self._stalled()
-        self._told = self._clock()
+        self._signed_at = self._clock()
         return True
 
     def beat(self) -> None:
-        """Tell the kernel now; also when the rules were just set again."""
+        """Give the kernel a sign of life now; also when the rules were just set again."""
         self.check()
         self._each()
         noticed = self._tell()
-        self._told = self._clock()
+        self._signed_at = self._clock()
         if not noticed:
             self._unnoticed()
 

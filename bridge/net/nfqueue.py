@@ -33,7 +33,7 @@ QUEUED_OCTETS = 2560
 """what one packet takes of the netlink socket's buffer, the kernel's overhead included"""
 
 READ_AT_ONCE, READ_BUSY = 128, 16
-"""packets, then the event loop has its turn; while somebody is being served, who needs several turns, fewer"""
+"""packets, then the event loop has its turn; fewer while a request is being served, which needs several turns"""
 
 _QUEUES = "/proc/thread-self/net/netfilter/nfnetlink_queue"
 
@@ -80,7 +80,7 @@ class Packet:
 
     @property
     def held(self) -> bool:
-        """Whether it was not decided on yet, neither by whoever took it nor by the end of the interceptor."""
+        """Whether it was not decided on yet, neither by the handler that took it nor by the end of the interceptor."""
         return self._queued is not None
 
     def accept(self) -> None:
@@ -124,8 +124,8 @@ class QueueStats:
 
 
 class Interceptor:
-    """One NFQUEUE. `handler` is called on the event loop with every batch of requests, and decides on each, at once
-    or later. At most `max_length` are undecided at a time: the kernel lets the rest pass. `busy` tells whether what
+    """One NFQUEUE. `handler` is called on the event loop with every batch of requests, and decides on each, immediately
+    or later. At most `max_length` are undecided at a time: the kernel lets the rest pass. `busy` returns whether what
     was held is being worked on; `stood_still`, asked before each look at the queue, that the event loop was not there
     for so long that `let_go` was called."""
 
@@ -293,7 +293,7 @@ def _why_not_bound(number: int, error: OSError) -> str:
 
 
 def queue_owner(number: int) -> int | None:
-    """The netlink port id of whoever reads a queue in this network namespace, most likely its process id."""
+    """The netlink port id of the process that reads a queue in this network namespace, most likely its process id."""
     with contextlib.suppress(OSError), open(_QUEUES) as file:
         row = _row(file.read(), number)
         return int(row[1]) if row is not None else None

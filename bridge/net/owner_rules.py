@@ -1,9 +1,9 @@
 """The rules that let only root speak as either end of charon's ha plugin.
 
 charon sends the keys of each IKE_SA from one address of loopback to another, UDP port 4510, and believes what comes
-back. UDP says nothing of who sent a datagram, and whoever holds a port while it is read need not be the sender. So
-datagrams to or from these ends are dropped unless a process of uid 0 sends them, and where they come over a network.
-The rules stay when the sidecar stops: charon goes on to send, and systemd holds the sidecar's socket.
+back. UDP does not say which process sent a datagram, and the process that holds a port while it is read need not be the
+sender. So datagrams to or from these ends are dropped unless a process of uid 0 sends them, and where they come over a
+network. The rules stay when the sidecar stops: charon goes on to send, and systemd holds the sidecar's socket.
 """
 
 from __future__ import annotations

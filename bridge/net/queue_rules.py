@@ -35,7 +35,7 @@ ALIVE: dict[Family, str] = {"ip": "ike-sa-sync", "ip6": "ike-sa-sync-6"}
 STALL_SECONDS = 1
 """an event loop that stood still for so long gets no packets"""
 BEAT_PORT = 9
-"""of 127.0.0.1: a datagram of root's to it tells nftables that the event loop runs; it goes nowhere"""
+"""of 127.0.0.1: a datagram that root sends to it shows nftables that the event loop runs; it goes nowhere"""
 
 # Next Payload, version, exchange type and flags are neighbours: one 32-bit comparison. Of the flags the response flag
 # alone is looked at.

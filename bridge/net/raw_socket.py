@@ -82,7 +82,7 @@ class RawUdp:
 
 
 class ResponseListener:
-    """Overhears answers to the ANSWERED exchanges, between any ports; charon gets them too.
+    """Receives copies of answers to the ANSWERED exchanges, between any ports; charon gets them too.
 
     A filter in the kernel lets nothing else up to here.
     """

@@ -1,6 +1,7 @@
 """Sets rules, looks every few seconds whether they are still there as they were set, and puts them back.
 
-`nft flush ruleset`, with which Debian's nftables.conf begins, and any reload of a firewall take them away in silence.
+`nft flush ruleset`, with which Debian's nftables.conf begins, and any reload of a firewall remove them without an
+error.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class RulesWatch:
         self._expected: tuple[str, ...] = ()
         self._counted_before = self._counted = 0
         self._now = asyncio.Event()
-        self._told = ""
+        self._logged = ""
 
     @property
     def counted(self) -> int:
@@ -76,12 +77,12 @@ class RulesWatch:
             self._now.clear()
             try:
                 await self._look()
-                self._told = ""
+                self._logged = ""
             except RulesError as error:
                 self.in_place = False
-                if str(error) != self._told:
+                if str(error) != self._logged:
                     log.error("rules-not-restored", rules=self._about, reason=str(error))
-                self._told = str(error)
+                self._logged = str(error)
                 # whatever suggests that they are gone does so all the time now
                 await asyncio.sleep(LOOK_SECONDS)
             looked()

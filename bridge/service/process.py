@@ -1,4 +1,4 @@
-"""What the two sidecars have in common as processes: starting, being watched, stopping, and what `status` tells."""
+"""What the two sidecars have in common as processes: starting, being watched, stopping, and what `status` shows."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def spare_collections() -> None:
 
 
 def _announce_ready() -> None:
-    """Tell systemd and whoever reads stdout that the sidecar serves."""
+    """Report to systemd, and on stdout, that the sidecar serves."""
     notify("READY=1")
     print("ready", flush=True)
 
@@ -97,7 +97,7 @@ class _Life:
         self._over.set()
 
     async def over(self) -> None:
-        """Wait for the end; meanwhile systemd is told that this process lives."""
+        """Wait for the end; meanwhile the watchdog of systemd is served."""
         watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
         while not self._over.is_set():
             with contextlib.suppress(TimeoutError):
@@ -133,16 +133,16 @@ async def serve(log_as: LogConfig, start: Callable[[AsyncExitStack], Coroutine[A
 
 async def retry(name: str, attempt: Callable[[], object], *errors: type[Exception]) -> None:
     """Try until it works; say why not whenever the reason changes."""
-    told = ""
+    reported = ""
     while True:
         try:
             attempt()
         except errors as error:
-            # what is missing here keeps nobody from starting strongSwan, which systemd does after the sidecar
+            # systemd starts strongSwan after the sidecar, also while something is missing here
             notify("READY=1")
-            if str(error) != told:
+            if str(error) != reported:
                 log.warning(f"{name}-unavailable", reason=str(error), retrying_every_s=RETRY_SECONDS)
-            told = str(error)
+            reported = str(error)
             await asyncio.sleep(RETRY_SECONDS)
         else:
             return

@@ -47,14 +47,14 @@ EPOCH_MIN: Final = 3600
 RETAIN_SECONDS: Final = 90_000
 """how long the key of an epoch that is over is kept in memory: as long as a stub that a client holds, and an hour"""
 EPOCHS_MAX: Final = 20_000
-"""derived at once at most, from an old file: two years of the shortest epoch"""
+"""keys derived together at most, from an old file: two years of the shortest epoch"""
 
 _LINE = re.compile(
     r"(?P<id>[0-9a-f]{8})\s+(?P<key>[A-Za-z0-9+/]{43}=)(\s+epoch=(?P<number>[0-9]{1,10})/(?P<seconds>[0-9]{1,8}))?"
 )
 _HEADER = """\
 # Keys of the stub bank, for all its gateways the same: one a line, <id> <base64>. The first seals, every one opens.
-# Whoever reads this file can take over every session in the bank.
+# A process that can read this file can take over every session in the bank.
 """
 _EPOCH_INFO = b"ike-sa-sync epoch"
 

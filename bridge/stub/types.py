@@ -53,7 +53,7 @@ def _identity_text(kind: int, data: bytes) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with every character that is not printable escaped: fit for a terminal, whoever wrote it."""
+    """`text` with every character that is not printable escaped: safe for a terminal, whatever its origin."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
