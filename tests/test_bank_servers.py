@@ -88,9 +88,9 @@ async def test_a_gateway_may_watch_the_keyspace(guarded: RedisServer, ring: Keyr
 @pytest.mark.parametrize(
     ("events", "told"),
     [
-        ("Kg$hzxe", "tells what happens"),
-        ("Kg$h", "does not tell of expired"),
-        ("", "does not tell of del, expired, hset, set"),
+        ("Kg$hzxe", "sends its keyspace events"),
+        ("Kg$h", "sends no events for expired"),
+        ("", "sends no events for del, expired, hset, set"),
     ],
 )
 async def test_check_hears_with_a_gateways_rights_what_the_bank_tells(

@@ -363,7 +363,7 @@ def test_a_bank_that_does_not_answer(topology: Topology) -> None:
         topology.bank.start()
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("ike-sa-sync: Redis: ")
-    assert done.stderr.endswith("; `ike-sa-sync check` tells more\n")
+    assert done.stderr.endswith("; see `ike-sa-sync check`\n")
 
 
 @pytest.mark.lab
