@@ -26,7 +26,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
-from bridge.charon.sa_tracker import Listener
+from bridge.charon.sa_listener import Listener
 from bridge.charon.status import wait_known
 from bridge.charon.vici_types import SaInfo
 from bridge.client.role import ClientRole

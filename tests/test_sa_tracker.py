@@ -8,6 +8,7 @@ import pytest
 
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType, decode
 from bridge.charon.ike_sa import Condition, IkeSa, new_conditions
+from bridge.charon.sa_comparison import Comparison
 from bridge.charon.sa_tracker import HALF_OPEN_SECONDS, SaTracker
 from bridge.charon.vici_types import ChildInfo, ConnectionInfo, Event, SaInfo
 from bridge.ike.transforms import Group
@@ -52,7 +53,7 @@ def tracker() -> tuple[SaTracker, Recorder, Clock]:
 
 def reconcile(known: SaTracker, infos: list[SaInfo], *, since: float) -> dict[bytes, SaInfo]:
     """Compare with a list of VICI's that comes in parts of one."""
-    comparison = known.compare(since=since)
+    comparison = Comparison(known, since=since)
     for one in infos:
         comparison.take([one])
     return comparison.end()

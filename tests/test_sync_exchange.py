@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from bridge.ike.keys import prf
 from bridge.ike.message import Flag, MalformedMessage, NotifyType, PayloadType, build, encode_notify, parse
+from bridge.ike.nat_detection import nat_hash
 from bridge.ike.sync_exchange import (
     CookieChallenge,
     OrdinaryResponse,
@@ -24,7 +25,6 @@ from bridge.ike.sync_exchange import (
     build_refusal,
     build_request,
     build_response,
-    nat_hash,
     parse_request,
     parse_response,
     sync_comes_first,

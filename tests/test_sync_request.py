@@ -12,7 +12,8 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.client.sync_request import MAX_COOKIES, Answer, NoAnswerError, RefusedError, SyncRequester, Target
 from bridge.config import ResumeConfig
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build, encode_notify, parse
-from bridge.ike.sync_exchange import Addresses, build_refusal, build_response, parse_request, verify_request
+from bridge.ike.nat_detection import Addresses
+from bridge.ike.sync_exchange import build_refusal, build_response, parse_request, verify_request
 from bridge.ike.transforms import Suite
 from bridge.net.packet import Datagram
 from bridge.stub.child_sa import NOTHING

@@ -20,7 +20,8 @@ from bridge.charon.installer import Installer
 from bridge.charon.placeholders import NO_ADDRESS, Placeholders
 from bridge.charon.reconcile import Reconciler, Recover, no_recovery
 from bridge.charon.releases import crashes_on_activation, version_for
-from bridge.charon.sa_tracker import Listener, Listeners, SaTracker
+from bridge.charon.sa_listener import Listener, Listeners
+from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
 from bridge.charon.vici_watch import ViciWatch
 from bridge.config import ChildrenInExchange, HaConfig

@@ -18,6 +18,7 @@ from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.installer import LOOK_SHARE, Installer
 from bridge.charon.placeholders import Placeholders
+from bridge.charon.sa_comparison import Comparison
 from bridge.charon.sa_tracker import WORD_SECONDS, SaTracker
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.charon.vici_watch import ViciWatch
@@ -317,7 +318,7 @@ class Reconciler:
     async def _compare(self) -> tuple[dict[bytes, SaInfo], float]:
         """What is missing here of what VICI lists, and when it was asked (monotonic seconds)."""
         since = time.monotonic()
-        comparison = self._tracker.compare(since=since)
+        comparison = Comparison(self._tracker, since=since)
         established: Counter[int] = Counter()
         strays: dict[bytes, SaInfo] = {}
         connecting: dict[bytes, str] = {}

@@ -7,19 +7,19 @@ where the two differ the SA cannot be resumed. Either may come first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
-from typing import Protocol
+from collections.abc import Callable, Iterator, Set
 
 import structlog
 
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
 from bridge.charon.half_open import HalfOpenSas
-from bridge.charon.identity_text import is_named
 from bridge.charon.ike_sa import SAME_SECONDS, Condition, IkeSa
+from bridge.charon.sa_keys import derived_keys
+from bridge.charon.sa_listener import Listener
+from bridge.charon.sa_peers import differs
 from bridge.charon.sa_recovery import SaRecovery, child_of, drop_unlisted, groups, inherit
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, expiry
 from bridge.charon.virtual_ips import VirtualIps
-from bridge.ike.keys import derive_sk_d, skeyseed_initial, skeyseed_rekey
 from bridge.ike.transforms import Suite, UnsupportedSuite, check_resumable
 from bridge.stub.types import ChildSa, Endpoint
 
@@ -37,50 +37,6 @@ WORD_SECONDS = 1.0
 """VICI's event about an SA comes within this time of its HA messages, or VICI has to be asked"""
 MALFORMED_MAX = 20_000
 """SAs with malformed messages that are remembered"""
-
-
-class Listener(Protocol):
-    """What happens to the SAs. Called from `Tracker`'s methods, in order."""
-
-    def changed(self, sa: IkeSa) -> None:
-        """`sa` came up, was rekeyed, moved, or its CHILD_SAs or virtual IPs changed."""
-
-    def gone(self, sa: IkeSa) -> None:
-        """`sa` ended: deleted by either side, timed out, or replaced by its rekeyed successor."""
-
-    def verified(self, ike_id: IkeId) -> None:
-        """charon received a request on `ike_id` that verified under its keys."""
-
-    def down(self, sa: SaInfo) -> None:
-        """VICI says that an IKE_SA went down; its state is DELETING if one of the sides asked for that."""
-
-
-class Listeners:
-    """Listener that passes on everything to those in `each`, in their order: there are none before charon's news is
-    read, and one for each role of the sidecar afterwards."""
-
-    def __init__(self) -> None:
-        self.each: tuple[Listener, ...] = ()
-
-    def changed(self, sa: IkeSa) -> None:
-        """See Listener."""
-        for listener in self.each:
-            listener.changed(sa)
-
-    def gone(self, sa: IkeSa) -> None:
-        """See Listener."""
-        for listener in self.each:
-            listener.gone(sa)
-
-    def verified(self, ike_id: IkeId) -> None:
-        """See Listener."""
-        for listener in self.each:
-            listener.verified(ike_id)
-
-    def down(self, sa: SaInfo) -> None:
-        """See Listener."""
-        for listener in self.each:
-            listener.down(sa)
 
 
 class SaTracker:
@@ -212,7 +168,7 @@ class SaTracker:
             suite = known.suite
         try:
             check_resumable(suite)
-            sk_d, secret = self._keys(ike_id, suite, known, message)
+            sk_d, secret = derived_keys(ike_id, suite, known, message)
         except (UnsupportedSuite, ValueError) as error:
             self.unresumable += 1
             self._log_unresumable(ike_id, str(error))
@@ -238,31 +194,6 @@ class SaTracker:
         remote: Endpoint | None = message.first(Attr.REMOTE_ADDR)
         if remote is not None and rekeyed is None and not rebuilt:
             self.half_open.began(ike_id.spis, remote.address, sa.seen)
-
-    @staticmethod
-    def _keys(ike_id: IkeId, suite: Suite, known: IkeSa | None, message: HaMessage) -> tuple[bytes, bytes | None]:
-        """SK_d and the shared secret, that of all key exchanges one after the other.
-
-        RFC 7296 sections 2.14 and 2.18, RFC 9370 sections 2.2.2 and 2.2.4.
-        """
-        ni, nr = message.first(Attr.NONCE_I), message.first(Attr.NONCE_R)
-        secret: bytes = message.first(Attr.SECRET, b"")
-        additional: bytes = message.first(Attr.ADD_SECRET, b"")
-        old_sk_d: bytes | None = message.first(Attr.OLD_SKD)
-        prf: int = suite.prf
-        earlier = b""
-        if ni is None or nr is None:
-            raise ValueError("charon sent no nonces")
-        if old_sk_d is not None:
-            prf = message.first(Attr.ALG_OLD_PRF, prf)
-        elif known is not None and message.first(Attr.ALG_PRF) is None:
-            old_sk_d, earlier = known.sk_d, known.shared_secret or b""
-        if old_sk_d is None:
-            seed = skeyseed_initial(prf, secret, ni, nr)
-        else:
-            seed = skeyseed_rekey(prf, old_sk_d, secret, ni, nr, additional)
-        sk_d = derive_sk_d(suite, seed, ni, nr, ike_id.spi_i, ike_id.spi_r, algorithm=prf)
-        return sk_d, earlier + secret + additional or None
 
     def _update(self, ike_id: IkeId, message: HaMessage) -> None:
         sa = self.sas.get(ike_id.spis)
@@ -549,9 +480,9 @@ class SaTracker:
         up = [sa.published_at for sa in list(self.sas.values()) if sa.up]
         return len(up), len(up) - up.count("")
 
-    def compare(self, *, since: float) -> Comparison:
-        """Begin to compare with a full list of VICI's that was asked for at `since` (clock seconds)."""
-        return Comparison(self, since, set(self._early))
+    def early(self) -> Set[bytes]:
+        """SPIs of the SAs that VICI reported and whose HA messages are still to come."""
+        return set(self._early)
 
     def listed(self, info: SaInfo, *, since: float) -> bool:
         """Take what VICI lists of an SA that is up: who its peers are, its lifetime, where it is, CHILD_SAs that it no
@@ -607,53 +538,6 @@ class SaTracker:
         self.virtual_ips.keep(present, since=since)
 
 
-def differs(sa: IkeSa, info: SaInfo) -> str:
-    """In what HA messages contradict VICI about who the peers of an SA are; empty where they agree."""
-    if sa.connection != info.connection:
-        return "HA messages name another connection than VICI"
-    for identity, text, whose in (
-        (sa.local_id, info.local_id, "another identity of this host"),
-        (sa.remote_id, info.remote_id, "another identity of the peer"),
-        (sa.eap_id, info.eap_id, "another EAP identity of the peer"),
-    ):
-        if identity is None and not text:
-            continue
-        if identity is None or not text or not is_named(identity, text):
-            return f"HA messages name {whose} than VICI"
-    return ""
-
-
 def _earlier(one: int, other: int) -> int:
     """The earlier of two times, 0 being never."""
     return min(filter(None, (one, other)), default=0)
-
-
-class Comparison:
-    """What a tracker knows against all that VICI lists, which comes in parts."""
-
-    def __init__(self, tracker: SaTracker, since: float, early: Set[bytes]) -> None:
-        self._tracker = tracker
-        self._since = since
-        self._early = early
-        self._present: set[bytes] = set()
-        self._missing: dict[bytes, SaInfo] = {}
-
-    def take(self, infos: Sequence[SaInfo]) -> None:
-        """Some of the list."""
-        for info in infos:
-            self._present.add(info.spis)
-            if info.remote_vips:
-                self._tracker.virtual_ips.put(info.spis, info.remote_vips, self._since)
-            if info.version == 2 and info.state == "ESTABLISHED" and not self._tracker.listed(info, since=self._since):
-                self._missing[info.spis] = info
-            elif info.state == "DELETING" and (sa := self._tracker.sas.get(info.spis)) is not None and sa.up:
-                if sa.requests is not None:
-                    sa.requests.deleting = True
-                self._tracker.on_deleting(sa)
-        self._missing |= {info.spis: info for info in self._tracker.recall.awaited(infos)}
-
-    def end(self) -> dict[bytes, SaInfo]:
-        """That was all of it. Gives the SAs whose keys are missing; and for those that were rekeyed before they were
-        recalled, and lack CHILD_SAs, what they were before."""
-        self._tracker.unlisted(self._present, self._early, since=self._since)
-        return self._missing

@@ -25,6 +25,7 @@ from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.key_exchange import KeyExchange, can_exchange, fresh_public_value
 from bridge.ike.keys import NONCE_OCTETS
 from bridge.ike.message import MalformedMessage
+from bridge.ike.nat_detection import nat_hash
 from bridge.ike.sync_exchange import (
     CookieChallenge,
     OrdinaryResponse,
@@ -32,7 +33,6 @@ from bridge.ike.sync_exchange import (
     SyncRefusal,
     SyncResponse,
     build_request,
-    nat_hash,
     parse_response,
     verify_refusal,
     verify_response,

@@ -11,14 +11,12 @@ resume may answer a client that asked for that with N(RESUMPTION_REFUSED).
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from msgspec import Struct
 
-from bridge.ike.address import packed
 from bridge.ike.message import (
     HEADER,
     PAYLOAD_HEADER,
@@ -37,6 +35,7 @@ from bridge.ike.message import (
     encode_notify,
     parse,
 )
+from bridge.ike.nat_detection import Addresses, nat_notifies
 from bridge.ike.proof import blank, empty_proof, prove, proves
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, encode_gateways, encode_old_children
 from bridge.ike.transforms import Suite, least_nonce, proposes
@@ -48,29 +47,6 @@ _MAX_COOKIE: Final = 64
 """octets (RFC 7296 section 2.6)"""
 MAX_REASON: Final = 64
 """octets of a refusal's reason"""
-
-Addresses = tuple[str, int, str, int]
-"""source address and port, destination address and port"""
-
-
-def nat_hash(spi_i: bytes, spi_r: bytes, address: str, port: int) -> bytes:
-    """SHA-1(SPIi | SPIr | address | port), 20 octets: the data of NAT detection (RFC 7296 section 2.23)."""
-    octets = spi_i + spi_r + packed(address) + port.to_bytes(2)
-    return hashlib.sha1(octets, usedforsecurity=False).digest()
-
-
-def _nat_notifies(spi_i: bytes, spi_r: bytes, nat: Addresses) -> list[tuple[int, bytes]]:
-    src, sport, dst, dport = nat
-    return [
-        (
-            PayloadType.NOTIFY,
-            encode_notify(NotifyType.NAT_DETECTION_SOURCE_IP, nat_hash(spi_i, spi_r, src, sport)),
-        ),
-        (
-            PayloadType.NOTIFY,
-            encode_notify(NotifyType.NAT_DETECTION_DESTINATION_IP, nat_hash(spi_i, spi_r, dst, dport)),
-        ),
-    ]
 
 
 # the client's request
@@ -126,7 +102,7 @@ def build_request(
         (PayloadType.NONCE, nonce),
     ]
     if nat is not None:
-        payloads += _nat_notifies(spi_i, _NO_SPI, nat)
+        payloads += nat_notifies(spi_i, _NO_SPI, nat)
     if sk_d_old is None:
         payloads.append(sync)
     message = build(
@@ -298,7 +274,7 @@ def build_response(
     payloads.append((PayloadType.NONCE, nonce))
     proven = bool(request.sync.attributes)
     if nat is not None and request.nat_source and request.nat_destination:
-        payloads += _nat_notifies(request.spi_i, spi_r, nat)
+        payloads += nat_notifies(request.spi_i, spi_r, nat)
     if proven and auth_lifetime is not None:
         seconds = struct.pack("!I", min(auth_lifetime, 0xFFFFFFFF))
         payloads.append((PayloadType.NOTIFY, encode_notify(NotifyType.AUTH_LIFETIME, seconds)))
