@@ -18,6 +18,7 @@ from bridge.charon.ha_commands import add_message
 from bridge.charon.ha_message import Attr, IkeId, decode
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ConnectionInfo
+from bridge.client.ike_transport import IkeTransport
 from bridge.client.sync_request import Answer, RefusedError, SyncRequester, Target
 from bridge.config import ResumeConfig, SyncConfig
 from bridge.gateway.addresses import AddressHolders
@@ -333,7 +334,8 @@ class Wire:
     def __init__(self, config: ResumeConfig, reply: Callable[[bytes], bytes], group: int = 31) -> None:
         self.request = b""
         self._reply = reply
-        self._asker = SyncRequester(self, config, lambda _: None, lambda *_: NOTHING)
+        self._transport = IkeTransport(self)
+        self._asker = SyncRequester(self._transport, config, lambda _: None, lambda *_: NOTHING)
         self._sa = IkeSa(
             IkeId.of(b"initiate", b"responds", True),
             msgspec.structs.replace(SUITE, group=group),
@@ -345,7 +347,7 @@ class Wire:
 
     def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None:
         self.request = payload
-        self._asker.datagram(Datagram(dst, dport, src, sport, self._reply(payload), marker))
+        self._transport.datagram(Datagram(dst, dport, src, sport, self._reply(payload), marker))
 
     async def asked(self) -> Answer:
         async with asyncio.timeout(5):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.client import gateway_probe, move_handler, race, stub_keeper, sync_request
+from bridge.client import gateway_probe, ike_transport, move_handler, race, stub_keeper, sync_request
 from bridge.config import ClientConfig, GatewayConfig
 from bridge.gateway import admission, announcer, client_stubs, drain, heartbeat, rebuild
 from bridge.ike import cookie, keys
@@ -94,7 +94,7 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "and how long after either": admission.HOLD_SECONDS,
     "unconfirmed SAs of one stub": rebuild.ATTEMPTS_PER_STUB,
     "a secret makes cookies": cookie.SECRET_SECONDS,
-    "each further one waits longer by the factor": sync_request.BACK_OFF,
+    "each further one waits longer by the factor": ike_transport.BACK_OFF,
     "and asks the next one beside it after (RFC 8305)": race.NEXT_SECONDS,
     "cookies taken in one attempt": sync_request.MAX_COOKIES,
     "octets of a nonce": keys.NONCE_OCTETS,

@@ -9,6 +9,7 @@ import pytest
 
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
+from bridge.client.ike_transport import IkeTransport
 from bridge.client.sync_request import MAX_COOKIES, Answer, NoAnswerError, RefusedError, SyncRequester, Target
 from bridge.config import ResumeConfig
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build, encode_notify, parse
@@ -62,7 +63,8 @@ class Gateway:
         self.requests: list[bytes] = []
         self.ways: list[tuple[str, int, str, int, bool]] = []
         self._answers = answers
-        self._asker = SyncRequester(self, config, lambda _: None, lambda *_: NOTHING)
+        self._transport = IkeTransport(self)
+        self._asker = SyncRequester(self._transport, config, lambda _: None, lambda *_: NOTHING)
         self.sa = IkeSa(
             IkeId.of(b"initiate", b"responds", True),
             SUITE,
@@ -76,7 +78,7 @@ class Gateway:
         self.requests.append(payload)
         self.ways.append((src, sport, dst, dport, marker))
         for octets in self._answers(payload, len(self.requests)):
-            self._asker.datagram(Datagram(dst, dport, src, sport, octets, marker))
+            self._transport.datagram(Datagram(dst, dport, src, sport, octets, marker))
 
     async def asked(self) -> Answer:
         return await self._asker.ask(self.sa, Target(GATEWAY, "home"))

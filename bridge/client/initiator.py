@@ -25,6 +25,7 @@ from bridge.client.attempt import Attempt, Means
 from bridge.client.auto_resume import NEWS_SECONDS, AutoResume
 from bridge.client.candidates import Candidates
 from bridge.client.gateway_probe import GatewayProbe
+from bridge.client.ike_transport import IkeTransport
 from bridge.client.metrics import ClientMetrics
 from bridge.client.move_handler import MoveHandler
 from bridge.client.nat_keepalive import NatKeepalive
@@ -77,8 +78,9 @@ class Initiator:
             config.held, charon.tracker, sender, self._sessions.resumable_sas, self._named, random=random, wall=wall
         )
         self._switchover = Switchover(charon, self._sessions, config.resume, random=random, clock=clock, wall=wall)
+        self._transport = IkeTransport(sender)
         self._requester = SyncRequester(
-            sender, config.resume, self.keeper.stub_of, self._switchover.offer, random=random, clock=clock
+            self._transport, config.resume, self.keeper.stub_of, self._switchover.offer, random=random, clock=clock
         )
         self._means = Means(
             charon,
@@ -248,7 +250,7 @@ class Initiator:
                 elif message is not None:
                     self.keeper.received(message)
             else:
-                self._requester.datagram(datagram)
+                self._transport.datagram(datagram)
 
     # moving
 

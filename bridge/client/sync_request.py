@@ -1,8 +1,8 @@
 """The one round trip with one gateway, on the client's side (draft-xu-ike-sa-sync-01 section 3.1).
 
-What the wire says before the keys have proved themselves is believed in nothing but the responder's nonce (protocol
-rule 6): an answer without a proof, a refusal among them, ends the attempt only after the time in which a proven one
-could still come. A proven refusal ends it immediately.
+Before the keys are proved, no content of a message is trusted but the responder's nonce (protocol rule 6): an answer
+without a proof, a refusal among them, ends the attempt only after the time in which a proven one could still come. A
+proven refusal ends it immediately.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import structlog
 
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
+from bridge.client.ike_transport import BACK_OFF, IkeTransport
 from bridge.config import ResumeConfig
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.key_exchange import KeyExchange, can_exchange, fresh_public_value
@@ -38,19 +39,14 @@ from bridge.ike.sync_exchange import (
     verify_response,
 )
 from bridge.ike.sync_payload import Attribute
-from bridge.net.interface import Sender
-from bridge.net.packet import PORT_IKE, PORT_NAT_T, Datagram, has_marker
+from bridge.net.packet import PORT_IKE, PORT_NAT_T, Datagram
 from bridge.stub.child_sa import NewChild, Offer, granted
 from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
 
-BACK_OFF = 1.8
-"""each retransmission waits this much longer than the one before, as charon's do"""
 MAX_COOKIES = 4
 """taken in one attempt: the first may be forged, or the gateway's secret change meanwhile"""
-QUEUED = 64
-"""answers to one request that may wait; more is a flood"""
 
 
 class RefusedError(Exception):
@@ -101,12 +97,12 @@ class Answer:
 
 
 class SyncRequester:
-    """Asks gateways to resume. Datagrams arrive through `datagram`; `sealed_stub` gives the stub that the client holds
-    of an IKE_SA, `offer` the CHILD_SAs of one that may come up in the exchange."""
+    """Asks gateways to resume. `sealed_stub` gives the stub that the client holds of an IKE_SA, `offer` the CHILD_SAs
+    of one that may come up in the exchange."""
 
     def __init__(
         self,
-        sender: Sender,
+        transport: IkeTransport,
         config: ResumeConfig,
         sealed_stub: Callable[[IkeSa], bytes | None],
         offer: Callable[[IkeSa, Target, Endpoint], Offer],
@@ -114,19 +110,12 @@ class SyncRequester:
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._sender = sender
+        self._transport = transport
         self._config = config
         self._sealed_stub = sealed_stub
         self._offer = offer
         self._random = random
         self._clock = clock
-        self._listening: dict[bytes, asyncio.Queue[Datagram]] = {}
-
-    def datagram(self, datagram: Datagram) -> None:
-        """An answer to IKE_SA_INIT or INFORMATIONAL that reached this host."""
-        queue = self._listening.get(datagram.ike[:8])
-        if queue is not None and queue.qsize() < QUEUED:
-            queue.put_nowait(datagram)
 
     async def ask(self, sa: IkeSa, gateway: Target) -> Answer:
         """Raises NoAnswerError or RefusedError."""
@@ -144,7 +133,6 @@ class SyncRequester:
         """One attempt, from this port of the client to this one of the gateway."""
         assert sa.local is not None
         spi_i, nonce = self._random(8), self._random(NONCE_OCTETS)
-        marker = has_marker(local_port, port)
         source = _source_address(gateway)
         if source is None or source in sa.local_vips:
             # a tunnel that covers its own gateways: the kernel would send into it
@@ -154,11 +142,9 @@ class SyncRequester:
         offered = self._offer(sa, gateway, local)
         cookies: list[bytes] = []
         requests: list[bytes] = []
-        queue: asyncio.Queue[Datagram] = asyncio.Queue()
-        self._listening[spi_i] = queue
         exchange = self._exchange(sa.suite.group)
         ke_value = exchange.public if exchange is not None else fresh_public_value(sa.suite.group)
-        try:
+        with self._transport.answers(spi_i) as answers:
             began = self._clock()
             deadline = began + self._config.answer_timeout
             wait, refusal = self._config.retransmit, None
@@ -181,12 +167,12 @@ class SyncRequester:
                 )
                 if request not in requests:
                     requests.append(request)
-                self._send(local, Endpoint(gateway.address, port), request, marker)
+                self._transport.send(local, Endpoint(gateway.address, port), request)
                 until, wait = min(now + wait, deadline), wait * BACK_OFF
                 while (left := (refusal or until) - self._clock()) > 0:
                     try:
                         async with asyncio.timeout(left):
-                            datagram = await queue.get()
+                            datagram = await answers.get()
                     except TimeoutError:
                         break
                     if datagram.src != gateway.address:
@@ -208,8 +194,6 @@ class SyncRequester:
                 if refusal is not None and self._clock() >= refusal:
                     raise RefusedError
             raise NoAnswerError
-        finally:
-            del self._listening[spi_i]
 
     def _judge(self, datagram: Datagram, requests: list[bytes], sa: IkeSa) -> Response | None:
         """What an answer to the last of `requests` is; one that is proven may be to any of them, for nothing shows
@@ -232,25 +216,14 @@ class SyncRequester:
 
     async def confirm(self, confirmation: Confirmation, answer: Answer) -> bool:
         """Carry the first protected exchange of the SA that `answer` is of; whether the gateway answered in time."""
-        queue: asyncio.Queue[Datagram] = asyncio.Queue()
-        self._listening[answer.ike_id.spi_i] = queue
-        marker = has_marker(answer.local.port, answer.remote.port)
-        wait = self._config.retransmit
-        try:
-            async with asyncio.timeout(self._config.answer_timeout):
-                while True:
-                    self._send(answer.local, answer.remote, confirmation.request, marker)
-                    try:
-                        async with asyncio.timeout(wait):
-                            while not confirmation.is_answered_by((await queue.get()).ike):
-                                pass
-                            return True
-                    except TimeoutError:
-                        wait *= BACK_OFF
-        except TimeoutError:
-            return False
-        finally:
-            del self._listening[answer.ike_id.spi_i]
+        return await self._transport.exchange(
+            answer.local,
+            answer.remote,
+            confirmation.request,
+            confirmation.is_answered_by,
+            retransmit=self._config.retransmit,
+            timeout=self._config.answer_timeout,
+        )
 
     def _accepted(
         self,
@@ -308,14 +281,6 @@ class SyncRequester:
             return exchange.shared(public_value)
         except ValueError:
             raise RefusedError("public-value-wrong") from None
-
-    def _send(self, local: Endpoint, remote: Endpoint, request: bytes, marker: bool) -> None:
-        try:
-            self._sender.send(local.address, local.port, remote.address, remote.port, request, marker)
-        except OSError as error:
-            # no route just now: the next retransmission may have one
-            spi_i = request[:8].hex()
-            log.info("request-not-sent", gateway=remote.address, reason=error.strerror, spi_i=spi_i)
 
 
 def _source_address(gateway: Target) -> str | None:
