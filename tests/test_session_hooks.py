@@ -15,7 +15,8 @@ import pytest
 
 from bank_support import GATEWAY, stub_of
 from bridge.charon.ike_sa import IkeSa, sa_of
-from bridge.charon.sa_tracker import Listeners, SaTracker
+from bridge.charon.sa_listener import Listeners
+from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildInfo, SaInfo
 from bridge.check import host
 from bridge.config import GatewayConfig, HooksConfig
