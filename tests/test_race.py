@@ -75,6 +75,18 @@ async def test_after_a_refusal_those_that_were_asked_have_a_moment_more() -> Non
     assert [target for target, _ in gateways.asked] == [ONE, TWO]
 
 
+async def test_a_gateway_that_proves_that_its_charon_is_away_is_as_one_that_does_not_answer() -> None:
+    gateways = Gateways(one=(0.0, RefusedError("charon-unavailable")), two=(0.01, ANSWER))
+    assert await gateways.race(ONE, TWO, THREE) == (TWO, ANSWER)
+    assert gateways.silent == [ONE]
+    # without delay
+    assert gateways.asked[1][1] < NEXT_SECONDS
+    gateways = Gateways(**dict.fromkeys(NAMES, (0.0, RefusedError("charon-unavailable"))))
+    with pytest.raises(NoAnswerError):
+        await gateways.race(ONE, TWO, THREE)
+    assert len(gateways.asked) == len(NAMES)
+
+
 async def test_without_any_answer_every_gateway_was_asked_and_named() -> None:
     silent: dict[str, Any] = dict.fromkeys(NAMES, (0.0, NoAnswerError()))
     gateways = Gateways(**silent)

@@ -30,9 +30,11 @@ from bridge.gateway.revocation import Revocations
 from bridge.gateway.stub_lookup import StubLookup
 from bridge.ike.sync_exchange import (
     CookieChallenge,
+    SyncRefusal,
     SyncResponse,
     build_request,
     parse_response,
+    verify_refusal,
     verify_response,
 )
 from bridge.stub.stub import Stub
@@ -189,6 +191,22 @@ def test_an_sa_that_no_message_confirms_is_removed_after_confirm_timeout(loop: F
     loop.pass_time(3.0)
     assert gateway.installer.installed == {}
     assert stub.index in gateway.bank.stubs
+    loop.run(gateway.close())
+
+
+def test_while_charon_is_away_a_client_that_proved_itself_is_told(loop: FakeTime) -> None:
+    gateway, stub = started(loop)
+    gateway.channel.up = False
+    for sk_d, proven in ((stub.sk_d, True), (bytes(32), False)):
+        octets = resume(stub, sk_d_old=sk_d, refusable=True)
+        gateway.receive(request := Request(SOURCES[0], octets))
+        loop.pass_time(1.0)
+        assert request.fate == ["dropped"]
+        [answer] = gateway.answers(octets)
+        assert isinstance(answer, SyncRefusal) is proven
+        if proven:
+            assert answer.reason == "charon-unavailable"
+            assert verify_refusal(answer, octets, stub.suite.prf, stub.sk_d)
     loop.run(gateway.close())
 
 

@@ -16,6 +16,9 @@ from bridge.service.tasks import end
 NEXT_SECONDS: Final = 0.25
 """after a gateway was asked, before the next one is (RFC 8305: Connection Attempt Delay)"""
 
+AWAY: Final = "charon-unavailable"
+"""the proven reason of a gateway that can resume nothing for now, where others may"""
+
 Ask = Callable[[Target], Awaitable[Answer]]
 """asks one gateway; raises NoAnswerError or RefusedError"""
 
@@ -33,8 +36,9 @@ class RefusedByError(Exception):
 async def first_answer(
     gateways: Sequence[Target], ask: Ask, on_timeout: Callable[[Target], None], grace: float
 ) -> tuple[Target, Answer]:
-    """The first proven answer, and whose it is. `on_timeout` gets each gateway that does not answer. After a refusal
-    no other gateway is asked, and those that were asked have `grace` seconds more.
+    """The first proven answer, and whose it is. `on_timeout` gets each gateway that does not answer, or proves that its
+    charon does not. After another refusal no other gateway is asked, and those that were asked have `grace` seconds
+    more.
 
     Raises NoAnswerError where none answers, RefusedByError where one refuses and none resumes.
     """
@@ -59,6 +63,9 @@ async def first_answer(
                 except NoAnswerError:
                     on_timeout(gateway)
                 except RefusedError as error:
+                    if error.why == AWAY:
+                        on_timeout(gateway)
+                        continue
                     refused = refused or RefusedByError(gateway, str(error), error.why)
         raise refused if refused is not None else NoAnswerError
     finally:

@@ -45,10 +45,12 @@ FINAL = frozenset(
         Refusal.NONCE_SHORT,
         Refusal.CONNECTION_MISSING,
         Refusal.ADDRESS_TAKEN,
+        Refusal.CHARON_UNAVAILABLE,
     }
 )
-"""what holds for every attempt of this session here. Of the others, an attacker can cause some: with forged cookies
-that the client sends back, for instance, more attempts than one stub may have, while one of them is being answered"""
+"""what holds for every attempt of this session here, the last one for now. Of the others, an attacker can cause some:
+with forged cookies that the client sends back, for instance, more attempts than one stub may have, while one of them is
+being answered"""
 
 
 def notification(request: SyncRequest, reason: Refusal, stub: Stub | None) -> bytes:

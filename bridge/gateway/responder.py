@@ -296,12 +296,14 @@ class Responder:
                         packet.accept()
 
     async def _serve_batch(self, batch: list[Waiting]) -> None:
-        if not self._charon.ready():
-            self._refuse_all(batch, Refusal.CHARON_UNAVAILABLE)
-            return
         # while the bank is asked
         self._charon.know_connections_soon()
         stubs = await self._lookup.find([request for _, request, _ in batch])
+        if not self._charon.ready():
+            # with the stub, so that clients that prove themselves learn it, and ask another gateway
+            for waiting, stub in zip(batch, stubs, strict=True):
+                self._carry_out(waiting, stub, Refusal.CHARON_UNAVAILABLE)
+            return
         found = [stub for stub in stubs if isinstance(stub, Stub)]
         if found:
             await self._charon.know_connections(
@@ -334,10 +336,6 @@ class Responder:
             self._refuse(packet, request, made, None if isinstance(stub, Missing) else stub)
         elif made is not None:
             self._batches.add(packet, made)
-
-    def _refuse_all(self, batch: list[Waiting], reason: Refusal) -> None:
-        for packet, request, _ in batch:
-            self._refuse(packet, request, reason)
 
     def _pass_on(self, packet: Packet) -> None:
         """To charon, which begins a handshake."""
