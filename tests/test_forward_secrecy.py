@@ -397,12 +397,14 @@ async def test_a_value_in_ker_that_is_none_of_the_group_is_refused(ker: tuple[in
         await Wire(config("preferred"), lambda request: answer(request, key_exchange=ker)).asked()
 
 
-async def test_a_client_with_a_group_that_is_no_curve_asks_only_where_it_need_not_have_it() -> None:
-    wire = Wire(config(True), lambda request: answer(request, key_exchange=None), group=14)
+@pytest.mark.parametrize("group", OTHERS)
+async def test_a_client_with_a_group_that_is_no_curve_never_asks(group: int) -> None:
+    """MODP groups, ML-KEM and brainpoolP224r1: it falls back, or goes on without where it need not have it."""
+    wire = Wire(config(True), lambda request: answer(request, key_exchange=None), group=group)
     with pytest.raises(RefusedError) as refused:
         await wire.asked()
     assert refused.value.why == "forward-secrecy-impossible"
     assert wire.request == b""
-    wire = Wire(config("preferred"), lambda request: answer(request, key_exchange=None), group=14)
+    wire = Wire(config("preferred"), lambda request: answer(request, key_exchange=None), group=group)
     assert (await wire.asked()).g_ir == b""
     assert not read(wire.request).forward_secrecy

@@ -19,7 +19,7 @@ from bridge.net.raw_socket import RawUdp
 from chaos.world import World
 from net_support import inside
 
-ETH_P_IP = 0x0800
+ETH_P_ALL, ETH_P_IP = 0x0003, 0x0800
 KEPT = 400
 """messages of each kind that are remembered"""
 SUITE = Suite(encr=20, encr_len=128, integ=0, prf=5, group=31)
@@ -45,7 +45,7 @@ class Attacker:
         self._requests: list[Datagram] = []
         self._others: list[Datagram] = []
         with inside(world.lab.switch):
-            self._ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP))
+            self._ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
         with inside(world.attacker.namespace):
             self._sender = RawUdp()
         self._thread = threading.Thread(target=self._record, daemon=True)
@@ -54,7 +54,7 @@ class Attacker:
     def _record(self) -> None:
         while True:
             octets, address = self._ear.recvfrom(65535)
-            if address[2] == socket.PACKET_OUTGOING:
+            if address[1] != ETH_P_IP or address[2] == socket.PACKET_OUTGOING:
                 continue
             seen = parse_datagram(octets)
             if seen is None or len(seen.ike) < 28:
@@ -109,10 +109,12 @@ class Attacker:
 
     def _forged_ha(self, random: Random) -> str:
         """IKE_DELETE of every IKE_SA of a gateway, to both ends of the HA channel."""
-        host = random.choice(self._world.gateways)
+        listed = {host.name: self._world.sas_or_none(host) for host in self._world.gateways}
+        busy = [host for host in self._world.gateways if listed[host.name]]
+        host = random.choice(busy or self._world.gateways)
         lines = ""
         for version in (3, 4, 5):
-            for sa in self._world.sas_or_none(host):
+            for sa in listed[host.name]:
                 spis = sa["initiator-spi"] + sa["responder-spi"]
                 lines += f"{version:02x}05" + "01" + "02" + spis + "00" + "\n"
         self._as_nobody(host, lines)
