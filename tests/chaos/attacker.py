@@ -3,19 +3,21 @@ the gateways; and a local user without privileges on a gateway."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import struct
 import sys
 import threading
 from random import Random
+from socket import inet_aton
 
 from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.message import ExchangeType, PayloadType
 from bridge.ike.sync_exchange import build_request
 from bridge.ike.transforms import Suite
 from bridge.lab.host import Host
-from bridge.net.packet import Datagram, parse_datagram
-from bridge.net.raw_socket import RawUdp
+from bridge.net.packet import IPPROTO_UDP, Datagram, parse_datagram, udp_datagram
 from chaos.world import World
 from net_support import inside
 
@@ -42,12 +44,14 @@ class Attacker:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._requests: list[Datagram] = []
+        self.requests: list[Datagram] = []
+        """to resume"""
         self._others: list[Datagram] = []
         with inside(world.lab.switch):
             self._ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
         with inside(world.attacker.namespace):
-            self._sender = RawUdp()
+            # with IP headers of its own, from any address
+            self._mouth = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
         self._thread = threading.Thread(target=self._record, daemon=True)
         self._thread.start()
 
@@ -60,33 +64,45 @@ class Attacker:
             if seen is None or len(seen.ike) < 28:
                 continue
             resumes = seen.ike[18] == ExchangeType.IKE_SA_INIT and seen.ike[16] == PayloadType.SYNC
-            kept = self._requests if resumes else self._others
+            kept = self.requests if resumes else self._others
             kept.append(seen)
             if len(kept) > KEPT:
                 del kept[0]
 
+    def _send(self, src: str, sport: int, dst: str, dport: int, ike: bytes, marker: bool) -> None:
+        datagram = udp_datagram(src, sport, dst, dport, ike, marker)
+        # the kernel fills in the length and the checksum (raw(7))
+        header = struct.pack("!BxHxxxxBBxx4s4s", 0x45, 0, 64, IPPROTO_UDP, inet_aton(src), inet_aton(dst))
+        with contextlib.suppress(OSError):
+            # to a network that the attacker is not in
+            self._mouth.sendto(header + datagram, (dst, 0))
+
     def throw(self, random: Random) -> str:
         """One attack; what it was."""
         kinds = [self._forged_request, self._forged_ha]
-        if self._requests:
+        if self.requests:
             kinds += [self._replayed_request] * 3
         if self._others:
             kinds += [self._replayed_messages]
         return random.choice(kinds)(random)
 
+    def replay(self, seen: Datagram, gateway: Host, source: tuple[str, int] | None = None) -> None:
+        """Send a request that was seen to a gateway, from where it came unless told."""
+        self._send(*(source or (seen.src, seen.sport)), gateway.address, 4500, seen.ike, True)
+
     def _replayed_request(self, random: Random) -> str:
         """A request to resume that was seen, from where it came or from here, to any gateway."""
-        seen = random.choice(self._requests)
+        seen = random.choice(self.requests)
         gateway = random.choice(self._world.gateways)
         source = random.choice([(seen.src, seen.sport), (self._world.attacker.address, 4500)])
-        self._sender.send(*source, gateway.address, 4500, seen.ike, True)
+        self.replay(seen, gateway, source)
         return f"replayed a request of {seen.src} to {seen.dst}, from {source[0]} to {gateway.name}"
 
     def _replayed_messages(self, random: Random) -> str:
         """Other IKE messages that were seen, to where they went."""
         some = random.sample(self._others, min(5, len(self._others)))
         for seen in some:
-            self._sender.send(seen.src, seen.sport, seen.dst, seen.dport, seen.ike, seen.marker)
+            self._send(seen.src, seen.sport, seen.dst, seen.dport, seen.ike, seen.marker)
         return f"replayed {len(some)} IKE messages"
 
     def _forged_request(self, random: Random) -> str:
@@ -104,7 +120,7 @@ class Attacker:
             sk_d_old=os.urandom(32),
         )
         target = random.choice(self._world.gateways)
-        self._sender.send(self._world.attacker.address, 4500, target.address, 4500, octets, True)
+        self._send(self._world.attacker.address, 4500, target.address, 4500, octets, True)
         return f"forged a request for {spi} to {target.name}"
 
     def _forged_ha(self, random: Random) -> str:

@@ -11,7 +11,7 @@ from bridge.lab.daemon import Daemon
 from bridge.lab.host import Host
 from bridge.lab.topology import BANK_KEY, INSIDE
 from bridge.stub.keyring import generate
-from chaos.world import REDIS_PORT, World, signalled
+from chaos.world import World, signalled
 
 ROUND_SECONDS = 10.0
 LOCKED_OUT_MOST = 2
@@ -157,20 +157,12 @@ def cut_redis(world: World, random: Random) -> Plan:
 def promote_lagging(world: World, random: Random) -> Plan:
     """A replica that has received nothing for seconds takes over."""
     begin = random.uniform(0, 2)
-    yield Event(begin, "the replica lags", lambda: _of_primary(world, lambda redis: _lag(world, redis.host.address)))
+    yield Event(begin, "the replica lags", world.lag)
     yield Event(
         begin + random.uniform(2.0, 5.0),
         "kill -9 the primary: the replica that lags takes over",
         lambda: _of_primary(world, lambda redis: redis.kill()),
     )
-
-
-def _lag(world: World, primary: str) -> None:
-    for redis in world.redis:
-        if redis.host.address != primary:
-            redis.host.run("nft", "add table inet lag")
-            redis.host.run("nft", "add chain inet lag in { type filter hook input priority 0; }")
-            redis.host.run("nft", f"add rule inet lag in ip saddr {primary} tcp sport {REDIS_PORT} drop")
 
 
 def flush_redis(world: World, random: Random) -> Plan:

@@ -129,7 +129,7 @@ class Operation:
 class World:
     """All of it. `begin` starts it; the lab that it is made in ends it."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, clients: int = CLIENTS) -> None:
         self.lab = lab
         self.redis = [
             Redis(lab.add_host("bank1", "192.168.50.20/24"), None),
@@ -147,7 +147,7 @@ class World:
         router = router_bird(self.server)
         router.configuration += "protocol bgp gw3v4 from gateway4 { neighbor 10.10.1.3 as 65001; }\n"
         self.routers.append(router)
-        self.clients = [self._client(number, secret) for number in range(1, CLIENTS + 1)]
+        self.clients = [self._client(number, secret) for number in range(1, clients + 1)]
         self.revoked: set[str] = set()
         """the names of the clients that are locked out"""
         self.killed: set[str] = set()
@@ -286,6 +286,15 @@ class World:
         """The Redis that Sentinel says is the primary."""
         address = self.sentinel.primary()
         return next((redis for redis in self.redis if redis.host.address == address), None)
+
+    def lag(self) -> None:
+        """Have the replica receive nothing more of the primary, which neither of them notices for a while."""
+        primary = self.sentinel.primary()
+        for redis in self.redis:
+            if redis.host.address != primary:
+                redis.host.run("nft", "add table inet lag")
+                redis.host.run("nft", "add chain inet lag in { type filter hook input priority 0; }")
+                redis.host.run("nft", f"add rule inet lag in ip saddr {primary} tcp sport {REDIS_PORT} drop")
 
     def stubs(self) -> set[str] | None:
         """The keys of the stubs in the bank; None where it does not answer."""
