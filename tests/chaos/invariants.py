@@ -146,7 +146,7 @@ def running(world: World, seen: Seen) -> Iterator[str]:
     yield from seen.silent
     for daemon in world.daemons():
         if not daemon.running:
-            yield f"{daemon.name} on {daemon.host.name} ended by itself"
+            yield f"{daemon.name} on {daemon.host.name} does not run"
 
 
 INVARIANTS = (running, working, elsewhere, stubs, addresses, locked_out)

@@ -102,7 +102,7 @@ class Chaos:
         healed = time.monotonic()
         lines = self._settle(healed)
         took = time.monotonic() - healed
-        lines += self._logs.news(world) + self.memory.look(world)
+        lines += world.died + self._logs.news(world) + self.memory.look(world)
         self.report.rounds += 1
         self.report.settled.append(took)
         summary = "; ".join([*dict.fromkeys(told), *thrown])
@@ -160,6 +160,7 @@ class Chaos:
     def _mark(self) -> None:
         """What happened until now explains nothing that follows."""
         self._world.excused.clear()
+        self._world.died.clear()
         self._logged = {host.name: invariants.size(host.charon) for host in self._world.clients}
 
     def _save(self, number: int) -> None:

@@ -152,6 +152,8 @@ class World:
         """the names of the clients that are locked out"""
         self.killed: set[str] = set()
         """the SPIs (hex) of the stubs that the bank had of a gateway's charon when that was killed"""
+        self.died: list[str] = []
+        """daemons that ended by themselves"""
         self.excused: dict[str, str] = {}
         """clients whose session may have ended, since they were last seen to work: why"""
         self._traffic: list[subprocess.Popen[str]] = []
@@ -220,6 +222,7 @@ class World:
     def heal(self) -> None:
         """Everything runs again, with all cables."""
         for daemon in self.daemons():
+            self._notice(daemon)
             signalled(daemon, signal.SIGCONT)
         for host in self.lab.hosts.values():
             self.lab.plug(host)
@@ -235,18 +238,25 @@ class World:
 
     def start_strongswans(self) -> None:
         """Start each charon and sidecar that does not run."""
+        for host in self.strongswans:
+            self._notice(host.charon)
+            self._notice(host.sidecars[0])
         begun = [host.sidecars[0] for host in self.strongswans if not host.sidecars[0].running]
         for sidecar in begun:
-            sidecar.forget()
             sidecar.launch()
         for sidecar in begun:
             sidecar.wait_held()
         for host in self.strongswans:
             if not host.charon.running:
-                host.charon.forget()
                 host.charon.start()
         for sidecar in begun:
             sidecar.wait_ready()
+
+    def _notice(self, daemon: Daemon) -> None:
+        """Whether it ended, and nobody killed it."""
+        if daemon.process is not None and not daemon.running:
+            self.died.append(f"{daemon.name} on {daemon.host.name} ended by itself: {daemon.process.returncode}")
+            daemon.forget()
 
     def connect(self, host: Host) -> bool:
         """What a user does whose session ended: connect again, to the first gateway that answers."""
