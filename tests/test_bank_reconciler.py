@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bridge.charon.vici_client import START_SECONDS
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
@@ -100,8 +101,17 @@ def test_a_redis_that_lost_everything_is_refilled_from_charon(topology: Topology
     assert resume(topology)["result"] == "resumed"
 
 
+def known_start(topology: Topology) -> None:
+    """charon reports its start in whole seconds: an SA of its first seconds could be of the charon before."""
+
+    def age() -> float:
+        return float(topology.gw1.run("ps", "-o", "etimes=", "-p", str(topology.gw1.charon.pid)).stdout)
+
+    wait_until(lambda: age() > START_SECONDS, "an SA that is younger than charon", 30.0)
+
+
 def test_the_stub_of_a_session_that_ended_without_a_sidecar_is_deleted_at_its_start(topology: Topology) -> None:
-    time.sleep(3)  # charon's start and an SA of its first seconds cannot be told apart
+    known_start(topology)
     connect(topology)
     topology.gateways["gw1"].kill()
     topology.client.swanctl("--terminate", "--ike", "home")
@@ -111,7 +121,7 @@ def test_the_stub_of_a_session_that_ended_without_a_sidecar_is_deleted_at_its_st
 
 
 def test_the_stub_of_a_session_that_was_ending_while_the_sidecar_started_is_deleted(topology: Topology) -> None:
-    time.sleep(3)  # as above
+    known_start(topology)
     connect(topology)
     sidecar, charon = topology.gateways["gw1"], topology.client.charon
     sidecar.stop()

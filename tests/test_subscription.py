@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 import redis
 from bank_support import PASSWORD, PATIENCE, RedisServer, shipped_users
@@ -88,8 +89,12 @@ async def test_nothing_is_said_to_be_received_before_redis_has_confirmed_it(tmp_
     with RedisServer(tmp_path, "--aclfile", str(users), username="admin", password=PASSWORD) as server:
         states: list[bool] = []
         keyspace = Keyspace(f"unix://mute:{PASSWORD}@{server.socket}", ("ike:*",), lambda _: None, states.append)
-        keyspace.start()
-        await asyncio.sleep(0.5)
+        with structlog.testing.capture_logs() as events:
+            keyspace.start()
+            async with asyncio.timeout(PATIENCE):
+                while not events:  # noqa: ASYNC110 - there is no event of it
+                    await asyncio.sleep(0.01)
+        assert events[0]["component"] == "keyspace"
         assert states == []
         await keyspace.close()
 
