@@ -14,6 +14,8 @@ CHAOS_ARGS ?=
 DIST ?= dist
 # The tests of a file share a lab, so a file is one worker's.
 WORKERS ?= 2
+# of `make test` on two cores; CONTRIBUTING.md has the same figure
+TEST_MINUTES := 20
 
 PACKAGES := \
 	build-essential python3-dev python3-venv libnetfilter-queue-dev \
@@ -62,6 +64,7 @@ bench: setup ## short benchmarks, into docs/performance.md
 	@$(BIN)/ike-sa-sync bench report --short
 
 test: lint typecheck ## everything: lint, types, all tests; names the slowest
+	@echo "All tests take about $(TEST_MINUTES) minutes on two cores; the last line has the time that they took here."
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-releases: $(VENV)/.releases ## strongSwan 5.9.8, 6.0.1 and 6.1.0 with each other, the bank on Valkey 8, all from Debian

@@ -102,6 +102,27 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert (ROOT / path).exists() or path.startswith(("redis/ike", "man/ike")), path
 
 
+def test_the_questions_of_a_newcomer_are_answered_in_one_line_with_a_path() -> None:
+    rows = re.findall(r"^\| (.*\?) \| (.*) \|$", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    answers = dict(rows)
+    for words in (
+        "a SYN parsed",
+        "a bank backend added",
+        "the client's state machine",
+        "cookies demanded",
+        "when Redis is lost",
+        "a CHILD attribute added",
+        "a new HA version supported",
+        "a drained session move",
+        "a gateway's failure announced",
+        "SKEYSEED computed",
+    ):
+        [answer] = [answer for question, answer in answers.items() if words in question]
+        paths = re.findall(r"`(bridge/[^`]+)`", answer)
+        assert paths, words
+        assert all((ROOT / path).exists() for path in paths), words
+
+
 @pytest.mark.parametrize("page", PAGES, ids=names)
 def test_targets_of_make_exist(page: Path) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
