@@ -52,7 +52,7 @@ def session(*vips: str, gateway: str = HERE) -> Stub:
     return msgspec.structs.replace(stub_of(gateway=gateway), remote_vips=vips)
 
 
-def test_an_address_that_nobody_has_is_free() -> None:
+def test_an_address_that_no_session_has_is_free() -> None:
     assert not holders(sa_of(session("10.20.0.8"))).of_others(session("10.20.0.7", gateway=GATEWAY))
 
 

@@ -45,13 +45,13 @@ def test_from_the_threshold_of_unconfirmed_sas_on_a_cookie_is_asked_for() -> Non
     assert door.proved(load=100) is Verdict.SERVE
 
 
-def test_a_threshold_of_zero_asks_everybody() -> None:
+def test_a_threshold_of_zero_asks_every_client() -> None:
     door = Door(cookie_threshold=0)
     assert door.bare() is Demand.UNCONFIRMED
     assert door.proved() is Verdict.SERVE
 
 
-def test_a_cookie_of_somebody_else_is_as_none() -> None:
+def test_a_cookie_of_another_sender_is_as_none() -> None:
     door = Door(cookie_threshold=0)
     [cookie] = parse(door.cookies.challenge(BARE, B, PORT, 0.0)).notifies(NotifyType.COOKIE)
     assert door.admission.judge(BARE._replace(cookie=cookie), A, PORT, 0, 0.0) is Demand.UNCONFIRMED
@@ -140,7 +140,7 @@ def test_all_addresses_of_an_ipv6_network_are_one_source() -> None:
 
 
 @pytest.mark.parametrize("per_second", [1, 3, 10, 1000])
-def test_a_rate_gives_what_it_says_at_once_and_then_evenly(per_second: int) -> None:
+def test_a_rate_gives_what_it_says_together_and_then_evenly(per_second: int) -> None:
     rate = Rate(per_second)
     assert sum(rate.take(5.0) for _ in range(3 * per_second)) == per_second
     taken = sum(rate.take(5.0 + step / (4 * per_second)) for step in range(1, 4 * per_second * 10 + 1))

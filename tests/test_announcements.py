@@ -76,7 +76,7 @@ def moved_to(topology: Topology, gateway: str) -> bool:
     return [sa["remote-host"] for sa in established(topology.client)] == [gateway]
 
 
-def test_the_client_of_a_killed_gateway_is_told_and_goes_on_with_its_traffic(announced: Topology) -> None:
+def test_the_client_of_a_killed_gateway_gets_an_announcement_and_goes_on_with_its_traffic(announced: Topology) -> None:
     connect(announced)
     ping = Ping(announced.client, SITE)
     wait_until(lambda: ping.answers() >= 10, "traffic")
@@ -92,7 +92,7 @@ def test_the_client_of_a_killed_gateway_is_told_and_goes_on_with_its_traffic(ann
     assert failovers(announced, "gw2")[0]["sessions"] == 1
 
 
-def test_a_charon_that_dies_alone_is_known_at_once(announced: Topology) -> None:
+def test_a_charon_that_dies_alone_is_known_immediately(announced: Topology) -> None:
     connect(announced)
     announced.gw1.charon.kill()
     wait_until(lambda: moved_to(announced, announced.gw2.address), "the session at the other gateway")

@@ -59,7 +59,7 @@ class Network:
         return told
 
 
-def test_a_few_sessions_are_announced_first_and_the_rest_when_nobody_contradicts() -> None:
+def test_a_few_sessions_are_announced_first_and_the_rest_when_no_client_contradicts() -> None:
     net = Network(50)
     assert len(net.sent) == TRIAL
     net.tick(TRIAL_SECONDS / 2)
@@ -88,7 +88,7 @@ def test_a_report_that_is_not_proved_changes_nothing() -> None:
     assert net.announcer.false_alarms == 0
 
 
-def test_a_silent_client_is_asked_again_and_then_left_to_dpd() -> None:
+def test_a_client_that_does_not_answer_is_asked_again_and_then_left_to_dpd() -> None:
     net = Network(1)
     for seconds in ATTEMPTS:
         net.tick(seconds)
@@ -183,7 +183,7 @@ def test_what_is_no_report_is_none_of_the_announcers_business(status: MoveStatus
     assert not net.report(0, status)
 
 
-def test_sessions_that_nobody_could_resume_are_counted_and_not_announced() -> None:
+def test_sessions_that_no_gateway_could_resume_are_counted_and_not_announced() -> None:
     net = Network(2)
     net.announcer.begin(DEAD, [(stub_of(number), [HERE] if number else []) for number in range(5)], net.now)
     assert (net.state()["stubs"], net.state()["sessions"]) == (5, 4)

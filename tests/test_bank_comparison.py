@@ -298,7 +298,7 @@ def test_after_the_start_a_stub_that_is_not_known_stays(gateway: Gateway) -> Non
     assert stub.index in gateway.bank.stubs
 
 
-def test_an_end_that_the_bank_reports_is_learned_at_once(gateway: Gateway) -> None:
+def test_an_end_that_the_bank_reports_is_learned_immediately(gateway: Gateway) -> None:
     sa = gateway.sa()
     gateway.start()
     gateway.bank.over.add(index_of(sa))

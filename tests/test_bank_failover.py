@@ -200,7 +200,7 @@ async def serves(url: str, ring: Keyring, count: int = 1) -> None:
     await bank.close()
 
 
-async def test_the_keyspace_of_all_primaries_of_a_cluster_is_heard(cluster: list[int], ring: Keyring) -> None:
+async def test_the_keyspace_of_all_primaries_of_a_cluster_is_received(cluster: list[int], ring: Keyring) -> None:
     await serves(cluster_url(cluster), ring, 30)
 
 

@@ -126,7 +126,7 @@ def test_changes_kept_while_redis_was_away_are_in_the_bank_soon_after_its_return
     assert agree(topology)
 
 
-def test_when_the_whole_gateway_dies_nothing_that_was_told_stored_is_lost(topology: Topology) -> None:
+def test_when_the_whole_gateway_dies_no_acknowledged_write_is_lost(topology: Topology) -> None:
     fresh(topology)
     connect(topology)
     wait_until(lambda: status(topology, "gw1")["bank"]["pending"] == 0, "what is told stored")

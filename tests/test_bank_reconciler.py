@@ -66,7 +66,7 @@ def test_an_operator_has_the_others_fetch_a_gateways_stubs(topology: Topology) -
     assert f"done: 1 stub of {GW1} in " in shown
 
 
-def test_where_the_keyspace_is_silent_nothing_is_fetched_into_memory(topology: Topology) -> None:
+def test_without_keyspace_events_nothing_is_fetched_into_memory(topology: Topology) -> None:
     sa = connect(topology)
     topology.bank.cli("CONFIG", "SET", "notify-keyspace-events", "")
     try:
@@ -213,7 +213,7 @@ asyncio.run(land())
 """
 
 
-def test_what_landed_in_charon_and_was_never_activated_is_removed(topology: Topology) -> None:
+def test_what_was_installed_in_charon_and_was_never_activated_is_removed(topology: Topology) -> None:
     """A sidecar that is killed leaves charon with it: PASSIVE for ever, or active with an address that nobody has."""
     sidecar = topology.gateways["gw2"]
     sidecar.kill()

@@ -93,7 +93,7 @@ async def test_a_gateway_may_watch_the_keyspace(guarded: RedisServer, ring: Keyr
         ("", "sends no events for del, expired, hset, set"),
     ],
 )
-async def test_check_hears_with_a_gateways_rights_what_the_bank_tells(
+async def test_check_receives_with_a_gateways_rights_the_events_of_the_bank(
     guarded: RedisServer, events: str, told: str
 ) -> None:
     guarded.client.config_set("notify-keyspace-events", events)

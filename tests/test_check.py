@@ -114,7 +114,7 @@ def test_nothing_is_found_where_all_is_well(topology: Topology) -> None:
 
 
 @pytest.mark.lab
-def test_the_report_for_people_names_each_mend_and_counts(topology: Topology) -> None:
+def test_the_report_for_people_names_each_fix_and_counts(topology: Topology) -> None:
     with configured(topology.client, {"connections.home.dpd_delay": "0s"}):
         done = topology.agent.command("check", check=False)
     assert done.returncode == 1
@@ -367,7 +367,7 @@ def test_a_bank_that_does_not_answer(topology: Topology) -> None:
 
 
 @pytest.mark.lab
-def test_a_bank_that_tells_nobody_what_happens(topology: Topology) -> None:
+def test_a_bank_that_sends_no_events(topology: Topology) -> None:
     events = topology.bank.cli("CONFIG", "GET", "notify-keyspace-events").split()[-1]
     topology.bank.cli("CONFIG", "SET", "notify-keyspace-events", "")
     try:
@@ -405,7 +405,7 @@ queue.run()
 
 
 @pytest.mark.lab
-def test_no_sidecar_and_somebody_else_in_its_place(topology: Topology) -> None:
+def test_no_sidecar_and_another_process_in_its_place(topology: Topology) -> None:
     code = """
 import socket, time
 place = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -450,7 +450,7 @@ def test_a_key_file_that_others_may_read_or_that_is_not_there(topology: Topology
         ("# -A INPUT -j NFQUEUE --queue-num 4510", False),
     ],
 )
-def test_rules_without_bypass_are_told_from_others(line: str, found: bool) -> None:
+def test_rules_without_bypass_are_distinguished_from_others(line: str, found: bool) -> None:
     assert _holds_up(line, 4510) is found
 
 

@@ -205,7 +205,7 @@ def test_spis_of_child_sas_that_ended_are_free_again() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_charon_is_told_all_of_a_child_sa(version: int) -> None:
+def test_charon_gets_all_of_a_child_sa(version: int) -> None:
     child = changed(encr=12, integ=12, esn=1, remote_ts=(*CHILD.remote_ts, selector("10.11.0.1")))
     [new], _ = both_sides([child], [seen_by_the_gateway(child)])
     message = decode(child_message(version, IKE, new))

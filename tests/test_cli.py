@@ -40,7 +40,7 @@ def test_every_option_says_what_it_is_for(command: click.Command, context: click
             assert parameter.help or parameter.show_default, (context.command_path, parameter.name)
 
 
-def test_wrong_usage_is_told_on_stderr_with_exit_status_2() -> None:
+def test_wrong_usage_is_reported_on_stderr_with_exit_status_2() -> None:
     done = run("nothing")
     assert (done.returncode, done.stdout) == (2, "")
     assert "No such command 'nothing'" in done.stderr
@@ -72,7 +72,7 @@ def test_a_value_that_yaml_cannot_make_is_one_line_with_exit_status_2(tmp_path: 
     ("command", "text", "key"),
     [("client", "address: 192.0.2.1\n", "address"), ("gateway", "gateways: []\n", "gateways")],
 )
-def test_the_file_of_the_other_role_is_told_as_such(tmp_path: Path, command: str, text: str, key: str) -> None:
+def test_the_file_of_the_other_role_is_reported_as_such(tmp_path: Path, command: str, text: str, key: str) -> None:
     file = tmp_path / "file.yaml"
     file.write_text(text)
     done = run(command, "-c", str(file))
@@ -116,7 +116,7 @@ def test_the_lab_is_for_root(monkeypatch: pytest.MonkeyPatch, command: str) -> N
     assert str(done.exception) == "the lab makes network namespaces: run it as root"
 
 
-def test_a_plot_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_plot_that_cannot_be_written_is_reported_before_the_work(tmp_path: Path) -> None:
     done = run("bench", "bank", "--plot", f"{tmp_path}/none/plot.svg")
     assert (done.returncode, done.stdout) == (2, "")
     assert f"'{tmp_path}/none' is not a folder that can be written to" in done.stderr
@@ -205,7 +205,7 @@ def test_colours_are_for_terminals_that_want_them(tmp_path: Path) -> None:
     assert "\x1b" not in run(*check).stdout
 
 
-def test_a_new_key_is_told_to_scripts_without_the_key(tmp_path: Path) -> None:
+def test_scripts_get_the_id_of_a_new_key_and_not_the_key(tmp_path: Path) -> None:
     file = tmp_path / "bank.key"
     told = json.loads(run("keygen", str(file), "--json").stdout)
     [line] = [line for line in file.read_text().splitlines() if not line.startswith("#")]

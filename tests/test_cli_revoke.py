@@ -44,7 +44,7 @@ async def test_letting_in_may_be_repeated_until_all_gateways_know_it(operator: O
     await operator.bank.close()
 
 
-async def test_a_bank_that_lost_the_mark_is_told_from_an_identity_that_is_not_locked_out(operator: Operator) -> None:
+async def test_a_bank_that_lost_the_mark_is_not_an_identity_that_is_not_locked_out(operator: Operator) -> None:
     done = operator.run("unrevoke", IDENTITY)
     assert (done.returncode, "is not locked out" in done.stderr) == (1, True)
     await enforced(operator, mark(time.time()).made)

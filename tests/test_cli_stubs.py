@@ -106,7 +106,7 @@ def test_what_names_no_stub_is_refused_and_leaves_nothing_in_the_bank(
     assert server.client.dbsize() == 0
 
 
-async def test_a_stub_that_is_not_there_and_one_that_does_not_open_are_told_apart(
+async def test_a_stub_that_is_not_there_and_one_that_does_not_open_are_distinguished(
     operator: Operator, server: RedisServer
 ) -> None:
     stub = stub_of()

@@ -97,7 +97,7 @@ class Held:
         self.decided.append("drop")
 
 
-def test_a_message_about_an_sa_that_nobody_has_is_dropped_unread() -> None:
+def test_a_message_about_an_unknown_sa_is_dropped_unparsed() -> None:
     made = handout()
     packet = Held(b"nobody's" * 2 + b"\xff" * 40)
     assert made.received(packet) is None

@@ -267,5 +267,5 @@ def test_two_files_that_do_not_go_together_are_refused(configs: list[GatewayConf
         ("[]", None),
     ],
 )
-def test_the_keys_of_a_file_tell_its_role(text: str, role: str | None) -> None:
+def test_the_keys_of_a_file_show_its_role(text: str, role: str | None) -> None:
     assert role_of(yaml.safe_load(text)) == role

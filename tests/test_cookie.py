@@ -119,7 +119,7 @@ def test_a_cookie_outlives_one_change_of_the_secret_and_no_second() -> None:
     assert not cookies.valid(seen(asked), ADDRESS, PORT, 2 * SECRET_SECONDS + 2)
 
 
-def test_a_cookie_does_not_outlive_a_long_silence() -> None:
+def test_a_cookie_does_not_outlive_a_long_pause() -> None:
     cookies = Cookies()
     asked = request(cookie=challenged(cookies, request()))
     assert not cookies.valid(seen(asked), ADDRESS, PORT, 2 * SECRET_SECONDS)

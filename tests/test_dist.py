@@ -80,5 +80,5 @@ def test_two_builds_of_a_debian_package_are_the_same_octets_and_it_runs(tmp_path
     assert told.split()[-1] == VERSION
 
 
-def test_the_program_tells_the_version_of_pyproject() -> None:
+def test_the_program_prints_the_version_of_pyproject() -> None:
     assert run(sys.executable, "-m", "bridge", "--version").split()[-1] == VERSION

@@ -245,7 +245,7 @@ def test_a_client_to_which_the_target_is_a_stranger_is_left_alone(clients: Clien
         sidecar.start()
 
 
-def test_a_target_without_a_heartbeat_is_refused_before_anybody_is_asked(clients: Clients) -> None:
+def test_a_target_without_a_heartbeat_is_refused_before_any_client_is_asked(clients: Clients) -> None:
     topology = clients.topology
     said = topology.agent.text().count("move-requested")
     done = topology.gateways["gw1"].command("drain", "--to", "192.168.50.77", check=False)
@@ -267,7 +267,7 @@ def refusal(topology: Topology) -> str:
     return str(done.stderr)
 
 
-def test_a_target_with_another_bank_key_is_refused_before_anybody_is_asked(clients: Clients) -> None:
+def test_a_target_with_another_bank_key_is_refused_before_any_client_is_asked(clients: Clients) -> None:
     topology = clients.topology
     clients.connect()
     sidecar, key = topology.gateways["gw2"], (topology.gw2.etc / "ike-sa-sync/bank.key").read_text()
@@ -282,7 +282,7 @@ def test_a_target_with_another_bank_key_is_refused_before_anybody_is_asked(clien
         sidecar.start()
 
 
-def test_a_target_without_the_connection_is_refused_before_anybody_is_asked(clients: Clients) -> None:
+def test_a_target_without_the_connection_is_refused_before_any_client_is_asked(clients: Clients) -> None:
     topology = clients.topology
     clients.connect()
     sidecar, file = topology.gateways["gw2"], topology.gw2.etc / "swanctl/swanctl.conf"
@@ -372,7 +372,7 @@ def test_ctrl_c_asks_no_more_clients_and_waits_for_those_that_move(clients: Clie
     assert len(clients.at(topology.gw2)) == done["moved"]
 
 
-def test_a_replayed_move_is_heeded_by_nobody(clients: Clients) -> None:
+def test_a_replayed_move_is_not_accepted(clients: Clients) -> None:
     topology = clients.topology
     clients.connect()
     stub = the_stub(topology)
@@ -433,7 +433,7 @@ def test_before_strongswan_stops_its_sessions_move(clients: Clients) -> None:
     topology.gw1.charon.start()
 
 
-def test_strongswan_stops_at_once_where_no_other_gateway_lives(clients: Clients) -> None:
+def test_strongswan_stops_immediately_where_no_other_gateway_lives(clients: Clients) -> None:
     topology = clients.topology
     clients.connect()
     topology.gateways["gw2"].kill()

@@ -189,7 +189,7 @@ async def test_a_bank_of_an_older_state_loses_the_stubs_whose_ends_it_forgot(ser
         await other.close()
 
 
-async def test_a_bank_that_comes_back_is_told_of_all_ends(server: RedisServer) -> None:
+async def test_a_bank_that_comes_back_gets_all_ends(server: RedisServer) -> None:
     async with running(Gateway(server)) as gateway:
         ended = [stub_of() for _ in range(600)]
         for stub in ended:

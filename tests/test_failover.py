@@ -205,7 +205,7 @@ def test_a_session_that_came_up_without_a_sidecar_is_resumable_once_it_runs(topo
     assert topology.client.ping(SITE) == 3
 
 
-def test_a_missing_stub_means_an_ordinary_handshake(topology: Topology) -> None:
+def test_a_missing_stub_means_a_full_handshake(topology: Topology) -> None:
     connect(topology)
     before = counter(topology, "gw2", "refusals_total[no-stub]")
     topology.kill_gateway(topology.gw1)
@@ -311,7 +311,7 @@ def test_the_resumed_child_sa_is_for_the_virtual_ip_that_the_client_had(topology
     assert child["remote-ts"] == ["10.20.1.1/32"]
 
 
-def test_a_gateway_that_is_silent_is_passed_over_and_the_next_one_resumes(topology: Topology) -> None:
+def test_a_gateway_that_does_not_answer_is_passed_over_and_the_next_one_resumes(topology: Topology) -> None:
     connect(topology)
     with agent_with(topology, resume={"answer_timeout": 1.0}):
         topology.kill_gateway(topology.gw2)

@@ -256,7 +256,7 @@ class TestInstall:
                     listed = run_text("nft", "list", "table", family, firewall.TABLE)
                     assert listed.count(f"queue num {QUEUE} bypass") == 1
 
-    def test_a_host_that_can_do_neither_is_told_why(self, host: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_host_that_can_do_neither_gets_the_reason(self, host: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(firewall, "_found", lambda tool: False)
         with pytest.raises(
             firewall.RulesError, match=r"nft is not installed; iptables is not installed.*rules: external"

@@ -47,7 +47,7 @@ def test_a_client_resumes_while_it_lasts(measured: dict[str, Any]) -> None:
     assert measured["flooded"]["failed"] == 0
 
 
-def test_ordinary_handshakes_are_served_meanwhile(measured: dict[str, Any]) -> None:
+def test_full_handshakes_are_served_meanwhile(measured: dict[str, Any]) -> None:
     assert measured["handshakes"]["count"] >= 1
 
 

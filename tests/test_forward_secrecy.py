@@ -144,7 +144,7 @@ def test_the_attribute_has_no_value_and_is_there_once() -> None:
             SyncPayload.decode(SyncPayload(False, "192.0.2.1", b"O" * 8, tuple(attributes)).encode())
 
 
-def test_the_answer_carries_ker_in_front_of_nr_and_is_none_of_an_ordinary_handshake() -> None:
+def test_the_answer_carries_ker_in_front_of_nr_and_is_none_of_a_full_handshake() -> None:
     asked = ask()
     octets = answer(asked)
     assert [payload.type for payload in parse(octets).payloads] == [

@@ -104,7 +104,7 @@ async def test_a_gateway_that_does_not_answer_is_left_for_the_one_that_announces
     assert client.reports == [MoveStatus.MOVING]
 
 
-async def test_a_gateway_that_answers_is_stayed_with_and_the_one_that_announces_is_told() -> None:
+async def test_a_gateway_that_answers_is_stayed_with_and_the_one_that_announced_gets_a_report() -> None:
     client = Client(alive=True)
     await client.announced()
     assert client.moves == []
@@ -133,7 +133,7 @@ async def test_the_same_announcement_again_brings_the_report_again_and_no_probe(
     assert client.reports == [MoveStatus.GATEWAY_LIVES] * 2
 
 
-async def test_an_older_announcement_is_not_heeded() -> None:
+async def test_an_older_announcement_is_not_accepted() -> None:
     client = Client(alive=True)
     await client.announced(NOW)
     await client.announced(NOW - 1)

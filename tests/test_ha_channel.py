@@ -189,7 +189,7 @@ def test_a_datagram_that_was_cut_is_malformed_and_names_its_sa(scene: Scene) -> 
     assert scene.malformed == [SA]
 
 
-def test_a_malformed_message_is_told_of_by_its_sa(scene: Scene) -> None:
+def test_a_malformed_message_is_reported_with_its_sa(scene: Scene) -> None:
     with charon() as sock:
         scene.channel.receive()
         sock.send(DELETE + DELETE[2:])

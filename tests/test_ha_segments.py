@@ -114,7 +114,7 @@ def test_what_vici_lists_as_connecting_replaces_what_was_known_before() -> None:
     assert sorted(half_open.addresses()) == ["192.0.2.2", "192.0.2.3"]
 
 
-def test_a_batch_lands_where_the_fewest_clients_are() -> None:
+def test_a_batch_is_installed_where_the_fewest_clients_are() -> None:
     choice = SegmentChooser(3)
     choice.established = Counter({1: 10, 2: 3, 3: 7})
     assert use(choice, 1.0) == 2
@@ -125,7 +125,7 @@ def test_among_equals_the_segment_disturbed_longest_ago_is_next() -> None:
     assert [use(choice, float(i)) for i in range(8)] == [1, 2, 3, 4, 1, 2, 3, 4]
 
 
-def test_what_comes_before_an_activation_lands_where_the_others_landed() -> None:
+def test_what_comes_before_an_activation_is_installed_where_the_others_are() -> None:
     choice = SegmentChooser(4)
     assert choice.next(1.0) == choice.next(2.0) == 1
     choice.disturbed(1, 3.0, 0.0)

@@ -249,7 +249,7 @@ def test_the_index_of_another_client_with_a_proof_of_ones_own_stub_rebuilds_noth
     assert len(established(topology.gw1)) == 2
 
 
-def test_a_client_becomes_nobody_else_by_what_it_sends(topology: Topology, others_sa: dict[str, Any]) -> None:
+def test_a_client_does_not_become_another_by_what_it_sends(topology: Topology, others_sa: dict[str, Any]) -> None:
     """Identity and virtual IP come from the stub: payloads of one's own, of IKE_AUTH for instance, change nothing."""
     connect(topology)
     own, victims = the_stub(topology), stub_at(topology, others_sa["responder-spi"])
@@ -360,7 +360,7 @@ def test_a_request_in_several_ip_fragments_is_served(topology: Topology) -> None
     assert rebuilt(topology) == 1
 
 
-def test_a_request_longer_than_anybody_sends_goes_to_charon_unseen(topology: Topology) -> None:
+def test_a_request_longer_than_any_client_sends_goes_to_charon_unseen(topology: Topology) -> None:
     connect(topology)
     before = counter(topology, "gw2", "requests_total")
     for size in (4000, 9000, 60_000):
@@ -373,7 +373,7 @@ def test_a_request_longer_than_anybody_sends_goes_to_charon_unseen(topology: Top
 # answers that nobody asked for, or that somebody else gave
 
 
-def test_answers_that_nobody_asked_for_change_nothing(topology: Topology) -> None:
+def test_answers_without_a_request_change_nothing(topology: Topology) -> None:
     before = connect(topology)
     stub = the_stub(topology)
     for spi_i in (b"\x33" * 8, stub.spi_i):

@@ -215,7 +215,7 @@ async def test_they_are_waited_for_no_longer_than_a_few_activations_take_nor_tha
     assert scene.answers == [scene.request]
 
 
-async def test_a_stub_that_charon_cannot_be_told_costs_no_other_its_turn() -> None:
+async def test_a_stub_that_cannot_be_encoded_for_charon_costs_no_other_its_turn() -> None:
     scene = Scene()
     scene.made.untold = True
     request, made = scene.added()

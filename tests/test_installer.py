@@ -87,7 +87,7 @@ class OneChannel:
     def receive(self) -> None: ...
 
 
-async def test_what_landed_is_activated_together() -> None:
+async def test_what_was_installed_is_activated_together() -> None:
     channel = OneChannel()
     installer = Installer(cast(HaChannel, channel), SegmentChooser())
     await installer.land([REBUILT])
@@ -149,7 +149,7 @@ async def test_vici_is_asked_for_handshakes_before_each_activation() -> None:
     assert order == ["asked after IKE_MID_RESPONDER"]
 
 
-async def test_what_landed_in_a_charon_that_was_restarted_since_is_not_there() -> None:
+async def test_what_was_installed_in_a_charon_that_was_restarted_since_is_not_there() -> None:
     channel = OneChannel()
     installer = Installer(cast(HaChannel, channel), SegmentChooser())
     await installer.land([REBUILT])

@@ -98,7 +98,7 @@ def ask(client: socket.socket, group: Group, value: bytes) -> Message:
 
 
 @pytest.mark.parametrize("group", KEYWORDS)
-def test_charon_answers_a_fresh_public_value_as_usual(client: socket.socket, group: Group) -> None:
+def test_charon_answers_a_fresh_public_value_with_a_normal_response(client: socket.socket, group: Group) -> None:
     answer = ask(client, group, fresh_public_value(group))
     assert {PayloadType.SA, PayloadType.KE, PayloadType.NONCE} <= {payload.type for payload in answer.payloads}
 

@@ -105,7 +105,7 @@ async def test_a_new_key_does_not_seal_while_a_living_gateway_lacks_it(pair: tup
     assert one.sealing == old
 
 
-async def test_a_new_key_seals_everywhere_and_what_was_sealed_before_is_sealed_anew(
+async def test_a_new_key_seals_everywhere_and_what_was_sealed_before_is_sealed_again(
     pair: tuple[Sidecar, Sidecar], server: RedisServer
 ) -> None:
     one, two = pair
@@ -226,7 +226,7 @@ async def test_the_key_of_the_next_epoch_seals_once_all_have_it_and_replaces_the
         assert await two.bank.get([stub.index]) == [stub]
 
 
-async def test_a_phantom_gateway_does_not_keep_a_new_key_from_use_in_silence(
+async def test_a_phantom_gateway_does_not_keep_a_new_key_from_use_without_a_report(
     pair: tuple[Sidecar, Sidecar], server: RedisServer
 ) -> None:
     one, two = pair

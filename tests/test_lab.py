@@ -101,7 +101,7 @@ def test_hosts_keep_their_files_to_themselves(topology: Topology) -> None:
     assert not Path("/etc/ike-sa-sync/only-here").exists()
 
 
-def test_a_failing_command_tells_what_it_said(topology: Topology) -> None:
+def test_a_failing_command_has_its_output_in_the_error(topology: Topology) -> None:
     with pytest.raises(LabError, match=r"client: `cat /nowhere` failed.*No such file"):
         topology.client.run("cat", "/nowhere")
 
@@ -137,7 +137,7 @@ def test_settings_of_a_test_override_the_shipped_ones() -> None:
         assert "worker threads: 24 total" in topology.gw1.swanctl("--stats")
 
 
-def test_two_labs_at_once_do_not_meet() -> None:
+def test_two_labs_in_parallel_do_not_meet() -> None:
     with Lab() as first, Lab() as second:
         one, two = standard(first, sidecars=False), standard(second, sidecars=False)
         one.connect()
@@ -175,7 +175,7 @@ def test_nothing_stays_of_a_lab_that_could_not_be_built(name: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_nothing_stays_when_the_owner_is_told_to_end(name: str, number: signal.Signals) -> None:
+def test_nothing_stays_when_the_owner_gets_sigterm(name: str, number: signal.Signals) -> None:
     owner = idle_lab(name)
     owner.send_signal(number)
     owner.wait(30)

@@ -170,7 +170,7 @@ def test_ordinary_handshakes_are_never_asked_for_a_cookie_by_the_sidecar(topolog
         assert counter(topology, "gw2", "requests_total") == 0
 
 
-def test_a_refused_request_reaches_charon_cookie_and_all_and_gets_the_ordinary_answer(topology: Topology) -> None:
+def test_a_refused_request_reaches_charon_cookie_and_all_and_gets_the_normal_response(topology: Topology) -> None:
     connect(topology)
     stub = the_stub(topology)
     with configured(topology.gateways["gw2"], "sync", cookie_threshold=0):

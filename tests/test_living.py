@@ -69,7 +69,7 @@ def test_a_living_sa_that_was_resumed_from_the_same_stub_clashes() -> None:
     assert tracker_with(living_here)[1].clashes(captured)
 
 
-async def test_an_sa_that_ended_clashes_no_longer_whether_that_was_told_or_not() -> None:
+async def test_an_sa_that_ended_clashes_no_longer_whether_that_was_reported_or_not() -> None:
     stub = stub_of()
     like = other(stub, remote_id=stub.remote_id)
     tracker, living, [sa] = tracker_with(stub)

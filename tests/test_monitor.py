@@ -58,7 +58,7 @@ async def until(process: asyncio.subprocess.Process, **wanted: Any) -> dict[str,
                 return told
 
 
-async def test_it_tells_what_happens_to_stubs(
+async def test_it_reports_what_happens_to_stubs(
     watched: tuple[RedisBank, asyncio.subprocess.Process, RedisServer],
 ) -> None:
     bank, process, _ = watched
@@ -73,7 +73,7 @@ async def test_it_tells_what_happens_to_stubs(
     await until(process, kind="stub", event="expired", spi=brief.index.spi.hex())
 
 
-async def test_it_tells_of_a_gateway_that_fails(
+async def test_it_reports_a_gateway_that_fails(
     watched: tuple[RedisBank, asyncio.subprocess.Process, RedisServer],
 ) -> None:
     bank, process, _ = watched
@@ -111,7 +111,7 @@ async def test_it_goes_on_after_redis_was_away(
     await until(process, event="stored", spi=stub.index.spi.hex())
 
 
-async def test_a_redis_that_is_not_there_is_told_with_the_reason(
+async def test_a_redis_that_is_not_there_is_reported_with_the_reason(
     watched: tuple[RedisBank, asyncio.subprocess.Process, RedisServer],
 ) -> None:
     _, process, server = watched

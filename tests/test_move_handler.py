@@ -91,14 +91,14 @@ class Client:
         self._mover.asked(self._last)
 
 
-async def test_a_move_is_heeded_and_answered() -> None:
+async def test_a_move_is_accepted_and_answered() -> None:
     client = Client()
     client.asked()
     assert client.moves == [("home", TARGET)]
     assert client.told == [(MoveStatus.MOVING, NOW)]
 
 
-async def test_a_move_that_is_not_proved_is_heeded_by_nobody() -> None:
+async def test_a_move_that_is_not_proved_is_not_accepted() -> None:
     client = Client()
     client.asked(sk_d=b"?" * 32)
     assert client.moves == []
@@ -108,7 +108,7 @@ async def test_a_move_that_is_not_proved_is_heeded_by_nobody() -> None:
     assert client.moves == [("home", TARGET)]
 
 
-async def test_a_move_that_is_asked_again_is_heeded_once_and_answered_again() -> None:
+async def test_a_move_that_is_asked_again_is_accepted_once_and_answered_again() -> None:
     client = Client()
     client.asked()
     client.asked()
@@ -116,7 +116,7 @@ async def test_a_move_that_is_asked_again_is_heeded_once_and_answered_again() ->
     assert client.told == [(MoveStatus.MOVING, NOW)] * 2
 
 
-async def test_an_older_move_is_not_heeded_and_not_answered() -> None:
+async def test_an_older_move_is_not_accepted_and_not_answered() -> None:
     client = Client()
     client.asked(NOW)
     client.asked(NOW - 1)
@@ -125,7 +125,7 @@ async def test_an_older_move_is_not_heeded_and_not_answered() -> None:
     assert client.told[-1] == (MoveStatus.MOVING, NOW + 1)
 
 
-async def test_a_target_of_somebody_elses_is_refused() -> None:
+async def test_a_target_that_is_no_gateway_of_the_session_is_refused() -> None:
     client = Client()
     client.asked(target="192.0.2.77")
     assert client.moves == []

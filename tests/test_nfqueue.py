@@ -352,7 +352,7 @@ class TestFailOpen:
         assert turns >= len(seen.batches) - 1
         assert interceptor.stats().waiting == 0
 
-    async def test_a_request_passes_while_nobody_reads(self, cable: Wire) -> None:
+    async def test_a_request_passes_while_no_process_reads(self, cable: Wire) -> None:
         charon, client = cable.host.udp("ipv4", 500), cable.peer.udp("ipv4", 500)
         client.sendto(REQUEST, charon.getsockname())
         assert await received(charon) == REQUEST
@@ -478,7 +478,7 @@ class TestStandingStill:
         seen.packets[1].accept()
 
     @pytest.mark.parametrize("backend", ["nftables", "iptables"])
-    async def test_a_beat_that_meets_no_rule_is_told(self, cable: Wire, backend: firewall.Backend) -> None:
+    async def test_a_beat_that_meets_no_rule_is_reported(self, cable: Wire, backend: firewall.Backend) -> None:
         """Both forms, on any kernel: the queue's rule aside."""
         told: list[bool] = []
         liveness = Liveness(lambda: None, lambda: told.append(True))
@@ -496,7 +496,9 @@ class TestStandingStill:
             liveness.stop()
             assert told == [True]
 
-    async def test_nftables_count_what_was_for_the_queue_and_hold_it_while_they_are_told_to(self, cable: Wire) -> None:
+    async def test_nftables_count_what_was_for_the_queue_and_hold_it_while_signs_of_life_come(
+        self, cable: Wire
+    ) -> None:
         """The kernel here may lack nft_queue: a second counter in its place."""
         queued = "counter comment queued"
         text = RULES.nftables.replace(f"queue num {QUEUE} bypass", queued)

@@ -123,7 +123,7 @@ def test_nothing_reaches_them_over_a_network_where_loopback_is_routed(cable: Wir
             end.run("sysctl", "-qw", "net.ipv4.conf.all.route_localnet=0")
 
 
-def test_whether_they_are_there_is_told(cable: Wire, backend: firewall.Backend) -> None:
+def test_whether_they_are_there_is_reported(cable: Wire, backend: firewall.Backend) -> None:
     with inside(cable.host.namespace):
         assert not owner_rules.present((CHARON, SIDECAR), PORT)
         firewall.install(RULES, backend=backend)

@@ -102,7 +102,7 @@ def test_a_client_behind_a_translating_router_keeps_its_port_and_its_traffic(
     rekeyed(inner)
 
 
-def test_two_clients_behind_one_router_are_told_apart(topology: Topology, inner: Topology) -> None:
+def test_two_clients_behind_one_router_are_distinguished(topology: Topology, inner: Topology) -> None:
     other = seen_from(topology, "inner2")
     connect(inner)
     other.connect()

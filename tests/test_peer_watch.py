@@ -37,7 +37,7 @@ def test_a_failed_gateway_with_a_heartbeat_is_back() -> None:
     assert it.said == [f"{GW} failed", f"{GW} back"]
 
 
-def test_a_gateway_that_says_itself_that_it_is_gone_is_believed_at_once() -> None:
+def test_a_gateway_that_says_itself_that_it_is_gone_is_believed_immediately() -> None:
     it = Watch()
     it.watch.disturbed(10.0)
     it.watch.deleted(GW)

@@ -46,7 +46,7 @@ def test_what_charon_takes_for_no_pool_is_none(tmp_path: Path, text: str) -> Non
 
 
 @pytest.mark.parametrize("count", [2, 8, 16])
-def test_placeholders_lie_where_no_rebuilt_sa_lands(count: int) -> None:
+def test_placeholders_lie_where_no_rebuilt_sa_is_installed(count: int) -> None:
     assert segment_of(keeping_address(count), count) == keeping_segment(count)
     assert segment_of(waiting_address(count), count) != keeping_segment(count)
     assert not {keeping_address(count), waiting_address(count)} & set(landing_addresses(count).values())

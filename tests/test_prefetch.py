@@ -63,7 +63,7 @@ async def test_a_bank_that_answers_is_believed_before_memory(bank: RedisBank) ->
     assert cache.hits == 0
 
 
-async def test_while_the_keyspace_is_not_heard_nothing_is_answered_from_memory(
+async def test_while_no_keyspace_events_arrive_nothing_is_answered_from_memory(
     bank: RedisBank, server: RedisServer
 ) -> None:
     stub = stub_of()

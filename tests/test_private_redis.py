@@ -177,7 +177,7 @@ async def test_a_server_that_cannot_start_is_logged_with_where_to_look(tmp_path:
     await bank.close()
 
 
-async def test_a_server_that_ends_at_once_time_after_time_is_started_ever_more_seldom(
+async def test_a_server_that_ends_immediately_time_after_time_is_started_ever_more_rarely(
     directory: Path, ring: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[float] = []

@@ -59,7 +59,7 @@ async def test_a_gateway_that_answers_soon_is_the_only_one_asked() -> None:
     assert len(gateways.asked) == 1
 
 
-async def test_a_slow_first_gateway_still_counts_before_a_silent_second_one() -> None:
+async def test_a_slow_first_gateway_still_counts_before_a_second_one_that_does_not_answer() -> None:
     gateways = Gateways(one=(0.4, ANSWER))
     assert await gateways.race(ONE, TWO) == (ONE, ANSWER)
     assert gateways.cancelled == [TWO]

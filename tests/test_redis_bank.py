@@ -33,7 +33,7 @@ async def test_a_stored_stub_comes_back_whole(bank: RedisBank) -> None:
     assert await bank.get([stub.index]) == [stub]
 
 
-async def test_many_stubs_go_and_come_at_once_in_order(bank: RedisBank) -> None:
+async def test_many_stubs_go_and_come_together_in_order(bank: RedisBank) -> None:
     stubs = [stub_of() for _ in range(1500)]
     assert all(await bank.store(stubs))
     missing = Index(GATEWAY, bytes(8))
@@ -229,7 +229,7 @@ async def test_delete_of_what_is_not_there_says_so(bank: RedisBank) -> None:
 # Download
 
 
-async def test_a_mark_tells_as_what_a_session_went_on(bank: RedisBank) -> None:
+async def test_a_mark_names_the_sa_with_which_a_session_went_on(bank: RedisBank) -> None:
     old, new, other = (stub_of(gateway=gateway).index for gateway in (GATEWAY, "2001:db8::2", GATEWAY))
     await bank.tell_moved([Move(old, new, int(time.time()) + 60)])
     assert await bank.moved([other, old]) == [None, new]
@@ -331,7 +331,7 @@ async def test_a_stub_that_does_not_open_is_counted_each_time_and_logged_once(
     await stranger.close()
 
 
-def test_identities_are_stored_as_initiator_and_responder_whoever_made_the_stub() -> None:
+def test_identities_are_stored_as_initiator_and_responder_whichever_side_made_the_stub() -> None:
     stub = msgspec.structs.replace(stub_of(), local_id=Identity(2, b"maker"), remote_id=Identity(2, b"peer"))
     assert readable_fields(stub)[:2] == ("peer", "maker")
     assert readable_fields(msgspec.structs.replace(stub, initiator=True))[:2] == ("maker", "peer")
@@ -345,7 +345,7 @@ async def test_a_heartbeat_lives_for_its_time(bank: RedisBank, server: RedisServ
     assert 29_000 < server.client.pttl(f"ike:gateway:{GATEWAY}") <= 30_000
 
 
-async def test_ping_tells_how_long_it_took(bank: RedisBank) -> None:
+async def test_ping_returns_how_long_it_took(bank: RedisBank) -> None:
     assert await bank.ping() > 0
 
 

@@ -219,7 +219,7 @@ async def test_the_revision_of_the_copy_that_is_most_behind_counts(
     assert await bank.revisions([stub.index]) == [0]
 
 
-async def test_a_return_is_told_so_that_what_a_bank_lost_can_be_put_back(
+async def test_a_return_is_reported_so_that_what_a_bank_lost_can_be_put_back(
     bank_of: Open, servers: dict[str, RedisServer]
 ) -> None:
     bank = await bank_of(ONE)
@@ -313,7 +313,7 @@ async def test_an_operators_deletion_names_the_bank_that_it_did_not_reach(
 # gateways
 
 
-async def test_a_gateway_lives_for_all_others_while_one_bank_hears_it(
+async def test_a_gateway_lives_for_all_others_while_one_bank_receives_its_heartbeat(
     bank_of: Open, servers: dict[str, RedisServer], ring: Keyring
 ) -> None:
     bank = await bank_of(ONE)

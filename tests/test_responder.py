@@ -194,7 +194,7 @@ def test_an_sa_that_no_message_confirms_is_removed_after_confirm_timeout(loop: F
     loop.run(gateway.close())
 
 
-def test_while_charon_is_away_a_client_that_proved_itself_is_told(loop: FakeTime) -> None:
+def test_while_charon_is_away_a_client_that_proved_itself_gets_the_reason(loop: FakeTime) -> None:
     gateway, stub = started(loop)
     gateway.channel.up = False
     for sk_d, proven in ((stub.sk_d, True), (bytes(32), False)):

@@ -133,7 +133,7 @@ async def test_a_mark_that_was_taken_away_from_the_bank_counts_on_and_comes_back
 
 
 @pytest.mark.redis
-async def test_who_lacks_the_key_locks_nobody_out(server: RedisServer) -> None:
+async def test_without_the_key_no_client_is_locked_out(server: RedisServer) -> None:
     bank = RedisBank(server.url, RING)
     revocations = Revocations(bank, RING)
     await put(bank, mark(), ring=keyring())
@@ -202,7 +202,7 @@ async def test_a_restart_remembers_marks_and_believes_no_line_that_does_not_open
 
 
 @pytest.mark.redis
-async def test_a_mark_is_sealed_anew_with_a_newer_key_once(server: RedisServer) -> None:
+async def test_a_mark_is_sealed_again_with_a_newer_key_once(server: RedisServer) -> None:
     [(old, key)] = RING_KEYS.items()
     bank = RedisBank(server.url, RING)
     both = Keyring({b"newn": b"n" * 32, old: key})

@@ -255,7 +255,7 @@ def the_info(**changes: Any) -> SaInfo:
 
 
 @pytest.mark.parametrize("vici_first", [True, False])
-def test_vici_tells_the_lifetime_whether_before_or_after_the_keys(vici_first: bool) -> None:
+def test_vici_reports_the_lifetime_whether_before_or_after_the_keys(vici_first: bool) -> None:
     known, _, _ = tracker()
     known.connections = {"g0": ConnectionInfo("g0", 14400, 0, ())}
     feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
@@ -533,7 +533,7 @@ def test_reconciliation_names_what_is_missing_and_ends_what_charon_no_longer_has
     assert recorder.news[-1] == ("gone", sa.id)
 
 
-def test_a_list_that_is_read_late_tells_of_when_it_was_asked_for() -> None:
+def test_a_list_that_is_read_late_is_as_of_when_it_was_asked_for() -> None:
     known, _, clock = tracker()
     feed(known, VECTORS[0], "gateway")
     [sa] = known.established()
@@ -588,7 +588,7 @@ def told_of_children(vector: dict[str, Any], kind: MessageType) -> list[HaMessag
     return [message for octets in messages(vector, "gateway") if (message := decode(octets)).type is kind]
 
 
-def test_a_child_sa_that_charon_does_not_have_is_forgotten_and_one_that_nobody_told_of_asks_for_nothing() -> None:
+def test_a_child_sa_that_charon_does_not_have_is_forgotten_and_one_that_was_not_reported_asks_for_nothing() -> None:
     known, recorder, clock = tracker()
     feed(known, VECTORS[0], "gateway", MessageType.CHILD_ADD)
     [sa] = known.established()
@@ -602,7 +602,7 @@ def test_a_child_sa_that_charon_does_not_have_is_forgotten_and_one_that_nobody_t
     assert recorder.news[-1] == ("changed", sa.id)
 
 
-def test_what_charon_told_of_child_sas_before_their_ike_sa_was_recalled_is_not_lost() -> None:
+def test_what_charon_reported_of_child_sas_before_their_ike_sa_was_recalled_is_not_lost() -> None:
     before, _, _ = tracker()
     feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
     [sa] = before.established()
@@ -662,7 +662,7 @@ def test_an_sa_that_was_rekeyed_before_it_was_recalled_leaves_its_child_sas_to_w
     assert not reconcile(known, [now], since=5.0)
 
 
-def test_a_list_that_is_read_late_takes_nothing_back_of_what_charon_told_of_child_sas_since() -> None:
+def test_a_list_that_is_read_late_takes_nothing_back_of_what_charon_reported_of_child_sas_since() -> None:
     before, _, _ = tracker()
     feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
     [sa] = before.established()
@@ -677,7 +677,7 @@ def test_a_list_that_is_read_late_takes_nothing_back_of_what_charon_told_of_chil
     assert children(sa) == [77]
 
 
-def test_once_all_is_recalled_nothing_is_kept_for_sas_that_nobody_knows() -> None:
+def test_once_all_is_recalled_nothing_is_kept_for_unknown_sas() -> None:
     known, _, _ = tracker()
     known.recall.end()
     before, _, _ = tracker()
@@ -723,7 +723,7 @@ def test_a_session_with_a_postquantum_preshared_key_is_not_resumable() -> None:
     assert not sa.resumable
 
 
-def test_after_a_crash_of_charon_nobody_is_told_that_its_sas_ended() -> None:
+def test_after_a_crash_of_charon_no_end_of_its_sas_is_reported() -> None:
     known, recorder, _ = tracker()
     feed(known, VECTORS[0], "gateway")
     recorder.news.clear()
@@ -790,7 +790,7 @@ def confirmed(known: SaTracker) -> IkeSa:
 
 
 @pytest.mark.parametrize("taken", [True, False])
-def test_a_child_sa_that_charon_was_given_and_does_not_list_once_its_sa_is_confirmed_is_told_of_once(
+def test_a_child_sa_that_charon_was_given_and_does_not_list_once_its_sa_is_confirmed_is_reported_once(
     taken: bool,
 ) -> None:
     known, _, clock = tracker()

@@ -144,7 +144,7 @@ def test_a_retransmission_gets_the_same_octets_and_installs_nothing(topology: To
     assert status(topology, "gw2")["unconfirmed"] == 1
 
 
-def test_an_unconfirmed_sa_is_removed_in_silence_and_the_stub_stays(topology: Topology) -> None:
+def test_an_unconfirmed_sa_is_removed_without_a_delete_and_the_stub_stays(topology: Topology) -> None:
     connect(topology)
     sidecar = topology.gateways["gw2"]
     sidecar.stop()

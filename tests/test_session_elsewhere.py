@@ -89,7 +89,7 @@ def test_a_gateway_whose_sidecar_was_away_ends_it_when_it_is_back(topology: Topo
     assert spis(the_sa(topology.client)) == now
 
 
-def test_where_the_keyspace_is_silent_the_comparison_finds_it(topology: Topology) -> None:
+def test_without_keyspace_events_the_comparison_finds_it(topology: Topology) -> None:
     events = topology.bank.cli("CONFIG", "GET", "notify-keyspace-events").splitlines()[-1]
     topology.bank.cli("CONFIG", "SET", "notify-keyspace-events", "")
     try:
@@ -135,7 +135,7 @@ def test_whoever_writes_to_the_bank_without_its_key_ends_no_session(topology: To
     assert topology.client.ping(SITE) == 3
 
 
-def test_a_gateway_that_had_to_wait_for_the_bank_tells_the_other_one_then(topology: Topology) -> None:
+def test_a_gateway_that_had_to_wait_for_the_bank_reports_to_the_other_one_then(topology: Topology) -> None:
     # the client's own stub serves while the bank is away
     changed = [topology.gateways["gw1"], topology.gateways["gw2"]]
     for sidecar in changed:

@@ -76,7 +76,7 @@ def test_or_until_its_ike_sa_would_have_expired(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("vici_first", [True, False])
-def test_a_session_that_one_of_the_sides_ended_is_forgotten_whichever_channel_tells_first(
+def test_a_session_that_one_of_the_sides_ended_is_forgotten_whichever_channel_reports_first(
     scene: Scene, vici_first: bool
 ) -> None:
     sa, _ = scene.up()

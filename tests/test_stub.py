@@ -290,7 +290,7 @@ def test_a_traffic_selector_of_mixed_families_is_refused() -> None:
         encode(msgspec.structs.replace(stub, children=(child,)))
 
 
-def test_the_encoding_of_an_ordinary_stub_is_small() -> None:
+def test_the_encoding_of_a_common_stub_is_small() -> None:
     assert len(encode(stub_of())) <= 240
 
 

@@ -86,7 +86,7 @@ def test_download_stub_is_read_as_it_was_built() -> None:
 
 @pytest.mark.parametrize("target", ["192.0.2.2", "2001:db8::2"])
 @pytest.mark.parametrize("status", MoveStatus)
-def test_moving_tells_the_target_and_what_becomes_of_it(target: str, status: MoveStatus) -> None:
+def test_moving_names_the_target_and_what_becomes_of_it(target: str, status: MoveStatus) -> None:
     asked = parse_stub_message(build_move(GATEWAY, target, MOVE_ID))
     assert asked.move == Move(MoveStatus.ASKED, target)
     told = parse_stub_message(build_moving(CLIENT, asked, status, NONCE))
@@ -95,7 +95,7 @@ def test_moving_tells_the_target_and_what_becomes_of_it(target: str, status: Mov
 
 
 @pytest.mark.parametrize("initiator", [True, False])
-def test_the_flag_i_is_of_whoever_began_the_sa_and_the_flag_r_of_the_gateway(initiator: bool) -> None:
+def test_the_flag_i_is_of_the_side_that_began_the_sa_and_the_flag_r_of_the_gateway(initiator: bool) -> None:
     client = StubSa(SPI_I, SPI_R, initiator, INDEX, Prf.HMAC_SHA2_256, SK_D)
     gateway = StubSa(SPI_I, SPI_R, not initiator, INDEX, Prf.HMAC_SHA2_256, SK_D)
     get = build_get(client, NONCE)

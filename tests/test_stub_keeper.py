@@ -122,7 +122,7 @@ def test_a_session_that_its_gateway_ended_does_not_go_on_with_what_the_client_st
         assert counter(topology, "gw2", "refusals_total[no-stub]") >= 1
 
 
-def test_a_resumed_session_is_held_anew_with_its_new_keys(topology: Topology) -> None:
+def test_a_resumed_session_is_held_again_with_its_new_keys(topology: Topology) -> None:
     hold(topology)
     topology.kill_gateway(topology.gw1)
     outcome = resume(topology)
@@ -133,7 +133,7 @@ def test_a_resumed_session_is_held_anew_with_its_new_keys(topology: Topology) ->
     assert kept(topology)[0].stub.children
 
 
-def test_a_rekeyed_session_is_held_anew(topology: Topology) -> None:
+def test_a_rekeyed_session_is_held_again(topology: Topology) -> None:
     first = hold(topology)
     topology.client.swanctl("--rekey", "--ike", "home")
     wait_until(

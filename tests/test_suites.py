@@ -115,5 +115,5 @@ def test_a_suite_that_cannot_be_resumed_is_refused_by_name_when_it_is_set_up(top
     assert topology.client.ping(SITE) == 3
 
 
-def test_a_group_that_nobody_here_knows_still_gets_a_public_value() -> None:
+def test_a_group_that_is_unknown_here_still_gets_a_public_value() -> None:
     assert len(fresh_public_value(1023)) == 32

@@ -123,7 +123,7 @@ def test_a_cookie_comes_first_and_the_index_right_after_it() -> None:
     assert sync_comes_first(octets)
 
 
-def test_where_the_packet_filter_finds_the_index_is_told() -> None:
+def test_where_the_packet_filter_finds_the_index_is_known() -> None:
     assert sync_comes_first(request())
     assert not sync_comes_first(request(sk_d_old=None))
     assert not sync_comes_first(request(sk_d_old=None, cookie=b"crumb"))
@@ -152,7 +152,7 @@ def test_a_request_with_any_octet_altered_proves_nothing(position: int, change: 
         assert found is None or not verify_request(found, SUITE.prf, SK_D)
 
 
-def test_a_client_says_that_it_wants_to_be_told_of_a_refusal() -> None:
+def test_a_client_says_that_it_accepts_a_notification_of_a_refusal() -> None:
     assert parsed(request(refusable=True)).refusable
     assert not parsed(request()).refusable
     assert not parsed(request(sk_d_old=None)).refusable
@@ -370,7 +370,7 @@ def test_children_and_a_sealed_stub_come_back() -> None:
     assert answer.sync.first(3) == b"fresh"
 
 
-def test_an_ordinary_response_is_told_from_one_that_resumes() -> None:
+def test_a_normal_response_is_distinguished_from_one_that_resumes() -> None:
     ordinary = init(
         [(PayloadType.SA, SUITE.proposal()), (PayloadType.KE, bytes(36)), (PayloadType.NONCE, NR)],
         flags=Flag.RESPONSE,
@@ -379,7 +379,7 @@ def test_an_ordinary_response_is_told_from_one_that_resumes() -> None:
     assert parse_response(ordinary, request()) == OrdinaryResponse(None)
 
 
-def test_an_error_notification_is_an_ordinary_response() -> None:
+def test_an_error_notification_is_a_normal_response() -> None:
     status = (PayloadType.NOTIFY, encode_notify(NotifyType.NAT_DETECTION_SOURCE_IP, bytes(20)))
     error = init([status, (PayloadType.NOTIFY, encode_notify(NotifyType.NO_PROPOSAL_CHOSEN))], flags=Flag.RESPONSE)
     assert parse_response(error, request()) == OrdinaryResponse(NotifyType.NO_PROPOSAL_CHOSEN)

@@ -181,7 +181,7 @@ async def test_a_cookie_goes_in_front_of_the_same_request() -> None:
     assert bare.header.spi_i == full.header.spi_i
 
 
-async def test_a_proven_refusal_ends_the_attempt_at_once_and_says_why() -> None:
+async def test_a_proven_refusal_ends_the_attempt_immediately_and_says_why() -> None:
     def answers(octets: bytes, _: int) -> list[bytes]:
         parsed = parse_request(octets)
         assert parsed is not None
@@ -240,12 +240,12 @@ async def test_unproven_answers_alone_are_none() -> None:
     assert await gateway.asked_in_vain()
 
 
-async def test_after_an_ordinary_answer_a_proven_one_is_still_taken() -> None:
+async def test_after_a_normal_response_a_proven_one_is_still_taken() -> None:
     answer = await Gateway(lambda octets, _: [refusal(octets), true_answer(octets)], PATIENT).asked()
     assert answer.ike_id.spi_r == b"R" * 8
 
 
-async def test_an_ordinary_answer_ends_the_attempt_when_its_grace_is_over() -> None:
+async def test_a_normal_response_ends_the_attempt_when_its_grace_is_over() -> None:
     gateway = Gateway(
         lambda octets, _: [refusal(octets)], ResumeConfig(answer_timeout=60.0, retransmit=60.0, refusal_grace=0.1)
     )

@@ -62,7 +62,7 @@ def test_a_rekey_without_both_sas_is_an_error_and_does_not_end_the_listener(sect
         parse_event("ike-rekey", {"home": section})
 
 
-def test_a_move_is_read_from_beside_the_sa_where_charon_tells_the_new_addresses() -> None:
+def test_a_move_is_read_from_beside_the_sa_where_charon_reports_the_new_addresses() -> None:
     """charon raises the event before it changes the SA; test_paths shows that it does."""
     moved = {"local-port": b"4500", "remote-host": b"2001:db8::7", "remote-port": b"4501", "local-host": b"192.0.2.2"}
     [event] = parse_event("ike-update", {**moved, "home": SA})

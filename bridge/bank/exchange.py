@@ -56,7 +56,7 @@ async def _carry(connection: Any, packed: bytes, count: int, transaction: bool) 
     await connection.send_packed_command(packed)
     if not transaction:
         return [await _reply(connection) for _ in range(count)]
-    # to MULTI and to each command there is one too, which tells only what was refused before it was tried
+    # to MULTI and to each command there is one too, which names only what was refused before it was tried
     refused = [reply for _ in range(count + 1) if isinstance(reply := await _reply(connection), Exception)]
     replies: list[Any] | Exception = await _reply(connection)
     if isinstance(replies, Exception):

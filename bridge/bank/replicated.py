@@ -135,7 +135,7 @@ class ReplicatedBank:
 
     async def change(self, stubs: Sequence[Stub], endings: Sequence[Ending]) -> tuple[list[bool], list[bool]]:
         """See StubBank. Stored is what one bank has; False where one of those that it belongs in refused. Deleted is
-        what any bank deleted. Banks that did not take their part are owed it.
+        what any bank deleted. Banks that did not do their part get it later.
 
         Without `start` nothing would bring it to them: then a deletion that one did not take raises BankUnavailable.
         """

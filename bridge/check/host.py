@@ -198,17 +198,17 @@ def hooks(config: GatewayConfig) -> list[Finding]:
     if config.hooks.session is None:
         return []
     path = Path(config.hooks.session)
-    mend = "hooks.session has to name an executable file, by its whole path, that only root can change"
+    fix = "hooks.session has to name an executable file, by its whole path, that only root can change"
     try:
         about = path.stat()
     except OSError as error:
-        return [fail("hooks.session", f"{path}: {error.strerror}", mend)]
+        return [fail("hooks.session", f"{path}: {error.strerror}", fix)]
     if not path.is_absolute() or not stat.S_ISREG(about.st_mode) or not about.st_mode & 0o111:
-        return [fail("hooks.session", f"{path} is no executable file", mend)]
+        return [fail("hooks.session", f"{path} is no executable file", fix)]
     for place in (path, *path.parents):
         about = place.stat()
         # a folder like /tmp keeps others from replacing what is not theirs
         shared = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
         if about.st_uid != 0 or (about.st_mode & 0o022 and not shared):
-            return [fail("hooks.session", f"{place} can be changed by other users, and {path} runs as root", mend)]
+            return [fail("hooks.session", f"{place} can be changed by other users, and {path} runs as root", fix)]
     return [ok("hooks.session", str(path))]

@@ -1,7 +1,7 @@
 """A gateway ends an IKE_SA by a DELETE, and its session is set up again by a full handshake: because the session's
 authentication had ended, or, with `resume.after_delete: handshake`, whatever the reason was.
 
-VICI reports an end in state DELETING whichever side sent the DELETE. The HA channel tells which: charon reports each
+VICI reports an end in state DELETING whichever side sent the DELETE. The HA channel says which: charon reports each
 verified request of the peer, and each request of its own, before it acts on it. An SA that ends right after a request
 of the peer, and not around one of charon's own, was ended by the peer. In doubt it was this host.
 """

@@ -214,9 +214,9 @@ class Drain:
         BankUnavailable."""
         needs = {(sa.connection, tuple(child.name for child in sa.children)) for sa in sas}
         able = {name for name in others.facts if any(others.lacks(name, *need) is None for need in needs)}
-        told = await others.sessions(self._bank)
+        published = await others.sessions(self._bank)
         return {self._address or HERE: self._charon.tracker.count()[0]} | {
-            name: count for name, count in sorted(told.items()) if name in able
+            name: count for name, count in sorted(published.items()) if name in able
         }
 
     async def progress(self, _: dict[str, Any]) -> dict[str, Any]:

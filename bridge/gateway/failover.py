@@ -73,7 +73,7 @@ class Failover:
         self._announcer = Announcer(address or "", self._send, lambda: move_message_id(wall()), rate=float(config.rate))
         self.watch = PeerWatch(config.detect, self._failed, self._back, clock())
         self.beats: dict[str, float] = {}
-        """when (monotonic seconds) a heartbeat of another gateway was last written, as the keyspace told"""
+        """when (monotonic seconds) a heartbeat of another gateway was last written, by the events of the keyspace"""
         self._seen: set[str] = set()
         self._missing: dict[str, float] = {}
         self._wake = asyncio.Event()
@@ -146,8 +146,8 @@ class Failover:
 
     def status(self) -> list[dict[str, Any]]:
         """How far the announcements of each failure are."""
-        told: list[dict[str, Any]] = msgspec.to_builtins(self._announcer.status(self._clock()))
-        return told
+        rows: list[dict[str, Any]] = msgspec.to_builtins(self._announcer.status(self._clock()))
+        return rows
 
     def progress(self) -> list[FailoverProgress]:
         """The same of those that go on, or ended not long ago."""

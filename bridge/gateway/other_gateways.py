@@ -58,9 +58,11 @@ class OtherGateways:
 
     async def sessions(self, bank: StubBank) -> dict[str, int]:
         """How many each of `facts` has, as far as it says. Raises BankUnavailable."""
-        told = {name: gateway_stats.decode(await bank.posted(bank_keys.STATS_KIND, name)) for name in self.facts}
+        published = {name: gateway_stats.decode(await bank.posted(bank_keys.STATS_KIND, name)) for name in self.facts}
         return {
-            name: int(stats[gateway_stats.SESSIONS]) for name, stats in told.items() if gateway_stats.SESSIONS in stats
+            name: int(stats[gateway_stats.SESSIONS])
+            for name, stats in published.items()
+            if gateway_stats.SESSIONS in stats
         }
 
 

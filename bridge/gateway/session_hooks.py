@@ -54,7 +54,7 @@ CHILDREN_MAX: Final = 64
 
 
 class SessionEvent(StrEnum):
-    """What the program is told."""
+    """What the program gets."""
 
     ESTABLISHED = "established"
     RESUMED_HERE = "resumed-here"
@@ -116,7 +116,7 @@ class _Session:
 
 
 class SessionHooks:
-    """Follows the sessions of `tracker`. `address` is this gateway's in the index; `failed` tells whether another
+    """Follows the sessions of `tracker`. `address` is this gateway's in the index; `failed` returns whether another
     gateway has failed, which is known some `detect` seconds later; `beats` when each wrote its last heartbeat. Without
     a program none of its methods does anything."""
 
@@ -380,7 +380,7 @@ class SessionHooks:
 
 
 def _key(name: Name, addresses: tuple[str, ...]) -> str:
-    """What keeps events in order: who has an address next is told after who had it before."""
+    """What keeps events in order: the end of the session that had an address comes before the start of the next."""
     return addresses[0] if addresses else str(Index(*name))
 
 
