@@ -19,15 +19,18 @@ from bridge.bank.prefetch import Prefetch
 from bridge.bank.write_queue import WriteQueue
 from bridge.config import SyncConfig
 from bridge.gateway.addresses import AddressHolders
-from bridge.gateway.admission import source_of
+from bridge.gateway.admission import Admission, source_of
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.rebuild import Decision
 from bridge.gateway.rebuilt_state import State
 from bridge.gateway.responder import Responder
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.stub_lookup import StubLookup
+from bridge.gateway.unconfirmed import Unconfirmed
+from bridge.ike.cookie import Cookies
 from bridge.ike.sync_exchange import (
     CookieChallenge,
     SyncRefusal,
@@ -74,20 +77,32 @@ class Gateway:
             timeout=0.1,
             clock=loop.time,
         )
+        config = SyncConfig(**sync)
+        unconfirmed = Unconfirmed(
+            self.charon,
+            endings,
+            lookup.ended,
+            stubs,
+            self.writer,
+            self.metrics,
+            lambda sa, stub: self.resumed.append(stub),
+            confirm_timeout=config.confirm_timeout,
+            clock=loop.time,
+        )
+        admission = Admission(config, Cookies(), unconfirmed.of_source)
+        holders = AddressHolders(self.charon, bank, HERE)
+        living = LivingSas(self.charon.tracker)
         self.responder = Responder(
             self.charon,
             lookup,
-            endings,
-            LivingSas(self.charon.tracker),
-            revocations,
-            stubs,
-            self.writer,
+            admission,
+            Decision(self.charon, endings, living, revocations, stubs, unconfirmed, admission, holders, config),
+            unconfirmed,
+            holders,
             self.wire,
-            SyncConfig(**sync),
+            config,
             self.metrics,
-            lambda sa, stub: self.resumed.append(stub),
-            lambda message: None,
-            AddressHolders(self.charon, bank, HERE),
+            lambda packet: None,
             clock=loop.time,
         )
 

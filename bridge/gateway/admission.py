@@ -80,6 +80,10 @@ class Admission:
             return Demand.SOURCE_RATE
         return Verdict.SERVE
 
+    def challenge(self, seen: Glance, address: str, port: int, now: float) -> bytes:
+        """The answer to a request that has to come again with a cookie."""
+        return self._cookies.challenge(seen, address, port, now)
+
     def demanding(self, load: int, now: float) -> bool:
         """Whether every request must carry a cookie now."""
         return load >= self._sync.cookie_threshold or now < self._busy_until

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,16 +18,11 @@ from collections.abc import Set as AbstractSet
 
 import structlog
 
-from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
-from bridge.charon.ike_sa import IkeSa
 from bridge.config import SyncConfig
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission, Demand, Verdict
-from bridge.gateway.client_stubs import ClientStubs
-from bridge.gateway.endings import Endings
 from bridge.gateway.install_queue import InstallQueue
-from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
 from bridge.gateway.rebuild import NONE, Decision
@@ -36,12 +30,10 @@ from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.rebuilt_state import State
 from bridge.gateway.recent import Recent
 from bridge.gateway.refusal import Refusal, notification
-from bridge.gateway.revocation import Revocations
 from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.gateway.unconfirmed import Unconfirmed
-from bridge.ike.cookie import Cookies, glance
+from bridge.ike.cookie import glance
 from bridge.ike.message import ExchangeType, MalformedMessage
-from bridge.ike.stub_exchange import StubMessage
 from bridge.ike.sync_exchange import SyncRequest, parse_request, sync_comes_first
 from bridge.net.interface import Packet, Sender
 from bridge.net.packet import EXCHANGE_OFFSET
@@ -70,68 +62,39 @@ def _digest(packet: Packet) -> bytes:
 
 class Responder:
     """Answers IKE_SA_SYNC on one gateway. `packets` takes intercepted batches; what charon says of rebuilt SAs goes to
-    `unconfirmed`, what clients report of a move to `moving`."""
+    `unconfirmed`, messages of exchange type 240 to `stub_message`."""
 
     def __init__(
         self,
         charon: Charon,
         lookup: StubLookup,
-        endings: Endings,
-        living: LivingSas,
-        revocations: Revocations,
-        handout: ClientStubs,
-        writer: WriteQueue,
+        admission: Admission,
+        decision: Decision,
+        unconfirmed: Unconfirmed,
+        holders: AddressHolders,
         sender: Sender,
         sync: SyncConfig,
         metrics: GatewayMetrics,
-        resumed: Callable[[IkeSa, Stub], None],
-        moving: Callable[[StubMessage], None],
-        holders: AddressHolders,
+        stub_message: Callable[[Packet], None],
         *,
-        random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
     ) -> None:
         self._charon = charon
         self._lookup = lookup
-        self._handout = handout
+        self._admission = admission
+        self._decision = decision
+        self.unconfirmed = unconfirmed
+        self._holders = holders
         self._sender = sender
-        self._moving = moving
-        self._cookies = Cookies(random=random)
         self._metrics = metrics
         metrics.expect(Refusal, Demand)
+        self._stub_message = stub_message
         self._clock = clock
-        self.unconfirmed = Unconfirmed(
-            charon,
-            endings,
-            lookup.ended,
-            handout,
-            writer,
-            metrics,
-            resumed,
-            confirm_timeout=sync.confirm_timeout,
-            clock=clock,
-        )
-        self._admission = Admission(sync, self._cookies, self.unconfirmed.of_source)
-        self._holders = holders
-        self._decision = Decision(
-            charon,
-            endings,
-            living,
-            revocations,
-            handout,
-            self.unconfirmed,
-            self._admission,
-            self._holders,
-            sync,
-            random=random,
-            wall=wall,
-        )
         self._batches = InstallQueue(
             charon, self.unconfirmed, metrics, self._answer, self._not_installed, self._coming, clock=clock
         )
         self._refused_is = sync.refused
-        self._look_around_seconds = min(1.0, sync.confirm_timeout / 4)
+        self._look_seconds = min(1.0, sync.confirm_timeout / 4)
         self._sync_last: Recent[str] = Recent(SYNC_LAST_SECONDS, clock=clock)
         self._lines = Rate(REFUSALS_LOGGED)
         self._unlogged = 0
@@ -148,7 +111,7 @@ class Responder:
         self._tasks = [
             spawn("serve", self._serve()),
             spawn("install", self._batches.run()),
-            spawn("unconfirmed", self._look_around()),
+            spawn("unconfirmed", self._keep_looking()),
         ]
 
     async def close(self) -> None:
@@ -195,8 +158,7 @@ class Responder:
         demands: Counter[Demand] = Counter()
         for packet in batch:
             if packet.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
-                if (moving := self._handout.received(packet)) is not None:
-                    self._moving(moving)
+                self._stub_message(packet)
                 continue
             try:
                 seen = glance(packet.ike)
@@ -216,7 +178,7 @@ class Responder:
                 self._refuse_unseen(packet, Refusal.SOURCE_RATE)
             else:
                 packet.drop()
-                self._answer(packet, self._cookies.challenge(seen, packet.src, packet.sport, now))
+                self._answer(packet, self._admission.challenge(seen, packet.src, packet.sport, now))
                 demands[verdict] += 1
         self._metrics.requests.inc(requests)
         for demand, count in demands.items():
@@ -387,13 +349,13 @@ class Responder:
             **({"not_logged_before": unlogged} if unlogged else {}),
         )
 
-    async def _look_around(self) -> None:
+    async def _keep_looking(self) -> None:
         while True:
-            await asyncio.sleep(self._look_around_seconds)
+            await asyncio.sleep(self._look_seconds)
             await self.unconfirmed.remove_late()
-            self._tell_whether_demanding()
+            self._log_whether_demanding()
 
-    def _tell_whether_demanding(self) -> None:
+    def _log_whether_demanding(self) -> None:
         if self.demanding == self._demanding:
             return
         self._demanding = not self._demanding

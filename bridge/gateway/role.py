@@ -27,6 +27,7 @@ from bridge.gateway import metrics
 from bridge.gateway.address_book import AddressBook
 from bridge.gateway.address_keeper import AddressKeeper
 from bridge.gateway.addresses import AddressHolders
+from bridge.gateway.admission import Admission
 from bridge.gateway.authentication_end import AuthenticationEnd
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.client_stubs import ClientStubs
@@ -41,15 +42,17 @@ from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.peer_watch import PeerState
 from bridge.gateway.publisher import Publisher
+from bridge.gateway.rebuild import Decision
 from bridge.gateway.responder import Responder
 from bridge.gateway.return_path import ReturnPath
 from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.gateway.session_hooks import SessionHooks
 from bridge.gateway.stub_lookup import StubLookup
+from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.gateway.uniqueness import Uniqueness
-from bridge.ike.stub_exchange import StubMessage
-from bridge.net.interface import Sender
+from bridge.ike.cookie import Cookies
+from bridge.net.interface import Packet, Sender
 from bridge.service.control import Answer, Command, ControlServer
 from bridge.service.process import log_level, raw_udp, serve_metrics
 from bridge.service.tasks import end, spawn
@@ -128,7 +131,7 @@ class GatewayRole:
         )
         self._publisher.locked_out = lock_out.soon
         charon.tracker.on_deleting = self._publisher.deleting
-        stubs = ClientStubs(
+        self._stubs = ClientStubs(
             config.sync.client_stub,
             keyring,
             charon.tracker,
@@ -142,7 +145,7 @@ class GatewayRole:
         lookup = StubLookup(
             self._prefetch,
             bank,
-            stubs,
+            self._stubs,
             endings,
             revocations,
             self._metrics,
@@ -150,20 +153,32 @@ class GatewayRole:
             timeout=config.bank.get_timeout,
         )
         self._drain = Drain(charon, bank, sender, config.address, self._elsewhere)
+        unconfirmed = Unconfirmed(
+            charon,
+            endings,
+            lookup.ended,
+            self._stubs,
+            self._writer,
+            self._metrics,
+            self._resumed,
+            confirm_timeout=config.sync.confirm_timeout,
+        )
+        admission = Admission(config.sync, Cookies(), unconfirmed.of_source)
+        holders = AddressHolders(charon, bank, config.address)
+        decision = Decision(
+            charon, endings, living, revocations, self._stubs, unconfirmed, admission, holders, config.sync
+        )
         self._responder = Responder(
             charon,
             lookup,
-            endings,
-            living,
-            revocations,
-            stubs,
-            self._writer,
+            admission,
+            decision,
+            unconfirmed,
+            holders,
             sender,
             config.sync,
             self._metrics,
-            self._resumed,
-            self._moving,
-            AddressHolders(charon, bank, config.address),
+            self._stub_message,
         )
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
         self._keeper = AddressKeeper(charon, AddressBook(bank), limit=config.ha.placeholders)
@@ -300,10 +315,11 @@ class GatewayRole:
             self._hooks.known(sa)
         return found
 
-    def _moving(self, message: StubMessage) -> None:
-        """A client's report, not proved yet: about an announcement, or about a Move."""
-        if not self._failover.report(message):
-            self._drain.moving(message)
+    def _stub_message(self, packet: Packet) -> None:
+        """A client's request for its stub; or its report, not proved yet, about an announcement or a Move."""
+        report = self._stubs.received(packet)
+        if report is not None and not self._failover.report(report):
+            self._drain.moving(report)
 
     # its state
 
