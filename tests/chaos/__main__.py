@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,9 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path("build/chaos"), help="where logs of violations go")
     parser.add_argument("--stop", action="store_true", help="end with the first violation")
     options = parser.parse_args()
+    # a shell that puts it into the background has it ignore SIGINT
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.default_int_handler)
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -44,9 +48,8 @@ def main() -> int:
         except KeyboardInterrupt:
             say("interrupted")
         except LabError as error:
-            say(f"the lab failed: {error}")
-            return 2
-        if chaos is None:
+            say(f"the lab cannot be begun: {error}")
+        if chaos is None or not chaos.report.rounds:
             return 2
         report = chaos.end()
         print(f"{report.text()}\nmemory, most growth: {chaos.memory.most()}", flush=True)

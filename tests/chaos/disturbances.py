@@ -49,7 +49,7 @@ def _kill(world: World, random: Random, host: Host, *daemons: Daemon) -> Plan:
     yield Event(begin, f"kill -9 {names} on {host.name}", kill)
     if random.random() < 0.6:
         # the others come back at the end of the round
-        yield Event(end, f"{names} on {host.name} again", world.start_strongswans)
+        yield Event(end, f"{names} on {host.name} again", lambda: world.start_strongswans(host))
 
 
 def _stop(random: Random, daemon: Daemon, longest: float = 6.0) -> Plan:
@@ -219,7 +219,7 @@ def restart_charon(world: World, random: Random) -> Plan:
         if host.charon.running:
             host.charon.stop()
             host.charon.forget()
-        world.start_strongswans()
+        world.start_strongswans(host)
 
     yield Event(random.uniform(0, 4), f"restart charon of {host.name}", restart)
 

@@ -96,11 +96,15 @@ class Chaos:
         events += self._let_in(random)
         thrown: list[str] = []
         events.append(Event(random.uniform(1, 9), "attack", lambda: thrown.append(self._attacker.throw(random))))
-        told = self._run(sorted(events, key=lambda event: event.at))
-        world.heal()
-        world.finish()
+        failed: list[str] = []
+        told = self._run(sorted(events, key=lambda event: event.at), failed)
+        try:
+            world.heal()
+            world.finish()
+        except LabError as error:
+            failed.append(str(error))
         healed = time.monotonic()
-        lines = self._settle(healed)
+        lines = failed + self._settle(healed)
         took = time.monotonic() - healed
         lines += world.died + self._logs.news(world) + self.memory.look(world)
         self.report.rounds += 1
@@ -124,7 +128,8 @@ class Chaos:
                 found.append(Event(0.0, f"unrevoke {host.name}", lambda host=host, at=at: world.unrevoke(host, at)))  # type: ignore[misc]
         return found
 
-    def _run(self, events: list[Event]) -> list[str]:
+    def _run(self, events: list[Event], failed: list[str]) -> list[str]:
+        """What was done, and when; `failed` gets what could not be."""
         began = time.monotonic()
         told = []
         for event in events:
@@ -132,7 +137,10 @@ class Chaos:
             at = time.monotonic() - began
             if event.text != "attack":
                 told.append(f"{at:.1f} s {event.text}")
-            event.do()
+            try:
+                event.do()
+            except LabError as error:
+                failed.append(f"{event.text}: {error}")
         time.sleep(max(0.0, ROUND_SECONDS - (time.monotonic() - began)))
         return told
 

@@ -234,19 +234,19 @@ class World:
                 redis.start()
         if not self.sentinel.running:
             self.sentinel.start()
-        self.start_strongswans()
+        self.start_strongswans(*self.strongswans)
 
-    def start_strongswans(self) -> None:
-        """Start each charon and sidecar that does not run."""
-        for host in self.strongswans:
+    def start_strongswans(self, *hosts: Host) -> None:
+        """Start each charon and sidecar that does not run on these hosts, the sidecars first."""
+        for host in hosts:
             self._notice(host.charon)
             self._notice(host.sidecars[0])
-        begun = [host.sidecars[0] for host in self.strongswans if not host.sidecars[0].running]
+        begun = [host.sidecars[0] for host in hosts if not host.sidecars[0].running]
         for sidecar in begun:
             sidecar.launch()
         for sidecar in begun:
             sidecar.wait_held()
-        for host in self.strongswans:
+        for host in hosts:
             if not host.charon.running:
                 host.charon.start()
         for sidecar in begun:
@@ -315,7 +315,11 @@ class World:
 
     def went_on(self, spi: str) -> bool:
         """Whether a gateway took a session over whose stub had this SPI (hex)."""
-        return any(f"old_spi={spi}" in host.sidecars[0].text() for host in self.gateways)
+        return any(
+            "event=sa-resumed" in line and line.endswith(f"old_spi={spi}")
+            for host in self.gateways
+            for line in host.sidecars[0].text().splitlines()
+        )
 
     def last_answer(self, host: Host) -> float:
         """When the server last answered a client, in Unix seconds."""
