@@ -173,6 +173,17 @@ class InterceptConfig(Struct, forbid_unknown_fields=True, frozen=True):
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+class TakeoverConfig(Struct, forbid_unknown_fields=True, frozen=True):
+    """Experimental: sessions of clients without a sidecar go on at another gateway that gets their address."""
+
+    addresses: tuple[str, ...] = ()
+    """addresses that gateways share, each at one gateway at a time (VRRP): this gateway takes the sessions at one over
+    when it gets it. Stubs of these sessions contain all that their keys come from"""
+    trigger: Literal["netlink", "command"] = "netlink"
+    """what tells that an address came or went. netlink: the kernel, when it appears on an interface or leaves it;
+    command: `ike-sa-sync takeover` and `yield` alone"""
+
+
 class LogConfig(Struct, forbid_unknown_fields=True, frozen=True):
     level: LogLevel = "info"
     """the level at the start; `ike-sa-sync log-level` changes it"""
@@ -195,6 +206,7 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     network: NetworkConfig = field(default_factory=NetworkConfig)
     drain: DrainConfig = field(default_factory=DrainConfig)
     hooks: HooksConfig = field(default_factory=HooksConfig)
+    takeover: TakeoverConfig = field(default_factory=TakeoverConfig)
     intercept: InterceptConfig = field(default_factory=InterceptConfig)
     state: str | None = "/var/lib/ike-sa-sync"
     """folder where the gateway records, across restarts, which sessions ended or were resumed elsewhere; none: in
@@ -380,7 +392,9 @@ def _canonical(config: Config) -> Config:
             targets=tuple(map(canonical_address, config.bank.targets)),
         )
         address = None if config.address is None else canonical_address(config.address)
-        return msgspec.structs.replace(config, address=address, bank=bank)
+        shared = tuple(dict.fromkeys(map(canonical_address, config.takeover.addresses)))
+        takeover = msgspec.structs.replace(config.takeover, addresses=shared)
+        return msgspec.structs.replace(config, address=address, bank=bank, takeover=takeover)
     vpns = {
         name: msgspec.structs.replace(vpn, gateways=_canonical_entries(vpn.gateways))
         for name, vpn in config.vpns.items()
@@ -424,6 +438,7 @@ def _check(path: str | Path, config: GatewayConfig | ClientConfig) -> None:
     if isinstance(config, GatewayConfig):
         if config.address is not None:
             addresses["address"] = config.address
+        addresses |= {f"takeover.addresses[{n}]": each for n, each in enumerate(config.takeover.addresses)}
         _check_bank(path, config)
     else:
         _check_vpns(path, config)
@@ -442,6 +457,8 @@ def _check(path: str | Path, config: GatewayConfig | ClientConfig) -> None:
             canonical_address(value)
         except ValueError:
             raise ConfigError(f"{path}: {key}: {value!r} is not an IP address") from None
+    if isinstance(config, GatewayConfig) and config.takeover.addresses:
+        _check_takeover(path, config)
     if config.ha.listen == config.ha.charon:
         raise ConfigError(f"{path}: ha.listen: must differ from ha.charon, which is charon's own end")
     if config.metrics is not None:
@@ -449,6 +466,17 @@ def _check(path: str | Path, config: GatewayConfig | ClientConfig) -> None:
             parse_host_port(config.metrics)
         except ValueError as error:
             raise ConfigError(f"{path}: metrics: {error}") from None
+
+
+def _check_takeover(path: str | Path, config: GatewayConfig) -> None:
+    if config.address is None:
+        raise ConfigError(f"{path}: address: is needed with takeover.addresses: it names the owner of a session")
+    if config.bank.mode != "centralised":
+        raise ConfigError(
+            f"{path}: takeover.addresses: needs bank.mode centralised, where one bank decides who owns what"
+        )
+    if canonical_address(config.address) in map(canonical_address, config.takeover.addresses):
+        raise ConfigError(f"{path}: takeover.addresses: {config.address} is this gateway's own address")
 
 
 def _check_vpns(path: str | Path, config: ClientConfig) -> None:

@@ -4,10 +4,11 @@
 -- array of strings, the readable fields in the order below, "" where there is none (one argument, since clients are
 -- slow at many); then the sealed stubs.
 -- Returns for each stub 1; 0 where the bank holds a newer revision by its readable field, which the caller compares
--- with the sealed part, since anyone with write access to the bank can change it; 2 where the session has ended.
+-- with the sealed part, since anyone with write access to the bank can change it; 2 where the session has ended; 3 where
+-- another gateway has taken the session over, by its readable epoch, which the caller compares too.
 local fields = {'id_i', 'id_r', 'eap_id', 'spi_i', 'spi_r', 'proposal', 'connection', 'vips', 'established', 'expires',
-                'revision'}
-local EXPIRES, REVISION = 10, 11
+                'revision', 'owner', 'epoch'}
+local EXPIRES, REVISION, EPOCH = 10, 11, 13
 local IN_ONE_COMMAND = 2000 -- members and scores: Lua's stack bounds a command's arguments
 local LONGEST = 400 * 86400 -- seconds that a bucket lives at most without another stub
 
@@ -22,6 +23,8 @@ for i = 1, #stubs do
   local held = tonumber(call('HGET', key, 'revision') or nil)
   if any_gone and call('ZSCORE', gone, spi) then
     stored[i] = 2
+  elseif held and values[EPOCH] ~= '' and (tonumber(call('HGET', key, 'epoch') or nil) or 0) > tonumber(values[EPOCH]) then
+    stored[i] = 3
   elseif held and held > tonumber(values[REVISION]) then
     stored[i] = 0
   else

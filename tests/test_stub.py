@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from bank_support import stub_of
 from bridge.ike.transforms import Suite
 from bridge.stub.codec import decode, encode
+from bridge.stub.derivation import Derivation
 from bridge.stub.stub import Index, Stub, StubError
 from bridge.stub.types import ChildSa, Endpoint, Identity, TrafficSelector
 
@@ -57,6 +58,19 @@ children = st.builds(
 suites = st.builds(
     Suite, encr=word, encr_len=word, integ=word, prf=word, group=word, additional=st.lists(word, max_size=7).map(tuple)
 )
+derivations = st.builds(
+    Derivation,
+    nonce_i=st.binary(min_size=16, max_size=64),
+    nonce_r=st.binary(min_size=16, max_size=64),
+    secret=st.binary(max_size=300),
+    additional=st.binary(max_size=40),
+    sk_d_old=st.binary(max_size=64),
+    prf_old=word,
+    next_request=long,
+    next_expected=long,
+    owner=addresses,
+    epoch=st.integers(0, 2**31 - 1),
+)
 stubs = st.builds(
     Stub,
     index=st.builds(Index, addresses, spi),
@@ -86,6 +100,7 @@ stubs = st.builds(
     ike_version=octet,
     authenticated_until=maybe_never,
     predecessor=st.none() | st.builds(Index, addresses, spi),
+    derivation=st.none() | derivations,
 )
 
 
@@ -242,8 +257,40 @@ def extended(more: object) -> bytes:
     return b"\x02" + msgspec.msgpack.encode([*fields, more])
 
 
+DERIVATION = Derivation(b"i" * 32, b"r" * 32, b"s" * 32, b"", b"d" * 32, 5, 4, 7, "192.0.2.1", 2)
+
+
+def test_where_the_keys_of_a_session_at_a_shared_address_come_from_is_extension_3() -> None:
+    octets = encode(msgspec.structs.replace(OF_GATEWAY, derivation=DERIVATION))
+    *_, more = msgspec.msgpack.decode(octets[1:], strict=False)
+    fields = [b"i" * 32, b"r" * 32, b"s" * 32, b"", b"d" * 32, 5, 4, 7, "192.0.2.1", 2]
+    assert (octets[0], more) == (2, {3: msgspec.msgpack.encode(fields)})
+    assert decode(octets).derivation == DERIVATION
+
+
+def test_a_derivation_shows_no_key() -> None:
+    assert repr(DERIVATION) == "Derivation(owner='192.0.2.1', epoch=2)"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [b"i" * 15, b"r" * 32, b"", b"", b"", 0, 0, 0, "", 1],
+        [b"i" * 32, b"r" * 257, b"", b"", b"", 0, 0, 0, "", 1],
+        [b"i" * 32, b"r" * 32, b"", b"", b"", 0, -1, 0, "", 1],
+        [b"i" * 32, b"r" * 32, b"", b"", b"", 0, 0, 2**32, "", 1],
+        [b"i" * 32, b"r" * 32, b"", b"", b"", 0, 0, 0, "vpn\n", 1],
+        [b"i" * 32, b"r" * 32, b"", b"", b"", 0, 0, 0, "192.0.2.1", 2**31],
+        [b"i" * 32, b"r" * 32, b"", b"", b"", 0, 0, 0, "", 1, "more"],
+    ],
+)
+def test_a_malformed_extension_3_is_refused(fields: list[object]) -> None:
+    with pytest.raises(StubError):
+        decode(extended({3: msgspec.msgpack.encode(fields)}))
+
+
 def test_an_extension_that_is_not_known_is_ignored() -> None:
-    assert decode(extended({3: b"reserved", 127: 1})) == OF_GATEWAY
+    assert decode(extended({126: b"later", 127: 1})) == OF_GATEWAY
 
 
 def test_a_stub_with_an_extension_that_must_be_known_and_is_not_is_refused() -> None:
@@ -253,7 +300,19 @@ def test_a_stub_with_an_extension_that_must_be_known_and_is_not_is_refused() -> 
 
 @pytest.mark.parametrize(
     "more",
-    [{1: b"octets"}, {1: -1}, {2: 5}, {2: b"short"}, {2: b"P" * 8 + b"\x01\x02\x03"}, {3: [1]}, {"1": 1}, [], None],
+    [
+        {1: b"octets"},
+        {1: -1},
+        {2: 5},
+        {2: b"short"},
+        {2: b"P" * 8 + b"\x01\x02\x03"},
+        {3: [1]},
+        {3: 5},
+        {3: b"reserved"},
+        {"1": 1},
+        [],
+        None,
+    ],
 )
 def test_a_stub_with_a_malformed_extension_is_refused(more: object) -> None:
     with pytest.raises(StubError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from enum import IntEnum
 from typing import ClassVar, NamedTuple, Protocol
 
 from msgspec import Struct
@@ -45,6 +46,8 @@ class Ending(Struct, frozen=True, gc=False):
     index: Index
     expires: int
     """Unix seconds until which a stub of it may live, by a stub that was opened or by the SA itself; 0: not known"""
+    epoch: int = 0
+    """of the session at the gateway that ended it, where gateways share the address: one that was taken over stays"""
 
 
 class AddressEntry(NamedTuple):
@@ -61,6 +64,15 @@ class GatewaySign(NamedTuple):
     keys: frozenset[bytes]
 
 
+class Taking(IntEnum):
+    """What the bank says to a gateway that takes a session over."""
+
+    CHANGED = 0
+    """its stub is another one than was read, or gone"""
+    TAKEN = 1
+    ENDED = 2
+
+
 class Move(NamedTuple):
     """A session that went on at another gateway."""
 
@@ -68,6 +80,17 @@ class Move(NamedTuple):
     new: Index
     expires: int
     """Unix seconds: when the old IKE_SA would have ended"""
+
+
+class SharedBank(Protocol):
+    """A bank that tells which of the gateways that share an address owns a session."""
+
+    on_taken: Callable[[Index], None]
+    """called for a session that this gateway wrote about, and that another one has taken over"""
+
+    async def take(self, stubs: Sequence[tuple[Stub, Stub]]) -> list[Taking]:
+        """Compare and set: stubs as they were read and as their new owner has them. Raises BankUnavailable."""
+        ...
 
 
 class StubBank(Protocol):

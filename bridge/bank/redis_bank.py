@@ -20,7 +20,7 @@ import msgspec
 from bridge.bank.address_index import AddressIndex
 from bridge.bank.buckets import BUCKETS_AT_A_TIME, BUNDLE, HASH, STRING, ZSET, Buckets, Work
 from bridge.bank.content_report import ContentReport
-from bridge.bank.interface import DOWNLOAD_BATCH, AddressEntry, Ending, GatewaySign, Move
+from bridge.bank.interface import DOWNLOAD_BATCH, AddressEntry, Ending, GatewaySign, Move, Taking
 from bridge.bank.redis_client import RedisClient, Script, is_wrong_type, unavailable
 from bridge.stub import bank_keys
 from bridge.stub.codec import decode, encode, pack_index, unpack_index
@@ -51,6 +51,12 @@ SCORE_MAX: Final = 2.0**53
 STORED: Final = 1
 HELD_IS_NEWER: Final = 0
 """what redis/store.lua says of a stub; by the readable revision, which the sealed part has to confirm"""
+DELETED: Final = 1
+"""what redis/delete.lua says of one that was there"""
+TAKEN: Final = 3
+"""redis/store.lua and redis/delete.lua: another gateway has it, by the readable epoch, which has to be confirmed too"""
+
+_REVISION: Final = READABLE.index("revision")
 
 _fields_encoder = msgspec.msgpack.Encoder()
 
@@ -74,9 +80,12 @@ class RedisBank:
         self._get_timeout = get_timeout
         self._timeout = timeout
         self._wall = wall
+        self.on_taken: Callable[[Index], None] = lambda _: None
+        """see SharedBank"""
         self._report = ContentReport()
-        scripts = {name: Script(name) for name in ("store", "delete", "fetch", "reseal", "repair")}
+        scripts = {name: Script(name) for name in ("store", "delete", "fetch", "reseal", "repair", "take")}
         self._store, self._delete, self._reseal = (scripts[name] for name in ("store", "delete", "reseal"))
+        self._take = scripts["take"]
         self._redis = RedisClient(url, timeout, list(scripts.values()))
         self._buckets = Buckets(self._redis, self._report, scripts["fetch"], scripts["repair"])
         self._addresses = AddressIndex(self._redis, self._buckets)
@@ -113,7 +122,12 @@ class RedisBank:
         await self._addresses.added(stubs, said, replies)
         await self._put_over_forged(stubs, said)
         deleted = outcomes[-1] if endings else []
-        return [code == STORED for code in said], [bool(count) for count in deleted]
+        await self._delete_forged(endings, deleted)
+        indexes = [change.index for change in stubs] + [change.index for change in endings]
+        for index, code in zip(indexes, (*said, *deleted), strict=True):
+            if code == TAKEN:
+                self.on_taken(index)
+        return [code == STORED for code in said], [code == DELETED for code in deleted]
 
     def _storing(self, stubs: Sequence[Stub]) -> Work:
         def arguments(positions: Sequence[int], places: Sequence[bytes]) -> Iterable[Any]:
@@ -125,7 +139,9 @@ class RedisBank:
 
     def _deleting(self, endings: Sequence[Ending], expiries: Sequence[int]) -> Work:
         def arguments(positions: Sequence[int], _: Sequence[bytes]) -> Iterable[Any]:
-            return [expiries[position] for position in positions]
+            for position in positions:
+                epoch = endings[position].epoch
+                yield f"{expiries[position]} {epoch}" if epoch else expiries[position]
 
         return Work(self._delete, [ending.index for ending in endings], arguments)
 
@@ -142,7 +158,7 @@ class RedisBank:
 
     async def _put_over_forged(self, stubs: Sequence[Stub], said: list[int]) -> None:
         """Store those again that a readable revision which is not that of the sealed part kept out."""
-        doubtful = [position for position, code in enumerate(said) if code == HELD_IS_NEWER]
+        doubtful = [position for position, code in enumerate(said) if code in (HELD_IS_NEWER, TAKEN)]
         if not doubtful or not (forged := await self._confirm([stubs[position].index for position in doubtful])):
             return
         again = [position for position in doubtful if stubs[position].index in forged]
@@ -150,26 +166,61 @@ class RedisBank:
         for position, code in zip(again, codes, strict=True):
             said[position] = code
 
+    async def _delete_forged(self, endings: Sequence[Ending], said: list[int]) -> None:
+        """Delete those again that a readable epoch which is not that of the sealed part kept."""
+        doubtful = [position for position, code in enumerate(said) if code == TAKEN]
+        if not doubtful or not (forged := await self._confirm([endings[position].index for position in doubtful])):
+            return
+        again = [position for position in doubtful if endings[position].index in forged]
+        some = [endings[position] for position in again]
+        [codes], _ = await self._buckets.run_all([self._deleting(some, await self._expiries(some))])
+        for position, code in zip(again, codes, strict=True):
+            said[position] = code
+
     async def _confirm(self, indexes: Sequence[Index]) -> set[Index]:
-        """Those of `indexes` whose readable revision is not that of their sealed part; it is put right, unless the stub
-        has changed meanwhile."""
-        forged: dict[Index, tuple[bytes, int]] = {}
-        for index, held in zip(indexes, await self._read_fields(indexes, "sealed", "revision"), strict=True):
-            sealed, readable_revision = held
+        """Those of `indexes` whose readable revision or epoch is not that of their sealed part; it is put right, unless
+        the stub has changed meanwhile."""
+        forged: dict[Index, tuple[bytes, int, int | str]] = {}
+        for index, held in zip(indexes, await self._read_fields(indexes, "sealed", "revision", "epoch"), strict=True):
+            sealed, *readable_numbers = held
             stub = self._open(index, sealed)
             revision = stub.revision if stub is not None else 0
-            if readable_revision != str(revision).encode():
-                forged[index] = (sealed or b"", revision)
+            epoch = stub.derivation.epoch if stub is not None and stub.derivation is not None else 0
+            if readable_numbers != [str(revision).encode(), str(epoch).encode() if epoch else None]:
+                forged[index] = (sealed or b"", revision, epoch if readable_numbers[1] is not None or epoch else "")
                 self._report.key(index.key, "its readable revision was not that of its sealed part, and was put right")
         wrong = list(forged)
 
         def arguments(positions: Sequence[int], _: Sequence[bytes]) -> Iterable[bytes | str]:
             for position in positions:
-                sealed, revision = forged[wrong[position]]
-                yield from (sealed, sealed, str(revision))
+                sealed, revision, epoch = forged[wrong[position]]
+                yield from (sealed, sealed, str(revision), str(epoch))
 
         await self._buckets.run(self._reseal, wrong, arguments)
         return set(wrong)
+
+    async def take(self, stubs: Sequence[tuple[Stub, Stub]]) -> list[Taking]:
+        """See SharedBank. What is set goes by the sealed octets alone."""
+        held = await self._read_fields([old.index for old, _ in stubs], "sealed")
+        same = [
+            position
+            for position, ((old, _), (sealed,)) in enumerate(zip(stubs, held, strict=True))
+            if sealed is not None and self._open(old.index, sealed) == old
+        ]
+
+        def arguments(positions: Sequence[int], places: Sequence[bytes]) -> Iterable[Any]:
+            for position, place in zip(positions, places, strict=True):
+                new = stubs[same[position]][1]
+                assert new.derivation is not None
+                yield held[same[position]][0]
+                yield self._keyring.seal(encode(new), place)
+                yield from (str(new.revision), new.derivation.owner, str(new.derivation.epoch))
+
+        codes = await self._buckets.run(self._take, [stubs[position][0].index for position in same], arguments)
+        outcome = [Taking.CHANGED] * len(stubs)
+        for position, code in zip(same, codes, strict=True):
+            outcome[position] = Taking(code)
+        return outcome
 
     # GET
 
@@ -303,7 +354,7 @@ class RedisBank:
                 def arguments(
                     positions: Sequence[int], _: Sequence[bytes], pairs: Sequence[tuple[bytes, bytes]] = pairs
                 ) -> Iterable[bytes]:
-                    return [octets for position in positions for octets in (*pairs[position], b"")]
+                    return [octets for position in positions for octets in (*pairs[position], b"", b"")]
 
                 resealed += sum(await self._buckets.run(self._reseal, list(old), arguments))
         return resealed
@@ -444,7 +495,7 @@ class RedisBank:
         async with aclosing(self._buckets.walk(buckets, READABLE, DOWNLOAD_BATCH)) as pages:
             async for page in pages:
                 # a stub that expired while its bucket still names it has no fields
-                yield [readable(index, values) for index, values in page if values[-1] is not None]
+                yield [readable(index, values) for index, values in page if values[_REVISION] is not None]
 
 
 def _sign(beat: object) -> GatewaySign:

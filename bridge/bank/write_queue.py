@@ -93,12 +93,12 @@ class WriteQueue:
         """Store `stub` soon, in place of whatever waits for its index."""
         self._put(stub.index, stub)
 
-    def submit_delete(self, index: Index, *, expires: int) -> None:
+    def submit_delete(self, index: Index, *, expires: int, epoch: int = 0) -> None:
         """Delete the stub of `index` soon, and have the bank remember until `expires` (Unix seconds) that it ended: as
-        long as a stub of it may live anywhere."""
+        long as a stub of it may live anywhere. `epoch` as of Ending."""
         # behind the stubs that were submitted before it: the stub of a rekeyed IKE_SA goes when the new one is there
         self._waiting.pop(index, None)
-        self._put(index, Ending(index, expires))
+        self._put(index, Ending(index, expires, epoch))
 
     async def flush(self) -> None:
         """Wait until nothing is pending; for ever if the bank does not come back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -55,7 +56,13 @@ class Install(msgspec.Struct, frozen=True, gc=False):
     message_id: int = FIRST_MESSAGE_ID
     """of the client's next request"""
     g_ir: bytes = b""
-    """with forward secrecy"""
+    """with forward secrecy, or that of the IKE_SA itself where it is taken over as it is"""
+    additional: bytes = b""
+    """ADD_SECRET of an IKE_SA that is taken over"""
+    prf_old: int = 0
+    """prf of the SA before, where it is another than that of the suite"""
+    message_ids: tuple[int, int] | None = None
+    """of an SA that is taken over: those of this host's and of the peer's next request"""
 
     def __repr__(self) -> str:
         # keys are in it
@@ -106,15 +113,16 @@ class Install(msgspec.Struct, frozen=True, gc=False):
 
 def add_message(version: int, install: Install, landing: str) -> bytes:
     """IKE_ADD: keys. charon derives as for a rekey, which is the SKEYSEED of forward secrecy; with an empty shared
-    secret that is the draft's (draft-xu-ike-sa-sync-01 section 3.3)."""
+    secret that is the draft's (draft-xu-ike-sa-sync-01 section 3.3). Without an old SK_d it derives as for a first
+    IKE_SA (RFC 7296 section 2.14)."""
     suite = install.suite
     attributes: Attributes = [
         (Attr.IKE_VERSION, 2),
         (Attr.IKE_ID, install.id),
-        (Attr.ALG_OLD_PRF, suite.prf),
-        (Attr.OLD_SKD, install.sk_d_old),
-        (Attr.ALG_ENCR, suite.encr),
     ]
+    if install.sk_d_old:
+        attributes += [(Attr.ALG_OLD_PRF, install.prf_old or suite.prf), (Attr.OLD_SKD, install.sk_d_old)]
+    attributes.append((Attr.ALG_ENCR, suite.encr))
     if suite.encr_len:
         attributes.append((Attr.ALG_ENCR_LEN, suite.encr_len))
     if suite.integ:
@@ -130,6 +138,7 @@ def add_message(version: int, install: Install, landing: str) -> bytes:
         (Attr.NONCE_I, install.nonce_i),
         (Attr.NONCE_R, install.nonce_r),
         (Attr.SECRET, install.g_ir),
+        *([(Attr.ADD_SECRET, install.additional)] if install.additional else []),
         (Attr.REMOTE_ADDR, Endpoint(landing, install.remote.port)),
     ]
     return encode(version, MessageType.IKE_ADD, attributes)
@@ -162,10 +171,21 @@ def _words(version: int, words: tuple[int, ...]) -> tuple[int, ...]:
     return words if version >= PRIVATE_WORDS_SINCE else tuple([word for word in words if not word & _PRIVATE])
 
 
-def message_id_message(version: int, install: Install) -> bytes:
-    """Where the client's requests go on; the gateway's first is 0, where charon starts anyway."""
-    kind = MessageType.IKE_MID_INITIATOR if install.id.initiator else MessageType.IKE_MID_RESPONDER
-    return encode(version, kind, [(Attr.IKE_ID, install.id), (Attr.MID, install.message_id)])
+def message_id_messages(version: int, install: Install) -> Iterator[bytes]:
+    """Where the requests of both sides go on. charon starts with 0, and ignores a message that says so."""
+    if install.message_ids is not None:
+        own, peers = install.message_ids
+    else:
+        # of a rebuilt SA the client's requests go on; the gateway's first is 0
+        own, peers = (install.message_id, 0) if install.id.initiator else (0, install.message_id)
+    for kind, number in ((MessageType.IKE_MID_INITIATOR, own), (MessageType.IKE_MID_RESPONDER, peers)):
+        if number:
+            yield next_id_message(version, install.id, kind, number)
+
+
+def next_id_message(version: int, ike_id: IkeId, kind: MessageType, number: int) -> bytes:
+    """IKE_MID_INITIATOR: the message ID of this host's next request; IKE_MID_RESPONDER: of the peer's."""
+    return encode(version, kind, [(Attr.IKE_ID, ike_id), (Attr.MID, number)])
 
 
 def address_message(version: int, ike_id: IkeId, remote: Endpoint) -> bytes:

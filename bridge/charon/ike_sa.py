@@ -11,6 +11,7 @@ from typing import TypeVar
 from bridge.charon.ha_message import IkeId
 from bridge.ike.stub_exchange import StubSa
 from bridge.ike.transforms import Suite
+from bridge.stub.derivation import Derivation
 from bridge.stub.stub import Index, Stub
 from bridge.stub.types import ChildSa, Endpoint, Identity
 
@@ -125,6 +126,10 @@ class IkeSa:
     """the index that it was resumed from here, if it was"""
     first_spi: bytes = b""
     """this host's SPI of the IKE_SA that the session began with here, where that is followed"""
+    derivation: Derivation | None = field(default=None, repr=False)
+    """what takes it over, at an address that gateways share"""
+    taken_over: bool = False
+    """it came here from another gateway as it is"""
 
     @property
     def local_spi(self) -> bytes:
@@ -172,7 +177,9 @@ class IkeSa:
 
     def index_here(self, gateway: str | None = None) -> Index:
         """The index of its stub where this host is the gateway (draft-xu-ike-sa-sync-01 section 3.2)."""
-        return Index(gateway_address(gateway, self.local.address if self.local else ""), self.local_spi)
+        local = self.local.address if self.local else ""
+        # gateways that share an address have one index for each session
+        return Index(local if self.derivation is not None else gateway_address(gateway, local), self.local_spi)
 
     def index_there(self) -> Index:
         """The same stub's index seen from the client: the gateway's address and SPI."""
@@ -210,6 +217,7 @@ class IkeSa:
             authenticated_until=self.authenticated_until,
             predecessor=self.predecessor,
             session_spi=b"" if self.first_spi == self.local_spi else self.first_spi,
+            derivation=self.derivation,
         )
 
 
@@ -278,4 +286,5 @@ def sa_of(stub: Stub) -> IkeSa:
         stub_expires=stub.expires,
         predecessor=stub.predecessor,
         first_spi=stub.session_spi,
+        derivation=stub.derivation,
     )

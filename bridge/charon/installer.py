@@ -19,7 +19,8 @@ from bridge.charon.ha_commands import (
     address_message,
     child_message,
     delete_message,
-    message_id_message,
+    message_id_messages,
+    next_id_message,
     segment_message,
     update_message,
 )
@@ -183,7 +184,7 @@ class Installer:
         for install in batch:
             yield add_message(version, install, landing)
             yield update_message(version, install, landing)
-            yield message_id_message(version, install)
+            yield from message_id_messages(version, install)
 
     def _activation(self, segment: int) -> Iterator[bytes]:
         version = self._channel.version
@@ -210,6 +211,13 @@ class Installer:
         assert version is not None
         await self._channel.send([child_message(version, ike_id, child) for child in children])
         await self._channel.drained()
+
+    async def set_next_id(self, ike_id: IkeId, number: int, *, own: bool) -> None:
+        """The message ID of this host's (`own`) or of the peer's next request on an SA. Raises ChannelError."""
+        version = self._channel.version
+        kind = MessageType.IKE_MID_INITIATOR if own else MessageType.IKE_MID_RESPONDER
+        if version is not None:
+            await self._channel.send([next_id_message(version, ike_id, kind, number)])
 
     async def delete(self, ike_ids: Sequence[IkeId]) -> None:
         """Drop SAs without a DELETE or an event."""

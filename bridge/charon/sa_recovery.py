@@ -108,6 +108,7 @@ def inherit(sa: IkeSa, old: IkeSa) -> None:
     sa.companion = old.companion
     sa.predecessor = old.predecessor
     sa.first_spi = old.first_spi
+    sa.taken_over = old.taken_over
 
 
 def drop_unlisted(sa: IkeSa, info: SaInfo) -> bool:

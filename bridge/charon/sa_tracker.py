@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Set
 
 import structlog
+from msgspec.structs import replace
 
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
 from bridge.charon.half_open import HalfOpenSas
 from bridge.charon.ike_sa import SAME_SECONDS, Condition, IkeSa
-from bridge.charon.sa_keys import derived_keys
+from bridge.charon.sa_keys import derivation_of, derived_keys
 from bridge.charon.sa_listener import Listener
 from bridge.charon.sa_peers import differs
 from bridge.charon.sa_recovery import SaRecovery, child_of, drop_unlisted, groups, inherit
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, expiry
 from bridge.charon.virtual_ips import VirtualIps
 from bridge.ike.transforms import Suite, UnsupportedSuite, check_resumable
+from bridge.stub.derivation import Derivation
 from bridge.stub.types import ChildSa, Endpoint
 
 log = structlog.get_logger()
@@ -56,6 +58,12 @@ class SaTracker:
         self._granted: dict[bytes, float | None] = {}
         """rebuilt SAs with CHILD_SAs that VICI has not listed yet, and since when they are confirmed"""
         self.recall = SaRecovery()
+        self.shared: Set[str] = frozenset()
+        """local addresses that this gateway shares with others: their SAs can be taken over as they are"""
+        self.owner = ""
+        """this gateway, as the owner of their sessions"""
+        self.on_message_id: Callable[[IkeSa], None] = lambda _: None
+        """called when charon sent a request on one of these"""
         self.ignored: Set[bytes] = frozenset()
         """SAs, by both SPIs, that are no sessions"""
         self.on_deleting: Callable[[IkeSa], None] = lambda _: None
@@ -99,6 +107,7 @@ class SaTracker:
                     if sa.requests is not None:
                         sa.requests.own, sa.requests.own_next = self._clock(), message.first(Attr.MID, 0)
                     self.on_own_request()
+                    self._own_request(sa, message.first(Attr.MID, 0), genuine)
             case MessageType.IKE_MID_RESPONDER:
                 self._verified(ike_id, message.first(Attr.MID, 0))
             case MessageType.IKE_DELETE:
@@ -135,10 +144,19 @@ class SaTracker:
     def _ask(self, ike_id: IkeId) -> None:
         self._unconfirmed.setdefault(ike_id.spis, self._clock())
 
+    def _own_request(self, sa: IkeSa, next_id: int, genuine: bool) -> None:
+        if sa.derivation is not None and genuine:
+            sa.derivation = replace(sa.derivation, next_request=next_id)
+            if sa.up:
+                self.on_message_id(sa)
+
     def _verified(self, ike_id: IkeId, next_id: int) -> None:
         sa = self.sas.get(ike_id.spis)
         if sa is not None and sa.requests is not None:
             sa.requests.of_peer = self._clock()
+        if sa is not None and sa.derivation is not None:
+            # the next stub has it: the peer's next request tells it to a gateway that takes the SA over
+            sa.derivation = replace(sa.derivation, next_expected=next_id)
         if sa is not None and sa.unproven and next_id > FIRST_MESSAGE_ID:
             sa.unproven = False
             self._come_up(sa)
@@ -166,9 +184,12 @@ class SaTracker:
             if known is None:
                 return
             suite = known.suite
+        derivation: Derivation | None = None
         try:
             check_resumable(suite)
             sk_d, secret = derived_keys(ike_id, suite, known, message)
+            if self.shared:
+                derivation = derivation_of(suite, known, message, self.owner)
         except (UnsupportedSuite, ValueError) as error:
             self.unresumable += 1
             self._log_unresumable(ike_id, str(error))
@@ -179,9 +200,10 @@ class SaTracker:
         if known is not None:
             # of each key exchange of RFC 9370 charon sends the keys that come of it
             known.sk_d, known.shared_secret, known.suite, known.resumable = sk_d, secret, suite, resumable
+            known.derivation = derivation
             return
         self._sweep()
-        sa = IkeSa(ike_id, suite, sk_d, secret, seen=self._clock(), resumable=resumable)
+        sa = IkeSa(ike_id, suite, sk_d, secret, seen=self._clock(), resumable=resumable, derivation=derivation)
         if rekeyed is not None:
             sa.rekeyed_from = self.sas.get(rekeyed.spis)
             if sa.rekeyed_from is None:
@@ -282,6 +304,8 @@ class SaTracker:
         sa.established = now
         self._assume_lifetime(sa, now)
         self._take_info(sa, info, since=since)
+        if sa.local is None or sa.local.address not in self.shared:
+            sa.derivation = None
         sa.share()
         self._listener.changed(sa)
 

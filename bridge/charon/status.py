@@ -40,6 +40,7 @@ async def sa_rows(charon: Charon) -> list[dict[str, Any]]:
                 "children": [child.name for child in sa.children],
                 "expires": sa.expires,
                 "resumable": sa.resumable,
+                "taken_over": sa.taken_over,
             }
         )
         if len(rows) % SLICE == 0:

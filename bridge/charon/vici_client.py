@@ -167,6 +167,15 @@ class ViciClient:
         if as_text(answer.get("success")) != "yes":
             raise ViciError(f"{name}: {as_text(answer.get('errmsg')) or 'refused'}")
 
+    async def rekey_child(self, unique_id: str, child: str) -> None:
+        """Begin to rekey the CHILD_SAs of this name of the IKE_SA with this unique ID. Raises ViciError, also when
+        there are none."""
+        name = f"rekey {child} of #{unique_id}"
+        async with self._session(name) as session:
+            answer = await session.request("rekey", {"ike-id": unique_id, "child": child})
+        if as_text(answer.get("success")) != "yes":
+            raise ViciError(f"{name}: {as_text(answer.get('errmsg')) or 'refused'}")
+
     async def end_sa(self, unique_id: str, patience: float | None = None) -> None:
         """End the IKE_SA with this unique ID. charon sends its peer a DELETE, and waits up to `patience` seconds for
         the answer; not at all without. Raises ViciError, also when there is none."""

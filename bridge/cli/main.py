@@ -15,6 +15,8 @@ LAZY = {
     "lab": ("bridge.lab.cli", "Real strongSwan hosts in network namespaces: try it, see it."),
     "bench": ("bridge.bench.cli", "Measure what resumption costs on this machine."),
     "drain": ("bridge.cli.drain", "Move clients of this living gateway to another one."),
+    "takeover": ("bridge.cli.takeover", "Take over the sessions at an address that gateways share."),
+    "yield": ("bridge.cli.takeover", "Drop the sessions at an address that gateways share, in silence."),
     "stubs": ("bridge.cli.stubs", "List, show, delete or download the stubs in the bank."),
     "revoke": ("bridge.cli.revoke", "Lock an identity out at all gateways."),
     "revoked": ("bridge.cli.revoke", "List the identities that are locked out."),
@@ -33,7 +35,9 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in LAZY:
             return super().get_command(ctx, cmd_name)
-        command: click.Command = getattr(import_module(LAZY[cmd_name][0]), cmd_name)
+        # `yield` is a word of Python
+        name = "yield_" if cmd_name == "yield" else cmd_name
+        command: click.Command = getattr(import_module(LAZY[cmd_name][0]), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

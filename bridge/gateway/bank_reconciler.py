@@ -83,7 +83,10 @@ class BankReconciler:
         self._living = living
         self._lock_out = lock_out
         self._elsewhere = elsewhere
-        self._addresses = {config.address} if config.address else set()
+        self._addresses = ({config.address} if config.address else set()) | set(config.takeover.addresses)
+        self._shared = frozenset(config.takeover.addresses)
+        self.on_takeover: Callable[[], None] = lambda: None
+        """called when a gateway takes sessions at a shared address over"""
         self._assert_all = False
         self._gone_changed: set[bytes] = set()
         self._gone_news = asyncio.Event()
@@ -95,7 +98,8 @@ class BankReconciler:
         """called with the tag of a bucket of any gateway in which a session ended"""
         gone = bank_keys.gone_pattern(None)
         moved = map(bank_keys.moved_pattern, self._addresses)
-        patterns = (f"{HEARTBEAT}*", f"{FETCH}*", REVOKED_STAMP, gone, *moved)
+        taking = [bank_keys.posted_key(bank_keys.TAKEOVER_KIND, address) for address in sorted(self._shared)]
+        patterns = (f"{HEARTBEAT}*", f"{FETCH}*", REVOKED_STAMP, gone, *moved, *taking)
         self._keyspace = Keyspace(url, patterns, self._event, self._on_state)
         prefetch.attach(self._keyspace)
 
@@ -142,6 +146,8 @@ class BankReconciler:
             if gateway != self._address:
                 self._prefetch.fetch(gateway)
             self._fetch_heard.set()
+        elif event.key.startswith(bank_keys.TAKEOVER):
+            self.on_takeover()
         elif event.key == REVOKED_STAMP:
             self._lock_out.soon()
         elif event.key.startswith(GONE):
@@ -159,7 +165,7 @@ class BankReconciler:
         if event.event != "zadd" or named is None:
             return
         self.on_ending(bank_keys.tag(*named))
-        if self._address in (None, named[0]):
+        if self._address is None or named[0] in self._addresses:
             self._gone_changed.add(bytes.fromhex(named[1]))
             self._gone_news.set()
 

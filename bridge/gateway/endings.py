@@ -5,7 +5,8 @@ sessions that ended are then back, and a request that was captured once could be
 ends that it took part in, also across a restart, refuses those indexes whatever the bank says, never publishes them
 again, and reports them to a bank that was away (bridge.gateway.bank_reconciler).
 
-The file has one end a line, `<Unix seconds> <gateway> <SPI hex>`: until when it is remembered, and the index.
+The file has one end a line, `<Unix seconds> <gateway> <SPI hex>`: until when it is remembered, and the index. The last
+line of an index counts; 0 takes an end back.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Endings:
         self._wall = wall
         self._until: dict[Index, int] = {}
         self._unwritten: list[Index] = []
+        self._removed: list[Index] = []
         self._lines = 0
         self._compact_at = COMPACT_LINES
         self._failed = False
@@ -66,6 +68,11 @@ class Endings:
             # some at a time: each look for what has expired is at all of them
             for oldest in list(islice(self._until, max(len(self._until) - ENDINGS_MAX * 9 // 10, 0))):
                 del self._until[oldest]
+
+    def remove(self, index: Index) -> None:
+        """It did not end: another gateway has taken the session over."""
+        if self._until.pop(index, None) is not None:
+            self._removed.append(index)
 
     def all(self) -> Iterator[Ending]:
         """Every end that is remembered, the latest first."""
@@ -99,7 +106,8 @@ class Endings:
         self._until = {index: until for index, until in self._until.items() if until > now}
 
     async def _write(self) -> None:
-        if self._path is None or not self._unwritten:
+        removed, self._removed = self._removed, []
+        if self._path is None or not (self._unwritten or removed):
             self._unwritten.clear()
             return
         compact = self._lines + len(self._unwritten) > self._compact_at
@@ -107,7 +115,9 @@ class Endings:
             self._purge()
         indexes = list(self._until) if compact else [index for index in self._unwritten if index in self._until]
         self._unwritten = []
+        over = [] if compact else [index for index in removed if index not in self._until]
         text = "".join([f"{self._until[index]} {index.gateway} {index.spi.hex()}\n" for index in indexes])
+        text += "".join([f"0 {index.gateway} {index.spi.hex()}\n" for index in over])
         try:
             await asyncio.to_thread(_replace if compact else _append, self._path, text)
         except OSError as error:
@@ -121,7 +131,7 @@ class Endings:
             self._failed = True
         else:
             self._failed = False
-            self._lines = len(indexes) if compact else self._lines + len(indexes)
+            self._lines = len(indexes) if compact else self._lines + len(indexes) + len(over)
             if compact:
                 self._compact_at = 2 * self._lines + COMPACT_LINES
 
@@ -140,8 +150,8 @@ class Endings:
             try:
                 until, gateway, spi = line.split()
                 index = Index.parse(f"{gateway}/{spi}")
+                self._until.pop(index, None)
                 if int(until) > now:
-                    self._until.pop(index, None)
                     self._until[index] = int(until)
             except (ValueError, StubError):
                 # the last line of a host that lost its power, perhaps

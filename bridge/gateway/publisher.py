@@ -4,7 +4,7 @@ section 3.4), and back at start, so that charon need not be asked for what the b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import structlog
 
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 class Publisher:
     """Keeps one stub per SA of this gateway in the bank. `address` is the gateway's in the index, or None for the
-    local address of each SA."""
+    local address of each SA; SAs at one of the addresses that gateways share (`shared`) are indexed under it."""
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class Publisher:
         revocations: Revocations,
         marks: MovedMarks,
         *,
+        shared: Collection[str] = (),
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._writer = writer
@@ -50,6 +51,7 @@ class Publisher:
         self.locked_out: Callable[[], None] = lambda: None
         """called for an SA of an identity that is locked out"""
         self._wall = wall
+        self._shared = shared
 
     def publish(self, sa: IkeSa) -> None:
         """Store the stub of an SA that is up, as it is now. That of a session which ended is not stored again; that of
@@ -100,14 +102,17 @@ class Publisher:
             index = sa.published or sa.index_here(self._address)
             expires = max(sa.stub_expires, sa.expires)
             self._endings.add(index, expires)
-            self._writer.submit_delete(index, expires=expires)
+            epoch = sa.derivation.epoch if sa.derivation is not None else 0
+            self._writer.submit_delete(index, expires=expires, epoch=epoch)
             sa.published_at = ""
+
+    def _indexed_at(self, local: str) -> str:
+        return local if local in self._shared else gateway_address(self._address, local)
 
     async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
         """SAs that charon has and this sidecar does not know, from their stubs. None while the bank is away."""
         indexes = [
-            Index(gateway_address(self._address, info.local.address), info.spi_i if info.initiator else info.spi_r)
-            for info in infos
+            Index(self._indexed_at(info.local.address), info.spi_i if info.initiator else info.spi_r) for info in infos
         ]
         found: list[IkeSa] = []
         try:

@@ -48,6 +48,7 @@ from bridge.gateway.return_path import ReturnPath
 from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.gateway.session_hooks import SessionHooks
+from bridge.gateway.shared_addresses import SharedAddresses
 from bridge.gateway.stub_lookup import StubLookup
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.gateway.uniqueness import Uniqueness
@@ -127,8 +128,17 @@ class GatewayRole:
         self._authentication = AuthenticationEnd(charon, self._metrics)
         self._elsewhere = SessionElsewhere(charon, bank, self._metrics)
         self._publisher = Publisher(
-            self._writer, bank, config.address, config.sync, endings, living, revocations, self._marks
+            self._writer,
+            bank,
+            config.address,
+            config.sync,
+            endings,
+            living,
+            revocations,
+            self._marks,
+            shared=config.takeover.addresses,
         )
+        self._living = living
         self._publisher.locked_out = lock_out.soon
         charon.tracker.on_deleting = self._publisher.deleting
         self._stubs = ClientStubs(
@@ -216,6 +226,22 @@ class GatewayRole:
             self._metrics,
         )
         self._reconciler.on_ending = self._keeper.ended
+        self._shared: SharedAddresses | None = None
+        if config.takeover.addresses:
+            self._shared = SharedAddresses(
+                config,
+                charon,
+                bank,
+                self._prefetch,
+                self._publisher,
+                self._writer,
+                endings,
+                living,
+                revocations,
+                self._taken_over,
+                self._dropped,
+            )
+            self._reconciler.on_takeover = self._shared.look_soon
         if self._replicas is not None:
             self._replicas.on_return = self._reconciler.returned
         self._gauges()
@@ -234,6 +260,8 @@ class GatewayRole:
             "drained": self._drain.progress,
             "drain-stop": self._drain.stop,
         }
+        if self._shared is not None:
+            commands |= self._shared.commands()
         control = ControlServer(self._config.control, commands)
         await control.start()
         stack.push_async_callback(control.close)
@@ -258,6 +286,8 @@ class GatewayRole:
         ):
             stack.push_async_callback(end, spawn(name, work))
         stack.push_async_callback(self._return_path.close)
+        if self._shared is not None:
+            await self._shared.start(stack)
         stack.push_async_callback(self._interception.close)
         await self._interception.start()
         # until then no handshake of a client gets an address
@@ -273,6 +303,27 @@ class GatewayRole:
         self._authentication.watch(sa)
         self._return_path.changed(sa)
         self._hooks.changed(sa)
+        if self._shared is not None:
+            self._shared.takeover.changed(sa)
+
+    def _taken_over(self, sa: IkeSa, old: Stub) -> None:
+        """A session came here as it is, from another gateway with the same address."""
+        self._hooks.taken_over(sa, old)
+        self._living.put(sa)
+        self._uniqueness.resumed(sa)
+        self._authentication.watch(sa)
+        self._return_path.changed(sa)
+        spawn("address-taken-over", self._keeper.taken(sa))
+
+    def _dropped(self, sa: IkeSa) -> None:
+        """An SA went in silence: its session goes on at another gateway with the same address."""
+        self._hooks.moving_away(sa, None)
+        self._hooks.gone(sa)
+        self._living.take_out(sa)
+        self._duplicates.gone(sa.id.spis)
+        self._authentication.forget(sa)
+        self._keeper.gone(sa)
+        self._return_path.gone(sa.id.spis)
 
     def _resumed(self, sa: IkeSa, old: Stub) -> None:
         """A session went on here as `sa`."""
@@ -296,12 +347,16 @@ class GatewayRole:
         self._authentication.forget(sa)
         self._keeper.gone(sa)
         self._return_path.gone(sa.id.spis)
+        if self._shared is not None:
+            self._shared.takeover.gone(sa)
         if sa.up:
             self._publisher.withdraw(sa)
 
     def verified(self, ike_id: IkeId) -> None:
         """A request of a client's verified."""
         self._responder.unconfirmed.verified(ike_id)
+        if self._shared is not None:
+            self._shared.takeover.verified(ike_id)
 
     def down(self, info: SaInfo) -> None:
         """The HA channel reports the same, in order; after this VICI has no more figures of it."""
@@ -309,7 +364,10 @@ class GatewayRole:
 
     async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
         """SAs that charon has and this sidecar does not know, from the bank (bridge.charon.charon.Recover)."""
-        found = await self._publisher.recover(infos)
+        ours = await self._shared.foreign(infos) if self._shared is not None else infos
+        if ours is None:
+            return None
+        found = await self._publisher.recover(ours)
         for sa in found or ():
             self._authentication.watch(sa)
             self._hooks.known(sa)
@@ -327,6 +385,8 @@ class GatewayRole:
         charon_metrics.of_charon(self._metrics, self._charon)
         metrics.of_stubs(self._metrics, self._charon, self._writer, self._bank, self._prefetch)
         self._interception.gauges(self._metrics)
+        if self._shared is not None:
+            self._shared.gauges(self._metrics)
         gauge, responder, replicas = self._metrics.gauge, self._responder, self._replicas
         gauge(
             "toggle_seconds",
@@ -404,6 +464,7 @@ class GatewayRole:
             "clients_sync_last": self._responder.sync_last,
             "failovers": self._failover.status(),
             "hooks": self._hooks.status(),
+            "takeover": self._shared.status() if self._shared is not None else None,
             "sas": await sa_rows(self._charon),
             "counters": self._metrics.values(),
         }

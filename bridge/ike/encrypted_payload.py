@@ -186,6 +186,30 @@ def protect(
     return message + protection.checksum(message)
 
 
+_FRAGMENT_NUMBERS: Final = 4
+"""octets of an Encrypted Fragment payload in front of its IV (RFC 7383 section 2.5)"""
+
+
+def is_authentic(protection: Protection, data: bytes) -> bool:
+    """Whether the checksum of a protected message, or of a fragment of one (RFC 7383), is right; nothing else of it is
+    read. Raises MalformedMessage where there is none, UnsupportedSuite."""
+    message = parse(data)
+    if not message.payloads or message.payloads[-1].type not in (PayloadType.SK, PayloadType.SKF):
+        raise MalformedMessage("no Encrypted payload")
+    sealed = message.payloads[-1]
+    start = sealed.offset + (_FRAGMENT_NUMBERS if sealed.type == PayloadType.SKF else 0)
+    ivs, checksum = protection.iv_length, protection.checksum_length
+    if len(data) < start + ivs + 1 + checksum:
+        raise MalformedMessage("the Encrypted payload is cut")
+    if not protection.suite.is_aead:
+        return hmac.compare_digest(protection.checksum(data[:-checksum]), data[-checksum:])
+    try:
+        protection.open(data[start : start + ivs], data[start + ivs :], data[:start])
+    except InvalidTag:
+        return False
+    return True
+
+
 def unprotect(protection: Protection, data: bytes) -> tuple[Header, tuple[Payload, ...]]:
     """The header and what is inside the Encrypted payload; offsets are those in the plaintext.
 

@@ -122,14 +122,16 @@ class IkeKeys(NamedTuple):
         return "IkeKeys(...)"
 
 
-def derive_keys(suite: Suite, skeyseed: bytes, ni: bytes, nr: bytes, spi_i: bytes, spi_r: bytes) -> IkeKeys:
+def derive_keys(
+    suite: Suite, skeyseed: bytes, ni: bytes, nr: bytes, spi_i: bytes, spi_r: bytes, *, algorithm: int | None = None
+) -> IkeKeys:
     """All keys = prf+(SKEYSEED, Ni | Nr | SPIi | SPIr) (RFC 7296 section 2.14; draft-xu-ike-sa-sync-01 section 3.3).
 
-    Raises UnsupportedSuite.
+    `algorithm` as of `derive_sk_d`. Raises UnsupportedSuite.
     """
     p, a, e = suite.prf_length, suite.integ_key_length, suite.encr_key_length
     lengths = (p, a, a, e, e, p, p)
-    octets = prf_plus(suite.prf, skeyseed, ni + nr + spi_i + spi_r, sum(lengths))
+    octets = prf_plus(suite.prf if algorithm is None else algorithm, skeyseed, ni + nr + spi_i + spi_r, sum(lengths))
     keys, offset = [], 0
     for length in lengths:
         keys.append(octets[offset : offset + length])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import socket
 import struct
+from collections.abc import Sequence
 
 from bridge.net.packet import (
     ANSWERED,
@@ -57,6 +58,53 @@ def answers_filter(load_x: Instruction) -> list[Instruction]:
         *((_JUMP_EQUAL, last - at, 0 if at < last else 1, answer) for at, answer in enumerate(answers)),
         _RETURN_ALL,
         RETURN_NONE,
+    ]
+
+
+ESTABLISHED = (36, 37)
+"""exchanges of an established IKE_SA: CREATE_CHILD_SA, INFORMATIONAL"""
+
+
+def requests_filter(load_x: Instruction, ports: Sequence[int], *, esp: bool) -> list[Instruction]:
+    """Passes requests of established IKE_SAs to one of `ports`; with `esp` ESP in UDP too. `load_x` puts the offset of
+    the UDP header into X. A load beyond the packet's end rejects it."""
+    exchange = UDP_HEADER + EXCHANGE_OFFSET
+    requests = [kind << 8 for kind in ESTABLISHED]
+
+    def judge(at: int) -> list[Instruction]:
+        last = len(requests)
+        return [
+            (_LOAD_HALF, 0, 0, at),
+            (_AND, 0, 0, 0xFF00 | FLAG_RESPONSE),
+            *(
+                (_JUMP_EQUAL, last - number - 1, 0 if number < last - 1 else 1, each)
+                for number, each in enumerate(requests)
+            ),
+            _RETURN_ALL,
+            RETURN_NONE,
+        ]
+
+    plain, marked = judge(exchange), judge(exchange + 4)
+    marker: list[Instruction] = [
+        (_LOAD_WORD, 0, 0, UDP_HEADER),
+        (_JUMP_EQUAL, 1, 0, 0),
+        _RETURN_ALL if esp else RETURN_NONE,
+    ]
+    chosen = [
+        (_JUMP_EQUAL, len(ports) - number - 1, 0 if number < len(ports) - 1 else 1, port)
+        for number, port in enumerate(ports)
+    ]
+    return [
+        load_x,
+        (_LOAD_HALF, 0, 0, _DESTINATION_PORT),
+        *chosen,
+        (_JUMP, 0, 0, 1),
+        RETURN_NONE,
+        # as bridge.net.packet.has_marker has it: never to 500
+        (_JUMP_EQUAL, 0, len(plain), PORT_IKE),
+        *plain,
+        *marker,
+        *marked,
     ]
 
 

@@ -38,6 +38,7 @@ READ_AT_ONCE = 256
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _IP_PKTINFO, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT, _IP_XFRM_POLICY = 8, 10, 0, 17
 _IPV6_XFRM_POLICY = 35
+_IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75
 
 # linux/xfrm.h: struct xfrm_userpolicy_info
 _XFRM_SELECTOR = struct.Struct("=32x8xHBBBxxxiI")
@@ -48,14 +49,19 @@ _XFRM_IN, _XFRM_OUT, _XFRM_ALLOW = 0, 1, 0
 class RawUdp:
     """Sends UDP datagrams from any local address and port, those that charon is bound to included."""
 
-    def __init__(self) -> None:
-        """Raises OSError, with the fix, without CAP_NET_RAW and CAP_NET_ADMIN."""
-        self._ipv4 = _raw_socket(socket.AF_INET)
+    def __init__(self, *, transparent: bool = False) -> None:
+        """`transparent`: from addresses of other hosts too. Raises OSError, with the fix, without CAP_NET_RAW and
+        CAP_NET_ADMIN."""
+        self._ipv4 = raw_socket(socket.AF_INET)
         self._ipv4.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
         _send_only(self._ipv4, "127.255.255.254")
-        self._ipv6 = _raw_socket_ipv6()
+        self._ipv6 = raw_socket_ipv6()
         if self._ipv6 is not None:
             _send_only(self._ipv6, "::1")
+        if transparent:
+            self._ipv4.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+            if self._ipv6 is not None:
+                self._ipv6.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
 
     def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None:
         """Send an IKE message, after a non-ESP marker if `marker`. The kernel fragments what the path cannot take.
@@ -95,7 +101,7 @@ class ResponseListener:
     def start(self) -> None:
         """Begin to listen, in the network namespace of the caller. Raises OSError, with the fix, without
         CAP_NET_RAW."""
-        ipv4, ipv6 = _raw_socket(socket.AF_INET), _raw_socket_ipv6()
+        ipv4, ipv6 = raw_socket(socket.AF_INET), raw_socket_ipv6()
         # an IPv4 raw socket gives the IP header as well, an IPv6 one does not
         attach(ipv4, answers_filter((LOAD_X_IPV4_HEADER, 0, 0, 0)))
         self._sockets.append(ipv4)
@@ -105,7 +111,7 @@ class ResponseListener:
             self._sockets.append(ipv6)
         for sock in self._sockets:
             sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
-            _discard_waiting(sock)
+            discard_waiting(sock)
         self._loop.add_reader(ipv4, self._readable, ipv4, _read_ipv4)
         if ipv6 is not None:
             self._loop.add_reader(ipv6, self._readable, ipv6, _read_ipv6)
@@ -155,7 +161,7 @@ def _send_only(sock: socket.socket, nobody: str) -> None:
         sock.connect((nobody, 0))
 
 
-def _discard_waiting(sock: socket.socket) -> None:
+def discard_waiting(sock: socket.socket) -> None:
     """What came before the filter was in place."""
     try:
         while True:
@@ -164,7 +170,8 @@ def _discard_waiting(sock: socket.socket) -> None:
         pass
 
 
-def _raw_socket(family: socket.AddressFamily) -> socket.socket:
+def raw_socket(family: socket.AddressFamily) -> socket.socket:
+    """A raw UDP socket that IPsec policies leave alone. Raises OSError, with the fix."""
     try:
         sock = socket.socket(family, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.IPPROTO_UDP)
     except PermissionError as error:
@@ -177,10 +184,10 @@ def _raw_socket(family: socket.AddressFamily) -> socket.socket:
     return sock
 
 
-def _raw_socket_ipv6() -> socket.socket | None:
+def raw_socket_ipv6() -> socket.socket | None:
     """None on a host without IPv6."""
     try:
-        return _raw_socket(socket.AF_INET6)
+        return raw_socket(socket.AF_INET6)
     except OSError as error:
         if error.errno == errno.EAFNOSUPPORT:
             return None
@@ -208,6 +215,3 @@ def _pass_by_ipsec(sock: socket.socket, family: socket.AddressFamily) -> None:
         except OSError as error:
             reason = f"the socket's IPsec policy is refused ({error.strerror}): run as root, or with CAP_NET_ADMIN"
             raise OSError(error.errno, reason) from error
-
-
-# Classic BPF (linux/bpf_common.h). A load beyond the packet's end rejects it.

@@ -10,6 +10,7 @@
 | `ike:gateways` | the addresses of gateways, by the time of their last heartbeat |
 | `ike:gateway:<gateway>` | a heartbeat |
 | `ike:<kind>:<gateway>` | what a gateway posts: see the kinds below |
+| `ike:takeover:<address>` | which gateway takes the sessions at a shared address over |
 | `ike:{revoked}` | the sealed marks of locked-out identities, by expiry |
 | `ike:{revoked}:stamp` | random, another one after every change of them; on the same node of a Cluster |
 | `ike:check:<token>` | `ike-sa-sync check` tries whether events are received |
@@ -40,6 +41,7 @@ GATEWAYS: Final = "ike:gateways"
 HEARTBEAT: Final = "ike:gateway:"
 FETCH: Final = "ike:fetch:"
 CHECK: Final = "ike:check:"
+TAKEOVER: Final = "ike:takeover:"
 REVOKED: Final = "ike:{revoked}"
 REVOKED_STAMP: Final = "ike:{revoked}:stamp"
 
@@ -53,6 +55,8 @@ FAILOVERS_KIND: Final = "failovers"
 """how far it is with announcing failures of others, for monitors"""
 LOCKOUT_KIND: Final = "lockout"
 """which mark of a locked-out identity it enforces, and how many SAs it ended for it, for `revoke`"""
+TAKEOVER_KIND: Final = "takeover"
+"""which gateway takes the sessions at a shared address over; of the address, not of a gateway"""
 SEALS_KIND: Final = "seals"
 """how many stubs it has sealed with each key"""
 

@@ -21,6 +21,8 @@ from msgspec import Meta, Struct
 
 from bridge.ike.address import address_text, packed
 from bridge.ike.transforms import Suite
+from bridge.stub import derivation
+from bridge.stub.derivation import Derivation
 from bridge.stub.stub import Index, Stub, StubError
 from bridge.stub.types import ChildSa, Endpoint, Identity, TrafficSelector
 
@@ -38,7 +40,7 @@ class Extension(IntEnum):
     PREDECESSOR = 2
     """octets: SPI and address, as the index"""
     TAKEOVER = 3
-    """reserved"""
+    """octets: where the keys come from, message IDs, owner and epoch (bridge.stub.derivation)"""
     SESSION = 4
     """8 octets: the first SPI of the session at its gateway"""
 
@@ -154,6 +156,8 @@ def _extensions(stub: Stub) -> dict[int, int | bytes]:
         more[Extension.PREDECESSOR] = pack_index(stub.predecessor)
     if stub.session_spi:
         more[Extension.SESSION] = stub.session_spi
+    if stub.derivation is not None:
+        more[Extension.TAKEOVER] = derivation.pack(stub.derivation)
     return more
 
 
@@ -178,6 +182,15 @@ def _session_spi(more: dict[int, int | bytes]) -> bytes:
     if not isinstance(spi, bytes) or len(spi) not in (0, 8):
         raise ValueError("an IKE SPI has 8 octets")
     return spi
+
+
+def _derivation(more: dict[int, int | bytes]) -> Derivation | None:
+    octets = more.get(Extension.TAKEOVER)
+    if octets is None:
+        return None
+    if isinstance(octets, int):
+        raise ValueError("a derivation is octets")
+    return derivation.unpack(octets)
 
 
 def _to_wire(stub: Stub) -> _WireStub:
@@ -249,6 +262,7 @@ def _from_wire(wire: _WireStub, more: dict[int, int | bytes]) -> Stub:
         _authenticated_until(more),
         _predecessor(more),
         _session_spi(more),
+        _derivation(more),
     )
 
 

@@ -34,11 +34,16 @@ class Readable(Struct, frozen=True):
     expires: int
     """Unix seconds"""
     revision: int
+    owner: str = ""
+    """the gateway that has the session, where gateways share the address"""
+    epoch: int = 0
+    """grows with each takeover; 0 where no gateways share the address"""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the index as `gateway` and `spi` (hex), the rest by name."""
+        """For JSON: the index as `gateway` and `spi` (hex), the rest by name; the owner only at a shared address."""
         fields: dict[str, Any] = {"gateway": self.index.gateway, "spi": self.index.spi.hex()}
-        for name in self.__struct_fields__[1:]:
+        names = self.__struct_fields__[1:] if self.epoch else self.__struct_fields__[1:-2]
+        for name in names:
             fields[name] = getattr(self, name)
         fields["vips"] = list(self.vips)
         return fields
@@ -56,6 +61,8 @@ READABLE: Final = (
     "established",
     "expires",
     "revision",
+    "owner",
+    "epoch",
 )
 """fields for people, in the order of redis/store.lua"""
 
@@ -75,6 +82,8 @@ def readable_fields(stub: Stub) -> tuple[str, ...]:
         str(stub.established),
         str(stub.expires),
         str(stub.revision),
+        "" if stub.derivation is None else stub.derivation.owner,
+        "" if stub.derivation is None else str(stub.derivation.epoch),
     )
 
 
@@ -115,7 +124,8 @@ def readable(index: Index, values: Sequence[bytes | None]) -> Readable:
     # anyone can write these: bounded before they are read as numbers or shown
     texts = [printable((value or b"")[:FIELD_OCTETS].decode(errors="backslashreplace")) for value in values]
     id_i, id_r, eap_id, spi_i, spi_r, proposal, connection, vips = texts[:8]
-    established, expires, revision = (int(text) if _NUMBER.fullmatch(text) else 0 for text in texts[8:])
+    established, expires, revision = (int(text) if _NUMBER.fullmatch(text) else 0 for text in texts[8:11])
+    owner, epoch = texts[11:]
     own = index.spi.hex()
     return Readable(
         index,
@@ -130,4 +140,6 @@ def readable(index: Index, values: Sequence[bytes | None]) -> Readable:
         established,
         expires,
         revision,
+        owner,
+        int(epoch) if _NUMBER.fullmatch(epoch) else 0,
     )

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from bridge.ike.transforms import Suite
 from bridge.stub import bank_keys
+from bridge.stub.derivation import Derivation
 from bridge.stub.types import ChildSa, Endpoint, Identity, printable
 
 
@@ -113,6 +114,8 @@ class Stub(Struct, frozen=True, gc=False):
     session_spi: bytes = b""
     """the SPI, at the host that made the stub, of the IKE_SA that the session began with there, where it was rekeyed
     since and the gateway has a program for its sessions; else none"""
+    derivation: Derivation | None = None
+    """what another gateway takes it over with, where gateways share the address"""
 
     def __repr__(self) -> str:
         return f"Stub({self.index}, revision={self.revision}, connection={self.connection!r})"

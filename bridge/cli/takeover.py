@@ -1,0 +1,85 @@
+"""`ike-sa-sync takeover` and `yield`: sessions at an address that gateways share, for VRRP's scripts and for people."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+
+import click
+
+from bridge.cli import options, output
+from bridge.config import GatewayConfig
+from bridge.service import control
+
+POLL_SECONDS = 0.02
+
+
+def _address_option(text: str) -> Callable[[options.Function], options.Function]:
+    return click.option("--address", metavar="S", required=True, callback=options.an_address, help=text)
+
+
+@click.command()
+@options.gateway_config_option
+@_address_option("The shared address, which this host has now.")
+@click.option(
+    "--from", "owner", metavar="GATEWAY", callback=options.an_address, help="Take the sessions of this gateway only."
+)
+@options.json_option
+def takeover(path: str | None, address: str, owner: str | None, as_json: bool) -> None:
+    """Take over the sessions at an address that gateways share (experimental).
+
+    The running sidecar gives charon the sessions of the gateway that had the address, as they are. Their clients need
+    no sidecar and notice nothing. The address has to be at this host already.
+
+    Exit code 0 when every session that the bank has at the address is here and has new keys, 1 otherwise.
+    """
+    socket = options.read_config(path, GatewayConfig).control
+    request = {"command": "takeover", "address": address, "from": owner}
+    try:
+        done = asyncio.run(_take(socket, request))
+    except control.ControlError as error:
+        options.fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if as_json:
+        output.print_json(done)
+    else:
+        for row in done["not_taken"]:
+            click.echo(f"{output.count(row['sessions'], 'session')} not taken over: {row['reason']}")
+        click.echo(
+            f"{output.count(done['taken'], 'session')} of {done['found']:,} at {address} taken over "
+            f"in {done['seconds']:.1f} s, {done['left']:,} left to their clients"
+        )
+    sys.exit(0 if done["taken"] == done["found"] else 1)
+
+
+async def _take(socket: str, request: control.Answer) -> control.Answer:
+    answer = await control.call(socket, request)
+    while answer["state"] == "running":
+        await asyncio.sleep(POLL_SECONDS)
+        answer = await control.call(socket, {"command": "takeover-progress", "address": request["address"]})
+    return answer
+
+
+@click.command("yield")
+@options.gateway_config_option
+@_address_option("The shared address, which another gateway has or gets.")
+@options.json_option
+def yield_(path: str | None, address: str, as_json: bool) -> None:
+    """Drop the sessions at an address that gateways share, in silence (experimental).
+
+    Clients are not told: the gateway that gets the address takes their sessions over. From now on nothing of the
+    address leaves this host.
+    """
+    socket = options.read_config(path, GatewayConfig).control
+    try:
+        done = asyncio.run(control.call(socket, {"command": "yield", "address": address}))
+    except control.ControlError as error:
+        options.fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if as_json:
+        output.print_json(done)
+    else:
+        click.echo(f"{output.count(done['sessions'], 'session')} at {address} dropped in silence")

@@ -1,0 +1,200 @@
+"""The addresses that this gateway shares with others, with all that belongs to them: the takeover of sessions, the
+fence, what clients send there, and the kernel's news of the addresses themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+import structlog
+
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.prefetch import Prefetch
+from bridge.bank.redis_bank import RedisBank
+from bridge.bank.write_queue import WriteQueue
+from bridge.charon.charon import Charon
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.ports import charon_ports
+from bridge.charon.vici_types import SaInfo
+from bridge.config import GatewayConfig
+from bridge.gateway.endings import Endings
+from bridge.gateway.fence import Fence
+from bridge.gateway.living import LivingSas
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.publisher import Publisher
+from bridge.gateway.revocation import Revocations
+from bridge.gateway.takeover import Takeover
+from bridge.net import address_watch
+from bridge.net.address_watch import AddressWatch
+from bridge.net.raw_socket import RawUdp
+from bridge.net.shared_requests import SharedRequests
+from bridge.service.control import Command
+from bridge.service.process import StartError
+from bridge.service.tasks import end, spawn
+from bridge.stub.stub import Stub
+
+log = structlog.get_logger()
+
+LOOK_SECONDS: Final = 5.0
+"""between two looks at the addresses of this host: news of the kernel may be lost"""
+
+
+class SharedAddresses:
+    """Of a gateway whose configuration has takeover.addresses. `came` and `went` as of Takeover."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        charon: Charon,
+        bank: StubBank,
+        prefetch: Prefetch,
+        publisher: Publisher,
+        writer: WriteQueue,
+        endings: Endings,
+        living: LivingSas,
+        revocations: Revocations,
+        came: Callable[[IkeSa, Stub], None],
+        went: Callable[[IkeSa], None],
+    ) -> None:
+        """Raises StartError."""
+        if not isinstance(bank, RedisBank):
+            raise StartError("takeover.addresses needs bank.mode centralised")
+        try:
+            self._again = RawUdp(transparent=True)
+        except OSError as error:
+            raise StartError(f"raw sockets: {error}") from error
+        self._netlink = config.takeover.trigger == "netlink"
+        self._fence = Fence(config.intercept)
+        self.takeover = Takeover(
+            config.takeover,
+            config.address,
+            charon,
+            bank,
+            bank,
+            prefetch,
+            publisher,
+            writer,
+            endings,
+            living,
+            revocations,
+            self._again,
+            self._fence,
+            came,
+            went,
+        )
+        ports = config.intercept.ports or charon_ports()
+        self._requests = SharedRequests(config.takeover.addresses, ports, self.takeover.heard)
+        self.takeover.hear_esp = self._requests.hear_esp
+        self._watch = AddressWatch(self._changed)
+        self._there: dict[str, bool] = {}
+        self._turns: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
+        self._looking = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def commands(self) -> dict[str, Command]:
+        """Those of the control socket."""
+        return {
+            "takeover": self.takeover.take,
+            "takeover-progress": self.takeover.progress,
+            "yield": self.takeover.give_up,
+        }
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Begin, ended with `stack`. What this host has already is taken over, if the kernel's news counts."""
+        self._requests.start()
+        stack.callback(self._requests.close)
+        stack.callback(self._again.close)
+        present = self._present()
+        await self.takeover.start(present)
+        stack.push_async_callback(self.takeover.close)
+        if self._netlink:
+            self._watch.start()
+            stack.callback(self._watch.close)
+            for address in present:
+                self._changed(address, True)
+            self._tasks.append(spawn("shared-addresses", self._follow()))
+            self._tasks.append(spawn("shared-addresses-look", self._look()))
+        self._tasks.append(spawn("shared-sessions", self._look_at_sessions()))
+        stack.push_async_callback(end, *self._tasks)
+
+    def look_soon(self) -> None:
+        """Another gateway may have taken sessions that are here."""
+        self._looking.set()
+
+    async def foreign(self, infos: list[SaInfo]) -> list[SaInfo] | None:
+        """See Takeover.foreign; None where the bank does not answer."""
+        try:
+            return await self.takeover.foreign(infos)
+        except BankUnavailable:
+            return None
+
+    def status(self) -> dict[str, Any]:
+        """For `status`."""
+        return {"addresses": self.takeover.status(), "fence": {"in_place": self._fence.in_place}}
+
+    def gauges(self, metrics: GatewayMetrics) -> None:
+        """What is told of it."""
+        takeover = self.takeover
+        metrics.total("sessions_taken_over", "sessions taken over as they are", lambda: takeover.taken)
+        metrics.total(
+            "sessions_not_taken_over",
+            "sessions at a shared address that could not be taken over",
+            lambda: sum(takeover.not_taken.values()),
+        )
+        metrics.total(
+            "sessions_lost_to_takeover",
+            "sessions dropped here because another gateway took them",
+            lambda: takeover.lost,
+        )
+        metrics.gauge(
+            "fence_in_place", "1 while nothing of a shared address can leave", lambda: float(self._in_place())
+        )
+        metrics.total("fence_dropped", "packets that the fence kept from leaving", lambda: self._fence.dropped)
+
+    def _in_place(self) -> bool:
+        return self._fence.in_place
+
+    # the kernel's news
+
+    def _present(self) -> Sequence[str]:
+        try:
+            found = address_watch.present()
+        except OSError as error:
+            log.warning("addresses-unreadable", reason=error.strerror)
+            return ()
+        return [address for address in self.takeover.addresses if address in found]
+
+    def _changed(self, address: str, there: bool) -> None:
+        if address in self.takeover.addresses and self._there.get(address, False) is not there:
+            self._there[address] = there
+            self._turns.put_nowait((address, there))
+
+    async def _follow(self) -> None:
+        while True:
+            address, there = await self._turns.get()
+            if self._there.get(address) is not there:
+                # it has changed again
+                continue
+            log.info("shared-address-changed", address=address, here=there)
+            await (self.takeover.take if there else self.takeover.give_up)({"address": address})
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            present = self._present()
+            for address in self.takeover.addresses:
+                self._changed(address, address in present)
+
+    # ownership
+
+    async def _look_at_sessions(self) -> None:
+        while True:
+            await self._looking.wait()
+            self._looking.clear()
+            try:
+                await self.takeover.look()
+            except BankUnavailable as error:
+                log.info("owners-not-read", reason=str(error))
+            await asyncio.sleep(1.0)

@@ -1,0 +1,159 @@
+"""New keys for the CHILD_SAs of sessions that were taken over: charon rekeys them, some at a time, first those whose
+clients send something.
+
+The message ID of the gateway's request comes from the stub, which may be a moment older than what the dead gateway
+sent. A client ignores a request under another ID than it expects; so the request goes out again under the next ones,
+and then under the one before. The one before comes last: a client that has answered it already would answer again, and
+charon ends an IKE_SA whose answer is of another exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.vici_types import ViciError
+from bridge.gateway.takeover_session import SILENT, Session
+from bridge.gateway.takeover_state import Event, State
+
+log = structlog.get_logger()
+
+OFFSETS: Final = (1, 2, -1)
+"""from the stub's message ID, tried in this order"""
+ANSWER_SECONDS: Final = 1.0
+"""that a client has for each; it is asked once a second where charon's own retransmission comes later"""
+OUTSTANDING: Final = 128
+"""sessions whose clients have yet to answer, at most: what waits longer than their retransmissions costs more"""
+AT_A_TIME: Final = 8
+"""questions to charon"""
+TICK_SECONDS: Final = 0.05
+
+
+class TakeoverRekeys:
+    """`put` sessions that charon has; `run` is a task. `done` is called with each that has left State.REKEYING, and
+    with the reason where its client is silent."""
+
+    def __init__(
+        self, charon: Charon, done: Callable[[Session, str], None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._charon = charon
+        self._done = done
+        self._clock = clock
+        self._waiting: OrderedDict[bytes, Session] = OrderedDict()
+        self._asked: dict[bytes, Session] = {}
+        self._wake = asyncio.Event()
+        self._places = asyncio.Semaphore(AT_A_TIME)
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._asked)
+
+    def put(self, session: Session) -> None:
+        """One that charon has now; those without CHILD_SAs are ready."""
+        session.offsets = list(OFFSETS)
+        self._waiting[session.sa.id.spis] = session
+        if session.request is not None:
+            self._waiting.move_to_end(session.sa.id.spis, last=False)
+        self._wake.set()
+
+    def first(self, session: Session) -> None:
+        """Its client sent something, and waits."""
+        if session.sa.id.spis in self._waiting:
+            self._waiting.move_to_end(session.sa.id.spis, last=False)
+
+    def sent(self, spis: bytes) -> None:
+        """charon sent a request on an SA."""
+        session = self._asked.get(spis)
+        if session is not None:
+            session.waits_since = self._clock()
+
+    def changed(self, sa: IkeSa) -> None:
+        """CHILD_SAs of an SA came or went."""
+        session = self._asked.get(sa.id.spis)
+        if session is not None and session.sa is sa:
+            self._look(session)
+
+    def forget(self, spis: bytes) -> None:
+        """It is gone."""
+        self._waiting.pop(spis, None)
+        self._asked.pop(spis, None)
+
+    async def run(self) -> None:
+        """Ask, and look after those that were asked."""
+        while True:
+            if not self._waiting and not self._asked:
+                self._wake.clear()
+                await self._wake.wait()
+            room = OUTSTANDING - len(self._asked)
+            chosen = [self._waiting.popitem(last=False)[1] for _ in range(min(room, len(self._waiting)))]
+            self._asked |= {session.sa.id.spis: session for session in chosen}
+            await asyncio.gather(*(self._ask(session) for session in chosen))
+            if self._waiting and len(self._asked) < OUTSTANDING:
+                continue
+            await self._look_after()
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _ask(self, session: Session) -> None:
+        names = dict.fromkeys(session.left)
+        if not names:
+            self._look(session)
+            return
+        async with self._places:
+            for name in names:
+                try:
+                    await self._charon.vici.rekey_child(session.unique_id, name)
+                except ViciError as error:
+                    # the SA is gone, or its client has rekeyed the CHILD_SA already
+                    log.info("takeover-rekey-refused", reason=str(error), child=name, **session.sa.id.logged)
+        # where charon's word that it sent something is lost, the time counts from here
+        session.waits_since = session.waits_since or self._clock()
+
+    async def _look_after(self) -> None:
+        now = self._clock()
+        late = [
+            session
+            for session in self._asked.values()
+            if session.waits_since is not None and now - session.waits_since >= ANSWER_SECONDS
+        ]
+        if late:
+            # what charon has said meanwhile
+            self._charon.channel.receive()
+        for session in late:
+            if self._asked.get(session.sa.id.spis) is session and session.waits_since is not None:
+                await self._try_next(session)
+
+    async def _try_next(self, session: Session) -> None:
+        derivation = session.stub.derivation
+        assert derivation is not None
+        offset = session.offsets.pop(0) if session.offsets else None
+        if offset is not None and derivation.next_request + offset < 0:
+            offset = None
+        if offset is None:
+            self._asked.pop(session.sa.id.spis, None)
+            session.on(Event.SILENT)
+            self._done(session, SILENT)
+            return
+        session.waits_since = self._clock()
+        number = derivation.next_request + offset
+        log.info("takeover-message-id-tried", message_id=number, **session.sa.id.logged)
+        try:
+            await self._charon.installer.set_next_id(session.sa.id, number, own=True)
+        except ChannelError as error:
+            log.warning("takeover-message-id-not-set", reason=str(error), **session.sa.id.logged)
+
+    def _look(self, session: Session) -> None:
+        if session.left:
+            # one of several: the next one's request has its own second
+            session.waits_since = self._clock()
+            return
+        self._asked.pop(session.sa.id.spis, None)
+        if session.state in (State.REKEYING, State.LEFT):
+            session.on(Event.REKEYED)
+            self._done(session, "")

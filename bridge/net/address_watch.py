@@ -1,0 +1,118 @@
+"""Which addresses this host's interfaces have, and news of that from the kernel (rtnetlink)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+log = structlog.get_logger()
+
+# linux/netlink.h, linux/rtnetlink.h, linux/if_addr.h
+_RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
+_NLMSG_DONE, _NLMSG_ERROR = 3, 2
+_NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
+_GROUPS: Final = 0x10 | 0x100
+"""RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR"""
+_HEADER: Final = struct.Struct("=IHHII")
+_ADDRESS: Final = struct.Struct("=BBBBI")
+"""struct ifaddrmsg: family, prefix length, flags, scope, interface"""
+_ATTRIBUTE: Final = struct.Struct("=HH")
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_IFA_F_TENTATIVE: Final = 0x40
+"""IPv6: duplicate address detection goes on, and nothing can be sent from it yet"""
+_RECEIVE: Final = 1 << 16
+
+
+Change = tuple[str, int, bool]
+"""an address, the index of its interface, and whether it is there"""
+
+
+def present() -> dict[str, int]:
+    """All addresses with the index of their interface, in the network namespace of the caller. Raises OSError."""
+    found: dict[str, int] = {}
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        body = _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+        sock.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETADDR, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0) + body)
+        while True:
+            changes, done = parse(sock.recv(_RECEIVE))
+            found |= {address: interface for address, interface, there in changes if there}
+            if done:
+                return found
+
+
+def parse(data: bytes) -> tuple[list[Change], bool]:
+    """What rtnetlink messages say of addresses, and whether they end an answer. Never raises."""
+    changes: list[Change] = []
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        length, kind, *_ = _HEADER.unpack_from(data, offset)
+        if kind in (_NLMSG_DONE, _NLMSG_ERROR) or length < _HEADER.size:
+            return changes, True
+        message = data[offset + _HEADER.size : offset + length]
+        if kind in (_RTM_NEWADDR, _RTM_DELADDR) and (read := _read(message)) is not None:
+            changes.append((*read, kind == _RTM_NEWADDR))
+        offset += (length + 3) & ~3
+    return changes, False
+
+
+def _read(message: bytes) -> tuple[str, int] | None:
+    if len(message) < _ADDRESS.size:
+        return None
+    family, _, flags, _, interface = _ADDRESS.unpack_from(message)
+    if flags & _IFA_F_TENTATIVE:
+        return None
+    found: dict[int, bytes] = {}
+    offset = _ADDRESS.size
+    while offset + _ATTRIBUTE.size <= len(message):
+        length, kind = _ATTRIBUTE.unpack_from(message, offset)
+        if length < _ATTRIBUTE.size:
+            break
+        found[kind] = message[offset + _ATTRIBUTE.size : offset + length]
+        offset += (length + 3) & ~3
+    octets = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS))
+    try:
+        return None if octets is None else (socket.inet_ntop(family, octets), interface)
+    except (ValueError, OSError):
+        return None
+
+
+class AddressWatch:
+    """Calls `handler` with (address, whether it is there) for as long as it is started."""
+
+    def __init__(self, handler: Callable[[str, bool], None]) -> None:
+        self._handler = handler
+        self._socket: socket.socket | None = None
+
+    def start(self) -> None:
+        """Begin, in the network namespace of the caller. Raises OSError."""
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        sock.bind((0, _GROUPS))
+        self._socket = sock
+        asyncio.get_running_loop().add_reader(sock, self._readable, sock)
+
+    def close(self) -> None:
+        """End."""
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _readable(self, sock: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                try:
+                    changes, _ = parse(sock.recv(_RECEIVE))
+                except BlockingIOError:
+                    raise
+                except OSError as error:
+                    # more came than fits: what is there now says the rest
+                    log.warning("addresses-missed", reason=error.strerror)
+                    continue
+                for address, _, there in changes:
+                    self._handler(address, there)
