@@ -20,12 +20,12 @@ from bridge.lab.host import Host
 from bridge.lab.lab import Lab
 from bridge.lab.space import LabError
 from bridge.lab.topology import Topology, client_host, standard
+from bridge.net.packet import PORT_NAT_T
 from bridge.service import control
 from bridge.stub import bank_keys
 
 ADDRESS = "192.168.50.30"
 VISITOR = "192.168.50.40"
-PORT = 4500
 REST = 0.1
 """seconds between two moves, and between two handshakes: a legitimate client is no flood of its own"""
 PATIENCE = 60.0
@@ -77,7 +77,7 @@ class Flood:
     @contextlib.contextmanager
     def going_on(self, rate: int, seconds: float) -> Iterator[Callable[[], dict[str, Any] | None]]:
         """While the flood goes on. Gives a function that returns what was sent once it has ended, None before."""
-        words = ("-m", "bridge.bench.spray", self.target.address, str(PORT), str(rate), str(seconds))
+        words = ("-m", "bridge.bench.spray", self.target.address, str(PORT_NAT_T), str(rate), str(seconds))
         process = subprocess.Popen(
             self._source.enter(sys.executable, *words),
             stdin=subprocess.PIPE,

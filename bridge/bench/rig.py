@@ -17,10 +17,10 @@ from bridge.lab.host import Host
 from bridge.lab.lab import Lab
 from bridge.lab.space import LabError
 from bridge.lab.topology import BANK_KEY, Topology, standard
+from bridge.net.packet import PORT_NAT_T
 from bridge.stub.stub import Index
 
 ADDRESS = "192.168.50.30"
-PORT = 4500
 QUIET = "connections { gw { dpd_delay = 0s } }\n"
 """liveness checks of tens of thousands of clients would be part of every figure"""
 
@@ -78,7 +78,7 @@ class Rig:
                 "-m",
                 "bridge.bench.generator",
                 self.target.address,
-                str(PORT),
+                str(PORT_NAT_T),
                 self.topology.bank.url,
                 BANK_KEY,
             ),
