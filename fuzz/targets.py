@@ -22,7 +22,7 @@ from bridge.charon import ha_message as ha
 from bridge.charon.vici_types import ViciError, parse_connection, parse_event
 from bridge.charon.vici_watch import EVENTS
 from bridge.client import session_file
-from bridge.config import ClientConfig, ConfigError, GatewayConfig, load
+from bridge.config import ClientConfig, ConfigError, GatewayConfig
 from bridge.ike.cookie import Cookies, glance
 from bridge.ike.encrypted_payload import NotAuthentic, Protection, protect, unprotect
 from bridge.ike.key_confirmation import Confirmation
@@ -57,6 +57,7 @@ from bridge.ike.sync_exchange import (
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
 from bridge.net.packet import MARKER, has_marker, ipv6_packet, parse_datagram, udp_datagram
+from bridge.service.config_file import load
 from bridge.service.control import Answer, ControlServer
 from bridge.stub import revocation
 from bridge.stub.codec import decode, encode
@@ -541,7 +542,7 @@ def _one_line(error: Exception) -> None:
 
 
 def config(data: bytes) -> None:
-    """bridge.config.load: any file is a configuration, or a ConfigError of one line."""
+    """bridge.service.config_file.load: any file is a configuration, or a ConfigError of one line."""
     _FILE.write_bytes(data)
     loaders: list[Callable[[], object]] = [lambda: load(_FILE, GatewayConfig), lambda: load(_FILE, ClientConfig)]
     for attempt in loaders:

@@ -7,16 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bridge.config import (
-    ClientConfig,
-    ConfigError,
-    GatewayConfig,
-    HaConfig,
-    check_together,
-    load,
-    parse_host_port,
-    role_of,
-)
+from bridge.config import ClientConfig, ConfigError, GatewayConfig, HaConfig, parse_host_port
+from bridge.service.config_file import check_together, load, role_of
 
 GATEWAY = """
 address: 192.168.50.1

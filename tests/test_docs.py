@@ -18,8 +18,9 @@ import click
 import pytest
 import yaml
 
-from bridge.config import ClientConfig, GatewayConfig, load
+from bridge.config import ClientConfig, GatewayConfig
 from bridge.lab import space
+from bridge.service.config_file import load
 from docs_support import missing_tests, names_in
 from test_man import builder
 

@@ -10,17 +10,8 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from bridge.config import (
-    ClientConfig,
-    Config,
-    ConfigError,
-    GatewayConfig,
-    canonical_address,
-    check_together,
-    load,
-    read,
-    role_of,
-)
+from bridge.config import ClientConfig, ConfigError, GatewayConfig, canonical_address
+from bridge.service.config_file import Config, check_together, load, read, role_of
 
 BAD_CONFIGURATION = 2
 
