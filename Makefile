@@ -21,8 +21,8 @@ PACKAGES := \
 	build-essential python3-dev python3-venv libnetfilter-queue-dev \
 	charon-systemd strongswan-swanctl strongswan-pki strongswan-starter strongswan-charon \
 	libcharon-extra-plugins libcharon-extauth-plugins libstrongswan-extra-plugins libstrongswan-standard-plugins \
-	redis-server redis-tools freeradius \
-	bird2 \
+	redis-server redis-tools freeradius freeradius-utils \
+	bird2 frr \
 	iproute2 iputils-ping iptables nftables procps kmod tshark \
 	prometheus faketime mandoc zsh fish
 

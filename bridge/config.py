@@ -113,7 +113,8 @@ class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """the longest lifetime of a stub, in seconds; none: that of its IKE_SA"""
     children_in_exchange: ChildrenInExchange = "auto"
     """whether CHILD_SAs without PFS come up in the round trip of their IKE_SA, where charon raises no events for
-    them; auto: all but those with an updown script"""
+    them; auto: all but those with an updown script, those with marks if charon has loaded connmark or forecast, and all
+    while a program is connected to charon's lookip plugin"""
     children_at_once: bool | None = None
     """the old name: true is always, false is never"""
     duplicate_address: Literal["end-newer", "report"] = "end-newer"
@@ -241,8 +242,8 @@ class ResumeConfig(Struct, forbid_unknown_fields=True, frozen=True):
     initiate_timeout: Seconds = 30.0
     """how long the client waits for charon to set up an IKE_SA or a CHILD_SA"""
     children_in_exchange: ChildrenInExchange = "auto"
-    """whether to ask for CHILD_SAs without PFS in the round trip of their IKE_SA; auto: for all but those with an
-    updown script on this host"""
+    """whether to ask for CHILD_SAs without PFS in the round trip of their IKE_SA; auto: for all but those that
+    need charon's events on this host, as `sync.children_in_exchange` of a gateway"""
     children_at_once: bool | None = None
     """the old name: true is always, false is never"""
     after_delete: Literal["nothing", "handshake"] = "nothing"
@@ -295,6 +296,9 @@ class ClientConfig(Struct, forbid_unknown_fields=True, frozen=True):
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     held: HeldConfig = field(default_factory=HeldConfig)
     announce: AnnounceConfig = field(default_factory=AnnounceConfig)
+    guard: Literal["check", "external"] = "check"
+    """whether `check` looks for what stops packets to the networks behind the gateways while there is no CHILD_SA.
+    external: other means, a packet filter for instance, do it"""
     metrics: str | None = "127.0.0.1:9471"
     """address on which the sidecar serves metrics for Prometheus; none: no metrics"""
     log: LogConfig = field(default_factory=LogConfig)

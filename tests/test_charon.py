@@ -23,6 +23,9 @@ class SlowVici:
         self.connections: dict[str, Any] = {}
         self.asked = asyncio.Event()
 
+    async def plugins(self) -> list[str]:
+        return ["vici"]
+
     async def list_connections(self) -> dict[str, Any]:
         return self.connections
 

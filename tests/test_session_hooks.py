@@ -20,10 +20,11 @@ from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildInfo, SaInfo
 from bridge.check import host
 from bridge.config import GatewayConfig, HooksConfig
-from bridge.gateway import hook_program, session_hooks
+from bridge.gateway import hook_program, session_hooks, session_journal
 from bridge.gateway.hook_program import HookProgram
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.session_hooks import Octets, SessionHooks
+from bridge.gateway.session_journal import SessionJournal
 from bridge.stub.codec import decode, encode
 from bridge.stub.stub import Stub, StubError
 
@@ -54,7 +55,9 @@ def program(notes: Path, script: str = "cat >>$NOTES") -> str:
 class Gateway:
     """A gateway's sessions, and its SessionHooks."""
 
-    def __init__(self, notes: Path, script: str = "cat >>$NOTES", timeout: float = 10.0) -> None:
+    def __init__(
+        self, notes: Path, script: str = "cat >>$NOTES", timeout: float = 10.0, state: str | None = None
+    ) -> None:
         self.notes = notes
         self.now = 0.0
         self.failed: set[str] = set()
@@ -62,7 +65,7 @@ class Gateway:
         self.metrics = GatewayMetrics()
         self.tracker = SaTracker(Listeners(), wall=lambda: 1000.0, clock=lambda: self.now)
         config = HooksConfig(session=program(notes, script), timeout=timeout)
-        self.hooks = SessionHooks(config, self.tracker, self.metrics, HERE, self.failed.__contains__, self.beats)
+        self.hooks = SessionHooks(config, self.tracker, self.metrics, HERE, self.failed.__contains__, self.beats, state)
 
     def handshake(self, stub: Stub | None = None) -> IkeSa:
         """An IKE_SA comes up."""
@@ -87,7 +90,11 @@ class Gateway:
         self.hooks.gone(sa)
 
     def events(self) -> list[dict[str, Any]]:
-        text = self.notes.read_text() if self.notes.exists() else ""
+        return self.events_in(self.notes)
+
+    @staticmethod
+    def events_in(notes: Path) -> list[dict[str, Any]]:
+        text = notes.read_text() if notes.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 
     def told(self) -> list[tuple[str, str]]:
@@ -254,7 +261,7 @@ def test_the_end_has_the_figures_that_vici_reports_last(notes: Path) -> None:
 def test_without_a_program_nothing_happens(tmp_path: Path) -> None:
     async def work() -> None:
         tracker = SaTracker(Listeners(), wall=lambda: 1000.0, clock=lambda: 0.0)
-        hooks = SessionHooks(HooksConfig(), tracker, GatewayMetrics(), HERE, lambda _: True, {})
+        hooks = SessionHooks(HooksConfig(), tracker, GatewayMetrics(), HERE, lambda _: True, {}, None)
         sa = sa_of(stub_of(gateway=HERE))
         hooks.changed(sa)
         hooks.resumed(sa, stub_of())
@@ -408,3 +415,96 @@ def test_check_finds_a_program_that_cannot_run_or_that_others_may_change(tmp_pat
     path.chmod(0o755)
     os.chown(tmp_path, 1, 1)
     assert grade() == "fail"
+
+
+# the journal
+
+
+def restarted(notes: Path, first: Callable[[Gateway], Coroutine[Any, Any, None]], *kept: IkeSa) -> list[dict[str, Any]]:
+    """The events after `first`, of a sidecar that finds these IKE_SAs in charon when it starts again."""
+    state = str(notes.parent)
+
+    async def before() -> None:
+        gateway = Gateway(notes, state=state)
+        await first(gateway)
+        await gateway.hooks.close()
+
+    async def after() -> None:
+        gateway = Gateway(notes, state=state)
+        for sa in kept:
+            sa.adopted = True
+            gateway.tracker.sas[sa.id.spis] = sa
+            gateway.hooks.known(sa)
+        reconciled = asyncio.Event()
+        reconciled.set()
+        work = asyncio.create_task(gateway.hooks.run(reconciled))
+        await asyncio.sleep(0.2)
+        await until(lambda: not len(gateway.hooks))
+        work.cancel()
+        await gateway.hooks.close()
+
+    run(before)
+    seen = len(Gateway.events_in(notes))
+    run(after)
+    return Gateway.events_in(notes)[seen:]
+
+
+def test_a_session_that_ended_while_no_sidecar_ran_ends_when_it_is_back(notes: Path) -> None:
+    sas: list[IkeSa] = []
+
+    async def first(gateway: Gateway) -> None:
+        sas.append(gateway.handshake())
+        await until(lambda: len(gateway.events()) == 1)
+
+    [over] = restarted(notes, first)
+    assert (over["event"], over["session"], over["reason"]) == ("ended", name(sas[0]), "sidecar-was-away")
+    assert (over["virtual_ips"], over["octets_in"]) == (list(sas[0].remote_vips), None)
+    assert [child["name"] for child in over["children"]] == ["net"]
+    # and only once
+    assert restarted(notes, nothing) == []
+
+
+async def nothing(_: Gateway) -> None:
+    """No session."""
+
+
+def test_a_session_that_goes_on_is_not_reported_again(notes: Path) -> None:
+    sa = sa_of(stub_of(gateway=HERE))
+
+    async def first(gateway: Gateway) -> None:
+        gateway.tracker.sas[sa.id.spis] = sa
+        gateway.hooks.changed(sa)
+        await until(lambda: len(gateway.events()) == 1)
+
+    assert restarted(notes, first, sa) == []
+
+
+def test_a_program_that_is_new_is_told_of_the_sessions_that_are_there(notes: Path) -> None:
+    sa = sa_of(stub_of(gateway=HERE))
+    [begun] = restarted(notes, nothing, sa)
+    assert (begun["event"], begun["session"]) == ("established", name(sa))
+
+
+def test_a_journal_that_was_spoilt_ends_nothing_but_what_it_can_tell(notes: Path) -> None:
+    line = json.dumps({"session": "a", "virtual_ips": ["10.0.0.1"], "gateway": HERE, "children": []})
+    spoilt = ["{", "[]", "\xff", '{"session": 7}', '{"session": "b"}', '{"session": "c", "virtual_ips": 3}', line[:-9]]
+    (notes.parent / "sessions").write_text("\n".join([*spoilt, line, ""]), encoding="latin-1")
+    [over] = restarted(notes, nothing)
+    assert (over["session"], over["virtual_ips"]) == ("a", ["10.0.0.1"])
+
+
+def test_the_journal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_journal, "COMPACT_LINES", 10)
+
+    async def work() -> None:
+        journal = SessionJournal(tmp_path)
+        for number in range(50):
+            journal.begin(str(number), {"session": str(number), "virtual_ips": []})
+            if number >= 2:
+                journal.end(str(number))
+            await journal.write()
+        assert len((tmp_path / "sessions").read_text().splitlines()) <= 16
+        assert [named for named, _ in SessionJournal(tmp_path).before()] == ["0", "1"]
+        assert (tmp_path / "sessions").stat().st_mode & 0o777 == 0o600
+
+    run(work)

@@ -118,14 +118,14 @@ class Charon:
 
     def takes_at_once(self, connection: str, child: str, policy: ChildrenInExchange) -> bool:
         """Whether a CHILD_SA comes up in the round trip of its IKE_SA here: configured, and without a key exchange of
-        its own (PFS); with `policy` auto only without an updown script, which charon calls for exchanges alone. All
-        as far as swanctl.conf shows."""
+        its own (PFS); with `policy` auto only where no other software waits for charon's event of it, which charon
+        raises for exchanges alone. All as far as can be known."""
         found = self.tracker.connections.get(connection)
         return (
             found is not None
             and any(configured.name == child for configured in found.children)
             and policy != "never"
-            and not (policy == "auto" and self._reconciler.with_script(connection, child))
+            and not (policy == "auto" and self._reconciler.needs_event(connection, child))
             and not self._reconciler.with_key_exchange(connection, child)
             and (connection, child) not in self._not_taken
         )

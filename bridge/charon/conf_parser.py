@@ -165,16 +165,18 @@ class ChildProposals:
                     found[name, child] = groups[0]
         return found
 
-    def with_scripts(self, connections: Iterable[str]) -> set[tuple[str, str]]:
-        """Children with an updown script, by (connection, child)."""
+    def with_option(
+        self, connections: Iterable[str], swanctl: Sequence[str], ipsec: Sequence[str]
+    ) -> set[tuple[str, str]]:
+        """Children with one of these options of swanctl.conf, or of ipsec.conf, by (connection, child)."""
         found = set()
         for name in connections:
             if self.in_ipsec_conf(name):
-                if self._ipsec.get(name, "leftupdown"):
+                if any(self._ipsec.get(name, key) for key in ipsec):
                     found.add((name, name))
                 continue
             for child in self._settings.names(f"connections.{name}.children"):
-                if self.option(name, child, "updown"):
+                if any(self.option(name, child, key) for key in swanctl):
                     found.add((name, child))
         return found
 

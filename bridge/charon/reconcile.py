@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 
+from bridge.charon.child_events import ChildEvents
 from bridge.charon.conf_parser import ChildProposals
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_message import IkeId
@@ -52,6 +53,7 @@ LEAST_CONNECTIONS_SECONDS = 0.05
 
 UNNAMED = "(unnamed)"
 """the connection that VICI names for an SA whose peer has not said who it is"""
+MARKS = ("mark_in", "mark_out")
 HALF_OPEN_STATES = ("CREATED", "CONNECTING")
 """of an IKE_SA, as VICI names them; charon makes the second of the first while it works on a request"""
 
@@ -93,6 +95,11 @@ class Reconciler:
         """children with a key exchange of their own, by (connection, child)"""
         self._scripted: set[tuple[str, str]] = set()
         """children with an updown script"""
+        self._marked: set[tuple[str, str]] = set()
+        """children with marks"""
+        self._plugins: list[str] = []
+        """that charon has loaded"""
+        self._events = ChildEvents()
         self._reading: asyncio.Task[None] | None = None
         self._whole = True
         """whether the next comparison is about connections too, however lately they were read"""
@@ -150,9 +157,9 @@ class Reconciler:
         """Whether a CHILD_SA has a key exchange of its own (PFS), as far as swanctl.conf shows."""
         return (connection, child) in self._pfs
 
-    def with_script(self, connection: str, child: str) -> bool:
-        """Whether a CHILD_SA has an updown script, as far as swanctl.conf shows."""
-        return (connection, child) in self._scripted
+    def needs_event(self, connection: str, child: str) -> bool:
+        """Whether other software waits for charon's event of a CHILD_SA, as far as can be known."""
+        return self._events.needed(connection, child)
 
     def connected(self, inode: int | None) -> None:
         """charon answers on VICI; `inode` is its end of the HA channel, if it has one."""
@@ -164,6 +171,7 @@ class Reconciler:
             self._placeholders.reset()
             self._asked.clear()
         self._inode = inode if inode is not None else self._inode
+        self._plugins = []
         self.soon()
 
     async def run(self) -> None:
@@ -267,10 +275,16 @@ class Reconciler:
         began = time.monotonic()
         self._unknown = False
         found = await self._vici.list_connections()
+        if not self._plugins:
+            # of one charon they do not change
+            self._plugins = await self._vici.plugins()
         if found != self._tracker.connections or self._proposals is None or self._proposals.changed():
             self._proposals = await asyncio.to_thread(ChildProposals, self._swanctl)
             self._pfs = self._proposals.with_pfs(found)
-            self._scripted = self._proposals.with_scripts(found)
+            self._scripted = self._proposals.with_option(found, ("updown",), ("leftupdown",))
+            self._marked = self._proposals.with_option(found, MARKS, ("mark", *MARKS))
+        # whether lookip has clients is looked at each time
+        self._events = ChildEvents(self._plugins, self._scripted, self._marked)
         self._tracker.connections = found
         now = time.monotonic()
         self._connections_from = began

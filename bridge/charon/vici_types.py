@@ -80,6 +80,8 @@ class ChildConfig(NamedTuple):
     dpd_action: str = ""
     """as VICI has it: none, trap, start (restart)"""
     close_action: str = ""
+    mode: str = ""
+    """as VICI has it: TUNNEL, TRANSPORT, DROP ..."""
 
 
 class Unique(StrEnum):
@@ -219,7 +221,9 @@ def _selectors(section: Section, side: str) -> tuple[str, ...]:
 
 def _child(name: str, section: Section) -> ChildConfig:
     actions = (as_text(section.get("dpd_action")), as_text(section.get("close_action")))
-    return ChildConfig(name, _selectors(section, "local-ts"), _selectors(section, "remote-ts"), *actions)
+    return ChildConfig(
+        name, _selectors(section, "local-ts"), _selectors(section, "remote-ts"), *actions, as_text(section.get("mode"))
+    )
 
 
 def _configured(values: Any) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bridge.charon.vpns import vpns_of
 from bridge.check import bank, charon, connections, host
 from bridge.check.finding import Finding, Grade
+from bridge.check.guard import guard
 from bridge.check.return_path import return_path
 from bridge.config import ClientConfig, GatewayConfig
 
@@ -32,5 +33,7 @@ async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
         loaded = running.connections
         for vpn in vpns_of(config, lambda: loaded):
             findings += connections.of_vpn(vpn, running) + charon.patience(vpn, running)
+            if config.guard == "check":
+                findings += guard(vpn, loaded)
             findings += connections.without_pfs(running, list(dict.fromkeys(one.connection for one in vpn.gateways)))
     return findings

@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from bridge.check.finding import Finding, ok, warn
+from bridge.check.proxy_arp import without_proxy
 from bridge.check.udp import process_name
 from bridge.config import GatewayConfig
 from bridge.ike.address import Pool
@@ -20,6 +21,8 @@ DAEMONS = {
     "zebra": ("/etc/frr/frr.conf", f"import-table {TABLE}"),
 }
 """routing daemons: their configuration, and what is in it where they take in that table"""
+CHOOSES = {"bird": "-c", "zebra": "-f"}
+"""the option that names another configuration"""
 FIX = (
     "have BIRD or FRR announce table 220 (strongswan-conf/network/), or say how it is done: "
     "network.return_path: routed, announced or external (docs/network.md)"
@@ -39,6 +42,9 @@ def return_path(config: GatewayConfig, pools: Iterable[Pool]) -> list[Finding]:
         return [ok("return path", "the pools are of connected networks: the sidecar announces their addresses")]
     if (daemon := _exporting()) is not None:
         return [ok("return path", f"{daemon} takes in table {TABLE}, where charon has its clients' routes")]
+    foreign = without_proxy(foreign)
+    if not foreign:
+        return [ok("return path", "this host answers for the pools by proxy ARP or proxy neighbour discovery")]
     names = ", ".join(f"{pool.name} ({pool.text})" for pool in foreign)
     text = f"no routing daemon here announces the clients of {names}: after a move servers do not reach them"
     return [warn("return path", text, FIX)]
@@ -73,5 +79,5 @@ def _daemons() -> Iterator[tuple[str, Path]]:
             words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        chosen = words[words.index("-c") + 1] if name == "bird" and "-c" in words[:-1] else DAEMONS[name][0]
-        yield name, Path(chosen)
+        option = CHOOSES[name]
+        yield name, Path(words[words.index(option) + 1] if option in words[:-1] else DAEMONS[name][0])

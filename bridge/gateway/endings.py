@@ -12,7 +12,6 @@ line of an index counts; 0 takes an end back.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -22,6 +21,7 @@ from typing import Final
 import structlog
 
 from bridge.bank.interface import Ending
+from bridge.service.state_file import append, replace
 from bridge.stub.stub import Index, StubError
 
 log = structlog.get_logger()
@@ -119,7 +119,7 @@ class Endings:
         text = "".join([f"{self._until[index]} {index.gateway} {index.spi.hex()}\n" for index in indexes])
         text += "".join([f"0 {index.gateway} {index.spi.hex()}\n" for index in over])
         try:
-            await asyncio.to_thread(_replace if compact else _append, self._path, text)
+            await asyncio.to_thread(replace if compact else append, self._path, text)
         except OSError as error:
             if not self._failed:
                 log.warning(
@@ -160,16 +160,3 @@ class Endings:
         self._compact_at = 2 * len(self._until) + COMPACT_LINES
         if unreadable:
             log.warning("endings-not-read", file=str(self._path), lines=unreadable)
-
-
-def _append(path: Path, text: str) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "w") as file:
-        file.write(text)
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    beside.unlink(missing_ok=True)
-    _append(beside, text)
-    beside.replace(path)

@@ -200,6 +200,7 @@ class GatewayRole:
             config.address,
             lambda gateway: failover.watch.state(gateway) is PeerState.FAILED,
             failover.beats,
+            config.state,
             detect=config.failover.detect,
         )
         self._duplicates.before_end = self._keeper.keep
@@ -283,6 +284,7 @@ class GatewayRole:
             ("duplicates", self._duplicates.run()),
             ("authentication-end", self._authentication.run()),
             ("addresses", self._keeper.run()),
+            ("session-hooks", self._hooks.run(self._charon.reconciled)),
         ):
             stack.push_async_callback(end, spawn(name, work))
         stack.push_async_callback(self._return_path.close)

@@ -28,6 +28,7 @@ from bridge.charon.vici_types import SaInfo
 from bridge.config import HooksConfig
 from bridge.gateway.hook_program import FAILURES, HookProgram
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.session_journal import SessionJournal
 from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Index, Stub
 from bridge.stub.types import ChildSa, Endpoint, Identity
@@ -63,6 +64,9 @@ class SessionEvent(StrEnum):
     ENDED = "ended"
 
 
+ENDS: Final = (SessionEvent.MOVED_AWAY, SessionEvent.ENDED)
+
+
 class Name(NamedTuple):
     """A session at a gateway."""
 
@@ -71,8 +75,12 @@ class Name(NamedTuple):
     """the gateway's, of the first IKE_SA of the session there"""
 
     @property
+    def text(self) -> str:
+        return str(Index(*self))
+
+    @property
     def facts(self) -> dict[str, str]:
-        return {"gateway": self.gateway, "session": str(Index(*self))}
+        return {"gateway": self.gateway, "session": self.text}
 
 
 class Octets:
@@ -117,8 +125,8 @@ class _Session:
 
 class SessionHooks:
     """Follows the sessions of `tracker`. `address` is this gateway's in the index; `failed` returns whether another
-    gateway has failed, which is known some `detect` seconds later; `beats` when each wrote its last heartbeat. Without
-    a program none of its methods does anything."""
+    gateway has failed, which is known some `detect` seconds later; `beats` when each wrote its last heartbeat; `state`
+    is the folder of the journal. Without a program none of its methods does anything."""
 
     def __init__(
         self,
@@ -128,6 +136,7 @@ class SessionHooks:
         address: str | None,
         failed: Callable[[str], bool],
         beats: Mapping[str, float],
+        state: str | None,
         *,
         detect: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
@@ -143,6 +152,7 @@ class SessionHooks:
         self._wall = wall
         self._by_spis: dict[bytes, _Session] = {}
         self._by_name: dict[Name, _Session] = {}
+        self._journal = SessionJournal(state if config.session else None)
         self._tasks: set[asyncio.Task[None]] = set()
         self._watched: dict[Name, tuple[Stub, float, float]] = {}
         """sessions of other gateways that went on here, since when, and until when those gateways are watched"""
@@ -161,6 +171,22 @@ class SessionHooks:
         await end(*self._tasks)
         if self._program is not None:
             await self._program.close()
+        await self._journal.write()
+
+    async def run(self, reconciled: asyncio.Event) -> None:
+        """Keep the journal. Once charon's IKE_SAs are known, report the end of sessions that are not among them."""
+        if self._program is None:
+            return
+        keep = spawn("session-journal", self._journal.keep())
+        try:
+            await reconciled.wait()
+            here = {name.text for name in self._by_name}
+            for name, facts in self._journal.before():
+                if name not in here:
+                    self._raise_unseen(name, facts)
+            await keep
+        finally:
+            await end(keep)
 
     def __len__(self) -> int:
         """How many events wait for the program."""
@@ -178,16 +204,21 @@ class SessionHooks:
             return
         session = self._by_spis.get(sa.id.spis)
         if session is None:
-            if self._put(sa) and not sa.adopted:
-                session = self._by_spis[sa.id.spis]
+            new = self._put(sa) and not sa.adopted
+            session = self._by_spis[sa.id.spis]
+            if new and session.name.text not in self._journal:
                 session.begun = self._spawn("session-established", self._established(session))
         elif sa.children:
             session.children = sa.children
 
     def known(self, sa: IkeSa) -> None:
-        """An IKE_SA is here from before the sidecar started."""
-        if self._program is not None:
-            self._put(sa)
+        """An IKE_SA is here from before the sidecar started; the program may be new."""
+        if self._program is None:
+            return
+        self._put(sa)
+        session = self._by_spis[sa.id.spis]
+        if self._journal.lasts and session.name.text not in self._journal:
+            self._raise(SessionEvent.ESTABLISHED, session)
 
     def resumed(self, sa: IkeSa, old: Stub) -> None:
         """A session goes on here as `sa`, from its `old` stub."""
@@ -309,79 +340,76 @@ class SessionHooks:
     # the event
 
     def _raise(self, event: SessionEvent, session: _Session, *, reason: str | None = None) -> None:
-        assert self._program is not None
-        sa, at = session.sa, self._wall()
-        children = session.children if event in (SessionEvent.MOVED_AWAY, SessionEvent.ENDED) else sa.children
-        octets_in, octets_out = session.octets.both
-
-        def build() -> dict[str, Any]:
-            return {
-                "event": str(event),
-                "time": round(at, 3),
-                **session.name.facts,
-                "connection": sa.connection,
-                "spi_i": sa.id.spi_i.hex(),
-                "spi_r": sa.id.spi_r.hex(),
-                **_peers(sa.local_id, sa.remote_id, sa.eap_id, sa.local, sa.remote),
-                "virtual_ips": sa.remote_vips,
-                "virtual_ips_in_use": self._in_use(sa),
-                "children": _children(children),
-                "octets_in": octets_in,
-                "octets_out": octets_out,
-                "established": sa.established,
-                "authenticated_until": sa.authenticated_until or None,
-                "previous": session.previous.facts if session.previous else None,
-                "to": session.to if event is SessionEvent.MOVED_AWAY else None,
-                "reason": reason,
-            }
-
-        self._program.call(_key(session.name, sa.remote_vips), str(event), build)
+        sa = session.sa
+        over = event in ENDS
+        facts = {
+            **session.name.facts,
+            "connection": sa.connection,
+            "spi_i": sa.id.spi_i.hex(),
+            "spi_r": sa.id.spi_r.hex(),
+            **_peers(sa.local_id, sa.remote_id, sa.eap_id, sa.local, sa.remote),
+            "virtual_ips": sa.remote_vips,
+            "children": _children(session.children if over else sa.children),
+            "established": sa.established,
+            "authenticated_until": sa.authenticated_until or None,
+            "previous": session.previous.facts if session.previous else None,
+        }
+        if over:
+            self._journal.end(session.name.text)
+        else:
+            self._journal.begin(session.name.text, facts)
+        to = session.to if event is SessionEvent.MOVED_AWAY else None
+        self._call(event, facts, octets=session.octets.both, to=to, reason=reason, own=sa.id.spis)
 
     def _raise_lost(self, previous: Name, old: Stub) -> None:
+        facts = {
+            **previous.facts,
+            "connection": old.connection,
+            "spi_i": old.spi_i.hex(),
+            "spi_r": old.spi_r.hex(),
+            **_peers(old.local_id, old.remote_id, old.eap_id, old.local, old.remote),
+            "virtual_ips": old.remote_vips,
+            "children": _children(old.children),
+            "established": old.established,
+            "authenticated_until": old.authenticated_until or None,
+            "previous": None,
+        }
+        self._call(SessionEvent.ENDED, facts, reason="gateway-failed")
+
+    def _raise_unseen(self, name: str, facts: Mapping[str, Any]) -> None:
+        """A session ended while no sidecar ran."""
+        self._journal.end(name)
+        self._call(SessionEvent.ENDED, facts, reason="sidecar-was-away")
+
+    def _call(
+        self,
+        event: SessionEvent,
+        facts: Mapping[str, Any],
+        *,
+        octets: tuple[int | None, int | None] = (None, None),
+        to: str | None = None,
+        reason: str | None = None,
+        own: bytes = b"",
+    ) -> None:
+        """Have the program called; `own` is the IKE_SA of the session, by both SPIs, if it is one of this gateway."""
         assert self._program is not None
-        at = self._wall()
+        now, addresses = round(self._wall(), 3), facts["virtual_ips"]
 
         def build() -> dict[str, Any]:
-            return {
-                "event": str(SessionEvent.ENDED),
-                "time": round(at, 3),
-                **previous.facts,
-                "connection": old.connection,
-                "spi_i": old.spi_i.hex(),
-                "spi_r": old.spi_r.hex(),
-                **_peers(old.local_id, old.remote_id, old.eap_id, old.local, old.remote),
-                "virtual_ips": old.remote_vips,
-                "virtual_ips_in_use": self._in_use(None, old.remote_vips),
-                "children": _children(old.children),
-                "octets_in": None,
-                "octets_out": None,
-                "established": old.established,
-                "authenticated_until": old.authenticated_until or None,
-                "previous": None,
-                "to": None,
-                "reason": "gateway-failed",
-            }
+            in_use = [address for address in addresses if self._has(address, own)]
+            ends = {"octets_in": octets[0], "octets_out": octets[1], "to": to, "reason": reason}
+            return {"event": str(event), "time": now, **facts, "virtual_ips_in_use": in_use, **ends}
 
-        self._program.call(_key(previous, old.remote_vips), str(SessionEvent.ENDED), build)
+        # the end of the session that had an address comes before the start of the next
+        self._program.call(addresses[0] if addresses else facts["session"], str(event), build)
 
-    def _in_use(self, own: IkeSa | None, addresses: tuple[str, ...] | None = None) -> list[str]:
-        """The addresses that another IKE_SA here has now."""
-        if addresses is None:
-            addresses = own.remote_vips if own is not None else ()
-        return [address for address in addresses if any(self._holds(own, spis) for spis in self._holders(address))]
-
-    def _holders(self, address: str) -> set[bytes]:
-        return self._tracker.virtual_ips.holders([address])
-
-    def _holds(self, own: IkeSa | None, spis: bytes) -> bool:
-        """Whether this is another IKE_SA than `own`, and no rebuilt one whose client has yet to confirm it."""
-        sa = self._tracker.sas.get(spis)
-        return (own is None or spis != own.id.spis) and (sa is None or sa.up)
-
-
-def _key(name: Name, addresses: tuple[str, ...]) -> str:
-    """What keeps events in order: the end of the session that had an address comes before the start of the next."""
-    return addresses[0] if addresses else str(Index(*name))
+    def _has(self, address: str, own: bytes) -> bool:
+        """Whether another IKE_SA here than `own` has an address; not one whose client has yet to confirm it."""
+        for spis in self._tracker.virtual_ips.holders([address]) - {own}:
+            sa = self._tracker.sas.get(spis)
+            if sa is None or sa.up:
+                return True
+        return False
 
 
 def _peers(

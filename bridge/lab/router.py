@@ -1,4 +1,4 @@
-"""The routing daemons of the lab: BIRD with the shipped configuration, on the gateways and behind them."""
+"""The routing daemons of the lab, BIRD or FRR with the shipped configuration, on the gateways and behind them."""
 
 from bridge.lab.daemon import Daemon
 from bridge.lab.host import Host
@@ -7,6 +7,10 @@ from bridge.service import shipped_files
 CONTROL = "/run/bird.ctl"
 GATEWAY = "strongswan-conf/network/bird-gateway.conf"
 ROUTER = "strongswan-conf/network/bird-router.conf"
+GATEWAY_FRR = "strongswan-conf/network/frr-gateway.conf"
+ROUTER_FRR = "strongswan-conf/network/frr-router.conf"
+FRR = "/usr/lib/frr"
+FRR_RUN = "/run/frr"
 
 # The gateway that the shipped configuration is of.
 SHIPPED_INSIDE = "10.10.1.1"
@@ -45,3 +49,38 @@ def gateway_bird(host: Host, inside: str) -> Bird:
 def router_bird(host: Host) -> Bird:
     """BIRD of the router behind the gateways."""
     return Bird(host, shipped_files.path(ROUTER).read_text())
+
+
+class Frr(Daemon):
+    """FRR on a host, zebra and bgpd, with this configuration. Each names the lines that are the other's in its log."""
+
+    def __init__(self, host: Host, configuration: str) -> None:
+        super().__init__(host, "bgpd")
+        self.configuration = configuration
+        self.zebra = Daemon(host, "zebra")
+
+    def start(self) -> None:
+        """Start both, and wait until bgpd has read its configuration."""
+        self.host.run("install", "-d", "-o", "frr", "-g", "frr", FRR_RUN)
+        file = self.host.directory / "frr.conf"
+        file.write_text(self.configuration)
+        common = ("-f", str(file), "-u", "frr", "-g", "frr", "-P", "0", "--log", "stdout")
+        self.zebra.spawn(f"{FRR}/zebra", *common)
+        self.zebra.await_alive(lambda: self.host.path(f"{FRR_RUN}/zserv.api").exists(), "it served bgpd")
+        self.spawn(f"{FRR}/bgpd", *common)
+        self.await_alive(lambda: "router identifier" in self.show("bgp", "summary"), "it had its configuration")
+
+    def show(self, *what: str) -> str:
+        """What `show` of vtysh prints."""
+        return self.host.run("vtysh", "-c", " ".join(("show", *what)), check=False).stdout
+
+
+def gateway_frr(host: Host, inside: str) -> Frr:
+    """FRR of a gateway whose address in the network behind the gateways is `inside`."""
+    text = shipped_files.path(GATEWAY_FRR).read_text()
+    return Frr(host, text.replace(f"router-id {SHIPPED_INSIDE}", f"router-id {inside}"))
+
+
+def router_frr(host: Host) -> Frr:
+    """FRR of the router behind the gateways."""
+    return Frr(host, shipped_files.path(ROUTER_FRR).read_text())

@@ -20,7 +20,7 @@ from bridge.lab.charon import render
 from bridge.lab.daemon import SLOWNESS
 from bridge.lab.host import Host
 from bridge.lab.lab import Lab
-from bridge.lab.router import Bird, gateway_bird, router_bird
+from bridge.lab.router import Bird, Frr, gateway_bird, router_bird
 from bridge.lab.sidecar import Sidecar
 from bridge.service import shipped_files
 
@@ -52,7 +52,7 @@ class Topology:
     agent: Sidecar  # the client's
     secret: str  # the preshared key of all clients
     server: Host  # behind the gateways
-    routers: list[Bird]  # of the gateways and the server
+    routers: list[Bird | Frr]  # of the gateways and the server
 
     def start(self, sidecars: bool = True) -> None:
         """Start every host: its sidecar first, for the keys of charon's first SA, then charon."""
@@ -133,7 +133,7 @@ def standard(
     releases = releases or {}
     lab.add_network(INSIDE)
     server = lab.add_host("server", f"{SERVER}/24", f"{SERVER6}/64", network=INSIDE, forward=True)
-    routers = [router_bird(server)]
+    routers: list[Bird | Frr] = [router_bird(server)]
     for number in (1, 2):
         host = lab.add_host(
             f"gw{number}",

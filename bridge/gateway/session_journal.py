@@ -1,0 +1,126 @@
+"""Which sessions the program of `hooks.session` was told of and not of their end, in a file, for the next start.
+
+A session may end while no sidecar runs. The sidecar that starts then reports the end, or the firewall would keep the
+session's addresses, and its account would stay open.
+
+The file has a JSON object a line: what a session's first event said, or `{"ended": NAME}`. No keys are in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from bridge.service.state_file import append, replace
+
+log = structlog.get_logger()
+
+FILE: Final = "sessions"
+"""in the folder that `state` names"""
+WRITE_SECONDS: Final = 0.5
+"""between two writes to the file"""
+COMPACT_LINES: Final = 10_000
+"""a file with this many lines more than twice the sessions in it is written again"""
+
+
+class _Line(msgspec.Struct):
+    """As much of a line as is needed here."""
+
+    session: str | None = None
+    virtual_ips: list[str] | None = None
+    ended: str | None = None
+
+
+class SessionJournal:
+    """The open sessions by name, with the facts of their first event. `directory` is where the file lies, None for
+    memory alone."""
+
+    def __init__(self, directory: str | Path | None) -> None:
+        self._path = None if directory is None else Path(directory) / FILE
+        self._open: dict[str, bytes] = {}
+        """encoded, which is smaller"""
+        self._unwritten: list[bytes] = []
+        self._lines = 0
+        self._failed = False
+        self._load()
+        self._before = list(self._open)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the sidecar that starts next will know."""
+        return self._path is not None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._open
+
+    def before(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The sessions that were open when the sidecar before this one stopped, and are. Gives them once."""
+        names, self._before = self._before, []
+        for name in names:
+            if name in self._open:
+                yield name, msgspec.json.decode(self._open[name], type=dict[str, Any])
+
+    def begin(self, name: str, facts: Mapping[str, Any]) -> None:
+        """A session began."""
+        self._open[name] = msgspec.json.encode(facts)
+        self._unwritten.append(self._open[name])
+
+    def end(self, name: str) -> None:
+        """A session ended."""
+        if self._open.pop(name, None) is not None:
+            self._unwritten.append(msgspec.json.encode({"ended": name}))
+
+    async def keep(self) -> None:
+        """Write what is new to the file, until cancelled."""
+        while True:
+            await asyncio.sleep(WRITE_SECONDS)
+            await self.write()
+
+    async def write(self) -> None:
+        """Write what is new to the file."""
+        lines, self._unwritten = self._unwritten, []
+        if self._path is None or not lines:
+            return
+        compact = self._lines + len(lines) > 2 * len(self._open) + COMPACT_LINES
+        if compact:
+            lines = list(self._open.values())
+        text = b"".join([line + b"\n" for line in lines]).decode()
+        try:
+            await asyncio.to_thread(replace if compact else append, self._path, text)
+        except OSError as error:
+            if not self._failed:
+                fix = "make the folder of `state` writable"
+                log.warning("sessions-not-kept", file=str(self._path), reason=error.strerror, fix=fix)
+            self._failed = True
+        else:
+            self._failed = False
+            self._lines = len(lines) if compact else self._lines + len(lines)
+
+    def _load(self) -> None:
+        if self._path is None:
+            return
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("sessions-not-read", file=str(self._path), reason=error.strerror)
+            return
+        self._lines, unreadable = len(lines), 0
+        for line in lines:
+            try:
+                entry = msgspec.json.decode(line, type=_Line)
+                if entry.ended is not None:
+                    self._open.pop(entry.ended, None)
+                elif entry.session is not None and entry.virtual_ips is not None:
+                    self._open[entry.session] = line
+            except (msgspec.MsgspecError, ValueError):
+                # the last line of a host that lost its power, perhaps
+                unreadable += 1
+        if unreadable:
+            log.warning("sessions-not-read", file=str(self._path), lines=unreadable)
