@@ -508,3 +508,18 @@ def test_the_journal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert (tmp_path / "sessions").stat().st_mode & 0o777 == 0o600
 
     run(work)
+
+
+def test_an_ike_sa_that_was_recovered_in_vain_and_is_reported_again_ends_its_session(notes: Path) -> None:
+    async def work() -> None:
+        gateway = Gateway(notes)
+        stub = stub_of(gateway=HERE)
+        gateway.hooks.known(sa_of(stub))
+        sa = sa_of(stub)
+        gateway.tracker.sas[sa.id.spis] = sa
+        gateway.hooks.changed(sa)
+        gateway.end(sa)
+        await until(lambda: len(gateway.events()) == 1)
+        assert gateway.told() == [("ended", name(sa))]
+
+    run(work)

@@ -208,8 +208,9 @@ class SessionHooks:
             session = self._by_spis[sa.id.spis]
             if new and session.name.text not in self._journal:
                 session.begun = self._spawn("session-established", self._established(session))
-        elif sa.children:
-            session.children = sa.children
+        elif session.sa.id.spis == sa.id.spis:
+            # after a recovery that failed, charon reports the same IKE_SA again
+            session.sa, session.children = sa, sa.children or session.children
 
     def known(self, sa: IkeSa) -> None:
         """An IKE_SA is here from before the sidecar started; the program may be new."""
@@ -312,7 +313,7 @@ class SessionHooks:
         # one that was removed over the HA channel, or was rekeyed, does not go down
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(session.down.wait(), END_SECONDS)
-        if session.sa is not sa:
+        if session.sa.id.spis != sa.id.spis:
             self._by_spis.pop(sa.id.spis, None)
             return
         self._forget(session)
