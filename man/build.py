@@ -1,7 +1,7 @@
 """Manual pages, shell completions and docs/configuration.md, made from the commands and from bridge/config.py.
 
 python man/build.py DIRECTORY       ike-sa-sync.8, ike-sa-sync.yaml.5 and the completions into DIRECTORY
-python man/build.py --markdown      docs/configuration.md anew
+python man/build.py --markdown      docs/configuration.md again
 """
 
 from __future__ import annotations

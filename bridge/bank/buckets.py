@@ -132,7 +132,7 @@ class Buckets:
         to the commands. Redis works on a portion while the next one is made ready.
 
         Raises BankUnavailable, with the indexes of the buckets that failed, after the others are done. What became of
-        the commands is then not told.
+        the commands is then unknown.
         """
         outcomes: list[list[int | None]] = [[None] * len(work.indexes) for work in works]
         failures: list[Exception] = []

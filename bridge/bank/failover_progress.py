@@ -67,11 +67,11 @@ def decode(text: object) -> list[FailoverProgress]:
     return [failure for failure in failures if bank_keys.gateway_name(failure.gateway) is not None]
 
 
-def together(told: Mapping[str, Iterable[FailoverProgress]]) -> list[FailoverProgress]:
+def together(published: Mapping[str, Iterable[FailoverProgress]]) -> list[FailoverProgress]:
     """What all gateways say, by their address, of each failure. A session is announced by one of them at a time, and
     each of them knows how many are over."""
     merged: dict[str, FailoverProgress] = {}
-    for failure in (failure for failures in told.values() for failure in failures):
+    for failure in (failure for failures in published.values() for failure in failures):
         before = merged.get(failure.gateway)
         if before is None:
             merged[failure.gateway] = msgspec.structs.replace(failure, reason=printable(failure.reason))

@@ -159,7 +159,7 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
     finally:
         await bank.close()
     findings = [*_keys(keyring, signs), *_volume(keyring, seals), *_duplicates(stats or b"")]
-    findings += _lock_out(keyring, marks, {name: _latest(told or b"") for name, told in named.items()})
+    findings += _lock_out(keyring, marks, {name: _latest(text or b"") for name, text in named.items()})
     others = {name: facts for name, facts in published.items() if facts is not None}
     if not others:
         return [*findings, ok("other gateways", "none is in this bank now: pools and connections are not compared")]

@@ -166,8 +166,8 @@ def _print(done: control.Answer) -> None:
             failures.add_row(row["identity"], row["address"], row["reason"])
         output.show(failures)
     if done["sessions_at"]:
-        told = ", ".join(f"{gateway} {count:,}" for gateway, count in done["sessions_at"].items())
-        click.echo(f"sessions before: {told}")
+        before = ", ".join(f"{gateway} {count:,}" for gateway, count in done["sessions_at"].items())
+        click.echo(f"sessions before: {before}")
     click.echo(
         f"{done['state']}: {done['moved']} of {output.count(done['wanted'], 'session')} wanted moved to {done['to']} "
         f"in {done['seconds']:.1f} s; this gateway had {done['sessions']:,}"

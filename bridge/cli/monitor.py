@@ -114,7 +114,7 @@ class Watch:
         now = time.time()
         [members] = await self._server.replies([("ZRANGE", GATEWAYS, 0, GATEWAYS_MAX - 1, "REV", "WITHSCORES")])
         gateways = []
-        told: dict[str, list[FailoverProgress]] = {}
+        published: dict[str, list[FailoverProgress]] = {}
         rows = members if isinstance(members, list) else []
         recent = [raw for raw, score in zip(rows[::2], rows[1::2], strict=True) if float(score) > now - FORGET_GATEWAY]
         for name in sorted(filter(None, map(bank_keys.gateway_name, recent))):
@@ -125,7 +125,7 @@ class Watch:
             ]
             commands += [("ZCOUNT", bucket, f"({now}", "+inf") for bucket in bank_keys.buckets(name)]
             ttl, stats, failovers, *stubs = await self._server.replies(commands)
-            told[name] = failover_progress.decode(failovers)
+            published[name] = failover_progress.decode(failovers)
             ttl = ttl if isinstance(ttl, int) else 0
             gateways.append(
                 {
@@ -138,7 +138,7 @@ class Watch:
             )
         self.gateways = gateways
         self._emit({"time": round(now, 3), "kind": "gateways", "gateways": gateways})
-        self.failovers = failover_progress.together(told)
+        self.failovers = failover_progress.together(published)
         if self.failovers:
             rows = [msgspec.to_builtins(failure) | {"left": failure.left} for failure in self.failovers]
             self._emit({"time": round(now, 3), "kind": "failovers", "failovers": rows})

@@ -69,7 +69,7 @@ async def _take(socket: str, request: control.Answer) -> control.Answer:
 def yield_(path: str | None, address: str, as_json: bool) -> None:
     """Drop the sessions at an address that gateways share, in silence (experimental).
 
-    Clients are not told: the gateway that gets the address takes their sessions over. From now on nothing of the
+    Clients receive no message: the gateway that gets the address takes their sessions over. From now on nothing of the
     address leaves this host.
     """
     socket = options.read_config(path, GatewayConfig).control

@@ -135,7 +135,7 @@ class SharedAddresses:
         return {"addresses": self.takeover.status(), "fence": {"in_place": self._fence.in_place}}
 
     def gauges(self, metrics: GatewayMetrics) -> None:
-        """What is told of it."""
+        """Its state, for `status`."""
         takeover = self.takeover
         metrics.total("sessions_taken_over", "sessions taken over as they are", lambda: takeover.taken)
         metrics.total(

@@ -1,7 +1,7 @@
 """The message ID of the client's next request, which is not in the bank: the first request after the takeover has it in
 its clear header, and its checksum proves it.
 
-charon ignores a request under another ID than it expects. It is told the right one then, and gets the request again, as
+charon ignores a request under another ID than it expects. It gets the right one then, and gets the request again, as
 it came. An ID below the stub's, minus one, is that of a request which was answered long ago: a replay.
 """
 
@@ -37,7 +37,7 @@ class TakeoverRequests:
 
     def __init__(self, charon: Charon, again: Sender, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.mended = 0
-        """message IDs that charon was told"""
+        """message IDs that charon got"""
         self._charon = charon
         self._again = again
         self._clock = clock

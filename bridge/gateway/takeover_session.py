@@ -1,4 +1,4 @@
-"""One session that is taken over as it is: whether that can be done, and what charon is told of it. No I/O.
+"""One session that is taken over as it is: whether that can be done, and what charon gets of it. No I/O.
 
 The IKE_SA keeps its keys and message IDs. Its CHILD_SAs keep SPIs and selectors, and get random nonces: keys that
 no host has, until they are rekeyed. So no ESP key has two senders, and none comes from the bank.
@@ -36,7 +36,7 @@ AUTHENTICATION_ENDED: Final = "its authentication has ended"
 CONNECTION_MISSING: Final = "its connection is not configured here"
 CHILD_MISSING: Final = "a CHILD_SA of it is not configured here"
 CLASHES: Final = "its client has another session here"
-OLD_CHARON: Final = "it was rekeyed with several key exchanges, which this charon's ha plugin cannot be told"
+OLD_CHARON: Final = "it was rekeyed with several key exchanges, which the ha plugin of this charon does not accept"
 SELECTORS: Final = "a CHILD_SA of it has too many traffic selectors for a message to charon"
 CHANGED: Final = "its stub was changed or taken over by another gateway meanwhile"
 NOT_KEPT: Final = "charon did not keep it: see its log"

@@ -1,7 +1,7 @@
 """The fence: rules that keep IKE and ESP of a shared address from leaving a gateway that does not have the address.
 
-A charon that hangs, or that was not told to drop its SAs in time, would go on to answer clients which are at another
-gateway now; and the kernel encrypts for an address that is no longer its own.
+A charon that hangs, or that did not get the order to drop its SAs in time, would go on to answer clients which are at
+another gateway now; and the kernel encrypts for an address that is no longer its own.
 """
 
 from __future__ import annotations
