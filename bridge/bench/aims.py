@@ -44,6 +44,28 @@ def aims(results: Reports) -> Iterator[Aim]:
         ratio = flooded["exchange_ms"] / quiet["exchange_ms"]
         all_resumed = flooded["resumed"] == flooded["moves"]
         yield Aim("flood: time to an answer, to that without", "2", f"{ratio:.1f}", ratio <= 2 and all_resumed)
+    if "outage" in results:
+        yield from _outage(results["outage"])
+
+
+def _outage(result: Mapping[str, Any]) -> Iterator[Aim]:
+    wanted = {"charon and sidecar killed": 1.5, "charon killed": 0.5, "power off": 1.5}
+    rows = [(row, wanted[row["kind"]]) for row in result["failures"] if row["kind"] in wanted]
+    for row, seconds in [*rows, (result["short"], 0.8)]:
+        name = f"outage, {row['kind']}, detect {row['detect']} s"
+        median = row["clients"]["silence_ms"]["p50"] / 1000
+        yield Aim(f"{name}: silence, median", f"{seconds} s", f"{median:.2f} s", median <= seconds)
+        last = row["silence_ms"]["p99"] / 1000
+        yield Aim(f"{name}: 99 % of {row['sessions']:,}", "8 s", f"{last:.1f} s", last <= 8)
+    every = [*result["failures"], result["short"]]
+    failures = sum(row["failures"] + row["clients"]["clients"] - row["clients"]["moved"] for row in every)
+    yield Aim("outage: sessions not resumed", "0", str(failures), not failures)
+    twice = max(row["sent_twice_percent"] for row in every)
+    yield Aim("outage: requests sent twice, at most", "5 %", f"{twice} %", twice < 5)
+    slower = max(row["handshakes"]["ms"] / (row["handshakes"]["quiet_ms"] or 1) for row in every)
+    yield Aim("outage: a full handshake meanwhile, to a quiet one, at most", "2", f"{slower:.1f}", slower <= 2)
+    moved = sum(row["moved"] for row in result["false alarms"])
+    yield Aim("outage: sessions that moved on a false alarm", "0", str(moved), not moved)
 
 
 def _resumption(result: Mapping[str, Any]) -> Iterator[Aim]:

@@ -16,7 +16,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bridge.bench import bank as bank_bench
-from bridge.bench import report
+from bridge.bench import outage, report
 from bridge.bench.flood import flood_lab
 from bridge.bench.flood import measure as measure_flood
 from bridge.bench.handshake import compare
@@ -180,12 +180,51 @@ def flood(rate: int, seconds: float, moves: int, plot: str | None, as_json: bool
     _publish(_measure_flood(rate, seconds, moves), plot, as_json)
 
 
+def _measure_outage(sessions: int, clients: int) -> dict[str, Any]:
+    """Each failure in a lab of its own."""
+    failures: list[dict[str, Any]] = []
+    runs = [(kind, outage.DETECT) for kind in outage.FAILURES] + [(next(iter(outage.FAILURES)), outage.SHORT_DETECT)]
+    about: dict[str, Any] = {}
+    try:
+        with _progress() as told:
+            for kind, detect in runs:
+                told("the lab starts", 0.0)
+                with rig(clients, detect) as built:
+                    built.take_model()
+                    about = about or lab_machine(built.target)
+                    failures.append(outage.failure(built, kind, sessions, told) | {"detect": detect})
+            told("the lab starts", 0.0)
+            with rig(clients, outage.DETECT) as built:
+                built.take_model()
+                alarms = outage.false_alarms(built, sessions, told)
+    except LabError as error:
+        raise click.ClickException(str(error)) from None
+    return _told("outage", about, {"failures": failures[:-1], "short": failures[-1], "false alarms": alarms})
+
+
+@bench.command("outage")
+@click.option("--sessions", default=10_000, show_default=True, help="Sessions of the load generator at the gateway.")
+@click.option("--clients", default=CLIENTS, show_default=True, help="Real clients beside them, each with traffic.")
+@_plot
+@_json
+def measure_outage(sessions: int, clients: int, plot: str | None, as_json: bool) -> None:
+    """How long clients are without traffic: their gateway is killed, cut off, stopped, or only seems to fail."""
+    measured = _measure_outage(sessions, clients)
+    _publish(measured, plot, as_json)
+    result = measured["result"]
+    left = sum(row["failures"] for row in [*result["failures"], result["short"]])
+    moved = sum(row["moved"] for row in result["false alarms"])
+    if left or moved:
+        raise click.ClickException(f"{left} sessions were not resumed, {moved} moved on a false alarm")
+
+
 SHORT: dict[str, Callable[[], dict[str, Any]]] = {
     "handshake-vs-resume": lambda: _measure("handshake-vs-resume", lambda r, progress: compare(r, 5, progress)),
     "storm": lambda: _measure("storm", lambda r, progress: break_loose(r, 10_000, WINDOW, progress), CLIENTS),
     "growth": lambda: _measure("growth", lambda r, progress: fill(r, [1000, 10_000], 1000, WINDOW, progress)),
     "bank": lambda: _measure_bank([20_000]),
     "flood": lambda: _measure_flood(20_000, 8.0, 8),
+    "outage": lambda: _measure_outage(1000, 8),
 }
 """what `make bench` does"""
 ORDERS = {"growth-long": "growth"}

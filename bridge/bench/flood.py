@@ -15,10 +15,10 @@ from typing import Any
 from bridge.bench.generator import CLIENTS
 from bridge.bench.plot import bars
 from bridge.bench.usage import cpu_seconds, memory_octets, quantile
+from bridge.bench.visitor import handshakes
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.lab import Lab
-from bridge.lab.space import LabError
 from bridge.lab.topology import Topology, client_host, standard
 from bridge.net.packet import PORT_NAT_T
 from bridge.service import control
@@ -27,7 +27,7 @@ from bridge.stub import bank_keys
 ADDRESS = "192.168.50.30"
 VISITOR = "192.168.50.40"
 REST = 0.1
-"""seconds between two moves, and between two handshakes: a legitimate client is no flood of its own"""
+"""seconds between two moves: a legitimate client is no flood of its own"""
 PATIENCE = 60.0
 """seconds for a stub or an answer on a machine that is flooded"""
 
@@ -40,7 +40,7 @@ class Flood:
     def __init__(self, topology: Topology, source: Host, visitor: Host) -> None:
         self.topology = topology
         self._source = source
-        self._visitor = visitor
+        self.visitor = visitor
 
     @property
     def target(self) -> Host:
@@ -100,16 +100,6 @@ class Flood:
             process.stdin.close()
             process.stdout.close()
 
-    def handshakes(self, until: threading.Event, took: list[float]) -> None:
-        """Full handshakes of the visitor with the target, one after the other; how long each took, in seconds."""
-        while not until.is_set():
-            began = time.monotonic()
-            until.wait(REST)
-            with contextlib.suppress(LabError):
-                self._visitor.charon.initiate("net", "home-gw2", PATIENCE)
-                took.append(time.monotonic() - began)
-            self._visitor.swanctl("--terminate", "--ike", "home-gw2", check=False)
-
 
 def _end_of(process: subprocess.Popen[str], result: dict[str, Any]) -> dict[str, Any] | None:
     if process.poll() is None:
@@ -145,7 +135,7 @@ def measure(flood: Flood, rate: int, seconds: float, quiet_moves: int) -> dict[s
     before, memory, cpu = flood.counters(), memory_octets(pid), cpu_seconds(pid)
     over = threading.Event()
     shaken: list[float] = []
-    visitor = threading.Thread(target=flood.handshakes, args=(over, shaken))
+    visitor = threading.Thread(target=handshakes, args=(flood.visitor, over, shaken))
     with flood.going_on(rate, seconds) as end:
         visitor.start()
         try:

@@ -7,9 +7,14 @@ come as JSON, one a line, on standard input; each is answered by one line.
 
     {"template": ["192.168.50.1", "<SPI hex>"]}     the stub after which sessions are made
     {"make": 1000}                                  make so many sessions, their stubs into the bank
+    {"make_at": ["192.168.50.9", 1000]}             the same at a gateway that never was
     {"storm": {"window": 256, "count": 1000, "children": "none"}}
                                                     resume that many of those made, at most `window` at a time, with
                                                     their CHILD_SAs "at-once", by "create" (CREATE_CHILD_SA), or not
+    {"stand_by": ["192.168.50.1", 1000, 256]}       resume that many of those made at this gateway, and leave them there
+    {"outage": 60.0}                                until all of those have gone on to another gateway, or so many
+                                                    seconds: answer Moves and Announcements. A line with "progress"
+                                                    comes twice a second
     {"end": null}                                   delete the IKE_SAs of the last storm, as clients that go
     {"idle": 2.0}                                   answer the gateway's requests for so many seconds
 """
@@ -31,9 +36,10 @@ from typing import Any
 
 from bridge.bank.redis_bank import RedisBank
 from bridge.bench.sessions import ESP_SPI, Children, Session, State, Unproven, imagine, is_answer
+from bridge.bench.standby import Standbys
 from bridge.ike.key_exchange import KeyExchange, fresh_public_value
-from bridge.ike.message import MalformedMessage
-from bridge.net.packet import MARKER, PORT_NAT_T
+from bridge.ike.message import ExchangeType, MalformedMessage
+from bridge.net.packet import EXCHANGE_OFFSET, MARKER, PORT_NAT_T
 from bridge.stub.keyring import Keyring
 from bridge.stub.stub import Index, Stub
 
@@ -49,6 +55,7 @@ RETRANSMIT = (0.5, 1.0, 2.0, 4.0, 8.0)
 """seconds after each transmission, as RFC 7296 section 2.4 leaves to the sender"""
 BUFFER = 16 << 20
 READ_AT_ONCE = 64
+PROGRESS_SECONDS = 0.5
 END_WINDOW = 256
 END_SECONDS = 0.1
 """for the answers to so many"""
@@ -61,6 +68,7 @@ class Generator:
 
     def __init__(self, gateway: str, port: int, bank: RedisBank) -> None:
         self._target = (gateway, port)
+        self._standbys: Standbys | None = None
         self._bank = bank
         self._marker = MARKER if port == PORT_NAT_T else b""
         self._template: Stub | None = None
@@ -70,6 +78,9 @@ class Generator:
         self._number = 0
         self._strange = 0
         self._requests = 0
+        self._pending: dict[bytes, Session] = {}
+        self._timers: deque[tuple[float, Session]] = deque()
+        self._moved_on: list[Session] = []
         self._socket = sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, BUFFER)
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER)
@@ -85,16 +96,17 @@ class Generator:
         self._template = stub
         return {"suite": stub.suite.name}
 
-    async def make(self, count: int) -> dict[str, Any]:
-        """New sessions with their stubs in the bank, requests ready to be sent."""
+    async def make(self, count: int, gateway: str | None = None) -> dict[str, Any]:
+        """New sessions with their stubs in the bank, requests ready to be sent. `gateway`: of another than the
+        model's."""
         assert self._template is not None
         for first in range(0, count, STORE_BUNDLE):
             stubs = []
             for _ in range(min(STORE_BUNDLE, count - first)):
                 self._number += 1
                 address = str(IPv4Address(_FIRST + self._number * STEP))
-                stub = imagine(self._template, self._number, address, time.time())
-                session = Session(stub, os.urandom(8), ESP_SPI + self._number)
+                stub = imagine(self._template, self._number, address, time.time(), gateway)
+                session = Session.of(stub, os.urandom(8), ESP_SPI + self._number)
                 session.ke_value = fresh_public_value(stub.suite.group)
                 self._made.append(session)
                 stubs.append(stub)
@@ -151,6 +163,65 @@ class Generator:
             "generator_cpu_s": time.process_time() - cpu,
         }
 
+    def stand_by(self, gateway: str, count: int, window: int) -> dict[str, Any]:
+        """Have sessions up at `gateway`, from where they go on later."""
+        target, self._target = self._target, (gateway, self._target[1])
+        done = self.storm(window, count, Children.NONE)
+        self._target = target
+        standbys = self._standbys = Standbys(gateway, self._send_to, self._go_on)
+        for session in self._last:
+            if session.state is State.CONFIRMED:
+                standbys.add(session, os.urandom(8), fresh_public_value(session.suite.group))
+        return {"confirmed": done["confirmed"], "states": done["states"], "seconds": done["seconds"]}
+
+    def _send_to(self, message: bytes, source: str, gateway: str) -> None:
+        self._send(message, source, (gateway, self._target[1]))
+
+    def _go_on(self, session: Session, gateway: str) -> None:
+        if session.state is not State.PREPARED:
+            return
+        session.prepare(gateway, self._target[1], session.ke_value)
+        self._pending[session.spi_i] = self._by_spi[session.spi_i] = session
+        session.state = State.ASKED
+        session.began = session.asked = time.monotonic()
+        self._moved_on.append(session)
+        self._send(session.request, session.address)
+        self._timers.append((session.asked + RETRANSMIT[0], session))
+
+    def outage(self, seconds: float) -> dict[str, Any]:
+        """Go on with the sessions that stand by as they are told, for so many seconds or until none is left."""
+        standbys = self._standbys
+        assert standbys is not None
+        self._pending, self._timers, self._moved_on = {}, deque(), []
+        unproven: dict[str, int] = {}
+        retransmitted, cpu, said = 0, time.process_time(), 0.0
+        end = time.monotonic() + seconds
+        while (now := time.monotonic()) < end:
+            busy = self._receive(self._pending, unproven)
+            busy |= standbys.tick(now)
+            retransmitted += self._retransmit(self._timers, self._pending, now)
+            if now >= said + PROGRESS_SECONDS:
+                said = now
+                over = len(self._moved_on) - len(self._pending)
+                print(json.dumps({"progress": over / max(len(standbys.by_spi), 1)}), flush=True)
+                if over == len(standbys.by_spi):
+                    break
+            if not busy:
+                self._poll.poll(5)
+        moved = [session for session in self._moved_on if session.state is State.CONFIRMED]
+        return {
+            "sessions": len(standbys.by_spi),
+            "announced": [standby.announced for standby in standbys.by_spi.values() if standby.announced],
+            "asked": [session.began for session in moved],
+            "confirmed": [session.confirmed for session in moved],
+            "answer_ms": [round((session.answered - session.began) * 1000, 3) for session in moved],
+            "contradicted": standbys.contradicted,
+            "retransmitted": retransmitted,
+            "unproven": unproven,
+            "strange": self._strange,
+            "generator_cpu_s": time.process_time() - cpu,
+        }
+
     def end(self) -> dict[str, Any]:
         """Delete the IKE_SAs of the last storm."""
         leaving = [session for session in self._last if session.state is State.CONFIRMED]
@@ -178,13 +249,13 @@ class Generator:
                 self._poll.poll(left * 1000)
         return {"gateway_requests": self._requests}
 
-    def _send(self, message: bytes, source: str) -> None:
+    def _send(self, message: bytes, source: str, target: tuple[str, int] | None = None) -> None:
         # struct in_pktinfo: interface, source, (unused)
         info = struct.pack("=i4s4x", 0, socket.inet_aton(source))
         ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, info)]
         # what the buffer does not take is lost, as on any path; the timer sends it again
         with contextlib.suppress(BlockingIOError):
-            self._socket.sendmsg([self._marker, message], ancillary, 0, self._target)
+            self._socket.sendmsg([self._marker, message], ancillary, 0, target or self._target)
 
     def _receive(self, pending: dict[bytes, Session], unproven: dict[str, int]) -> bool:
         """Take in what is there, up to a limit; whether there was anything."""
@@ -199,12 +270,20 @@ class Generator:
                 self._strange += 1
                 continue
             try:
-                self._take(session, message, pending)
+                if message[EXCHANGE_OFFSET] == ExchangeType.STUB:
+                    self._stub_message(session, message)
+                else:
+                    self._take(session, message, pending)
             except Unproven as error:
                 unproven[str(error)] = unproven.get(str(error), 0) + 1
             except MalformedMessage:
                 self._strange += 1
         return True
+
+    def _stub_message(self, session: Session, message: bytes) -> None:
+        standby = self._standbys.by_spi.get(session.spi_i) if self._standbys is not None else None
+        if self._standbys is not None and standby is not None:
+            self._standbys.message(standby, message, time.monotonic())
 
     def _take(self, session: Session, message: bytes, pending: dict[bytes, Session]) -> None:
         if session.state is State.ASKED and is_answer(message):
@@ -256,6 +335,12 @@ async def _serve(gateway: str, port: int, url: str, key_file: str) -> None:
             answer = await generator.make(given)
         elif order == "storm":
             answer = generator.storm(**given)
+        elif order == "make_at":
+            answer = await generator.make(given[1], given[0])
+        elif order == "stand_by":
+            answer = generator.stand_by(*given)
+        elif order == "outage":
+            answer = generator.outage(given)
         elif order == "end":
             answer = generator.end()
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bridge.bench import bank, flood, sizing
+from bridge.bench import bank, flood, outage, sizing
 from bridge.bench.aims import aims
 from bridge.bench.plot import bars
 
@@ -21,6 +21,7 @@ else:
     sudo ike-sa-sync bench growth --json >docs/bench/growth-long.json
     sudo ike-sa-sync bench bank --stubs 20000 --stubs 100000 --stubs 1000000 --json >docs/bench/bank.json
     sudo ike-sa-sync bench flood --json >docs/bench/flood.json
+    sudo ike-sa-sync bench outage --json >docs/bench/outage.json
     ike-sa-sync bench report
 
 `--help` of each says how to have more sessions, rounds, sizes or seconds. `growth` goes up to 100,000 SAs, which takes
@@ -292,6 +293,7 @@ SECTIONS = {
     "growth-long": growth_long,
     "bank": bank.section,
     "flood": flood.section,
+    "outage": outage.section,
 }
 """by the name of their file; each gives text and plot"""
 

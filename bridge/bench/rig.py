@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bridge.bench.clients import Clients
@@ -16,11 +16,12 @@ from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.lab import Lab
 from bridge.lab.space import LabError
-from bridge.lab.topology import BANK_KEY, Topology, standard
+from bridge.lab.topology import BANK_KEY, Topology, client_host, standard
 from bridge.net.packet import PORT_NAT_T
 from bridge.stub.stub import Index
 
 ADDRESS = "192.168.50.30"
+VISITOR = "192.168.50.40"
 QUIET = "connections { gw { dpd_delay = 0s } }\n"
 """liveness checks of tens of thousands of clients would be part of every figure"""
 
@@ -28,10 +29,12 @@ QUIET = "connections { gw { dpd_delay = 0s } }\n"
 class Rig:
     """A lab with a load generator."""
 
-    def __init__(self, topology: Topology, load: Host, clients: Clients) -> None:
+    def __init__(self, topology: Topology, load: Host, clients: Clients, visitor: Host) -> None:
         self.topology = topology
         self.load = load
         self.clients = clients
+        self.visitor = visitor
+        """a client without a sidecar, for full handshakes"""
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -91,13 +94,15 @@ class Rig:
         )
         self._answer()
 
-    def order(self, name: str, given: Any) -> dict[str, Any]:
-        """Have the generator do something, and wait for what it says."""
+    def order(self, name: str, given: Any, progress: Callable[[float], None] = lambda _: None) -> dict[str, Any]:
+        """Have the generator do something, and wait for what it says; `progress` is called with the share done."""
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({name: given}) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        while "progress" in (answer := self._answer()):
+            progress(answer["progress"])
+        return answer
 
     def _answer(self) -> dict[str, Any]:
         assert self._process is not None
@@ -118,8 +123,9 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig(clients: int = 0) -> Iterator[Rig]:
-    """The standard lab with a host of simulated clients and so many real ones more, all of it up."""
+def rig(clients: int = 0, detect: float | None = None) -> Iterator[Rig]:
+    """The standard lab with a host of simulated clients and so many real ones more, all of it up. With `detect` the
+    gateways announce failures, and the real clients have charon's own timers."""
     with Lab() as lab:
         topology = standard(lab, start=False)
         load = lab.add_host("load", f"{ADDRESS}/24")
@@ -129,11 +135,16 @@ def rig(clients: int = 0) -> Iterator[Rig]:
             gateway.run("ip", "route", "add", CLIENTS, "via", ADDRESS)
             gateway.configure(QUIET, "quiet.conf")
             gateway.charon.settings["charon.filelog.lab.default"] = 0
-        topology.gateways["gw2"].config["sync"]["max_unconfirmed"] = 100_000
-        more = Clients(topology, clients)
+        for sidecar in topology.gateways.values():
+            sidecar.config["sync"]["max_unconfirmed"] = 100_000
+            if detect is not None:
+                sidecar.config["failover"] = {"announce": True, "detect": detect}
+        more = Clients(topology, clients, unprepared=detect is not None)
+        visitor = client_host(lab, "visitor", VISITOR, topology.secret)
         topology.start()
+        visitor.charon.start()
         more.start()
-        built = Rig(topology, load, more)
+        built = Rig(topology, load, more, visitor)
         try:
             yield built
         finally:

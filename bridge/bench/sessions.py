@@ -20,9 +20,11 @@ from bridge.ike.encrypted_payload import Protection, protect, unprotect
 from bridge.ike.key_exchange import KeyExchange
 from bridge.ike.keys import NONCE_OCTETS, Resumption
 from bridge.ike.message import ExchangeType, Flag, PayloadType, parse_header
+from bridge.ike.stub_exchange import StubSa
 from bridge.ike.sync_exchange import CookieChallenge, SyncResponse, build_request, parse_response, verify_response
+from bridge.ike.transforms import Suite
 from bridge.stub.stub import Index, Stub
-from bridge.stub.types import Endpoint, Identity, IdType
+from bridge.stub.types import ChildSa, Endpoint, Identity, IdType
 
 FIRST_MESSAGE_ID = 1
 ESP_SPI = 0xC0000000
@@ -85,12 +87,14 @@ class Session:
         "tries",
     )
 
-    def __init__(self, stub: Stub, spi_i: bytes, esp_spi: int) -> None:
-        self.address = stub.remote.address
-        self.index = stub.index
-        self.suite = stub.suite
-        self.sk_d = stub.sk_d
-        [self.child] = stub.children
+    def __init__(
+        self, address: str, index: Index, suite: Suite, sk_d: bytes, child: ChildSa, spi_i: bytes, esp_spi: int
+    ) -> None:
+        self.address = address
+        self.index = index
+        self.suite = suite
+        self.sk_d = sk_d
+        self.child = child
         self.children = Children.NONE
         self.exchange: KeyExchange | None = None
         """its half of the exchange that forward secrecy needs, where it asks for that"""
@@ -107,6 +111,26 @@ class Session:
         self.incoming: Protection | None = None
         self.began = self.asked = self.answered = self.confirmed = 0.0
         self.tries = 0
+
+    @classmethod
+    def of(cls, stub: Stub, spi_i: bytes, esp_spi: int) -> Session:
+        """The client of a stub."""
+        [child] = stub.children
+        return cls(stub.remote.address, stub.index, stub.suite, stub.sk_d, child, spi_i, esp_spi)
+
+    def successor(self, gateway: str, spi_i: bytes) -> Session:
+        """The same session once it moves on from `gateway`, where it is up."""
+        index = Index(gateway, self.spi_r)
+        return Session(self.address, index, self.suite, self.sk_d, self.child, spi_i, self.esp_spi)
+
+    @property
+    def spis(self) -> bytes:
+        """Both SPIs of the IKE_SA that is up."""
+        return self.spi_i + self.spi_r
+
+    def stub_sa(self, gateway: str) -> StubSa:
+        """What messages about the IKE_SA at `gateway` need of it."""
+        return StubSa(self.spi_i, self.spi_r, True, (gateway, self.spi_r), self.suite.prf, self.sk_d)
 
     def prepare(self, gateway: str, port: int, ke_value: bytes) -> bytes:
         """The request to `gateway`, which is kept for retransmissions."""
@@ -205,9 +229,9 @@ def is_answer(data: bytes) -> bool:
     return parse_header(data).exchange == ExchangeType.IKE_SA_INIT
 
 
-def imagine(template: Stub, number: int, address: str, now: float) -> Stub:
+def imagine(template: Stub, number: int, address: str, now: float, gateway: str | None = None) -> Stub:
     """The stub of a session that never was, at the gateway and with all that `template` has but for its keys, SPIs,
-    identity and addresses."""
+    identity and addresses. `gateway`: at another one."""
     spi_i, spi_r = os.urandom(8), os.urandom(8)
     endpoint = Endpoint(address, template.remote.port)
     vip = str(IPv4Address(_FIRST_VIP + number))
@@ -220,7 +244,7 @@ def imagine(template: Stub, number: int, address: str, now: float) -> Stub:
         remote_ts=(msgspec.structs.replace(selector, first=vip, last=vip),),
     )
     return Stub(
-        index=Index(template.index.gateway, spi_r),
+        index=Index(gateway or template.index.gateway, spi_r),
         spi_i=spi_i,
         spi_r=spi_r,
         initiator=False,

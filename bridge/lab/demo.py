@@ -38,17 +38,22 @@ class Traffic:
     @property
     def silence(self) -> float:
         """The longest time between two answers, in seconds."""
+        return self.silence_since(0.0)
+
+    def silence_since(self, began: float) -> float:
+        """The longest that ended after a time (Unix seconds)."""
         arrivals = sorted(self.answered.values())
-        return max((later - earlier for earlier, later in itertools.pairwise(arrivals)), default=0.0)
+        silences = [later - earlier for earlier, later in itertools.pairwise(arrivals) if later > began]
+        return max(silences, default=0.0)
 
 
 class Ping:
     """Echo requests through the tunnel, all the time."""
 
-    def __init__(self, host: Host, target: str) -> None:
+    def __init__(self, host: Host, target: str, interval: float = INTERVAL) -> None:
         self._output = host.directory / "ping.log"
         with self._output.open("w") as output:
-            self._process = host.popen("ping", "-n", "-D", "-i", str(INTERVAL), target, stdout=output)
+            self._process = host.popen("ping", "-n", "-D", "-i", str(interval), target, stdout=output)
 
     def traffic(self) -> Traffic:
         """What happened so far."""

@@ -1,0 +1,126 @@
+"""`bench outage`: what its generated clients do (bridge.bench.standby), and that they go on at a real gateway."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from bank_support import stub_of
+from bridge.bench.aims import aims
+from bridge.bench.outage import DETECT, FAILURES, failure, section
+from bridge.bench.rig import rig
+from bridge.bench.sessions import Session
+from bridge.bench.standby import PROBE_SECONDS, PROBES, Standby, Standbys
+from bridge.ike.stub_exchange import (
+    MoveStatus,
+    StubMessage,
+    StubSa,
+    build_announcement,
+    build_here,
+    build_move,
+    parse_stub_message,
+    verify,
+)
+
+HERE, OTHER = "192.0.2.1", "192.0.2.2"
+ID = (1 << 31) + 7
+
+
+class Scene:
+    """One generated client with a session at HERE."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[StubMessage, str]] = []
+        self.moved: list[str] = []
+        self.clients = Standbys(HERE, self._send, lambda session, gateway: self.moved.append(gateway))
+        stub = stub_of()
+        self.session = Session.of(stub, os.urandom(8), 1)
+        self.session.spi_r = os.urandom(8)
+        self.clients.add(self.session, os.urandom(8), b"")
+        self.now = 100.0
+
+    @property
+    def client(self) -> Standby:
+        return self.clients.by_spi[self.session.spi_i]
+
+    @property
+    def sa(self) -> StubSa:
+        """The gateway's view."""
+        mine = self.session.stub_sa(HERE)
+        return StubSa(mine.spi_i, mine.spi_r, False, mine.index, mine.prf, mine.sk_d)
+
+    def _send(self, octets: bytes, source: str, gateway: str) -> None:
+        assert source == self.session.address
+        self.sent.append((parse_stub_message(octets), gateway))
+
+    def gets(self, octets: bytes) -> None:
+        self.clients.message(self.client, octets, self.now)
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.clients.tick(self.now)
+
+    @property
+    def said(self) -> list[tuple[MoveStatus, str]]:
+        return [(message.move.status, to) for message, to in self.sent if message.move is not None]
+
+
+def test_it_moves_to_the_gateway_that_announces_once_its_own_does_not_answer() -> None:
+    scene = Scene()
+    announcement = build_announcement(scene.sa, OTHER, ID)
+    scene.gets(announcement)
+    for _ in range(PROBES + 1):
+        scene.passes(PROBE_SECONDS)
+    assert scene.said == [(MoveStatus.PROBE, HERE)] * PROBES + [(MoveStatus.MOVING, OTHER)]
+    assert scene.moved == [OTHER]
+    report = scene.sent[-1][0]
+    assert verify(report, scene.sa.prf, scene.sa.sk_d, before=parse_stub_message(announcement))
+    # the same again brings the report again
+    scene.gets(announcement)
+    assert scene.said[-1] == (MoveStatus.MOVING, OTHER)
+    assert scene.moved == [OTHER]
+
+
+def test_it_stays_where_its_gateway_answers() -> None:
+    scene = Scene()
+    scene.gets(build_announcement(scene.sa, OTHER, ID))
+    scene.passes(0.0)
+    scene.gets(build_here(scene.sa, scene.sent[-1][0]))
+    for _ in range(PROBES + 1):
+        scene.passes(PROBE_SECONDS)
+    assert scene.said == [(MoveStatus.PROBE, HERE), (MoveStatus.GATEWAY_LIVES, OTHER)]
+    assert scene.moved == []
+    assert scene.clients.contradicted == 1
+
+
+def test_it_follows_a_move() -> None:
+    scene = Scene()
+    scene.gets(build_move(scene.sa, OTHER, ID))
+    assert scene.said == [(MoveStatus.MOVING, HERE)]
+    assert scene.moved == [OTHER]
+
+
+def test_what_is_not_proved_is_nothing() -> None:
+    scene = Scene()
+    foreign = StubSa(scene.sa.spi_i, scene.sa.spi_r, False, scene.sa.index, scene.sa.prf, b"?" * 32)
+    scene.gets(build_announcement(foreign, OTHER, ID))
+    scene.gets(build_move(foreign, OTHER, ID))
+    scene.passes(1.0)
+    assert (scene.said, scene.moved) == ([], [])
+
+
+@pytest.mark.lab
+def test_generated_and_real_clients_go_on_when_their_gateway_is_killed() -> None:
+    with rig(1, DETECT) as built:
+        built.take_model()
+        row = failure(built, next(iter(FAILURES)), 20, lambda what, share: None)
+    assert (row["moved"], row["failures"]) == (20, 0), row
+    assert (row["clients"]["clients"], row["clients"]["moved"]) == (1, 1)
+    assert row["failover"]["announced"] >= 21
+    assert row["handshakes"]["count"] > 0
+    result = {"failures": [row | {"detect": 1.0}], "short": row | {"detect": 0.3}, "false alarms": []}
+    text, plot = section(result)
+    assert "charon and sidecar killed, detect 0.3 s" in text
+    assert plot.startswith("<svg")
+    assert any(aim.what == "outage: sessions not resumed" and aim.met for aim in aims({"outage": result}))
