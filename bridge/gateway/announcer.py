@@ -46,8 +46,8 @@ TRIAL: Final = 3
 """sessions that are announced first"""
 TRIAL_SECONDS: Final = 0.15
 """after which the rest follow: a gateway that lives has answered its clients by then"""
-ATTEMPTS: Final = (0.4, 0.8, 1.6)
-"""seconds that each announcement waits for an answer"""
+ATTEMPTS: Final = (0.7, 1.4, 2.8)
+"""seconds that each announcement waits for an answer: a client first asks its gateway for 0.3 s"""
 ARRIVE_SECONDS: Final = 10.0
 """within which a client that is coming has to be here"""
 WINDOW_MIN, WINDOW_START, WINDOW_MAX = 16, 128, 2048
