@@ -193,6 +193,8 @@ class Generator:
         standbys = self._standbys
         assert standbys is not None
         self._pending, self._timers, self._moved_on = {}, deque(), []
+        for standby in standbys.by_spi.values():
+            standby.announced = 0.0
         unproven: dict[str, int] = {}
         retransmitted, cpu, said = 0, time.process_time(), 0.0
         end = time.monotonic() + seconds
