@@ -199,7 +199,7 @@ def _measure_outage(sessions: int, clients: int) -> dict[str, Any]:
                 alarms = outage.false_alarms(built, sessions, told)
     except LabError as error:
         raise click.ClickException(str(error)) from None
-    return _told("outage", about, {"failures": failures[:-1], "short": failures[-1], "false alarms": alarms})
+    return _published("outage", about, {"failures": failures[:-1], "short": failures[-1], "false alarms": alarms})
 
 
 @bench.command("outage")
