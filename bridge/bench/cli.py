@@ -193,6 +193,7 @@ def _measure_outage(sessions: int, clients: int) -> dict[str, Any]:
                     built.take_model()
                     about = about or lab_machine(built.target)
                     failures.append(outage.failure(built, kind, sessions, told) | {"detect": detect})
+                    click.echo(outage.line(failures[-1]), err=True)
             told("the lab starts", 0.0)
             with rig(clients, outage.DETECT) as built:
                 built.take_model()

@@ -269,5 +269,15 @@ def section(result: dict[str, Any]) -> tuple[str, str]:
     return text, plot
 
 
+def line(row: Mapping[str, Any]) -> str:
+    """One failure in short, while others are still measured."""
+    clients, silence = row["clients"], row["silence_ms"]
+    return (
+        f"{_named(row)}: {clients['moved']} of {clients['clients']} clients after {clients['silence_ms']['p50']} ms "
+        f"(median), {row['moved']} of {row['sessions']} sessions after {silence['p50']:.0f} ms (99 %: "
+        f"{silence['p99']:.0f} ms)"
+    )
+
+
 def _named(row: Mapping[str, Any]) -> str:
     return f"{row['kind']}, detect {row['detect']} s" if row["detect"] != DETECT else str(row["kind"])
