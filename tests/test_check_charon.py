@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bridge.charon.conf_parser import Settings
 from bridge.check import charon
 from bridge.check.finding import Grade
-from bridge.config import HaConfig
+from bridge.config import ClientConfig, GatewayConfig, HaConfig
 from bridge.service import control
 
 
@@ -49,3 +51,35 @@ async def test_without_a_sidecar_nothing_is_said_of_its_messages(monkeypatch: py
     monkeypatch.setattr(control, "call", call)
     config: Any = type("Config", (), {"control": "/nowhere"})()
     assert await charon.ha_version(config) == []
+
+
+CHOSEN = """
+charon {
+    ikesa_table_size = 4096
+    journal { default = 1; enc = 0; ike = 0 }
+    plugins { hmac { load = 10 } kdf { load = 10 } }
+}
+"""
+
+
+def answer(tmp_path: Path, text: str, *plugins: str) -> charon.CharonAnswer:
+    path = tmp_path / "strongswan.conf"
+    path.write_text(text.replace(";", "\n"))
+    return charon.CharonAnswer("5.9.8", list(plugins), 0, Settings(path))
+
+
+def test_a_gateway_is_told_which_choices_would_save_cpu(tmp_path: Path) -> None:
+    findings = charon.cost(GatewayConfig(), answer(tmp_path, "charon { ikesa_table_size = 65536 }", "openssl", "hmac"))
+    assert [finding.grade for finding in findings] == [Grade.OK]
+    for words in ("ikesa_table_size 4096", "log levels", "hmac and kdf before openssl"):
+        assert words in findings[0].text
+
+
+def test_choices_that_were_made_are_not_named(tmp_path: Path) -> None:
+    assert charon.cost(GatewayConfig(), answer(tmp_path, CHOSEN, "openssl", "hmac", "kdf")) == []
+    [finding] = charon.cost(GatewayConfig(), answer(tmp_path, CHOSEN.replace("kdf", "other"), "openssl"))
+    assert "log levels" not in finding.text
+
+
+def test_a_client_is_told_of_none(tmp_path: Path) -> None:
+    assert charon.cost(ClientConfig(), answer(tmp_path, "charon { }", "openssl")) == []

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
 from bridge.net import firewall, queue_rules
+from bridge.net.liveness import Liveness
 from bridge.net.queue_rules import Match
 from net_support import (
     COOKIE,
@@ -103,12 +107,16 @@ class Counting:
         with inside(self._host.namespace):
             if self._backend == "nftables":
                 feed(self._rules.nftables.replace(f"queue num {QUEUE} bypass", "counter"), "nft", "-f", "-")
+                feed(queue_rules.nftables_meter(queue_rules.SOURCE_RATE), "nft", "-f", "-")
             else:
                 firewall.install(self._rules, backend="iptables")
 
-    def matched(self) -> int:
+    def view(self) -> firewall.View:
         with inside(self._host.namespace):
-            return queue_rules.matched(firewall.look(self._rules, firewall.Placed(self._backend)))
+            return firewall.look(self._rules, firewall.Placed(self._backend))
+
+    def matched(self) -> int:
+        return queue_rules.matched(self.view())
 
 
 def feed(text: str, *command: str) -> None:
@@ -155,6 +163,63 @@ class TestMatch:
         self, host: Wire, backend: firewall.Backend, family: str, port: int, payload: bytes, match: Match
     ) -> None:
         assert self.matched(host, backend, family, port, payload, match) == 0
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+@pytest.mark.parametrize("family", FAMILIES)
+class TestMeter:
+    """Requests of one source, more than SOURCE_RATE and the burst let pass."""
+
+    COUNT = 4 * queue_rules.SOURCE_RATE
+
+    def sent(self, host: Wire, backend: firewall.Backend, family: str, payload: bytes, *, flood: bool) -> Counting:
+        counting = Counting(host, backend)
+        counting.set_up()
+        placed = firewall.Placed(backend)
+        with inside(host.host.namespace):
+            liveness = Liveness(lambda: None, lambda: None)
+            liveness.start(cast(Any, SimpleNamespace(call_later=Mock())), placed)
+            if flood:
+                liveness.flood()
+        client = host.peer.udp(family, 0)
+        for _ in range(self.COUNT):
+            client.sendto(payload, (host.host.address(family), 500))
+        liveness.stop()
+        return counting
+
+    @pytest.mark.parametrize(
+        "payload", [pytest.param(ike(IKE_SA_INIT), id="SYN"), pytest.param(ike(GET_STUB), id="GET")]
+    )
+    def test_without_a_flood_all_pass(self, host: Wire, backend: firewall.Backend, family: str, payload: bytes) -> None:
+        counting = self.sent(host, backend, family, payload, flood=False)
+        assert (counting.matched(), queue_rules.metered(counting.view())) == (self.COUNT, 0)
+
+    def test_in_a_flood_a_source_without_cookies_has_its_rate(
+        self, host: Wire, backend: firewall.Backend, family: str
+    ) -> None:
+        counting = self.sent(host, backend, family, ike(IKE_SA_INIT), flood=True)
+        passed, dropped = counting.matched(), queue_rules.metered(counting.view())
+        assert passed + dropped == self.COUNT
+        assert passed >= 2 * queue_rules.SOURCE_RATE
+        assert dropped
+
+    @pytest.mark.parametrize(
+        "payload", [pytest.param(with_notification(COOKIE, SYNC), id="cookie"), pytest.param(ike(GET_STUB), id="GET")]
+    )
+    def test_in_a_flood_what_has_a_cookie_or_is_no_request_to_resume_passes(
+        self, host: Wire, backend: firewall.Backend, family: str, payload: bytes
+    ) -> None:
+        counting = self.sent(host, backend, family, payload, flood=True)
+        assert (counting.matched(), queue_rules.metered(counting.view())) == (self.COUNT, 0)
+
+    def test_a_look_at_the_rules_does_not_see_the_sources(
+        self, host: Wire, backend: firewall.Backend, family: str
+    ) -> None:
+        counting = self.sent(host, backend, family, ike(IKE_SA_INIT), flood=True)
+        lines = counting.view().lines
+        assert lines
+        assert not any("elements" in line for line in lines)
 
 
 @pytest.mark.lab

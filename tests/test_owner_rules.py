@@ -176,7 +176,7 @@ async def test_rules_that_are_gone_are_put_back(
 ) -> None:
     monkeypatch.setattr(asyncio, "to_thread", in_the_namespace_of(cable.host))
     monkeypatch.setattr(rules_watch, "LOOK_SECONDS", 0.05)
-    watch = RulesWatch("ha", RULES, backend, owner_rules.dropped)
+    watch = RulesWatch("ha", RULES, backend, dropped=owner_rules.dropped)
     with inside(cable.host.namespace):
         watch.place()
         before = run("nft", "list", "ruleset")
@@ -203,7 +203,7 @@ async def test_rules_that_are_gone_are_put_back(
 async def test_what_they_counted_is_not_lost_with_them(
     cable: Wire, backend: firewall.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = RulesWatch("ha", RULES, backend, owner_rules.dropped)
+    watch = RulesWatch("ha", RULES, backend, dropped=owner_rules.dropped)
     with inside(cable.host.namespace):
         watch.place()
     assert not arrives(cable, NOBODY, (CHARON, PORT), (SIDECAR, PORT))
@@ -212,11 +212,11 @@ async def test_what_they_counted_is_not_lost_with_them(
     watch.look_now()
     watching = asyncio.create_task(watch.run())
     try:
-        await until(lambda: watch.counted == 1)
+        await until(lambda: watch.counted("dropped") == 1)
         for command in FLUSH[backend]:
             cable.host.run(*command)
         watch.look_now()
         await until(lambda: watch.restored == 1)
-        assert watch.counted == 1
+        assert watch.counted("dropped") == 1
     finally:
         watching.cancel()

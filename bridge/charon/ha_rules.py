@@ -25,7 +25,7 @@ class HaRules:
         self._watch: RulesWatch | None = None
         self._task: asyncio.Task[None] | None = None
         if config.rules != "external":
-            self._watch = RulesWatch("ha", owner_rules.rules(ends, PORT), config.rules, owner_rules.dropped)
+            self._watch = RulesWatch("ha", owner_rules.rules(ends, PORT), config.rules, dropped=owner_rules.dropped)
 
     async def place(self) -> bool:
         """Set them as soon as that works. Whether they were there before: else any user may have sent what waits in
@@ -53,4 +53,6 @@ class HaRules:
             lambda: float(watch.in_place),
         )
         metrics.total("ha_rules_restored", "how often they had to be put back", lambda: watch.restored)
-        metrics.total("ha_foreign_datagrams", "datagrams of other users that they dropped", lambda: watch.counted)
+        metrics.total(
+            "ha_foreign_datagrams", "datagrams of other users that they dropped", lambda: watch.counted("dropped")
+        )

@@ -19,6 +19,7 @@ async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
     findings += said
     if running is not None:
         findings += charon.plugin(config, running) + charon.drop_in(config, running) + charon.unread(running)
+        findings += charon.cost(config, running)
     pid = host.sidecar_pid(config)
     findings += host.sidecar(config, pid) + host.ha_rules(config) + await charon.ha_version(config)
     if isinstance(config, GatewayConfig):

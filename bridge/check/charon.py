@@ -21,6 +21,13 @@ STRONGSWAN_CONF = Path("/etc/strongswan.conf")
 DROP_IN = "strongswan-conf/ike-sa-sync.conf"
 GOOD_HASH_TABLE = 1024
 """buckets from which on look-ups stay cheap for the number of SAs one worries about"""
+BEST_HASH_TABLE = 4096
+JOURNALS = ("journal", "syslog.daemon")
+"""where charon-systemd and charon log to unless they are told otherwise"""
+CHATTY = ("enc", "net", "cfg", "ike")
+"""the log groups that tell of each message"""
+HASHES = ("hmac", "kdf")
+"""plugins that compute HMAC faster than openssl for messages as short as those that keys are derived from"""
 PROMPT_SECONDS = 60.0
 """a client that takes longer to notice that its gateway is dead will be asked about it"""
 
@@ -215,9 +222,30 @@ def _hash_table(config: GatewayConfig | ClientConfig, charon: CharonAnswer) -> l
         warn(
             "ikesa_table_size",
             f"charon.ikesa_table_size is {buckets:g}: charon walks a long list to find an IKE_SA",
-            "set it to 4096 (65536 from 50,000 sessions on) and ikesa_table_segments to 256, and restart strongSwan",
+            "set it to 4096 and ikesa_table_segments to 256, and restart strongSwan",
         )
     ]
+
+
+def cost(config: GatewayConfig | ClientConfig, charon: CharonAnswer) -> list[Finding]:
+    """Choices of the drop-in that make handshakes and resumptions cheaper at a gateway, and that charon's files do not
+    have."""
+    if isinstance(config, ClientConfig):
+        return []
+    left = []
+    if _number(charon.setting("ikesa_table_size"), 1) > BEST_HASH_TABLE:
+        left.append("ikesa_table_size 4096 (65536: 4.3 ms more at each activation)")
+    if all(_number(charon.setting(f"{log}.default"), 1) > 0 for log in JOURNALS) and not any(
+        _number(charon.setting(f"{log}.{group}"), 1) <= 0 for log in JOURNALS for group in CHATTY
+    ):
+        left.append("log levels (30 to 100 µs of a resumption)")
+    if "openssl" in charon.plugins and not all(
+        _number(charon.setting(f"plugins.{name}.load"), 1) > 1 for name in HASHES
+    ):
+        left.append("hmac and kdf before openssl (15 to 28 µs)")
+    if not left:
+        return []
+    return [ok("cost", f"possible savings, commented in {DROP_IN}: {', '.join(left)}")]
 
 
 def _never(config: GatewayConfig | ClientConfig, charon: CharonAnswer) -> list[Finding]:

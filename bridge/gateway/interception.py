@@ -24,7 +24,8 @@ class Interception:
 
     What does not fit into the queue goes on to charon. In a flood it is dropped instead: charon would keep a half-open
     IKE_SA of each such request, and as long as all its segments have some, no rebuilt SA is activated. Only requests to
-    resume are in the queue, whose clients send them again; with intercept.match anywhere, all requests are.
+    resume are in the queue, whose clients send them again; with intercept.match anywhere, all requests are. In a flood
+    the kernel also meters requests without a cookie (bridge.net.queue_rules), `source_rate` a second of each source.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Interception:
         handler: Callable[[list[Packet]], None],
         busy: Callable[[], bool],
         flooded: Callable[[], bool],
+        source_rate: int,
     ) -> None:
         self._interceptor = Interceptor(config.queue, handler, busy, lambda: self._liveness.check())
         self._liveness = Liveness(self._interceptor.let_go, self._unnoticed, self._beat)
@@ -40,8 +42,10 @@ class Interception:
         self._only_resumption = config.match == "first"
         self._watch: RulesWatch | None = None
         if config.rules != "external":
-            rules = queue_rules.rules(config.queue, config.match, config.ports or charon_ports())
-            self._watch = RulesWatch("queue", rules, config.rules, queue_rules.matched)
+            rules = queue_rules.rules(config.queue, config.match, config.ports or charon_ports(), source_rate)
+            self._watch = RulesWatch(
+                "queue", rules, config.rules, matched=queue_rules.matched, metered=queue_rules.metered
+            )
         self._bypassed = 0
         self._watching: asyncio.Task[None] | None = None
 
@@ -64,7 +68,10 @@ class Interception:
         self._interceptor.stop()
 
     def _beat(self) -> None:
-        self._interceptor.fail_open(not (self._only_resumption and self._flooded()))
+        flooded = self._only_resumption and self._flooded()
+        self._interceptor.fail_open(not flooded)
+        if flooded:
+            self._liveness.flood()
 
     def _unnoticed(self) -> None:
         if self._watch is not None:
@@ -80,7 +87,7 @@ class Interception:
         since counts for the sidecar: it is never too much."""
         assert self._watch is not None
         stats = self._interceptor.stats()
-        missed = self._watch.counted - stats.seen - stats.waiting - stats.drops
+        missed = self._watch.counted("matched") - stats.seen - stats.waiting - stats.drops
         self._bypassed = max(self._bypassed, missed)
 
     def gauges(self, metrics: Metrics) -> None:
@@ -97,6 +104,11 @@ class Interception:
             "nfqueue_bypassed",
             "requests to resume that passed the sidecar: the queue was full, or the event loop stood still",
             lambda: self._bypassed,
+        )
+        total(
+            "nfqueue_metered",
+            "requests without a cookie that the kernel dropped in a flood, in front of the queue",
+            lambda: watch.counted("metered"),
         )
         metrics.gauge(
             "queue_rules_in_place",

@@ -206,7 +206,11 @@ class GatewayRole:
         self._duplicates.before_end = self._keeper.keep
         self._elsewhere.before_end = self._moving_away
         self._interception = Interception(
-            config.intercept, self._responder.packets, self._responder.busy, lambda: self._responder.demanding
+            config.intercept,
+            self._responder.packets,
+            self._responder.busy,
+            lambda: self._responder.demanding,
+            config.sync.source_rate,
         )
         self._rotation = KeyRotation(
             bank, keyring, config.bank.key_file, config.address, doubtful=lambda: self._heartbeat.doubtful

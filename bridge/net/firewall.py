@@ -60,10 +60,10 @@ class Rules:
     """what `iptables-restore --noflush` reads, without the table's frame and the jumps; of the full form (True), or of
     one that needs fewer matches"""
     jumps: tuple[Jump, ...]
-    nftables_optional: str = ""
-    """for a second transaction, which may fail"""
-    ip6tables_optional: tuple[str, ...] = ()
-    """one more rule, as arguments of ip6tables, which may fail"""
+    nftables_optional: tuple[str, ...] = ()
+    """for transactions of their own, each of which may fail"""
+    iptables_optional: Callable[[Family], Sequence[tuple[str, ...]]] = lambda _: ()
+    """more rules, as arguments of iptables, each of which may fail"""
     external: str = "intercept: {rules: external}"
     """what an operator configures who sets such rules himself"""
 
@@ -114,7 +114,7 @@ def remove(rules: Rules) -> None:
 def look(rules: Rules, placed: Placed) -> View:
     """What is in place of rules that were set by `placed`; without lines if nothing is. Raises RulesError."""
     if placed.backend == "nftables":
-        done = _run(["nft", "list", "table", "inet", rules.name], check=False)
+        done = _run(["nft", "--terse", "list", "table", "inet", rules.name], check=False)
         return _nft_view(done.stdout if done.returncode == 0 else "")
     lines: list[str] = []
     counts: list[tuple[str, int]] = []
@@ -175,8 +175,9 @@ def _by_nftables(rules: Rules, prefix: Sequence[str]) -> Iterator[Placed | str]:
         yield "nft is not installed"
         return
     done = _run([*prefix, "nft", "-f", "-"], rules.nftables, check=False)
-    if done.returncode == 0 and rules.nftables_optional and not prefix:
-        _run(["nft", "-f", "-"], rules.nftables_optional, check=False)
+    if done.returncode == 0 and not prefix:
+        for text in rules.nftables_optional:
+            _run(["nft", "-f", "-"], text, check=False)
     yield Placed("nftables") if done.returncode == 0 else f"nft: {_complaint(done)}"
 
 
@@ -203,9 +204,9 @@ def _by_iptables(rules: Rules, prefix: Sequence[str]) -> Iterator[Placed | str]:
                         _remove_iptables(rules)
                     break
             else:
-                if rules.ip6tables_optional and "ip6" in about and not prefix:
-                    command = [f"ip6tables{kind}", "-w", _LOCK_WAIT, "-t", TABLE, "-A", rules.chains[0]]
-                    _run([*command, *rules.ip6tables_optional], check=False)
+                for family in about if not prefix else ():
+                    for rule in rules.iptables_optional(family):
+                        _run([f"{family}tables{kind}", "-w", _LOCK_WAIT, "-t", TABLE, *rule], check=False)
                 yield Placed("iptables", kind, full)
 
 

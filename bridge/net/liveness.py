@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 
 from bridge.net.firewall import Family, Placed, families
-from bridge.net.queue_rules import ALIVE, BEAT_PORT, STALL_SECONDS
+from bridge.net.queue_rules import ALIVE, BEAT_PORT, FLOOD_PORT, FLOODED, STALL_SECONDS
 
 log = structlog.get_logger()
 
@@ -93,6 +93,17 @@ class Liveness:
         self._signed_at = self._clock()
         if not noticed:
             self._unnoticed()
+
+    def flood(self) -> None:
+        """Tell the kernel that there is a flood: it meters what is not proved to come from where it says, for a moment.
+        Where it has no rules for that, nothing changes."""
+        if self._socket is not None:
+            # refused by the rule, once it had noted it
+            with contextlib.suppress(OSError):
+                self._socket.sendto(b"", ("127.0.0.1", FLOOD_PORT))
+        for family in self._families:
+            with contextlib.suppress(OSError), open(_RECENT / FLOODED[family], "wb", buffering=0) as file:
+                file.write(_ANY[family])
 
     def _again_and_again(self) -> None:
         assert self._loop is not None

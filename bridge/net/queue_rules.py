@@ -10,6 +10,11 @@ What matches is counted, then queued if the sidecar has shown within STALL_SECON
 while no process reads it. The rules come after the operator's filter rules, so the firewall decides first: in a table
 of our own at a later priority, or, with iptables, in its table `security`.
 
+While the sidecar says that there is a flood, requests that begin with IKE_SA_SYNC are metered before they are queued:
+those of one source (an IPv4 address, an IPv6 /64) beyond `source_rate` a second, and all beyond FLOOD_RATE, are dropped
+and counted. Requests with a cookie are not metered. The kernel forgets the flood FLOOD_SECONDS after it was last told
+of it. A kernel that cannot meter queues all of them; so do the rules for `anywhere`.
+
 IPv4 puts fragments together before its input rules, IPv6 after them, so that a fragmented request would never be whole
 there. One more rule, which matches nothing, has the kernel do it first, as connection tracking does, but without
 that: only the match for sockets and TPROXY ask for it. Where the kernel has neither, such requests go to charon.
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from ipaddress import IPv6Network
 from typing import Literal
 
 from bridge.ike.message import ExchangeType, NotifyType, PayloadType
@@ -30,12 +36,25 @@ Match = Literal["first", "anywhere"]
 NAME = "ike-sa-sync"
 """of our nftables table, and of our iptables chain"""
 QUEUE_CHAIN = "ike-sa-sync-queue"
+METER_CHAIN = "ike-sa-sync-meter"
 ALIVE: dict[Family, str] = {"ip": "ike-sa-sync", "ip6": "ike-sa-sync-6"}
 """the lists of xt_recent, with iptables: a list has one mask, that of the first rule that names it"""
+FLOODED: dict[Family, str] = {"ip": "ike-sa-sync-flood", "ip6": "ike-sa-sync-flood-6"}
+"""the same while there is a flood"""
 STALL_SECONDS = 1
 """an event loop that stood still for so long gets no packets"""
 BEAT_PORT = 9
 """of 127.0.0.1: a datagram that root sends to it shows nftables that the event loop runs; it goes nowhere"""
+
+FLOOD_PORT = 10
+"""the same, while there is a flood"""
+FLOOD_SECONDS = 2
+FLOOD_RATE = 25_000
+"""requests without a cookie a second, about what the sidecar can answer with a cookie on one core"""
+SOURCE_RATE = 100
+_SOURCES_MAX = 262_144
+"""that are metered apart: with iptables the kernel drops the requests of more"""
+_PREFIX6 = 64
 
 # Next Payload, version, exchange type and flags are neighbours: one 32-bit comparison. Of the flags the response flag
 # alone is looked at.
@@ -52,7 +71,7 @@ def _word(payload: int, exchange: int) -> str:
 
 
 _STUB = _word(PayloadType.NONCE, ExchangeType.STUB)
-_SYNC_FIRST = (_word(PayloadType.SYNC, ExchangeType.IKE_SA_INIT), _STUB)
+_SYNC_FIRST = _word(PayloadType.SYNC, ExchangeType.IKE_SA_INIT)
 _COOKIE_FIRST = _word(PayloadType.NOTIFY, ExchangeType.IKE_SA_INIT)
 _ANYWHERE = (_word(0, ExchangeType.IKE_SA_INIT), _word(0, ExchangeType.STUB))
 
@@ -61,16 +80,18 @@ PORTS = (PORT_IKE, PORT_NAT_T)
 """charon's, unless it is configured to others"""
 
 
-def rules(queue: int, match: Match = "first", ports: Sequence[int] = PORTS) -> Rules:
-    """Those that send requests to `queue`; `ports` are those that charon receives IKE messages on."""
+def rules(queue: int, match: Match = "first", ports: Sequence[int] = PORTS, source_rate: int = SOURCE_RATE) -> Rules:
+    """Those that send requests to `queue`; `ports` are those that charon receives IKE messages on. `source_rate`:
+    requests a second of one source that pass in a flood, SOURCE_RATE at least."""
+    rate = max(source_rate, SOURCE_RATE)
     return Rules(
         name=NAME,
-        chains=(NAME, QUEUE_CHAIN),
+        chains=(NAME, METER_CHAIN, QUEUE_CHAIN),
         nftables=nftables_text(queue, match, ports),
         iptables=lambda family, full: iptables_text(queue, match, family, full, ports),
         jumps=(Jump("INPUT", "-p udp", NAME),),
-        nftables_optional=NFTABLES_WHOLE,
-        ip6tables_optional=IP6TABLES_WHOLE,
+        nftables_optional=(NFTABLES_WHOLE, nftables_meter(rate)),
+        iptables_optional=lambda family: _iptables_optional(family, rate),
     )
 
 
@@ -89,6 +110,11 @@ def guarded() -> bool:
 def matched(view: View) -> int:
     """The packets that were for the queue, whether it took them or not."""
     return sum(count for rule, count in view.counts if "@alive" in rule or f"-g {QUEUE_CHAIN}" in rule)
+
+
+def metered(view: View) -> int:
+    """The requests that were dropped in a flood."""
+    return sum(count for rule, count in view.counts if "@flooded" in rule or "hashlimit" in rule)
 
 
 def _shifts(ports: Sequence[int]) -> list[tuple[int, int]]:
@@ -110,7 +136,8 @@ def nftables_text(queue: int, match: Match, ports: Sequence[int] = PORTS) -> str
         if match == "anywhere":
             lines.append(f"{before} {head} & {_EXCHANGE_MASK:#x} {{ {', '.join(_ANYWHERE)} }} goto held")
             continue
-        lines.append(f"{before} {head} & {_MASK:#x} {{ {', '.join(_SYNC_FIRST)} }} goto held")
+        lines.append(f"{before} {head} & {_MASK:#x} {_STUB} goto held")
+        lines.append(f"{before} {head} & {_MASK:#x} {_SYNC_FIRST} goto unproved")
         lines.append(
             f"{before} {head} & {_MASK:#x} {_COOKIE_FIRST} {at(payload, 1)} {int(PayloadType.SYNC)} "
             f"{at(payload + _NOTIFY_TYPE, 2)} {int(NotifyType.COOKIE)} goto held"
@@ -123,12 +150,22 @@ table inet {NAME} {{
     set alive {{
         type inet_proto; size 128; flags dynamic,timeout; timeout {STALL_SECONDS}s;
     }}
+    set flooded {{
+        type inet_proto; size 128; flags dynamic,timeout; timeout {FLOOD_SECONDS}s;
+    }}
     chain beat {{
         type filter hook output priority raw; policy accept;
         ip daddr 127.0.0.1 udp dport {BEAT_PORT} meta skuid 0 update @alive {{ meta l4proto }} drop
+        ip daddr 127.0.0.1 udp dport {FLOOD_PORT} meta skuid 0 update @flooded {{ meta l4proto }} drop
     }}
     chain held {{
         counter meta l4proto @alive queue num {queue} bypass
+    }}
+    chain metered {{
+    }}
+    chain unproved {{
+        jump metered
+        goto held
     }}
     chain input {{
         type filter hook input priority filter + 10; policy accept;
@@ -139,7 +176,7 @@ table inet {NAME} {{
 
 
 def iptables_text(queue: int, match: Match, family: Family, full: bool, ports: Sequence[int] = PORTS) -> str:
-    """The rules of our two chains. Not `full`: for a kernel without xt_recent, which cannot forget a sidecar.
+    """The rules of our chains. Not `full`: for a kernel without xt_recent, which cannot forget a sidecar.
 
     u32 loads 32 bits that begin at the given octet. It cannot walk extension headers: IPv6 packets that have some are
     not matched.
@@ -158,22 +195,65 @@ def iptables_text(queue: int, match: Match, family: Family, full: bool, ports: S
         marker = f"{at(UDP_HEADER)}=0&&" if shift else ""
         head, payload = at(_WORD + shift), _FIRST_PAYLOAD + shift
         if match == "anywhere":
-            tests = [f"{head}&{_EXCHANGE_MASK:#x}={','.join(_ANYWHERE)}"]
+            tests = [(f"{head}&{_EXCHANGE_MASK:#x}={','.join(_ANYWHERE)}", QUEUE_CHAIN)]
         else:
-            tests = [
-                f"{head}&{_MASK:#x}={','.join(_SYNC_FIRST)}",
+            cookie = (
                 f"{head}&{_MASK:#x}={_COOKIE_FIRST}&&{at(payload)}&0xFF000000={PayloadType.SYNC << 24:#x}"
-                f"&&{at(payload + _NOTIFY_TYPE - 2)}&0xFFFF={NotifyType.COOKIE:#x}",
+                f"&&{at(payload + _NOTIFY_TYPE - 2)}&0xFFFF={NotifyType.COOKIE:#x}"
+            )
+            tests = [
+                (f"{head}&{_MASK:#x}={_STUB}", QUEUE_CHAIN),
+                (f"{head}&{_MASK:#x}={_SYNC_FIRST}", METER_CHAIN),
+                (cookie, QUEUE_CHAIN),
             ]
         lines += [
-            f'-A {NAME} -p udp --dport {port} -m u32 --u32 "{udp_follows}{marker}{test}" -g {QUEUE_CHAIN}'
-            for test in tests
+            f'-A {NAME} -p udp --dport {port} -m u32 --u32 "{udp_follows}{marker}{test}" -g {chain}'
+            for test, chain in tests
         ]
+    lines.append(f"-A {METER_CHAIN} -g {QUEUE_CHAIN}")
+    recent = " ".join(_recent(family, ALIVE, STALL_SECONDS)) + " " if full else ""
+    lines.append(f"-A {QUEUE_CHAIN} {recent}-j NFQUEUE --queue-num {queue} --queue-bypass")
+    return "\n".join(lines) + "\n"
+
+
+def _recent(family: Family, names: dict[Family, str], seconds: int) -> tuple[str, ...]:
     # the list holds one address, that of any packet under the mask
     mask = "0.0.0.0" if family == "ip" else "::"  # noqa: S104 - no address is bound
-    recent = f"-m recent --name {ALIVE[family]} --rcheck --seconds {STALL_SECONDS} --mask {mask} --rsource "
-    lines.append(f"-A {QUEUE_CHAIN} {recent if full else ''}-j NFQUEUE --queue-num {queue} --queue-bypass")
-    return "\n".join(lines) + "\n"
+    return ("-m", "recent", "--name", names[family], "--rcheck", "--seconds", str(seconds), "--mask", mask, "--rsource")
+
+
+def nftables_meter(source_rate: int) -> str:
+    """What `nft -f -` reads to meter requests in a flood."""
+    flooded = "meta l4proto @flooded"
+    lines, sets = [], []
+    for version, source in ((4, "ip saddr"), (6, f"ip6 saddr & {IPv6Network(f'::/{_PREFIX6}').netmask}")):
+        sets.append(
+            f"    set sources{version} {{\n        type ipv{version}_addr; size {_SOURCES_MAX}; flags dynamic,timeout; "
+            f"timeout {FLOOD_SECONDS}s;\n    }}\n"
+        )
+        limit = f"limit rate over {source_rate}/second burst {2 * source_rate} packets"
+        lines.append(f"        {flooded} update @sources{version} {{ {source} {limit} }} counter drop\n")
+    lines.append(
+        f"        {flooded} limit rate over {FLOOD_RATE}/second burst {FLOOD_RATE // 10} packets counter drop\n"
+    )
+    return f"table inet {NAME} {{\n{''.join(sets)}    chain metered {{\n{''.join(lines)}    }}\n}}\n"
+
+
+def _iptables_optional(family: Family, source_rate: int) -> list[tuple[str, ...]]:
+    """Rules to meter requests in a flood, and to have IPv6 fragments put together."""
+    prefix = ("--hashlimit-srcmask", str(32 if family == "ip" else _PREFIX6), "--hashlimit-mode", "srcip")
+    table = ("--hashlimit-htable-max", str(_SOURCES_MAX), "--hashlimit-htable-expire", str(FLOOD_SECONDS * 1000))
+    limits = (
+        (f"{FLOODED[family]}-all", FLOOD_RATE, FLOOD_RATE // 10, ()),
+        (FLOODED[family], source_rate, 2 * source_rate, (*prefix, *table)),
+    )
+    found: list[tuple[str, ...]] = []
+    for name, rate, burst, apart in limits:
+        limit = ("--hashlimit-name", name, "--hashlimit-above", f"{rate}/sec", "--hashlimit-burst", str(burst), *apart)
+        flooded = _recent(family, FLOODED, FLOOD_SECONDS)
+        # each in front of the one before it
+        found.append(("-I", METER_CHAIN, "1", *flooded, "-m", "hashlimit", *limit, "-j", "DROP"))
+    return [*found, ("-A", NAME, *IP6TABLES_WHOLE)] if family == "ip6" else found
 
 
 NFTABLES_WHOLE = f"""\

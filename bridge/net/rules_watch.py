@@ -20,10 +20,10 @@ LOOK_SECONDS = 5.0
 
 
 class RulesWatch:
-    """Of one set of rules. `about`: what they are for, for the log; `counts`: the packets that matter, out of a
-    view's counters."""
+    """Of one set of rules. `about`: what they are for, for the log; `counts`: kinds of packets that matter, out of a
+    view's counters, by name."""
 
-    def __init__(self, about: str, rules: Rules, backend: Choice, counts: Callable[[View], int]) -> None:
+    def __init__(self, about: str, rules: Rules, backend: Choice, **counts: Callable[[View], int]) -> None:
         self.in_place = False
         self.restored = 0
         """how often they had to be put back"""
@@ -33,14 +33,14 @@ class RulesWatch:
         self._counts = counts
         self._placed: Placed | None = None
         self._expected: tuple[str, ...] = ()
-        self._counted_before = self._counted = 0
+        self._counted_before = dict.fromkeys(counts, 0)
+        self._counted = dict.fromkeys(counts, 0)
         self._now = asyncio.Event()
         self._logged = ""
 
-    @property
-    def counted(self) -> int:
-        """Packets that the rules counted since they were first set, as of the last look."""
-        return self._counted_before + self._counted
+    def counted(self, kind: str) -> int:
+        """Packets of a kind that the rules counted since they were first set, as of the last look."""
+        return self._counted_before[kind] + self._counted[kind]
 
     @property
     def placed(self) -> Placed:
@@ -52,7 +52,8 @@ class RulesWatch:
         """Set them, in the network namespace of the caller. Blocks. Raises RulesError."""
         placed = firewall.install(self._rules, backend=self._backend)
         self._expected = firewall.look(self._rules, placed).lines
-        self._counted_before, self._counted = self.counted, 0
+        self._counted_before = {kind: self.counted(kind) for kind in self._counts}
+        self._counted = dict.fromkeys(self._counts, 0)
         if not placed.full:
             log.warning("rules-without-guard", rules=self._about, missing="xt_recent")
         self._placed, self.in_place = placed, True
@@ -91,7 +92,8 @@ class RulesWatch:
         view = await asyncio.to_thread(firewall.look, self._rules, self.placed)
         if view.lines == self._expected:
             self.in_place = True
-            self._counted = max(self._counted, self._counts(view))
+            for kind, count in self._counts.items():
+                self._counted[kind] = max(self._counted[kind], count(view))
             return
         self.in_place = False
         log.warning("rules-lost", rules=self._about, how="altered" if view.lines else "removed")
