@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 import struct
@@ -32,7 +31,7 @@ and loses what is longer; a packet cut here is merely not understood."""
 QUEUED_OCTETS = 2560
 """what one packet takes of the netlink socket's buffer, the kernel's overhead included"""
 
-READ_AT_ONCE, READ_BUSY = 128, 16
+READ_AT_ONCE, READ_BUSY, NO_END = 128, 16, -1
 """packets, then the event loop has its turn; fewer while a request is being served, which needs several turns"""
 
 _QUEUES = "/proc/thread-self/net/netfilter/nfnetlink_queue"
@@ -100,16 +99,8 @@ class Packet:
             queued.drop()
 
 
-class _Some(socket.socket):
-    """The queue's socket, which gives `left` messages and then says that there are no more."""
-
-    left = 0
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        if not self.left:
-            raise BlockingIOError(errno.EAGAIN, "enough for now")
-        self.left -= 1
-        return super().recv(size, flags | socket.MSG_DONTWAIT)
+class _Enough(Exception):
+    """Ends NetfilterQueue's loop, which reads in C until it is interrupted or there is nothing left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +136,6 @@ class Interceptor:
         self._max_length = max_length
         self._queue: NetfilterQueue | None = None
         self._fails_open = True
-        self._some: _Some | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._proc = -1
         # in order of arrival
@@ -153,6 +143,8 @@ class Interceptor:
         self._batch: list[Packet] = []
         self._strangers: list[Queued] = []
         self._seen = 0
+        self._left = 0
+        """packets to read until the event loop has its turn; below 0 all that there are"""
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take the queue over, in the network namespace of the caller. Raises InterceptUnavailable."""
@@ -176,7 +168,6 @@ class Interceptor:
             queue.unbind()
             self._queue = None
             raise InterceptUnavailable(_why_not_bound(self._number, error)) from error
-        self._some = _Some(fileno=os.dup(queue.get_fd()))
         self._loop = loop
         loop.add_reader(queue.get_fd(), self._readable)
         # with rules left over from before, packets may have come while the queue was being set up
@@ -189,9 +180,6 @@ class Interceptor:
             return
         self._loop.remove_reader(self._queue.get_fd())
         self.let_go()
-        if self._some is not None:
-            self._some.close()
-            self._some = None
         self._queue.unbind()
         self._queue = None
         os.close(self._proc)
@@ -208,7 +196,7 @@ class Interceptor:
         again, past this queue, and charon answered."""
         if self._queue is None:
             return
-        self._read(self._queue)
+        self._read(self._queue, NO_END)
         for packet in [*self._held, *self._batch]:
             packet.accept()
         self._batch = []
@@ -229,16 +217,18 @@ class Interceptor:
             self._strangers.append(queued)
         else:
             self._batch.append(Packet(*parsed, queued, self._held))
+        self._left -= 1
+        if not self._left:
+            raise _Enough
 
-    def _read(self, queue: NetfilterQueue, some: _Some | None = None) -> None:
-        """Read what there is, or some of it. That ends: nothing is decided meanwhile, and the kernel holds `max_length`
-        at most."""
+    def _read(self, queue: NetfilterQueue, most: int) -> None:
+        """Read what there is, `most` packets at most. With NO_END it ends too: nothing is decided meanwhile, and the
+        kernel holds `max_length` at most."""
+        self._left = most
         try:
-            if some is None:
-                queue.run(False)
-            else:
-                some.left = READ_BUSY if self._busy() else READ_AT_ONCE
-                queue.run_socket(some)
+            queue.run(False)
+        except _Enough:
+            pass
         except OSError as error:
             log.error("queue-unreadable", queue=self._number, reason=error.strerror)
         strangers, self._strangers = self._strangers, []
@@ -249,7 +239,7 @@ class Interceptor:
     def _readable(self) -> None:
         if self._queue is None or self._stood_still():
             return
-        self._read(self._queue, self._some)
+        self._read(self._queue, READ_BUSY if self._busy() else READ_AT_ONCE)
         batch, self._batch = self._batch, []
         if not batch:
             return
