@@ -25,7 +25,7 @@ class Interception:
     What does not fit into the queue goes on to charon. In a flood it is dropped instead: charon would keep a half-open
     IKE_SA of each such request, and as long as all its segments have some, no rebuilt SA is activated. Only requests to
     resume are in the queue, whose clients send them again; with intercept.match anywhere, all requests are. In a flood
-    the kernel also meters requests without a cookie (bridge.net.queue_rules), `source_rate` a second of each source.
+    the kernel also meters requests without a cookie (bridge.net.queue_rules).
     """
 
     def __init__(
@@ -34,7 +34,6 @@ class Interception:
         handler: Callable[[list[Packet]], None],
         busy: Callable[[], bool],
         flooded: Callable[[], bool],
-        source_rate: int,
     ) -> None:
         self._interceptor = Interceptor(config.queue, handler, busy, lambda: self._liveness.check())
         self._liveness = Liveness(self._interceptor.let_go, self._unnoticed, self._beat)
@@ -42,7 +41,7 @@ class Interception:
         self._only_resumption = config.match == "first"
         self._watch: RulesWatch | None = None
         if config.rules != "external":
-            rules = queue_rules.rules(config.queue, config.match, config.ports or charon_ports(), source_rate)
+            rules = queue_rules.rules(config.queue, config.match, config.ports or charon_ports())
             self._watch = RulesWatch(
                 "queue", rules, config.rules, matched=queue_rules.matched, metered=queue_rules.metered
             )

@@ -210,7 +210,6 @@ class GatewayRole:
             self._responder.packets,
             self._responder.busy,
             lambda: self._responder.demanding,
-            config.sync.source_rate,
         )
         self._rotation = KeyRotation(
             bank, keyring, config.bank.key_file, config.address, doubtful=lambda: self._heartbeat.doubtful

@@ -11,9 +11,10 @@ while no process reads it. The rules come after the operator's filter rules, so 
 of our own at a later priority, or, with iptables, in its table `security`.
 
 While the sidecar says that there is a flood, requests that begin with IKE_SA_SYNC are metered before they are queued:
-those of one source (an IPv4 address, an IPv6 /64) beyond `source_rate` a second, and all beyond FLOOD_RATE, are dropped
-and counted. Requests with a cookie are not metered. The kernel forgets the flood FLOOD_SECONDS after it was last told
-of it. A kernel that cannot meter queues all of them; so do the rules for `anywhere`.
+all beyond FLOOD_RATE a second are dropped and counted. Requests with a cookie are not metered. Sources are not told
+apart: an attacker could forge the address of a client, and have its requests dropped. The kernel forgets the flood
+FLOOD_SECONDS after it was last told of it. A kernel that cannot meter queues all of them; so do the rules for
+`anywhere`.
 
 IPv4 puts fragments together before its input rules, IPv6 after them, so that a fragmented request would never be whole
 there. One more rule, which matches nothing, has the kernel do it first, as connection tracking does, but without
@@ -24,7 +25,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from ipaddress import IPv6Network
 from typing import Literal
 
 from bridge.ike.message import ExchangeType, NotifyType, PayloadType
@@ -51,10 +51,6 @@ FLOOD_PORT = 10
 FLOOD_SECONDS = 2
 FLOOD_RATE = 25_000
 """requests without a cookie a second, about what the sidecar can answer with a cookie on one core"""
-SOURCE_RATE = 100
-_SOURCES_MAX = 262_144
-"""that are metered apart: with iptables the kernel drops the requests of more"""
-_PREFIX6 = 64
 
 # Next Payload, version, exchange type and flags are neighbours: one 32-bit comparison. Of the flags the response flag
 # alone is looked at.
@@ -80,18 +76,17 @@ PORTS = (PORT_IKE, PORT_NAT_T)
 """charon's, unless it is configured to others"""
 
 
-def rules(queue: int, match: Match = "first", ports: Sequence[int] = PORTS, source_rate: int = SOURCE_RATE) -> Rules:
-    """Those that send requests to `queue`; `ports` are those that charon receives IKE messages on. `source_rate`:
-    requests a second of one source that pass in a flood, SOURCE_RATE at least."""
-    rate = max(source_rate, SOURCE_RATE)
+def rules(queue: int, match: Match = "first", ports: Sequence[int] = PORTS, *, flood_rate: int = FLOOD_RATE) -> Rules:
+    """Those that send requests to `queue`; `ports` are those that charon receives IKE messages on. In a flood
+    `flood_rate` requests without a cookie a second pass."""
     return Rules(
         name=NAME,
         chains=(NAME, METER_CHAIN, QUEUE_CHAIN),
         nftables=nftables_text(queue, match, ports),
         iptables=lambda family, full: iptables_text(queue, match, family, full, ports),
         jumps=(Jump("INPUT", "-p udp", NAME),),
-        nftables_optional=(NFTABLES_WHOLE, nftables_meter(rate)),
-        iptables_optional=lambda family: _iptables_optional(family, rate),
+        nftables_optional=(NFTABLES_WHOLE, nftables_meter(flood_rate)),
+        iptables_optional=lambda family: _iptables_optional(family, flood_rate),
     )
 
 
@@ -222,38 +217,27 @@ def _recent(family: Family, names: dict[Family, str], seconds: int) -> tuple[str
     return ("-m", "recent", "--name", names[family], "--rcheck", "--seconds", str(seconds), "--mask", mask, "--rsource")
 
 
-def nftables_meter(source_rate: int) -> str:
+def nftables_meter(rate: int) -> str:
     """What `nft -f -` reads to meter requests in a flood."""
-    flooded = "meta l4proto @flooded"
-    lines, sets = [], []
-    for version, source in ((4, "ip saddr"), (6, f"ip6 saddr & {IPv6Network(f'::/{_PREFIX6}').netmask}")):
-        sets.append(
-            f"    set sources{version} {{\n        type ipv{version}_addr; size {_SOURCES_MAX}; flags dynamic,timeout; "
-            f"timeout {FLOOD_SECONDS}s;\n    }}\n"
-        )
-        limit = f"limit rate over {source_rate}/second burst {2 * source_rate} packets"
-        lines.append(f"        {flooded} update @sources{version} {{ {source} {limit} }} counter drop\n")
-    lines.append(
-        f"        {flooded} limit rate over {FLOOD_RATE}/second burst {FLOOD_RATE // 10} packets counter drop\n"
-    )
-    return f"table inet {NAME} {{\n{''.join(sets)}    chain metered {{\n{''.join(lines)}    }}\n}}\n"
+    return f"""\
+table inet {NAME} {{
+    chain metered {{
+        meta l4proto @flooded limit rate over {rate}/second burst {_burst(rate)} packets counter drop
+    }}
+}}
+"""
 
 
-def _iptables_optional(family: Family, source_rate: int) -> list[tuple[str, ...]]:
+def _iptables_optional(family: Family, rate: int) -> list[tuple[str, ...]]:
     """Rules to meter requests in a flood, and to have IPv6 fragments put together."""
-    prefix = ("--hashlimit-srcmask", str(32 if family == "ip" else _PREFIX6), "--hashlimit-mode", "srcip")
-    table = ("--hashlimit-htable-max", str(_SOURCES_MAX), "--hashlimit-htable-expire", str(FLOOD_SECONDS * 1000))
-    limits = (
-        (f"{FLOODED[family]}-all", FLOOD_RATE, FLOOD_RATE // 10, ()),
-        (FLOODED[family], source_rate, 2 * source_rate, (*prefix, *table)),
-    )
-    found: list[tuple[str, ...]] = []
-    for name, rate, burst, apart in limits:
-        limit = ("--hashlimit-name", name, "--hashlimit-above", f"{rate}/sec", "--hashlimit-burst", str(burst), *apart)
-        flooded = _recent(family, FLOODED, FLOOD_SECONDS)
-        # each in front of the one before it
-        found.append(("-I", METER_CHAIN, "1", *flooded, "-m", "hashlimit", *limit, "-j", "DROP"))
-    return [*found, ("-A", NAME, *IP6TABLES_WHOLE)] if family == "ip6" else found
+    limit = ("--hashlimit-name", FLOODED[family], "--hashlimit-above", f"{rate}/sec", "--hashlimit-burst", _burst(rate))
+    flooded = _recent(family, FLOODED, FLOOD_SECONDS)
+    meter = ("-I", METER_CHAIN, "1", *flooded, "-m", "hashlimit", *limit, "-j", "DROP")
+    return [meter, ("-A", NAME, *IP6TABLES_WHOLE)] if family == "ip6" else [meter]
+
+
+def _burst(rate: int) -> str:
+    return str(max(rate // 10, 1))
 
 
 NFTABLES_WHOLE = f"""\
