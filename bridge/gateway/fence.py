@@ -31,7 +31,7 @@ class Fence:
     @property
     def dropped(self) -> int:
         """Packets that were kept from leaving, as of the last look."""
-        return self._dropped + (self._watch.counted if self._watch is not None else 0)
+        return self._dropped + (self._watch.counted("dropped") if self._watch is not None else 0)
 
     @property
     def in_place(self) -> bool:
@@ -60,7 +60,7 @@ class Fence:
                 if not wanted:
                     await asyncio.to_thread(firewall.remove, rules)
                     return
-                watch = RulesWatch("fence", rules, self._config.rules, fence_rules.dropped)
+                watch = RulesWatch("fence", rules, self._config.rules, dropped=fence_rules.dropped)
                 await asyncio.to_thread(watch.place)
             except RulesError as error:
                 log.error("fence-not-set", addresses=",".join(sorted(wanted)), reason=str(error))
