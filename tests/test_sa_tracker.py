@@ -776,16 +776,27 @@ def test_what_many_sas_have_alike_is_in_memory_once() -> None:
 # what charon was given
 
 
-def confirmed(known: SaTracker) -> IkeSa:
-    """A rebuilt SA with a CHILD_SA, whose client has confirmed it."""
+def rebuilt(known: SaTracker) -> IkeSa:
+    """A rebuilt SA with a CHILD_SA."""
     before, _, _ = tracker()
     feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
     [sa] = before.established()
     sa.up = False
     known.adopt(sa)
     known.granted(sa)
+    return sa
+
+
+def prove(known: SaTracker, sa: IkeSa) -> None:
+    """Its client's first request, or another one."""
     known.handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 2)]))
     sa.up = True
+
+
+def confirmed(known: SaTracker) -> IkeSa:
+    """One whose client has confirmed it."""
+    sa = rebuilt(known)
+    prove(known, sa)
     return sa
 
 
@@ -805,6 +816,22 @@ def test_a_child_sa_that_charon_was_given_and_does_not_list_once_its_sa_is_confi
     for since in (3.0, 4.0):
         reconcile(known, [info(sa, children=spis)], since=since)
     assert lacking == ([] if taken else [("net",)])
+
+
+def test_a_child_sa_that_charon_could_not_install_is_reported_though_charon_said_that_it_is_gone() -> None:
+    """Beside another one, as charon does where the kernel lacks an algorithm."""
+    known, _, clock = tracker()
+    lacking: list[tuple[str, ...]] = []
+    known.not_taken = lambda sa, names: lacking.append(names)
+    sa = rebuilt(known)
+    [spi] = children(sa)
+    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, spi)]))
+    prove(known, sa)
+    clock.now = 2.0
+    # its client goes on to send requests
+    prove(known, sa)
+    reconcile(known, [info(sa)], since=1.0)
+    assert lacking == [("net",)]
 
 
 def test_a_child_sa_that_its_peer_deleted_is_not_one_that_charon_did_not_take() -> None:

@@ -8,6 +8,7 @@ where the two differ the SA cannot be resumed. Either may come first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
 
 import structlog
 from msgspec.structs import replace
@@ -41,6 +42,16 @@ MALFORMED_MAX = 20_000
 """SAs with malformed messages that are remembered"""
 
 
+@dataclass(slots=True)
+class _Granted:
+    """CHILD_SAs that charon was given with a rebuilt SA."""
+
+    names: dict[int, str]
+    """by inbound SPI"""
+    confirmed: float | None = None
+    """since when the SA is, in clock seconds"""
+
+
 class SaTracker:
     """The IKE_SAs of one charon, by both SPIs.
 
@@ -55,8 +66,8 @@ class SaTracker:
         self.half_open = HalfOpenSas()
         self.not_taken: Callable[[IkeSa, tuple[str, ...]], None] = lambda sa, names: None
         """called for a rebuilt SA that is confirmed, with the names of CHILD_SAs that charon was given and lacks"""
-        self._granted: dict[bytes, float | None] = {}
-        """rebuilt SAs with CHILD_SAs that VICI has not listed yet, and since when they are confirmed"""
+        self._granted: dict[bytes, _Granted] = {}
+        """of rebuilt SAs, by both SPIs, what VICI has not listed yet"""
         self.recall = SaRecovery()
         self.shared: Set[str] = frozenset()
         """local addresses that this gateway shares with others: their SAs can be taken over as they are"""
@@ -160,8 +171,9 @@ class SaTracker:
         if sa is not None and sa.unproven and next_id > FIRST_MESSAGE_ID:
             sa.unproven = False
             self._come_up(sa)
-        if ike_id.spis in self._granted:
-            self._granted[ike_id.spis] = self._clock()
+        granted = self._granted.get(ike_id.spis)
+        if granted is not None and granted.confirmed is None:
+            granted.confirmed = self._clock()
         self._listener.verified(ike_id)
 
     def _add(self, ike_id: IkeId, message: HaMessage) -> None:
@@ -354,10 +366,14 @@ class SaTracker:
             self._listener.changed(sa)
 
     def _child_delete(self, ike_id: IkeId, message: HaMessage) -> None:
-        sa = self.sas.get(ike_id.spis)
+        sa, spi_in = self.sas.get(ike_id.spis), message.first(Attr.INBOUND_SPI, 0)
+        granted = self._granted.get(ike_id.spis)
+        if granted is not None and granted.confirmed is not None:
+            # before, its peer can have ended none: charon reports in this way one that it could not install
+            granted.names.pop(spi_in, None)
         if sa is None:
             self.recall.keep(message, self._clock())
-        elif sa.drop_child(message.first(Attr.INBOUND_SPI, 0)) and sa.up:
+        elif sa.drop_child(spi_in) and sa.up:
             self._listener.changed(sa)
 
     def _sweep(self) -> None:
@@ -455,7 +471,7 @@ class SaTracker:
         """An adopted SA that charon is given CHILD_SAs with: whether it took them, VICI is asked once the SA is
         confirmed."""
         if sa.children:
-            self._granted[sa.id.spis] = None
+            self._granted[sa.id.spis] = _Granted({child.spi_in: child.name for child in sa.children})
 
     def take_back(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
         """An SA that the bank remembers and VICI, asked at `since`, lists; False where it has CHILD_SAs
@@ -532,12 +548,12 @@ class SaTracker:
         return True
 
     def _check_granted(self, sa: IkeSa, info: SaInfo, since: float) -> None:
-        confirmed = self._granted.get(sa.id.spis)
-        if confirmed is None or since <= confirmed:
+        granted = self._granted.get(sa.id.spis)
+        if granted is None or granted.confirmed is None or since <= granted.confirmed:
             return
         del self._granted[sa.id.spis]
         listed = {child.spi_in for child in info.children}
-        missing = tuple(dict.fromkeys(child.name for child in sa.children if child.spi_in not in listed))
+        missing = tuple(dict.fromkeys(name for spi_in, name in granted.names.items() if spi_in not in listed))
         if missing:
             self.not_taken(sa, missing)
 
