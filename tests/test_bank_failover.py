@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import redis
 from bank_support import PASSWORD, PATIENCE, RedisServer, downloaded, shipped_users, stub_of
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
@@ -114,6 +115,44 @@ async def test_writing_goes_on_at_the_replica_that_sentinel_promotes(
             await asyncio.sleep(0.02)
     await keyspace.close()
     await writer.close()
+    await bank.close()
+
+
+async def switched(sentinel: int, old: int) -> int:
+    """Wait until Sentinel names another primary than that of port `old`: its port."""
+    client: Any = redis.Redis(port=sentinel)
+    deadline = time.monotonic() + PATIENCE
+    while (port := int(client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "bank")[1])) == old:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+    return port
+
+
+@pytest.mark.parametrize("failed", [True, False])
+async def test_a_primary_that_comes_back_before_sentinel_has_demoted_it_gets_no_writes(
+    watched_pair: tuple[RedisServer, int], ring: Keyring, failed: bool
+) -> None:
+    """It acknowledges them, and loses them when it becomes a replica. Either a command met its silence, or whoever
+    watches the keyspace reported the switch."""
+    primary, sentinel = watched_pair
+    old = primary.client.config_get("port")["port"]
+    bank = RedisBank(f"redis+sentinel://gateway:{PASSWORD}@127.0.0.1:{sentinel}/bank/0", ring, timeout=0.5)
+    # connections that lie ready, and scripts that are loaded
+    await asyncio.gather(*(bank.store([stub_of()]) for _ in range(8)))
+    primary.freeze()
+    if failed:
+        with pytest.raises(BankUnavailable):
+            await bank.store([stub_of()])
+    new = await switched(sentinel, int(old))
+    if not failed:
+        bank.renew()
+    primary.thaw()
+    stubs = [stub_of() for _ in range(8)]
+    for stub in stubs:
+        await until_back(bank)
+        assert await bank.store([stub]) == [True]
+    replica = redis.Redis(port=new, username="admin", password=PASSWORD)
+    assert [replica.exists(stub.index.key) for stub in stubs] == [1] * len(stubs)
     await bank.close()
 
 

@@ -106,6 +106,10 @@ class StubBank(Protocol):
         """Keys and members found that no gateway writes; keys of a wrong type were deleted."""
         ...
 
+    def renew(self) -> None:
+        """Another server may be the primary: no command from now on goes to the one before without having asked."""
+        ...
+
     async def store(self, stubs: Sequence[Stub]) -> list[bool]:
         """Initiate and Update Stub, bundled. False where the bank holds a newer revision, which stays, or knows that
         the session has ended.

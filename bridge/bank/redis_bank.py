@@ -424,6 +424,10 @@ class RedisBank:
         # last: who sees the new stamp sees the new marks
         await self._redis.pipeline([*commands, ("SET", bank_keys.REVOKED_STAMP, os.urandom(8).hex())], writing=True)
 
+    def renew(self) -> None:
+        """See StubBank."""
+        self._redis.renew()
+
     async def ping(self) -> float:
         """See StubBank."""
         began = time.monotonic()

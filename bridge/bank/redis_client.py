@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import structlog
 from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
@@ -58,6 +59,13 @@ class RedisClient:
         self._timeout = timeout
         self._scripts = scripts
         self._nodes = ClusterNodes()
+        self._stale = False
+
+    def renew(self) -> None:
+        """Another server may be the primary: ask Sentinel before the next command. A primary that hung, or that
+        Sentinel alone cannot reach, answers again over the connections that lie ready, acknowledges writes, and loses
+        them when Sentinel makes a replica of it. Only where there is a Sentinel."""
+        self._stale = self._bare is not None and isinstance(self._bare.connection_pool, SentinelConnectionPool)
 
     @property
     def is_cluster(self) -> bool:
@@ -100,6 +108,7 @@ class RedisClient:
                     async with asyncio.timeout(within):
                         replies = await self._replies(commands, writing, None, node_timeout)
         except BankUnavailable as error:
+            self.renew()
             if _BUSY in str(error):
                 await self._kill_script()
             raise
@@ -129,6 +138,11 @@ class RedisClient:
         if isinstance(self.client, RedisCluster):
             return await self._nodes.send(self.client, commands, timeout, node_timeout)
         assert self._bare is not None
+        if self._stale:
+            self._stale = False
+            for client in (self._bare, self.client):
+                # those in use are closed when they are given back, as soon as a new one has found another primary
+                await client.connection_pool.disconnect(inuse_connections=False)
         try:
             return await exchange(self._bare, commands, timeout, transaction=writing)
         except OutOfMemoryError:

@@ -95,6 +95,8 @@ class Replica:
         self._later.submit_delete(ending.index, expires=ending.expires)
 
     def _watched(self, listening: bool) -> None:
+        if not listening:
+            self.bank.renew()
         self._is(listening, "its connection was lost")
 
     def _is(self, up: bool, reason: str = "") -> None:

@@ -355,6 +355,10 @@ class ReplicatedBank:
             names = ", ".join(tier.name for tier in self._all if tier not in outcomes)
             raise BankUnavailable(f"not taken by the bank of {names}, which does not answer: repeat it later")
 
+    def renew(self) -> None:
+        """See StubBank: of the one at hand, whose keyspace is watched from outside."""
+        self.near.bank.renew()
+
     async def ping(self) -> float:
         """See StubBank: of the fastest."""
         return min((await self._ask(lambda bank: bank.ping())).values())

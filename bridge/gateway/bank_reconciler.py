@@ -41,6 +41,8 @@ FETCH_SECONDS: Final = 60.0
 HEAR_SECONDS: Final = 2.0
 """within which this gateway receives its own event, where the bank sends keyspace events"""
 COMPARE_SECONDS: Final = 30.0
+COMPARE_PACE: Final = 100
+"""a comparison that took t seconds of CPU time is followed by a pause of this many t"""
 """between two comparisons with the bank that nothing gave cause for"""
 COMPARE_BUNDLE: Final = 512
 LEARN_SECONDS: Final = 0.5
@@ -128,6 +130,8 @@ class BankReconciler:
         self._prefetch.on_state(listening)
         if listening:
             self.returned()
+        else:
+            self._bank.renew()
 
     def returned(self) -> None:
         """A bank was away, or is another one than before: it may lack what it had."""
@@ -208,7 +212,7 @@ class BankReconciler:
         swept = False
         while True:
             self._compare_now.clear()
-            took = time.monotonic()
+            worked = time.thread_time()
             try:
                 # ends before stubs: no request shall find a stub whose end is known here
                 await self._assert_endings()
@@ -219,9 +223,10 @@ class BankReconciler:
                 log.debug("comparison-delayed", reason=str(error))
                 await asyncio.sleep(0.2)
                 continue
-            took = time.monotonic() - took
+            # of this thread: how long a bank took to answer says nothing of what a comparison costs
+            worked = time.thread_time() - worked
             try:
-                async with asyncio.timeout(max(COMPARE_SECONDS, took * 100)):
+                async with asyncio.timeout(max(COMPARE_SECONDS, worked * COMPARE_PACE)):
                     await self._compare_now.wait()
             except TimeoutError:
                 pass
