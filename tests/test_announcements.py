@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from bridge.lab import Lab, Topology
+from bridge.lab.charon import render
 from bridge.lab.daemon import SLOWNESS, wait_until
 from bridge.lab.demo import Ping
 from bridge.lab.topology import CHOICES, SITE, client_config, client_host, standard
@@ -131,6 +132,37 @@ def test_a_bank_that_stands_still_moves_no_session(announced: Topology) -> None:
     wait_until(lambda: time.monotonic() > settled, "what would follow")
     assert the_sa(announced.client)["initiator-spi"] == before["initiator-spi"]
     assert failovers(announced, "gw2") == known
+
+
+SIX = {"fd00:50::1": "home", "fd00:50::2": "home-gw2"}
+
+
+@pytest.fixture
+def six(announced: Topology) -> Iterator[Topology]:
+    """The client reaches its gateways over IPv6, while their `address` is an IPv4 one."""
+    addresses = {f"connections.{name}.remote_addrs": address for address, name in SIX.items()}
+    announced.client.configure(render(addresses) + "\n", "six.conf")
+    before = announced.agent.config["gateways"]
+    announced.agent.stop()
+    announced.agent.config["gateways"] = client_config(SIX)["gateways"]
+    announced.agent.start()
+    announced.client.charon.load()
+    yield announced
+    (announced.client.etc / "swanctl/conf.d/six.conf").unlink()
+    announced.agent.stop()
+    announced.agent.config["gateways"] = before
+    announced.agent.start()
+    announced.client.charon.load()
+
+
+def test_a_session_of_the_other_address_family_is_announced_too(six: Topology) -> None:
+    assert connect(six)["remote-host"] == "fd00:50::1"
+    facts = f"ike:facts:{six.gw1.address}"
+    wait_until(lambda: "fd00:50::1" in six.bank.cli("GET", facts), "its other address in what gw1 posts")
+    six.kill_gateway(six.gw1)
+    wait_until(lambda: moved_to(six, "fd00:50::2"), "the session at the other gateway")
+    assert last_move(six)["result"] == "resumed"
+    wait_until(lambda: failovers(six, "gw2")[0]["resumed"] == 1, "the count")
 
 
 def test_a_sidecar_that_is_restarted_in_order_is_no_failure(announced: Topology) -> None:

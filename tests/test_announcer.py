@@ -33,7 +33,7 @@ class Network:
         self.now = 1000.0
         self.sent: list[int] = []
         self.octets: dict[int, bytes] = {}
-        self.announcer = Announcer(HERE, self._send, lambda: (1 << 31) + 7, rate=rate)
+        self.announcer = Announcer(HERE, lambda stub: HERE, self._send, lambda: (1 << 31) + 7, rate=rate)
         self.announcer.tick(self.now - 1)
         self.announcer.begin(DEAD, [(stub_of(number), able) for number in range(sessions)], self.now)
         self.tick()

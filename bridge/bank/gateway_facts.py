@@ -8,10 +8,12 @@ from ipaddress import ip_address
 import msgspec
 
 from bridge.ike.address import Pool
+from bridge.stub import bank_keys
 
 SECONDS = 20.0
 """between two publications"""
 TTL = 3 * SECONDS
+ADDRESSES_MAX = 16
 OCTETS_MAX = 1_000_000
 """of what a gateway writes; more is not read"""
 
@@ -22,6 +24,8 @@ class Facts(msgspec.Struct, frozen=True):
     connections: dict[str, list[str]]
     """names of the children, by connection"""
     pools: list[Pool] = []
+    addresses: list[str] = []
+    """others under which its stubs are: its address in the index is of one family only"""
 
 
 def encode(facts: Facts) -> str:
@@ -34,6 +38,7 @@ def decode(text: str | bytes) -> Facts | None:
         return None
     try:
         facts = msgspec.json.decode(text, type=Facts)
+        facts.addresses[:] = [one for one in facts.addresses[:ADDRESSES_MAX] if bank_keys.gateway_name(one) is not None]
         for pool in facts.pools:
             ip_address(pool.base) + pool.size
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):

@@ -92,24 +92,29 @@ class _Failure:
 
 
 class Announcer:
-    """Announcements of this gateway. `send(stub, octets)` sends to the client that the stub names; `message_id()` gives
-    the Message ID of one that is first sent now; `rate`: announcements a second at most."""
+    """Announcements of this gateway. `source(stub)`: its address that the client of a stub knows; `send(stub, octets)`
+    sends to that client; `message_id()` gives the Message ID of one that is first sent now; `rate`: announcements a
+    second at most."""
 
     def __init__(
         self,
         address: str,
+        source: Callable[[Stub], str],
         send: Callable[[Stub, bytes], None],
         message_id: Callable[[], int],
         *,
         rate: float,
     ) -> None:
         self._address = address
+        self._source = source
         self._send = send
         self._message_id = message_id
         self._rate = rate
         self._allowance = 0.0
         self._last = 0.0
         self._failures: dict[str, _Failure] = {}
+        self._gateway_of: dict[str, str] = {}
+        """the failed gateway, by its other addresses in the index"""
         self._by_spis: dict[bytes, tuple[_Failure, _Announced]] = {}
         self.false_alarms = 0
         """failures that a client has contradicted"""
@@ -122,6 +127,7 @@ class Announcer:
         waiting, count = [], 0
         for stub, able in stubs:
             count += 1
+            self._gateway_of[stub.index.gateway] = gateway
             turns = order(stub.index, able)
             if self._address in turns:
                 waiting.append(_Announced(stub, now + turns.index(self._address) * TURN_SECONDS))
@@ -143,7 +149,7 @@ class Announcer:
 
     def over(self, index: Index) -> None:
         """The session was resumed, or ended, here or elsewhere."""
-        failure = self._failures.get(index.gateway)
+        failure = self._failures.get(self._gateway_of.get(index.gateway, index.gateway))
         if failure is None or failure.ended is not None:
             return
         announced = failure.under_way.get(index)
@@ -194,7 +200,7 @@ class Announcer:
                 continue
             stub = announced.stub
             sa = StubSa(stub.spi_i, stub.spi_r, stub.initiator, stub.index, stub.suite.prf, stub.sk_d)
-            announced.octets = build_announcement(sa, self._address, self._message_id())
+            announced.octets = build_announcement(sa, self._source(stub), self._message_id())
             announced.message = parse_stub_message(announced.octets)
             announced.state = AnnouncementState.ANNOUNCED
             failure.under_way[stub.index] = announced

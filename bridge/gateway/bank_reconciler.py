@@ -371,20 +371,22 @@ class BankReconciler:
         """Post this gateway's facts again and again, and immediately when its connections change: another gateway that
         is drained to this one decides by them."""
         await self._charon.reconciled.wait()
-        posted: dict[str, list[str]] | None = None
+        posted: tuple[dict[str, list[str]], list[str]] | None = None
         due = 0.0
         while True:
             connections = {
                 name: [child.name for child in info.children] for name, info in self._charon.tracker.connections.items()
             }
-            if self._address is not None and (connections != posted or time.monotonic() >= due):
+            addresses = sorted(self._publisher.addresses - {self._address})[: gateway_facts.ADDRESSES_MAX]
+            now = connections, addresses
+            if self._address is not None and (now != posted or time.monotonic() >= due):
                 try:
                     pools = await self._charon.vici.pools() + [pool.range for pool in await asyncio.to_thread(ha_pools)]
-                    facts = gateway_facts.Facts(connections, pools)
+                    facts = gateway_facts.Facts(connections, pools, addresses)
                     text = gateway_facts.encode(facts)
                     await self._bank.post(bank_keys.FACTS_KIND, self._address, text, gateway_facts.TTL)
                 except (BankUnavailable, ViciError):
                     posted = None
                 else:
-                    posted, due = connections, time.monotonic() + gateway_facts.SECONDS
+                    posted, due = now, time.monotonic() + gateway_facts.SECONDS
             await asyncio.sleep(FACTS_LOOK_SECONDS)

@@ -7,6 +7,7 @@ network.
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Final
@@ -14,6 +15,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
+from bridge.bank import gateway_facts
 from bridge.bank.failover_progress import SHOWN_SECONDS, FailoverProgress
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import BankUnavailable, StubBank
@@ -26,8 +28,9 @@ from bridge.gateway.other_gateways import OtherGateways
 from bridge.gateway.peer_watch import PeerState, PeerWatch
 from bridge.ike.stub_exchange import StubMessage, move_message_id
 from bridge.net.interface import Sender
-from bridge.net.packet import has_marker
+from bridge.net.packet import PORT_NAT_T, has_marker
 from bridge.service.tasks import end, spawn
+from bridge.stub import bank_keys
 from bridge.stub.stub import Index, Stub, StubError
 
 log = structlog.get_logger()
@@ -70,10 +73,16 @@ class Failover:
         self._sender = sender
         self._spent = spent
         self._clock = clock
-        self._announcer = Announcer(address or "", self._send, lambda: move_message_id(wall()), rate=float(config.rate))
+        self._announcer = Announcer(
+            address or "", self._source, self._send, lambda: move_message_id(wall()), rate=float(config.rate)
+        )
         self.watch = PeerWatch(config.detect, self._failed, self._back, clock())
         self.beats: dict[str, float] = {}
         """when (monotonic seconds) a heartbeat of another gateway was last written, by the events of the keyspace"""
+        self._sources: dict[int, str] = {}
+        """this gateway's address by family (4, 6), as its sessions have it"""
+        self._aliases: dict[str, list[str]] = {}
+        """other addresses in the index of gateways that failed"""
         self._seen: set[str] = set()
         self._missing: dict[str, float] = {}
         self._wake = asyncio.Event()
@@ -169,15 +178,21 @@ class Failover:
     def _back(self, gateway: str) -> None:
         log.info("gateway-back", gateway=gateway)
         self._announcer.end(gateway, "it is back", self._clock())
-        self._prefetch.drop(gateway)
+        for address in (gateway, *self._aliases.pop(gateway, ())):
+            self._prefetch.drop(address)
 
     async def _prepare(self, gateway: str) -> None:
         """Once its stubs are here, begin to announce the failure of `gateway`."""
-        await self._prefetch.fetched(gateway)
         while True:
             try:
+                await self._fetch_all(gateway)
                 able = await self._able(gateway)
-                stubs = [stub async for page in self._stubs(gateway) for stub in page]
+                stubs = [
+                    stub
+                    for address in (gateway, *self._aliases[gateway])
+                    async for page in self._stubs(address)
+                    for stub in page
+                ]
             except BankUnavailable as error:
                 log.info(error.event, component="announcements", gateway=gateway, reason=str(error))
                 await asyncio.sleep(AGAIN_SECONDS)
@@ -185,14 +200,45 @@ class Failover:
             break
         if self.watch.state(gateway) != "failed":
             return
-        family = ":" in (self._address or "")
+        self._sources = {}
 
         def turns(stub: Stub) -> list[str]:
-            mine = not stub.initiator and (":" in stub.remote.address) == family
-            return able(stub) if mine else []
+            return able(stub) if not stub.initiator and self._source(stub) else []
 
         self._announcer.begin(gateway, [(stub, turns(stub)) for stub in stubs], self._clock())
         self._wake.set()
+
+    async def _fetch_all(self, gateway: str) -> None:
+        """Have the stubs of a gateway here, those under its other addresses too. Raises BankUnavailable."""
+        facts = gateway_facts.decode(await self._bank.posted(bank_keys.FACTS_KIND, gateway) or b"")
+        signs = await self._bank.gateways()
+        # what a gateway posts is cleartext: nobody makes another one fail by it
+        self._aliases[gateway] = [one for one in (facts.addresses if facts else ()) if one not in signs]
+        for address in self._aliases[gateway]:
+            self._prefetch.fetch(address)
+        for address in (gateway, *self._aliases[gateway]):
+            await self._prefetch.fetched(address)
+
+    def _source(self, stub: Stub) -> str:
+        """This gateway's address of the family of a stub's client; empty where it has none."""
+        family = 6 if ":" in stub.remote.address else 4
+        if family not in self._sources:
+            self._sources[family] = self._address_of(family, stub.remote.address)
+        return self._sources[family]
+
+    def _address_of(self, family: int, peer: str) -> str:
+        """The configured one, that of an SA here, or the one that the kernel would send from."""
+        own = (sa.local.address for sa in self._charon.tracker.established() if sa.local is not None)
+        for address in (self._address or "", *own):
+            if address and (":" in address) == (family == 6):
+                return address
+        try:
+            with socket.socket(socket.AF_INET6 if family == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                # nothing is sent: the kernel chooses the route and the address
+                probe.connect((peer, PORT_NAT_T))
+                return str(probe.getsockname()[0])
+        except OSError:
+            return ""
 
     async def _stubs(self, gateway: str) -> AsyncIterator[list[Stub]]:
         held = self._prefetch.held(gateway)
@@ -234,9 +280,8 @@ class Failover:
             await asyncio.sleep(TICK_SECONDS)
 
     def _send(self, stub: Stub, octets: bytes) -> None:
-        assert self._address is not None
         port, peer = stub.local.port, stub.remote
         try:
-            self._sender.send(self._address, port, peer.address, peer.port, octets, has_marker(port, peer.port))
+            self._sender.send(self._source(stub), port, peer.address, peer.port, octets, has_marker(port, peer.port))
         except OSError as error:
             log.info("announcement-not-sent", peer=peer.address, reason=error.strerror)
