@@ -161,7 +161,7 @@ def test_a_session_of_the_other_address_family_is_announced_too(six: Topology) -
     wait_until(lambda: "fd00:50::1" in six.bank.cli("GET", facts), "its other address in what gw1 posts")
     six.kill_gateway(six.gw1)
     wait_until(lambda: moved_to(six, "fd00:50::2"), "the session at the other gateway")
-    assert last_move(six)["result"] == "resumed"
+    wait_until(lambda: last_move(six).get("result") == "resumed", "the outcome")
     wait_until(lambda: failovers(six, "gw2")[0]["resumed"] == 1, "the count")
 
 
