@@ -185,14 +185,9 @@ class Failover:
         """Once its stubs are here, begin to announce the failure of `gateway`."""
         while True:
             try:
-                await self._fetch_all(gateway)
+                addresses = await self._fetch_all(gateway)
                 able = await self._able(gateway)
-                stubs = [
-                    stub
-                    for address in (gateway, *self._aliases[gateway])
-                    async for page in self._stubs(address)
-                    for stub in page
-                ]
+                stubs = [stub for address in addresses async for page in self._stubs(address) for stub in page]
             except BankUnavailable as error:
                 log.info(error.event, component="announcements", gateway=gateway, reason=str(error))
                 await asyncio.sleep(AGAIN_SECONDS)
@@ -208,16 +203,20 @@ class Failover:
         self._announcer.begin(gateway, [(stub, turns(stub)) for stub in stubs], self._clock())
         self._wake.set()
 
-    async def _fetch_all(self, gateway: str) -> None:
-        """Have the stubs of a gateway here, those under its other addresses too. Raises BankUnavailable."""
+    async def _fetch_all(self, gateway: str) -> list[str]:
+        """Have the stubs of a gateway here, those under its other addresses too. All its addresses. Raises
+        BankUnavailable."""
         facts = gateway_facts.decode(await self._bank.posted(bank_keys.FACTS_KIND, gateway) or b"")
         signs = await self._bank.gateways()
         # what a gateway posts is cleartext: nobody makes another one fail by it
-        self._aliases[gateway] = [one for one in (facts.addresses if facts else ()) if one not in signs]
-        for address in self._aliases[gateway]:
+        aliases = [one for one in (facts.addresses if facts else ()) if one not in signs]
+        self._aliases[gateway] = aliases
+        for address in aliases:
             self._prefetch.fetch(address)
-        for address in (gateway, *self._aliases[gateway]):
+        addresses = [gateway, *aliases]
+        for address in addresses:
             await self._prefetch.fetched(address)
+        return addresses
 
     def _source(self, stub: Stub) -> str:
         """This gateway's address of the family of a stub's client; empty where it has none."""
