@@ -164,11 +164,11 @@ class Generator:
         }
 
     def stand_by(self, gateway: str, count: int, window: int) -> dict[str, Any]:
-        """Have sessions up at `gateway`, from where they go on later."""
+        """Have so many more sessions up at `gateway`, from where they go on later."""
         target, self._target = self._target, (gateway, self._target[1])
         done = self.storm(window, count, Children.NONE)
         self._target = target
-        standbys = self._standbys = Standbys(gateway, self._send_to, self._go_on)
+        standbys = self._standbys = self._standbys or Standbys(gateway, self._send_to, self._go_on)
         for session in self._last:
             if session.state is State.CONFIRMED:
                 standbys.add(session, os.urandom(8), fresh_public_value(session.suite.group))
