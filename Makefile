@@ -22,7 +22,7 @@ PACKAGES := \
 	charon-systemd strongswan-swanctl strongswan-pki strongswan-starter strongswan-charon \
 	libcharon-extra-plugins libcharon-extauth-plugins libstrongswan-extra-plugins libstrongswan-standard-plugins \
 	redis-server redis-tools freeradius freeradius-utils \
-	bird2 frr \
+	bird2 frr keepalived \
 	iproute2 iputils-ping iptables nftables procps kmod tshark \
 	prometheus faketime mandoc zsh fish
 

@@ -28,18 +28,23 @@ def sharing(
     the client has no sidecar."""
     with Lab() as lab:
         topology = shared_topology(lab, gateway=gateway, client=client, **options)
-        start(topology)
+        start(topology, topology.gw1)
         yield topology
 
 
 def shared_topology(
-    lab: Lab, *, gateway: dict[str, Any] | None = None, client: dict[str, Any] | None = None, **options: Any
+    lab: Lab,
+    *,
+    trigger: str = "command",
+    gateway: dict[str, Any] | None = None,
+    client: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Topology:
     """The same, not started."""
     topology = standard(lab, start=False, **options)
     for host in (topology.gw1, topology.gw2):
         host.configure(render({f"connections.gw.{key}": value for key, value in gateway_settings(gateway).items()}))
-        topology.gateways[host.name].config["takeover"] = {"addresses": [SHARED, SHARED6], "trigger": "command"}
+        topology.gateways[host.name].config["takeover"] = {"addresses": [SHARED, SHARED6], "trigger": trigger}
     own = {
         "remote_addrs": SHARED,
         "mobike": "no",
@@ -55,12 +60,13 @@ def gateway_settings(more: dict[str, Any] | None) -> dict[str, Any]:
     return {"mobike": "no", "dpd_delay": "0s", **(more or {})}
 
 
-def start(topology: Topology) -> None:
-    """All but the client's sidecar."""
+def start(topology: Topology, holder: Host | None = None) -> None:
+    """All but the client's sidecar; `holder` has the shared addresses from the beginning."""
     topology.bank.start()
     for router in topology.routers:
         router.start()
-    give(topology.gw1)
+    if holder is not None:
+        give(holder)
     for sidecar in topology.gateways.values():
         sidecar.launch()
     for sidecar in topology.gateways.values():
@@ -116,6 +122,12 @@ def take(topology: Topology, host: Host, *arguments: str, address: str = SHARED)
     done = topology.gateways[host.name].command("takeover", "--address", address, "--json", *arguments, check=False)
     assert done.stdout, done.stderr
     outcome: Outcome = json.loads(done.stdout)
+    return outcome
+
+
+def give_up(topology: Topology, host: Host, address: str = SHARED) -> Outcome:
+    """`ike-sa-sync yield` at a gateway."""
+    outcome: Outcome = json.loads(topology.gateways[host.name].command("yield", "--address", address, "--json").stdout)
     return outcome
 
 

@@ -7,6 +7,7 @@ from bridge.check import bank, charon, connections, host
 from bridge.check.finding import Finding, Grade
 from bridge.check.guard import guard
 from bridge.check.return_path import return_path
+from bridge.check.takeover import takeover
 from bridge.config import ClientConfig, GatewayConfig
 
 __all__ = ["Finding", "Grade", "run_checks"]
@@ -26,6 +27,7 @@ async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
         if running is not None:
             findings += connections.ports(config, running)
             findings += connections.without_pfs(running, list(running.connections))
+            findings += takeover(config, running.connections)
         findings += host.queue(config, pid) + await host.match(config) + host.key_file(config) + host.hooks(config)
         findings += await bank.bank(config, running)
         if running is not None:

@@ -140,6 +140,14 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
         click.echo(f"  reason    {outcome['reason']}")
 
 
+def _print_shared(row: dict[str, Any]) -> None:
+    """An address that gateways share, and what the last takeover left out."""
+    here = f"{row['state']}, {count(row['sessions'], 'session')}, {row['taken_over']:,} of them taken over"
+    click.echo(f"shared      {row['address']}: {here}")
+    for left in (row["last"] or {}).get("not_taken", ()):
+        click.echo(f"  {left['sessions']:,} not taken over: {left['reason']}")
+
+
 @click.command()
 @config_option
 @json_option
@@ -168,6 +176,8 @@ def status(path: str | None, as_json: bool) -> None:
             reach = "reachable" if each["reachable"] else "NOT REACHABLE"
             click.echo(f"  {each['bank']:<17} {reach}, {each['pending']} changes waiting for it")
         click.echo(f"unconfirmed {answer['unconfirmed']}")
+    for each in (answer.get("takeover") or {}).get("addresses", ()):
+        _print_shared(each)
     if answer.get("last"):
         last = answer["last"]
         click.echo(f"last move   {last['result']} {last['gateway'] or ''} {last['reason'] or ''}".rstrip())

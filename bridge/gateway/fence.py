@@ -36,6 +36,8 @@ class Fence:
     @property
     def in_place(self) -> bool:
         """Whether the rules are there, as far as some are needed."""
+        if self._config.rules == "external":
+            return True
         return not self._addresses or (self._watch is not None and self._watch.in_place)
 
     async def start(self, addresses: Collection[str]) -> None:

@@ -445,8 +445,16 @@ class Takeover:
                     **session.sa.id.logged,
                 )
             run.counts[session.state] += 1
+        if reason == reasons.CHILD_LOST:
+            spawn("takeover-end", self._end(session))
         if reason:
-            log.warning("takeover-unanswered", reason=reason, **session.sa.id.logged)
+            log.warning("takeover-incomplete", reason=reason, **session.sa.id.logged)
+
+    async def _end(self, session: Session) -> None:
+        try:
+            await self._charon.end_surely(session.sa)
+        except ChannelError as error:
+            log.warning("sa-not-ended", reason=str(error), **session.sa.id.logged)
 
     # what happens meanwhile
 

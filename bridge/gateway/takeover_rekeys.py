@@ -21,7 +21,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ViciError
-from bridge.gateway.takeover_session import SILENT, Session
+from bridge.gateway.takeover_session import CHILD_LOST, SILENT, Session
 from bridge.gateway.takeover_state import Event, State
 
 log = structlog.get_logger()
@@ -145,8 +145,12 @@ class TakeoverRekeys:
         log.info("takeover-message-id-tried", message_id=number, **session.sa.id.logged)
         try:
             await self._charon.installer.set_next_id(session.sa.id, number, own=True)
+            await self._charon.channel.drained()
         except ChannelError as error:
             log.warning("takeover-message-id-not-set", reason=str(error), **session.sa.id.logged)
+            return
+        # charon has put its request back, and sends it when it is asked for something
+        await self._ask(session)
 
     def _look(self, session: Session) -> None:
         if session.left:
@@ -156,4 +160,4 @@ class TakeoverRekeys:
         self._asked.pop(session.sa.id.spis, None)
         if session.state in (State.REKEYING, State.LEFT):
             session.on(Event.REKEYED)
-            self._done(session, "")
+            self._done(session, CHILD_LOST if session.lost else "")

@@ -38,9 +38,11 @@ CHILD_MISSING: Final = "a CHILD_SA of it is not configured here"
 CLASHES: Final = "its client has another session here"
 OLD_CHARON: Final = "it was rekeyed with several key exchanges, which the ha plugin of this charon does not accept"
 SELECTORS: Final = "a CHILD_SA of it has too many traffic selectors for a message to charon"
+IPCOMP: Final = "a CHILD_SA of it uses IPComp"
 CHANGED: Final = "its stub was changed or taken over by another gateway meanwhile"
 NOT_KEPT: Final = "charon did not keep it: see its log"
 SILENT: Final = "its client answers no request: left to the client"
+CHILD_LOST: Final = "its client has another CHILD_SA than its stub: ended, so that the client connects again"
 UNFIT: Final = "it does not fit the format of charon's ha plugin"
 
 
@@ -79,6 +81,11 @@ class Session:
         return Protection.of(stub.suite, keys, initiator=not stub.initiator)
 
     @property
+    def lost(self) -> bool:
+        """Whether a CHILD_SA is gone without another one of its name: the client has one that is not known here."""
+        return bool({child.name for child in self.stub.children} - {child.name for child in self.sa.children})
+
+    @property
     def left(self) -> list[str]:
         """CHILD_SAs that have no new keys yet, by name."""
         old = {child.spi_in: child.name for child in self.stub.children}
@@ -108,6 +115,8 @@ def obstacle(
         return OLD_CHARON
     if any(len(child.local_ts) + len(child.remote_ts) > MAX_SELECTORS for child in stub.children):
         return SELECTORS
+    if any(child.ipcomp for child in stub.children):
+        return IPCOMP
     return ""
 
 
@@ -135,9 +144,7 @@ def session_of(
     sa.established = int(now)
     sa.expires = int(now) + connection.lifetime if connection.lifetime else stub.expires
     sa.authenticated_until = authenticated_until(stub)
-    children = tuple(
-        NewChild(child, random(NONCE_OCTETS), random(NONCE_OCTETS)) for child in stub.children if not child.ipcomp
-    )
+    children = tuple(NewChild(child, random(NONCE_OCTETS), random(NONCE_OCTETS)) for child in stub.children)
     install = Install(
         id=IkeId.of(stub.spi_i, stub.spi_r, stub.initiator),
         suite=stub.suite,

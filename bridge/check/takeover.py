@@ -1,0 +1,123 @@
+"""Addresses that gateways share: what would keep their sessions from being taken over as they are. That connections and
+pools differ between gateways `bridge.check.bank` finds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import ip_interface
+from pathlib import Path
+from typing import Final
+
+from bridge.charon.conf_parser import ChildProposals
+from bridge.charon.vici_types import ConnectionInfo
+from bridge.check.finding import Finding, fail, ok, warn
+from bridge.config import GatewayConfig
+from bridge.net import address_watch
+
+KEEPALIVED: Final = Path("/etc/keepalived/keepalived.conf")
+LOOPBACK: Final = 1
+"""index of lo"""
+_NO: Final = ("no", "0", "false", "disabled")
+_INSTANCE: Final = re.compile(r"vrrp_instance\s+(?P<name>\S+)\s*\{")
+
+
+def takeover(
+    config: GatewayConfig,
+    connections: Mapping[str, ConnectionInfo],
+    *,
+    proposals: ChildProposals | None = None,
+    present: Mapping[str, int] | None = None,
+    keepalived: Path = KEEPALIVED,
+) -> list[Finding]:
+    """One finding at least where the configuration has takeover.addresses. Reads files."""
+    shared = config.takeover.addresses
+    if not shared:
+        return []
+    findings = _mobike(shared, connections.values(), proposals or _proposals(config))
+    findings += _on_loopback(shared, address_watch.present() if present is None else present)
+    findings += _vrrp(shared, keepalived)
+    return findings or [ok("takeover", f"sessions at {', '.join(shared)} can be taken over")]
+
+
+def _proposals(config: GatewayConfig) -> ChildProposals:
+    return ChildProposals(Path(config.swanctl) if config.swanctl is not None else None)
+
+
+def _mobike(shared: Iterable[str], connections: Iterable[ConnectionInfo], proposals: ChildProposals) -> list[Finding]:
+    findings = []
+    for connection in connections:
+        local = connection.local_addresses
+        if local and not set(local) & {*shared, "%any", "0.0.0.0/0", "::/0"}:
+            continue
+        if (proposals.option(connection.name, None, "mobike") or "yes").lower() not in _NO:
+            findings.append(
+                fail(
+                    "takeover",
+                    f"connection {connection.name} has MOBIKE on: a gateway that lost a shared address would take its "
+                    "clients along to another address",
+                    f"set mobike = no in connections.{connection.name} of swanctl.conf, on all gateways",
+                )
+            )
+    return findings
+
+
+def _on_loopback(shared: Iterable[str], present: Mapping[str, int]) -> list[Finding]:
+    return [
+        fail(
+            "takeover",
+            f"{address} is on lo, where every gateway has it at the same time",
+            "let one gateway at a time have it, by VRRP; anycast and BGP are not supported",
+        )
+        for address in shared
+        if present.get(address) == LOOPBACK
+    ]
+
+
+def _vrrp(shared: Iterable[str], path: Path) -> list[Finding]:
+    try:
+        text = "\n".join(re.split("[#!]", line)[0] for line in path.read_text(errors="replace").splitlines())
+    except OSError:
+        return []
+    findings = []
+    for name, body in _instances(text):
+        words = body.split()
+        if not _has(words, shared):
+            continue
+        if "nopreempt" not in words or re.search(r"\bstate\s+MASTER\b", body):
+            findings.append(
+                fail(
+                    "takeover",
+                    f"vrrp_instance {name} preempts: a gateway that comes back would move all sessions once more",
+                    f"set `state BACKUP` and `nopreempt` in {path}, on all gateways",
+                )
+            )
+        if not any(word.startswith("notify") for word in words):
+            findings.append(
+                warn(
+                    "takeover",
+                    f"vrrp_instance {name} has no notify script",
+                    "see strongswan-conf/keepalived/: the kernel's news of the address alone may come later",
+                )
+            )
+    return findings
+
+
+def _has(words: Iterable[str], shared: Iterable[str]) -> bool:
+    found = set()
+    for word in words:
+        try:
+            found.add(str(ip_interface(word).ip))
+        except ValueError:
+            continue
+    return bool(found & set(shared))
+
+
+def _instances(text: str) -> Iterator[tuple[str, str]]:
+    """The name and the text of each vrrp_instance."""
+    for match in _INSTANCE.finditer(text):
+        depth, at = 1, match.end()
+        while at < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            at += 1
+        yield match["name"], text[match.end() : at - 1]

@@ -1,0 +1,71 @@
+"""What `check` finds about addresses that gateways share (bridge.check.takeover)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bridge.charon.conf_parser import ChildProposals
+from bridge.charon.vici_types import ConnectionInfo
+from bridge.check.finding import Finding, Grade
+from bridge.check.takeover import takeover
+from bridge.config import GatewayConfig, TakeoverConfig
+from bridge.service import shipped_files
+
+SHARED = "192.168.50.100"
+CONFIG = GatewayConfig(address="192.168.50.1", takeover=TakeoverConfig(addresses=(SHARED,)))
+GW = ConnectionInfo("gw", 14400, 0, ())
+
+
+@pytest.fixture
+def found(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Runs the check with these files and addresses."""
+
+    def run(mobike: str = "no", local: tuple[str, ...] = (), interface: int = 2, vrrp: str = "") -> list[Finding]:
+        conf, keepalived = tmp_path / "swanctl.conf", tmp_path / "keepalived.conf"
+        conf.write_text(f"connections {{ gw {{\n mobike = {mobike}\n }} }}\n" if mobike else "connections { gw { } }\n")
+        keepalived.write_text(vrrp)
+        connection = GW._replace(local_addresses=local)
+        return takeover(
+            CONFIG,
+            {"gw": connection},
+            proposals=ChildProposals(conf, tmp_path / "ipsec.conf"),
+            present={SHARED: interface},
+            keepalived=keepalived,
+        )
+
+    return run
+
+
+def grades(findings: list[Finding]) -> list[Grade]:
+    return [finding.grade for finding in findings]
+
+
+def test_a_gateway_that_is_ready(found) -> None:  # type: ignore[no-untyped-def]
+    vrrp = shipped_files.path("strongswan-conf/keepalived/keepalived.conf").read_text()
+    assert grades(found(vrrp=vrrp)) == [Grade.OK]
+
+
+@pytest.mark.parametrize("mobike", ["", "yes"])
+def test_mobike_is_refused(found, mobike: str) -> None:  # type: ignore[no-untyped-def]
+    [finding] = found(mobike=mobike)
+    assert (finding.grade, "MOBIKE" in finding.text) == (Grade.FAIL, True)
+    assert grades(found(mobike=mobike, local=("192.168.50.1",))) == [Grade.OK]
+
+
+def test_an_address_on_lo_is_refused(found) -> None:  # type: ignore[no-untyped-def]
+    [finding] = found(interface=1)
+    assert (finding.grade, "on lo" in finding.text) == (Grade.FAIL, True)
+
+
+@pytest.mark.parametrize(("old", "new"), [("nopreempt", ""), ("state BACKUP", "state MASTER")])
+def test_a_vrrp_that_preempts_is_refused(found, old: str, new: str) -> None:  # type: ignore[no-untyped-def]
+    vrrp = shipped_files.path("strongswan-conf/keepalived/keepalived.conf").read_text()
+    [finding] = found(vrrp=vrrp.replace(f"    {old}\n", f"    {new}\n"))
+    assert (finding.grade, "preempts" in finding.text) == (Grade.FAIL, True)
+    assert grades(found(vrrp=vrrp.replace(old, new).replace(SHARED, "192.0.2.1"))) == [Grade.OK]
+
+
+def test_nothing_is_said_where_no_address_is_shared() -> None:
+    assert takeover(GatewayConfig(address="192.168.50.1"), {"gw": GW}) == []
