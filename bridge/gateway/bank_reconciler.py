@@ -41,9 +41,9 @@ FETCH_SECONDS: Final = 60.0
 HEAR_SECONDS: Final = 2.0
 """within which this gateway receives its own event, where the bank sends keyspace events"""
 COMPARE_SECONDS: Final = 30.0
+"""between two comparisons with the bank that nothing gave cause for"""
 COMPARE_PACE: Final = 100
 """a comparison that took t seconds of CPU time is followed by a pause of this many t"""
-"""between two comparisons with the bank that nothing gave cause for"""
 COMPARE_BUNDLE: Final = 512
 LEARN_SECONDS: Final = 0.5
 """from an end in the bank to the look whether it is of an SA that is here: ends come in bundles"""
