@@ -142,6 +142,17 @@ def test_a_sidecar_that_was_restarted_reports_no_session_twice(topology: Topolog
     assert over["session"] == begun["session"]
 
 
+def test_a_session_that_ended_while_the_sidecar_was_away_is_reported_when_it_is_back(topology: Topology) -> None:
+    connect(topology)
+    [begun] = await_events(topology.gw1, "established")
+    topology.gateways["gw1"].stop()
+    topology.client.swanctl("--terminate", "--ike-id", the_sa(topology.client)["uniqueid"])
+    topology.gateways["gw1"].start()
+    _, over = await_events(topology.gw1, "established", "ended")
+    assert (over["session"], over["reason"]) == (begun["session"], "sidecar-was-away")
+    assert over["virtual_ips"] == begun["virtual_ips"]
+
+
 def test_a_charon_that_was_restarted_has_ended_its_sessions(topology: Topology) -> None:
     connect(topology)
     [begun] = await_events(topology.gw1, "established")

@@ -24,6 +24,8 @@ SESSION_TIMEOUT = 20
 OVER = 4
 PASSWORD = "of this lab only"
 USERS = f'someone Cleartext-Password := "{PASSWORD}"\n\tSession-Timeout = {SESSION_TIMEOUT}\n'
+RADIUS: dict[str, Radius] = {}
+"""the server of each gateway"""
 GATEWAY = {
     "over_time": f"{OVER}s",
     "local.auth": "pubkey",
@@ -51,7 +53,8 @@ def topology() -> Iterator[Topology]:
         hosts = dict.fromkeys((built.gw1, built.gw2), ("CN=vpn.example.org", "vpn.example.org"))
         certify("ecdsa", hosts | {built.client: ("CN=client.example.org", "client.example.org")})
         for host in (built.gw1, built.gw2):
-            Radius(host, USERS).start()
+            radius = RADIUS[host.name] = Radius(host, USERS, accounting=True)
+            radius.start()
         built.client.configure(f'secrets {{ eap-someone {{ id = someone\n secret = "{PASSWORD}" }} }}\n', "eap.conf")
         for host, name, settings in (
             (built.gw1, "gw", GATEWAY),
@@ -68,6 +71,11 @@ def stub(topology: Topology) -> Stub:
     """The stub of the one session."""
     [key] = topology.bank.stubs()
     return stub_of_key(topology, key)
+
+
+def accounts(gateway: str) -> list[str]:
+    """Start or Stop of each accounting request of a gateway's charon."""
+    return [entry["Acct-Status-Type"] for entry in RADIUS[gateway].accounts()]
 
 
 def until(topology: Topology) -> int:
@@ -92,3 +100,21 @@ def test_a_session_timeout_counts_at_the_gateway_where_the_session_goes_on(topol
     )
     assert time.time() <= first
     assert topology.client.ping(SITE) == 3
+
+
+def test_charons_own_accounting_has_a_stop_where_the_session_moved_away_and_no_start_where_it_goes_on(
+    topology: Topology,
+) -> None:
+    fresh(topology)
+    for radius in RADIUS.values():
+        radius.forget_accounts()
+    connect(topology)
+    wait_until(lambda: accounts("gw1") == ["Start"], "the Start")
+    assert resume(topology, "--to", topology.gw2.address)["result"] == "resumed"
+    wait_until(lambda: accounts("gw1") == ["Start", "Stop"], "the Stop")
+    start, stop = RADIUS["gw1"].accounts()
+    assert stop["Acct-Session-Id"] == start["Acct-Session-Id"]
+    assert int(stop["Acct-Input-Octets"]) == 3 * 84
+    topology.client.swanctl("--terminate", "--ike-id", the_sa(topology.client)["uniqueid"])
+    wait_until(lambda: not topology.gw2.charon.sas(), "the end of the session")
+    assert accounts("gw2") == []
