@@ -23,7 +23,7 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.charon.status import charon_status, sa_rows
 from bridge.charon.vici_types import SaInfo
 from bridge.config import ConfigError, GatewayConfig
-from bridge.gateway import metrics
+from bridge.gateway import metrics, shared_addresses
 from bridge.gateway.address_book import AddressBook
 from bridge.gateway.address_keeper import AddressKeeper
 from bridge.gateway.addresses import AddressHolders
@@ -390,8 +390,7 @@ class GatewayRole:
         charon_metrics.of_charon(self._metrics, self._charon)
         metrics.of_stubs(self._metrics, self._charon, self._writer, self._bank, self._prefetch)
         self._interception.gauges(self._metrics)
-        if self._shared is not None:
-            self._shared.gauges(self._metrics)
+        shared_addresses.gauges(self._metrics, self._shared)
         gauge, responder, replicas = self._metrics.gauge, self._responder, self._replicas
         gauge(
             "toggle_seconds",

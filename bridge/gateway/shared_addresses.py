@@ -66,7 +66,7 @@ class SharedAddresses:
         except OSError as error:
             raise StartError(f"raw sockets: {error}") from error
         self._netlink = config.takeover.trigger == "netlink"
-        self._fence = Fence(config.intercept)
+        self.fence = Fence(config.intercept)
         self.takeover = Takeover(
             config.takeover,
             config.address,
@@ -80,7 +80,7 @@ class SharedAddresses:
             living,
             revocations,
             self._again,
-            self._fence,
+            self.fence,
             came,
             went,
         )
@@ -132,29 +132,7 @@ class SharedAddresses:
 
     def status(self) -> dict[str, Any]:
         """For `status`."""
-        return {"addresses": self.takeover.status(), "fence": {"in_place": self._fence.in_place}}
-
-    def gauges(self, metrics: GatewayMetrics) -> None:
-        """Its state, for `status`."""
-        takeover = self.takeover
-        metrics.total("sessions_taken_over", "sessions taken over as they are", lambda: takeover.taken)
-        metrics.total(
-            "sessions_not_taken_over",
-            "sessions at a shared address that could not be taken over",
-            lambda: sum(takeover.not_taken.values()),
-        )
-        metrics.total(
-            "sessions_lost_to_takeover",
-            "sessions dropped here because another gateway took them",
-            lambda: takeover.lost,
-        )
-        metrics.gauge(
-            "fence_in_place", "1 while nothing of a shared address can leave", lambda: float(self._in_place())
-        )
-        metrics.total("fence_dropped", "packets that the fence kept from leaving", lambda: self._fence.dropped)
-
-    def _in_place(self) -> bool:
-        return self._fence.in_place
+        return {"addresses": self.takeover.status(), "fence": {"in_place": self.fence.in_place}}
 
     # the kernel's news
 
@@ -198,3 +176,29 @@ class SharedAddresses:
             except BankUnavailable as error:
                 log.info("owners-not-read", reason=str(error))
             await asyncio.sleep(1.0)
+
+
+def gauges(metrics: GatewayMetrics, shared: SharedAddresses | None) -> None:
+    """What is told of it; zeros, and nothing missing, where no address is shared."""
+    taken = shared.takeover if shared is not None else None
+    metrics.total("sessions_taken_over", "sessions taken over as they are", lambda: taken.taken if taken else 0)
+    metrics.total(
+        "sessions_not_taken_over",
+        "sessions at a shared address that could not be taken over",
+        lambda: sum(taken.not_taken.values()) if taken else 0,
+    )
+    metrics.total(
+        "sessions_lost_to_takeover",
+        "sessions dropped here because another gateway took them",
+        lambda: taken.lost if taken else 0,
+    )
+    metrics.gauge(
+        "fence_in_place",
+        "1 while nothing of a shared address of another gateway can leave",
+        lambda: float(shared is None or shared.fence.in_place),
+    )
+    metrics.total(
+        "fence_dropped",
+        "packets that the fence kept from leaving",
+        lambda: shared.fence.dropped if shared is not None else 0,
+    )
