@@ -13,6 +13,8 @@ from bridge.stub.types import printable
 
 OCTETS_MAX: Final = 100_000
 """of what a gateway writes; more is not read"""
+FAILURES_MAX: Final = 64
+"""of one gateway; more are not shown"""
 SHOWN_SECONDS: Final = 600.0
 """that a failure is posted after its announcements have ended"""
 RUNNING: Final = "running"
@@ -57,14 +59,18 @@ def encode(failures: Iterable[FailoverProgress]) -> str:
 
 
 def decode(text: object) -> list[FailoverProgress]:
-    """None where it is not what a gateway writes."""
+    """None where it is not what a gateway writes; text in it is made printable."""
     if not isinstance(text, bytes) or len(text) > OCTETS_MAX:
         return []
     try:
         failures = msgspec.json.decode(text, type=list[FailoverProgress])
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return []
-    return [failure for failure in failures if bank_keys.gateway_name(failure.gateway) is not None]
+    return [
+        msgspec.structs.replace(failure, state=printable(failure.state), reason=printable(failure.reason))
+        for failure in failures[:FAILURES_MAX]
+        if bank_keys.gateway_name(failure.gateway) is not None
+    ]
 
 
 def together(published: Mapping[str, Iterable[FailoverProgress]]) -> list[FailoverProgress]:
@@ -74,14 +80,14 @@ def together(published: Mapping[str, Iterable[FailoverProgress]]) -> list[Failov
     for failure in (failure for failures in published.values() for failure in failures):
         before = merged.get(failure.gateway)
         if before is None:
-            merged[failure.gateway] = msgspec.structs.replace(failure, reason=printable(failure.reason))
+            merged[failure.gateway] = failure
             continue
         resumed = before.resumed + failure.resumed
         over = max(resumed, before.over, failure.over)
         merged[failure.gateway] = FailoverProgress(
             failure.gateway,
             RUNNING if RUNNING in (before.state, failure.state) else max(before.state, failure.state),
-            before.reason or printable(failure.reason),
+            before.reason or failure.reason,
             max(before.stubs, failure.stubs),
             max(before.sessions, failure.sessions),
             before.under_way + failure.under_way,
