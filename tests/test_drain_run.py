@@ -243,6 +243,7 @@ def evening(scene: Scene, **sessions: int) -> dict[str, Any]:
         (15, {"there": 5, "third": 10}, 5),
         (10, {"there": 0, "third": 30}, 0),
         (16, {"there": 9, "third": 2}, 0),
+        (4, {"there": -(10**9)}, 2),
     ],
 )
 def test_until_even_moves_what_is_more_than_the_mean_here_and_less_there(
@@ -251,7 +252,7 @@ def test_until_even_moves_what_is_more_than_the_mean_here_and_less_there(
     scene = Scene(loop, here)
     begun = evening(scene, **others)
     assert begun["wanted"] == moves
-    assert list(begun["sessions_at"].values()) == [here, *others.values()]
+    assert list(begun["sessions_at"].values()) == [here, *(max(count, 0) for count in others.values())]
     for sa in scene.sas:
         scene.arrives(sa)
     loop.pass_time(1.0)

@@ -26,6 +26,11 @@ def test_what_no_gateway_posts_says_nothing(octets: bytes) -> None:
     assert decode(octets) == []
 
 
+def test_text_that_no_gateway_posts_does_nothing_to_a_terminal() -> None:
+    [failure] = decode(encode([progress(state="\x1b[2J", reason="\x07")]).encode())
+    assert (failure.state + failure.reason).isprintable()
+
+
 def test_two_gateways_each_announce_a_part() -> None:
     told = {
         ONE: [progress(announced=5, under_way=1, resumed=4)],

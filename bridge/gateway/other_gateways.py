@@ -60,7 +60,7 @@ class OtherGateways:
         """How many each of `facts` has, as far as it says. Raises BankUnavailable."""
         published = {name: gateway_stats.decode(await bank.posted(bank_keys.STATS_KIND, name)) for name in self.facts}
         return {
-            name: int(stats[gateway_stats.SESSIONS])
+            name: max(int(stats[gateway_stats.SESSIONS]), 0)
             for name, stats in published.items()
             if gateway_stats.SESSIONS in stats
         }
