@@ -189,6 +189,13 @@ def test_sessions_that_no_gateway_could_resume_are_counted_and_not_announced() -
     assert (net.state()["stubs"], net.state()["sessions"]) == (5, 4)
 
 
+def test_a_session_whose_end_is_reported_twice_is_counted_once() -> None:
+    net = Network(3)
+    for _ in range(2):
+        net.announcer.over(stub_of(net.sent[0]).index)
+    assert (net.state()["resumed"], net.state()["elsewhere"]) == (1, 0)
+
+
 def test_a_session_that_went_on_unannounced_is_counted_once() -> None:
     net = Network(50)
     index = stub_of(next(number for number in range(50) if number not in net.sent)).index

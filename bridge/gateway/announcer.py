@@ -88,7 +88,7 @@ class _Failure:
     stopped: str = ""
     ended: float | None = None
     outside: set[Index] = field(default_factory=set)
-    """resumed or ended before their turn"""
+    """resumed or ended, announced or not"""
 
 
 class Announcer:
@@ -159,6 +159,8 @@ class Announcer:
                 failure.counts["elsewhere"] += 1
             return
         failure.window = min(failure.window + 1, WINDOW_MAX)
+        # the bank reports the end of its stub more than once
+        failure.outside.add(index)
         self._settle(failure, announced, "resumed")
 
     def under_way(self) -> list[Index]:
