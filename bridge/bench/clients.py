@@ -74,16 +74,20 @@ class Clients:
             for host, _ in self._hosts
         ]
 
+    def at(self, gateway: Host) -> int:
+        """How many have their session at a gateway, and no other."""
+        there = gateway.address
+        return sum([sa["remote-host"] for sa in host.charon.sas()] == [there] for host, _ in self._hosts)
+
     def longest_since(self, wall: float) -> int:
         """The longest silence of any that ended after a time (Unix seconds), in ms."""
         return round(max((ping.traffic().silence_since(wall) for ping in self._pings), default=0.0) * 1000)
 
     def after(self, wall: float) -> dict[str, Any]:
         """What became of them after a failure at a time (Unix seconds), once they have traffic again."""
-        there = self._topology.gw2.address
 
         def moved() -> int:
-            return sum([sa["remote-host"] for sa in host.charon.sas()] == [there] for host, _ in self._hosts)
+            return self.at(self._topology.gw2)
 
         with contextlib.suppress(LabError):
             wait_until(lambda: moved() == len(self._hosts), "all clients at the other gateway", RETURN_PATIENCE)

@@ -16,6 +16,7 @@ from bridge.bench.rig import Rig
 from bridge.bench.usage import quantile
 from bridge.bench.visitor import handshakes
 from bridge.lab.daemon import wait_until
+from bridge.lab.space import LabError
 from bridge.lab.topology import Topology
 from bridge.stub import bank_keys
 
@@ -101,7 +102,7 @@ def fill(rig: Rig, sessions: int) -> None:
         if not missing:
             break
     else:
-        raise RuntimeError(f"{missing} of {sessions} sessions did not begin")
+        raise LabError(f"{missing} of {sessions} sessions did not begin")
 
     def stored() -> bool:
         counters = rig.topology.gateways["gw1"].ask("counters")["counters"]
@@ -115,6 +116,8 @@ def failure(rig: Rig, kind: str, sessions: int, told: Progress) -> dict[str, Any
     told(f"{kind}: sessions begin", 0.0)
     fill(rig, sessions)
     quiet = _handshakes_for(rig, QUIET_SECONDS)
+    if rig.clients.at(rig.topology.gw1) < len(rig.clients.sessions()):
+        raise LabError("clients have left the gateway before it failed: this machine is too busy for failover.detect")
     shaken: list[float] = []
     before, meter = _counters(rig), rig.meter()
     over = threading.Event()
