@@ -62,9 +62,11 @@ class Frr(Daemon):
     def start(self) -> None:
         """Start both, and wait until bgpd has read its configuration."""
         self.host.run("install", "-d", "-o", "frr", "-g", "frr", FRR_RUN)
-        file = self.host.directory / "frr.conf"
-        file.write_text(self.configuration)
-        common = ("-f", str(file), "-u", "frr", "-g", "frr", "-P", "0", "--log", "stdout")
+        # where the user frr can read it
+        file = f"{FRR_RUN}/frr.conf"
+        self.host.path(file).write_text(self.configuration)
+        self.host.path(file).chmod(0o644)
+        common = ("-f", file, "-u", "frr", "-g", "frr", "-P", "0", "--log", "stdout")
         self.zebra.spawn(f"{FRR}/zebra", *common)
         self.zebra.await_alive(lambda: self.host.path(f"{FRR_RUN}/zserv.api").exists(), "it served bgpd")
         self.spawn(f"{FRR}/bgpd", *common)
