@@ -1,4 +1,7 @@
-"""One virtual IP, one session, with real charons: what happens to an address when its gateway dies and comes back."""
+"""One virtual IP, one session, with real charons: what happens to an address when its gateway dies and comes back.
+
+With `make test-releases` also of strongSwan 6.0.1 and 6.1.0, and with addresses of IPv6 alone.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,70 @@ from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar
-from bridge.lab.topology import CHOICES, client_config, client_host
-from failover_support import connect, counter, established, fresh, the_sa
+from bridge.lab.topology import CHOICES, SERVER, SERVER6, client_config, client_host
+from failover_support import complete, counter, established, fresh, stub_key, the_sa
 
 pytestmark = pytest.mark.lab
 
+POOLS = {"IPv4": "clients", "IPv6": "clients6", "dual stack": "clients,clients6"}
+NETWORKS = "10.10.0.0/16,fd10:10:1::/64"
+VIPS = {"IPv4": "0.0.0.0", "IPv6": "::", "dual stack": "0.0.0.0,::"}
 
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    """The standard lab and a second client, `other`; clients move when they are told to only."""
+
+def addresses(gateway: Host, family: str, number: int) -> None:
+    """Have a gateway give out addresses of this family."""
+    pools = f"pools {{ clients6 {{ addrs = fd20:0:{number}::/112 }} }}"
+    children = f"children {{ net {{ local_ts = {NETWORKS} }} }}"
+    gateway.configure(f"{pools}\nconnections {{ gw {{\npools = {POOLS[family]}\n{children}\n}} }}\n", "family.conf")
+
+
+def connect(topology: Topology) -> dict[str, Any]:
+    """A session of the client, its stub in the bank, traffic flowing in each of its families."""
+    topology.connect()
+    sa = the_sa(topology.client)
+    wait_until(lambda: complete(topology, stub_key(sa["remote-host"], sa["responder-spi"])), "the stub of the session")
+    reaches(topology)
+    return sa
+
+
+def reaches(topology: Topology) -> None:
+    """The client reaches the server behind the gateways, in each of its families."""
+    for vip in the_sa(topology.client)["local-vips"]:
+        server = SERVER6 if ":" in vip else SERVER
+        wait_until(lambda server=server: topology.client.ping(server, count=1) == 1, f"{server} answers {vip}")  # type: ignore[misc]
+
+
+def release(family: str, name: str) -> Any:
+    """A run with the strongSwan of another Debian release on all hosts."""
+    return pytest.param((family, name), marks=pytest.mark.releases, id=f"{family}, {name}")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("IPv4", None), id="IPv4"),
+        pytest.param(("dual stack", None), id="dual stack"),
+        release("IPv6", "bookworm"),
+        release("dual stack", "trixie"),
+        release("dual stack", "forky"),
+    ],
+)
+def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
+    """The standard lab and a second client, `other`; clients move when they are told to only. What they get: addresses
+    of one family, or of both."""
+    family, name = request.param
     with Lab() as lab:
-        built = standard(lab, start=False)
+        releases = dict.fromkeys(("gw1", "gw2", "client"), name) if name is not None else None
+        built = standard(lab, start=False, releases=releases)
         built.agent.config["resume_on_down"] = False
         for gateway in built.gateways.values():
             gateway.config["sync"] |= {"duplicate_address": "report"}
-        other = client_host(lab, "other", "192.168.50.11", built.secret)
+        other = client_host(lab, "other", "192.168.50.11", built.secret, release=name)
+        for number, host in ((1, built.gw1), (2, built.gw2)):
+            addresses(host, family, number)
+        for client in (built.client, other):
+            children = f"children {{ net {{ remote_ts = {NETWORKS} }} }}"
+            client.configure(f"connections {{ home {{\nvips = {VIPS[family]}\n{children}\n}} }}\n", "vips.conf")
         other.sidecar("client", client_config(CHOICES) | {"resume_on_down": False})
         built.start()
         other.sidecars[0].start(wait=False)
@@ -87,6 +139,7 @@ def test_a_session_comes_back_to_a_gateway_that_still_has_its_old_sa(topology: T
     after = the_sa(topology.client)
     assert after["local-vips"] == before["local-vips"]
     assert the_sa(topology.gw1)["responder-spi"] == after["responder-spi"]
+    reaches(topology)
 
 
 def given_away(topology: Topology, duplicate_address: str) -> None:
@@ -122,3 +175,28 @@ def test_the_newer_of_two_sessions_with_one_address_is_ended(topology: Topology)
     assert not established(topology.gw1)
     # and the older one goes on
     assert resumed_to(topology.agent, topology.gw1)["result"] == "resumed"
+    reaches(topology)
+
+
+def test_the_client_of_the_newer_session_comes_again_and_gets_another_address(topology: Topology) -> None:
+    other = topology.lab.hosts["other"]
+    sidecar = other.sidecars[0]
+    before = dict(sidecar.config)
+    sidecar.stop()
+    sidecar.config["resume"] = {"after_delete": "handshake"}
+    sidecar.start()
+    try:
+        given_away(topology, "end-newer")
+        taken = the_sa(other)["local-vips"]
+        wait_until(lambda: addresses_of(other) not in ([], taken), "another session, with another address")
+        assert not set(addresses_of(other)) & set(taken)
+        assert the_sa(other)["remote-host"] == topology.gw2.address
+    finally:
+        sidecar.stop()
+        sidecar.config = before
+        sidecar.start()
+
+
+def addresses_of(client: Host) -> list[str]:
+    """The virtual IPs of a client's sessions."""
+    return [vip for sa in established(client) for vip in sa["local-vips"]]

@@ -11,7 +11,7 @@ from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import CHOICES, SERVER, client_config, client_host
-from failover_support import connect, counter, established, fresh, resume, status, the_sa
+from failover_support import connect, counter, established, fresh, resume, spis, status, the_sa
 
 pytestmark = pytest.mark.lab
 
@@ -146,3 +146,26 @@ def test_while_many_sessions_come_and_go_the_placeholder_stays_passive(topology:
         done = other.sidecars[0].command("resume", "--json", "--to", gateway.address)
         assert json.loads(done.stdout)["result"] == "resumed"
         assert FIRST in placeholders(topology, "gw1")
+
+
+def test_a_session_that_moved_has_an_address_of_its_gateways_own_pool_after_its_reauthentication(
+    topology: Topology,
+) -> None:
+    assert connect(topology)["local-vips"] == [FIRST]
+    assert resume(topology, "--to", topology.gw2.address)["result"] == "resumed"
+    moved = the_sa(topology.client)
+    wait_until(lambda: placeholders(topology, "gw1") == [FIRST], "the placeholder")
+    topology.client.swanctl("--rekey", "--ike-id", moved["uniqueid"], "--reauth")
+    wait_until(
+        lambda: [spis(sa) for sa in established(topology.client)] not in ([], [spis(moved)]), "the reauthentication"
+    )
+    assert the_sa(topology.client)["local-vips"] == ["10.20.2.1"]
+    wait_until(lambda: topology.client.ping(SERVER, count=1) == 1, "traffic with the new address")
+    # and the first address is free again
+    wait_until(lambda: placeholders(topology, "gw1") == [], "the end of the placeholder")
+
+
+def reauthenticated(topology: Topology, before: tuple[str, str]) -> bool:
+    """Whether the client has one IKE_SA, and another one than before."""
+    found = [spis(sa) for sa in established(topology.client)]
+    return len(found) == 1 and found != [before]
