@@ -3,7 +3,7 @@
 # What they need is installed the first time and then left alone: Debian packages, and Python ones in .venv.
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo record bench test test-releases test-vm test-vagrant test-dist chaos dist deb debs lint typecheck man reference lock clean
+.PHONY: help setup demo record bench test test-releases test-vm test-vagrant test-dist test-ansible chaos dist deb debs lint typecheck man reference lock clean
 
 # Debian's Python: the headers that NetfilterQueue is built with belong to it.
 PYTHON ?= /usr/bin/python3
@@ -115,6 +115,15 @@ test-vagrant: $(VENV)/.project deb ## the Vagrant lab: vagrant up on emulated ma
 
 chaos: setup ## random disturbances of three gateways, six clients and a Redis pair: CHAOS_ARGS='--rounds 200 --seed 1'
 	@PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS_ARGS)
+
+test-ansible: $(VENV)/.ansible ## the Ansible role, on hosts of the lab
+	@IKE_SA_SYNC_ANSIBLE=$(VENV)/ansible/bin/ansible-playbook $(BIN)/python -m pytest -m ansible tests/test_ansible.py $(PYTEST_ARGS)
+
+# Not in the project's own environment: Ansible has requirements of its own.
+$(VENV)/.ansible: ansible/requirements.txt $(VENV)/.project
+	@$(PYTHON) -m venv --clear $(VENV)/ansible
+	@$(VENV)/ansible/bin/python -m pip install --quiet --disable-pip-version-check -r ansible/requirements.txt
+	@touch $@
 
 lint: setup ## ruff, and who may import whom
 	@$(BIN)/ruff check .

@@ -63,7 +63,7 @@ def outside(lab: VagrantLab, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     ]
     for dump in dumps:
         assert dump.stderr is not None
-        assert b"listening" in dump.stderr.readline() + dump.stderr.readline()
+        assert any(b"listening" in line for line in dump.stderr)
     yield kept
     for dump in dumps:
         dump.terminate()
@@ -124,7 +124,7 @@ def test_each_machines_own_check_passes(lab: VagrantLab, outside: Path) -> None:
 def test_a_failover_is_resumed_with_its_traffic_and_seen_at_the_bank(lab: VagrantLab, outside: Path) -> None:
     watch = lab.start("bank", "exec watch-bank")
     assert watch.stdout is not None
-    assert "psubscribe" in watch.stdout.readline()
+    assert any("psubscribe" in line for line in watch.stdout)
     told = lab.run("client", "failover-demo")
     log.info("client:\n%s", told)
     assert re.search(r"outcome +resumed at ", told)
@@ -143,8 +143,6 @@ def test_the_traffic_does_not_leave_the_tunnel(lab: VagrantLab, outside: Path) -
     lab.run("client", f"ping -n -c 20 -i 0.2 -p {MARK} {SERVER}")
     session_at(lab, GW2)
     lab.run("client", f"ping -n -c 20 -i 0.2 -p {MARK} {SERVER}")
-    # it is seen where it may be: tcpdump would find it
-    lab.run("server", "timeout 60 tcpdump -c 1 icmp >/dev/null 2>&1 || true", check=False)
     assert len(packets(outside, "esp or udp port 4500 or udp port 500")) > 40
 
 

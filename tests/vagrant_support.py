@@ -89,7 +89,7 @@ class VagrantLab:
 
     def ssh(self, machine: str, command: str) -> list[str]:
         """The command line of a command in a machine, as root."""
-        config = ("-F", str(self._config), "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=20")
+        config = ("-F", str(self._config), "-o", "ConnectTimeout=300", "-o", "ServerAliveInterval=60")
         return ["ssh", *config, machine, f"sudo sh -c {_quoted(command)}"]
 
     def run(self, machine: str, command: str, check: bool = True, seconds: float = PATIENCE) -> str:
@@ -107,14 +107,14 @@ class VagrantLab:
     def reachable(self, machine: str) -> bool:
         """Whether it has booted."""
         with suppress(subprocess.TimeoutExpired):
-            return self.run(machine, "echo up", check=False, seconds=60) == "up\n"
+            return self.run(machine, "echo up", check=False, seconds=300) == "up\n"
         return False
 
     def ready(self, machine: str, role: str) -> bool:
         """Whether its check has no failure."""
         with suppress(subprocess.TimeoutExpired):
             return ": 0 fail" in self.run(
-                machine, f"ike-sa-sync check -c /etc/ike-sa-sync/{role}.yaml", check=False, seconds=120
+                machine, f"ike-sa-sync check -c /etc/ike-sa-sync/{role}.yaml", check=False, seconds=300
             )
         return False
 
@@ -123,7 +123,9 @@ class VagrantLab:
         return dict(json.loads(self.run(machine, f"ike-sa-sync status -c /etc/ike-sa-sync/{role}.yaml --json")))
 
     def session(self) -> dict[str, Any]:
-        """The client's only one."""
+        """The client's only one; a new one where it has none."""
+        if not self.status("client", "client")["sas"]:
+            self.run("client", "swanctl --initiate --child net --ike home")
         [sa] = self.status("client", "client")["sas"]
         return dict(sa)
 
