@@ -6,9 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import IkeSa
+from bridge.gateway.return_path import ReturnPath
+from bridge.ike.transforms import Suite
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SERVER
+from bridge.net.neighbour import Connected
 from failover_support import counter, established, fresh, resume, the_sa
 
 GATEWAY = """
@@ -46,6 +51,26 @@ def topology() -> Iterator[Topology]:
 @pytest.fixture(autouse=True)
 def _fresh(topology: Topology) -> None:
     fresh(topology)
+
+
+@pytest.mark.asyncio
+async def test_the_hosts_networks_are_not_read_for_each_session_of_a_storm() -> None:
+    now, read = [100.0], list[float]()
+
+    def networks() -> list[Connected]:
+        read.append(now[0])
+        return []
+
+    path = ReturnPath(enabled=True, networks=networks, clock=lambda: now[0])
+    for number in range(1, 4):
+        sa = IkeSa(IkeId.of(bytes(8), bytes([number]) * 8, False), Suite(12, 128, 12, 5, 31), b"d" * 32)
+        sa.up, sa.remote_vips = True, ("10.20.1.1",)
+        path.changed(sa)
+    assert read == [100.0]
+    now[0] += 1.0
+    sa.remote_vips = ("10.20.1.2",)
+    path.changed(sa)
+    assert read == [100.0, 101.0]
 
 
 @pytest.mark.lab

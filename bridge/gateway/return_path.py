@@ -9,6 +9,7 @@ for it, and stops when the session is gone from here.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from typing import Final
@@ -23,6 +24,8 @@ log = structlog.get_logger()
 
 ANNOUNCE_AFTER: Final = (0.0, 1.0, 2.0)
 """seconds, each after the one before, after which an address is announced: one announcement may be lost"""
+NETWORKS_SECONDS: Final = 1.0
+"""that the list of the host's networks is used for; reading it takes longer than everything else here"""
 
 
 class ReturnPath:
@@ -34,10 +37,14 @@ class ReturnPath:
         enabled: bool,
         networks: Callable[[], list[Connected]] = connected_networks,
         neighbour: Callable[[str], Neighbour] = Neighbour,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._enabled = enabled
         self._networks = networks
         self._neighbour = neighbour
+        self._clock = clock
+        self._connected: list[Connected] = []
+        self._read_at: float | None = None
         self._neighbours: dict[str, Neighbour] = {}
         self._announced: dict[str, tuple[str, set[bytes]]] = {}
         """by address: the interface, and the SAs (both SPIs) that have it"""
@@ -65,10 +72,16 @@ class ReturnPath:
             return
         before, self._of[spis] = self._of.get(spis, ()), sa.remote_vips
         self._withdraw(spis, [address for address in before if address not in sa.remote_vips])
-        networks = self._networks()
         for address in sa.remote_vips:
-            if (interface := _interface(address, networks)) is not None:
+            if (interface := _interface(address, self._now())) is not None:
                 self._take_up(spis, address, interface)
+
+    def _now(self) -> list[Connected]:
+        """The networks of this host."""
+        now = self._clock()
+        if self._read_at is None or now - self._read_at >= NETWORKS_SECONDS:
+            self._connected, self._read_at = self._networks(), now
+        return self._connected
 
     def gone(self, spis: bytes) -> None:
         """An SA ended."""

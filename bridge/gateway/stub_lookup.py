@@ -39,6 +39,14 @@ class Missing(StrEnum):
     BANK_UNAVAILABLE = "bank-unavailable"
 
 
+class _Question:
+    """What the bank is asked about together."""
+
+    def __init__(self) -> None:
+        self.indexes: list[Index] = []
+        self.answer: asyncio.Task[set[Index]]
+
+
 class StubLookup:
     """Finds stubs. `reachable` returns whether the bank is worth asking, `timeout` (s) how long it may take."""
 
@@ -64,6 +72,7 @@ class StubLookup:
         self._reachable = reachable
         self._timeout = timeout
         self._clock = clock
+        self._question: _Question | None = None
 
     async def find(self, requests: Sequence[SyncRequest]) -> list[Stub | Missing]:
         """The stub that each request names, or why there is none."""
@@ -94,11 +103,24 @@ class StubLookup:
             return True
         if not self._reachable():
             return False
+        # in a storm many are confirmed in one pass of the event loop
+        if (question := self._question) is None:
+            question = self._question = _Question()
+            question.answer = asyncio.ensure_future(self._ended(question))
+        question.indexes.append(index)
+        # one that gives up leaves the answer to the others
+        return index in await asyncio.shield(question.answer)
+
+    async def _ended(self, question: _Question) -> set[Index]:
+        """Those whose sessions have ended, of all that were asked about in this pass of the event loop."""
+        await asyncio.sleep(0)
+        self._question = None
         try:
             async with asyncio.timeout(self._timeout):
-                return (await self._bank.ended([index]))[0] is True
+                replies = await self._bank.ended(question.indexes)
         except (BankUnavailable, TimeoutError):
-            return False
+            return set()
+        return {index for index, ended in zip(question.indexes, replies, strict=True) if ended}
 
     def _held(self, request: SyncRequest, index: Index) -> Stub | None:
         """The stub in the request, if it opens and the request proves that it is the sender's."""

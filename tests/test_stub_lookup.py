@@ -1,0 +1,80 @@
+"""What a confirmation asks the bank (bridge.gateway.stub_lookup): whether the session has ended meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from bridge.bank.interface import BankUnavailable
+from bridge.gateway.endings import Endings
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.stub_lookup import StubLookup
+from bridge.stub.stub import Index
+
+pytestmark = pytest.mark.asyncio
+
+FIRST, SECOND, THIRD = (Index("192.0.2.1", bytes([number]) * 8) for number in (1, 2, 3))
+
+
+class Bank:
+    """Answers what has ended, and notes how often it was asked."""
+
+    def __init__(self, *ended: Index) -> None:
+        self.gone = set(ended)
+        self.asked: list[list[Index]] = []
+        self.failure: Exception | None = None
+        self.question = asyncio.Event()
+
+    async def ended(self, indexes: Sequence[Index]) -> list[bool | None]:
+        self.asked.append(list(indexes))
+        self.question.set()
+        await asyncio.sleep(0)
+        if self.failure is not None:
+            raise self.failure
+        return [index in self.gone for index in indexes]
+
+
+def lookup_in(bank: Any, *, reachable: bool = True) -> StubLookup:
+    unused: Any = None
+    return StubLookup(
+        unused, bank, unused, Endings(), unused, GatewayMetrics(), reachable=lambda: reachable, timeout=1.0
+    )
+
+
+async def test_those_that_are_confirmed_at_once_are_asked_about_at_once() -> None:
+    bank = Bank(SECOND)
+    lookup = lookup_in(bank)
+    assert await asyncio.gather(*map(lookup.ended, (FIRST, SECOND, THIRD))) == [False, True, False]
+    assert bank.asked == [[FIRST, SECOND, THIRD]]
+
+
+async def test_one_that_comes_while_the_bank_is_asked_is_asked_about_then() -> None:
+    bank = Bank(SECOND)
+    lookup = lookup_in(bank)
+    first = asyncio.ensure_future(lookup.ended(FIRST))
+    await bank.question.wait()
+    assert await lookup.ended(SECOND)
+    assert not await first
+    assert bank.asked == [[FIRST], [SECOND]]
+
+
+async def test_one_that_gives_up_leaves_the_answer_to_the_others() -> None:
+    bank = Bank(SECOND)
+    lookup = lookup_in(bank)
+    first, second = (asyncio.ensure_future(lookup.ended(index)) for index in (FIRST, SECOND))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert await second
+
+
+async def test_a_bank_that_does_not_answer_knows_of_no_end_of_any_of_them() -> None:
+    bank = Bank(FIRST, SECOND)
+    bank.failure = BankUnavailable("away")
+    lookup = lookup_in(bank)
+    assert await asyncio.gather(*map(lookup.ended, (FIRST, SECOND))) == [False, False]
+    bank.failure = None
+    assert await lookup.ended(FIRST)
+    assert not await lookup_in(bank, reachable=False).ended(FIRST)
