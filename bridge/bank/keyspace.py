@@ -20,7 +20,7 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from bridge.bank.redis_url import FAILURES, Client, connect, node_client
+from bridge.bank.redis_url import FAILURES, Client, closed_as_lost, connect, node_client
 from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
@@ -103,7 +103,8 @@ class Keyspace:
         delay = BACK_OFF_MIN
         while True:
             try:
-                await self._listen()
+                with closed_as_lost():
+                    await self._listen()
             except FAILURES as error:
                 if self._listening:
                     delay = BACK_OFF_MIN

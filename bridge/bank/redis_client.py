@@ -23,7 +23,7 @@ from redis.exceptions import (
 from bridge.bank.cluster_nodes import ClusterNodes
 from bridge.bank.exchange import exchange
 from bridge.bank.interface import BankUnavailable, BankUnwritable
-from bridge.bank.redis_url import FAILURES, Client, connect
+from bridge.bank.redis_url import FAILURES, Client, closed_as_lost, connect
 from bridge.service import shipped_files
 from bridge.stub.types import printable
 
@@ -168,7 +168,8 @@ class RedisClient:
     def reaching(self) -> Iterator[None]:
         """Every way in which Redis fails within, as BankUnavailable."""
         try:
-            yield
+            with closed_as_lost():
+                yield
         except TimeoutError:
             raise BankUnavailable("Redis did not answer in time") from None
         except FAILURES as error:

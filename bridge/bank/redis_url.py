@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
 from redis.asyncio import Redis, RedisCluster
@@ -20,6 +22,18 @@ Client: TypeAlias = "Redis | RedisCluster"
 FAILURES: Final = (RedisError, RedisClusterException, OSError)
 """all that a client raises where Redis cannot be reached, or refuses: redis-py's errors of a Cluster without a
 reachable node, or with a slot that no node serves, are no RedisError. TimeoutError is an OSError."""
+
+
+@contextmanager
+def closed_as_lost() -> Iterator[None]:
+    """A connection that went away while something was written to it: uvloop raises a bare RuntimeError then, which
+    becomes redis-py's ConnectionError here. Every other RuntimeError is a mistake of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "the handler is closed" not in str(error):
+            raise
+        raise RedisConnectionError("the connection was closed") from None
 
 
 def node_client(cluster: RedisCluster, host: str, port: int, *, bare: bool = False) -> Redis:
