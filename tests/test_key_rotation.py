@@ -24,6 +24,7 @@ pytestmark = pytest.mark.redis
 ONE, TWO = "192.0.2.1", "192.0.2.2"
 SETTLE = 1.0
 LOOK = 0.05
+SHARED = "192.0.2.100"
 
 
 class Sidecar:
@@ -37,7 +38,14 @@ class Sidecar:
         self.later = 0.0
         """seconds that its clock is ahead of this one"""
         self.rotation = KeyRotation(
-            self.bank, self.ring, file, address, settle=SETTLE, look=LOOK, wall=lambda: time.time() + self.later
+            self.bank,
+            self.ring,
+            file,
+            address,
+            shared=(SHARED,),
+            settle=SETTLE,
+            look=LOOK,
+            wall=lambda: time.time() + self.later,
         )
         self.beating = True
         self._tasks = [asyncio.create_task(self.rotation.run()), asyncio.create_task(self._beat())]
@@ -110,6 +118,8 @@ async def test_a_new_key_seals_everywhere_and_what_was_sealed_before_is_sealed_a
 ) -> None:
     one, two = pair
     stubs = [stub_of(gateway=ONE) for _ in range(300)] + [stub_of(gateway=TWO) for _ in range(300)]
+    # an address that both share
+    stubs += [stub_of(gateway=SHARED) for _ in range(50)]
     await one.bank.store(stubs)
     new = generate(one.file, add=True)
     give(two, one)

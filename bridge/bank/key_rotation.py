@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +35,8 @@ LOOK_SECONDS: Final = 2.0
 
 
 class KeyRotation:
-    """Keeps `keyring` as `key_file` has it, and chooses what seals. `address` is this gateway's in the index.
+    """Keeps `keyring` as `key_file` has it, and chooses what seals. `address` is this gateway's in the index,
+    `shared` are those that it shares with others, whose stubs each of them seals again.
 
     `settle` in seconds: how long all gateways have to be seen with a key before it seals. `doubtful` says that
     heartbeats may be missing since the bank did not take them: then a gateway that is not seen may be alive, and no key
@@ -49,6 +50,7 @@ class KeyRotation:
         key_file: str | Path,
         address: str | None,
         *,
+        shared: Collection[str] = (),
         settle: float = SETTLE_SECONDS,
         patience: float = WAIT_SECONDS,
         look: float = LOOK_SECONDS,
@@ -59,6 +61,7 @@ class KeyRotation:
         self._keyring = keyring
         self._file = Path(key_file)
         self._address = address
+        self._shared = frozenset(shared)
         self._settle = settle
         self._patience = patience
         self._look = look
@@ -81,7 +84,7 @@ class KeyRotation:
         return {
             "sealing": self._keyring.sealing.hex(),
             "keys": [key_id.hex() for key_id in self._keyring.ids],
-            "resealed": self._address in self._resealed,
+            "resealed": {self._address, *self._shared} <= self._resealed,
             "waits_for": list(self._waits_for),
             "seals": self.seals,
         }
@@ -111,6 +114,7 @@ class KeyRotation:
                 await self._count(gateways)
                 # each its own, and of those that are gone the first who comes
                 todo = {name for name, sign in gateways.items() if not sign.alive or name == self._address}
+                todo |= self._shared
                 for gateway in todo - self._resealed:
                     if count := await self._bank.reseal(gateway):
                         log.info("stubs-resealed", gateway=gateway, stubs=count, key=self._keyring.sealing.hex())

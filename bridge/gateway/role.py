@@ -212,7 +212,12 @@ class GatewayRole:
             lambda: self._responder.demanding,
         )
         self._rotation = KeyRotation(
-            bank, keyring, config.bank.key_file, config.address, doubtful=lambda: self._heartbeat.doubtful
+            bank,
+            keyring,
+            config.bank.key_file,
+            config.address,
+            shared=config.takeover.addresses,
+            doubtful=lambda: self._heartbeat.doubtful,
         )
         self._reconciler = BankReconciler(
             config,
@@ -236,7 +241,6 @@ class GatewayRole:
                 config,
                 charon,
                 bank,
-                self._prefetch,
                 self._publisher,
                 self._writer,
                 endings,

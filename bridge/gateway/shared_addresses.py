@@ -11,7 +11,6 @@ from typing import Any, Final
 import structlog
 
 from bridge.bank.interface import BankUnavailable, StubBank
-from bridge.bank.prefetch import Prefetch
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
@@ -49,7 +48,6 @@ class SharedAddresses:
         config: GatewayConfig,
         charon: Charon,
         bank: StubBank,
-        prefetch: Prefetch,
         publisher: Publisher,
         writer: WriteQueue,
         endings: Endings,
@@ -73,7 +71,6 @@ class SharedAddresses:
             charon,
             bank,
             bank,
-            prefetch,
             publisher,
             writer,
             endings,

@@ -23,7 +23,6 @@ from typing import Any, Final
 import structlog
 
 from bridge.bank.interface import BankUnavailable, SharedBank, StubBank, Taking
-from bridge.bank.prefetch import Prefetch
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
@@ -94,7 +93,6 @@ class Takeover:
         charon: Charon,
         bank: StubBank,
         shared_bank: SharedBank,
-        prefetch: Prefetch,
         publisher: Publisher,
         writer: WriteQueue,
         endings: Endings,
@@ -118,7 +116,6 @@ class Takeover:
         self._charon = charon
         self._bank = bank
         self._shared_bank = shared_bank
-        self._prefetch = prefetch
         self._publisher = publisher
         self._writer = writer
         self._endings = endings
@@ -201,6 +198,8 @@ class Takeover:
         task = self._tasks.pop(address, None)
         if task is not None:
             await end(task)
+            run = self._runs[address]
+            run.ended = run.ended or self._clock()
         if self._states[address] is not Address.AWAY:
             self._on(address, AddressEvent.YIELDED)
         await self._fence.around(self._away())
@@ -295,10 +294,7 @@ class Takeover:
             await self._take_some(run, waiting[first : first + BATCH])
 
     async def _stubs(self, address: str) -> Any:
-        held = self._prefetch.held(address)
-        if held is not None:
-            yield list(held)
-            return
+        # not from what was prefetched: that lacks stubs which have changed since
         async for page in self._bank.download(address, FIRST_BATCH):
             yield page
 
