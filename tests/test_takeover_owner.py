@@ -1,0 +1,85 @@
+"""One owner for each session: both gateways alive, planned maintenance, a charon that hangs (a real one of each)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from bridge.lab import Topology
+from bridge.lab.daemon import wait_until
+from failover_support import counter, established, spis
+from takeover_support import SHARED, answered, connect, forget_neighbours, give, give_up, sharing, take, take_away
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    with sharing() as topology:
+        yield topology
+
+
+def test_planned_maintenance_loses_no_session(topology: Topology) -> None:
+    """`yield` at one gateway, `takeover` at the other one, and back; the client notices nothing."""
+    before = connect(topology)
+    for old, new in ((topology.gw1, topology.gw2), (topology.gw2, topology.gw1)):
+        given_up = give_up(topology, old)
+        assert (given_up["state"], given_up["sessions"], given_up["stored"]) == ("away", 1, True)
+        assert old.charon.sas() == []
+        take_away(old)
+        outcome = take(topology, new)
+        assert (outcome["found"], outcome["taken"]) == (1, 1)
+        assert answered(topology, topology.client)
+        [after] = established(topology.client)
+        assert spis(after) == spis(before)
+    assert "received DELETE for IKE_SA" not in topology.client.charon.text()
+
+
+def test_a_gateway_that_lost_its_sessions_without_a_word_drops_them(topology: Topology) -> None:
+    """Both gateways have the address, as in a split brain, and the second one takes the sessions over."""
+    old, new = topology.gw1, topology.gw2
+    [before] = established(topology.client)
+    outcome = take(topology, new)
+    # the neighbours may have learned either
+    take_away(old)
+    forget_neighbours(topology.client)
+    assert (outcome["found"], outcome["taken"]) == (1, 1)
+    wait_until(lambda: not old.charon.sas(), "the end of the session at the gateway that lost it")
+    assert answered(topology, topology.client)
+    [after] = established(topology.client)
+    assert spis(after) == spis(before)
+    assert counter(topology, "gw1", "sessions_lost_to_takeover_total") == 1
+
+
+def test_nothing_of_the_address_leaves_a_gateway_whose_charon_hangs(topology: Topology) -> None:
+    old, new = topology.gw2, topology.gw1
+    [before] = established(topology.client)
+    os.kill(old.charon.pid, signal.SIGSTOP)
+    try:
+        give_up(topology, old)
+        take_away(old)
+        assert take(topology, new)["taken"] == 1
+        assert answered(topology, topology.client)
+    finally:
+        os.kill(old.charon.pid, signal.SIGCONT)
+    wait_until(lambda: not old.charon.sas(), "charon to drop the session")
+    # an answer of this host's under the address, as a charon would send it that does not know better
+    give(old)
+    blocked = old.run(sys.executable, "-c", SEND, SHARED, topology.client.address, check=False)
+    take_away(old)
+    assert "Operation not permitted" in blocked.stderr
+    forget_neighbours(topology.client)
+    assert answered(topology, topology.client)
+    [after] = established(topology.client)
+    assert spis(after) == spis(before)
+
+
+SEND = """
+import sys
+from bridge.net.raw_socket import RawUdp
+RawUdp().send(sys.argv[1], 4500, sys.argv[2], 4500, bytes(32), True)
+"""
