@@ -65,8 +65,9 @@ async def _take(socket: str, request: control.Answer) -> control.Answer:
 @click.command("yield")
 @options.gateway_config_option
 @_address_option("The shared address, which another gateway has or gets.")
+@click.option("--unless-here", is_flag=True, help="Do nothing if this host has the address: for VRRP's scripts.")
 @options.json_option
-def yield_(path: str | None, address: str, as_json: bool) -> None:
+def yield_(path: str | None, address: str, unless_here: bool, as_json: bool) -> None:
     """Drop the sessions at an address that gateways share, in silence (experimental).
 
     Clients receive no message: the gateway that gets the address takes their sessions over. From now on nothing of the
@@ -74,7 +75,7 @@ def yield_(path: str | None, address: str, as_json: bool) -> None:
     """
     socket = options.read_config(path, GatewayConfig).control
     try:
-        done = asyncio.run(control.call(socket, {"command": "yield", "address": address}))
+        done = asyncio.run(control.call(socket, {"command": "yield", "address": address, "unless_here": unless_here}))
     except control.ControlError as error:
         options.fail(error)
     except KeyboardInterrupt:

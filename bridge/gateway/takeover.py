@@ -40,6 +40,7 @@ from bridge.gateway.takeover_rekeys import TakeoverRekeys
 from bridge.gateway.takeover_requests import TakeoverRequests
 from bridge.gateway.takeover_session import Session, obstacle, owned, session_of
 from bridge.gateway.takeover_state import ADDRESS, Address, AddressEvent, Event, State
+from bridge.net import address_watch
 from bridge.net.interface import Sender
 from bridge.net.shared_requests import Heard
 from bridge.service.tasks import end, spawn
@@ -134,6 +135,8 @@ class Takeover:
         self._requests = TakeoverRequests(charon, again, clock=clock)
         self._unpublished: dict[bytes, IkeSa] = {}
         self._lost: dict[Index, None] = {}
+        self._turn = asyncio.Lock()
+        """one command after the other: news of the kernel and of VRRP may come at the same time"""
         self._background: list[asyncio.Task[None]] = []
         charon.tracker.shared = frozenset(config.addresses)
         charon.tracker.owner = self._owner
@@ -172,6 +175,10 @@ class Takeover:
         if address not in self._states:
             return {"error": f"{address} {UNKNOWN['error']}"}
         owner = canonical_address(str(request["from"])) if request.get("from") else ""
+        async with self._turn:
+            return await self._begin(address, owner)
+
+    async def _begin(self, address: str, owner: str) -> dict[str, Any]:
         task = self._tasks.get(address)
         if task is not None and not task.done():
             return await self.progress({"address": address})
@@ -195,6 +202,12 @@ class Takeover:
         address = canonical_address(str(request["address"]))
         if address not in self._states:
             return {"error": f"{address} {UNKNOWN['error']}"}
+        async with self._turn:
+            if request.get("unless_here") and address in address_watch.present():
+                return {"address": address, "state": str(self._states[address]), "sessions": 0, "stored": True}
+            return await self._give_up(address)
+
+    async def _give_up(self, address: str) -> dict[str, Any]:
         task = self._tasks.pop(address, None)
         if task is not None:
             await end(task)
