@@ -30,6 +30,11 @@ def spis(sa: dict[str, Any]) -> tuple[str, str]:
     return sa["initiator-spi"], sa["responder-spi"]
 
 
+def replaced(host: Host, before: tuple[str, str]) -> bool:
+    """Whether a host's one IKE_SA is another one than before; while one is rekeyed, there may be none or two."""
+    return len(now := established(host)) == 1 and spis(now[0]) != before
+
+
 def stub_key(gateway: str, spi: str) -> str:
     """The key of a stub: gateway's address and SPI in hex (docs/bank.md)."""
     return f"ike:stub:{{{gateway}/{spi[:2]}}}:{spi}"

@@ -12,7 +12,7 @@ import pytest
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
-from failover_support import agent_with, connect, established, fresh, last_move, resume, spis, status, the_sa
+from failover_support import agent_with, connect, established, fresh, last_move, replaced, resume, spis, status, the_sa
 
 APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 
@@ -104,7 +104,7 @@ def test_a_resumed_session_is_rekeyed_from_either_side(topology: Topology) -> No
     for host, connection in ((topology.client, "net-gw2"), (topology.gw2, "gw")):
         old = spis(the_sa(topology.client))
         host.swanctl("--rekey", "--ike", connection)
-        wait_until(lambda old=old: spis(the_sa(topology.client)) != old, "new keys")  # type: ignore[misc]
+        wait_until(lambda old=old: replaced(topology.client, old), "new keys")  # type: ignore[misc]
         assert topology.client.ping(SITE) == 3
 
 

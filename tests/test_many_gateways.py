@@ -10,7 +10,7 @@ import pytest
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
-from failover_support import agent_with, connect, established, fresh, last_move, resume, spis, the_sa
+from failover_support import agent_with, connect, established, fresh, last_move, replaced, resume, spis, the_sa
 
 pytestmark = pytest.mark.lab
 
@@ -71,11 +71,11 @@ def test_a_session_goes_on_at_the_other_gateway_of_its_connection_and_stays_ther
     assert the_sa(topology.client)["name"] == "home"
     old = spis(the_sa(topology.client))
     topology.client.swanctl("--rekey", "--ike", "home")
-    wait_until(lambda: spis(the_sa(topology.client)) != old, "new keys")
+    wait_until(lambda: replaced(topology.client, old), "new keys")
     assert at(topology) == [GW2]
     old = spis(the_sa(topology.client))
     topology.client.swanctl("--rekey", "--ike", "home", "--reauth")
-    wait_until(lambda: bool(at(topology)) and spis(the_sa(topology.client)) != old, "a new authentication", 60)
+    wait_until(lambda: replaced(topology.client, old), "a new authentication", 60)
     assert at(topology) == [GW2]
     wait_until(lambda: topology.client.ping(SITE, count=1) == 1, "traffic")
 

@@ -31,6 +31,10 @@ def world() -> Iterator[World]:
         yield made
 
 
+def asks_the_bank(host: Host) -> bool:
+    return bool(host.sidecars[0].ask("status")["counters"]["bank_reachable"])
+
+
 def thrown(attacker: Attacker, request: Datagram, gateways: Sequence[Host]) -> None:
     """Send a captured request to gateways, of which each refuses it."""
 
@@ -68,6 +72,8 @@ def test_a_captured_request_rebuilds_nothing_where_its_session_was_and_soon_nowh
     wait_until(lambda: old not in (world.stubs() or {old}), "the end of the stub that came back", AGAIN_SECONDS)
     new = stub_key(second.address, the_sa(client)["responder-spi"])
     wait_until(lambda: world.stubs() == {new}, "the stub of the session", AGAIN_SECONDS)
+    # one that has yet to notice that the bank is back does not ask it
+    wait_until(lambda: all(asks_the_bank(host) for host in world.gateways), "the bank's return at all gateways")
     thrown(attacker, request, world.gateways)
     assert world.sas(first) == world.sas(third) == []
     assert [sa["responder-spi"] for sa in world.sas(second)] == [the_sa(client)["responder-spi"]]

@@ -8,7 +8,7 @@ import pytest
 
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
-from failover_support import established, spis, status
+from failover_support import established, replaced, spis, status
 from takeover_support import SHARED, answered, connect, move, rekey, rekeyed_child, sharing
 
 pytestmark = pytest.mark.lab
@@ -47,8 +47,7 @@ def test_both_sides_rekey_and_end_it_afterwards(topology: Topology) -> None:
     for host, name in ((client, "home"), (gateway, "gw")):
         [before] = established(client)
         rekey(host, ike=name)
-        wait_until(lambda before=before: spis(established(client)[-1]) != spis(before), "another IKE_SA")  # type: ignore[misc]
-        wait_until(lambda: len(established(client)) == 1, "the end of the old one")
+        wait_until(lambda before=before: replaced(client, spis(before)), "another IKE_SA")  # type: ignore[misc]
     assert answered(topology, client)
     client.swanctl("--terminate", "--ike", "home", "--timeout", "5")
     wait_until(lambda: not gateway.charon.sas(), "the end of the session")

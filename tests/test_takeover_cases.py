@@ -9,7 +9,7 @@ import pytest
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
-from failover_support import established, spis
+from failover_support import established, replaced, spis
 from takeover_support import SHARED6, answered, connect, die, move, rekey, rekeyed_child, sharing, take, wait_stub
 
 pytestmark = pytest.mark.lab
@@ -44,7 +44,7 @@ def test_aead_and_cbc_with_pfs_after_rekeying_the_ike_sa(proposal: str) -> None:
         for host, name in ((topology.client, "home"), (topology.gw1, "gw")):
             [before] = established(topology.client)
             rekey(host, ike=name)
-            wait_until(lambda before=before: spis(established(topology.client)[-1]) != spis(before), "a new IKE_SA")  # type: ignore[misc]
+            wait_until(lambda before=before: replaced(topology.client, spis(before)), "a new IKE_SA")  # type: ignore[misc]
             wait_until(lambda: len(established(topology.client)) == 1, "the end of the old one")
         [there] = established(topology.gw1)
         wait_stub(topology, there["initiator-spi" if there.get("initiator") == "yes" else "responder-spi"])

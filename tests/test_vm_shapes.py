@@ -43,7 +43,11 @@ def client_with(
 ) -> Iterator[Host]:
     """The client with options of its child and of its charon, and as it was afterwards."""
     client, sidecar = topology.client, topology.agent
-    text = render({f"connections.home.children.net.{key}": value for key, value in child.items()})
+    # home-gw2 inherits from home; two traps for the same packets would leave it to the kernel where the session is
+    options = {f"connections.home.children.net.{key}": value for key, value in child.items()}
+    if "start_action" in child:
+        options["connections.home-gw2.children.net.start_action"] = "none"
+    text = render(options)
     settings, config = dict(client.charon.settings), dict(sidecar.config)
     client.configure(text + "\n", "shape.conf")
     client.charon.settings.update(charon or {})

@@ -207,6 +207,8 @@ def _notes(row: dict[str, Any]) -> Text:
 def _bars(failures: Sequence[FailoverProgress]) -> Table:
     """A bar for each gateway that failed."""
     table = output.table("failed", "", "sessions", "announced", "resumed", "refused", "silent", "left to DPD", "")
+    # which gateway it is, whatever the terminal's width
+    table.columns[0].no_wrap, table.columns[0].min_width = True, max(len(failure.gateway) for failure in failures)
     for failure in failures:
         over = min(failure.over, failure.stubs)
         table.add_row(

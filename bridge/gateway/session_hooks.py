@@ -160,7 +160,7 @@ class SessionHooks:
         if self._program is not None:
             tracker.on_info = self._told
             tracker.on_lost = self._lost
-            metrics.expect_hooks(SessionEvent, FAILURES)
+        metrics.expect_hooks(SessionEvent, FAILURES)
 
     async def close(self) -> None:
         """Hand over what is left, for a while."""
