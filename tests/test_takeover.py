@@ -14,7 +14,7 @@ from takeover_support import SHARED, answered, connect, move, rekey, rekeyed_chi
 pytestmark = pytest.mark.lab
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def topology() -> Iterator[Topology]:
     with sharing() as topology:
         yield topology
@@ -39,6 +39,8 @@ def test_a_session_goes_on_at_the_gateway_that_gets_its_address(topology: Topolo
 
 def test_both_sides_rekey_and_end_it_afterwards(topology: Topology) -> None:
     client, gateway = topology.client, topology.gw2
+    connect(topology)
+    assert move(topology, topology.gw1, gateway)["taken"] == 1
 
     rekeyed_child(client, lambda: rekey(client, child="net"))
     assert answered(topology, client)

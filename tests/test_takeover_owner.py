@@ -17,7 +17,7 @@ from takeover_support import SHARED, answered, connect, forget_neighbours, give,
 pytestmark = pytest.mark.lab
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def topology() -> Iterator[Topology]:
     with sharing() as topology:
         yield topology
@@ -42,7 +42,7 @@ def test_planned_maintenance_loses_no_session(topology: Topology) -> None:
 def test_a_gateway_that_lost_its_sessions_without_a_word_drops_them(topology: Topology) -> None:
     """Both gateways have the address, as in a split brain, and the second one takes the sessions over."""
     old, new = topology.gw1, topology.gw2
-    [before] = established(topology.client)
+    before = connect(topology)
     outcome = take(topology, new)
     # the neighbours may have learned either
     take_away(old)
@@ -56,8 +56,8 @@ def test_a_gateway_that_lost_its_sessions_without_a_word_drops_them(topology: To
 
 
 def test_nothing_of_the_address_leaves_a_gateway_whose_charon_hangs(topology: Topology) -> None:
-    old, new = topology.gw2, topology.gw1
-    [before] = established(topology.client)
+    old, new = topology.gw1, topology.gw2
+    before = connect(topology)
     os.kill(old.charon.pid, signal.SIGSTOP)
     try:
         give_up(topology, old)

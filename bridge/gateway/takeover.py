@@ -268,9 +268,6 @@ class Takeover:
 
     async def _take(self, run: _Run) -> None:
         await self._charon.reconciled.wait()
-        with contextlib.suppress(BankUnavailable):
-            # a gateway that had the address, and lives, looks whether it has lost sessions
-            await self._bank.post(bank_keys.TAKEOVER_KIND, run.address, self._owner, TELL_SECONDS)
         self.hear_esp(True)
         try:
             while True:
@@ -324,6 +321,9 @@ class Takeover:
             else:
                 able.append(stub)
         mine = await self._own(run, able)
+        with contextlib.suppress(BankUnavailable):
+            # a gateway that had the address, and lives, looks whether it has lost sessions: after they have a new owner
+            await self._bank.post(bank_keys.TAKEOVER_KIND, run.address, self._owner, TELL_SECONDS)
         now, wall = self._clock(), self._wall()
         sessions = []
         for stub in mine:
