@@ -206,7 +206,8 @@ async def test_the_live_view_shows_gateways_their_counters_and_what_happens(tmp_
             await bank.post("failovers", GATEWAY, failover_progress.encode([failure]), 60)
             frame = await screen.shows(lambda frame: "192.0.2.9" in frame, "the failure that is announced")
             cells = row(frame, "192.0.2.9")
-            assert cells[2:] == ["2,000", "1,500", "1,241", "5", "6", "0", "running,", "1.5", "s"]
+            assert cells[2:] == ["2,000", "1,500", "1,241", "5", "6", "0"]
+            assert "running, 1.5 s" in frame
             assert set(cells[1]) <= set("━╸╺")
             # a gateway whose heartbeat ends has failed
             await bank.heartbeat(GATEWAY, 0.05)

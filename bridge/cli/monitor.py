@@ -181,7 +181,7 @@ class Watch:
         signals = "   ".join(f"{name} {self.counts[name]:,}" for name in ("stored", "deleted", "expired"))
         lines = Table.grid(padding=(0, 2))
         for event in list(self.events)[
-            : max(height - len(self.gateways) - (len(self.failovers) and len(self.failovers) + 3) - 9, 3)
+            : max(height - len(self.gateways) - (len(self.failovers) and 2 * len(self.failovers) + 3) - 9, 3)
         ]:
             clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
             lines.add_row(
@@ -206,13 +206,13 @@ def _notes(row: dict[str, Any]) -> Text:
 
 def _bars(failures: Sequence[FailoverProgress]) -> Table:
     """A bar for each gateway that failed."""
-    table = output.table("failed", "", "sessions", "announced", "resumed", "refused", "silent", "left to DPD", "")
+    table = output.table("failed", "", "sessions", "announced", "resumed", "refused", "silent", "left to DPD")
     # which gateway it is, whatever the terminal's width
-    table.columns[0].no_wrap, table.columns[0].min_width = True, max(len(failure.gateway) for failure in failures)
+    table.columns[0].no_wrap = True
     for failure in failures:
         over = min(failure.over, failure.stubs)
         table.add_row(
-            failure.gateway,
+            f"{failure.gateway}\n{f'{failure.state} {failure.reason}'.strip()}, {failure.seconds:.1f} s",
             ProgressBar(max(failure.stubs, 1), over if failure.stubs else 1, BAR_COLUMNS),
             f"{failure.stubs:,}",
             f"{failure.announced:,}",
@@ -220,7 +220,6 @@ def _bars(failures: Sequence[FailoverProgress]) -> Table:
             f"{failure.refused:,}",
             f"{failure.silent:,}",
             f"{failure.left:,}",
-            Text(f"{failure.state} {failure.reason}".strip() + f", {failure.seconds:.1f} s"),
         )
     return table
 

@@ -146,8 +146,10 @@ class Charon(Daemon):
         """SIGKILL. A kernel would go on with the SAs of a dead charon; a dead machine does not."""
         super().kill()
         if self.ipsec_conf:
-            # starter, which would have started it again, is gone
-            os.kill(int(self.host.path(STARTED).read_text()), signal.SIGKILL)
+            # starter, which would have started it again, is gone; the next one takes a zombie for a charon
+            started = self.host.path(STARTED)
+            os.kill(int(started.read_text()), signal.SIGKILL)
+            started.unlink()
         self.forget()
 
     def forget(self) -> None:
