@@ -208,7 +208,7 @@ class Failover:
         BankUnavailable."""
         facts = gateway_facts.decode(await self._bank.posted(bank_keys.FACTS_KIND, gateway) or b"")
         signs = await self._bank.gateways()
-        # what a gateway posts is cleartext: nobody makes another one fail by it
+        # what a gateway posts is cleartext: no gateway makes another one fail by it
         aliases = [one for one in (facts.addresses if facts else ()) if one not in signs]
         self._aliases[gateway] = aliases
         for address in aliases:

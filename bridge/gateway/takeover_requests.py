@@ -36,7 +36,7 @@ class TakeoverRequests:
     client sent it."""
 
     def __init__(self, charon: Charon, again: Sender, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.mended = 0
+        self.corrected = 0
         """message IDs that charon got"""
         self._charon = charon
         self._again = again
@@ -102,7 +102,7 @@ class TakeoverRequests:
         except (MalformedMessage, UnsupportedSuite):
             return
         session.sa.derivation = replace(derivation, next_expected=number)
-        self.mended += 1
+        self.corrected += 1
         log.info(
             "takeover-message-id-learned",
             message_id=number,
