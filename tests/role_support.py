@@ -5,21 +5,25 @@ from memory, a wire that keeps what was sent, and requests that keep what became
 from __future__ import annotations
 
 import asyncio
+import os
 import selectors
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
+from bank_support import stub_of
 from bridge.bank.interface import BankUnavailable, Ending, GatewaySign, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import HaError, IkeId
+from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo
 from bridge.config import HaConfig
 from bridge.net.interface import Packet
 from bridge.service.tasks import end
 from bridge.stub.stub import Index, Stub
+from bridge.stub.types import Endpoint, Identity
 
 Result = TypeVar("Result")
 
@@ -277,3 +281,23 @@ FAILURES: dict[str, Callable[[], Exception]] = {
 
 def as_packets(requests: Sequence[Request]) -> list[Packet]:
     return [cast(Packet, request) for request in requests]
+
+
+LOCAL = Endpoint("198.51.100.7", 4500)
+"""a client's own address"""
+
+
+def ike_sa(connection: str, gateway: str) -> IkeSa:
+    """A client's IKE_SA with a gateway."""
+    stub = stub_of()
+    return IkeSa(
+        id=IkeId.of(os.urandom(8), os.urandom(8), True),
+        suite=stub.suite,
+        sk_d=stub.sk_d,
+        up=True,
+        local_id=Identity(3, b"client@example"),
+        remote_id=Identity(2, b"gw.example"),
+        local=LOCAL,
+        remote=Endpoint(gateway, 4500),
+        connection=connection,
+    )

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from bank_support import stub_of
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
 from bridge.charon.ike_sa import IkeSa
@@ -23,27 +22,11 @@ from bridge.client.outcome import Outcome, Result
 from bridge.client.sessions import Session
 from bridge.client.sync_request import Answer, NoAnswerError, RefusedError, Target
 from bridge.config import ClientConfig, GatewayEntry, HeldConfig, ResumeConfig, VpnConfig
-from bridge.stub.types import Endpoint, Identity
-from role_support import FakeTime, Wire, fake_charon
+from bridge.stub.types import Endpoint
+from role_support import LOCAL, FakeTime, Wire, fake_charon, ike_sa
 
 ONE, TWO, THREE = "192.0.2.1", "192.0.2.2", "192.0.2.3"
 GATEWAYS = tuple(GatewayEntry(address, f"gw{number}") for number, address in enumerate((ONE, TWO, THREE), 1))
-LOCAL = Endpoint("198.51.100.7", 4500)
-
-
-def ike_sa(connection: str, gateway: str) -> IkeSa:
-    stub = stub_of()
-    return IkeSa(
-        id=IkeId.of(os.urandom(8), os.urandom(8), True),
-        suite=stub.suite,
-        sk_d=stub.sk_d,
-        up=True,
-        local_id=Identity(3, b"client@example"),
-        remote_id=Identity(2, b"gw.example"),
-        local=LOCAL,
-        remote=Endpoint(gateway, 4500),
-        connection=connection,
-    )
 
 
 @dataclass

@@ -10,8 +10,8 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vpns import vpns_of
 from bridge.client.sessions import LOST_SECONDS, Session, Sessions
 from bridge.config import ClientConfig, GatewayEntry, VpnConfig
-from role_support import fake_charon
-from test_initiator import ONE, TWO, ike_sa, info
+from role_support import fake_charon, ike_sa
+from test_initiator import ONE, TWO, info
 
 WORK = VpnConfig(gateways=(GatewayEntry("192.0.2.11", "work1"),))
 CONFIG = ClientConfig(gateways=(GatewayEntry(ONE, "gw1"), GatewayEntry(TWO, "gw2")), vpns={"work": WORK})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+import role_support
 from bank_support import stub_of
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
@@ -23,31 +24,19 @@ from bridge.client.sync_request import Answer, Target
 from bridge.config import ClientConfig, GatewayEntry, ResumeConfig
 from bridge.ike.key_confirmation import Confirmation
 from bridge.stub.child_sa import NewChild
-from bridge.stub.types import Endpoint, Identity
-from role_support import FakeTime, fake_charon
+from bridge.stub.types import Endpoint
+from role_support import LOCAL, FakeTime, fake_charon
 
 OLD, NEW = "192.0.2.1", "192.0.2.2"
-LOCAL = Endpoint("198.51.100.7", 4500)
 THERE = Target(NEW, "gw2")
 CONFIG = ClientConfig(gateways=(GatewayEntry(OLD, "gw1"), GatewayEntry(NEW, "gw2")))
 WALL = 1_800_000_000
 
 
 def ike_sa(connection: str, gateway: str) -> IkeSa:
-    stub = stub_of()
-    return IkeSa(
-        id=IkeId.of(os.urandom(8), os.urandom(8), True),
-        suite=stub.suite,
-        sk_d=stub.sk_d,
-        up=True,
-        local_id=Identity(3, b"client@example"),
-        remote_id=Identity(2, b"gw.example"),
-        local=LOCAL,
-        remote=Endpoint(gateway, 4500),
-        connection=connection,
-        children=stub.children,
-        expires=WALL + 3600,
-    )
+    sa = role_support.ike_sa(connection, gateway)
+    sa.children, sa.expires = stub_of().children, WALL + 3600
+    return sa
 
 
 class Client:
