@@ -197,6 +197,34 @@ def test_a_session_whose_gateway_asked_for_the_move_stays_there_where_it_is_not_
     assert client.tried == []
 
 
+@pytest.mark.parametrize("resume_on_down", [True, False])
+def test_a_session_whose_move_ended_without_an_ike_sa_comes_back_by_itself(
+    loop: FakeTime, resume_on_down: bool
+) -> None:
+    client = Client(loop, replace(CONFIG, resume_on_down=resume_on_down))
+    client.answers = {ONE: RefusedError("refused")}
+
+    async def handshake(session: Session, gateway: Target) -> list[str]:
+        # as the real one does where both IKE_SAs would be of one connection
+        client.charon.tracker.forget(session.last.id)
+        client.initiator._sessions.dropped(session.last)
+        raise ViciError("no CHILD_SA came up")
+
+    client.initiator._switchover.handshake = handshake  # type: ignore[method-assign, assignment]
+
+    async def commanded() -> tuple[Outcome, bool]:
+        client.up()
+        outcome = await moved(client, to=ONE)
+        client.answers = {}
+        await asyncio.sleep(20)
+        session = next(iter(client.initiator._sessions))
+        return outcome, session.up
+
+    outcome, up = client.run(commanded())
+    assert outcome.result is Result.FAILED
+    assert up
+
+
 def test_a_session_that_cannot_be_resumed_is_set_up_again(client: Client) -> None:
     async def work() -> Outcome:
         sa = client.up()

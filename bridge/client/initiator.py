@@ -307,15 +307,12 @@ class Initiator:
 
     async def _move(self, vpn: Vpn, session: Session | None, to: str | None, *, stay: bool) -> Outcome:
         restored = session is not None and session.last.id.spis in self._restored
-        attempt = Attempt(self._means, vpn, session, to, stay=stay, restored=restored)
-        outcome = await self._finish(vpn, session, attempt)
-        if stay and session is not None and not session.up:
-            # charon could not keep the old SA until the new one worked
-            self._auto_resume.start(session)
-        return outcome
+        return await self._finish(vpn, session, Attempt(self._means, vpn, session, to, stay=stay, restored=restored))
 
     async def _finish(self, vpn: Vpn, session: Session | None, attempt: Attempt) -> Outcome:
-        """What becomes of an attempt, noted; nothing that goes wrong in it leaves it."""
+        """What becomes of an attempt, noted; nothing that goes wrong in it leaves it. A session that it takes down, so
+        that another IKE_SA can take its place, comes back by itself where none does."""
+        up = session is not None and session.up
         try:
             outcome = await attempt.run()
         except Exception as error:
@@ -324,6 +321,8 @@ class Initiator:
             outcome = Outcome(Result.FAILED, connection, None, reason=f"internal: {type(error).__name__}")
         if outcome.result is not Result.FAILED and session is not None and session.up:
             await self._alone(vpn, session)
+        elif up and session is not None and not session.up:
+            self._auto_resume.start(session)
         return self._done(msgspec.structs.replace(outcome, vpn=vpn.name))
 
     async def _alone(self, vpn: Vpn, session: Session) -> None:
