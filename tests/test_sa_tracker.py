@@ -763,6 +763,36 @@ def test_an_sa_that_the_sidecar_installed_is_never_asked_of_charon() -> None:
     assert list(known.sas) == [sa.id.spis]
 
 
+def test_a_list_from_before_an_sa_was_installed_does_not_end_it() -> None:
+    # a long list: meanwhile the SA was installed, and its client has confirmed it
+    known, recorder, clock = tracker()
+    sa = rebuilt(known)
+    addresses = sa.remote_vips = ("10.7.0.1",)
+    known.virtual_ips.put(sa.id.spis, addresses, clock.now)
+    clock.now += 1.0
+    asked = clock.now
+    clock.now += 1.0
+    known.has_come_up(sa)
+    assert reconcile(known, [], since=asked) == {}
+    assert list(known.established()) == [sa]
+    assert known.virtual_ips.holders(addresses) == {sa.id.spis}
+    assert recorder.news == []
+    # one that was asked for afterwards says that it has ended
+    clock.now += 1.0
+    reconcile(known, [], since=clock.now)
+    assert recorder.news == [("gone", sa.id)]
+    assert not known.virtual_ips.holders(addresses)
+
+
+def test_a_list_keeps_the_addresses_of_an_sa_that_is_not_confirmed_yet() -> None:
+    known, _, clock = tracker()
+    sa = rebuilt(known)
+    known.virtual_ips.put(sa.id.spis, ("10.7.0.1",), clock.now)
+    clock.now += 1.0
+    reconcile(known, [], since=clock.now)
+    assert known.virtual_ips.holders(["10.7.0.1"]) == {sa.id.spis}
+
+
 def test_what_many_sas_have_alike_is_in_memory_once() -> None:
     first, second = tracker()[0], tracker()[0]
     for known in (first, second):
@@ -790,7 +820,7 @@ def rebuilt(known: SaTracker) -> IkeSa:
 def prove(known: SaTracker, sa: IkeSa) -> None:
     """Its client's first request, or another one."""
     known.handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 2)]))
-    sa.up = True
+    known.has_come_up(sa)
 
 
 def confirmed(known: SaTracker) -> IkeSa:

@@ -77,7 +77,7 @@ class IkeSa:
     shared_secret: bytes | None = field(default=None, repr=False)
     up: bool = False
     seen: float = 0.0
-    """when the first message of it came, in the tracker's clock"""
+    """when the first message of it came, in the tracker's clock; since when charon has it, where it was rebuilt"""
     rekeyed_from: IkeSa | None = field(default=None, repr=False)
     local_id: Identity | None = None
     remote_id: Identity | None = None

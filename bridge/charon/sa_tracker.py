@@ -467,6 +467,11 @@ class SaTracker:
         self.virtual_ips.put(sa.id.spis, sa.remote_vips, sa.seen)
         self._early.pop(sa.id.spis, None)
 
+    def has_come_up(self, sa: IkeSa) -> None:
+        """charon has an adopted SA: of lists that were asked for before, none says that it ended."""
+        sa.up = True
+        sa.seen = self._clock()
+
     def granted(self, sa: IkeSa) -> None:
         """An adopted SA that charon is given CHILD_SAs with: whether it took them, VICI is asked once the SA is
         confirmed."""
@@ -575,7 +580,8 @@ class SaTracker:
         for spis, sa in list(self.sas.items()):
             if sa.up and spis not in present and sa.seen < since:
                 self._delete(sa.id)
-        self.virtual_ips.keep(present, since=since)
+        # a rebuilt SA that is about to be installed has its addresses already
+        self.virtual_ips.keep(present | self.sas.keys(), since=since)
 
 
 def _earlier(one: int, other: int) -> int:

@@ -427,7 +427,7 @@ class Takeover:
         sa = session.sa
         session.unique_id = sa.unique_id = info.unique_id
         session.on(Event.INSTALLED)
-        sa.up = True
+        self._charon.tracker.has_come_up(sa)
         self._came(sa, session.stub)
         self.taken += 1
         log.info(

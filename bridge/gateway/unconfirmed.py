@@ -170,7 +170,7 @@ class Unconfirmed:
         for spis in {made.old.spi_i + made.old.spi_r, *(leftover.spis for leftover in made.leftovers)}:
             if (old := self._charon.tracker.sas.get(spis)) is not None:
                 self._later("end", self._end(old))
-        sa.up = True
+        self._charon.tracker.has_come_up(sa)
         self._metrics.resumed.inc()
         self._resumed(sa, made.old)
         self._charon.sas_soon()
