@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bank_support import stub_of as bank_stub
-from bridge.gateway.announcer import ATTEMPTS, TRIAL, TRIAL_SECONDS, TURN_SECONDS, WINDOW_START, Announcer
+from bridge.gateway.announcer import ATTEMPTS, TRIAL, TRIAL_SECONDS, TURN_SECONDS, Announcer
 from bridge.gateway.other_gateways import order
+from bridge.gateway.pace import WINDOW_START
 from bridge.ike.stub_exchange import MoveStatus, StubSa, build_moving, parse_stub_message
 from bridge.stub.stub import Index, Stub
 
@@ -103,7 +104,7 @@ def test_a_client_that_is_coming_is_not_asked_again() -> None:
     net.report(0, MoveStatus.MOVING)
     net.tick(5.0)
     assert net.sent == [0]
-    net.announcer.over(index_of(0))
+    net.announcer.over(index_of(0), net.now)
     net.tick(0.1)
     assert net.state()["resumed"] == 1
     assert not net.announcer.busy
@@ -124,9 +125,26 @@ def test_no_more_are_under_way_than_the_window_and_it_grows_with_those_that_come
     first = list(net.sent)
     assert len(first) == WINDOW_START
     for number in first:
-        net.announcer.over(index_of(number))
+        net.announcer.over(index_of(number), net.now)
     net.tick(0.01)
     assert len(net.sent) == len(first) + 2 * WINDOW_START
+
+
+def test_clients_that_are_resumed_late_are_followed_by_fewer() -> None:
+    net = Network(4000)
+    for number in net.sent:
+        net.report(number, MoveStatus.MOVING)
+    for number in net.sent[:]:
+        net.announcer.over(index_of(number), net.now + 0.05)
+    net.tick(TRIAL_SECONDS)
+    net.tick(TRIAL_SECONDS)
+    first = net.sent[TRIAL:]
+    for number in first:
+        net.report(number, MoveStatus.MOVING)
+    for number in first:
+        net.announcer.over(index_of(number), net.now + 1.0)
+    net.tick(0.01)
+    assert len(net.sent) < TRIAL + 2 * len(first)
 
 
 def test_no_more_go_out_than_the_rate_allows() -> None:
@@ -141,7 +159,7 @@ def test_a_session_that_another_gateway_has_resumed_is_not_announced() -> None:
     net = Network(20, able=(HERE, OTHER))
     mine = len([1 for number in range(20) if order(stub_of(number).index, (HERE, OTHER))[0] == HERE])
     for number in range(20):
-        net.announcer.over(index_of(number))
+        net.announcer.over(index_of(number), net.now)
     net.tick(TURN_SECONDS * 2)
     assert len(net.sent) <= min(mine, TRIAL)
     assert not net.announcer.busy
@@ -155,7 +173,7 @@ def test_every_session_has_one_gateway_that_announces_it_first_and_the_next_a_tu
     assert set(first.sent) == mine
     assert 60 < len(mine) < 140
     for number in mine:
-        first.announcer.over(index_of(number))
+        first.announcer.over(index_of(number), first.now)
     first.tick(TURN_SECONDS)
     assert set(first.sent) == set(range(200))
 
@@ -192,15 +210,15 @@ def test_sessions_that_no_gateway_could_resume_are_counted_and_not_announced() -
 def test_a_session_whose_end_is_reported_twice_is_counted_once() -> None:
     net = Network(3)
     for _ in range(2):
-        net.announcer.over(stub_of(net.sent[0]).index)
+        net.announcer.over(stub_of(net.sent[0]).index, net.now)
     assert (net.state()["resumed"], net.state()["elsewhere"]) == (1, 0)
 
 
 def test_a_session_that_went_on_unannounced_is_counted_once() -> None:
     net = Network(50)
     index = stub_of(next(number for number in range(50) if number not in net.sent)).index
-    net.announcer.over(index)
-    net.announcer.over(index)
+    net.announcer.over(index, net.now)
+    net.announcer.over(index, net.now)
     assert (net.state()["elsewhere"], net.state()["resumed"]) == (1, 0)
     net.tick(TRIAL_SECONDS)
     net.tick(TRIAL_SECONDS)

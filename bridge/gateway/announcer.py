@@ -10,8 +10,7 @@ an order of gateways, the first announces immediately, each later one a turn lat
        '--the session goes on elsewhere, or the client says that its gateway lives--> over
 
 A few sessions are announced first. A client asks its gateway before it moves; if one says that its gateway has
-answered, the rest are not announced. Then announcements go out as fast as sessions come in: the window of those under
-way grows with every resumption and halves when clients do not arrive.
+answered, the rest are not announced. Then announcements go out as fast as sessions come in (bridge.gateway.pace).
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import structlog
 
 from bridge.bank.failover_progress import RUNNING, FailoverProgress
 from bridge.gateway.other_gateways import order
+from bridge.gateway.pace import Pace
 from bridge.ike.stub_exchange import (
     REPORTS,
     MoveStatus,
@@ -50,8 +50,6 @@ ATTEMPTS: Final = (0.7, 1.4, 2.8)
 """seconds that each announcement waits for an answer: a client first asks its gateway for 0.3 s"""
 ARRIVE_SECONDS: Final = 10.0
 """within which a client that is coming has to be here"""
-WINDOW_MIN, WINDOW_START, WINDOW_MAX = 16, 128, 2048
-"""sessions announced and not resumed yet"""
 
 
 class AnnouncementState(StrEnum):
@@ -70,6 +68,8 @@ class _Announced:
     state: AnnouncementState = AnnouncementState.WAITING
     sent: int = 0
     again: float = 0.0
+    coming: float | None = None
+    """when its client reported that it comes"""
     octets: bytes = field(default=b"", repr=False)
     message: StubMessage | None = field(default=None, repr=False)
 
@@ -84,7 +84,7 @@ class _Failure:
     under_way: OrderedDict[Index, _Announced] = field(default_factory=OrderedDict)
     counts: Counter[str] = field(default_factory=Counter)
     trial_until: float | None = None
-    window: float = WINDOW_START
+    pace: Pace = field(default_factory=Pace)
     stopped: str = ""
     ended: float | None = None
     outside: set[Index] = field(default_factory=set)
@@ -147,7 +147,7 @@ class Announcer:
         failure.under_way.clear()
         self._finish(failure, now)
 
-    def over(self, index: Index) -> None:
+    def over(self, index: Index, now: float) -> None:
         """The session was resumed, or ended, here or elsewhere."""
         failure = self._failures.get(self._gateway_of.get(index.gateway, index.gateway))
         if failure is None or failure.ended is not None:
@@ -158,7 +158,7 @@ class Announcer:
                 failure.outside.add(index)
                 failure.counts["elsewhere"] += 1
             return
-        failure.window = min(failure.window + 1, WINDOW_MAX)
+        failure.pace.resumed(now - announced.coming if announced.coming is not None else None)
         # the bank reports the end of its stub more than once
         failure.outside.add(index)
         self._settle(failure, announced, "resumed")
@@ -188,7 +188,7 @@ class Announcer:
                     self._finish(failure, now)
 
     def _announce(self, failure: _Failure, now: float) -> None:
-        while failure.waiting and failure.waiting[0].turn <= now and len(failure.under_way) < failure.window:
+        while failure.waiting and failure.waiting[0].turn <= now and len(failure.under_way) < failure.pace.window:
             if failure.trial_until is None:
                 if len(failure.under_way) >= TRIAL:
                     failure.trial_until = now + TRIAL_SECONDS
@@ -212,19 +212,19 @@ class Announcer:
             self._transmit(announced, now)
 
     def _repeat(self, failure: _Failure, now: float) -> None:
-        lost = 0
+        late = False
         for announced in [one for one in failure.under_way.values() if now >= one.again]:
             if announced.state is AnnouncementState.COMING:
                 self._settle(failure, announced, "silent")
-                lost += 1
+                late = True
             elif announced.sent < len(ATTEMPTS):
                 if self._allowance < 1:
                     break
                 self._transmit(announced, now)
             else:
                 self._settle(failure, announced, "silent")
-        if lost:
-            failure.window = max(failure.window / 2, WINDOW_MIN)
+        if late:
+            failure.pace.late()
 
     def _transmit(self, announced: _Announced, now: float) -> None:
         self._allowance -= 1
@@ -245,6 +245,7 @@ class Announcer:
         if status is MoveStatus.MOVING:
             if announced.state is AnnouncementState.ANNOUNCED:
                 announced.state, announced.again = AnnouncementState.COMING, now + ARRIVE_SECONDS
+                announced.coming = now
         elif status is MoveStatus.GATEWAY_LIVES:
             self.false_alarms += 1
             log.error(

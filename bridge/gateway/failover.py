@@ -117,7 +117,7 @@ class Failover:
         """Something happened to a stub in the bank."""
         if event in ENDS and self._announcer.busy:
             try:
-                self._announcer.over(Index.parse(key))
+                self._announcer.over(Index.parse(key), self._clock())
             except StubError:
                 return
 
@@ -272,7 +272,7 @@ class Failover:
             await self._wake.wait()
             for index in self._announcer.under_way():
                 if self._spent(index):
-                    self._announcer.over(index)
+                    self._announcer.over(index, self._clock())
             self._announcer.tick(self._clock())
             if not self._announcer.busy:
                 self._wake.clear()

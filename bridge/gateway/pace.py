@@ -1,0 +1,53 @@
+"""How many sessions of a failed gateway are announced at a time. No I/O.
+
+A gateway that resumes sessions has a queue of them: more announcements than it finishes make that queue longer, not the
+gateway faster, and a client that waits for its answer sends its request again, which is work too. So the window of
+sessions under way follows the time that a client needs from its report, when it sends its request, until it is resumed.
+The shortest such time is that without a queue; what it takes longer is the queue.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+WINDOW_MIN: Final = 16
+WINDOW_START: Final = 128
+WINDOW_MAX: Final = 4096
+"""sessions announced and not resumed yet"""
+QUEUE_SECONDS: Final = 0.15
+"""that a session should wait in the queue: a client sends its request again after 0.4 s (`resume.retransmit`)"""
+FIRST_QUEUE: Final = 0.5
+"""share of it that ends the quick growth of the beginning, by one for each session"""
+STEP: Final = 0.2
+"""by how much one session changes the window at most from then on"""
+SMOOTHING: Final = 1 / 16
+"""the weight of one session in the smoothed time"""
+
+
+class Pace:
+    """The window of one failure."""
+
+    def __init__(self) -> None:
+        self.window: float = WINDOW_START
+        self._smoothed: float | None = None
+        self._shortest = 0.0
+        self._beginning = True
+
+    def resumed(self, seconds: float | None) -> None:
+        """A session was resumed, so many seconds after its client reported that it comes; None: it did not report."""
+        if seconds is not None:
+            before = self._smoothed if self._smoothed is not None else seconds
+            self._smoothed = before + SMOOTHING * (seconds - before)
+            self._shortest = min(self._shortest or self._smoothed, self._smoothed)
+        queue = (self._smoothed or 0.0) - self._shortest
+        if self._beginning and queue < FIRST_QUEUE * QUEUE_SECONDS:
+            change = 1.0
+        else:
+            self._beginning = False
+            change = STEP * max(-1.0, 1.0 - queue / QUEUE_SECONDS)
+        self.window = min(max(self.window + change, WINDOW_MIN), WINDOW_MAX)
+
+    def late(self) -> None:
+        """Clients that reported that they come have not arrived."""
+        self._beginning = False
+        self.window = max(self.window / 2, WINDOW_MIN)
