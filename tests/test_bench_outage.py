@@ -8,7 +8,7 @@ import pytest
 
 from bank_support import stub_of
 from bridge.bench.aims import aims
-from bridge.bench.outage import DETECT, FAILURES, failure, section
+from bridge.bench.outage import DETECT, FAILURES, failure, in_failures, section
 from bridge.bench.rig import rig
 from bridge.bench.sessions import Session
 from bridge.bench.standby import PROBE_SECONDS, PROBES, Standby, Standbys
@@ -121,6 +121,9 @@ def test_generated_and_real_clients_go_on_when_their_gateway_is_killed() -> None
     assert row["handshakes"]["count"] > 0
     result = {"failures": [row | {"detect": 1.0}], "short": row | {"detect": 0.3}, "false alarms": []}
     text, plot = section(result)
+    page = in_failures("# Failures\n<!-- bench outage -->\nold\n<!-- end of bench outage -->\n", result, "Taken today.")
+    assert "| charon and sidecar killed, detect 0.3 s |" in page
+    assert "old" not in page
     assert "charon and sidecar killed, detect 0.3 s" in text
     assert plot.startswith("<svg")
     assert any(aim.what == "outage: sessions not resumed" and aim.met for aim in aims({"outage": result}))

@@ -49,7 +49,7 @@ def test_it_shrinks_while_the_queue_is_long_and_stays_open() -> None:
     pace = Pace()
     pace.resumed(0.05)
     for _ in range(10_000):
-        pace.resumed(0.1 + QUEUE_SECONDS)
+        pace.resumed(0.5 + QUEUE_SECONDS)
     assert pace.window == WINDOW_MIN
 
 

@@ -236,7 +236,7 @@ ORDERS = {"growth-long": "growth"}
 @click.option("--docs", default="docs", show_default=True, type=click.Path(file_okay=False))
 @click.option("--short", is_flag=True, help="First measure: a short version of each benchmark.")
 def make_report(docs: str, short: bool) -> None:
-    """Write performance.md and its plots from bench/*.json of a folder."""
+    """Write performance.md, its plots and the figures of failures.md from bench/*.json of a folder."""
     folder = Path(docs) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     for name, work in SHORT.items() if short else ():
@@ -259,6 +259,11 @@ def make_report(docs: str, short: bool) -> None:
     for name, drawing in plots.items():
         (folder / f"{name}.svg").write_text(drawing)
     (Path(docs) / "performance.md").write_text(text)
+    failures = Path(docs) / "failures.md"
+    if "outage" in reports and failures.exists():
+        measured = reports["outage"]
+        about = f"Taken {measured['date']} on {report.machine_text(measured['machine'])}."
+        failures.write_text(outage.in_failures(failures.read_text(), measured["result"], about))
     click.echo(f"{docs}/performance.md: {', '.join(reports)}")
     if short:
         Console().print(Markdown(report.aimed_at(reports)))

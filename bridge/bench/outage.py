@@ -278,6 +278,42 @@ def section(result: dict[str, Any]) -> tuple[str, str]:
     return text, plot
 
 
+MARKERS: Final = ("<!-- bench outage -->\n", "<!-- end of bench outage -->\n")
+"""in docs/failures.md, around what `bench report` writes"""
+
+
+def in_failures(page: str, result: dict[str, Any], about: str) -> str:
+    """docs/failures.md with the figures of a run; `about`: date and machine. Raises ValueError where the page lacks
+    MARKERS."""
+    first, last = page.index(MARKERS[0]) + len(MARKERS[0]), page.index(MARKERS[1])
+    rows = [*result["failures"], result["short"]]
+    lines = [
+        f"{rows[0]['clients']['clients']} clients with charon's default timers and a packet every 10 ms, beside "
+        f"{rows[0]['sessions']:,} sessions of the load generator. {about}",
+        "",
+        "| failure | clients without traffic: median | longest | 99 % of all sessions resumed after |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        silence = row["clients"]["silence_ms"]
+        cells = (
+            _named(row),
+            *(f"{ms / 1000:.2f} s" for ms in (silence["p50"], silence["max"], row["silence_ms"]["p99"])),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "What looks like a failure and is none:",
+        "",
+        "| | sessions that moved | longest without traffic |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {row['what']} | {row['moved']} | {row['silence_ms'] / 1000:.2f} s |" for row in result["false alarms"]
+    ]
+    return page[:first] + "\n".join(lines) + "\n" + page[last:]
+
+
 def line(row: Mapping[str, Any]) -> str:
     """One failure in short, while others are still measured."""
     clients, silence = row["clients"], row["silence_ms"]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import Final
 
-WINDOW_MIN: Final = 16
+WINDOW_MIN: Final = 64
 WINDOW_START: Final = 128
 WINDOW_MAX: Final = 4096
 """sessions announced and not resumed yet"""
-QUEUE_SECONDS: Final = 0.15
+QUEUE_SECONDS: Final = 0.25
 """that a session should wait in the queue: a client sends its request again after 0.4 s (`resume.retransmit`)"""
-FIRST_QUEUE: Final = 0.5
+FIRST_QUEUE: Final = 0.3
 """share of it that ends the quick growth of the beginning, by one for each session"""
 STEP: Final = 0.2
 """by how much one session changes the window at most from then on"""
