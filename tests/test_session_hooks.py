@@ -26,9 +26,11 @@ from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.session_hooks import Octets, SessionHooks
 from bridge.gateway.session_journal import SessionJournal
 from bridge.stub.codec import decode, encode
+from bridge.stub.derivation import Derivation
 from bridge.stub.stub import Stub, StubError
 
 HERE = "192.0.2.2"
+SHARED = "192.0.2.10"
 
 
 @pytest.fixture
@@ -521,5 +523,69 @@ def test_an_ike_sa_that_was_recovered_in_vain_and_is_reported_again_ends_its_ses
         gateway.end(sa)
         await until(lambda: len(gateway.events()) == 1)
         assert gateway.told() == [("ended", name(sa))]
+
+    run(work)
+
+
+def at_a_shared_address(owner: str, epoch: int, **changes: Any) -> Stub:
+    derivation = Derivation(b"i" * 32, b"r" * 32, b"s" * 32, b"", b"", 0, owner=owner, epoch=epoch)
+    return msgspec.structs.replace(stub_of(gateway=SHARED), derivation=derivation, **changes)
+
+
+def test_a_session_that_is_taken_over_has_a_name_at_each_gateway(notes: Path) -> None:
+    async def work() -> None:
+        gateway = Gateway(notes)
+        old = at_a_shared_address(GATEWAY, 1, session_spi=b"original")
+        sa = sa_of(msgspec.structs.replace(old, derivation=at_a_shared_address(HERE, 2).derivation))
+        gateway.tracker.sas[sa.id.spis] = sa
+        gateway.hooks.taken_over(sa, old)
+        gateway.failed.add(GATEWAY)
+        before = f"{GATEWAY}/{b'original'.hex()}"
+        wanted = [("taken-over", name(sa)), ("ended", before)]
+        await until(lambda: len(gateway.events()) == len(wanted))
+        assert gateway.told() == wanted
+        assert gateway.events()[0]["previous"] == {"gateway": GATEWAY, "session": before}
+        await gateway.hooks.close()
+
+    run(work)
+
+
+def test_a_session_that_goes_and_comes_back_within_a_moment_ends_before_it_begins_again(notes: Path) -> None:
+    async def work() -> None:
+        gateway = Gateway(notes)
+        first = gateway.handshake(at_a_shared_address(HERE, 1))
+        await until(lambda: len(gateway.events()) == 1)
+        gateway.hooks.moving_away(first, None)
+        gateway.end(first)
+        again = sa_of(at_a_shared_address(HERE, 3, spi_i=first.id.spi_i, spi_r=first.id.spi_r, initiator=False))
+        assert again.id.spis == first.id.spis
+        gateway.tracker.sas[again.id.spis] = again
+        gateway.hooks.taken_over(again, at_a_shared_address(GATEWAY, 2))
+        wanted = [("established", name(first)), ("moved-away", name(first)), ("taken-over", name(first))]
+        await until(lambda: len(gateway.events()) == len(wanted))
+        # as long as its end would have been waited for
+        await asyncio.sleep(2 * session_hooks.END_SECONDS)
+        assert gateway.told() == wanted
+        gateway.end(again)
+        await until(lambda: len(gateway.events()) == len(wanted) + 1)
+        assert gateway.told()[-1] == ("ended", name(first))
+        await gateway.hooks.close()
+
+    run(work)
+
+
+def test_the_beginning_of_a_session_that_is_over_at_once_is_told_first(notes: Path) -> None:
+    async def work() -> None:
+        gateway = Gateway(notes)
+        first = gateway.handshake(at_a_shared_address(HERE, 1))
+        gateway.hooks.moving_away(first, None)
+        gateway.end(first)
+        again = sa_of(at_a_shared_address(HERE, 3, spi_i=first.id.spi_i, spi_r=first.id.spi_r, initiator=False))
+        gateway.hooks.taken_over(again, at_a_shared_address(GATEWAY, 2))
+        wanted = ["established", "moved-away", "taken-over"]
+        await until(lambda: len(gateway.events()) == len(wanted))
+        await asyncio.sleep(2 * (session_hooks.SETTLE_SECONDS + session_hooks.END_SECONDS))
+        assert [event for event, _ in gateway.told()] == wanted
+        await gateway.hooks.close()
 
     run(work)

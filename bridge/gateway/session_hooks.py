@@ -116,6 +116,9 @@ class _Session:
         """those that it had last"""
         self.octets = Octets()
         self.begun: asyncio.Task[None] | None = None
+        """tells of its beginning, a moment later"""
+        self.told = False
+        """of its beginning"""
         self.down = asyncio.Event()
         """VICI has reported its end, and all figures before"""
         self.moved = False
@@ -124,9 +127,9 @@ class _Session:
 
 
 class SessionHooks:
-    """Follows the sessions of `tracker`. `address` is this gateway's in the index; `failed` returns whether another
-    gateway has failed, which is known some `detect` seconds later; `beats` when each wrote its last heartbeat; `state`
-    is the folder of the journal. Without a program none of its methods does anything."""
+    """Follows the sessions of `tracker`. `address` is this gateway's own; `failed` returns whether another gateway has
+    failed, which is known some `detect` seconds later; `beats` when each wrote its last heartbeat; `state` is the
+    folder of the journal. Without a program none of its methods does anything."""
 
     def __init__(
         self,
@@ -253,8 +256,8 @@ class SessionHooks:
         """charon was restarted, and has none of these."""
         for sa in sas:
             if (session := self._of(sa)) is not None:
-                self._forget(session)
-                self._raise(SessionEvent.ENDED, session, reason="charon-restarted")
+                session.moved = False
+                self._over(session, reason="charon-restarted")
 
     # sessions
 
@@ -267,7 +270,7 @@ class SessionHooks:
     def _put(self, sa: IkeSa, previous: Name | None = None) -> bool:
         """Take in an IKE_SA; whether its session is new here."""
         sa.first_spi = sa.first_spi or sa.local_spi
-        name = Name(sa.index_here(self._address).gateway, sa.first_spi)
+        name = Name(self._name_of(sa), sa.first_spi)
         session = self._by_name.get(name)
         new = session is None
         if session is None:
@@ -278,17 +281,35 @@ class SessionHooks:
         self._by_spis[sa.id.spis] = session
         return new
 
+    def _name_of(self, sa: IkeSa) -> str:
+        """This gateway's own address, also for an IKE_SA at an address that it shares: the session at the gateway that
+        had that address before is another one."""
+        own = self._address if sa.derivation is not None else None
+        return own or sa.index_here(self._address).gateway
+
     def _forget(self, session: _Session) -> None:
         self._by_name.pop(session.name, None)
         self._by_spis.pop(session.sa.id.spis, None)
 
+    def _over(self, session: _Session, reason: str | None = None) -> None:
+        """A session ended here, and its beginning is told before that."""
+        if self._by_name.get(session.name) is session:
+            self._forget(session)
+            if session.begun is not None:
+                self._tell_beginning(session)
+            self._raise(SessionEvent.MOVED_AWAY if session.moved else SessionEvent.ENDED, session, reason=reason)
+
     def _came(self, event: SessionEvent, sa: IkeSa, old: Stub) -> None:
         if self._program is None:
             return
-        previous = Name(old.index.gateway, old.session_spi or old.index.spi)
+        owner = old.derivation.owner if old.derivation is not None else ""
+        previous = Name(owner or old.index.gateway, old.session_spi or old.index.spi)
         own = self._tracker.sas.get(old.spi_i + old.spi_r)
         if own is not None and own is not sa:
             self.moving_away(own, sa.index_here(self._address).gateway)
+        if (before := self._by_spis.get(sa.id.spis)) is not None:
+            # a session that is taken over keeps its SPIs: it was here a moment ago, and its end is not told yet
+            self._over(before)
         sa.first_spi = sa.local_spi
         self._put(sa, previous)
         session = self._by_spis[sa.id.spis]
@@ -305,7 +326,12 @@ class SessionHooks:
             if sa.children and sa.reported_at >= sa.children_at:
                 break
             await asyncio.sleep(LOOK_SECONDS)
-        self._raise(SessionEvent.ESTABLISHED, session)
+        self._tell_beginning(session)
+
+    def _tell_beginning(self, session: _Session) -> None:
+        if not session.told:
+            session.told = True
+            self._raise(SessionEvent.ESTABLISHED, session)
 
     async def _ended(self, session: _Session, sa: IkeSa) -> None:
         if session.begun is not None:
@@ -313,11 +339,10 @@ class SessionHooks:
         # one that was removed over the HA channel, or was rekeyed, does not go down
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(session.down.wait(), END_SECONDS)
-        if session.sa.id.spis != sa.id.spis:
+        if session.sa is sa:
+            self._over(session)
+        elif session.sa.id.spis != sa.id.spis:
             self._by_spis.pop(sa.id.spis, None)
-            return
-        self._forget(session)
-        self._raise(SessionEvent.MOVED_AWAY if session.moved else SessionEvent.ENDED, session)
 
     async def _watch_gateways(self) -> None:
         """A gateway that lives reports itself that a session left it, even if it stops soon afterwards, as at the end
