@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_segments import (
     SegmentChooser,
     keeping_address,
@@ -14,7 +18,7 @@ from bridge.charon.ha_segments import (
     segment_of,
     waiting_address,
 )
-from bridge.charon.placeholders import HaPool, ha_pools
+from bridge.charon.placeholders import HaPool, Placeholders, ha_pools
 
 
 def pools(tmp_path: Path, text: str, section: str = "charon") -> list[HaPool]:
@@ -61,3 +65,67 @@ def test_the_segment_of_placeholders_is_never_chosen_again() -> None:
         chosen.add(segment)
         chooser.disturbed(segment, float(now), 0.001)
     assert chosen == {1, 2, 3}
+
+
+class Slow:
+    """The HA channel of a charon that takes a message only when told to."""
+
+    version: int | None = 5
+
+    def __init__(self) -> None:
+        self.taken = asyncio.Event()
+
+    async def send(self, messages: Iterable[bytes]) -> None:
+        list(messages)
+        await self.taken.wait()
+
+    async def drained(self) -> None: ...
+
+
+@pytest.mark.parametrize("other", ["release", "hand_over", "reset"])
+def test_an_address_that_two_tasks_let_go_of_is_free_once(other: str) -> None:
+    async def work() -> None:
+        channel = Slow()
+        channel.taken.set()
+        placeholders = Placeholders(cast(HaChannel, channel), 8)
+        await placeholders.put({"10.20.1.1": "rw"}, 0.0)
+        channel.taken.clear()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(placeholders.hand_over(["10.20.1.1"]))
+            if other != "reset":
+                tasks.create_task(getattr(placeholders, other)(["10.20.1.1"]))
+            await asyncio.sleep(0)
+            if other == "reset":
+                placeholders.reset()
+            channel.taken.set()
+        assert len(placeholders) == 0
+        assert placeholders.spis == set()
+
+    asyncio.run(work())
+
+
+def test_an_address_that_is_kept_again_meanwhile_stays_kept() -> None:
+    async def work() -> None:
+        channel = Slow()
+        channel.taken.set()
+        placeholders = Placeholders(cast(HaChannel, channel), 8)
+        await placeholders.put({"10.20.1.1": "rw"}, 0.0)
+        channel.taken.clear()
+        release = asyncio.create_task(placeholders.release(["10.20.1.1"]))
+        await asyncio.sleep(0)
+        placeholders.reset()
+        channel.taken.set()
+        await placeholders.put({"10.20.1.1": "rw"}, 1.0)
+        await release
+        assert placeholders.addresses == {"10.20.1.1"}
+        assert len(placeholders.spis) == 1
+
+    asyncio.run(work())
+
+
+def test_without_a_charon_whose_release_is_known_nothing_is_kept() -> None:
+    channel = Slow()
+    channel.version = None
+    placeholders = Placeholders(cast(HaChannel, channel), 8)
+    with pytest.raises(ChannelError):
+        asyncio.run(placeholders.open())

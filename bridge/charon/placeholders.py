@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from bridge.charon.conf_parser import Settings
-from bridge.charon.ha_channel import HaChannel
+from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import (
     Install,
     add_message,
@@ -142,14 +142,16 @@ class Placeholders:
         others were put by a sidecar before this one."""
         for address, ike_id in list(self._by_address.items()):
             if ike_id.spis not in self._listed and self._put_at.get(ike_id.spis, 0.0) < since:
-                self._forget(address)
+                self._forget(address, ike_id)
         for ike_id, vips in self._listed.values():
             for address in vips:
                 self._by_address.setdefault(address, ike_id)
         self._listed = {}
 
-    def _forget(self, address: str) -> None:
-        ike_id = self._by_address.pop(address)
+    def _forget(self, address: str, ike_id: IkeId) -> None:
+        """A placeholder is gone. Another may keep the address by now, where charon was slow to take a message."""
+        if self._by_address.get(address) == ike_id:
+            del self._by_address[address]
         self.spis.discard(ike_id.spis)
         self._put_at.pop(ike_id.spis, None)
 
@@ -199,31 +201,33 @@ class Placeholders:
 
     async def release(self, addresses: Iterable[str]) -> None:
         """Have charon give these addresses out again."""
-        gone = [address for address in addresses if address in self._by_address]
-        ids = [self._by_address[address] for address in gone]
-        await self._channel.send(delete_message(self._version, ike_id) for ike_id in ids)
-        for address in gone:
-            self._forget(address)
+        gone = self._kept(addresses)
+        await self._channel.send(delete_message(self._version, ike_id) for ike_id in gone.values())
+        for address, ike_id in gone.items():
+            self._forget(address, ike_id)
 
     async def hand_over(self, addresses: Iterable[str]) -> None:
         """Keep these addresses no more; an SA here has them, and they stay reserved for it."""
-        gone = [address for address in addresses if address in self._by_address]
-        ids = [self._by_address[address] for address in gone]
+        gone = self._kept(addresses)
         await self._channel.send(
             message
-            for ike_id in ids
+            for ike_id in gone.values()
             for message in (
                 vips_message(self._version, ike_id, (NO_ADDRESS,)),
                 delete_message(self._version, ike_id),
             )
         )
-        for address in gone:
-            self._forget(address)
+        for address, ike_id in gone.items():
+            self._forget(address, ike_id)
+
+    def _kept(self, addresses: Iterable[str]) -> dict[str, IkeId]:
+        return {address: self._by_address[address] for address in addresses if address in self._by_address}
 
     @property
     def _version(self) -> int:
         version = self._channel.version
-        assert version is not None, "SAs are installed into a charon whose release is known"
+        if version is None:
+            raise ChannelError("charon is not there, or its release is not known")
         return version
 
 
