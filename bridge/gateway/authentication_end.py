@@ -22,6 +22,8 @@ from bridge.gateway.metrics import GatewayMetrics
 log = structlog.get_logger()
 
 LOOK_SECONDS: Final = 1.0
+SPARE: Final = 1_000
+"""entries of IKE_SAs that are gone, beyond as many as are watched, before they are cleared away"""
 
 
 class AuthenticationEnd:
@@ -38,8 +40,15 @@ class AuthenticationEnd:
         """An IKE_SA that is up, or that changed."""
         until = sa.authenticated_until
         if sa.outlives_authentication and self._watched.get(sa.id.spis) != until:
-            self._watched[sa.id.spis] = until
-            heapq.heappush(self._due, (until, sa.id.spis))
+            self._put(sa.id.spis, until)
+
+    def _put(self, spis: bytes, until: int) -> None:
+        self._watched[spis] = until
+        heapq.heappush(self._due, (until, spis))
+        if len(self._due) > 2 * len(self._watched) + SPARE:
+            # a session that is resumed again and again leaves one each time
+            self._due = [(until, spis) for spis, until in self._watched.items()]
+            heapq.heapify(self._due)
 
     def forget(self, sa: IkeSa) -> None:
         """An IKE_SA that ended."""
@@ -71,8 +80,7 @@ class AuthenticationEnd:
             await self._charon.end_surely(sa)
         except ChannelError as error:
             log.warning("unauthenticated-sa-not-ended", reason=str(error), **sa.id.logged)
-            self._watched[sa.id.spis] = until = int(self._wall() + LOOK_SECONDS)
-            heapq.heappush(self._due, (until, sa.id.spis))
+            self._put(sa.id.spis, int(self._wall() + LOOK_SECONDS))
             return
         self._metrics.authentication_ended.inc()
         log.info(
