@@ -30,8 +30,10 @@ from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.stub import bank_keys
 from bridge.stub.stub import Index, Stub
+from bridge.stub.types import Endpoint
 from role_support import FakeBank, FakeTime, Wire, fake_charon
 
+SHARED = "192.0.2.10"
 OTHER = "192.0.2.77"
 SOON = 1.0
 """seconds in which a comparison that is due is over"""
@@ -351,3 +353,16 @@ def test_without_keyspace_events_the_operators_download_says_what_is_missing(gat
     gateway.start()
     answer = gateway.loop.run(gateway.reconciler.fetch({"from": OTHER}))
     assert "notify-keyspace-events" in answer["error"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_session_at_a_shared_address_is_recovered_whether_it_was_resumed_or_not(
+    gateway: Gateway, resumed: bool
+) -> None:
+    gateway.publisher._shared = {SHARED}
+    stub = stub_of(gateway=GATEWAY if resumed else SHARED)
+    info = listed(stub)._replace(local=Endpoint(SHARED, 4500))
+    gateway.bank.stubs[stub.index] = stub
+    found = gateway.loop.run(gateway.publisher.recover([info]))
+    assert found is not None
+    assert [sa.id.spis for sa in found] == [info.spis]

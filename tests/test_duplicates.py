@@ -131,3 +131,20 @@ def test_one_peer_is_ended_a_few_times_and_then_left_alone() -> None:
     lab.handshake(who=b"third@example")
     lab.look()
     assert len(lab.ended) == ENDS_OF_ONE_PEER + 1
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_session_from_before_the_sidecars_start_is_looked_at_again(resumed: bool) -> None:
+    lab = Lab("report")
+    other = lab.other()
+    changes = {"predecessor": other.index} if resumed else {}
+    stub = msgspec.structs.replace(
+        stub_of(gateway=HERE), established=200, remote_id=Identity(3, b"new@example"), **changes
+    )
+    sa = sa_of(stub)
+    sa.adopted = True
+    lab.sas[sa.id.spis] = sa
+    lab.duplicates.known(sa)
+    lab.look()
+    # one that was resumed here brought its address along
+    assert len(lab.duplicates) == (0 if resumed else 1)

@@ -80,8 +80,17 @@ class Duplicates:
 
     def changed(self, sa: IkeSa) -> None:
         """An SA came up or changed. One that was rebuilt here brought its address along; its session is the older."""
+        if not sa.adopted:
+            self._look_at(sa)
+
+    def known(self, sa: IkeSa) -> None:
+        """An SA is here from before the sidecar started."""
+        if sa.predecessor is None:
+            self._look_at(sa)
+
+    def _look_at(self, sa: IkeSa) -> None:
         spis = sa.id.spis
-        if sa.up and sa.remote_vips and not sa.adopted and self._seen.get(spis) != sa.remote_vips:
+        if sa.up and sa.remote_vips and self._seen.get(spis) != sa.remote_vips:
             self._seen[spis] = sa.remote_vips
             if len(self._due) < PENDING_MAX:
                 self._due[spis] = self._clock()

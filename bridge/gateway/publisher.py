@@ -109,21 +109,23 @@ class Publisher:
             self._writer.submit_delete(index, expires=expires, epoch=epoch)
             sa.published_at = ""
 
-    def _indexed_at(self, local: str) -> str:
-        return local if local in self._shared else gateway_address(self._address, local)
+    def _indexes(self, info: SaInfo) -> list[Index]:
+        """Where the stub of an IKE_SA may be: at an address that gateways share, that of a session which was resumed
+        lies under the gateway's own one."""
+        local, spi = info.local.address, info.spi_i if info.initiator else info.spi_r
+        own = Index(gateway_address(self._address, local), spi)
+        return [Index(local, spi), own] if local in self._shared and own.gateway != local else [own]
 
     async def recover(self, infos: list[SaInfo]) -> list[IkeSa] | None:
         """SAs that charon has and this sidecar does not know, from their stubs. None while the bank is away."""
-        indexes = [
-            Index(self._indexed_at(info.local.address), info.spi_i if info.initiator else info.spi_r) for info in infos
-        ]
+        sought = [(info, index) for info in infos for index in self._indexes(info)]
         found: list[IkeSa] = []
         try:
-            stubs = await self._bank.get(indexes)
+            stubs = await self._bank.get([index for _, index in sought])
         except BankUnavailable as error:
             log.warning(error.event, component="recovery", reason=str(error))
             return None
-        for info, stub in zip(infos, stubs, strict=True):
+        for (info, _), stub in zip(sought, stubs, strict=True):
             if stub is not None and stub.spi_i + stub.spi_r == info.spis:
                 sa = sa_of(stub)
                 if sa.predecessor is not None:

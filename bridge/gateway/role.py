@@ -379,6 +379,7 @@ class GatewayRole:
         found = await self._publisher.recover(ours)
         for sa in found or ():
             self._authentication.watch(sa)
+            self._duplicates.known(sa)
             self._hooks.known(sa)
         return found
 
