@@ -8,11 +8,11 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from bank_support import PATIENCE, RedisServer
-from bridge.bank import keyspace
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Keyspace
 from bridge.bank.redis_client import RedisClient
 from bridge.bank.redis_url import closed_as_lost
+from bridge.bank.subscription import Subscription
 
 CLOSED = "unable to perform operation on <TCPTransport closed=True reading=False 0x1>; the handler is closed"
 
@@ -31,16 +31,16 @@ def test_the_bank_is_unavailable_then() -> None:
 
 @pytest.mark.redis
 async def test_the_keyspace_is_watched_again(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine = keyspace._Subscription.psubscribe
+    genuine = Subscription.psubscribe
     failed: list[bool] = []
 
-    async def psubscribe(self: keyspace._Subscription, *patterns: str) -> None:
+    async def psubscribe(self: Subscription, *patterns: str) -> None:
         if not failed:
             failed.append(True)
             raise RuntimeError(CLOSED)
         await genuine(self, *patterns)
 
-    monkeypatch.setattr(keyspace._Subscription, "psubscribe", psubscribe)
+    monkeypatch.setattr(Subscription, "psubscribe", psubscribe)
     listening = asyncio.Event()
     watch = Keyspace(server.url, ("ike:*",), lambda _: None, lambda state: listening.set() if state else None)
     watch.start()

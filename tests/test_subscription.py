@@ -7,15 +7,20 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import structlog
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 import redis
 from bank_support import PASSWORD, PATIENCE, RedisServer, shipped_users
 from bridge.bank import keyspace as module
+from bridge.bank import subscription
 from bridge.bank.keyspace import Event, Keyspace
+from bridge.bank.redis_url import connect
+from bridge.bank.subscription import Subscription
 from test_bank_servers import admin, cluster, cluster_url, free_port, sentinel
 
 __all__ = ["cluster", "sentinel"]
@@ -79,6 +84,37 @@ async def test_in_a_cluster_a_connection_that_one_node_drops_is_a_lost_subscript
         kill_pubsub(admin(cluster[1]))
         assert await watched.state() is False
         assert await watched.state() is True
+
+
+async def test_a_redis_that_hangs_is_a_lost_subscription(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subscription, "PROBE_SECONDS", 0.5)
+    async with watching(server.url) as (watched, keyspace):
+        server.freeze()
+        try:
+            assert await watched.state() is False
+        finally:
+            server.thaw()
+        assert await watched.state() is True
+        # its answers to probes are no events, and keep the subscription
+        await keyspace.add("other:*")
+        server.client.set("other:after", "x")
+        assert await watched.event() == Event("other:after", "set")
+
+
+async def test_a_pattern_is_not_added_to_a_connection_that_was_lost(server: RedisServer) -> None:
+    client = connect(server.url, 1.0, bare=True)
+    lost = await Subscription.open(cast(Redis, client), 1.0)
+    await lost.psubscribe("x*")
+    reading = asyncio.create_task(lost.read(lambda channel, data: None))
+    await lost.confirmed("x*")
+    kill_pubsub(server.client)
+    with pytest.raises(RedisConnectionError):
+        await reading
+    with pytest.raises(RedisConnectionError):
+        await lost.psubscribe("y*")
+    assert server.client.pubsub_numpat() == 0
+    await lost.close()
+    await client.aclose()
 
 
 async def test_nothing_is_said_to_be_received_before_redis_has_confirmed_it(tmp_path: Path) -> None:

@@ -1,26 +1,23 @@
 """What happens in the bank, as it happens: Redis' keyspace notifications, from one server or all of a Cluster.
 
 Redis does not repeat a notification to a client that was not connected. So a watcher reports when it begins to receive
-and when it no longer does: what was known from before has to be looked at again. redis-py's own PubSub connects and
-subscribes again by itself, without a word about what it missed; here a connection that was lost is a subscription that
-was lost (CLIENT KILL, a failover, an output buffer that was full).
+and when it no longer does: what was known from before has to be looked at again. A connection that was lost is a
+subscription that was lost (CLIENT KILL, a failover, an output buffer that was full).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import structlog
-from redis.asyncio import ConnectionPool, Redis, RedisCluster
-from redis.asyncio.client import PubSub
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.sentinel import SentinelConnectionPool
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 from bridge.bank.redis_url import FAILURES, Client, closed_as_lost, connect, node_client
+from bridge.bank.subscription import Subscription
 from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
@@ -28,15 +25,9 @@ log = structlog.get_logger()
 BACK_OFF_MIN: Final = 0.1
 BACK_OFF_MAX: Final = 0.5
 """seconds between two attempts to listen: events of a Redis that is back arrive within this time"""
-PROBE_SECONDS: Final = 5.0
-"""after which a connection without events is probed"""
 MOVED_SECONDS: Final = 2.0
 """between two looks at which servers are the primaries, where Sentinels or a Cluster know it"""
-CONFIRM_SECONDS: Final = 2.0
-"""in which Redis confirms a subscription"""
 TIMEOUT: Final = 2.0
-
-_CHANNEL: Final = re.compile(rb"__keyspace@\d+__:(.*)", re.DOTALL)
 
 
 class Event(NamedTuple):
@@ -65,7 +56,7 @@ class Keyspace:
         self._patterns = dict.fromkeys(patterns)
         self._on_event = on_event
         self._on_state = on_state
-        self._listening: list[_Subscription] = []
+        self._listening: list[Subscription] = []
         self._lost = False
         """the log has that its subscription ended or could not begin, and not yet that it is back"""
         self._task: asyncio.Task[None] | None = None
@@ -121,20 +112,16 @@ class Keyspace:
         """Listen until a connection fails, or other servers are the primaries than before."""
         main = connect(self._url, TIMEOUT)
         clients: list[Redis] = []
-        listening: list[_Subscription] = []
+        listening: list[Subscription] = []
         tasks: list[asyncio.Task[None]] = []
         try:
-            if isinstance(main, RedisCluster):
-                await main.initialize()
-                clients += [node_client(main, node.host, int(node.port)) for node in main.get_primaries()]
-            else:
-                clients.append(main)
-            listening = [_Subscription(client.connection_pool) for client in clients]
+            clients = await self._bare_clients(main)
             patterns = [_channel(pattern) for pattern in self._patterns]
-            for each in listening:
-                await each.psubscribe(*patterns)
-            tasks = [asyncio.create_task(self._read(each)) for each in listening]
-            tasks.append(asyncio.create_task(self._follow(main, listening, patterns)))
+            for bare in clients:
+                listening.append(await Subscription.open(bare, TIMEOUT))
+                await listening[-1].psubscribe(*patterns)
+            works = [work for each in listening for work in (each.read(self._received), each.probe())]
+            tasks = [asyncio.create_task(work) for work in (*works, self._follow(main, listening, patterns))]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
@@ -142,12 +129,21 @@ class Keyspace:
             await end(*tasks)
             for each in listening:
                 with contextlib.suppress(*FAILURES):
-                    await each.aclose()  # type: ignore[no-untyped-call]
-            for client in {*clients, main}:
+                    await each.close()
+            for client in (*clients, main):
                 with contextlib.suppress(*FAILURES):
                     await client.aclose()
 
-    async def _follow(self, client: Client, listening: list[_Subscription], channels: list[str]) -> None:
+    async def _bare_clients(self, main: Client) -> list[Redis]:
+        """One for each primary."""
+        if isinstance(main, RedisCluster):
+            await main.initialize()
+            return [node_client(main, node.host, int(node.port), bare=True) for node in main.get_primaries()]
+        bare = connect(self._url, TIMEOUT, bare=True)
+        assert not isinstance(bare, RedisCluster)
+        return [bare]
+
+    async def _follow(self, client: Client, listening: list[Subscription], channels: list[str]) -> None:
         """Say that all is received once Redis has confirmed it; then until other servers are the primaries."""
         for each in listening:
             for channel in channels:
@@ -162,53 +158,17 @@ class Keyspace:
         self._on_state(True)
         await _until_moved(client, listening)
 
-    async def _read(self, listening: _Subscription) -> None:
-        probed = False
-        while True:
-            message = await listening.get_message(timeout=PROBE_SECONDS)
-            if message is None:
-                if probed:
-                    raise TimeoutError("Redis does not answer")
-                probed = True
-                await listening.ping()
-                continue
-            probed = False
-            if message["type"] == "psubscribe":
-                listening.confirm(message["channel"])
-            elif message["type"] == "pmessage" and (match := _CHANNEL.fullmatch(message["channel"])):
-                self._on_event(Event(match[1].decode(errors="replace"), message["data"].decode(errors="replace")))
+    def _received(self, channel: bytes, event: bytes) -> None:
+        # __keyspace@<database>__:<key>
+        key = channel.partition(b"__:")[2]
+        self._on_event(Event(key.decode(errors="replace"), event.decode(errors="replace")))
 
 
 def _channel(pattern: str) -> str:
     return f"__keyspace@*__:{pattern}"
 
 
-class _Subscription(PubSub):
-    """A PubSub on one connection only: it fails where redis-py would connect and subscribe again."""
-
-    def __init__(self, connection_pool: ConnectionPool) -> None:
-        super().__init__(connection_pool)
-        self._confirmed: set[bytes] = set()
-        self._news = asyncio.Event()
-
-    async def on_connect(self, connection: Any) -> None:
-        """redis-py's callback for a connection that was made again."""
-        raise RedisConnectionError("the subscription was lost")
-
-    def confirm(self, channel: bytes) -> None:
-        """Redis has confirmed that this connection gets what `channel`, a pattern, names."""
-        self._confirmed.add(channel)
-        self._news.set()
-        self._news = asyncio.Event()
-
-    async def confirmed(self, channel: str) -> None:
-        """Wait until Redis has confirmed it. Raises TimeoutError."""
-        async with asyncio.timeout(CONFIRM_SECONDS):
-            while channel.encode() not in self._confirmed:
-                await self._news.wait()
-
-
-async def _until_moved(client: Client, listening: list[_Subscription]) -> None:
+async def _until_moved(client: Client, listening: list[Subscription]) -> None:
     """Ends with TimeoutError when other servers are the primaries than those that are listened to: a primary that was
     cut off from its Sentinels, and not from here, goes on as if it were one. For ever where nothing else knows of
     primaries."""
@@ -229,7 +189,5 @@ async def _until_moved(client: Client, listening: list[_Subscription]) -> None:
             except FAILURES:
                 # no Sentinel answers: the primary that is known may still be the right one
                 continue
-            for each in listening:
-                connection: Any = each.connection
-                if connection is not None and (connection.host, connection.port) != (host, port):
-                    raise TimeoutError("Sentinel names another primary")
+            if any(each.server != (host, port) for each in listening):
+                raise TimeoutError("Sentinel names another primary")
