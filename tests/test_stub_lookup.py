@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +27,9 @@ class Bank:
         self.gone = set(ended)
         self.asked: list[list[Index]] = []
         self.failure: Exception | None = None
-        self.question = asyncio.Event()
 
     async def ended(self, indexes: Sequence[Index]) -> list[bool | None]:
         self.asked.append(list(indexes))
-        self.question.set()
         await asyncio.sleep(0)
         if self.failure is not None:
             raise self.failure
@@ -46,35 +45,24 @@ def lookup_in(bank: Any, *, reachable: bool = True) -> StubLookup:
 
 async def test_those_that_are_confirmed_at_once_are_asked_about_at_once() -> None:
     bank = Bank(SECOND)
-    lookup = lookup_in(bank)
-    assert await asyncio.gather(*map(lookup.ended, (FIRST, SECOND, THIRD))) == [False, True, False]
+    assert await lookup_in(bank).ended((FIRST, SECOND, THIRD)) == {SECOND}
     assert bank.asked == [[FIRST, SECOND, THIRD]]
 
 
-async def test_one_that_comes_while_the_bank_is_asked_is_asked_about_then() -> None:
-    bank = Bank(SECOND)
+async def test_the_bank_is_not_asked_about_what_ended_here() -> None:
+    bank = Bank()
     lookup = lookup_in(bank)
-    first = asyncio.ensure_future(lookup.ended(FIRST))
-    await bank.question.wait()
-    assert await lookup.ended(SECOND)
-    assert not await first
-    assert bank.asked == [[FIRST], [SECOND]]
-
-
-async def test_one_that_gives_up_leaves_the_answer_to_the_others() -> None:
-    bank = Bank(SECOND)
-    lookup = lookup_in(bank)
-    first, second = (asyncio.ensure_future(lookup.ended(index)) for index in (FIRST, SECOND))
-    await asyncio.sleep(0)
-    first.cancel()
-    assert await second
+    lookup._endings.add(FIRST, int(time.time()) + 100)
+    assert await lookup.ended((FIRST,)) == {FIRST}
+    assert await lookup.ended((FIRST, SECOND)) == {FIRST}
+    assert bank.asked == [[SECOND]]
 
 
 async def test_a_bank_that_does_not_answer_knows_of_no_end_of_any_of_them() -> None:
     bank = Bank(FIRST, SECOND)
     bank.failure = BankUnavailable("away")
     lookup = lookup_in(bank)
-    assert await asyncio.gather(*map(lookup.ended, (FIRST, SECOND))) == [False, False]
+    assert await lookup.ended((FIRST, SECOND)) == set()
     bank.failure = None
-    assert await lookup.ended(FIRST)
-    assert not await lookup_in(bank, reachable=False).ended(FIRST)
+    assert await lookup.ended((FIRST,)) == {FIRST}
+    assert await lookup_in(bank, reachable=False).ended((FIRST,)) == set()

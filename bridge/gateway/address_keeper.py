@@ -96,13 +96,18 @@ class AddressKeeper:
                 log.warning("placeholder-not-restored", reason=str(error))
                 return
 
-    async def taken(self, sa: IkeSa) -> None:
-        """A session came here: its SA has what a placeholder kept."""
+    def taken(self, sa: IkeSa) -> None:
+        """A session came here: its SA has what placeholders kept."""
+        kept = [a for a in sa.remote_vips if a in self._charon.placeholders or a in self._sessions]
+        if kept:
+            spawn("address-taken-over", self._hand_over(kept))
+
+    async def _hand_over(self, addresses: Sequence[str]) -> None:
         try:
-            await self._charon.placeholders.hand_over(sa.remote_vips)
+            await self._charon.placeholders.hand_over(addresses)
         except ChannelError as error:
             log.warning("placeholder-not-removed", reason=str(error))
-        for address in sa.remote_vips:
+        for address in addresses:
             self._sessions.pop(address, None)
 
     async def keep(self, sa: IkeSa, other: Index | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from itertools import islice
 from typing import Final
 
 import structlog
@@ -62,7 +63,7 @@ class MovedMarks:
                     await self._write()
 
     async def _write(self) -> None:
-        bundle = list(self._waiting)[:BUNDLE]
+        bundle = list(islice(self._waiting, BUNDLE))
         await self._bank.tell_moved(bundle)
         for move in bundle:
             self._waiting.pop(move, None)

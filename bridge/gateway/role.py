@@ -319,10 +319,7 @@ class GatewayRole:
         """A session came here as it is, from another gateway with the same address."""
         self._hooks.taken_over(sa, old)
         self._living.put(sa)
-        self._uniqueness.resumed(sa)
-        self._authentication.watch(sa)
-        self._return_path.changed(sa)
-        spawn("address-taken-over", self._keeper.taken(sa))
+        self._came(sa)
 
     def _dropped(self, sa: IkeSa) -> None:
         """An SA went in silence: its session goes on at another gateway with the same address."""
@@ -338,10 +335,14 @@ class GatewayRole:
         """A session went on here as `sa`."""
         self._hooks.resumed(sa, old)
         self._publisher.resumed(sa, old)
+        self._came(sa)
+
+    def _came(self, sa: IkeSa) -> None:
+        """A session came here from another gateway, either way."""
         self._uniqueness.resumed(sa)
         self._authentication.watch(sa)
         self._return_path.changed(sa)
-        spawn("address-taken-over", self._keeper.taken(sa))
+        self._keeper.taken(sa)
 
     async def _moving_away(self, sa: IkeSa, new: Index | None) -> None:
         """A session of this gateway went on elsewhere, and is about to be ended here."""

@@ -8,6 +8,7 @@ stub counts only with the request's PROOF under it, and not where the bank knows
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -39,14 +40,6 @@ class Missing(StrEnum):
     BANK_UNAVAILABLE = "bank-unavailable"
 
 
-class _Question:
-    """What the bank is asked about together."""
-
-    def __init__(self) -> None:
-        self.indexes: list[Index] = []
-        self.answer: asyncio.Task[set[Index]]
-
-
 class StubLookup:
     """Finds stubs. `reachable` returns whether the bank is worth asking, `timeout` (s) how long it may take."""
 
@@ -72,7 +65,6 @@ class StubLookup:
         self._reachable = reachable
         self._timeout = timeout
         self._clock = clock
-        self._question: _Question | None = None
 
     async def find(self, requests: Sequence[SyncRequest]) -> list[Stub | Missing]:
         """The stub that each request names, or why there is none."""
@@ -96,31 +88,16 @@ class StubLookup:
             stubs.update(self._stubs.served(indexes))
         return [self._choose(index, own, stubs, ended) for index, own in zip(indexes, held, strict=True)]
 
-    async def ended(self, index: Index) -> bool:
-        """Whether the session of `index` has ended or gone on, as far as the bank answers within the time of a
-        look-up."""
-        if index in self._endings:
-            return True
-        if not self._reachable():
-            return False
-        # in a storm many are confirmed in one pass of the event loop
-        if (question := self._question) is None:
-            question = self._question = _Question()
-            question.answer = asyncio.ensure_future(self._ended(question))
-        question.indexes.append(index)
-        # one that gives up leaves the answer to the others
-        return index in await asyncio.shield(question.answer)
-
-    async def _ended(self, question: _Question) -> set[Index]:
-        """Those whose sessions have ended, of all that were asked about in this pass of the event loop."""
-        await asyncio.sleep(0)
-        self._question = None
-        try:
-            async with asyncio.timeout(self._timeout):
-                replies = await self._bank.ended(question.indexes)
-        except (BankUnavailable, TimeoutError):
-            return set()
-        return {index for index, ended in zip(question.indexes, replies, strict=True) if ended}
+    async def ended(self, indexes: Sequence[Index]) -> set[Index]:
+        """Those whose sessions have ended or gone on, as far as the bank answers within the time of a look-up."""
+        ended = {index for index in indexes if index in self._endings}
+        asked = [index for index in indexes if index not in ended]
+        if asked and self._reachable():
+            with contextlib.suppress(BankUnavailable, TimeoutError):
+                async with asyncio.timeout(self._timeout):
+                    replies = await self._bank.ended(asked)
+                ended |= {index for index, over in zip(asked, replies, strict=True) if over}
+        return ended
 
     def _held(self, request: SyncRequest, index: Index) -> Stub | None:
         """The stub in the request, if it opens and the request proves that it is the sender's."""

@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import structlog
@@ -38,13 +39,13 @@ LATE_SECONDS = 30.0
 
 class Unconfirmed:
     """The rebuilt SAs that wait for their first verified request, oldest first. `confirm_timeout` in seconds; `ended`
-    returns whether the session of an index ended or went on elsewhere."""
+    returns those indexes whose sessions ended or went on elsewhere."""
 
     def __init__(
         self,
         charon: Charon,
         endings: Endings,
-        ended: Callable[[Index], Awaitable[bool]],
+        ended: Callable[[Sequence[Index]], Awaitable[AbstractSet[Index]]],
         handout: ClientStubs,
         writer: WriteQueue,
         metrics: GatewayMetrics,
@@ -68,6 +69,8 @@ class Unconfirmed:
         self._by_source: Counter[Source] = Counter()
         self._confirmed: Recent[tuple[bytes, Endpoint]] = Recent(LATE_SECONDS, clock=clock)
         self._drops: set[asyncio.Task[None]] = set()
+        self._verified: list[Rebuilt] = []
+        """those that are about to be confirmed together"""
         self._confirming: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -128,30 +131,43 @@ class Unconfirmed:
         made.on(Event.VERIFIED)
         if made.state is before:
             return
-        task = spawn("confirm", self._confirm(made))
-        self._confirming.add(task)
-        task.add_done_callback(self._confirming.discard)
+        self._verified.append(made)
+        if len(self._verified) == 1:
+            task = spawn("confirm", self._confirm())
+            self._confirming.add(task)
+            task.add_done_callback(self._confirming.discard)
 
-    async def _confirm(self, made: Rebuilt) -> None:
-        """The session may have ended, or gone on elsewhere, since its stub was looked up."""
+    async def _confirm(self) -> None:
+        """Confirm those that verified in one pass of the event loop: in a storm these are many. Their sessions may have
+        ended, or gone on elsewhere, since their stubs were looked up."""
+        verified, self._verified = self._verified, []
         try:
-            ended = await self._ended(made.old.index)
+            ended = await self._ended([made.old.index for made in verified])
         except Exception:
-            # as where the bank is away: the client has proved the keys, and this gateway knows of no end
-            log.exception("confirmed-without-bank", **made.sa.id.logged)
-            ended = False
-        if made not in self:
-            return
-        if ended or made.old.index in self._endings:
+            # as where the bank is away: the clients have proved the keys, and this gateway knows of no end
+            log.exception("confirmed-without-bank", sas=len(verified))
+            ended = frozenset()
+        over: list[Rebuilt] = []
+        for made in verified:
+            if made not in self:
+                continue
+            if made.old.index in ended or made.old.index in self._endings:
+                over.append(made)
+            else:
+                self._confirmed_now(made)
+        if over:
+            await self._ended_before(over)
+
+    async def _ended_before(self, over: Sequence[Rebuilt]) -> None:
+        """The sessions of these had ended when their clients confirmed them."""
+        for made in over:
             log.info("sa-ended-before-confirmed", old_gateway=made.old.index.gateway, **made.sa.id.logged)
             self.forget(made, Event.ENDED)
-            try:
-                # with a DELETE: its client takes the session for resumed
-                await self._charon.end({made.sa.id.spis})
-            except ViciError as error:
-                log.warning("ended-sa-not-removed", reason=str(error), **made.sa.id.logged)
-        else:
-            self._confirmed_now(made)
+        try:
+            # with a DELETE: their clients take the sessions for resumed
+            await self._charon.end({made.sa.id.spis for made in over})
+        except ViciError as error:
+            log.warning("ended-sas-not-removed", reason=str(error), sas=len(over))
 
     def _confirmed_now(self, made: Rebuilt) -> None:
         made.on(Event.LIVES)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Final
 
@@ -195,6 +196,7 @@ def gone_pattern(gateway: str | None) -> str:
 # names read back
 
 
+@lru_cache(maxsize=1024)
 def gateway_name(name: bytes | str) -> str | None:
     """A gateway's address in canonical text; None for anything else."""
     if len(name) > _ADDRESS_OCTETS:
