@@ -7,7 +7,7 @@ from typing import Any, cast
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
-from bridge.charon.ike_sa import IkeSa
+from bridge.charon.ike_sa import IkeSa, Trait
 from bridge.charon.sa_tracker import SaTracker
 from bridge.gateway.authentication_end import AuthenticationEnd
 from bridge.gateway.metrics import GatewayMetrics
@@ -39,7 +39,7 @@ class Gateway:
 
     def resumed(self, until: int, reauth_at: int = 0) -> IkeSa:
         sa = IkeSa(IkeId.of(b"I" * 8, b"R" * 8, False), Suite(12, 128, 12, 5, 31), b"d" * 32, up=True)
-        sa.authenticated_until, sa.reauth_at, sa.authentication_inherited = until, reauth_at, True
+        sa.authenticated_until, sa.reauth_at, sa.traits = until, reauth_at, Trait.AUTHENTICATION_INHERITED
         self.charon.tracker.adopt(sa)
         self.watcher.watch(sa)
         return sa

@@ -19,7 +19,6 @@ def test_a_session_that_is_resumed_again_and_again_leaves_nothing_behind() -> No
     ends = AuthenticationEnd(cast(Charon, charon), GatewayMetrics(), wall=lambda: 1000.0)
     for _ in range(3 * SPARE):
         sa = sa_of(msgspec.structs.replace(stub_of(), authenticated_until=90_000))
-        sa.authentication_inherited = True
         ends.watch(sa)
         ends.forget(sa)
     assert ends._watched == {}

@@ -19,6 +19,7 @@ from bridge.charon.sa_tracker import SaTracker
 from bridge.gateway.client_stubs import ANSWER_SECONDS, ANSWERS_A_SECOND, HELD_SECONDS, ClientStubs, Policy
 from bridge.gateway.endings import Endings
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.recent import Recent
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.ike.stub_exchange import StubSa, build_get, parse_stub_message, verify
@@ -124,6 +125,10 @@ class Wire:
     def send(self, *datagram: Any) -> None:
         self.answers.append(datagram)
 
+    def forget(self) -> None:
+        """As if the next message were of another SA."""
+        self._handout._answered = Recent(ANSWER_SECONDS, clock=lambda: self.now)
+
     def get(self, *, src: str | None = None, sk_d: bytes | None = None, nonce: bytes = b"n" * 32) -> bytes:
         """A GET Stub arrives, by default from the address that the SA's peer has."""
         stub, index = self.stub, (self.stub.index.gateway, self.stub.index.spi)
@@ -168,8 +173,7 @@ def test_get_stub_is_answered_once_in_a_while() -> None:
 def test_past_the_rate_of_all_clients_together_get_stub_is_not_answered() -> None:
     wire = Wire()
     for _ in range(ANSWERS_A_SECOND + 10):
-        # as if each were of another SA
-        wire.sa.handed = 0.0
+        wire.forget()
         wire.get()
     assert len(wire.answers) == ANSWERS_A_SECOND
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType, decode
-from bridge.charon.ike_sa import Condition, IkeSa, new_conditions
+from bridge.charon.ike_sa import Condition, IkeSa, Trait, new_conditions
 from bridge.charon.sa_comparison import Comparison
 from bridge.charon.sa_tracker import HALF_OPEN_SECONDS, SaTracker
 from bridge.charon.vici_types import ChildInfo, ConnectionInfo, Event, SaInfo
@@ -81,7 +81,8 @@ def confirm(known: SaTracker, message: HaMessage) -> None:
         known.event(Event("child-updown", info(sa, remote_vips=vips), True))
     elif not sa.up:
         # a new SA has the virtual IPs of the one that it was rekeyed from
-        vips = sa.rekeyed_from.remote_vips if sa.rekeyed_from is not None else ()
+        old = known._rekeyed_from.get(sa.id.spis)
+        vips = old.remote_vips if old is not None else ()
         known.event(Event("ike-updown", info(sa, remote_vips=vips), True))
 
 
@@ -902,7 +903,7 @@ def test_an_inherited_end_of_authentication_is_never_prolonged() -> None:
     known, _, _ = tracker()
     feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
     [sa] = known.established()
-    sa.authenticated_until, sa.authentication_inherited = NOW + 600, True
+    sa.authenticated_until, sa.traits = NOW + 600, Trait.AUTHENTICATION_INHERITED
     assert authenticated(known, sa, None) == NOW + 600
     assert authenticated(known, sa, 3600) == NOW + 600
     assert authenticated(known, sa, 60) == NOW + 60
@@ -912,8 +913,20 @@ def test_a_rekeyed_ike_sa_inherits_the_end_of_authentication() -> None:
     known, _, _ = tracker()
     feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE)
     [old] = known.established()
-    old.authenticated_until, old.authentication_inherited = NOW + 600, True
+    old.authenticated_until, old.traits = NOW + 600, Trait.AUTHENTICATION_INHERITED
     feed(known, VECTORS[0], "gateway")
     [sa] = known.established()
     assert sa is not old
     assert authenticated(known, sa, 3600) == NOW + 600
+
+
+def test_an_ike_sa_stays_small() -> None:
+    # a gateway has tens of thousands: what few of them have is not in each
+    first, second = tracker()[0], tracker()[0]
+    for known in (first, second):
+        feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE, 2)
+    [one], [other] = first.established(), second.established()
+    assert one.__sizeof__() <= 280
+    assert one._seldom is other._seldom
+    one.first_spi = b"original"
+    assert (one.first_spi, other.first_spi) == (b"original", b"")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import IntFlag
 from functools import lru_cache
 from sys import intern
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from bridge.charon.ha_message import IkeId
 from bridge.ike.stub_exchange import StubSa
@@ -67,9 +67,40 @@ class Requests:
     """VICI listed the SA as DELETING: charon waits for the answer to its own DELETE"""
 
 
+class Trait(IntFlag):
+    """What an IKE_SA has of its session; a rekeyed one has that of the one before."""
+
+    COMPANION = 1
+    """its client's sidecar sent a message about it"""
+    AUTHENTICATION_INHERITED = 2
+    """`authenticated_until` comes from the session before; its own reauthentication time can only shorten it"""
+    TAKEN_OVER = 4
+    """it came here from another gateway as it is"""
+
+
+NO_TRAIT: Final = Trait(0)
+
+
+@dataclass(slots=True, eq=False)
+class _Seldom:
+    """What few IKE_SAs have."""
+
+    local_vips: tuple[str, ...] = ()
+    requests: Requests | None = None
+    first_spi: bytes = b""
+    derivation: Derivation | None = field(default=None, repr=False)
+
+
+_NOTHING: Final = _Seldom()
+
+
 @dataclass(slots=True, eq=False)
 class IkeSa:
-    """An IKE_SA. `local` is this host. Times in Unix seconds, 0 = never."""
+    """An IKE_SA. `local` is this host. Times in Unix seconds, 0 = never.
+
+    Its size counts: a gateway has tens of thousands. What few have is in `_seldom`; what matters for a moment, and what
+    one role alone needs, is in tables of the tracker or of that role.
+    """
 
     id: IkeId
     suite: Suite
@@ -78,7 +109,6 @@ class IkeSa:
     up: bool = False
     seen: float = 0.0
     """when the first message of it came, in the tracker's clock; since when charon has it, where it was rebuilt"""
-    rekeyed_from: IkeSa | None = field(default=None, repr=False)
     local_id: Identity | None = None
     remote_id: Identity | None = None
     eap_id: Identity | None = None
@@ -90,7 +120,6 @@ class IkeSa:
     conditions: tuple[int, ...] = ()
     extensions: tuple[int, ...] = ()
     peer_addresses: tuple[Endpoint, ...] = ()
-    local_vips: tuple[str, ...] = ()
     remote_vips: tuple[str, ...] = ()
     children: tuple[ChildSa, ...] = ()
     """oldest first"""
@@ -102,34 +131,80 @@ class IkeSa:
     expires: int = 0
     authenticated_until: int = 0
     """when the peer's authentication ends, by the policy of the gateway that authenticated it"""
-    authentication_inherited: bool = False
-    """whether that comes from the session before, which this IKE_SA's own reauthentication time can only shorten"""
     revision: int = 0
     resumable: bool = True
-    unproven: bool = False
-    """rebuilt by this gateway, reported by charon again, and no request on it verified yet"""
     published_at: str = ""
     """the gateway's address in the index that its stub was stored under last"""
     stub_expires: int = 0
     """when the stub stored last expires"""
-    companion: bool = False
-    """whether its client's sidecar sent a message about it"""
-    handed: float = 0.0
-    """when the client was last given its stub, in the clock of bridge.gateway.client_stubs"""
     adopted: bool = False
     """its keys came from a stub, not from charon"""
     unique_id: str = ""
     """by which charon names it, once VICI reported it"""
-    requests: Requests | None = None
-    """kept where the client role asks for it"""
     predecessor: Index | None = None
     """the index that it was resumed from here, if it was"""
-    first_spi: bytes = b""
-    """this host's SPI of the IKE_SA that the session began with here, where that is followed"""
-    derivation: Derivation | None = field(default=None, repr=False)
-    """what takes it over, at an address that gateways share"""
-    taken_over: bool = False
-    """it came here from another gateway as it is"""
+    traits: Trait = NO_TRAIT
+    _seldom: _Seldom = field(default=_NOTHING, init=False, repr=False)
+    """_NOTHING is that of all that have none"""
+
+    def _own(self) -> _Seldom:
+        if self._seldom is _NOTHING:
+            self._seldom = _Seldom()
+        return self._seldom
+
+    @property
+    def local_vips(self) -> tuple[str, ...]:
+        """This host's own virtual IPs: a client has some."""
+        return self._seldom.local_vips
+
+    @local_vips.setter
+    def local_vips(self, addresses: tuple[str, ...]) -> None:
+        if addresses != self.local_vips:
+            self._own().local_vips = addresses
+
+    @property
+    def requests(self) -> Requests | None:
+        """Kept where the client role asks for it."""
+        return self._seldom.requests
+
+    @requests.setter
+    def requests(self, requests: Requests | None) -> None:
+        self._own().requests = requests
+
+    @property
+    def first_spi(self) -> bytes:
+        """This host's SPI of the IKE_SA that the session began with here, where that is followed."""
+        return self._seldom.first_spi
+
+    @first_spi.setter
+    def first_spi(self, spi: bytes) -> None:
+        if spi != self.first_spi:
+            self._own().first_spi = spi
+
+    @property
+    def derivation(self) -> Derivation | None:
+        """What takes it over, at an address that gateways share."""
+        return self._seldom.derivation
+
+    @derivation.setter
+    def derivation(self, derivation: Derivation | None) -> None:
+        if derivation is not self.derivation:
+            self._own().derivation = derivation
+
+    @property
+    def companion(self) -> bool:
+        """Whether its client's sidecar sent a message about it."""
+        return Trait.COMPANION in self.traits
+
+    @property
+    def authentication_inherited(self) -> bool:
+        """Whether `authenticated_until` comes from the session before."""
+        return Trait.AUTHENTICATION_INHERITED in self.traits
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether it came here from another gateway as it is."""
+        return Trait.TAKEN_OVER in self.traits
 
     @property
     def local_spi(self) -> bytes:
@@ -257,7 +332,7 @@ def client_sa(sa: IkeSa) -> StubSa:
 
 def sa_of(stub: Stub) -> IkeSa:
     """The SA of a stub that this gateway made."""
-    return IkeSa(
+    sa = IkeSa(
         id=IkeId.of(stub.spi_i, stub.spi_r, stub.initiator),
         suite=stub.suite,
         sk_d=stub.sk_d,
@@ -272,7 +347,6 @@ def sa_of(stub: Stub) -> IkeSa:
         conditions=stub.conditions,
         extensions=stub.extensions,
         peer_addresses=stub.peer_addresses,
-        local_vips=stub.local_vips,
         remote_vips=stub.remote_vips,
         children=stub.children,
         established=stub.established,
@@ -280,11 +354,11 @@ def sa_of(stub: Stub) -> IkeSa:
         reauth_at=stub.reauth_at,
         expires=stub.expires,
         authenticated_until=stub.authenticated_until,
-        authentication_inherited=True,
+        traits=Trait.AUTHENTICATION_INHERITED,
         revision=stub.revision,
         published_at=stub.index.gateway,
         stub_expires=stub.expires,
         predecessor=stub.predecessor,
-        first_spi=stub.session_spi,
-        derivation=stub.derivation,
     )
+    sa.local_vips, sa.first_spi, sa.derivation = stub.local_vips, stub.session_spi, stub.derivation
+    return sa

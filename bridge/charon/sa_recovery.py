@@ -104,11 +104,9 @@ def inherit(sa: IkeSa, old: IkeSa) -> None:
     sa.eap_id = sa.eap_id or old.eap_id
     sa.reauth_at = old.reauth_at
     sa.authenticated_until = old.authenticated_until
-    sa.authentication_inherited = old.authentication_inherited
-    sa.companion = old.companion
+    sa.traits = old.traits
     sa.predecessor = old.predecessor
     sa.first_spi = old.first_spi
-    sa.taken_over = old.taken_over
 
 
 def drop_unlisted(sa: IkeSa, info: SaInfo) -> bool:

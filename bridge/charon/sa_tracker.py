@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from msgspec.structs import replace
@@ -95,6 +96,19 @@ class SaTracker:
         self._malformed: dict[bytes, tuple[str, float]] = {}
         """SAs that charon sent a malformed message about: why, and when"""
         self._incomplete: dict[bytes, IkeSa] = {}
+        self._rekeyed_from: dict[bytes, IkeSa] = {}
+        """by the SPIs of SAs that are not up yet: what they were rekeyed from"""
+        self._unproven: set[bytes] = set()
+        """SAs that this gateway rebuilt and charon reported again, and on which no request verified yet"""
+        self._tables: tuple[dict[bytes, Any], ...] = (
+            self._incomplete,
+            self._unconfirmed,
+            self._early,
+            self._malformed,
+            self._granted,
+            self._rekeyed_from,
+        )
+        """all that is noted of single SAs, by both SPIs"""
 
     # HA
 
@@ -168,8 +182,8 @@ class SaTracker:
         if sa is not None and sa.derivation is not None:
             # the next stub has it: the peer's next request tells it to a gateway that takes the SA over
             sa.derivation = replace(sa.derivation, next_expected=next_id)
-        if sa is not None and sa.unproven and next_id > FIRST_MESSAGE_ID:
-            sa.unproven = False
+        if sa is not None and ike_id.spis in self._unproven and next_id > FIRST_MESSAGE_ID:
+            self._unproven.discard(ike_id.spis)
             self._come_up(sa)
         granted = self._granted.get(ike_id.spis)
         if granted is not None and granted.confirmed is None:
@@ -215,14 +229,18 @@ class SaTracker:
             known.derivation = derivation
             return
         self._sweep()
-        sa = IkeSa(ike_id, suite, sk_d, secret, seen=self._clock(), resumable=resumable, derivation=derivation)
+        sa = IkeSa(ike_id, suite, sk_d, secret, seen=self._clock(), resumable=resumable)
+        sa.derivation = derivation
         if rekeyed is not None:
-            sa.rekeyed_from = self.sas.get(rekeyed.spis)
-            if sa.rekeyed_from is None:
+            old = self.sas.get(rekeyed.spis)
+            if old is None:
                 self.recall.rekeyed(rekeyed, sa)
+            else:
+                self._rekeyed_from[ike_id.spis] = old
         # a rebuilt SA, reported again after the sidecar forgot it: perhaps its peer never proved the keys
         rebuilt = message.first(Attr.OLD_SKD) is not None and rekeyed is None
-        sa.unproven = rebuilt and not ike_id.initiator
+        if rebuilt and not ike_id.initiator:
+            self._unproven.add(ike_id.spis)
         self.sas[ike_id.spis] = sa
         self._incomplete[ike_id.spis] = sa
         remote: Endpoint | None = message.first(Attr.REMOTE_ADDR)
@@ -278,7 +296,7 @@ class SaTracker:
     def _whole(self, sa: IkeSa) -> bool:
         """Whether charon's HA messages have said all that they say of an SA that is up."""
         said = sa.connection and sa.local_id is not None and sa.remote_id is not None
-        return bool(said or sa.id.spis in self._malformed) and not sa.unproven
+        return bool(said or sa.id.spis in self._malformed) and sa.id.spis not in self._unproven
 
     def _come_up(self, sa: IkeSa) -> None:
         """Have an SA up once both HA messages and VICI have named it."""
@@ -296,10 +314,9 @@ class SaTracker:
         self._incomplete.pop(sa.id.spis, None)
         self._unconfirmed.pop(sa.id.spis, None)
         self.half_open.ended(sa.id.spis)
-        if (old := sa.rekeyed_from) is not None:
+        if (old := self._rekeyed_from.pop(sa.id.spis, None)) is not None:
             inherit(sa, old)
             self.recall.rekeyed_again(old, sa)
-            sa.rekeyed_from = None
             self.virtual_ips.put(sa.id.spis, sa.remote_vips, self._clock())
         malformed, _ = self._malformed.get(sa.id.spis, ("", 0.0))
         if malformed:
@@ -351,8 +368,9 @@ class SaTracker:
 
     def _drop(self, spis: bytes) -> None:
         """Forget what is noted of an SA that is gone."""
-        for table in (self._incomplete, self._unconfirmed, self._early, self._malformed, self._granted):
+        for table in self._tables:
             table.pop(spis, None)
+        self._unproven.discard(spis)
         self.half_open.ended(spis)
         self.virtual_ips.drop(spis)
 
@@ -385,6 +403,8 @@ class SaTracker:
                 return
             del self._incomplete[spis]
             self._unconfirmed.pop(spis, None)
+            self._rekeyed_from.pop(spis, None)
+            self._unproven.discard(spis)
             self.sas.pop(spis, None)
 
     # VICI
@@ -505,8 +525,9 @@ class SaTracker:
     def forget_all(self) -> None:
         """charon died: its SAs are gone without a word, and their stubs are what clients resume from."""
         self.on_lost(list(self.established()))
-        for table in (self.sas, self._incomplete, self._early, self._unconfirmed, self._malformed, self._granted):
+        for table in (self.sas, *self._tables):
             table.clear()
+        self._unproven.clear()
         self.half_open.clear()
         self.virtual_ips.clear()
         self.recall.end()

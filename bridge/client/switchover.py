@@ -14,7 +14,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import HaError, IkeId
-from bridge.charon.ike_sa import IkeSa, new_conditions
+from bridge.charon.ike_sa import IkeSa, Trait, new_conditions
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.charon.vpns import Vpn
 from bridge.client.sessions import Session, Sessions
@@ -253,7 +253,7 @@ class Switchover:
 
     def _rebuilt(self, old: IkeSa, gateway: Target, answer: Answer, sk_d: bytes) -> IkeSa:
         """The new SA: keys per draft-xu-ike-sa-sync-01 section 3.3, all else as in the old one."""
-        return IkeSa(
+        new = IkeSa(
             id=answer.ike_id,
             suite=old.suite,
             sk_d=sk_d,
@@ -268,15 +268,16 @@ class Switchover:
                 old.conditions, initiator=True, nat_here=answer.nat_here, nat_there=answer.nat_there
             ),
             extensions=old.extensions,
-            local_vips=old.local_vips,
             established=int(self._wall()),
             expires=old.expires,
             # a gateway of release 0.1 says nothing of it
             authenticated_until=int(self._wall()) + answer.auth_lifetime
             if answer.auth_lifetime is not None
             else old.authenticated_until,
-            authentication_inherited=True,
+            traits=Trait.AUTHENTICATION_INHERITED,
         )
+        new.local_vips = old.local_vips
+        return new
 
     def _children_of(self, old: IkeSa | None, gateway: Target) -> list[str]:
         """Names of the CHILD_SAs to bring up: those of the old SA that the connection has; else all it has."""

@@ -2,7 +2,7 @@
 
 The client gets its stub sealed with the gateways' key and can only hand it back. It is bound to its index, and to being
 held by a client: one out of the bank does not open here, nor one of these in the bank. GET Stub is answered without
-any state but a time stamp of the SA's, to the address that the SA's peer has, and not often: a replay gives no host
+any state but when that was, to the address that the SA's peer has, and not often: a replay gives no host
 more than what was on the wire before, sealed.
 """
 
@@ -14,10 +14,11 @@ from typing import Final, Literal
 
 import structlog
 
-from bridge.charon.ike_sa import IkeSa, stub_sa
+from bridge.charon.ike_sa import IkeSa, Trait, stub_sa
 from bridge.charon.sa_tracker import SaTracker
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
+from bridge.gateway.recent import Recent
 from bridge.ike.message import MalformedMessage
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_download, build_here, parse_stub_message, verify
 from bridge.net.interface import Packet, Sender
@@ -72,6 +73,8 @@ class ClientStubs:
         self._clock = clock
         self._wall = wall
         self._rate = Rate(ANSWERS_A_SECOND)
+        self._answered: Recent[bytes] = Recent(ANSWER_SECONDS, clock=clock)
+        """the SAs, by both SPIs, whose clients got an answer to GET Stub"""
         self._expected = expected
         self._alive = alive
 
@@ -149,12 +152,12 @@ class ClientStubs:
             (self.policy != "off" or self.gateways())
             and sa.remote is not None
             and packet.src == sa.remote.address
-            and now >= sa.handed + ANSWER_SECONDS
+            and message.spis not in self._answered
             and verify(message, sa.suite.prf, sa.sk_d)
         ):
-            sa.companion = True
+            sa.traits |= Trait.COMPANION
             if self._rate.take(now):
-                sa.handed = now
+                self._answered.add(message.spis)
                 self._answer(packet, message, sa)
         return None
 

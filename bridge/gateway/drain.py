@@ -30,7 +30,7 @@ import structlog
 
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
-from bridge.charon.ike_sa import IkeSa, stub_sa
+from bridge.charon.ike_sa import IkeSa, Trait, stub_sa
 from bridge.config import canonical_address
 from bridge.gateway.drain_state import DRAIN, ELSEWHERE, REASONS, REPORTED, Event, State
 from bridge.gateway.other_gateways import OtherGateways, order
@@ -260,7 +260,7 @@ class Drain:
         sa = asked.sa
         if not verify(message, sa.suite.prf, sa.sk_d, before=asked.move):
             return
-        sa.companion = True
+        sa.traits |= Trait.COMPANION
         event = REPORTED.get(message.move.status)
         if event is None:
             return

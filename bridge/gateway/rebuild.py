@@ -11,7 +11,7 @@ from typing import NamedTuple
 from bridge.charon.charon import Charon
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import IkeId
-from bridge.charon.ike_sa import IkeSa, new_conditions
+from bridge.charon.ike_sa import IkeSa, Trait, new_conditions
 from bridge.config import SyncConfig, children_policy
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
@@ -193,8 +193,7 @@ class Decision:
             established=now,
             expires=now + lifetime,
             authenticated_until=until,
-            authentication_inherited=True,
-            companion=True,
+            traits=Trait.AUTHENTICATION_INHERITED | Trait.COMPANION,
             predecessor=stub.index,
         )
         response = build_response(

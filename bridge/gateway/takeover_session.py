@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import ADDITIONAL_KEY_EXCHANGES_SINCE, IkeId
-from bridge.charon.ike_sa import IkeSa, new_conditions, sa_of
+from bridge.charon.ike_sa import IkeSa, Trait, new_conditions, sa_of
 from bridge.charon.vici_types import ConnectionInfo
 from bridge.gateway.rebuild import authenticated_until
 from bridge.gateway.takeover_state import SESSION, Event, State
@@ -139,7 +139,7 @@ def session_of(
     derivation = stub.derivation
     assert derivation is not None
     sa = sa_of(stub)
-    sa.taken_over = True
+    sa.traits |= Trait.TAKEN_OVER
     # charon's timers begin again, from the connection's configuration
     sa.established = int(now)
     sa.expires = int(now) + connection.lifetime if connection.lifetime else stub.expires
