@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -165,7 +166,10 @@ def test_a_charon_that_was_restarted_has_ended_its_sessions(topology: Topology) 
 def test_a_program_that_fails_or_hangs_is_reported_and_harms_nothing(topology: Topology) -> None:
     gateway = topology.gateways["gw1"]
     gateway.stop()
-    topology.gw1.write("/etc/ike-sa-sync/bad", "#!/bin/sh\necho no such thing >&2\nsleep 1000 &\nwait\n", mode=0o755)
+    # a number that no other process of this machine has
+    child = f"sleep 1{time.time_ns()}"
+    script = f"#!/bin/sh\necho no such thing >&2\n{child} &\nwait\n"
+    topology.gw1.write("/etc/ike-sa-sync/bad", script, mode=0o755)
     gateway.config["hooks"] = {"session": "/etc/ike-sa-sync/bad", "timeout": 0.5}
     gateway.start()
     try:
@@ -175,7 +179,7 @@ def test_a_program_that_fails_or_hangs_is_reported_and_harms_nothing(topology: T
         assert (failure["event"], failure["reason"]) == ("established", "it ran for more than 0.5 s")
         assert 'said="no such thing"' in gateway.text()
         assert topology.client.ping(SITE) == 3
-        assert "sleep 1000" not in topology.gw1.run("ps", "-eo", "args").stdout
+        assert child not in topology.gw1.run("ps", "-eo", "args").stdout
     finally:
         gateway.stop()
         gateway.config["hooks"] = {"session": PROGRAM}
