@@ -400,6 +400,29 @@ def test_a_client_that_is_deleted_again_and_again_comes_ever_more_seldom(returni
     assert len(returning.tried) == 11
 
 
+def test_sessions_that_a_gateway_deletes_together_do_not_wait_for_each_other(loop: FakeTime) -> None:
+    uplinks = VpnConfig(gateways=(GatewayEntry(ONE, "work1"), GatewayEntry(TWO, "gw1"), GatewayEntry(THREE, "gw2")))
+    client = Client(
+        loop, ClientConfig(vpns={"work": uplinks}, held=CONFIG.held, resume=ResumeConfig(after_delete="handshake"))
+    )
+    client.charon.tracker._clock = loop.time
+    client.charon.vici.list_sas = no_sas  # type: ignore[method-assign,assignment]
+
+    async def stopped() -> None:
+        sas = [client.up(connection, ONE) for connection in ("work1", "gw1", "gw2")]
+        await asyncio.sleep(5.0)
+        for sa in sas:
+            client.charon.tracker.handle(
+                HaMessage(5, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 7)])
+            )
+            client.lose(sa, "DELETING")
+            await asyncio.sleep(0.1)
+
+    client.run(stopped())
+    client.loop.pass_time(5.0)
+    assert len(client.tried) == 3
+
+
 def test_by_default_a_session_that_its_gateway_deleted_is_charons(client: Client) -> None:
     client.run(deleted(client, ("peer", 1.0)))
     client.loop.pass_time(100.0)

@@ -36,6 +36,8 @@ PAUSE_MAX: Final = 300.0
 """seconds before a session is set up again whose last IKE_SA was deleted soon: its client may be locked out"""
 FORGET_SECONDS: Final = 600.0
 """an IKE_SA that lived for so long was not deleted soon"""
+TOGETHER_SECONDS: Final = 1.0
+"""deletions of a VPN's IKE_SAs that come so soon after each other count as one; less than any pause"""
 DELETE_SECONDS: Final = 1.0
 """from the peer's request to the end of the SA, at most"""
 ANSWER_SECONDS: Final = 0.5
@@ -96,7 +98,10 @@ class SetUpAgain:
         if sa.requests is None or not ended_by_peer(sa.requests, at):
             return
         before, pause = self._deleted.get(session.vpn, (float("-inf"), 0.0))
-        if at - before > FORGET_SECONDS + pause:
+        if pause and at - before < TOGETHER_SECONDS:
+            # a gateway that stops deletes all that this host has there
+            pass
+        elif at - before > FORGET_SECONDS + pause:
             pause = self._uniform(AGAIN_SECONDS, (1 + SPREAD) * AGAIN_SECONDS)
         else:
             pause = min(2 * pause, PAUSE_MAX)
