@@ -139,3 +139,23 @@ def test_a_session_that_was_restored_is_lost_and_to_be_resumed(scene: Scene) -> 
     # kept until its VPN is known
     assert scene.sessions.unplaced == [other]
     assert scene.sessions.resumable_sas() == [other, sa]
+
+
+@pytest.mark.parametrize("placed_first", [True, False])
+def test_the_end_of_an_authentication_that_was_kept_is_known_after_a_restart(scene: Scene, placed_first: bool) -> None:
+    kept = ike_sa("gw1", ONE)
+    kept.authenticated_until, kept.authentication_inherited = 1_800_003_600, True
+    scene.sessions.unplaced = [kept]
+    again = ike_sa("gw1", ONE)
+    again.id = kept.id
+    if placed_first:
+        assert len(scene.sessions.restore()) == 1
+    scene.charon.tracker.adopt(again)
+    session = scene.sessions.changed(again)
+    if not placed_first:
+        # it is no lost session: charon has it
+        assert scene.sessions.restore() == []
+    assert list(scene.sessions) == [session]
+    assert session is not None
+    assert session.last is again
+    assert (again.authenticated_until, again.authentication_inherited) == (1_800_003_600, True)

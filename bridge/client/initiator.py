@@ -135,6 +135,10 @@ class Initiator:
         deadline = self._clock() + PLACE_SECONDS
         while self._sessions.unplaced:
             restored = self._sessions.restore()
+            for sa in self._charon.tracker.established():
+                # those that charon still has may be authenticated until another time than it knows
+                if self._sessions.of(sa.id.spis) is not None:
+                    self._reauthentication.watch(sa)
             self._restored |= {session.last.id.spis for session in restored}
             wanted = [session for session in restored if self._vpn(session).resume_on_down]
             if wanted:
@@ -150,6 +154,7 @@ class Initiator:
         await self._gateway_probe.close()
         await self._auto_resume.close()
         await self._reauthentication.close()
+        await self._candidates.close()
         await end(*self._moving.values(), *self._under_way)
         await self.keeper.close()
 

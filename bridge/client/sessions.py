@@ -116,9 +116,14 @@ class Sessions:
         restored = []
         for sa in list(self.unplaced):
             vpn = self._vpns.of(sa.connection)
-            if vpn is not None:
-                self.unplaced.remove(sa)
+            if vpn is None:
+                continue
+            self.unplaced.remove(sa)
+            known = self.of(sa.id.spis)
+            if known is None:
                 restored.append(Session(vpn.name, sa, until=self._clock() + LOST_SECONDS))
+            else:
+                _inherit_authentication(known.last, sa)
         self._sessions += restored
         return restored
 
@@ -195,6 +200,8 @@ class Sessions:
             session = Session(vpn.name, sa)
             self._sessions.append(session)
         if sa.id.spis not in session.sas:
+            if session.last.id.spis == sa.id.spis:
+                _inherit_authentication(sa, session.last)
             session.sas[sa.id.spis] = sa
         session.last = next(reversed(session.sas.values()))
         return session
@@ -256,6 +263,12 @@ class Sessions:
     def _forget(self, session: Session) -> None:
         if session in self._sessions:
             self._sessions.remove(session)
+
+
+def _inherit_authentication(sa: IkeSa, kept: IkeSa) -> None:
+    """charon does not know until when a resumed IKE_SA is authenticated; what was kept of it from before does."""
+    if kept is not sa and kept.authentication_inherited and not sa.authentication_inherited:
+        sa.authenticated_until, sa.authentication_inherited = kept.authenticated_until, True
 
 
 def _alike(one: IkeSa, other: IkeSa) -> bool:
