@@ -15,11 +15,14 @@ from bridge.charon.vpns import Vpn, is_address
 from bridge.client.sessions import Session, Sessions
 from bridge.client.sync_request import Target
 from bridge.config import is_name
+from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
 
 RESOLVE_SECONDS = 2.0
-"""how long the resolver has for one name; then what it said before is used"""
+"""how long an attempt waits for a name of which no address is known"""
+KNOWN_SECONDS = 0.1
+"""the same where all have one from before: the resolver may be behind the gateway that failed"""
 
 
 class Candidates:
@@ -29,18 +32,37 @@ class Candidates:
         self._charon = charon
         self._sessions = sessions
         self._resolved: dict[str, tuple[str, ...]] = {}
+        self._asked: dict[str, asyncio.Task[None]] = {}
+        """names that the resolver has not answered yet: each occupies a thread"""
+
+    async def close(self) -> None:
+        """Wait for no name any more."""
+        await end(*self._asked.values())
 
     async def resolve(self, vpn: Vpn) -> None:
-        """Look the names of a VPN's gateways up."""
+        """Look the names of a VPN's gateways up, for a while; what the resolver said before holds until it answers."""
         names = {entry.address for entry in vpn.gateways if is_name(entry.address)}
-        await asyncio.gather(*(self._look_up(name) for name in names))
+        if not names:
+            return
+        for name in names - self._asked.keys():
+            self._asked[name] = spawn(f"resolve {name}", self._look_up(name))
+        known = names <= self._resolved.keys()
+        asked = [self._asked[name] for name in names]
+        await asyncio.wait(asked, timeout=KNOWN_SECONDS if known else RESOLVE_SECONDS)
+        for name in sorted(names & self._asked.keys() - self._resolved.keys()):
+            log.warning("gateway-not-resolved", name=name, reason="the resolver does not answer")
 
     async def _look_up(self, name: str) -> None:
         try:
-            async with asyncio.timeout(RESOLVE_SECONDS):
-                found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_DGRAM)
-        except (OSError, TimeoutError, UnicodeError) as error:
-            log.warning("gateway-not-resolved", name=name, reason=str(error) or "the resolver does not answer")
+            await self._resolve(name)
+        finally:
+            del self._asked[name]
+
+    async def _resolve(self, name: str) -> None:
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_DGRAM)
+        except (OSError, UnicodeError) as error:
+            log.warning("gateway-not-resolved", name=name, reason=str(error))
             return
         addresses = tuple(dict.fromkeys(str(ip_address(str(row[4][0]).partition("%")[0])) for row in found))
         if addresses:

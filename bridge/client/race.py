@@ -20,7 +20,7 @@ AWAY: Final = "charon-unavailable"
 """the proven reason of a gateway that can resume nothing for now, where others may"""
 
 Ask = Callable[[Target], Awaitable[Answer]]
-"""asks one gateway; raises NoAnswerError or RefusedError"""
+"""asks one gateway; raises NoAnswerError, RefusedError or OSError"""
 
 
 class RefusedByError(Exception):
@@ -60,7 +60,8 @@ async def first_answer(
                 gateway = asked.pop(task)
                 try:
                     return gateway, task.result()
-                except NoAnswerError:
+                except (NoAnswerError, OSError):
+                    # an OSError is about the way to this gateway: others may be reached
                     on_timeout(gateway)
                 except RefusedError as error:
                     if error.why == AWAY:

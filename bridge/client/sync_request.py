@@ -287,14 +287,15 @@ def _source_address(gateway: Target) -> str | None:
     """The local address towards a gateway: that which its connection is configured to, else the kernel's choice; None
     where there is no route."""
     family = socket.AF_INET6 if ":" in gateway.address else socket.AF_INET
-    for configured in gateway.sources:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-            # refused for what is none of this host's addresses now
-            probe.bind((configured, 0))
-            return str(probe.getsockname()[0])
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        # refused on a host without this address family
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            for configured in gateway.sources:
+                # refused for what is none of this host's addresses now
+                with contextlib.suppress(OSError):
+                    probe.bind((configured, 0))
+                    return str(probe.getsockname()[0])
             probe.connect((gateway.address, PORT_IKE))
-        except OSError:
-            return None
-        return str(probe.getsockname()[0])
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
