@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bridge.charon.ike_sa import IkeSa
+from bridge.charon.ike_sa import IkeSa, Trait
 from bridge.charon.vpns import vpns_of
 from bridge.client.sessions import LOST_SECONDS, Session, Sessions
 from bridge.config import ClientConfig, GatewayEntry, VpnConfig
@@ -144,7 +144,8 @@ def test_a_session_that_was_restored_is_lost_and_to_be_resumed(scene: Scene) -> 
 @pytest.mark.parametrize("placed_first", [True, False])
 def test_the_end_of_an_authentication_that_was_kept_is_known_after_a_restart(scene: Scene, placed_first: bool) -> None:
     kept = ike_sa("gw1", ONE)
-    kept.authenticated_until, kept.authentication_inherited = 1_800_003_600, True
+    kept.authenticated_until = 1_800_003_600
+    kept.traits |= Trait.AUTHENTICATION_INHERITED
     scene.sessions.unplaced = [kept]
     again = ike_sa("gw1", ONE)
     again.id = kept.id

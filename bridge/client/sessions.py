@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from bridge.charon.charon import Charon
-from bridge.charon.ike_sa import IkeSa
+from bridge.charon.ike_sa import IkeSa, Trait
 from bridge.charon.vici_types import SaInfo
 from bridge.charon.vpns import Vpn, Vpns, fits
 
@@ -268,7 +268,8 @@ class Sessions:
 def _inherit_authentication(sa: IkeSa, kept: IkeSa) -> None:
     """charon does not know until when a resumed IKE_SA is authenticated; what was kept of it from before does."""
     if kept is not sa and kept.authentication_inherited and not sa.authentication_inherited:
-        sa.authenticated_until, sa.authentication_inherited = kept.authenticated_until, True
+        sa.authenticated_until = kept.authenticated_until
+        sa.traits |= Trait.AUTHENTICATION_INHERITED
 
 
 def _alike(one: IkeSa, other: IkeSa) -> bool:
