@@ -30,12 +30,11 @@ def scrape(port: int) -> dict[str, float]:
 
 
 async def scraped(metrics: Metrics, port: int) -> dict[str, float]:
-    stop = metrics.serve(f"127.0.0.1:{port}")
+    server = metrics.serve(f"127.0.0.1:{port}")
     try:
         return await asyncio.to_thread(scrape, port)
     finally:
-        # the server must not wait for this loop while this loop waits for it
-        await asyncio.to_thread(stop)
+        await server.close()
 
 
 async def test_values_are_read_on_the_event_loop_alone(unused_tcp_port: int) -> None:

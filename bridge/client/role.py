@@ -50,7 +50,7 @@ class ClientRole:
         except OSError as error:
             raise StartError(f"raw sockets: {error}") from error
         stack.callback(listener.stop)
-        stack.callback(serve_metrics(self._metrics, self._config.metrics))
+        serve_metrics(stack, self._metrics, self._config.metrics)
         commands: dict[str, Command] = {"status": self._status, "log-level": log_level, "resume": self._resume}
         control = ControlServer(self._config.control, commands)
         await control.start()

@@ -257,7 +257,7 @@ class GatewayRole:
     async def start(self, stack: AsyncExitStack) -> None:
         """Begin to serve metrics and the control socket, and to answer; ended with `stack`. Raises StartError,
         ControlError."""
-        stack.callback(serve_metrics(self._metrics, self._config.metrics))
+        serve_metrics(stack, self._metrics, self._config.metrics)
         commands: dict[str, Command] = {
             "status": self._status,
             "counters": self._counters,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import (
@@ -13,16 +12,14 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     disable_created_metrics,
-    start_http_server,
 )
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from bridge.config import parse_host_port
+from bridge.service.metrics_server import MetricsServer
 
 PREFIX = "ike_sa_sync"
-SCRAPE_SECONDS = 5.0
-"""an event loop that has no time for a scrape for so long hangs"""
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -51,23 +48,11 @@ class Metrics:
         """A value that only grows, counted elsewhere and read when it is asked for; `_total` is added to its name."""
         self._totals.add(f"{PREFIX}_{name}", text, read)
 
-    def serve(self, address: str | None) -> Callable[[], None]:
-        """Serve at `address` (host:port); returns what stops it. Call on the event loop: what is read belongs to it.
-        Raises OSError when the port is taken.
-        """
-        if address is None:
-            return lambda: None
-        host, port = parse_host_port(address)
-        served = CollectorRegistry()
-        served.register(_OnLoop(self.registry, asyncio.get_running_loop()))
-        server, thread = start_http_server(port, host, registry=served)
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join(timeout=2)
-
-        return stop
+    def serve(self, address: str) -> MetricsServer:
+        """Serve at `address` (host:port) from now on. Raises OSError when the port is taken."""
+        server = MetricsServer(self.registry, *parse_host_port(address))
+        server.start()
+        return server
 
     def values(self) -> dict[str, Any]:
         """All counters and gauges, by name without the prefix, labels in brackets."""
@@ -94,20 +79,3 @@ class _Totals(Collector):
     def collect(self) -> Iterator[Metric]:
         for name, text, read in self._reads:
             yield CounterMetricFamily(name, text, value=read())
-
-
-class _OnLoop(Collector):
-    """Another registry, collected on the event loop: the server's threads must not look at what it changes."""
-
-    def __init__(self, registry: CollectorRegistry, loop: asyncio.AbstractEventLoop) -> None:
-        self._registry = registry
-        self._loop = loop
-
-    def describe(self) -> Iterable[Metric]:
-        return self._registry.collect()
-
-    def collect(self) -> Iterable[Metric]:
-        async def work() -> list[Metric]:
-            return list(self._registry.collect())
-
-        return asyncio.run_coroutine_threadsafe(work(), self._loop).result(SCRAPE_SECONDS)

@@ -148,12 +148,15 @@ async def retry(name: str, attempt: Callable[[], object], *errors: type[Exceptio
             return
 
 
-def serve_metrics(metrics: Metrics, address: str | None) -> Callable[[], None]:
-    """Serve metrics at `address`, if any; what ends that. Raises StartError."""
+def serve_metrics(stack: AsyncExitStack, metrics: Metrics, address: str | None) -> None:
+    """Serve metrics at `address`, if any, until `stack` ends. Raises StartError."""
+    if address is None:
+        return
     try:
-        return metrics.serve(address)
+        server = metrics.serve(address)
     except OSError as error:
         raise StartError(f"metrics: {address} cannot be served ({error.strerror}): set another address") from error
+    stack.push_async_callback(server.close)
 
 
 def raw_udp(stack: AsyncExitStack) -> RawUdp:
