@@ -45,19 +45,17 @@ def shared_topology(
     for host in (topology.gw1, topology.gw2):
         host.configure(render({f"connections.gw.{key}": value for key, value in gateway_settings(gateway).items()}))
         topology.gateways[host.name].config["takeover"] = {"addresses": [SHARED, SHARED6], "trigger": trigger}
-    own = {
-        "remote_addrs": SHARED,
-        "mobike": "no",
-        "dpd_delay": "0s",
-        "local.id": "client@example.org",
-        **(client or {}),
-    }
+    own = {"local.id": "client@example.org", **client_settings(client)}
     topology.client.configure(render({f"connections.home.{key}": value for key, value in own.items()}) + "\n")
     return topology
 
 
 def gateway_settings(more: dict[str, Any] | None) -> dict[str, Any]:
     return {"mobike": "no", "dpd_delay": "0s", **(more or {})}
+
+
+def client_settings(more: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"remote_addrs": SHARED, "mobike": "no", "dpd_delay": "0s", **(more or {})}
 
 
 def start(topology: Topology, holder: Host | None = None) -> None:
@@ -118,7 +116,7 @@ def die(topology: Topology, host: Host) -> None:
 def take(topology: Topology, host: Host, *arguments: str, address: str = SHARED) -> Outcome:
     """The address comes to a gateway, which takes the sessions at it over."""
     give(host)
-    forget_neighbours(topology.client)
+    forget_neighbours(*topology.lab.hosts.values())
     done = topology.gateways[host.name].command("takeover", "--address", address, "--json", *arguments, check=False)
     assert done.stdout, done.stderr
     outcome: Outcome = json.loads(done.stdout)
@@ -137,9 +135,9 @@ def move(topology: Topology, old: Host, new: Host, *arguments: str) -> Outcome:
     return take(topology, new, *arguments)
 
 
-def answered(topology: Topology, host: Host, count: int = 3) -> bool:
-    """Whether a ping of the client's through the tunnel is answered."""
-    return host.ping(SITE, count=count, timeout=1.0) == count
+def answered(topology: Topology, host: Host, count: int = 3, target: str = SITE) -> bool:
+    """Whether all echo requests of the client through the tunnel are answered."""
+    return host.ping(target, count=count, timeout=1.0) == count
 
 
 def wait_log(host: Host, text: str, after: int = 0) -> None:

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from bridge.lab import Topology
+from bridge.lab import Lab, Topology
+from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
-from bridge.lab.topology import SITE
+from bridge.lab.host import Host
+from bridge.lab.pki import certify
+from bridge.lab.topology import SITE, client_host
 from failover_support import established, replaced, spis
-from takeover_support import SHARED6, answered, connect, die, move, rekey, rekeyed_child, sharing, take, wait_stub
+from takeover_support import (
+    SHARED6,
+    answered,
+    client_settings,
+    connect,
+    die,
+    move,
+    rekey,
+    rekeyed_child,
+    shared_topology,
+    sharing,
+    start,
+    take,
+    wait_stub,
+)
 
 pytestmark = pytest.mark.lab
 
 CBC = "aes128-sha256-x25519"
 AEAD = "aes256gcm16-prfsha384-ecp256"
 PFS = "aes128gcm16-x25519"
+NAME = "vpn.example.org"
+ROUTER, PORT = "192.168.50.31", "23456"
+"""the address that a NAT gives to its client, and the port"""
 SIDES = ("gateway", "client")
 
 
@@ -50,18 +71,84 @@ def test_aead_and_cbc_with_pfs_after_rekeying_the_ike_sa(proposal: str) -> None:
         taken_over(topology)
 
 
-def test_two_child_sas() -> None:
-    more = {f"children.{name}.remote_ts": f"10.10.{n}.0/24" for n, name in ((1, "one"),)}
-    local = {key.replace("remote", "local"): value for key, value in more.items()}
-    with sharing(gateway=local, client=more) as topology:
+def test_three_child_sas() -> None:
+    """Each of them carries traffic. charon's ESP in user space sets up no CHILD_SA whose network its host has no
+    address in."""
+    networks = {"one": "10.10.31.", "two": "10.10.32."}
+    gateway = {f"children.{name}.local_ts": f"{network}0/24" for name, network in networks.items()}
+    client = {f"children.{name}.remote_ts": f"{network}0/24" for name, network in networks.items()}
+    with sharing(gateway=gateway, client=client) as topology:
+        for host in (topology.gw1, topology.gw2):
+            for network in networks.values():
+                host.run("ip", "address", "add", f"{network}1/32", "dev", "lo")
         connect(topology)
-        topology.client.charon.initiate("one", "home")
-        [sa] = established(topology.client)
-        before = {child["name"] for child in sa["child-sas"].values()}
+        for name in networks:
+            topology.client.charon.initiate(name, "home")
+        before = child_spis(topology)
+        assert sorted(name for name, _ in before) == ["net", "one", "two"]
         assert move(topology, topology.gw1, topology.gw2)["taken"] == 1
-        assert answered(topology, topology.client)
-        [after] = established(topology.client)
-        assert {child["name"] for child in after["child-sas"].values()} == before
+        wait_until(lambda: len(child_spis(topology)) == len(before), "the end of the old CHILD_SAs")
+        after = child_spis(topology)
+        assert sorted(name for name, _ in after) == ["net", "one", "two"]
+        assert not before & after
+        for target in (SITE, *(f"{network}1" for network in networks.values())):
+            assert answered(topology, topology.client, target=target)
+
+
+def child_spis(topology: Topology) -> set[tuple[str, str]]:
+    """Names and inbound SPIs of the client's installed CHILD_SAs."""
+    [sa] = established(topology.client)
+    installed = [child for child in sa["child-sas"].values() if child["state"] == "INSTALLED"]
+    return {(child["name"], child["spi-in"]) for child in installed}
+
+
+def test_eap_with_a_virtual_ip() -> None:
+    """The gateway shows a certificate, the client logs in by EAP: its address and its EAP identity stay."""
+    gateway = {"local.auth": "pubkey", "local.certs": "ecdsa.pem", "remote.auth": "eap-md5", "remote.eap_id": "%any"}
+    client = {"remote.auth": "pubkey", "remote.id": NAME, "local.auth": "eap-md5", "local.eap_id": "someone"}
+    with Lab() as lab:
+        topology = shared_topology(lab, gateway=gateway, client=client)
+        hosts = dict.fromkeys((topology.gw1, topology.gw2), (f"CN={NAME}", NAME))
+        certify("ecdsa", hosts | {topology.client: ("CN=client.example.org", "client.example.org")})
+        for host in (*hosts, topology.client):
+            host.configure('secrets { eap-someone { id = someone\n secret = "of this lab only" } }\n', "eap.conf")
+        start(topology, topology.gw1)
+        connect(topology)
+        [before] = established(topology.gw1)
+        taken_over(topology)
+        [after] = established(topology.gw2)
+        for key in ("remote-eap-id", "remote-vips", "remote-id"):
+            assert after[key] == before[key]
+        assert (after["remote-eap-id"], after["remote-vips"]) == ("someone", ["10.20.1.1"])
+
+
+def test_a_client_behind_a_nat_that_rewrites_its_port() -> None:
+    with Lab() as lab:
+        topology = shared_topology(lab)
+        inner = behind_a_nat(topology)
+        start(topology, topology.gw1)
+        inner.charon.start()
+        topology = dataclasses.replace(topology, client=inner)
+        connect(topology)
+        [before] = established(topology.gw1)
+        assert (before["remote-host"], before["remote-port"]) == (ROUTER, PORT)
+        taken_over(topology)
+        [after] = established(topology.gw2)
+        assert (after["remote-host"], after["remote-port"]) == (ROUTER, PORT)
+
+
+def behind_a_nat(topology: Topology) -> Host:
+    """A client without a sidecar, not started, behind a router that gives it another port."""
+    lab = topology.lab
+    router = lab.add_host("nat", f"{ROUTER}/24", forward=True)
+    lab.add_network("in-nat")
+    lab.attach(router, "10.99.0.1/24", network="in-nat")
+    nat = ("iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-p", "udp", "-j", "MASQUERADE")
+    router.run(*nat, "--to-ports", PORT)
+    inner = client_host(lab, "inner", "10.99.0.10", topology.secret, network="in-nat")
+    inner.run("ip", "route", "add", "default", "via", "10.99.0.1")
+    inner.configure(render({f"connections.home.{key}": value for key, value in client_settings().items()}), "own.conf")
+    return inner
 
 
 def test_ipv6() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from bridge.charon.ha_message import IkeId
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo
 from bridge.gateway.takeover_rekeys import ANSWER_SECONDS, TakeoverRekeys
 from bridge.gateway.takeover_requests import TakeoverRequests
@@ -17,6 +18,7 @@ from bridge.gateway.takeover_state import Event, State
 from bridge.ike.encrypted_payload import Protection, protect
 from bridge.ike.transforms import Suite
 from bridge.net.packet import Datagram
+from bridge.stub.child_sa import wire_spi
 from test_takeover_session import NOW, takeable
 
 NET = ConnectionInfo("home", 14400, 0, (ChildConfig("net"),))
@@ -215,3 +217,19 @@ async def test_a_client_with_another_child_sa_than_the_stub_has_to_connect_again
     rekeys.session.sa.drop_child(old.spi_in)
     rekeys.rekeys.changed(rekeys.session.sa)
     assert rekeys.done == [(State.TAKEN_OVER, CHILD_LOST)]
+
+
+async def test_a_session_whose_client_sends_esp_is_next() -> None:
+    """By the SPI, which a NAT does not change."""
+    rekeys = Rekeys(session()).rekeys
+    others = [session() for _ in range(2)]
+    for number, one in enumerate(others):
+        one.sa.id = IkeId.of(one.sa.id.spi_i, bytes([number]) * 8, False)
+        [child] = one.stub.children
+        one.stub = replace(one.stub, children=(replace(child, spi_in=number + 1),))
+        rekeys.put(one)
+    assert next(iter(rekeys._waiting.values())) is others[0]
+    rekeys.first_by_spi(wire_spi(2))
+    assert next(iter(rekeys._waiting.values())) is others[1]
+    # what no session here has
+    rekeys.first_by_spi(99)

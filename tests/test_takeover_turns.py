@@ -6,7 +6,6 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from bridge.config import TakeoverConfig
 from bridge.gateway.takeover import Takeover
 
 SHARED = "192.0.2.100"
@@ -23,34 +22,27 @@ class Fence:
         self.addresses = addresses
 
 
-class Bank:
-    """Empty."""
+class Owner:
+    """Of no session."""
 
-    async def post(self, *_: Any) -> None:
+    async def store(self, *_: Any) -> bool:
+        return True
+
+    async def drop(self, *_: Any) -> None:
         pass
 
-    async def download(self, *_: Any) -> Any:
-        no_page: list[Any] = []
-        for page in no_page:
-            yield page
 
+class Taker:
+    """It finds none."""
 
-async def nothing(*_: Any) -> None:
-    pass
-
-
-def ignored(*_: Any) -> None:
-    pass
+    async def take(self, *_: Any) -> None:
+        pass
 
 
 def takeover(fence: Fence) -> Takeover:
-    tracker = SimpleNamespace(sas={}, established=lambda: iter(()))
-    reconciled = asyncio.Event()
-    reconciled.set()
-    charon: Any = SimpleNamespace(tracker=tracker, reconciled=reconciled, remove=nothing)
-    parts: list[Any] = [Bank(), Bank(), None, SimpleNamespace(flush=nothing), None, None, None, None, fence]
-    parts += [ignored, ignored]
-    return Takeover(TakeoverConfig((SHARED,)), "192.0.2.1", charon, *parts)
+    charon: Any = SimpleNamespace(tracker=SimpleNamespace(sas={}, established=lambda: iter(())))
+    parts: list[Any] = [charon, Owner(), Taker(), SimpleNamespace(under_way=lambda _: 0), fence]
+    return Takeover((SHARED,), *parts)
 
 
 async def settled(one: Takeover) -> str:

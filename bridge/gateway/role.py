@@ -50,6 +50,7 @@ from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.gateway.session_hooks import SessionHooks
 from bridge.gateway.shared_addresses import SharedAddresses
 from bridge.gateway.stub_lookup import StubLookup
+from bridge.gateway.takeover_run import Barriers
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.gateway.uniqueness import Uniqueness
 from bridge.ike.cookie import Cookies
@@ -243,9 +244,7 @@ class GatewayRole:
                 bank,
                 self._publisher,
                 self._writer,
-                endings,
-                living,
-                revocations,
+                Barriers(endings, living, revocations),
                 self._taken_over,
                 self._dropped,
             )
@@ -313,7 +312,7 @@ class GatewayRole:
         self._return_path.changed(sa)
         self._hooks.changed(sa)
         if self._shared is not None:
-            self._shared.takeover.changed(sa)
+            self._shared.sessions.changed(sa)
 
     def _taken_over(self, sa: IkeSa, old: Stub) -> None:
         """A session came here as it is, from another gateway with the same address."""
@@ -358,7 +357,7 @@ class GatewayRole:
         self._keeper.gone(sa)
         self._return_path.gone(sa.id.spis)
         if self._shared is not None:
-            self._shared.takeover.gone(sa)
+            self._shared.sessions.gone(sa)
         if sa.up:
             self._publisher.withdraw(sa)
 
@@ -366,7 +365,7 @@ class GatewayRole:
         """A request of a client's verified."""
         self._responder.unconfirmed.verified(ike_id)
         if self._shared is not None:
-            self._shared.takeover.verified(ike_id)
+            self._shared.sessions.verified(ike_id)
 
     def down(self, info: SaInfo) -> None:
         """The HA channel reports the same, in order; after this VICI has no more figures of it."""

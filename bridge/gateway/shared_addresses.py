@@ -18,16 +18,17 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.charon.ports import charon_ports
 from bridge.charon.vici_types import SaInfo
 from bridge.config import GatewayConfig
-from bridge.gateway.endings import Endings
 from bridge.gateway.fence import Fence
-from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
-from bridge.gateway.revocation import Revocations
+from bridge.gateway.session_owner import SessionOwner
+from bridge.gateway.taken_sessions import TakenSessions
 from bridge.gateway.takeover import Takeover
+from bridge.gateway.takeover_run import Barriers, SessionTaker
 from bridge.net import address_watch
 from bridge.net.address_watch import AddressWatch
 from bridge.net.raw_socket import RawUdp
+from bridge.net.shared_esp import SharedEsp
 from bridge.net.shared_requests import SharedRequests
 from bridge.service.control import Command
 from bridge.service.process import StartError
@@ -50,9 +51,7 @@ class SharedAddresses:
         bank: StubBank,
         publisher: Publisher,
         writer: WriteQueue,
-        endings: Endings,
-        living: LivingSas,
-        revocations: Revocations,
+        barriers: Barriers,
         came: Callable[[IkeSa, Stub], None],
         went: Callable[[IkeSa], None],
     ) -> None:
@@ -64,26 +63,18 @@ class SharedAddresses:
         except OSError as error:
             raise StartError(f"raw sockets: {error}") from error
         self._netlink = config.takeover.trigger == "netlink"
+        self._went = went
         self.fence = Fence(config.intercept)
-        self.takeover = Takeover(
-            config.takeover,
-            config.address,
-            charon,
-            bank,
-            bank,
-            publisher,
-            writer,
-            endings,
-            living,
-            revocations,
-            self._again,
-            self.fence,
-            came,
-            went,
-        )
+        self.owner = SessionOwner(config.address or "", charon, bank, publisher, writer, barriers.endings)
         ports = config.intercept.ports or charon_ports()
-        self._requests = SharedRequests(config.takeover.addresses, ports, self.takeover.heard)
-        self.takeover.hear_esp = self._requests.hear_esp
+        self.sessions = TakenSessions(charon, self._again, SharedEsp(ports))
+        self.taker = SessionTaker(charon, bank, self.owner, self.sessions, barriers, came)
+        self.takeover = Takeover(config.takeover.addresses, charon, self.owner, self.taker, self.sessions, self.fence)
+        charon.tracker.shared = frozenset(config.takeover.addresses)
+        charon.tracker.owner = self.owner.address
+        charon.tracker.on_message_id = self._own_request
+        self.owner.dropped = self._dropped
+        self._requests = SharedRequests(config.takeover.addresses, ports, self.sessions.heard)
         self._watch = AddressWatch(self._changed)
         self._there: dict[str, bool] = {}
         self._turns: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
@@ -162,14 +153,22 @@ class SharedAddresses:
             for address in self.takeover.addresses:
                 self._changed(address, address in present)
 
-    # ownership
+    # charon's news, and the owner's
+
+    def _own_request(self, sa: IkeSa) -> None:
+        self.sessions.sent(sa)
+        self.owner.own_request(sa)
+
+    def _dropped(self, sa: IkeSa) -> None:
+        self.sessions.forget(sa.id.spis)
+        self._went(sa)
 
     async def _look_at_sessions(self) -> None:
         while True:
             await self._looking.wait()
             self._looking.clear()
             try:
-                await self.takeover.look()
+                await self.owner.look()
             except BankUnavailable as error:
                 log.info("owners-not-read", reason=str(error))
             await asyncio.sleep(1.0)
@@ -177,17 +176,17 @@ class SharedAddresses:
 
 def gauges(metrics: GatewayMetrics, shared: SharedAddresses | None) -> None:
     """What is told of it; zeros, and nothing missing, where no address is shared."""
-    taken = shared.takeover if shared is not None else None
-    metrics.total("sessions_taken_over", "sessions taken over as they are", lambda: taken.taken if taken else 0)
+    taker = shared.taker if shared is not None else None
+    metrics.total("sessions_taken_over", "sessions taken over as they are", lambda: taker.taken if taker else 0)
     metrics.total(
         "sessions_not_taken_over",
         "sessions at a shared address that could not be taken over",
-        lambda: sum(taken.not_taken.values()) if taken else 0,
+        lambda: sum(taker.not_taken.values()) if taker else 0,
     )
     metrics.total(
         "sessions_lost_to_takeover",
         "sessions dropped here because another gateway took them",
-        lambda: taken.lost if taken else 0,
+        lambda: shared.owner.lost if shared else 0,
     )
     metrics.gauge(
         "fence_in_place",

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Final
 
 import structlog
@@ -23,6 +24,7 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ViciError
 from bridge.gateway.takeover_session import CHILD_LOST, SILENT, Session
 from bridge.gateway.takeover_state import Event, State
+from bridge.stub.child_sa import wire_spi
 
 log = structlog.get_logger()
 
@@ -48,25 +50,38 @@ class TakeoverRekeys:
         self._done = done
         self._clock = clock
         self._waiting: OrderedDict[bytes, Session] = OrderedDict()
+        self._by_spi: dict[int, bytes] = {}
+        """of those that wait, by the SPIs that their clients send ESP on"""
         self._asked: dict[bytes, Session] = {}
+        self.some_wait = asyncio.Event()
+        """while sessions wait to be rekeyed"""
         self._wake = asyncio.Event()
         self._places = asyncio.Semaphore(AT_A_TIME)
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._asked)
 
-    def put(self, session: Session) -> None:
-        """One that charon has now; those without CHILD_SAs are ready."""
-        session.offsets = list(OFFSETS)
+    def put(self, session: Session, offsets: Sequence[int] = OFFSETS) -> None:
+        """One that charon has now; those without CHILD_SAs are ready. `offsets` from the stub's message ID are tried
+        where its client does not answer."""
+        session.offsets = list(offsets)
         self._waiting[session.sa.id.spis] = session
         if session.request is not None:
             self._waiting.move_to_end(session.sa.id.spis, last=False)
+        for child in session.stub.children:
+            self._by_spi[wire_spi(child.spi_in)] = session.sa.id.spis
         self._wake.set()
+        self.some_wait.set()
 
-    def first(self, session: Session) -> None:
-        """Its client sent something, and waits."""
-        if session.sa.id.spis in self._waiting:
-            self._waiting.move_to_end(session.sa.id.spis, last=False)
+    def first(self, spis: bytes) -> None:
+        """The client of this session sent something, and waits for an answer."""
+        if spis in self._waiting:
+            self._waiting.move_to_end(spis, last=False)
+
+    def first_by_spi(self, spi: int) -> None:
+        """A client sent ESP on this SPI."""
+        if (spis := self._by_spi.get(spi)) is not None:
+            self.first(spis)
 
     def sent(self, spis: bytes) -> None:
         """charon sent a request on an SA."""
@@ -82,8 +97,16 @@ class TakeoverRekeys:
 
     def forget(self, spis: bytes) -> None:
         """It is gone."""
-        self._waiting.pop(spis, None)
+        self._no_longer_waits(spis)
         self._asked.pop(spis, None)
+
+    def _no_longer_waits(self, spis: bytes) -> None:
+        session = self._waiting.pop(spis, None)
+        if session is not None:
+            for child in session.stub.children:
+                self._by_spi.pop(wire_spi(child.spi_in), None)
+        if not self._waiting:
+            self.some_wait.clear()
 
     async def run(self) -> None:
         """Ask, and look after those that were asked."""
@@ -92,7 +115,9 @@ class TakeoverRekeys:
                 self._wake.clear()
                 await self._wake.wait()
             room = OUTSTANDING - len(self._asked)
-            chosen = [self._waiting.popitem(last=False)[1] for _ in range(min(room, len(self._waiting)))]
+            chosen = list(islice(self._waiting.values(), max(0, room)))
+            for session in chosen:
+                self._no_longer_waits(session.sa.id.spis)
             self._asked |= {session.sa.id.spis: session for session in chosen}
             await asyncio.gather(*(self._ask(session) for session in chosen))
             if self._waiting and len(self._asked) < OUTSTANDING:
@@ -137,8 +162,9 @@ class TakeoverRekeys:
             offset = None
         if offset is None:
             self._asked.pop(session.sa.id.spis, None)
-            session.on(Event.SILENT)
-            self._done(session, SILENT)
+            if session.state is State.REKEYING:
+                session.on(Event.SILENT)
+                self._done(session, SILENT)
             return
         session.waits_since = self._clock()
         number = derivation.next_request + offset

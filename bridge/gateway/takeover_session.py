@@ -61,8 +61,6 @@ class Session:
     confirmed: bool = False
     """charon verified a request of its client"""
     unique_id: str = ""
-    asked: bool = False
-    """charon was asked to rekey its CHILD_SAs"""
     waits_since: float | None = None
     """when charon sent the last request of its own"""
     offsets: list[int] = field(default_factory=list)
@@ -71,6 +69,10 @@ class Session:
     def on(self, event: Event) -> None:
         """Something happened to it (bridge.gateway.takeover_state)."""
         self.state = SESSION.after(self.state, event)
+
+    def follow(self, heir: IkeSa) -> None:
+        """Its client has rekeyed the IKE_SA: the CHILD_SAs without new keys are at `heir`."""
+        self.sa, self.unique_id, self.waits_since, self.request = heir, heir.unique_id, None, None
 
     @cached_property
     def from_peer(self) -> Protection:

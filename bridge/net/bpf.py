@@ -34,6 +34,11 @@ _SOURCE_PORT, _DESTINATION_PORT = 0, 2
 
 _AND, _JUMP, _JUMP_EQUAL, _RETURN = 0x54, 0x05, 0x15, 0x06
 
+_BEGINNING = 96
+"""octets: the longest IPv4 header, those of UDP and ESP"""
+
+_RETURN_BEGINNING = (_RETURN, 0, 0, _BEGINNING)
+
 _RETURN_ALL, RETURN_NONE = (_RETURN, 0, 0, 0xFFFFFFFF), (_RETURN, 0, 0, 0)
 
 
@@ -65,9 +70,9 @@ ESTABLISHED = (36, 37)
 """exchanges of an established IKE_SA: CREATE_CHILD_SA, INFORMATIONAL"""
 
 
-def requests_filter(load_x: Instruction, ports: Sequence[int], *, esp: bool) -> list[Instruction]:
-    """Passes requests of established IKE_SAs to one of `ports`; with `esp` ESP in UDP too. `load_x` puts the offset of
-    the UDP header into X. A load beyond the packet's end rejects it."""
+def requests_filter(load_x: Instruction, ports: Sequence[int]) -> list[Instruction]:
+    """Passes requests of established IKE_SAs to one of `ports`. `load_x` puts the offset of the UDP header into X. A
+    load beyond the packet's end rejects it."""
     exchange = UDP_HEADER + EXCHANGE_OFFSET
     requests = [kind << 8 for kind in ESTABLISHED]
 
@@ -85,27 +90,44 @@ def requests_filter(load_x: Instruction, ports: Sequence[int], *, esp: bool) -> 
         ]
 
     plain, marked = judge(exchange), judge(exchange + 4)
-    marker: list[Instruction] = [
+    return [
+        load_x,
+        *_to_one_of(ports),
+        # as bridge.net.packet.has_marker has it: never to 500
+        (_JUMP_EQUAL, 0, len(plain), PORT_IKE),
+        *plain,
         (_LOAD_WORD, 0, 0, UDP_HEADER),
         (_JUMP_EQUAL, 1, 0, 0),
-        _RETURN_ALL if esp else RETURN_NONE,
+        RETURN_NONE,
+        *marked,
     ]
+
+
+def esp_in_udp_filter(load_x: Instruction, ports: Sequence[int]) -> list[Instruction]:
+    """Passes the beginning of ESP in UDP to one of `ports` (RFC 3948 section 2.1)."""
+    return [
+        load_x,
+        *_to_one_of(ports),
+        (_JUMP_EQUAL, 2, 0, PORT_IKE),
+        (_LOAD_WORD, 0, 0, UDP_HEADER),
+        (_JUMP_EQUAL, 0, 1, 0),
+        RETURN_NONE,
+        _RETURN_BEGINNING,
+    ]
+
+
+def esp_filter() -> list[Instruction]:
+    """Passes the beginning of each packet."""
+    return [_RETURN_BEGINNING]
+
+
+def _to_one_of(ports: Sequence[int]) -> list[Instruction]:
+    """Rejects what is to another port; leaves the port in A."""
     chosen = [
         (_JUMP_EQUAL, len(ports) - number - 1, 0 if number < len(ports) - 1 else 1, port)
         for number, port in enumerate(ports)
     ]
-    return [
-        load_x,
-        (_LOAD_HALF, 0, 0, _DESTINATION_PORT),
-        *chosen,
-        (_JUMP, 0, 0, 1),
-        RETURN_NONE,
-        # as bridge.net.packet.has_marker has it: never to 500
-        (_JUMP_EQUAL, 0, len(plain), PORT_IKE),
-        *plain,
-        *marker,
-        *marked,
-    ]
+    return [(_LOAD_HALF, 0, 0, _DESTINATION_PORT), *chosen, (_JUMP, 0, 0, 1), RETURN_NONE]
 
 
 def is_solicitation() -> list[Instruction]:

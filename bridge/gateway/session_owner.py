@@ -1,0 +1,206 @@
+"""Which of the gateways that share an address owns a session: the bank decides, by compare-and-set of owner and epoch.
+
+A gateway that takes a session over raises its epoch. What an older owner writes is refused, and it drops the session
+without a message to the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Final, Protocol
+
+import structlog
+
+from bridge.bank.interface import BankUnavailable, SharedBank, StubBank, Taking
+from bridge.bank.write_queue import WriteQueue
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.vici_types import SaInfo
+from bridge.gateway.endings import Endings
+from bridge.gateway.publisher import Publisher
+from bridge.gateway.takeover_session import CHANGED, ENDED, owned
+from bridge.stub import bank_keys
+from bridge.stub.stub import Index, Stub
+
+log = structlog.get_logger()
+
+TRIES: Final = 3
+"""to become the owner of a session whose stub changes meanwhile"""
+BATCH: Final = 256
+"""stubs that are read at a time"""
+STORE_SECONDS: Final = 2.0
+"""that the bank has, and charon, before the answer to `yield`: the fence holds from its beginning"""
+PUBLISH_SECONDS: Final = 0.25
+"""between two stores of message IDs"""
+ANNOUNCED_SECONDS: Final = 60.0
+"""that the bank names the gateway which took an address over last"""
+
+
+class OwnersBank(StubBank, SharedBank, Protocol):
+    """A bank of stubs that tells who owns a session."""
+
+
+class SessionOwner:
+    """This gateway, by its own `address`, as the owner of sessions. `dropped` is called with each SA that it drops
+    without a message to the client; before that the SA is forgotten."""
+
+    def __init__(
+        self,
+        address: str,
+        charon: Charon,
+        bank: OwnersBank,
+        publisher: Publisher,
+        writer: WriteQueue,
+        endings: Endings,
+        *,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.address = address
+        self.lost = 0
+        """sessions that another gateway has taken from here"""
+        self.dropped: Callable[[IkeSa], None] = lambda _: None
+        self._charon = charon
+        self._bank = bank
+        self._publisher = publisher
+        self._writer = writer
+        self._endings = endings
+        self._wall = wall
+        self._unpublished: dict[bytes, IkeSa] = {}
+        self._lost: dict[Index, None] = {}
+        bank.on_taken = self._taken_elsewhere
+
+    # becoming the owner
+
+    async def become(self, stubs: Sequence[Stub]) -> tuple[list[Stub], list[tuple[Stub, str]]]:
+        """Own these sessions: the stubs as the bank has them now, and those that this gateway does not own, with the
+        reason. Raises BankUnavailable."""
+        mine: list[Stub] = []
+        others: list[tuple[Stub, str]] = []
+        todo = list(stubs)
+        for attempt in range(TRIES):
+            if not todo:
+                break
+            if attempt:
+                read = await self._bank.get([stub.index for stub in todo])
+                others += [(stub, ENDED) for stub, again in zip(todo, read, strict=True) if again is None]
+                todo = [stub for stub in read if stub is not None]
+            now = self._wall()
+            pairs = [(stub, owned(stub, self.address, now=now)) for stub in todo]
+            todo = []
+            for (stub, new), said in zip(pairs, await self._bank.take(pairs), strict=True):
+                if said is Taking.TAKEN:
+                    mine.append(new)
+                elif said is Taking.ENDED:
+                    others.append((stub, ENDED))
+                else:
+                    todo.append(stub)
+        others += [(stub, CHANGED) for stub in todo]
+        return mine, others
+
+    async def announce(self, address: str) -> None:
+        """Tell a gateway that had the address, and lives, to look whether it has lost sessions: after they have a new
+        owner."""
+        with contextlib.suppress(BankUnavailable):
+            await self._bank.post(bank_keys.TAKEOVER_KIND, address, self.address, ANNOUNCED_SECONDS)
+
+    # being the owner
+
+    def own_request(self, sa: IkeSa) -> None:
+        """charon sent a request on an SA: its stub has another message ID."""
+        self._unpublished[sa.id.spis] = sa
+
+    async def run(self) -> None:
+        """Store the message IDs of this gateway's own requests, those of a moment together; and drop what another
+        gateway has."""
+        while True:
+            await asyncio.sleep(PUBLISH_SECONDS)
+            sas, self._unpublished = self._unpublished, {}
+            for spis, sa in sas.items():
+                if sa.up and self._charon.tracker.sas.get(spis) is sa:
+                    self._publisher.publish(sa)
+            lost, self._lost = self._lost, {}
+            if lost:
+                await self._drop_lost(lost)
+
+    async def store(self, sas: Iterable[IkeSa]) -> bool:
+        """Have the bank know the last message IDs of these; whether it does."""
+        for sa in sas:
+            if sa.up and sa.derivation is not None:
+                self._publisher.publish(sa)
+        try:
+            async with asyncio.timeout(STORE_SECONDS):
+                await self._writer.flush()
+        except TimeoutError:
+            return False
+        return True
+
+    # not being the owner
+
+    def _taken_elsewhere(self, index: Index) -> None:
+        """The bank refused what this gateway wrote: another one has the session."""
+        self._lost[index] = None
+
+    async def look(self) -> None:
+        """Whether another gateway has taken sessions that are here: it said that it takes some. Raises
+        BankUnavailable."""
+        mine = {
+            sa.index_here(self.address): sa for sa in self._charon.tracker.established() if sa.derivation is not None
+        }
+        indexes = list(mine)
+        for first in range(0, len(indexes), BATCH):
+            bundle = indexes[first : first + BATCH]
+            for index, stub in zip(bundle, await self._bank.get(bundle), strict=True):
+                ours = mine[index].derivation
+                theirs = stub.derivation if stub is not None else None
+                if theirs is not None and ours is not None and theirs.epoch > ours.epoch:
+                    self._lost[index] = None
+
+    async def _drop_lost(self, lost: Iterable[Index]) -> None:
+        indexes = set(lost)
+        for index in indexes:
+            self._endings.remove(index)
+        sas = [sa for sa in self._charon.tracker.sas.values() if sa.up and sa.index_here(self.address) in indexes]
+        self.lost += len(sas)
+        for sa in sas:
+            log.warning("session-taken-by-another", connection=sa.connection, **sa.id.logged)
+        await self.drop(sas)
+
+    async def drop(self, sas: Sequence[IkeSa]) -> None:
+        """Remove these from charon without a message to their clients: their sessions go on elsewhere."""
+        for sa in sas:
+            self._charon.tracker.forget(sa.id)
+            self._unpublished.pop(sa.id.spis, None)
+            self.dropped(sa)
+        try:
+            async with asyncio.timeout(STORE_SECONDS):
+                await self._charon.remove([sa.id for sa in sas])
+        except (TimeoutError, ChannelError) as error:
+            # charon hangs, or is gone: the fence keeps it silent
+            log.warning("sessions-not-dropped", sessions=len(sas), reason=str(error) or "charon hangs")
+
+    async def drop_foreign(
+        self, infos: Sequence[SaInfo], away: Collection[str], spared: Collection[bytes]
+    ) -> set[bytes]:
+        """Of SAs at shared addresses that charon has and this sidecar does not know, drop those that another gateway
+        owns or whose address is `away`, but for the `spared` (both SPIs); gives their SPIs. Raises BankUnavailable."""
+        stubs = await self._bank.get(
+            [Index(info.local.address, info.spi_i if info.initiator else info.spi_r) for info in infos]
+        )
+        drop = {
+            info.spis: IkeId.of(info.spi_i, info.spi_r, info.initiator)
+            for info, stub in zip(infos, stubs, strict=True)
+            if info.spis not in spared and (info.local.address in away or self._is_anothers(stub))
+        }
+        if drop:
+            log.warning("sessions-of-others-dropped", sessions=len(drop))
+            with contextlib.suppress(ChannelError):
+                await self._charon.remove(list(drop.values()))
+        return set(drop)
+
+    def _is_anothers(self, stub: Stub | None) -> bool:
+        return stub is not None and stub.derivation is not None and stub.derivation.owner != self.address

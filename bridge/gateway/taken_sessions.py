@@ -1,0 +1,188 @@
+"""Sessions from the moment that charon is given them until all is as if they had always been here: their CHILD_SAs get
+new keys, and their message IDs are found. Also what their clients send meanwhile, and what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import structlog
+
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_message import IkeId
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.vici_types import SaInfo
+from bridge.gateway import takeover_session as reasons
+from bridge.gateway.takeover_rekeys import TakeoverRekeys
+from bridge.gateway.takeover_requests import TakeoverRequests
+from bridge.gateway.takeover_session import Session
+from bridge.gateway.takeover_state import Event, State
+from bridge.net.interface import Sender
+from bridge.net.packet import Datagram
+from bridge.net.shared_esp import SharedEsp
+from bridge.service.tasks import spawn
+
+log = structlog.get_logger()
+
+LISTEN_SECONDS: Final = 0.02
+"""between two looks at who sends ESP"""
+FORGET_SECONDS: Final = 5.0
+"""between two looks for sessions whose clients need not be overheard any more"""
+UNDER_WAY: Final = frozenset((State.INSTALLING, State.REKEYING))
+
+
+class TakenSessions:
+    """By both SPIs. `again` sends a datagram to charon as its client sent it. `done` is called with a session that has
+    new keys, or whose client does not answer."""
+
+    def __init__(
+        self, charon: Charon, again: Sender, esp: SharedEsp, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.done: Callable[[Session], None] = lambda _: None
+        self._charon = charon
+        self._esp = esp
+        self._clock = clock
+        self._sessions: dict[bytes, Session] = {}
+        self._heirs: dict[bytes, Session] = {}
+        """sessions whose client rekeys the IKE_SA before its CHILD_SAs have new keys, by the new IKE_SA's SPIs"""
+        self._rekeys = TakeoverRekeys(charon, self._rekeyed, clock=clock)
+        self._requests = TakeoverRequests(charon, again, clock=clock)
+
+    def __contains__(self, spis: bytes) -> bool:
+        return spis in self._sessions
+
+    def has(self, session: Session) -> bool:
+        """Whether it is still here."""
+        return self._sessions.get(session.sa.id.spis) is session
+
+    def spis(self) -> set[bytes]:
+        """Those of all of them."""
+        return set(self._sessions)
+
+    def under_way(self, address: str) -> int:
+        """How many at an address have yet to get new keys."""
+        return sum(
+            1
+            for session in self._sessions.values()
+            if session.state in UNDER_WAY and session.stub.index.gateway == address
+        )
+
+    def start(self) -> list[asyncio.Task[None]]:
+        """The tasks that rekey CHILD_SAs, first those of clients that send something."""
+        return [
+            spawn("takeover-rekeys", self._rekeys.run()),
+            spawn("takeover-esp", self._listen()),
+            spawn("takeover-forget", self._forget_old()),
+        ]
+
+    def close(self) -> None:
+        """After the tasks ended."""
+        self._esp.close()
+
+    # from installation to new keys
+
+    def put(self, session: Session) -> None:
+        """One that charon is given now."""
+        session.sa.up = False
+        self._charon.tracker.adopt(session.sa)
+        self._sessions[session.sa.id.spis] = session
+        self._requests.watch(session)
+
+    def refused(self, session: Session) -> None:
+        """charon did not take it."""
+        session.on(Event.REFUSED)
+        self._charon.tracker.forget(session.sa.id)
+        self.forget(session.sa.id.spis)
+
+    def installed(self, session: Session, info: SaInfo) -> None:
+        """charon has it."""
+        session.unique_id = session.sa.unique_id = info.unique_id
+        session.on(Event.INSTALLED)
+        session.sa.up = True
+
+    def begin(self, session: Session) -> None:
+        """Rekey its CHILD_SAs, and answer what its client sent meanwhile."""
+        self._rekeys.put(session)
+        self._requests.judge(session)
+
+    def _rekeyed(self, session: Session, reason: str) -> None:
+        if session.state is State.TAKEN_OVER:
+            log.info("takeover-rekeyed", ms=round((self._clock() - session.began) * 1000, 1), **session.sa.id.logged)
+        if reason:
+            log.warning("takeover-incomplete", reason=reason, **session.sa.id.logged)
+        if reason == reasons.CHILD_LOST:
+            spawn("takeover-end", self._end(session))
+        self.done(session)
+
+    async def _end(self, session: Session) -> None:
+        try:
+            await self._charon.end_surely(session.sa)
+        except ChannelError as error:
+            log.warning("sa-not-ended", reason=str(error), **session.sa.id.logged)
+
+    # what happens meanwhile
+
+    def heard(self, requests: Sequence[Datagram]) -> None:
+        """Clients sent requests to a shared address."""
+        for session in self._requests.overheard(requests):
+            self._rekeys.first(session.sa.id.spis)
+
+    async def _listen(self) -> None:
+        """Have those sessions be first whose clients send ESP."""
+        while True:
+            await self._rekeys.some_wait.wait()
+            self._esp.open()
+            while self._rekeys.some_wait.is_set():
+                for spi in self._esp.read():
+                    self._rekeys.first_by_spi(spi)
+                await asyncio.sleep(LISTEN_SECONDS)
+            self._esp.close()
+
+    def changed(self, sa: IkeSa) -> None:
+        """An SA of this gateway changed."""
+        if sa.up and (session := self._heirs.pop(sa.id.spis, None)) is not None:
+            session.follow(sa)
+            self._sessions[sa.id.spis] = session
+            # a new IKE_SA: its message IDs are known
+            self._rekeys.put(session, offsets=())
+            return
+        self._rekeys.changed(sa)
+
+    def verified(self, ike_id: IkeId) -> None:
+        """A request of a client verified."""
+        self._requests.verified(ike_id.spis)
+
+    def gone(self, sa: IkeSa) -> None:
+        """An SA of this gateway ended."""
+        session = self._sessions.get(sa.id.spis)
+        if session is not None and session.sa is sa and session.state in (State.REKEYING, State.LEFT):
+            heir = next((new for new in self._charon.tracker.sas.values() if new.rekeyed_from is sa), None)
+            if heir is not None:
+                del self._sessions[sa.id.spis]
+                self._leave(sa.id.spis)
+                self._heirs[heir.id.spis] = session
+                return
+        self.forget(sa.id.spis)
+
+    def forget(self, spis: bytes) -> None:
+        """It is not here any more."""
+        session = self._sessions.pop(spis, None) or self._heirs.pop(spis, None)
+        if session is not None and session.state is not State.GONE:
+            session.on(Event.ENDED)
+        self._leave(spis)
+
+    async def _forget_old(self) -> None:
+        while True:
+            await asyncio.sleep(FORGET_SECONDS)
+            self._requests.forget_old()
+
+    def sent(self, sa: IkeSa) -> None:
+        """charon sent a request on an SA."""
+        self._rekeys.sent(sa.id.spis)
+
+    def _leave(self, spis: bytes) -> None:
+        self._rekeys.forget(spis)
+        self._requests.forget(spis)

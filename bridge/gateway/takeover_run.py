@@ -1,0 +1,260 @@
+"""One takeover of an address: the sessions at it are read from the bank, owned, and given to charon.
+
+the stubs at the address are read; what is not here and can be taken is this gateway's from now on (epoch + 1)
+charon is given the IKE_SAs, with their own keys and message IDs, and CHILD_SAs with keys that no host has
+bridge.gateway.taken_sessions rekeys the CHILD_SAs: from then on traffic flows
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import structlog
+
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_message import HaError
+from bridge.charon.ike_sa import IkeSa
+from bridge.charon.vici_types import SaInfo, ViciError
+from bridge.gateway import takeover_session as reasons
+from bridge.gateway.endings import Endings
+from bridge.gateway.living import LivingSas
+from bridge.gateway.revocation import Revocations
+from bridge.gateway.session_owner import SessionOwner
+from bridge.gateway.taken_sessions import TakenSessions
+from bridge.gateway.takeover_session import Session, obstacle, session_of
+from bridge.gateway.takeover_state import State
+from bridge.stub.stub import Index, Stub
+
+log = structlog.get_logger()
+
+FIRST_BATCH, BATCH = 8, 256
+"""sessions that charon gets with one activation: few at first, for a client waits; each activation looks at all SAs"""
+AGAIN_SECONDS: Final = 0.1
+"""between two attempts where the bank or charon is not there"""
+SHOWN: Final = 50
+"""sessions that were not taken over, by name"""
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """What became of the sessions at an address, from the beginning of a takeover on."""
+
+    address: str
+    owner: str
+    """whose sessions alone; "": all"""
+    began: float
+    seen: set[Index] = field(default_factory=set)
+    """sessions that the bank has at the address and that were not here"""
+    counts: Counter[str] = field(default_factory=Counter)
+    """of states, and of reasons why a session was not taken over"""
+    failures: list[dict[str, str]] = field(default_factory=list)
+    first_ms: float | None = None
+    """until the first session had new keys"""
+    ended: float | None = None
+
+    def done(self, state: State, now: float) -> None:
+        """A session has new keys, or its client does not answer."""
+        if state is State.TAKEN_OVER and self.first_ms is None:
+            self.first_ms = round((now - self.began) * 1000, 1)
+        self.counts[state] += 1
+
+    @property
+    def not_taken(self) -> list[tuple[str, int]]:
+        """Reasons, and the sessions that were not taken over because of each."""
+        return sorted((reason, number) for reason, number in self.counts.items() if not isinstance(reason, State))
+
+    def row(self, under_way: int, now: float) -> dict[str, Any]:
+        """For the control socket; so many of its sessions have yet to get new keys."""
+        ended = now if self.ended is None else self.ended
+        return {
+            "address": self.address,
+            "state": "running" if self.ended is None or under_way else "done",
+            "from": self.owner,
+            "found": len(self.seen),
+            "taken": self.counts[State.TAKEN_OVER],
+            "under_way": under_way,
+            "left": self.counts[State.LEFT],
+            "not_taken": [{"reason": reason, "sessions": number} for reason, number in self.not_taken],
+            "failures": self.failures,
+            "first_ms": self.first_ms,
+            "seconds": round(ended - self.began, 3),
+        }
+
+
+class Barriers(NamedTuple):
+    """What keeps a gateway from having a session, apart from what its stub says."""
+
+    endings: Endings
+    living: LivingSas
+    revocations: Revocations
+
+    def of(self, stub: Stub) -> str:
+        """The reason why this gateway cannot have a session; "" where it can."""
+        if stub.index in self.endings:
+            return reasons.ENDED
+        if self.revocations.revoked(stub):
+            return reasons.REVOKED
+        if self.living.clashes(stub):
+            return reasons.CLASHES
+        return ""
+
+
+class SessionTaker:
+    """Takes sessions over for this gateway. `came` is called with a session that is here now."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        bank: StubBank,
+        owner: SessionOwner,
+        sessions: TakenSessions,
+        barriers: Barriers,
+        came: Callable[[IkeSa, Stub], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.taken = 0
+        self.not_taken: Counter[str] = Counter()
+        self._charon = charon
+        self._bank = bank
+        self._owner = owner
+        self._sessions = sessions
+        self._barriers = barriers
+        self._came = came
+        self._clock = clock
+        self._wall = wall
+
+    async def take(self, run: Run) -> None:
+        """Take over what the bank has at the address of `run`; waits for the bank and for charon."""
+        await self._charon.reconciled.wait()
+        while True:
+            try:
+                await self._take_all(run)
+            except BankUnavailable as error:
+                log.warning("takeover-waits", address=run.address, reason=str(error))
+                await asyncio.sleep(AGAIN_SECONDS)
+                continue
+            return
+
+    async def _take_all(self, run: Run) -> None:
+        size = FIRST_BATCH
+        waiting: list[Stub] = []
+        async for page in self._stubs(run.address):
+            waiting += page
+            while len(waiting) >= size:
+                await self._take_some(run, waiting[:size])
+                waiting, size = waiting[size:], BATCH
+        for first in range(0, len(waiting), BATCH):
+            await self._take_some(run, waiting[first : first + BATCH])
+
+    async def _stubs(self, address: str) -> AsyncIterator[list[Stub]]:
+        # not from what was prefetched: that lacks stubs which have changed since
+        async for page in self._bank.download(address, FIRST_BATCH):
+            yield page
+
+    async def _take_some(self, run: Run, stubs: Sequence[Stub]) -> None:
+        await self._charon.know_connections({(s.connection, tuple(c.name for c in s.children)) for s in stubs})
+        able = []
+        for stub in stubs:
+            if stub.spi_i + stub.spi_r in self._charon.tracker.sas:
+                continue
+            again = stub.index in run.seen
+            run.seen.add(stub.index)
+            reason = self._obstacle(run, stub, again=again)
+            if not reason:
+                able.append(stub)
+            elif not again:
+                self._refuse(run, stub, reason)
+        mine, others = await self._owner.become(able)
+        for stub, reason in others:
+            self._refuse(run, stub, reason)
+        await self._owner.announce(run.address)
+        now, wall = self._clock(), self._wall()
+        sessions = []
+        for stub in mine:
+            connection = self._charon.connection(stub.connection)
+            assert connection is not None
+            session = session_of(stub, connection, began=now, now=wall)
+            self._sessions.put(session)
+            sessions.append(session)
+        await self._install(run, sessions)
+
+    def _obstacle(self, run: Run, stub: Stub, *, again: bool) -> str:
+        # what the bank has let this gateway own before it was lost is to be owned once more
+        mine = again and stub.derivation is not None and stub.derivation.owner == self._owner.address
+        if stub.derivation is not None and run.owner and stub.derivation.owner != run.owner and not mine:
+            return reasons.OWNED_BY_ANOTHER
+        if reason := self._barriers.of(stub):
+            return reason
+        version = self._charon.channel.version
+        connection = self._charon.connection(stub.connection)
+        children = [child.name for child in connection.children] if connection is not None else []
+        return obstacle(stub, connection, children, version=version or 0, now=self._wall())
+
+    def _refuse(self, run: Run, stub: Stub, reason: str) -> None:
+        run.counts[reason] += 1
+        self.not_taken[reason] += 1
+        identity, peer = (stub.eap_id or stub.remote_id).text, stub.remote.address
+        if len(run.failures) < SHOWN:
+            run.failures.append({"identity": identity, "address": peer, "reason": reason})
+        log.warning("session-not-taken-over", identity=identity, peer=peer, reason=reason, index=str(stub.index))
+
+    async def _install(self, run: Run, sessions: Sequence[Session]) -> None:
+        while sessions:
+            try:
+                await self._charon.installer.install([session.install for session in sessions])
+                break
+            except HaError:
+                # nothing was sent: one of them does not fit
+                if len(sessions) == 1:
+                    self._failed(run, sessions[0], reasons.UNFIT)
+                    return
+                for session in sessions:
+                    await self._install(run, [session])
+                return
+            except ChannelError as error:
+                log.warning("takeover-waits", address=run.address, reason=str(error))
+                await asyncio.sleep(AGAIN_SECONDS)
+        listed = await self._listed({session.stub.connection for session in sessions})
+        for session in sessions:
+            info = listed.get(session.sa.id.spis)
+            if info is None or info.state != "ESTABLISHED":
+                self._failed(run, session, reasons.NOT_KEPT)
+            elif self._sessions.has(session):
+                self._is_here(session, info)
+
+    async def _listed(self, connections: set[str]) -> dict[bytes, SaInfo]:
+        listed: dict[bytes, SaInfo] = {}
+        for connection in connections:
+            try:
+                listed |= {info.spis: info for info in await self._charon.vici.list_sas(connection)}
+            except ViciError as error:
+                log.warning("takeover-list-failed", reason=str(error))
+        return listed
+
+    def _failed(self, run: Run, session: Session, reason: str) -> None:
+        self._sessions.refused(session)
+        self._refuse(run, session.stub, reason)
+
+    def _is_here(self, session: Session, info: SaInfo) -> None:
+        self._sessions.installed(session, info)
+        sa = session.sa
+        self._came(sa, session.stub)
+        self.taken += 1
+        log.info(
+            "session-taken-over",
+            connection=sa.connection,
+            identity=sa.remote_id.text if sa.remote_id else "",
+            peer=sa.remote.address if sa.remote else "",
+            epoch=sa.derivation.epoch if sa.derivation else 0,
+            **sa.id.logged,
+        )
+        self._sessions.begin(session)
