@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -135,7 +136,7 @@ def test_the_ike_sa_was_rekeyed_and_the_old_one_is_not_deleted_yet(topology: Top
     assert spis(new) in [spis(sa) for sa in established(client)]
 
 
-OWN_DPD = ({}, {"dpd_delay": "2s", "children.net.dpd_action": "restart"})
+OWN_DPD: tuple[dict[str, Any], dict[str, str]] = ({}, {"dpd_delay": "2s", "children.net.dpd_action": "restart"})
 
 
 @pytest.mark.parametrize("topology", [OWN_DPD], indirect=True)
