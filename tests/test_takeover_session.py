@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from bank_support import stub_of
-from bridge.charon.ha_commands import add_message, message_id_messages
+from bridge.charon.ha_commands import Install, add_message, message_id_messages
 from bridge.charon.ha_message import Attr, MessageType, decode
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.sa_tracker import SaTracker
@@ -74,14 +74,21 @@ def test_the_new_owner_raises_the_epoch_and_the_revision() -> None:
     assert after.revision > before.revision
 
 
+def install_of(stub: Stub) -> Install:
+    """What charon is given of a session."""
+    install = session_of(stub, NET, began=0.0, now=NOW).install
+    assert install is not None
+    return install
+
+
 def test_charon_is_given_the_keys_and_both_message_ids() -> None:
     stub = takeable()
-    session = session_of(stub, NET, began=0.0, now=NOW)
-    add = decode(add_message(3, session.install, "198.18.0.8"))
+    install = install_of(stub)
+    add = decode(add_message(3, install, "198.18.0.8"))
     said = {name: add.first(name) for name in (Attr.NONCE_I, Attr.NONCE_R, Attr.SECRET, Attr.OLD_SKD, Attr.ALG_OLD_PRF)}
     assert list(said.values()) == [b"i" * 32, b"r" * 32, b"s" * 32, b"d" * 32, 5]
     assert add.first(Attr.IKE_REKEY_ID) is None
-    ids = [decode(octets) for octets in message_id_messages(3, session.install)]
+    ids = [decode(octets) for octets in message_id_messages(3, install)]
     assert [(message.type, message.first(Attr.MID)) for message in ids] == [
         (MessageType.IKE_MID_INITIATOR, 4),
         (MessageType.IKE_MID_RESPONDER, 7),
@@ -90,17 +97,17 @@ def test_charon_is_given_the_keys_and_both_message_ids() -> None:
 
 def test_the_first_ike_sa_of_a_session_has_no_old_keys() -> None:
     derivation = Derivation(b"i" * 32, b"r" * 32, b"s" * 32, b"", b"", 0)
-    session = session_of(takeable(derivation=derivation), NET, began=0.0, now=NOW)
-    add = decode(add_message(3, session.install, "198.18.0.8"))
+    install = install_of(takeable(derivation=derivation))
+    add = decode(add_message(3, install, "198.18.0.8"))
     assert add.first(Attr.OLD_SKD) is None
     assert add.first(Attr.ALG_OLD_PRF) is None
-    assert list(message_id_messages(3, session.install)) == []
+    assert list(message_id_messages(3, install)) == []
 
 
 def test_child_sas_keep_their_spis_under_keys_that_no_host_has() -> None:
-    one, other = (session_of(takeable(), NET, began=0.0, now=NOW) for _ in range(2))
-    assert [new.child for new in one.install.children] == list(one.stub.children)
-    nonces = [nonce for made in (one, other) for new in made.install.children for nonce in (new.nonce_i, new.nonce_r)]
+    one, other = install_of(takeable()), install_of(takeable())
+    assert [new.child for new in one.children] == list(takeable().children)
+    nonces = [nonce for made in (one, other) for new in made.children for nonce in (new.nonce_i, new.nonce_r)]
     assert len(set(nonces)) == len(nonces) > 0
 
 

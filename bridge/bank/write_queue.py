@@ -100,6 +100,10 @@ class WriteQueue:
         self._waiting.pop(index, None)
         self._put(index, Ending(index, expires, epoch))
 
+    def discard(self, index: Index) -> None:
+        """What waits for an index is of no use: another change was written beside this queue."""
+        self._waiting.pop(index, None)
+
     async def flush(self) -> None:
         """Wait until nothing is pending; for ever if the bank does not come back."""
         await self._idle.wait()

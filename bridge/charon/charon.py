@@ -225,10 +225,19 @@ class Charon:
         """An IKE_SA_INIT request goes on to charon, which may begin a handshake."""
         self.tracker.half_open.request(spi_i, address, time.monotonic())
 
-    async def remove(self, ike_ids: Sequence[IkeId], *, kept: bool = False) -> None:
+    def sharing(self, ike_ids: Sequence[IkeId]) -> set[bytes]:
+        """Those SAs, by both SPIs, with a virtual IP that another SA or a placeholder has too."""
+        return {ike_id.spis for ike_id in ike_ids if self._shares_address(ike_id)}
+
+    async def remove(
+        self, ike_ids: Sequence[IkeId], *, kept: bool = False, sharing: Collection[bytes] | None = None
+    ) -> None:
         """Remove SAs without a DELETE or an event, over the HA channel. A virtual IP that another SA or a placeholder
-        has too stays reserved; with `kept` all stay. Raises ChannelError."""
-        shared = [ike_id for ike_id in ike_ids if kept or self._shares_address(ike_id)]
+        has too stays reserved; with `kept` all stay. `sharing` as it was before the SAs were forgotten. Raises
+        ChannelError."""
+        if sharing is None:
+            sharing = self.sharing(ike_ids)
+        shared = [ike_id for ike_id in ike_ids if kept or ike_id.spis in sharing]
         if self.channel.version is not None and shared:
             version = self.channel.version
             await self.channel.send([vips_message(version, ike_id, (NO_ADDRESS,)) for ike_id in shared])

@@ -82,7 +82,7 @@ class SaTracker:
         """called for an SA that VICI lists as DELETING: one of the sides ended it, and charon waits for an answer"""
         self.on_info: Callable[[SaInfo], None] | None = None
         """called for each IKE_SA that VICI reports, with the figures of its CHILD_SAs"""
-        self.on_lost: Callable[[list[IkeSa]], None] = lambda _: None
+        self.on_lost: list[Callable[[list[IkeSa]], None]] = []
         """called when charon was restarted, with the IKE_SAs that it had"""
         self.on_own_request: Callable[[], None] = lambda: None
         """called when charon sent a request: a DELETE, perhaps"""
@@ -524,7 +524,9 @@ class SaTracker:
 
     def forget_all(self) -> None:
         """charon died: its SAs are gone without a word, and their stubs are what clients resume from."""
-        self.on_lost(list(self.established()))
+        lost = list(self.established())
+        for listener in self.on_lost:
+            listener(lost)
         for table in (self.sas, *self._tables):
             table.clear()
         self._unproven.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable
 
 import click
@@ -12,7 +13,9 @@ from bridge.cli import options, output
 from bridge.config import GatewayConfig
 from bridge.service import control
 
-POLL_SECONDS = 0.02
+POLL_SECONDS, POLL_SECONDS_MAX = 0.02, 0.5
+TIMEOUT = 120.0
+"""seconds: VRRP's script ends, also where the bank does not answer"""
 
 
 def _address_option(text: str) -> Callable[[options.Function], options.Function]:
@@ -25,8 +28,15 @@ def _address_option(text: str) -> Callable[[options.Function], options.Function]
 @click.option(
     "--from", "owner", metavar="GATEWAY", callback=options.an_address, help="Take the sessions of this gateway only."
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=TIMEOUT,
+    show_default=True,
+    help="Seconds to wait. The sidecar goes on afterwards.",
+)
 @options.json_option
-def takeover(path: str | None, address: str, owner: str | None, as_json: bool) -> None:
+def takeover(path: str | None, address: str, owner: str | None, timeout: float, as_json: bool) -> None:
     """Take over the sessions at an address that gateways share (experimental).
 
     The running sidecar gives charon the sessions of the gateway that had the address, as they are. Their clients need
@@ -37,7 +47,7 @@ def takeover(path: str | None, address: str, owner: str | None, as_json: bool) -
     socket = options.read_config(path, GatewayConfig).control
     request = {"command": "takeover", "address": address, "from": owner}
     try:
-        done = asyncio.run(_take(socket, request))
+        done = asyncio.run(_take(socket, request, timeout))
     except control.ControlError as error:
         options.fail(error)
     except KeyboardInterrupt:
@@ -54,10 +64,12 @@ def takeover(path: str | None, address: str, owner: str | None, as_json: bool) -
     sys.exit(0 if done["taken"] == done["found"] else 1)
 
 
-async def _take(socket: str, request: control.Answer) -> control.Answer:
+async def _take(socket: str, request: control.Answer, timeout: float) -> control.Answer:
     answer = await control.call(socket, request)
-    while answer["state"] == "running":
-        await asyncio.sleep(POLL_SECONDS)
+    deadline, pause = time.monotonic() + timeout, POLL_SECONDS
+    while answer["state"] == "running" and time.monotonic() < deadline:
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, POLL_SECONDS_MAX)
         answer = await control.call(socket, {"command": "takeover-progress", "address": request["address"]})
     return answer
 
@@ -72,6 +84,8 @@ def yield_(path: str | None, address: str, unless_here: bool, as_json: bool) -> 
 
     Clients receive no message: the gateway that gets the address takes their sessions over. From now on nothing of the
     address leaves this host.
+
+    Exit code 0 when the bank has their last changes and the packet filter the rules of the fence, 1 otherwise.
     """
     socket = options.read_config(path, GatewayConfig).control
     try:
@@ -84,3 +98,8 @@ def yield_(path: str | None, address: str, unless_here: bool, as_json: bool) -> 
         output.print_json(done)
     else:
         click.echo(f"{output.count(done['sessions'], 'session')} at {address} dropped in silence")
+        if not done["stored"]:
+            click.echo("the bank did not take their last changes: it does not answer", err=True)
+        if not done["fenced"]:
+            click.echo("the packet filter did not take the rules of the fence: see the log", err=True)
+    sys.exit(0 if done["stored"] and done["fenced"] else 1)

@@ -272,7 +272,8 @@ class BankReconciler:
             everything = not all(await self._bank.ended(latest))
         if not everything:
             return
-        ends = list(self._endings.all())
+        # without its epoch nothing says whether another gateway has taken a session over since
+        ends = [end for end in self._endings.all() if end.epoch or end.index.gateway not in self._shared]
         try:
             for first in range(0, len(ends), COMPARE_BUNDLE):
                 await self._bank.delete(ends[first : first + COMPARE_BUNDLE])
@@ -313,7 +314,8 @@ class BankReconciler:
             await asyncio.sleep(took * LEARN_PACE)
 
     def _learned(self, sa: IkeSa) -> None:
-        self._endings.add(self._index(sa), max(sa.stub_expires, sa.expires))
+        epoch = sa.derivation.epoch if sa.derivation is not None else 0
+        self._endings.add(self._index(sa), max(sa.stub_expires, sa.expires), epoch)
         self._elsewhere.suspect([sa])
 
     def _index(self, sa: IkeSa) -> Index:
@@ -377,7 +379,10 @@ class BankReconciler:
             connections = {
                 name: [child.name for child in info.children] for name, info in self._charon.tracker.connections.items()
             }
-            addresses = sorted(self._publisher.addresses - {self._address})[: gateway_facts.ADDRESSES_MAX]
+            # sessions at a shared address are at whichever gateway has it
+            addresses = sorted(self._publisher.addresses - {self._address} - self._shared)[
+                : gateway_facts.ADDRESSES_MAX
+            ]
             now = connections, addresses
             if self._address is not None and (now != posted or time.monotonic() >= due):
                 try:

@@ -5,8 +5,9 @@ sessions that ended are then back, and a request that was captured once could be
 ends that it took part in, also across a restart, refuses those indexes whatever the bank says, never publishes them
 again, and reports them to a bank that was away (bridge.gateway.bank_reconciler).
 
-The file has one end a line, `<Unix seconds> <gateway> <SPI hex>`: until when it is remembered, and the index. The last
-line of an index counts; 0 takes an end back.
+The file has one end a line, `<Unix seconds> <gateway> <SPI hex>`: until when it is remembered, and the index; where
+gateways share the address, the epoch of the session here follows. The last line of an index counts; 0 takes an end
+back.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Endings:
         self._path = None if directory is None else Path(directory) / FILE
         self._wall = wall
         self._until: dict[Index, int] = {}
+        self._epochs: dict[Index, int] = {}
+        """of sessions at addresses that gateways share: another gateway may have taken them over"""
         self._unwritten: list[Index] = []
         self._removed: list[Index] = []
         self._lines = 0
@@ -58,27 +61,36 @@ class Endings:
     def __contains__(self, index: Index) -> bool:
         return self._until.get(index, 0) > self._wall()
 
-    def add(self, index: Index, expires: int) -> None:
-        """The session of `index` ended or went on; no stub of it lives longer than until `expires` (Unix seconds)."""
+    def add(self, index: Index, expires: int, epoch: int = 0) -> None:
+        """The session of `index` ended or went on; no stub of it lives longer than until `expires` (Unix seconds).
+        `epoch` as of bridge.bank.interface.Ending."""
         until = max(self._until.pop(index, 0), expires + MARGIN_SECONDS)
         self._until[index] = until
+        if epoch:
+            self._epochs[index] = epoch
         self._unwritten.append(index)
         if len(self._until) > ENDINGS_MAX:
             self._purge()
             # some at a time: each look for what has expired is at all of them
             for oldest in list(islice(self._until, max(len(self._until) - ENDINGS_MAX * 9 // 10, 0))):
                 del self._until[oldest]
+                self._epochs.pop(oldest, None)
 
     def remove(self, index: Index) -> None:
         """It did not end: another gateway has taken the session over."""
         if self._until.pop(index, None) is not None:
+            self._epochs.pop(index, None)
             self._removed.append(index)
+
+    def epoch(self, index: Index) -> int:
+        """The epoch that a session had here when it ended; 0: not known, or at no shared address."""
+        return self._epochs.get(index, 0)
 
     def all(self) -> Iterator[Ending]:
         """Every end that is remembered, the latest first."""
         now = self._wall()
         return (
-            Ending(index, until - MARGIN_SECONDS)
+            Ending(index, until - MARGIN_SECONDS, self.epoch(index))
             for index, until in reversed(self._until.copy().items())
             if until > now
         )
@@ -104,6 +116,7 @@ class Endings:
     def _purge(self) -> None:
         now = self._wall()
         self._until = {index: until for index, until in self._until.items() if until > now}
+        self._epochs = {index: epoch for index, epoch in self._epochs.items() if index in self._until}
 
     async def _write(self) -> None:
         removed, self._removed = self._removed, []
@@ -116,7 +129,7 @@ class Endings:
         indexes = list(self._until) if compact else [index for index in self._unwritten if index in self._until]
         self._unwritten = []
         over = [] if compact else [index for index in removed if index not in self._until]
-        text = "".join([f"{self._until[index]} {index.gateway} {index.spi.hex()}\n" for index in indexes])
+        text = "".join([self._line(index) for index in indexes])
         text += "".join([f"0 {index.gateway} {index.spi.hex()}\n" for index in over])
         try:
             await asyncio.to_thread(replace if compact else append, self._path, text)
@@ -135,6 +148,10 @@ class Endings:
             if compact:
                 self._compact_at = 2 * self._lines + COMPACT_LINES
 
+    def _line(self, index: Index) -> str:
+        epoch = self.epoch(index)
+        return f"{self._until[index]} {index.gateway} {index.spi.hex()}{f' {epoch}' if epoch else ''}\n"
+
     def _load(self) -> None:
         if self._path is None:
             return
@@ -148,11 +165,15 @@ class Endings:
         now, unreadable = self._wall(), 0
         for line in lines:
             try:
-                until, gateway, spi = line.split()
+                until, gateway, spi, *more = line.split()
                 index = Index.parse(f"{gateway}/{spi}")
+                epoch = int(more[0]) if more else 0
                 self._until.pop(index, None)
+                self._epochs.pop(index, None)
                 if int(until) > now:
                     self._until[index] = int(until)
+                    if epoch:
+                        self._epochs[index] = epoch
             except (ValueError, StubError):
                 # the last line of a host that lost its power, perhaps
                 unreadable += 1

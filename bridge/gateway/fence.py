@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from typing import Final
 
 import structlog
 
@@ -17,15 +18,22 @@ from bridge.service.tasks import end, spawn
 log = structlog.get_logger()
 
 
+RETRY_SECONDS: Final = 1.0
+"""between two attempts to change the rules"""
+
+
 class Fence:
     """Around a set of addresses, which changes. The rules stay when the sidecar ends: charon goes on."""
 
     def __init__(self, config: InterceptConfig) -> None:
         self._config = config
+        self._addresses: frozenset[str] | None = None
+        self._as_wanted = False
+        """whether the rules were set for these addresses, or removed where there are none"""
         self._watch: RulesWatch | None = None
         self._task: asyncio.Task[None] | None = None
-        self._addresses: frozenset[str] | None = None
         self._changing = asyncio.Lock()
+        self._work: asyncio.Future[None] | None = None
         self._dropped = 0
 
     @property
@@ -35,17 +43,13 @@ class Fence:
 
     @property
     def in_place(self) -> bool:
-        """Whether the rules are there, as far as some are needed."""
+        """Whether the rules are as wanted: around the addresses of other gateways, and around no other."""
         if self._config.rules == "external":
             return True
-        return not self._addresses or (self._watch is not None and self._watch.in_place)
-
-    async def start(self, addresses: Collection[str]) -> None:
-        """Begin around these; rules of a sidecar before this one go."""
-        await self.around(addresses)
+        return self._as_wanted and (self._watch is None or self._watch.in_place)
 
     async def around(self, addresses: Collection[str]) -> None:
-        """From now on around these and no others. What cannot be set is logged, and tried again."""
+        """From now on around these and no others. What cannot be set is logged, and tried again until it can."""
         wanted = frozenset(addresses)
         async with self._changing:
             if wanted == self._addresses:
@@ -54,23 +58,40 @@ class Fence:
             if self._task is not None:
                 await end(self._task)
                 self._task = None
-            self._dropped, self._watch = self.dropped, None
+            self._dropped, self._watch, self._as_wanted = self.dropped, None, False
             if self._config.rules == "external":
                 return
-            rules = fence_rules.rules(wanted, self._config.ports or charon_ports())
-            try:
-                if not wanted:
-                    await asyncio.to_thread(firewall.remove, rules)
-                    return
-                watch = RulesWatch("fence", rules, self._config.rules, dropped=fence_rules.dropped)
-                await asyncio.to_thread(watch.place)
-            except RulesError as error:
+            fits = await self._change(wanted)
+            self._task = spawn("fence-rules", self._keep(wanted, fits=fits))
+
+    async def _keep(self, wanted: frozenset[str], *, fits: bool) -> None:
+        while not fits:
+            await asyncio.sleep(RETRY_SECONDS)
+            fits = await self._change(wanted, again=True)
+        if self._watch is not None:
+            await self._watch.run()
+
+    async def _change(self, wanted: frozenset[str], *, again: bool = False) -> bool:
+        """Set the rules, or remove them; whether that could be done."""
+        assert self._config.rules != "external"
+        rules = fence_rules.rules(wanted, self._config.ports or charon_ports())
+        watch = RulesWatch("fence", rules, self._config.rules, dropped=fence_rules.dropped) if wanted else None
+        if self._work is not None:
+            # a change that was cancelled goes on in its thread
+            await asyncio.wait([self._work])
+        self._work = asyncio.ensure_future(
+            asyncio.to_thread(watch.place) if watch is not None else asyncio.to_thread(firewall.remove, rules)
+        )
+        try:
+            await asyncio.shield(self._work)
+        except RulesError as error:
+            if not again:
                 log.error("fence-not-set", addresses=",".join(sorted(wanted)), reason=str(error))
-                # the next change of an address tries again
-                self._addresses = None
-                return
-            self._watch = watch
-            self._task = spawn("fence-rules", watch.run())
+            return False
+        self._watch, self._as_wanted = watch, True
+        if again:
+            log.info("fence-set", addresses=",".join(sorted(wanted)))
+        return True
 
     async def close(self) -> None:
         """Watch the rules no longer."""

@@ -72,6 +72,10 @@ class LivingSas:
         sas = [self._tracker.sas[spis] for spis in self._spis.get(peer, ()) if self._has(spis, peer)]
         return [sa for sa in sas if sa.local_id == local_id]
 
+    def resumed_from(self, index: Index) -> list[IkeSa]:
+        """The SAs that the session of a stub went on as here."""
+        return [self._tracker.sas[spis] for spis in self._spis.get(index, ()) if self._has(spis, index)]
+
     def clashes(self, stub: Stub) -> bool:
         """Whether an SA lives here that the stub is of, or that has its identity, or came from it."""
         if stub.spi_i + stub.spi_r in self._tracker.sas:

@@ -104,8 +104,8 @@ class Publisher:
         if (sa.resumable or sa.published_at) and sa.local is not None:
             index = sa.published or sa.index_here(self._address)
             expires = max(sa.stub_expires, sa.expires)
-            self._endings.add(index, expires)
             epoch = sa.derivation.epoch if sa.derivation is not None else 0
+            self._endings.add(index, expires, epoch)
             self._writer.submit_delete(index, expires=expires, epoch=epoch)
             sa.published_at = ""
 

@@ -244,9 +244,10 @@ class GatewayRole:
                 bank,
                 self._publisher,
                 self._writer,
-                Barriers(endings, living, revocations),
+                Barriers(charon, endings, living, revocations),
                 self._taken_over,
                 self._dropped,
+                self._keeper.keep,
             )
             self._reconciler.on_takeover = self._shared.look_soon
         if self._replicas is not None:
@@ -381,6 +382,8 @@ class GatewayRole:
             self._authentication.watch(sa)
             self._duplicates.known(sa)
             self._hooks.known(sa)
+        if self._shared is not None:
+            self._shared.recovered(found or (), infos)
         return found
 
     def _stub_message(self, packet: Packet) -> None:

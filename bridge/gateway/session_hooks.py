@@ -162,7 +162,7 @@ class SessionHooks:
         self._watch: asyncio.Task[None] | None = None
         if self._program is not None:
             tracker.on_info = self._told
-            tracker.on_lost = self._lost
+            tracker.on_lost.append(self._lost)
         metrics.expect_hooks(SessionEvent, FAILURES)
 
     async def close(self) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Final, Protocol
 
 import structlog
+from msgspec.structs import replace
 
 from bridge.bank.interface import BankUnavailable, SharedBank, StubBank, Taking
 from bridge.bank.write_queue import WriteQueue
@@ -41,6 +42,14 @@ ANNOUNCED_SECONDS: Final = 60.0
 """that the bank names the gateway which took an address over last"""
 
 
+async def _nothing(_: IkeSa) -> None:
+    """No virtual IP."""
+
+
+def _epoch(stub: Stub) -> int:
+    return stub.derivation.epoch if stub.derivation is not None else 0
+
+
 class OwnersBank(StubBank, SharedBank, Protocol):
     """A bank of stubs that tells who owns a session."""
 
@@ -64,6 +73,10 @@ class SessionOwner:
         self.lost = 0
         """sessions that another gateway has taken from here"""
         self.dropped: Callable[[IkeSa], None] = lambda _: None
+        self.before_drop: Callable[[IkeSa], Awaitable[None]] = _nothing
+        """for its virtual IPs, which its session keeps at another gateway"""
+        self.lost_at: Callable[[str], None] = lambda _: None
+        """called with an address that sessions were lost at"""
         self._charon = charon
         self._bank = bank
         self._publisher = publisher
@@ -76,24 +89,36 @@ class SessionOwner:
 
     # becoming the owner
 
-    async def become(self, stubs: Sequence[Stub]) -> tuple[list[Stub], list[tuple[Stub, str]]]:
+    async def become(
+        self, stubs: Sequence[Stub], obstacle: Callable[[Stub], str]
+    ) -> tuple[list[Stub], list[tuple[Stub, str]]]:
         """Own these sessions: the stubs as the bank has them now, and those that this gateway does not own, with the
-        reason. Raises BankUnavailable."""
+        reason. `obstacle` is asked again about a stub that has changed meanwhile. Raises BankUnavailable."""
         mine: list[Stub] = []
         others: list[tuple[Stub, str]] = []
+        epochs = {stub.index: _epoch(stub) for stub in stubs}
         todo = list(stubs)
         for attempt in range(TRIES):
+            if attempt and todo:
+                changed, todo = todo, []
+                for stub, again in zip(changed, await self._bank.get([stub.index for stub in changed]), strict=True):
+                    if again is None:
+                        others.append((stub, ENDED))
+                    elif again.derivation is None or _epoch(again) > epochs[stub.index]:
+                        others.append((again, CHANGED))
+                    elif reason := obstacle(again):
+                        others.append((again, reason))
+                    else:
+                        todo.append(again)
             if not todo:
                 break
-            if attempt:
-                read = await self._bank.get([stub.index for stub in todo])
-                others += [(stub, ENDED) for stub, again in zip(todo, read, strict=True) if again is None]
-                todo = [stub for stub in read if stub is not None]
             now = self._wall()
             pairs = [(stub, owned(stub, self.address, now=now)) for stub in todo]
             todo = []
             for (stub, new), said in zip(pairs, await self._bank.take(pairs), strict=True):
                 if said is Taking.TAKEN:
+                    # what waits to be written is of the epoch before
+                    self._writer.discard(new.index)
                     mine.append(new)
                 elif said is Taking.ENDED:
                     others.append((stub, ENDED))
@@ -127,10 +152,24 @@ class SessionOwner:
             if lost:
                 await self._drop_lost(lost)
 
-    async def store(self, sas: Iterable[IkeSa]) -> bool:
-        """Have the bank know the last message IDs of these; whether it does."""
+    def ended(self, stub: Stub) -> None:
+        """A session that this gateway owns ended while no sidecar ran."""
+        epoch = _epoch(stub)
+        self._endings.add(stub.index, stub.expires, epoch)
+        self._writer.submit_delete(stub.index, expires=stub.expires, epoch=epoch)
+
+    def keyed(self, sa: IkeSa) -> None:
+        """The CHILD_SAs of a session that was taken over have new keys."""
+        if sa.derivation is not None and sa.derivation.unkeyed:
+            sa.derivation = replace(sa.derivation, unkeyed=False)
+            if sa.up:
+                self._publisher.publish(sa)
+
+    async def release(self, sas: Iterable[IkeSa]) -> bool:
+        """Have the bank know the last message IDs of these, and that they have no owner now; whether it does."""
         for sa in sas:
             if sa.up and sa.derivation is not None:
+                sa.derivation = replace(sa.derivation, owner="")
                 self._publisher.publish(sa)
         try:
             async with asyncio.timeout(STORE_SECONDS):
@@ -160,28 +199,69 @@ class SessionOwner:
                 if theirs is not None and ours is not None and theirs.epoch > ours.epoch:
                     self._lost[index] = None
 
-    async def _drop_lost(self, lost: Iterable[Index]) -> None:
-        indexes = set(lost)
-        for index in indexes:
-            self._endings.remove(index)
-        sas = [sa for sa in self._charon.tracker.sas.values() if sa.up and sa.index_here(self.address) in indexes]
+    async def _drop_lost(self, lost: Collection[Index]) -> None:
+        """Drop those that another gateway has by the bank's word: it also refuses what this gateway wrote before it
+        took a session over itself."""
+        theirs: dict[Index, int] = {}
+        indexes = list(lost)
+        try:
+            for first in range(0, len(indexes), BATCH):
+                bundle = indexes[first : first + BATCH]
+                for index, stub in zip(bundle, await self._bank.get(bundle), strict=True):
+                    if stub is not None and stub.derivation is not None:
+                        theirs[index] = stub.derivation.epoch
+        except BankUnavailable:
+            self._lost |= dict.fromkeys(indexes)
+            return
+        for index, epoch in theirs.items():
+            if index in self._endings and epoch > self._endings.epoch(index):
+                self._endings.remove(index)
+        sas = [
+            sa
+            for sa in self._charon.tracker.sas.values()
+            if sa.derivation is not None and theirs.get(sa.index_here(self.address), 0) > sa.derivation.epoch
+        ]
         self.lost += len(sas)
         for sa in sas:
             log.warning("session-taken-by-another", connection=sa.connection, **sa.id.logged)
         await self.drop(sas)
+        for address in {sa.local.address for sa in sas if sa.local is not None}:
+            self.lost_at(address)
 
-    async def drop(self, sas: Sequence[IkeSa]) -> None:
+    async def drop(self, sas: Iterable[IkeSa]) -> None:
         """Remove these from charon without a message to their clients: their sessions go on elsewhere."""
-        for sa in sas:
+        wanted = list(sas)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STORE_SECONDS):
+                for sa in wanted:
+                    await self.before_drop(sa)
+        left = [sa for sa in wanted if self._charon.tracker.sas.get(sa.id.spis) is sa]
+        sharing = self._charon.sharing([sa.id for sa in left])
+        # forgotten first: that charon does not list them any more is no end of their sessions
+        for sa in left:
             self._charon.tracker.forget(sa.id)
             self._unpublished.pop(sa.id.spis, None)
             self.dropped(sa)
         try:
             async with asyncio.timeout(STORE_SECONDS):
-                await self._charon.remove([sa.id for sa in sas])
+                await self._charon.remove([sa.id for sa in left], sharing=sharing)
         except (TimeoutError, ChannelError) as error:
             # charon hangs, or is gone: the fence keeps it silent
-            log.warning("sessions-not-dropped", sessions=len(sas), reason=str(error) or "charon hangs")
+            log.warning("sessions-not-dropped", sessions=len(left), reason=str(error) or "charon hangs")
+
+    async def abandoned(self, address: str) -> tuple[frozenset[str], bool]:
+        """Of the owners of sessions at an address that are not here, those that do not have them any more: none, a
+        gateway that does not live, or this one; and whether any session is at another gateway. Raises
+        BankUnavailable."""
+        owners = set()
+        async for page in self._bank.download(address, BATCH):
+            owners |= {
+                stub.derivation.owner
+                for stub in page
+                if stub.derivation is not None and stub.spi_i + stub.spi_r not in self._charon.tracker.sas
+            }
+        alive = {gateway for gateway, sign in (await self._bank.gateways()).items() if sign.alive} - {self.address}
+        return frozenset(owners - alive), bool(owners & alive)
 
     async def drop_foreign(
         self, infos: Sequence[SaInfo], away: Collection[str], spared: Collection[bytes]

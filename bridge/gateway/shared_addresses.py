@@ -4,7 +4,8 @@ fence, what clients send there, and the kernel's news of the addresses themselve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
@@ -54,6 +55,7 @@ class SharedAddresses:
         barriers: Barriers,
         came: Callable[[IkeSa, Stub], None],
         went: Callable[[IkeSa], None],
+        before_drop: Callable[[IkeSa], Awaitable[None]],
     ) -> None:
         """Raises StartError."""
         if not isinstance(bank, RedisBank):
@@ -74,11 +76,15 @@ class SharedAddresses:
         charon.tracker.owner = self.owner.address
         charon.tracker.on_message_id = self._own_request
         self.owner.dropped = self._dropped
+        self.owner.before_drop = before_drop
+        self.owner.lost_at = self._lost_at
         self._requests = SharedRequests(config.takeover.addresses, ports, self.sessions.heard)
-        self._watch = AddressWatch(self._changed)
+        self._watch = AddressWatch(self._changed, self._look_now)
         self._there: dict[str, bool] = {}
         self._turns: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
         self._looking = asyncio.Event()
+        self._contested: set[str] = set()
+        """addresses that are here, and that another gateway took sessions at"""
         self._tasks: list[asyncio.Task[None]] = []
 
     def commands(self) -> dict[str, Command]:
@@ -94,7 +100,7 @@ class SharedAddresses:
         self._requests.start()
         stack.callback(self._requests.close)
         stack.callback(self._again.close)
-        present = self._present()
+        present = self._present() or ()
         await self.takeover.start(present)
         stack.push_async_callback(self.takeover.close)
         if self._netlink:
@@ -124,32 +130,42 @@ class SharedAddresses:
 
     # the kernel's news
 
-    def _present(self) -> Sequence[str]:
+    def _present(self) -> Sequence[str] | None:
+        """The shared addresses that this host has; None where the kernel does not say, which is no change."""
         try:
             found = address_watch.present()
         except OSError as error:
             log.warning("addresses-unreadable", reason=error.strerror)
-            return ()
+            return None
         return [address for address in self.takeover.addresses if address in found]
 
     def _changed(self, address: str, there: bool) -> None:
-        if address in self.takeover.addresses and self._there.get(address, False) is not there:
-            self._there[address] = there
+        if address in self.takeover.addresses:
             self._turns.put_nowait((address, there))
 
     async def _follow(self) -> None:
         while True:
             address, there = await self._turns.get()
-            if self._there.get(address) is not there:
-                # it has changed again
+            present = self._present()
+            if present is None and not there:
                 continue
-            log.info("shared-address-changed", address=address, here=there)
-            await (self.takeover.take if there else self.takeover.give_up)({"address": address})
+            # it may be at another interface too, or have changed again
+            here = there if present is None else address in present
+            known, self._there[address] = self._there.get(address, False), here
+            if here and not known:
+                log.info("shared-address-changed", address=address, here=True)
+                await self.takeover.take({"address": address})
+            elif not here and not self.takeover.is_away(address):
+                log.info("shared-address-changed", address=address, here=False)
+                await self.takeover.give_up({"address": address})
 
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            present = self._present()
+            self._look_now()
+
+    def _look_now(self) -> None:
+        if (present := self._present()) is not None:
             for address in self.takeover.addresses:
                 self._changed(address, address in present)
 
@@ -163,15 +179,43 @@ class SharedAddresses:
         self.sessions.forget(sa.id.spis)
         self._went(sa)
 
+    def recovered(self, sas: Sequence[IkeSa], infos: Sequence[SaInfo]) -> None:
+        """IKE_SAs of this gateway that the sidecar knows again after a restart, and what VICI listed of them."""
+        unique_ids = {info.spis: info.unique_id for info in infos}
+        for sa in sas:
+            if sa.derivation is not None and sa.derivation.unkeyed:
+                stub = sa.stub(sa.index_here(), with_secret=False, expires=sa.stub_expires)
+                self.sessions.recovered(stub, sa, unique_ids.get(sa.id.spis, ""))
+
+    def _lost_at(self, address: str) -> None:
+        if not self.takeover.is_away(address):
+            self._contested.add(address)
+            self.look_soon()
+
     async def _look_at_sessions(self) -> None:
         while True:
-            await self._looking.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS if self._contested else None):
+                    await self._looking.wait()
             self._looking.clear()
             try:
                 await self.owner.look()
+                for address in sorted(self._contested):
+                    await self._take_back(address)
             except BankUnavailable as error:
                 log.info("owners-not-read", reason=str(error))
             await asyncio.sleep(1.0)
+
+    async def _take_back(self, address: str) -> None:
+        """Sessions at an address that this gateway has were taken by another one. It may not have them any more."""
+        if self.takeover.is_away(address):
+            self._contested.discard(address)
+            return
+        abandoned, elsewhere = await self.owner.abandoned(address)
+        if abandoned:
+            await self.takeover.take_abandoned(address, abandoned)
+        if not elsewhere:
+            self._contested.discard(address)
 
 
 def gauges(metrics: GatewayMetrics, shared: SharedAddresses | None) -> None:

@@ -24,6 +24,7 @@ from bridge.net.interface import Sender
 from bridge.net.packet import Datagram
 from bridge.net.shared_esp import SharedEsp
 from bridge.service.tasks import spawn
+from bridge.stub.stub import Stub
 
 log = structlog.get_logger()
 
@@ -53,6 +54,10 @@ class TakenSessions:
 
     def __contains__(self, spis: bytes) -> bool:
         return spis in self._sessions
+
+    def get(self, spis: bytes) -> Session | None:
+        """The session with these SPIs."""
+        return self._sessions.get(spis)
 
     def has(self, session: Session) -> bool:
         """Whether it is still here."""
@@ -96,6 +101,15 @@ class TakenSessions:
         session.on(Event.REFUSED)
         self._charon.tracker.forget(session.sa.id)
         self.forget(session.sa.id.spis)
+
+    def recovered(self, stub: Stub, sa: IkeSa, unique_id: str) -> None:
+        """One that charon has, and that this gateway took over before the sidecar was restarted: its CHILD_SAs may
+        have keys that no host knows."""
+        session = Session(stub, sa, None, self._clock(), unique_id=unique_id)
+        session.on(Event.INSTALLED)
+        self._sessions[sa.id.spis] = session
+        self._requests.watch(session)
+        self._rekeys.put(session)
 
     def installed(self, session: Session, info: SaInfo) -> None:
         """charon has it."""
@@ -166,6 +180,11 @@ class TakenSessions:
                 self._heirs[heir.id.spis] = session
                 return
         self.forget(sa.id.spis)
+
+    def lost(self) -> None:
+        """charon was restarted: it has none of them."""
+        for spis in [*self._sessions, *self._heirs]:
+            self.forget(spis)
 
     def forget(self, spis: bytes) -> None:
         """It is not here any more."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Final
 
 import structlog
 
 from bridge.charon.charon import Charon
+from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo
 from bridge.config import canonical_address
 from bridge.gateway.fence import Fence
@@ -23,12 +24,17 @@ from bridge.gateway.session_owner import SessionOwner
 from bridge.gateway.taken_sessions import TakenSessions
 from bridge.gateway.takeover_run import Run, SessionTaker
 from bridge.gateway.takeover_session import Session
-from bridge.gateway.takeover_state import ADDRESS, Address, AddressEvent
+from bridge.gateway.takeover_state import ADDRESS, Address, AddressEvent, State
 from bridge.net import address_watch
 from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
 
+HERE_SECONDS: Final = 2.0
+"""that an address may need to be usable: IPv6 looks for duplicates first"""
+HERE_LOOK_SECONDS: Final = 0.05
+LOAD_SECONDS: Final = 10.0
+"""that a charon which was just started may take to have its connections"""
 UNKNOWN: Final = {"error": "is not among takeover.addresses of this gateway"}
 
 
@@ -44,9 +50,11 @@ class Takeover:
         sessions: TakenSessions,
         fence: Fence,
         *,
+        present: Callable[[], Collection[str]] = address_watch.present,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.addresses = addresses
+        self._present = present
         self._charon = charon
         self._owner = owner
         self._taker = taker
@@ -56,6 +64,9 @@ class Takeover:
         self._states = dict.fromkeys(addresses, ADDRESS.first)
         self._runs: dict[str, Run] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._again: dict[str, asyncio.Task[None]] = {}
+        self._restarted = float("-inf")
+        """when charon was restarted last"""
         self._turn = asyncio.Lock()
         """one command after the other: news of the kernel and of VRRP may come at the same time"""
         self._background: list[asyncio.Task[None]] = []
@@ -65,17 +76,22 @@ class Takeover:
 
     async def start(self, present: Iterable[str]) -> None:
         """Begin; `present` are the addresses that this host has. All others are fenced."""
+        self._charon.tracker.on_lost.append(self.lost)
         for address in present:
             self._on(address, AddressEvent.TAKEN)
             self._on(address, AddressEvent.DONE)
-        await self._fence.start(self._away())
+        await self._fence.around(self._away())
         self._background = [*self._sessions.start(), spawn("session-owner", self._owner.run())]
 
     async def close(self) -> None:
         """End; charon goes on."""
-        await end(*self._tasks.values(), *self._background)
+        await end(*self._again.values(), *self._tasks.values(), *self._background)
         self._sessions.close()
         await self._fence.close()
+
+    def is_away(self, address: str) -> bool:
+        """Whether another gateway has an address, as far as this one was told."""
+        return self._states[address] is Address.AWAY
 
     def _away(self) -> set[str]:
         return {address for address, state in self._states.items() if state is Address.AWAY}
@@ -90,20 +106,62 @@ class Takeover:
         address = canonical_address(str(request["address"]))
         if address not in self._states:
             return {"error": f"{address} {UNKNOWN['error']}"}
-        owner = canonical_address(str(request["from"])) if request.get("from") else ""
+        # VRRP's script may run before the address can be used, and long after it has gone again
+        if not await self._is_here(address):
+            return {"error": f"{address} is not at this host: sessions at it belong to the gateway that has it"}
+        owners = frozenset((canonical_address(str(request["from"])), "")) if request.get("from") else None
         async with self._turn:
-            return await self._begin(address, owner)
+            return await self._begin(address, owners)
 
-    async def _begin(self, address: str, owner: str) -> dict[str, Any]:
+    async def _is_here(self, address: str) -> bool:
+        deadline = self._clock() + HERE_SECONDS
+        while True:
+            try:
+                if address in self._present():
+                    return True
+            except OSError as error:
+                log.warning("addresses-unreadable", reason=error.strerror)
+            if self._clock() >= deadline:
+                return False
+            await asyncio.sleep(HERE_LOOK_SECONDS)
+
+    async def _begin(self, address: str, owners: frozenset[str] | None) -> dict[str, Any]:
         task = self._tasks.get(address)
         if task is not None and not task.done():
             return await self.progress({"address": address})
+        if owners is None and address in self._runs and self._sessions.under_way(address):
+            # the kernel's news and VRRP's script are of one event
+            return await self.progress({"address": address})
         self._on(address, AddressEvent.TAKEN)
         await self._fence.around(self._away())
-        run = self._runs[address] = Run(address, owner, self._clock())
-        log.info("takeover-begins", address=address, **({"owner": owner} if owner else {}))
+        run = self._runs[address] = Run(address, owners, self._clock())
+        run.loads_until = self._restarted + LOAD_SECONDS
+        log.info("takeover-begins", address=address, owners="all" if owners is None else ",".join(sorted(owners)))
         self._tasks[address] = spawn(f"take over {address}", self._take(run))
         return await self.progress({"address": address})
+
+    async def take_abandoned(self, address: str, owners: frozenset[str]) -> None:
+        """Sessions at an address of this gateway were taken by another one, which does not have them any more."""
+        if await self._is_here(address):
+            async with self._turn:
+                if self._states[address] is Address.HERE:
+                    log.warning("sessions-taken-back", address=address)
+                    await self._begin(address, owners)
+
+    def lost(self, _: list[IkeSa]) -> None:
+        """charon was restarted: what the bank has at the addresses of this gateway is taken over into the new one."""
+        self._restarted = self._clock()
+        self._sessions.lost()
+        for address in set(self._states) - self._away():
+            self._again[address] = spawn(f"take over {address} again", self._take_again(address))
+
+    async def _take_again(self, address: str) -> None:
+        task = self._tasks.get(address)
+        if task is not None:
+            await asyncio.wait([task])
+        async with self._turn:
+            if self._states[address] is Address.HERE:
+                await self._begin(address, None)
 
     async def _take(self, run: Run) -> None:
         try:
@@ -134,8 +192,14 @@ class Takeover:
         if address not in self._states:
             return {"error": f"{address} {UNKNOWN['error']}"}
         async with self._turn:
-            if request.get("unless_here") and address in address_watch.present():
-                return {"address": address, "state": str(self._states[address]), "sessions": 0, "stored": True}
+            if request.get("unless_here") and address in self._present():
+                return {
+                    "address": address,
+                    "state": str(self._states[address]),
+                    "sessions": 0,
+                    "stored": True,
+                    "fenced": True,
+                }
             return await self._give_up(address)
 
     async def _give_up(self, address: str) -> dict[str, Any]:
@@ -145,11 +209,21 @@ class Takeover:
         if self._states[address] is not Address.AWAY:
             self._on(address, AddressEvent.YIELDED)
         await self._fence.around(self._away())
-        sas = [sa for sa in self._charon.tracker.sas.values() if sa.local is not None and sa.local.address == address]
-        stored = await self._owner.store(sas)
-        await self._owner.drop(sas)
-        log.info("yielded", address=address, sessions=len(sas), stored=stored)
-        return {"address": address, "state": str(self._states[address]), "sessions": len(sas), "stored": stored}
+        stored, dropped = True, 0
+        # handshakes that were under way may have ended meanwhile
+        while sas := [sa for sa in self._charon.tracker.sas.values() if sa.local and sa.local.address == address]:
+            stored = await self._owner.release(sas) and stored
+            await self._owner.drop(sas)
+            dropped += len(sas)
+        await self._owner.announce(address)
+        log.info("yielded", address=address, sessions=dropped, stored=stored)
+        return {
+            "address": address,
+            "state": str(self._states[address]),
+            "sessions": dropped,
+            "stored": stored,
+            "fenced": self._fence.in_place,
+        }
 
     # its state
 
@@ -175,6 +249,8 @@ class Takeover:
         return run.row(self._sessions.under_way(run.address), self._clock())
 
     def _rekeyed(self, session: Session) -> None:
+        if session.state is State.TAKEN_OVER:
+            self._owner.keyed(session.sa)
         run = self._runs.get(session.stub.index.gateway)
         if run is not None:
             run.done(session.state, self._clock())

@@ -162,26 +162,35 @@ class TakeoverRekeys:
             offset = None
         if offset is None:
             self._asked.pop(session.sa.id.spis, None)
+            if session.tried:
+                await self._set_next_id(session, derivation.next_request)
             if session.state is State.REKEYING:
                 session.on(Event.SILENT)
                 self._done(session, SILENT)
             return
-        session.waits_since = self._clock()
+        session.waits_since, session.tried = self._clock(), True
         number = derivation.next_request + offset
         log.info("takeover-message-id-tried", message_id=number, **session.sa.id.logged)
+        if await self._set_next_id(session, number):
+            # charon has put its request back, and sends it when it is asked for something
+            await self._ask(session)
+
+    async def _set_next_id(self, session: Session, number: int) -> bool:
         try:
             await self._charon.installer.set_next_id(session.sa.id, number, own=True)
             await self._charon.channel.drained()
         except ChannelError as error:
             log.warning("takeover-message-id-not-set", reason=str(error), **session.sa.id.logged)
-            return
-        # charon has put its request back, and sends it when it is asked for something
-        await self._ask(session)
+            return False
+        return True
 
     def _look(self, session: Session) -> None:
         if session.left:
             # one of several: the next one's request has its own second
             session.waits_since = self._clock()
+            if len(session.left) < len(session.stub.children):
+                # the client has answered: its message ID is known, and charon repeats what is lost
+                session.offsets, session.tried = [], False
             return
         self._asked.pop(session.sa.id.spis, None)
         if session.state in (State.REKEYING, State.LEFT):

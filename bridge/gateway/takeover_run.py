@@ -8,9 +8,10 @@ bridge.gateway.taken_sessions rekeys the CHILD_SAs: from then on traffic flows
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -21,7 +22,8 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import HaError
 from bridge.charon.ike_sa import IkeSa
-from bridge.charon.vici_types import SaInfo, ViciError
+from bridge.charon.vici_client import START_SECONDS
+from bridge.charon.vici_types import SaInfo, Unique, ViciError
 from bridge.gateway import takeover_session as reasons
 from bridge.gateway.endings import Endings
 from bridge.gateway.living import LivingSas
@@ -38,6 +40,8 @@ FIRST_BATCH, BATCH = 8, 256
 """sessions that charon gets with one activation: few at first, for a client waits; each activation looks at all SAs"""
 AGAIN_SECONDS: Final = 0.1
 """between two attempts where the bank or charon is not there"""
+LIVING: Final = frozenset(("ESTABLISHED", "REKEYING", "REKEYED"))
+"""VICI's states of an IKE_SA that was activated: its client may rekey it immediately"""
 SHOWN: Final = 50
 """sessions that were not taken over, by name"""
 
@@ -47,9 +51,11 @@ class Run:
     """What became of the sessions at an address, from the beginning of a takeover on."""
 
     address: str
-    owner: str
-    """whose sessions alone; "": all"""
+    owners: frozenset[str] | None
+    """whose sessions alone; None: all. "" is one that gave them up"""
     began: float
+    loads_until: float = 0.0
+    """until when charon's connections may be missing because it was just started"""
     seen: set[Index] = field(default_factory=set)
     """sessions that the bank has at the address and that were not here"""
     counts: Counter[str] = field(default_factory=Counter)
@@ -76,7 +82,7 @@ class Run:
         return {
             "address": self.address,
             "state": "running" if self.ended is None or under_way else "done",
-            "from": self.owner,
+            "from": ", ".join(sorted(filter(None, self.owners or ()))),
             "found": len(self.seen),
             "taken": self.counts[State.TAKEN_OVER],
             "under_way": under_way,
@@ -91,19 +97,45 @@ class Run:
 class Barriers(NamedTuple):
     """What keeps a gateway from having a session, apart from what its stub says."""
 
+    charon: Charon
     endings: Endings
     living: LivingSas
     revocations: Revocations
 
     def of(self, stub: Stub) -> str:
         """The reason why this gateway cannot have a session; "" where it can."""
-        if stub.index in self.endings:
+        if stub.index in self.endings and self.endings.epoch(stub.index) >= _epoch(stub):
             return reasons.ENDED
         if self.revocations.revoked(stub):
             return reasons.REVOKED
-        if self.living.clashes(stub):
+        if self.living.resumed_from(stub.index):
             return reasons.CLASHES
         return ""
+
+    def keys(self, stub: Stub) -> list[Hashable]:
+        """What at most one session here has: virtual IPs, and the peer where its connection allows one session."""
+        keys: list[Hashable] = list(stub.remote_vips)
+        connection = self.charon.connection(stub.connection)
+        if connection is not None and connection.unique is not Unique.NO:
+            keys.append((stub.local_id, stub.eap_id or stub.remote_id, ":" in stub.remote.address))
+        return keys
+
+    def rivals(self, stub: Stub) -> list[IkeSa]:
+        """The IKE_SAs here that have one of these."""
+        tracker = self.charon.tracker
+        found = {
+            spis: tracker.sas[spis] for spis in tracker.virtual_ips.holders(stub.remote_vips) if spis in tracker.sas
+        }
+        connection = self.charon.connection(stub.connection)
+        if connection is not None and connection.unique is not Unique.NO:
+            for sa in self.living.of_peer(stub.local_id, stub.eap_id or stub.remote_id):
+                if sa.remote is not None and (":" in sa.remote.address) == (":" in stub.remote.address):
+                    found[sa.id.spis] = sa
+        return list(found.values())
+
+
+def _epoch(stub: Stub) -> int:
+    return stub.derivation.epoch if stub.derivation is not None else 0
 
 
 class SessionTaker:
@@ -135,45 +167,55 @@ class SessionTaker:
     async def take(self, run: Run) -> None:
         """Take over what the bank has at the address of `run`; waits for the bank and for charon."""
         await self._charon.reconciled.wait()
+        waits = ""
         while True:
             try:
-                await self._take_all(run)
-            except BankUnavailable as error:
-                log.warning("takeover-waits", address=run.address, reason=str(error))
+                started = await self._charon.vici.started()
+                await self._take_all(run, started)
+            except (BankUnavailable, ViciError) as error:
+                if waits != str(error):
+                    waits = str(error)
+                    log.warning("takeover-waits", address=run.address, reason=waits)
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
             return
 
-    async def _take_all(self, run: Run) -> None:
+    async def _take_all(self, run: Run, started: float) -> None:
         size = FIRST_BATCH
         waiting: list[Stub] = []
         async for page in self._stubs(run.address):
             waiting += page
             while len(waiting) >= size:
-                await self._take_some(run, waiting[:size])
+                await self._take_some(run, waiting[:size], started)
                 waiting, size = waiting[size:], BATCH
         for first in range(0, len(waiting), BATCH):
-            await self._take_some(run, waiting[first : first + BATCH])
+            await self._take_some(run, waiting[first : first + BATCH], started)
 
     async def _stubs(self, address: str) -> AsyncIterator[list[Stub]]:
         # not from what was prefetched: that lacks stubs which have changed since
         async for page in self._bank.download(address, FIRST_BATCH):
             yield page
 
-    async def _take_some(self, run: Run, stubs: Sequence[Stub]) -> None:
-        await self._charon.know_connections({(s.connection, tuple(c.name for c in s.children)) for s in stubs})
+    async def _take_some(self, run: Run, stubs: Sequence[Stub], started: float) -> None:
+        await self._know_connections(run, stubs)
         able = []
         for stub in stubs:
-            if stub.spi_i + stub.spi_r in self._charon.tracker.sas:
-                continue
+            known = self._charon.tracker.sas.get(stub.spi_i + stub.spi_r)
+            if known is not None:
+                ours = known.derivation
+                if ours is None or stub.derivation is None or stub.derivation.epoch <= ours.epoch:
+                    continue
+                # another gateway had it since
+                await self._owner.drop([known])
             again = stub.index in run.seen
             run.seen.add(stub.index)
-            reason = self._obstacle(run, stub, again=again)
+            reason = self._obstacle(run, stub, started, again=again)
             if not reason:
                 able.append(stub)
             elif not again:
                 self._refuse(run, stub, reason)
-        mine, others = await self._owner.become(able)
+        able = await self._latest(run, able)
+        mine, others = await self._owner.become(able, lambda stub: self._obstacle(run, stub, started, again=True))
         for stub, reason in others:
             self._refuse(run, stub, reason)
         await self._owner.announce(run.address)
@@ -181,19 +223,66 @@ class SessionTaker:
         sessions = []
         for stub in mine:
             connection = self._charon.connection(stub.connection)
-            assert connection is not None
+            if connection is None:
+                # charon was restarted meanwhile; once its connections are loaded, all is taken again
+                self._refuse(run, stub, reasons.CONNECTION_MISSING)
+                continue
             session = session_of(stub, connection, began=now, now=wall)
             self._sessions.put(session)
             sessions.append(session)
         await self._install(run, sessions)
 
-    def _obstacle(self, run: Run, stub: Stub, *, again: bool) -> str:
+    async def _know_connections(self, run: Run, stubs: Sequence[Stub]) -> None:
+        needed = {(stub.connection, tuple(child.name for child in stub.children)) for stub in stubs}
+        await self._charon.know_connections(needed)
+        while self._clock() < run.loads_until and any(self._charon.connection(name) is None for name, _ in needed):
+            await asyncio.sleep(AGAIN_SECONDS)
+            await self._charon.know_connections(needed)
+
+    async def _latest(self, run: Run, stubs: Sequence[Stub]) -> list[Stub]:
+        """Without those whose client has a newer session: a gateway that failed leaves stubs of sessions behind that
+        its clients have replaced since."""
+        newest: dict[Hashable, Stub] = {}
+        for stub in sorted(stubs, key=lambda stub: stub.established):
+            newest.update(dict.fromkeys(self._barriers.keys(stub), stub))
+        left, over = [], []
+        for stub in stubs:
+            older = []
+            reason = reasons.OLDER if any(newest[key] is not stub for key in self._barriers.keys(stub)) else ""
+            for sa in self._barriers.rivals(stub):
+                rival = self._sessions.get(sa.id.spis)
+                if rival is None or rival.confirmed:
+                    reason = reason or reasons.CLASHES
+                elif rival.stub.established >= stub.established:
+                    reason = reason or reasons.OLDER
+                else:
+                    older.append(sa)
+            if reason:
+                self._refuse(run, stub, reason)
+            else:
+                left.append(stub)
+                over += older
+        await self._owner.drop(over)
+        return left
+
+    def _obstacle(self, run: Run, stub: Stub, started: float, *, again: bool) -> str:
+        derivation = stub.derivation
+        mine = derivation is not None and derivation.owner == self._owner.address
         # what the bank has let this gateway own before it was lost is to be owned once more
-        mine = again and stub.derivation is not None and stub.derivation.owner == self._owner.address
-        if stub.derivation is not None and run.owner and stub.derivation.owner != run.owner and not mine:
+        if (
+            derivation is not None
+            and run.owners is not None
+            and derivation.owner not in run.owners
+            and not (mine and again)
+        ):
             return reasons.OWNED_BY_ANOTHER
         if reason := self._barriers.of(stub):
             return reason
+        unkeyed = derivation is not None and derivation.unkeyed
+        if mine and not again and not unkeyed and stub.established > started + START_SECONDS:
+            # charon has run since before it began, and does not have it
+            self._owner.ended(stub)
+            return reasons.ENDED
         version = self._charon.channel.version
         connection = self._charon.connection(stub.connection)
         children = [child.name for child in connection.children] if connection is not None else []
@@ -208,9 +297,10 @@ class SessionTaker:
         log.warning("session-not-taken-over", identity=identity, peer=peer, reason=reason, index=str(stub.index))
 
     async def _install(self, run: Run, sessions: Sequence[Session]) -> None:
-        while sessions:
+        waits = False
+        while sessions := [session for session in sessions if self._sessions.has(session)]:
             try:
-                await self._charon.installer.install([session.install for session in sessions])
+                await self._charon.installer.install([session.install for session in sessions if session.install])
                 break
             except HaError:
                 # nothing was sent: one of them does not fit
@@ -221,23 +311,39 @@ class SessionTaker:
                     await self._install(run, [session])
                 return
             except ChannelError as error:
-                log.warning("takeover-waits", address=run.address, reason=str(error))
+                if not waits:
+                    log.warning("takeover-waits", address=run.address, reason=str(error))
+                waits = True
                 await asyncio.sleep(AGAIN_SECONDS)
-        listed = await self._listed({session.stub.connection for session in sessions})
+        listed = await self._listed(sessions)
+        lacking = []
         for session in sessions:
             info = listed.get(session.sa.id.spis)
-            if info is None or info.state != "ESTABLISHED":
-                self._failed(run, session, reasons.NOT_KEPT)
-            elif self._sessions.has(session):
+            if not self._sessions.has(session):
+                # it ended meanwhile, or charon was restarted
+                continue
+            if info is not None and info.state in LIVING:
                 self._is_here(session, info)
+            elif info is None or info.state != "DELETING":
+                lacking.append(session)
+                self._failed(run, session, reasons.NOT_KEPT)
+        if lacking:
+            with contextlib.suppress(ChannelError):
+                await self._charon.remove([session.sa.id for session in lacking])
 
-    async def _listed(self, connections: set[str]) -> dict[bytes, SaInfo]:
+    async def _listed(self, sessions: Sequence[Session]) -> dict[bytes, SaInfo]:
+        """What VICI says of sessions that were installed. What it does not answer is asked again, as long as charon may
+        have them."""
         listed: dict[bytes, SaInfo] = {}
-        for connection in connections:
-            try:
-                listed |= {info.spis: info for info in await self._charon.vici.list_sas(connection)}
-            except ViciError as error:
-                log.warning("takeover-list-failed", reason=str(error))
+        left = {session.stub.connection for session in sessions}
+        while left and any(self._sessions.has(session) for session in sessions):
+            for connection in sorted(left):
+                try:
+                    listed |= {info.spis: info for info in await self._charon.vici.list_sas(connection)}
+                    left.discard(connection)
+                except ViciError as error:
+                    log.warning("takeover-list-failed", reason=str(error))
+                    await asyncio.sleep(AGAIN_SECONDS)
         return listed
 
     def _failed(self, run: Run, session: Session, reason: str) -> None:

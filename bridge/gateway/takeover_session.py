@@ -36,6 +36,7 @@ AUTHENTICATION_ENDED: Final = "its authentication has ended"
 CONNECTION_MISSING: Final = "its connection is not configured here"
 CHILD_MISSING: Final = "a CHILD_SA of it is not configured here"
 CLASHES: Final = "its client has another session here"
+OLDER: Final = "its client has a newer session"
 OLD_CHARON: Final = "it was rekeyed with several key exchanges, which the ha plugin of this charon does not accept"
 SELECTORS: Final = "a CHILD_SA of it has too many traffic selectors for a message to charon"
 IPCOMP: Final = "a CHILD_SA of it uses IPComp"
@@ -53,7 +54,8 @@ class Session:
     stub: Stub
     """as its new owner stores it"""
     sa: IkeSa
-    install: Install
+    install: Install | None
+    """None: charon has it, and the sidecar was restarted before its CHILD_SAs had new keys"""
     began: float
     state: State = SESSION.first
     request: Datagram | None = None
@@ -65,6 +67,8 @@ class Session:
     """when charon sent the last request of its own"""
     offsets: list[int] = field(default_factory=list)
     """message IDs still to be tried, from the stub's on"""
+    tried: bool = False
+    """another message ID than the stub's was tried, and not answered so far"""
 
     def on(self, event: Event) -> None:
         """Something happened to it (bridge.gateway.takeover_state)."""
@@ -73,6 +77,8 @@ class Session:
     def follow(self, heir: IkeSa) -> None:
         """Its client has rekeyed the IKE_SA: the CHILD_SAs without new keys are at `heir`."""
         self.sa, self.unique_id, self.waits_since, self.request = heir, heir.unique_id, None, None
+        if heir.derivation is not None:
+            heir.derivation = replace(heir.derivation, unkeyed=True)
 
     @cached_property
     def from_peer(self) -> Protection:
@@ -125,7 +131,7 @@ def obstacle(
 def owned(stub: Stub, owner: str, *, now: float, epochs: int = 1) -> Stub:
     """The stub as `owner` stores it who takes the session over."""
     assert stub.derivation is not None
-    derivation = replace(stub.derivation, owner=owner, epoch=stub.derivation.epoch + epochs)
+    derivation = replace(stub.derivation, owner=owner, epoch=stub.derivation.epoch + epochs, unkeyed=True)
     return replace(stub, derivation=derivation, revision=max(stub.revision + 1, int(now * 1000)))
 
 

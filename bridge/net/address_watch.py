@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import struct
 from collections.abc import Callable
@@ -16,7 +17,8 @@ log = structlog.get_logger()
 # linux/netlink.h, linux/rtnetlink.h, linux/if_addr.h
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
 _NLMSG_DONE, _NLMSG_ERROR = 3, 2
-_NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
+_NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 1, 0x300, 0x10
+_ERROR: Final = struct.Struct("=i")
 _GROUPS: Final = 0x10 | 0x100
 """RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR"""
 _HEADER: Final = struct.Struct("=IHHII")
@@ -40,10 +42,23 @@ def present() -> dict[str, int]:
         body = _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
         sock.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETADDR, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0) + body)
         while True:
-            changes, done = parse(sock.recv(_RECEIVE))
+            data = sock.recv(_RECEIVE)
+            _raise_error(data)
+            changes, done = parse(data)
             found |= {address: interface for address, interface, there in changes if there}
             if done:
                 return found
+
+
+def _raise_error(data: bytes) -> None:
+    """OSError where an answer is none: an incomplete list would show addresses as gone."""
+    if len(data) >= _HEADER.size:
+        _, kind, flags, *_ = _HEADER.unpack_from(data)
+        if kind == _NLMSG_ERROR:
+            code = _ERROR.unpack_from(data, _HEADER.size)[0] if len(data) >= _HEADER.size + _ERROR.size else 0
+            raise OSError(-code or errno.EIO, "the kernel does not list its addresses")
+        if flags & _NLM_F_DUMP_INTR:
+            raise OSError(errno.EINTR, "the list of addresses changed while it was read")
 
 
 def parse(data: bytes) -> tuple[list[Change], bool]:
@@ -83,10 +98,12 @@ def _read(message: bytes) -> tuple[str, int] | None:
 
 
 class AddressWatch:
-    """Calls `handler` with (address, whether it is there) for as long as it is started."""
+    """Calls `handler` with (address, whether it is there) for as long as it is started, and `missed` where news were
+    lost. An address that is at another interface too may be reported as gone: see `present`."""
 
-    def __init__(self, handler: Callable[[str, bool], None]) -> None:
+    def __init__(self, handler: Callable[[str, bool], None], missed: Callable[[], None] = lambda: None) -> None:
         self._handler = handler
+        self._missed = missed
         self._socket: socket.socket | None = None
 
     def start(self) -> None:
@@ -113,6 +130,7 @@ class AddressWatch:
                 except OSError as error:
                     # more came than fits: what is there now says the rest
                     log.warning("addresses-missed", reason=error.strerror)
+                    self._missed()
                     continue
                 for address, _, there in changes:
                     self._handler(address, there)

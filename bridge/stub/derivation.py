@@ -45,6 +45,8 @@ class Derivation(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     """the gateway whose session it is"""
     epoch: _Epoch = 1
     """grows with each takeover; the bank refuses writes of an older one"""
+    unkeyed: bool = False
+    """its CHILD_SAs have keys that no host knows: its owner has yet to rekey them"""
 
     def __repr__(self) -> str:
         return f"Derivation(owner={self.owner!r}, epoch={self.epoch})"
