@@ -263,7 +263,7 @@ DERIVATION = Derivation(b"i" * 32, b"r" * 32, b"s" * 32, b"", b"d" * 32, 5, 4, 7
 def test_where_the_keys_of_a_session_at_a_shared_address_come_from_is_extension_3() -> None:
     octets = encode(msgspec.structs.replace(OF_GATEWAY, derivation=DERIVATION))
     *_, more = msgspec.msgpack.decode(octets[1:], strict=False)
-    fields = [b"i" * 32, b"r" * 32, b"s" * 32, b"", b"d" * 32, 5, 4, 7, "192.0.2.1", 2]
+    fields = [b"i" * 32, b"r" * 32, b"s" * 32, b"", b"d" * 32, 5, 4, 7, "192.0.2.1", 2, False]
     assert (octets[0], more) == (2, {3: msgspec.msgpack.encode(fields)})
     assert decode(octets).derivation == DERIVATION
 

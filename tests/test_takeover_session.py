@@ -15,6 +15,7 @@ from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo
 from bridge.gateway import takeover_session as reasons
 from bridge.gateway.takeover_session import obstacle, owned, session_of
+from bridge.ike.transforms import Suite
 from bridge.stub.derivation import Derivation
 from bridge.stub.stub import Stub
 from test_sa_tracker import feed, tracker
@@ -119,6 +120,9 @@ def test_child_sas_keep_their_spis_under_keys_that_no_host_has() -> None:
         ({"expires": int(NOW)}, NET, 5, reasons.EXPIRED),
         ({"authenticated_until": int(NOW)}, NET, 5, reasons.AUTHENTICATION_ENDED),
         ({}, None, 5, reasons.CONNECTION_MISSING),
+        ({"suite": Suite(encr=3, encr_len=0, integ=2, prf=2, group=2)}, NET, 5, reasons.SUITE),
+        ({"suite": Suite(encr=12, encr_len=128, integ=1, prf=5, group=31)}, NET, 5, reasons.SUITE),
+        ({"suite": Suite(encr=20, encr_len=128, integ=0, prf=5, group=31)}, NET, 5, ""),
         ({}, ConnectionInfo("gw", 14400, 0, (ChildConfig("other"),)), 5, reasons.CHILD_MISSING),
     ],
 )

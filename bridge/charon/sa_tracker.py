@@ -488,9 +488,10 @@ class SaTracker:
         self._early.pop(sa.id.spis, None)
 
     def has_come_up(self, sa: IkeSa) -> None:
-        """charon has an adopted SA: of lists that were asked for before, none says that it ended."""
+        """charon has an adopted SA: of lists that were asked for before, none says that it ended, which CHILD_SAs it
+        has, or where its peer is."""
         sa.up = True
-        sa.seen = self._clock()
+        sa.seen = sa.children_at = sa.reported_at = self._clock()
 
     def granted(self, sa: IkeSa) -> None:
         """An adopted SA that charon is given CHILD_SAs with: whether it took them, VICI is asked once the SA is

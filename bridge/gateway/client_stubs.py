@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 import structlog
+from msgspec.structs import replace
 
 from bridge.charon.ike_sa import IkeSa, Trait, stub_sa
 from bridge.charon.sa_tracker import SaTracker
@@ -85,11 +86,12 @@ class ClientStubs:
         return sa.published or sa.index_here(self._address)
 
     def seal(self, sa: IkeSa) -> bytes | None:
-        """The stub of an SA of this gateway's, for its client: without the shared secret. None where clients get none,
-        or where it is too large."""
+        """The stub of an SA of this gateway's, for its client: without the shared secret, and without what takes the SA
+        over as it is. None where clients get none, or where it is too large."""
         if self.policy == "off":
             return None
         stub = sa.stub(self.index(sa), with_secret=False, expires=self.expiry(sa))
+        stub = replace(stub, derivation=None)
         try:
             sealed = self._keyring.seal(encode(stub), _place(stub.index))
         except StubError as error:

@@ -81,7 +81,9 @@ class SharedAddresses:
         self._requests = SharedRequests(config.takeover.addresses, ports, self.sessions.heard)
         self._watch = AddressWatch(self._changed, self._look_now)
         self._there: dict[str, bool] = {}
-        self._turns: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
+        self._turns: dict[str, asyncio.Queue[bool]] = {
+            address: asyncio.Queue() for address in config.takeover.addresses
+        }
         self._looking = asyncio.Event()
         self._contested: set[str] = set()
         """addresses that are here, and that another gateway took sessions at"""
@@ -108,7 +110,7 @@ class SharedAddresses:
             stack.callback(self._watch.close)
             for address in present:
                 self._changed(address, True)
-            self._tasks.append(spawn("shared-addresses", self._follow()))
+            self._tasks += [spawn(f"follow {address}", self._follow(address)) for address in self._turns]
             self._tasks.append(spawn("shared-addresses-look", self._look()))
         self._tasks.append(spawn("shared-sessions", self._look_at_sessions()))
         stack.push_async_callback(end, *self._tasks)
@@ -140,12 +142,12 @@ class SharedAddresses:
         return [address for address in self.takeover.addresses if address in found]
 
     def _changed(self, address: str, there: bool) -> None:
-        if address in self.takeover.addresses:
-            self._turns.put_nowait((address, there))
+        if (turns := self._turns.get(address)) is not None:
+            turns.put_nowait(there)
 
-    async def _follow(self) -> None:
+    async def _follow(self, address: str) -> None:
         while True:
-            address, there = await self._turns.get()
+            there = await self._turns[address].get()
             present = self._present()
             if present is None and not there:
                 continue

@@ -115,7 +115,7 @@ class TakenSessions:
         """charon has it."""
         session.unique_id = session.sa.unique_id = info.unique_id
         session.on(Event.INSTALLED)
-        session.sa.up = True
+        self._charon.tracker.has_come_up(session.sa)
 
     def begin(self, session: Session) -> None:
         """Rekey its CHILD_SAs, and answer what its client sent meanwhile."""

@@ -51,10 +51,12 @@ class Takeover:
         fence: Fence,
         *,
         present: Callable[[], Collection[str]] = address_watch.present,
+        here_seconds: float = HERE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.addresses = addresses
         self._present = present
+        self._here_seconds = here_seconds
         self._charon = charon
         self._owner = owner
         self._taker = taker
@@ -64,6 +66,10 @@ class Takeover:
         self._states = dict.fromkeys(addresses, ADDRESS.first)
         self._runs: dict[str, Run] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._since_start: set[str] = set()
+        """addresses that were here when the sidecar was started, and that no takeover looked at so far"""
+        self._leaving: set[str] = set()
+        """addresses whose `yield` waits for its turn"""
         self._again: dict[str, asyncio.Task[None]] = {}
         self._restarted = float("-inf")
         """when charon was restarted last"""
@@ -77,6 +83,7 @@ class Takeover:
     async def start(self, present: Iterable[str]) -> None:
         """Begin; `present` are the addresses that this host has. All others are fenced."""
         self._charon.tracker.on_lost.append(self.lost)
+        self._since_start = set(present)
         for address in present:
             self._on(address, AddressEvent.TAKEN)
             self._on(address, AddressEvent.DONE)
@@ -94,7 +101,7 @@ class Takeover:
         return self._states[address] is Address.AWAY
 
     def _away(self) -> set[str]:
-        return {address for address, state in self._states.items() if state is Address.AWAY}
+        return {address for address, state in self._states.items() if state is Address.AWAY} | self._leaving
 
     def _on(self, address: str, event: AddressEvent) -> None:
         self._states[address] = ADDRESS.after(self._states[address], event)
@@ -114,7 +121,7 @@ class Takeover:
             return await self._begin(address, owners)
 
     async def _is_here(self, address: str) -> bool:
-        deadline = self._clock() + HERE_SECONDS
+        deadline = self._clock() + self._here_seconds
         while True:
             try:
                 if address in self._present():
@@ -135,6 +142,8 @@ class Takeover:
         self._on(address, AddressEvent.TAKEN)
         await self._fence.around(self._away())
         run = self._runs[address] = Run(address, owners, self._clock())
+        run.at_start = address in self._since_start
+        self._since_start.discard(address)
         run.loads_until = self._restarted + LOAD_SECONDS
         log.info("takeover-begins", address=address, owners="all" if owners is None else ",".join(sorted(owners)))
         self._tasks[address] = spawn(f"take over {address}", self._take(run))
@@ -152,7 +161,7 @@ class Takeover:
         """charon was restarted: what the bank has at the addresses of this gateway is taken over into the new one."""
         self._restarted = self._clock()
         self._sessions.lost()
-        for address in set(self._states) - self._away():
+        for address in [address for address in self._states if not self.is_away(address)]:
             self._again[address] = spawn(f"take over {address} again", self._take_again(address))
 
     async def _take_again(self, address: str) -> None:
@@ -191,16 +200,19 @@ class Takeover:
         address = canonical_address(str(request["address"]))
         if address not in self._states:
             return {"error": f"{address} {UNKNOWN['error']}"}
-        async with self._turn:
-            if request.get("unless_here") and address in self._present():
-                return {
-                    "address": address,
-                    "state": str(self._states[address]),
-                    "sessions": 0,
-                    "stored": True,
-                    "fenced": True,
-                }
-            return await self._give_up(address)
+        if request.get("unless_here") and address in self._present():
+            state = str(self._states[address])
+            return {"address": address, "state": state, "sessions": 0, "stored": True, "fenced": True}
+        # nothing of the address leaves while others have their turn
+        self._leaving.add(address)
+        self._since_start.discard(address)
+        fencing = spawn(f"fence {address}", self._fence.around(self._away()))
+        try:
+            async with self._turn:
+                await fencing
+                return await self._give_up(address)
+        finally:
+            self._leaving.discard(address)
 
     async def _give_up(self, address: str) -> dict[str, Any]:
         task = self._tasks.pop(address, None)

@@ -56,6 +56,13 @@ class Run:
     began: float
     loads_until: float = 0.0
     """until when charon's connections may be missing because it was just started"""
+    at_start: bool = False
+    """whether the sidecar was started while the address was here: what this gateway owned then and charon does not have
+    has ended"""
+    installed: list[Session] = field(default_factory=list)
+    """given to charon; whether it has them is to be asked"""
+    listed: int = 0
+    """sessions that it was asked about"""
     seen: set[Index] = field(default_factory=set)
     """sessions that the bank has at the address and that were not here"""
     counts: Counter[str] = field(default_factory=Counter)
@@ -190,6 +197,7 @@ class SessionTaker:
                 waiting, size = waiting[size:], BATCH
         for first in range(0, len(waiting), BATCH):
             await self._take_some(run, waiting[first : first + BATCH], started)
+        await self._confirm(run)
 
     async def _stubs(self, address: str) -> AsyncIterator[list[Stub]]:
         # not from what was prefetched: that lacks stubs which have changed since
@@ -279,7 +287,7 @@ class SessionTaker:
         if reason := self._barriers.of(stub):
             return reason
         unkeyed = derivation is not None and derivation.unkeyed
-        if mine and not again and not unkeyed and stub.established > started + START_SECONDS:
+        if run.at_start and mine and not again and not unkeyed and stub.established > started + START_SECONDS:
             # charon has run since before it began, and does not have it
             self._owner.ended(stub)
             return reasons.ENDED
@@ -315,6 +323,15 @@ class SessionTaker:
                     log.warning("takeover-waits", address=run.address, reason=str(error))
                 waits = True
                 await asyncio.sleep(AGAIN_SECONDS)
+        run.installed += sessions
+        # each list is of all IKE_SAs: as many as there are digits in their number, not one for each batch
+        if len(run.installed) >= max(FIRST_BATCH, run.listed):
+            await self._confirm(run)
+
+    async def _confirm(self, run: Run) -> None:
+        """Ask VICI whether charon has what it was given."""
+        sessions, run.installed = run.installed, []
+        run.listed += len(sessions)
         listed = await self._listed(sessions)
         lacking = []
         for session in sessions:

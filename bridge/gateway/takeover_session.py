@@ -22,6 +22,7 @@ from bridge.gateway.rebuild import authenticated_until
 from bridge.gateway.takeover_state import SESSION, Event, State
 from bridge.ike.encrypted_payload import Protection
 from bridge.ike.keys import NONCE_OCTETS
+from bridge.ike.transforms import Suite, UnsupportedSuite
 from bridge.net.packet import Datagram
 from bridge.stub.child_sa import MAX_SELECTORS, NewChild
 from bridge.stub.stub import Stub
@@ -39,6 +40,7 @@ CLASHES: Final = "its client has another session here"
 OLDER: Final = "its client has a newer session"
 OLD_CHARON: Final = "it was rekeyed with several key exchanges, which the ha plugin of this charon does not accept"
 SELECTORS: Final = "a CHILD_SA of it has too many traffic selectors for a message to charon"
+SUITE: Final = "its algorithms cannot be verified here: the message ID of its client cannot be found"
 IPCOMP: Final = "a CHILD_SA of it uses IPComp"
 CHANGED: Final = "its stub was changed or taken over by another gateway meanwhile"
 NOT_KEPT: Final = "charon did not keep it: see its log"
@@ -123,9 +125,20 @@ def obstacle(
         return OLD_CHARON
     if any(len(child.local_ts) + len(child.remote_ts) > MAX_SELECTORS for child in stub.children):
         return SELECTORS
+    if not _can_be_verified(stub.suite):
+        return SUITE
     if any(child.ipcomp for child in stub.children):
         return IPCOMP
     return ""
+
+
+def _can_be_verified(suite: Suite) -> bool:
+    """Whether requests of this suite can be (bridge.ike.encrypted_payload)."""
+    try:
+        protection = Protection(suite, b"", b"")
+        return protection.iv_length + protection.checksum_length > 0
+    except UnsupportedSuite:
+        return False
 
 
 def owned(stub: Stub, owner: str, *, now: float, epochs: int = 1) -> Stub:
