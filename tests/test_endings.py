@@ -103,3 +103,15 @@ def test_what_a_bank_may_have_forgotten_by_itself_is_not_asked_of_it() -> None:
     endings.add(index(1), NOW + MARGIN_SECONDS - 1)
     endings.add(index(2), NOW + 1000)
     assert endings.latest(5) == [index(2)]
+
+
+async def test_the_epoch_of_a_session_at_a_shared_address_outlives_a_restart(tmp_path: Path) -> None:
+    """Without it, repeating the end would delete the session of a gateway that has taken it over since."""
+    endings = Endings(tmp_path, wall=Clock())
+    endings.add(index(1), NOW + 100, 3)
+    endings.add(index(2), NOW + 100)
+    await endings.close()
+    again = Endings(tmp_path, wall=Clock())
+    assert {ending.index: ending.epoch for ending in again.all()} == {index(1): 3, index(2): 0}
+    again.remove(index(1))
+    assert again.epoch(index(1)) == 0

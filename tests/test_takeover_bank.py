@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from bank_support import RedisServer, stub_of
 from bridge.bank.interface import Ending, Taking
 from bridge.bank.redis_bank import RedisBank
+from bridge.gateway.endings import Endings
 from bridge.gateway.takeover_session import owned
 from bridge.stub.derivation import Derivation
 from bridge.stub.keyring import Keyring
@@ -124,3 +125,15 @@ async def test_many_sessions_are_taken_in_one_go(banks: Banks) -> None:
     assert all(await banks.first.store(stubs))
     pairs = [(stub, owned(stub, SECOND, now=NOW)) for stub in stubs]
     assert set(await banks.second.take(pairs)) == {Taking.TAKEN}
+
+
+async def test_an_end_that_a_gateway_remembers_deletes_no_session_that_was_taken_over_since(banks: Banks) -> None:
+    """What a gateway repeats to a bank that was away, also after a restart (bridge.gateway.bank_reconciler)."""
+    stub = await stored(banks)
+    endings = Endings(wall=lambda: NOW)
+    assert stub.derivation is not None
+    endings.add(stub.index, stub.expires, stub.derivation.epoch)
+    mine = owned(stub, SECOND, now=NOW)
+    await banks.second.take([(stub, mine)])
+    assert await banks.first.delete(list(endings.all())) == [False]
+    assert await banks.first.get([stub.index]) == [mine]

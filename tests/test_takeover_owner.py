@@ -78,6 +78,34 @@ def test_nothing_of_the_address_leaves_a_gateway_whose_charon_hangs(topology: To
     assert spis(after) == spis(before)
 
 
+def test_a_takeover_at_the_wrong_gateway_is_refused(topology: Topology) -> None:
+    """Its sessions stay where the address is."""
+    before = connect(topology)
+    refused = topology.gateways["gw2"].command("takeover", "--address", SHARED, check=False)
+    assert refused.returncode == 1
+    assert "not at this host" in refused.stderr
+    assert [spis(sa) for sa in established(topology.gw1)] == [spis(before)]
+    assert answered(topology, topology.client)
+
+
+def test_after_a_split_brain_the_gateway_that_kept_the_address_has_the_sessions(topology: Topology) -> None:
+    """Cut off from the bank and from the other one, which takes them over, and lets go when the network is whole."""
+    kept, other = topology.gw1, topology.gw2
+    before = connect(topology)
+    for chain in ("INPUT", "OUTPUT"):
+        kept.run("iptables", "-I", chain, "-p", "tcp", "-j", "DROP")
+    assert take(topology, other)["found"] == 1
+    give_up(topology, other)
+    take_away(other)
+    for chain in ("INPUT", "OUTPUT"):
+        kept.run("iptables", "-D", chain, "-p", "tcp", "-j", "DROP")
+    # what it writes is refused: the session has a newer epoch
+    forget_neighbours(topology.client, kept)
+    wait_until(lambda: "sessions-taken-back" in topology.gateways["gw1"].text(), "the session to be taken back", 60)
+    wait_until(lambda: answered(topology, topology.client, 1), "traffic", 30)
+    assert [spis(sa) for sa in established(kept)] == [spis(before)]
+
+
 SEND = """
 import sys
 from bridge.net.raw_socket import RawUdp
