@@ -9,7 +9,7 @@ import pytest
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from failover_support import established, spis
-from takeover_support import SHARED, answered, connect, move, rekey, rekeyed_child, sharing, wait_stub
+from takeover_support import SHARED, answered, connect, move, rekey, rekeyed_child, sharing, take, take_away, wait_stub
 
 pytestmark = pytest.mark.lab
 
@@ -29,6 +29,33 @@ def test_a_charon_that_is_restarted_after_a_crash_has_its_sessions_again(topolog
     wait_until(lambda: answered(topology, topology.client, 1), "traffic")
     assert [spis(sa) for sa in established(topology.gw1)] == [spis(before)]
     assert topology.client.charon.text().count("IKE_SA_INIT request") == requests
+
+
+def stopped(topology: Topology) -> None:
+    """`systemctl stop strongswan` at gw1: what the drop-in of its unit does, and charon's own end."""
+    told = topology.gateways["gw1"].command("drain", "--on-stop")
+    assert f"1 session at {SHARED} left to the gateway that has it next" in told.stdout
+    topology.gw1.charon.stop()
+
+
+def test_a_gateway_that_is_stopped_leaves_its_sessions_to_the_other_one(topology: Topology) -> None:
+    before = connect(topology)
+    stopped(topology)
+    take_away(topology.gw1)
+    assert take(topology, topology.gw2)["taken"] == 1
+    assert answered(topology, topology.client)
+    assert [spis(sa) for sa in established(topology.client)] == [spis(before)]
+    assert "received DELETE for IKE_SA" not in topology.client.charon.text()
+
+
+def test_a_strongswan_that_is_restarted_has_its_sessions_again(topology: Topology) -> None:
+    before = connect(topology)
+    stopped(topology)
+    topology.gw1.charon.start()
+    wait_until(lambda: bool(established(topology.gw1)), "the session")
+    wait_until(lambda: answered(topology, topology.client, 1), "traffic")
+    assert [spis(sa) for sa in established(topology.client)] == [spis(before)]
+    assert "received DELETE for IKE_SA" not in topology.client.charon.text()
 
 
 def test_the_session_that_a_client_began_since_is_the_one_that_is_taken_over(topology: Topology) -> None:

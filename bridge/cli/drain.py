@@ -38,7 +38,8 @@ def _target(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option(
     "--on-stop",
     is_flag=True,
-    help="For strongSwan's unit, before it stops: --to any for drain.timeout s at most, with exit code 0.",
+    help="For strongSwan's unit, before it stops: --to any for drain.timeout s at most, then yield of the shared "
+    "addresses, with exit code 0.",
 )
 @click.option(
     "--share",
@@ -107,19 +108,27 @@ def drain(
 
 
 def _on_stop(path: str | None, rate: float) -> None:
-    """Move what can be moved before strongSwan stops. What is in the way of that keeps nothing from stopping."""
+    """Move what can be moved before strongSwan stops; sessions at addresses that gateways share are given up, without a
+    message to their clients. What is in the way of that keeps nothing from stopping."""
     if path is None and not Path(options.GATEWAY_FILE).exists():
         return
     config = options.read_config(path, GatewayConfig)
     if not config.drain.on_stop:
         return
-    request = {"command": "drain", "to": ANY, "share": 1.0, "rate": max(rate, ON_STOP_RATE)}
+    request = {"command": "drain", "to": ANY, "share": 1.0, "rate": max(rate, ON_STOP_RATE), "shared": False}
     try:
-        done = asyncio.run(_bounded(config.control, request, config.drain.timeout))
+        _print(asyncio.run(_bounded(config.control, request, config.drain.timeout)))
     except control.ControlError as error:
         click.echo(f"not drained: {error}", err=True)
-        return
-    _print(done)
+    # at last: their traffic goes on until now
+    for address in config.takeover.addresses:
+        request = {"command": "yield", "address": address, "until_restart": True}
+        try:
+            done = asyncio.run(control.call(config.control, request))
+        except control.ControlError as error:
+            click.echo(f"{address} not given up: {error}", err=True)
+        else:
+            click.echo(f"{output.count(done['sessions'], 'session')} at {address} left to the gateway that has it next")
 
 
 async def _bounded(socket: str, request: control.Answer, seconds: float) -> control.Answer:

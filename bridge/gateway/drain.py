@@ -154,11 +154,14 @@ class Drain:
 
     async def start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Begin. `to`: address of the target, or ANY; `share` of the sessions, `rate`: moves begun a second,
-        `until_even`: the surplus over the mean of the gateways instead of a share."""
+        `until_even`: the surplus over the mean of the gateways instead of a share; `shared` false: no session at an
+        address that gateways share, since another gateway takes it over as it is."""
         if self._under_way:
             return ALREADY
         to = request["to"] if request["to"] == ANY else canonical_address(request["to"])
         sas = [sa for sa in self._charon.tracker.established() if sa.resumable and sa.published and sa.remote]
+        if not request.get("shared", True):
+            sas = [sa for sa in sas if sa.derivation is None]
         if to == self._address or any(sa.local is not None and sa.local.address == to for sa in sas):
             return {"error": f"{to} is this gateway"}
         try:

@@ -68,6 +68,8 @@ class Takeover:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._since_start: set[str] = set()
         """addresses that were here when the sidecar was started, and that no takeover looked at so far"""
+        self._resting: set[str] = set()
+        """addresses that were given up because charon is about to be stopped"""
         self._leaving: set[str] = set()
         """addresses whose `yield` waits for its turn"""
         self._again: dict[str, asyncio.Task[None]] = {}
@@ -139,6 +141,7 @@ class Takeover:
         if owners is None and address in self._runs and self._sessions.under_way(address):
             # the kernel's news and VRRP's script are of one event
             return await self.progress({"address": address})
+        self._resting.discard(address)
         self._on(address, AddressEvent.TAKEN)
         await self._fence.around(self._away())
         run = self._runs[address] = Run(address, owners, self._clock())
@@ -161,16 +164,17 @@ class Takeover:
         """charon was restarted: what the bank has at the addresses of this gateway is taken over into the new one."""
         self._restarted = self._clock()
         self._sessions.lost()
-        for address in [address for address in self._states if not self.is_away(address)]:
+        for address in [one for one in self._states if one in self._resting or not self.is_away(one)]:
             self._again[address] = spawn(f"take over {address} again", self._take_again(address))
 
     async def _take_again(self, address: str) -> None:
         task = self._tasks.get(address)
         if task is not None:
             await asyncio.wait([task])
-        async with self._turn:
-            if self._states[address] is Address.HERE:
-                await self._begin(address, None)
+        if await self._is_here(address):
+            async with self._turn:
+                if self._states[address] is Address.HERE or address in self._resting:
+                    await self._begin(address, None)
 
     async def _take(self, run: Run) -> None:
         try:
@@ -196,7 +200,8 @@ class Takeover:
 
     async def give_up(self, request: dict[str, Any]) -> dict[str, Any]:
         """Control command: drop all sessions at `address` without a message to their clients, and let nothing of it
-        leave this host."""
+        leave this host. With `until_restart` a charon that is started again takes them over, if the address is still
+        here then."""
         address = canonical_address(str(request["address"]))
         if address not in self._states:
             return {"error": f"{address} {UNKNOWN['error']}"}
@@ -210,11 +215,15 @@ class Takeover:
         try:
             async with self._turn:
                 await fencing
-                return await self._give_up(address)
+                answer = await self._give_up(address)
+                if request.get("until_restart"):
+                    self._resting.add(address)
+                return answer
         finally:
             self._leaving.discard(address)
 
     async def _give_up(self, address: str) -> dict[str, Any]:
+        self._resting.discard(address)
         task = self._tasks.pop(address, None)
         if task is not None:
             await end(task)
