@@ -25,6 +25,7 @@ from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.ike.stub_exchange import StubSa, build_get, parse_stub_message, verify
 from bridge.ike.sync_exchange import SyncRequest, build_request, parse_request
 from bridge.stub.codec import encode
+from bridge.stub.derivation import Derivation
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.stub import Index, Stub
 from bridge.stub.types import TrafficSelector
@@ -332,3 +333,14 @@ async def test_anothers_stub_in_the_same_batch_spoils_nothing(server: RedisServe
     stub, other = stub_of(), stub_of()
     mixed = [request(stub), request(stub, sealed_stub=held(other)), request(other, sealed_stub=None)]
     assert await found(lookup(server, "prefer"), *mixed) == [1, "no-stub", "no-stub"]
+
+
+def test_a_client_gets_nothing_that_takes_its_session_over_as_it_is() -> None:
+    """Nonces and the Diffie-Hellman secret are for gateways that share an address, and of no use to the client."""
+    stub = msgspec.structs.replace(stub_of(), derivation=Derivation(b"i" * 32, b"r" * 32, b"s" * 32, b"", b"", 0))
+    sealed = handout().seal(sa_of(stub))
+    assert sealed is not None
+    opened = handout().open(sealed, stub.index)
+    assert opened is not None
+    assert (opened.derivation, opened.shared_secret) == (None, None)
+    assert opened.sk_d == stub.sk_d

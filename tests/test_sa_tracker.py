@@ -785,6 +785,20 @@ def test_a_list_from_before_an_sa_was_installed_does_not_end_it() -> None:
     assert not known.virtual_ips.holders(addresses)
 
 
+def test_a_list_from_before_an_sa_had_its_child_sas_and_its_address_says_nothing_of_them() -> None:
+    # charon has the IKE_SAs of a batch first; what belongs to them follows
+    known, _, clock = tracker()
+    sa = rebuilt(known)
+    children, remote = sa.children, sa.remote
+    said = info(sa)._replace(children=(), remote=Endpoint("198.18.0.8", 4500))
+    clock.now += 1.0
+    asked = clock.now
+    clock.now += 1.0
+    known.has_come_up(sa)
+    reconcile(known, [said], since=asked)
+    assert (sa.children, sa.remote) == (children, remote)
+
+
 def test_a_list_keeps_the_addresses_of_an_sa_that_is_not_confirmed_yet() -> None:
     known, _, clock = tracker()
     sa = rebuilt(known)
