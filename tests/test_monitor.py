@@ -83,18 +83,24 @@ async def test_it_reports_a_gateway_that_fails(
     await until(process, kind="gateway", event="failed", gateway=GATEWAY)
 
 
+TAKEN = {"sessions_taken_over_total": 5.0, "sessions_not_taken_over_total": 1.0}
+
+
 async def test_it_shows_stubs_and_counters_of_each_gateway(
     watched: tuple[RedisBank, asyncio.subprocess.Process, RedisServer],
 ) -> None:
     bank, process, _ = watched
     await bank.store([stub_of() for _ in range(30)])
-    await bank.post("stats", GATEWAY, json.dumps({"resumptions_total": 7.0, "refusals_total[no-stub]": 2.0}), 60)
+    await bank.post(
+        "stats", GATEWAY, json.dumps({"resumptions_total": 7.0, "refusals_total[no-stub]": 2.0} | TAKEN), 60
+    )
     await bank.heartbeat(GATEWAY, 60)
     while not (rows := (await until(process, kind="gateways"))["gateways"]):
         pass
     [row] = rows
     assert (row["gateway"], row["alive"], row["stubs"]) == (GATEWAY, True, 30)
     assert (row["resumed"], row["fallbacks"], row["reasons"]) == (7, 2, {"no-stub": 2})
+    assert (row["taken_over"], row["not_taken_over"]) == (5, 1)
 
 
 async def test_it_goes_on_after_redis_was_away(

@@ -114,6 +114,8 @@ class Charon:
         self.lists = 0
         self.lists_fail = 0
         self.started_at = 0.0
+        self.installs = asyncio.Event()
+        self.installs.set()
         self.on_install: Callable[[], None] = lambda: None
         self.reconciled = asyncio.Event()
         self.reconciled.set()
@@ -138,7 +140,7 @@ class Charon:
         return self.started_at
 
     async def _install(self, batch: Sequence[Install]) -> None:
-        await asyncio.sleep(0)
+        await self.installs.wait()
         self.has |= {install.id.spis: install for install in batch}
         self.on_install()
 
@@ -374,6 +376,23 @@ async def test_yield_leaves_sessions_without_an_owner() -> None:
     held = bank.stubs[one.index].derivation
     assert held is not None
     assert (held.owner, held.epoch) == ("", 2)
+
+
+async def test_yield_lets_a_batch_be_installed_and_removes_it_then() -> None:
+    """Resumptions of other clients may share its activation."""
+    bank = Bank()
+    gateway = Gateway(bank)
+    for _ in range(20):
+        stub(bank)
+    gateway.charon.installs.clear()
+    await gateway.takeover.take({"address": SHARED})
+    giving_up = asyncio.ensure_future(gateway.takeover.give_up({"address": SHARED}))
+    await asyncio.sleep(0.05)
+    gateway.charon.installs.set()
+    answer = await giving_up
+    assert gateway.spis == set()
+    assert len(gateway.charon.removed) == answer["sessions"] == 8
+    assert answer["state"] == "away"
 
 
 async def test_a_list_that_fails_is_asked_again() -> None:

@@ -167,10 +167,16 @@ class Installer:
             await asyncio.sleep(max(BLOCKED_SECONDS, min(LOOK_SHARE * took, LONGEST_PAUSE)))
 
     def _moved(self, batch: Sequence[Install], segment: int) -> Iterator[bytes]:
-        version = self._channel.version
-        assert version is not None
+        version = self._version()
         for install in batch:
             yield address_message(version, install.id, Endpoint(self._addresses[segment], install.remote.port))
+
+    def _version(self) -> int:
+        """That of the messages of the charon that is there. Raises ChannelError where it is not known: it was replaced,
+        perhaps."""
+        if self._channel.version is None:
+            raise ChannelError("charon has not said which release it is")
+        return self._channel.version
 
     def _whose(self) -> int | None:
         """Which charon is there."""
@@ -178,8 +184,7 @@ class Installer:
         return None if end is None else end.inode
 
     def _installs(self, batch: Sequence[Install], segment: int) -> Iterator[bytes]:
-        version = self._channel.version
-        assert version is not None
+        version = self._version()
         landing = self._addresses[segment]
         for install in batch:
             yield add_message(version, install, landing)
@@ -187,16 +192,14 @@ class Installer:
             yield from message_id_messages(version, install)
 
     def _activation(self, segment: int) -> Iterator[bytes]:
-        version = self._channel.version
-        assert version is not None
+        version = self._version()
         # charon takes no notice of a TAKE where the segment is not active yet
         yield segment_message(version, MessageType.SEGMENT_TAKE, segment)
         yield segment_message(version, MessageType.SEGMENT_DROP, segment)
 
     def _activated(self, batch: Sequence[Install]) -> Iterator[bytes]:
         """What follows once they are active."""
-        version = self._channel.version
-        assert version is not None
+        version = self._version()
         for install in batch:
             yield address_message(version, install.id, install.remote)
             if install.replaces is not None:
@@ -207,8 +210,7 @@ class Installer:
 
     async def add_children(self, ike_id: IkeId, children: Sequence[NewChild]) -> None:
         """Install CHILD_SAs of an IKE_SA that is there; done when charon has them."""
-        version = self._channel.version
-        assert version is not None
+        version = self._version()
         await self._channel.send([child_message(version, ike_id, child) for child in children])
         await self._channel.drained()
 

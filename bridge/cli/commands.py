@@ -144,8 +144,13 @@ def _print_shared(row: dict[str, Any]) -> None:
     """An address that gateways share, and what the last takeover left out."""
     here = f"{row['state']}, {count(row['sessions'], 'session')}, {row['taken_over']:,} of them taken over"
     click.echo(f"shared      {row['address']}: {here}")
-    for left in (row["last"] or {}).get("not_taken", ()):
+    last = row["last"] or {}
+    for left in last.get("not_taken", ()):
         click.echo(f"  {left['sessions']:,} not taken over: {left['reason']}")
+    for one in last.get("failures", ()):
+        click.echo(f"    {one['identity']} at {one['address']}: {one['reason']}")
+    if last.get("left"):
+        click.echo(f"  {last['left']:,} left to their clients, which answer no request")
 
 
 @click.command()
@@ -205,7 +210,7 @@ def _print_sas(rows: list[dict[str, Any]], now: int) -> None:
             " ".join(row["virtual_ips"]),
             " ".join(row["children"]),
             duration(row["expires"] - now),
-            "yes" if row["resumable"] else "no",
+            ("yes" if row["resumable"] else "no") + (", taken over" if row.get("taken_over") else ""),
         )
     if rows:
         show(sas)

@@ -161,6 +161,8 @@ class Watch:
             "fallbacks": int(refused),
             "fallbacks_per_s": round(max(refused - refused_before, 0) / elapsed, 1),
             "duplicate_addresses": int(counters.get("duplicate_address_sessions", 0.0)),
+            "taken_over": int(counters.get("sessions_taken_over_total", 0.0)),
+            "not_taken_over": int(counters.get("sessions_not_taken_over_total", 0.0)),
             "reasons": {printable(reason): int(value) for reason, value in sorted(refusals.items())},
         }
 
@@ -199,6 +201,10 @@ class Watch:
 def _notes(row: dict[str, Any]) -> Text:
     """Why requests fell back, and what is wrong."""
     notes = Text(" ".join(f"{reason} {count}" for reason, count in row["reasons"].items()))
+    if row["taken_over"]:
+        notes.append(f" {row['taken_over']:,} taken over")
+    if row["not_taken_over"]:
+        notes.append(f" {row['not_taken_over']:,} not taken over", "bold red")
     if row["duplicate_addresses"]:
         notes.append(f" {row['duplicate_addresses']} duplicate virtual IPs", "bold red")
     return notes

@@ -360,7 +360,7 @@ class BankReconciler:
                 counters = {
                     name: value
                     for name, value in self._metrics.values().items()
-                    if name.startswith(("resumptions", "refusals", "ike_sas", "unconfirmed", "duplicate"))
+                    if name.startswith(("resumptions", "refusals", "ike_sas", "unconfirmed", "duplicate", "sessions"))
                 }
                 with contextlib.suppress(BankUnavailable):
                     await self._bank.post(bank_keys.STATS_KIND, self._address, json.dumps(counters), STATS_TTL)

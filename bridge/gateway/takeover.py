@@ -33,6 +33,8 @@ log = structlog.get_logger()
 HERE_SECONDS: Final = 2.0
 """that an address may need to be usable: IPv6 looks for duplicates first"""
 HERE_LOOK_SECONDS: Final = 0.05
+STOP_SECONDS: Final = 2.0
+"""that a batch may need which is being installed when its address is given up"""
 LOAD_SECONDS: Final = 10.0
 """that a charon which was just started may take to have its connections"""
 UNKNOWN: Final = {"error": "is not among takeover.addresses of this gateway"}
@@ -226,6 +228,9 @@ class Takeover:
         self._resting.discard(address)
         task = self._tasks.pop(address, None)
         if task is not None:
+            # a batch that is being installed may share its activation with resumptions of other clients
+            self._runs[address].stopping = True
+            await asyncio.wait([task], timeout=STOP_SECONDS)
             await end(task)
         if self._states[address] is not Address.AWAY:
             self._on(address, AddressEvent.YIELDED)

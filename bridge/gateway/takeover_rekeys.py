@@ -20,6 +20,7 @@ import structlog
 
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_message import HaError
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ViciError
 from bridge.gateway.takeover_session import CHILD_LOST, SILENT, Session
@@ -179,7 +180,7 @@ class TakeoverRekeys:
         try:
             await self._charon.installer.set_next_id(session.sa.id, number, own=True)
             await self._charon.channel.drained()
-        except ChannelError as error:
+        except (ChannelError, HaError) as error:
             log.warning("takeover-message-id-not-set", reason=str(error), **session.sa.id.logged)
             return False
         return True

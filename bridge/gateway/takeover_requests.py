@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_message import HaError
 from bridge.gateway.takeover_session import Session
 from bridge.gateway.takeover_state import State
 from bridge.ike.encrypted_payload import is_authentic
@@ -116,6 +117,6 @@ class TakeoverRequests:
             await self._charon.installer.set_next_id(session.sa.id, number, own=False)
             await self._charon.channel.drained()
             self._again.send(datagram.src, datagram.sport, datagram.dst, datagram.dport, datagram.ike, datagram.marker)
-        except (ChannelError, OSError) as error:
+        except (ChannelError, HaError, OSError) as error:
             # its client sends it again
             log.info("takeover-request-not-repeated", reason=str(error), **session.sa.id.logged)

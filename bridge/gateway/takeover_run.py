@@ -59,6 +59,8 @@ class Run:
     at_start: bool = False
     """whether the sidecar was started while the address was here: what this gateway owned then and charon does not have
     has ended"""
+    stopping: bool = False
+    """whether the address is given up: no further batch"""
     installed: list[Session] = field(default_factory=list)
     """given to charon; whether it has them is to be asked"""
     listed: int = 0
@@ -175,7 +177,7 @@ class SessionTaker:
         """Take over what the bank has at the address of `run`; waits for the bank and for charon."""
         await self._charon.reconciled.wait()
         waits = ""
-        while True:
+        while not run.stopping:
             try:
                 started = await self._charon.vici.started()
                 await self._take_all(run, started)
@@ -192,11 +194,12 @@ class SessionTaker:
         waiting: list[Stub] = []
         async for page in self._stubs(run.address):
             waiting += page
-            while len(waiting) >= size:
+            while len(waiting) >= size and not run.stopping:
                 await self._take_some(run, waiting[:size], started)
                 waiting, size = waiting[size:], BATCH
         for first in range(0, len(waiting), BATCH):
-            await self._take_some(run, waiting[first : first + BATCH], started)
+            if not run.stopping:
+                await self._take_some(run, waiting[first : first + BATCH], started)
         await self._confirm(run)
 
     async def _stubs(self, address: str) -> AsyncIterator[list[Stub]]:
@@ -306,7 +309,7 @@ class SessionTaker:
 
     async def _install(self, run: Run, sessions: Sequence[Session]) -> None:
         waits = False
-        while sessions := [session for session in sessions if self._sessions.has(session)]:
+        while not run.stopping and (sessions := [session for session in sessions if self._sessions.has(session)]):
             try:
                 await self._charon.installer.install([session.install for session in sessions if session.install])
                 break
@@ -332,7 +335,9 @@ class SessionTaker:
         """Ask VICI whether charon has what it was given."""
         sessions, run.installed = run.installed, []
         run.listed += len(sessions)
-        listed = await self._listed(sessions)
+        listed = await self._listed(run, sessions)
+        if run.stopping:
+            return
         lacking = []
         for session in sessions:
             info = listed.get(session.sa.id.spis)
@@ -348,12 +353,12 @@ class SessionTaker:
             with contextlib.suppress(ChannelError):
                 await self._charon.remove([session.sa.id for session in lacking])
 
-    async def _listed(self, sessions: Sequence[Session]) -> dict[bytes, SaInfo]:
+    async def _listed(self, run: Run, sessions: Sequence[Session]) -> dict[bytes, SaInfo]:
         """What VICI says of sessions that were installed. What it does not answer is asked again, as long as charon may
         have them."""
         listed: dict[bytes, SaInfo] = {}
         left = {session.stub.connection for session in sessions}
-        while left and any(self._sessions.has(session) for session in sessions):
+        while not run.stopping and left and any(self._sessions.has(session) for session in sessions):
             for connection in sorted(left):
                 try:
                     listed |= {info.spis: info for info in await self._charon.vici.list_sas(connection)}
