@@ -346,6 +346,19 @@ async def test_a_session_that_another_gateway_took_is_dropped_and_taken_back_onc
     assert gateway.spis == {both_spis(one)}
 
 
+async def test_a_session_of_this_gateway_that_charon_reports_again_keeps_its_epoch() -> None:
+    """After a restart of the sidecar, where the bank did not know all of it."""
+    bank = Bank()
+    gateway, one = Gateway(bank), stub(bank)
+    await gateway.take()
+    sa = gateway.charon.tracker.sas[both_spis(one)]
+    assert sa.derivation is not None
+    sa.derivation = replace(sa.derivation, epoch=1)
+    await gateway.owner._drop_lost([one.index])
+    assert gateway.spis == {both_spis(one)}
+    assert sa.derivation.epoch == 2
+
+
 async def test_sessions_of_a_gateway_that_does_not_live_any_more_are_abandoned() -> None:
     bank = Bank()
     gateway = Gateway(bank)

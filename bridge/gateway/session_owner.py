@@ -26,6 +26,7 @@ from bridge.gateway.endings import Endings
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.takeover_session import CHANGED, ENDED, owned
 from bridge.stub import bank_keys
+from bridge.stub.derivation import Derivation
 from bridge.stub.stub import Index, Stub
 
 log = structlog.get_logger()
@@ -202,25 +203,31 @@ class SessionOwner:
     async def _drop_lost(self, lost: Collection[Index]) -> None:
         """Drop those that another gateway has by the bank's word: it also refuses what this gateway wrote before it
         took a session over itself."""
-        theirs: dict[Index, int] = {}
+        theirs: dict[Index, Derivation] = {}
         indexes = list(lost)
         try:
             for first in range(0, len(indexes), BATCH):
                 bundle = indexes[first : first + BATCH]
                 for index, stub in zip(bundle, await self._bank.get(bundle), strict=True):
                     if stub is not None and stub.derivation is not None:
-                        theirs[index] = stub.derivation.epoch
+                        theirs[index] = stub.derivation
         except BankUnavailable:
             self._lost |= dict.fromkeys(indexes)
             return
-        for index, epoch in theirs.items():
-            if index in self._endings and epoch > self._endings.epoch(index):
+        for index, held in theirs.items():
+            if index in self._endings and held.epoch > self._endings.epoch(index):
                 self._endings.remove(index)
-        sas = [
-            sa
-            for sa in self._charon.tracker.sas.values()
-            if sa.derivation is not None and theirs.get(sa.index_here(self.address), 0) > sa.derivation.epoch
-        ]
+        sas = []
+        for sa in self._charon.tracker.sas.values():
+            known = theirs.get(sa.index_here(self.address)) if sa.derivation is not None else None
+            if sa.derivation is None or known is None or known.epoch <= sa.derivation.epoch:
+                continue
+            if known.owner == self.address:
+                # charon has reported it again, and does not know of epochs
+                sa.derivation = replace(sa.derivation, epoch=known.epoch)
+                self._publisher.publish(sa)
+            else:
+                sas.append(sa)
         self.lost += len(sas)
         for sa in sas:
             log.warning("session-taken-by-another", connection=sa.connection, **sa.id.logged)
