@@ -493,6 +493,10 @@ class SaTracker:
         sa.up = True
         sa.seen = sa.children_at = sa.reported_at = self._clock()
 
+    def heir(self, old: IkeSa) -> bytes | None:
+        """Both SPIs of the SA that `old` is being rekeyed to, until that is up."""
+        return next((spis for spis, sa in self._rekeyed_from.items() if sa is old), None)
+
     def granted(self, sa: IkeSa) -> None:
         """An adopted SA that charon is given CHILD_SAs with: whether it took them, VICI is asked once the SA is
         confirmed."""

@@ -173,11 +173,11 @@ class TakenSessions:
         """An SA of this gateway ended."""
         session = self._sessions.get(sa.id.spis)
         if session is not None and session.sa is sa and session.state in (State.REKEYING, State.LEFT):
-            heir = next((new for new in self._charon.tracker.sas.values() if new.rekeyed_from is sa), None)
+            heir = self._charon.tracker.heir(sa)
             if heir is not None:
                 del self._sessions[sa.id.spis]
                 self._leave(sa.id.spis)
-                self._heirs[heir.id.spis] = session
+                self._heirs[heir] = session
                 return
         self.forget(sa.id.spis)
 
