@@ -176,6 +176,60 @@ def test_a_sidecar_that_is_restarted_in_order_is_no_failure(announced: Topology)
     assert failovers(announced, "gw2") == known
 
 
+def test_a_sidecar_that_is_killed_alone_loses_no_session_and_comes_back(announced: Topology) -> None:
+    before = connect(announced)
+    ping = Ping(announced.client, SITE)
+    sidecar = announced.gateways["gw1"]
+    sidecar.kill()
+    wait_until(lambda: "gateway-lives-without-sidecar" in announced.agent.text(), "the client's finding")
+    wait_until(lambda: "its charon answers and its sidecar does not" in announced.gateways["gw2"].text(), "the report")
+    assert the_sa(announced.client)["initiator-spi"] == before["initiator-spi"]
+    # as systemd does
+    sidecar.start()
+    wait_until(lambda: [one["state"] for one in failovers(announced, "gw2")] == ["stopped"], "its return")
+    wait_until(lambda: len(status(announced, "gw1")["sas"]) == 1, "the session in the sidecar")
+    assert the_sa(announced.client)["initiator-spi"] == before["initiator-spi"]
+    assert ping.stop().lost == 0
+    # and it fails over as before
+    announced.kill_gateway(announced.gw1)
+    wait_until(lambda: moved_to(announced, announced.gw2.address), "the session at the other gateway")
+
+
+def test_a_sidecar_that_stands_still_loses_no_session(announced: Topology) -> None:
+    before = connect(announced)
+    pid = announced.gateways["gw1"].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: "gateway-lives-without-sidecar" in announced.agent.text(), "the client's finding")
+        wait_until(lambda: bool(failovers(announced, "gw2")), "the announcement")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: [one["state"] for one in failovers(announced, "gw2")] == ["stopped"], "its return")
+    assert the_sa(announced.client)["initiator-spi"] == before["initiator-spi"]
+
+
+@pytest.mark.parametrize("sidecar", ["alive", "killed"])
+def test_the_session_at_a_charon_that_hangs_moves(announced: Topology, sidecar: str) -> None:
+    connect(announced)
+    if sidecar == "killed":
+        announced.gateways["gw1"].kill()
+    pid = announced.gw1.charon.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: moved_to(announced, announced.gw2.address), "the session at the other gateway")
+        wait_until(lambda: last_move(announced).get("result") == "resumed", "the outcome")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_charon_that_is_restarted_at_once_has_lost_its_sessions_and_says_so(announced: Topology) -> None:
+    connect(announced)
+    announced.gw1.charon.kill()
+    announced.gw1.charon.start()
+    wait_until(lambda: moved_to(announced, announced.gw2.address), "the session at the other gateway")
+    wait_until(lambda: last_move(announced).get("result") == "resumed", "the outcome")
+
+
 def test_an_announcement_reaches_a_client_behind_a_nat(inner: Topology) -> None:
     connect(inner)
     # the first keepalive follows the session within a second

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bank_support import stub_of as bank_stub
-from bridge.gateway.announcer import ATTEMPTS, TRIAL, TRIAL_SECONDS, TURN_SECONDS, Announcer
+from bridge.gateway.announcer import ATTEMPTS, CONCURRING, PAUSE_SECONDS, TRIAL, TRIAL_SECONDS, TURN_SECONDS, Announcer
 from bridge.gateway.other_gateways import order
 from bridge.gateway.pace import WINDOW_START
 from bridge.ike.stub_exchange import MoveStatus, StubSa, build_moving, parse_stub_message
@@ -77,6 +77,63 @@ def test_a_client_that_says_that_its_gateway_lives_stops_all_of_it() -> None:
     assert len(net.sent) == TRIAL
     assert net.announcer.false_alarms == 1
     assert net.state()["state"] == "stopped"
+    assert not net.announcer.busy
+
+
+def test_clients_whose_gateways_daemon_alone_answers_are_asked_again_after_a_pause_a_few_first() -> None:
+    net = Network(500)
+    net.tick(TRIAL_SECONDS)
+    net.tick(TRIAL_SECONDS)
+    asked = len(net.sent)
+    for number in net.sent[:CONCURRING]:
+        net.report(number, MoveStatus.DAEMON_ANSWERS)
+    for _ in range(5):
+        net.tick(PAUSE_SECONDS / 6)
+    assert len(net.sent) == asked
+    assert net.announcer.false_alarms == 1
+    net.tick(PAUSE_SECONDS / 6 + 0.01)
+    again = net.sent[asked:]
+    assert len(again) == TRIAL
+    # still so: a pause again, and no other alarm
+    for number in again:
+        net.report(number, MoveStatus.DAEMON_ANSWERS)
+    net.tick(PAUSE_SECONDS / 2)
+    assert len(net.sent) == asked + TRIAL
+    assert net.announcer.false_alarms == 1
+    # the daemon is gone: clients move, and the others follow
+    net.tick(PAUSE_SECONDS / 2 + 0.01)
+    for number in net.sent[-TRIAL:]:
+        net.report(number, MoveStatus.MOVING)
+    net.tick(1.0)
+    assert len(net.sent) > asked + 3 * TRIAL
+
+
+def test_one_client_that_was_deceived_about_its_gateways_daemon_stops_no_other() -> None:
+    net = Network(50)
+    net.report(net.sent[0], MoveStatus.DAEMON_ANSWERS)
+    net.tick(TRIAL_SECONDS)
+    net.tick(TRIAL_SECONDS)
+    assert sorted(net.sent) == list(range(50))
+    net.report(net.sent[1], MoveStatus.MOVING)
+    for number in net.sent[2:10]:
+        net.report(number, MoveStatus.DAEMON_ANSWERS)
+    # they stay, since others move, and are asked later again
+    assert net.state()["state"] == "running"
+    assert net.announcer.false_alarms == 0
+    for number in range(50):
+        net.announcer.over(index_of(number), net.now)
+    net.tick(PAUSE_SECONDS)
+    assert not net.announcer.busy
+
+
+def test_the_only_session_whose_gateways_daemon_answers_is_asked_again() -> None:
+    net = Network(1)
+    net.report(0, MoveStatus.DAEMON_ANSWERS)
+    net.tick(PAUSE_SECONDS / 2)
+    assert net.sent == [0]
+    net.tick(PAUSE_SECONDS)
+    assert net.sent == [0, 0]
+    net.announcer.end(DEAD, "it is back", net.now)
     assert not net.announcer.busy
 
 

@@ -39,6 +39,13 @@ def nodes(tmp_path: Path, program: list[str]) -> Iterator[dict[int, RedisServer]
         yield nodes
 
 
+class Vici:
+    """Of a charon that answers."""
+
+    async def version(self) -> str:
+        return "5.9.8"
+
+
 class Sidecar:
     """What of a gateway's sidecar speaks to its bank in the background."""
 
@@ -52,7 +59,7 @@ class Sidecar:
         self.hears = False
         self.keyspace = Keyspace(url, ("ike:*",), lambda _: None, self._heard)
         self.keyspace.start()
-        charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: 1))
+        charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: 1), vici=Vici())
 
         async def written(*_: object) -> None:
             """Tested elsewhere."""

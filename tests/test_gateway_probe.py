@@ -7,7 +7,9 @@ import asyncio
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.client.gateway_probe import PROBES, GatewayProbe
+from bridge.client.ike_transport import IkeTransport
 from bridge.client.outcome import Outcome
+from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build
 from bridge.ike.stub_exchange import (
     MoveStatus,
     StubMessage,
@@ -29,10 +31,25 @@ NOW = move_message_id(1_800_000_000)
 OLD = StubSa(b"initiate", b"responds", False, (GATEWAY, b"responds"), SUITE.prf, SK_D)
 
 
-class Client:
-    """A client with one session at GATEWAY. `alive`: its gateway answers probes."""
+def invalid_major_version(spi_i: bytes) -> bytes:
+    """As charon answers an IKE header of version 3."""
+    return build(
+        spi_i=spi_i,
+        spi_r=bytes(8),
+        exchange=ExchangeType.INFORMATIONAL,
+        flags=Flag.RESPONSE,
+        message_id=0,
+        payloads=[(PayloadType.NOTIFY, b"\0\0" + NotifyType.INVALID_MAJOR_VERSION.to_bytes(2))],
+    )
 
-    def __init__(self, *, alive: bool = False, targets: tuple[str, ...] = (GATEWAY, SURVIVOR)) -> None:
+
+class Client:
+    """A client with one session at GATEWAY. `alive`: its gateway's sidecar answers probes, with this status; `daemon`:
+    the address that answers version probes."""
+
+    def __init__(
+        self, *, alive: MoveStatus | None = None, daemon: str = "", targets: tuple[str, ...] = (GATEWAY, SURVIVOR)
+    ) -> None:
         self.sa = IkeSa(
             IkeId.of(b"initiate", b"responds", True),
             SUITE,
@@ -42,13 +59,15 @@ class Client:
             remote=Endpoint(GATEWAY, 4500),
             connection="home",
         )
-        self.alive, self.busy = alive, False
-        self.probed = 0
+        self.alive, self.daemon, self.busy = alive, daemon, False
+        self.probed = self.versions = 0
         self.moves: list[str] = []
         self.reports: list[MoveStatus] = []
         self._announced: StubMessage | None = None
+        self._transport = IkeTransport(self)
         self._probe = GatewayProbe(
             self,
+            self._transport,
             lambda spis: self.sa if spis == b"initiateresponds" else None,
             lambda sa: targets,
             self._begin,
@@ -69,14 +88,21 @@ class Client:
 
     def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None:
         assert (src, sport, dport, marker) == (CLIENT, 4500, 4500, True)
+        if payload[17] == 0x30:
+            assert dst == GATEWAY
+            self.versions += 1
+            if self.daemon:
+                answer = invalid_major_version(payload[:8])
+                self._transport.datagram(Datagram(self.daemon, 4500, CLIENT, 4500, answer, True))
+            return
         message = parse_stub_message(payload)
         assert message.move is not None
         if message.move.status is MoveStatus.PROBE:
             assert dst == GATEWAY
             assert verify(message, SUITE.prf, SK_D)
             self.probed += 1
-            if self.alive:
-                self.hears(build_here(OLD, message), GATEWAY)
+            if self.alive is not None:
+                self.hears(build_here(OLD, message, self.alive), GATEWAY)
         else:
             assert dst == SURVIVOR
             assert verify(message, SUITE.prf, SK_D, before=self._announced)
@@ -105,11 +131,43 @@ async def test_a_gateway_that_does_not_answer_is_left_for_the_one_that_announces
 
 
 async def test_a_gateway_that_answers_is_stayed_with_and_the_one_that_announced_gets_a_report() -> None:
-    client = Client(alive=True)
+    client = Client(alive=MoveStatus.HERE)
     await client.announced()
     assert client.moves == []
     assert client.reports == [MoveStatus.GATEWAY_LIVES]
     assert client.probed == 1
+
+
+async def test_a_gateway_whose_daemon_alone_answers_is_stayed_with_and_the_report_says_so() -> None:
+    client = Client(daemon=GATEWAY)
+    await client.announced()
+    assert client.moves == []
+    assert client.reports == [MoveStatus.DAEMON_ANSWERS]
+    # its sidecar had all the time; charon logs each version probe, and one answer is enough
+    assert (client.probed, client.versions) == (PROBES, 1)
+
+
+async def test_the_answer_of_another_host_keeps_no_client() -> None:
+    client = Client(daemon=SURVIVOR)
+    await client.announced()
+    assert client.moves == [SURVIVOR]
+    assert client.versions == PROBES
+
+
+async def test_a_gateway_that_says_itself_that_it_has_lost_the_sa_is_left_immediately_whatever_its_daemon_answers() -> (
+    None
+):
+    client = Client(alive=MoveStatus.NOT_HERE, daemon=GATEWAY)
+    await client.announced()
+    assert client.moves == [SURVIVOR]
+    assert client.reports == [MoveStatus.MOVING]
+    assert client.probed == 1
+
+
+async def test_a_proven_answer_counts_before_an_unproven_one() -> None:
+    client = Client(alive=MoveStatus.HERE, daemon=GATEWAY)
+    await client.announced()
+    assert client.reports == [MoveStatus.GATEWAY_LIVES]
 
 
 async def test_an_announcement_that_is_not_proved_has_no_effect_and_no_answer() -> None:
@@ -126,7 +184,7 @@ async def test_an_announcement_by_a_gateway_that_is_not_configured_is_refused_wi
 
 
 async def test_the_same_announcement_again_brings_the_report_again_and_no_probe() -> None:
-    client = Client(alive=True)
+    client = Client(alive=MoveStatus.HERE)
     await client.announced()
     await client.announced()
     assert client.probed == 1
@@ -134,7 +192,7 @@ async def test_the_same_announcement_again_brings_the_report_again_and_no_probe(
 
 
 async def test_an_older_announcement_is_not_accepted() -> None:
-    client = Client(alive=True)
+    client = Client(alive=MoveStatus.HERE)
     await client.announced(NOW)
     await client.announced(NOW - 1)
     assert client.probed == 1
@@ -143,7 +201,7 @@ async def test_an_older_announcement_is_not_accepted() -> None:
 
 async def test_an_answer_to_another_probe_keeps_no_client() -> None:
     client = Client()
-    stale = Client(alive=True)
+    stale = Client(alive=MoveStatus.HERE)
     captured: list[bytes] = []
     stale.hears = lambda octets, src: captured.append(octets)  # type: ignore[method-assign]
     octets = build_announcement(OLD, SURVIVOR, NOW)

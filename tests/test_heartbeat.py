@@ -21,7 +21,7 @@ pytestmark = pytest.mark.redis
 
 @pytest.fixture
 def heartbeat(bank: RedisBank) -> Heartbeat:
-    charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: None))
+    charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: None), vici=None)
 
     async def written(*_: object) -> None:
         """What other parts conclude from it is tested elsewhere."""

@@ -45,6 +45,7 @@ MOVING = build_moving(CLIENT, parse_stub_message(MOVE), MoveStatus.MOVING, NONCE
 ANNOUNCEMENT = build_announcement(GATEWAY, TARGET, MOVE_ID)
 PROBE = build_probe(CLIENT, parse_stub_message(ANNOUNCEMENT), NONCE)
 HERE = build_here(GATEWAY, parse_stub_message(PROBE))
+NOT_HERE = build_here(GATEWAY, parse_stub_message(PROBE), MoveStatus.NOT_HERE)
 STAYS = build_moving(CLIENT, parse_stub_message(ANNOUNCEMENT), MoveStatus.GATEWAY_LIVES, NONCE)
 
 
@@ -200,16 +201,17 @@ def test_altered_messages_raise_nothing_but_malformed_message(data: st.DataObjec
 
 
 def test_an_announcement_and_what_follows_it_are_read_as_they_were_built() -> None:
-    found = [parse_stub_message(octets) for octets in (ANNOUNCEMENT, PROBE, HERE, STAYS)]
+    found = [parse_stub_message(octets) for octets in (ANNOUNCEMENT, PROBE, HERE, NOT_HERE, STAYS)]
     assert [message.move and message.move.status for message in found] == [
         MoveStatus.GONE,
         MoveStatus.PROBE,
         MoveStatus.HERE,
+        MoveStatus.NOT_HERE,
         MoveStatus.GATEWAY_LIVES,
     ]
     assert {message.message_id for message in found} == {MOVE_ID}
     assert {message.move and message.move.target for message in found} == {TARGET}
-    assert [message.sync.from_gateway for message in found] == [True, False, True, False]
+    assert [message.sync.from_gateway for message in found] == [True, False, True, True, False]
 
 
 def test_an_announcement_and_a_probe_prove_themselves_and_here_proves_itself_with_the_probe() -> None:
@@ -220,6 +222,8 @@ def test_an_announcement_and_a_probe_prove_themselves_and_here_proves_itself_wit
     other = build_probe(CLIENT, parse_stub_message(ANNOUNCEMENT), b"m" * 32)
     assert not proved(HERE)
     assert not proved(HERE, other)
+    assert proved(NOT_HERE, PROBE)
+    assert not proved(NOT_HERE, other)
     assert not proved(STAYS, MOVE)
     for octets in (ANNOUNCEMENT, PROBE):
         assert not proved(octets, sk_d=b"?" * 32)

@@ -1,10 +1,14 @@
 """What a client does when another gateway announces that its own has failed (docs/protocol.md, Announcement).
 
-The client does not take the announcement's word for it: it asks its gateway, whose sidecar answers if its charon still
-has the SA. Only a gateway that does not answer makes the session move, to the gateway that announced, by resumption.
+The client does not take the announcement's word for it: it asks its gateway, whose sidecar answers whether its charon
+still has the SA. Where the sidecar does not answer, charon itself may (bridge.ike.version_probe), which proves nothing
+but keeps the session where it is: a forged answer leaves the client to its dead peer detection. Only a gateway that
+does not answer at all, or says itself that it has lost the SA, makes the session move, to the gateway that announced.
 
-    --Announcement, proven--> PROBING --Here, proven----------> STAYS: reported to the gateway that announced
-                                 '--no answer to PROBES----> MOVES, or why not: reported too
+    --Announcement, proven--> PROBING --Here, proven----------------> STAYS: reported to the gateway that announced
+                                 |--Not here, proven-------------> MOVES, or why not: reported too
+                                 |--PROBES, charon alone answers-> STAYS: reported
+                                 '--PROBES, no answer------------> MOVES, or why not: reported
 """
 
 from __future__ import annotations
@@ -19,9 +23,11 @@ from typing import Final
 import structlog
 
 from bridge.charon.ike_sa import IkeSa, client_sa
+from bridge.client.ike_transport import IkeTransport
 from bridge.client.outcome import Outcome
 from bridge.ike.keys import NONCE_OCTETS
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, build_probe, parse_stub_message, verify
+from bridge.ike.version_probe import SPI_OCTETS, answers_version_probe, build_version_probe
 from bridge.net.interface import Sender
 from bridge.net.packet import Datagram, has_marker
 from bridge.service.tasks import end, spawn
@@ -36,6 +42,16 @@ REMEMBERED: Final = 64
 """SAs whose last announcement is remembered"""
 
 
+class Answer(StrEnum):
+    """What a gateway answers."""
+
+    NONE = "none"
+    DAEMON = "daemon"
+    """charon alone, unproven"""
+    HERE = "here"
+    NOT_HERE = "not-here"
+
+
 class ProbeState(StrEnum):
     """Of one announcement."""
 
@@ -44,13 +60,21 @@ class ProbeState(StrEnum):
     MOVES = "moves"
 
 
+ANSWERS: Final = {MoveStatus.HERE: Answer.HERE, MoveStatus.NOT_HERE: Answer.NOT_HERE}
+"""to a Probe, by the status of the message"""
+STAYS: Final = {Answer.HERE: MoveStatus.GATEWAY_LIVES, Answer.DAEMON: MoveStatus.DAEMON_ANSWERS}
+"""what keeps a session at its gateway, and how it is reported"""
+
+
 @dataclass(slots=True, eq=False)
 class _Announced:
     message: StubMessage
     sa: IkeSa
     datagram: Datagram
     """how it came, and how reports go back"""
-    here: asyncio.Event
+    answered: asyncio.Event
+    """by Here or Not here"""
+    answer: Answer = Answer.NONE
     probe: StubMessage | None = None
     state: ProbeState = ProbeState.PROBING
     status: MoveStatus = MoveStatus.MOVING
@@ -65,6 +89,7 @@ class GatewayProbe:
     def __init__(
         self,
         sender: Sender,
+        transport: IkeTransport,
         find: Callable[[bytes], IkeSa | None],
         targets: Callable[[IkeSa], Collection[str] | None],
         begin: Callable[[IkeSa, str], asyncio.Task[Outcome] | None],
@@ -73,6 +98,7 @@ class GatewayProbe:
         probe_seconds: float = PROBE_SECONDS,
     ) -> None:
         self._sender = sender
+        self._transport = transport
         self._find = find
         self._targets = targets
         self._begin = begin
@@ -86,20 +112,21 @@ class GatewayProbe:
         await end(*self._tasks)
 
     def received(self, message: StubMessage, datagram: Datagram) -> None:
-        """An Announcement or a Here, not proved yet."""
+        """An Announcement, a Here or a Not here, not proved yet."""
         assert message.move is not None
-        if message.move.status is MoveStatus.HERE:
-            self._here(message)
+        if message.move.status in ANSWERS:
+            self._answered(message, ANSWERS[message.move.status])
         elif message.move.status is MoveStatus.GONE:
             self._gone(message, datagram)
 
-    def _here(self, message: StubMessage) -> None:
+    def _answered(self, message: StubMessage, answer: Answer) -> None:
         announced = self._announced.get(message.spis)
-        if announced is None or announced.probe is None or announced.here.is_set():
+        if announced is None or announced.probe is None or announced.answered.is_set():
             return
         sa = announced.sa
         if verify(message, sa.suite.prf, sa.sk_d, before=announced.probe):
-            announced.here.set()
+            announced.answer = answer
+            announced.answered.set()
 
     def _gone(self, message: StubMessage, datagram: Datagram) -> None:
         sa = self._find(message.spis)
@@ -132,44 +159,62 @@ class GatewayProbe:
             self._report(announced)
             return
         log.info("gateway-probed", announced_by=move.target, connection=sa.connection, **sa.id.logged)
-        if await self._answers(announced):
-            log.info("gateway-lives", announced_by=move.target, connection=sa.connection, **sa.id.logged)
-            announced.state, announced.status = ProbeState.STAYS, MoveStatus.GATEWAY_LIVES
+        await self._ask(announced)
+        about = {"announced_by": move.target, "connection": sa.connection, **sa.id.logged}
+        if announced.answer in STAYS:
+            if announced.answer is Answer.HERE:
+                log.info("gateway-lives", **about)
+            else:
+                log.warning("gateway-lives-without-sidecar", effect="the session stays, unproven", **about)
+            announced.state, announced.status = ProbeState.STAYS, STAYS[announced.answer]
             self._report(announced)
             return
-        log.warning("gateway-not-answering", announced_by=move.target, connection=sa.connection, **sa.id.logged)
+        log.warning("sa-lost" if announced.answer is Answer.NOT_HERE else "gateway-not-answering", **about)
         announced.state = ProbeState.MOVES
         task = self._begin(sa, move.target)
         if task is None:
             announced.status = MoveStatus.BUSY
         self._report(announced)
 
-    async def _answers(self, announced: _Announced) -> bool:
-        """Whether the gateway of the SA answers one of PROBES messages."""
+    async def _ask(self, announced: _Announced) -> None:
+        """Find out what the gateway of the SA answers to PROBES messages, its sidecar or else its charon."""
+        spi = self._random(SPI_OCTETS)
+        version_probe = build_version_probe(spi)
+        with self._transport.answers(spi) as answers:
+
+            def daemon_answered() -> bool:
+                while announced.answer is Answer.NONE and not answers.empty():
+                    datagram = answers.get_nowait()
+                    assert announced.sa.remote is not None
+                    if datagram.src == announced.sa.remote.address and answers_version_probe(datagram.ike, spi):
+                        announced.answer = Answer.DAEMON
+                return announced.answer is Answer.DAEMON
+
+            # charon logs each of them
+            await self._probe(announced, lambda: () if daemon_answered() else (version_probe,))
+            daemon_answered()
+
+    async def _probe(self, announced: _Announced, beside: Callable[[], Collection[bytes]]) -> None:
+        """Send Probes, and each time what goes beside them, until its sidecar has answered."""
         sa = announced.sa
         assert sa.local is not None
         assert sa.remote is not None
         octets = build_probe(client_sa(sa), announced.message, self._random(NONCE_OCTETS))
         announced.probe = parse_stub_message(octets)
+        local, remote = sa.local, sa.remote
+        marker = has_marker(local.port, remote.port)
         for _ in range(PROBES):
             try:
-                self._sender.send(
-                    sa.local.address,
-                    sa.local.port,
-                    sa.remote.address,
-                    sa.remote.port,
-                    octets,
-                    has_marker(sa.local.port, sa.remote.port),
-                )
+                for message in (octets, *beside()):
+                    self._sender.send(local.address, local.port, remote.address, remote.port, message, marker)
             except OSError as error:
-                log.info("probe-not-sent", gateway=sa.remote.address, reason=error.strerror, **sa.id.logged)
+                log.info("probe-not-sent", gateway=remote.address, reason=error.strerror, **sa.id.logged)
             try:
                 async with asyncio.timeout(self._probe_seconds):
-                    await announced.here.wait()
+                    await announced.answered.wait()
             except TimeoutError:
                 continue
-            return True
-        return False
+            return
 
     def _report(self, announced: _Announced) -> None:
         sa, datagram = announced.sa, announced.datagram

@@ -7,10 +7,13 @@ an order of gateways, the first announces immediately, each later one a turn lat
     WAITING --its turn, and room--> ANNOUNCED --Moving: moving--> COMING --confirmed--> resumed
        |                               |  '--no answer to ATTEMPTS--> silent: left to DPD
        |                               '--Moving: another--> refused
+       |--Moving: the daemon answers, unproven--> WAITING, later
        '--the session goes on elsewhere, or the client says that its gateway lives--> over
 
 A few sessions are announced first. A client asks its gateway before it moves; if one says that its gateway has
-answered, the rest are not announced. Then announcements go out as fast as sessions come in (bridge.gateway.pace).
+answered, the rest are not announced. If clients say that only the daemon of their gateway answers, without a proof, and
+none moves, the announcements pause, and begin again with a few: its sidecar is away, and cannot say when the daemon
+goes too. Then announcements go out as fast as sessions come in (bridge.gateway.pace).
 """
 
 from __future__ import annotations
@@ -46,6 +49,12 @@ TRIAL: Final = 3
 """sessions that are announced first"""
 TRIAL_SECONDS: Final = 0.15
 """after which the rest follow: a gateway that lives has answered its clients by then"""
+CONCURRING: Final = 3
+"""clients that say that the daemon of their gateway answers, unproven: one alone may be deceived"""
+PAUSE_SECONDS: Final = 10.0
+"""then, until clients are asked again"""
+ASKED_AGAIN_SECONDS: Final = 0.6
+"""after which the rest follow then: time for three Probes"""
 ATTEMPTS: Final = (0.7, 1.4, 2.8)
 """seconds that each announcement waits for an answer: a client first asks its gateway for 0.3 s"""
 ARRIVE_SECONDS: Final = 10.0
@@ -84,6 +93,12 @@ class _Failure:
     under_way: OrderedDict[Index, _Announced] = field(default_factory=OrderedDict)
     counts: Counter[str] = field(default_factory=Counter)
     trial_until: float | None = None
+    trial_seconds: float = TRIAL_SECONDS
+    daemon: int = 0
+    """clients that said that the daemon answers, since the announcements began or began again"""
+    came: bool = False
+    """whether one has said that it moves"""
+    paused_until: float = 0.0
     pace: Pace = field(default_factory=Pace)
     stopped: str = ""
     ended: float | None = None
@@ -181,7 +196,7 @@ class Announcer:
         self._allowance = min(self._allowance + (now - self._last) * self._rate, max(self._rate / 10, 1.0))
         self._last = now
         for failure in self._failures.values():
-            if failure.ended is None:
+            if failure.ended is None and now >= failure.paused_until:
                 self._repeat(failure, now)
                 self._announce(failure, now)
                 if not failure.waiting and not failure.under_way:
@@ -191,7 +206,7 @@ class Announcer:
         while failure.waiting and failure.waiting[0].turn <= now and len(failure.under_way) < failure.pace.window:
             if failure.trial_until is None:
                 if len(failure.under_way) >= TRIAL:
-                    failure.trial_until = now + TRIAL_SECONDS
+                    failure.trial_until = now + failure.trial_seconds
                     return
             elif now < failure.trial_until:
                 return
@@ -243,6 +258,7 @@ class Announcer:
             return True
         status = message.move.status
         if status is MoveStatus.MOVING:
+            failure.came = True
             if announced.state is AnnouncementState.ANNOUNCED:
                 announced.state, announced.again = AnnouncementState.COMING, now + ARRIVE_SECONDS
                 announced.coming = now
@@ -254,9 +270,41 @@ class Announcer:
                 reason="a client says that it answers: it is cut off from the bank, or its sidecar hangs",
             )
             self.end(failure.gateway, "a client says that it lives", now)
+        elif status is MoveStatus.DAEMON_ANSWERS:
+            self._daemon_answers(failure, announced, now)
         else:
             self._settle(failure, announced, "refused")
         return True
+
+    def _daemon_answers(self, failure: _Failure, announced: _Announced, now: float) -> None:
+        """A client stays, since the daemon of its gateway has answered, and not the sidecar."""
+        failure.daemon += 1
+        self._wait(failure, announced, now)
+        others = len(failure.under_way)
+        if failure.came or (failure.daemon < CONCURRING and others):
+            return
+        if failure.trial_seconds == TRIAL_SECONDS:
+            self.false_alarms += 1
+            log.error(
+                "gateway-lives",
+                gateway=failure.gateway,
+                reason="clients say that its charon answers and its sidecar does not",
+                effect=f"they stay there, and are asked again every {PAUSE_SECONDS:.0f} s",
+            )
+        failure.paused_until, failure.trial_seconds = now + PAUSE_SECONDS, ASKED_AGAIN_SECONDS
+        failure.trial_until, failure.daemon = None, 0
+        for other in list(failure.under_way.values()):
+            self._wait(failure, other, now)
+
+    def _wait(self, failure: _Failure, announced: _Announced, now: float) -> None:
+        """Announce a session again, after a while and after all others."""
+        failure.under_way.pop(announced.stub.index, None)
+        self._by_spis.pop(_spis(announced.stub), None)
+        failure.counts["announced"] -= 1
+        announced.state, announced.sent, announced.coming = AnnouncementState.WAITING, 0, None
+        last = failure.waiting[-1].turn if failure.waiting else 0.0
+        announced.turn = max(now + PAUSE_SECONDS, last)
+        failure.waiting.append(announced)
 
     def _settle(self, failure: _Failure, announced: _Announced, outcome: str) -> None:
         failure.under_way.pop(announced.stub.index, None)

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from bridge.charon.ike_sa import IkeSa, Trait, stub_sa
 from bridge.charon.sa_tracker import SaTracker
+from bridge.gateway.lost_sas import LostSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
 from bridge.gateway.recent import Recent
@@ -47,7 +48,7 @@ ANSWERS_A_SECOND: Final = 2000
 class ClientStubs:
     """Seals stubs for their clients, opens what clients present, and answers GET Stub. `address` is this gateway's in
     the index, or None for the local address of each SA; `gateways` gives the addresses of the other gateways that
-    clients receive."""
+    clients receive; `alive` says whether charon runs, None while it does not answer."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class ClientStubs:
         gateways: Callable[[], Sequence[str]] = tuple,
         *,
         expected: Callable[[bytes], bool] = lambda _: False,
-        alive: Callable[[], bool] = lambda: True,
+        alive: Callable[[], bool | None] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -78,6 +79,7 @@ class ClientStubs:
         """the SAs, by both SPIs, whose clients got an answer to GET Stub"""
         self._expected = expected
         self._alive = alive
+        self.lost = LostSas()
 
     # sealing
 
@@ -124,8 +126,10 @@ class ClientStubs:
     def received(self, packet: Packet) -> StubMessage | None:
         """Take in a message of exchange type 240. Answers GET Stub and Probe; gives a Moving, which is not proved
         yet."""
-        expected = self._expected(packet.ike[:SPIS_OCTETS])
-        if packet.ike[:SPIS_OCTETS] not in self._tracker.sas and not expected:
+        spis = packet.ike[:SPIS_OCTETS]
+        expected = self._expected(spis)
+        lost = self.lost.get(spis) if spis not in self._tracker.sas else None
+        if spis not in self._tracker.sas and lost is None and not expected:
             # a flood of messages about SAs that do not exist shall cost no more than this
             packet.drop()
             return None
@@ -139,15 +143,15 @@ class ClientStubs:
         packet.drop()
         if expected and message.move is not None and not message.sync.from_gateway:
             return message
-        sa = self._tracker.sas.get(message.spis)
+        sa = lost or self._tracker.sas.get(message.spis)
         if message.sync.from_gateway or sa is None or not sa.up or not sa.resumable:
             return None
-        now = self._clock()
         if message.move is not None and message.move.status is MoveStatus.PROBE:
-            # of a charon that is gone the tracker still has the SAs: it may be back before they are resumed elsewhere
-            if self._alive() and verify(message, sa.suite.prf, sa.sk_d) and self._rate.take(now):
-                self._send(packet, build_here(stub_sa(sa, (message.sync.gateway, message.sync.spi)), message))
+            self._probed(packet, message, sa, self._alive() if lost is None else False)
             return None
+        if lost is not None:
+            return None
+        now = self._clock()
         if message.move is not None:
             return message
         if (
@@ -162,6 +166,15 @@ class ClientStubs:
                 self._answered.add(message.spis)
                 self._answer(packet, message, sa)
         return None
+
+    def _probed(self, packet: Packet, probe: StubMessage, sa: IkeSa, there: bool | None) -> None:
+        """A client asks whether its SA is here. While charon does not answer this gateway does not either: the client
+        finds out by a version probe."""
+        # of a charon that is gone the tracker still has the SAs: it may be back before they are resumed elsewhere
+        if there is None or not verify(probe, sa.suite.prf, sa.sk_d) or not self._rate.take(self._clock()):
+            return
+        status = MoveStatus.HERE if there else MoveStatus.NOT_HERE
+        self._send(packet, build_here(stub_sa(sa, (probe.sync.gateway, probe.sync.spi)), probe, status))
 
     def _answer(self, packet: Packet, request: StubMessage, sa: IkeSa) -> None:
         sealed, gateways = self.seal(sa), self.gateways()

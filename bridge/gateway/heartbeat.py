@@ -18,6 +18,7 @@ import structlog
 
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
+from bridge.gateway.charon_pulse import CharonPulse
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.service.tasks import end, spawn
 
@@ -70,10 +71,18 @@ class Heartbeat:
         """charon is there"""
         self._left = False
         """it was, and went: there is no heartbeat until it is back"""
+        self._pulse = CharonPulse(charon.vici, detect)
         self._clock = clock
         self._state: BankState | None = None
         self._refused_at: float | None = None
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def charon_alive(self) -> bool | None:
+        """Whether charon runs; None while it does not answer."""
+        if self._charon.channel.charon_socket() is None:
+            return False
+        return None if self._pulse.hangs else True
 
     @property
     def bank_reachable(self) -> bool:
@@ -93,10 +102,12 @@ class Heartbeat:
     def start(self) -> None:
         """Begin."""
         self._task = spawn("heartbeat", self._run())
+        self._pulse.start()
 
     async def close(self) -> None:
         """End. The heartbeat stays for RESTART_SECONDS where charon goes on: that this sidecar ends is no failure of
         its gateway, unless it does not come back."""
+        await self._pulse.close()
         if self._task is not None:
             await end(self._task)
         address = self._own_address()
@@ -162,14 +173,15 @@ class Heartbeat:
             await asyncio.sleep(min(left, CHARON_SECONDS))
             if self._served and not self._there():
                 self._served, self._left = False, True
-                log.warning("charon-ended", effect="the other gateways are notified")
+                if not self._pulse.hangs:
+                    log.warning("charon-ended", effect="the other gateways are notified")
                 with contextlib.suppress(BankUnavailable):
                     if (address := self._own_address()) is not None:
                         await self._bank.leave(address)
                 return
 
     def _there(self) -> bool:
-        return self._charon.channel.charon_socket() is not None
+        return self.charon_alive is True
 
     def _own_address(self) -> str | None:
         if self._address is not None:

@@ -151,7 +151,7 @@ class GatewayRole:
             self._metrics,
             lambda: self._heartbeat.others if config.sync.tell_gateways else (),
             expected=failover.expects,
-            alive=lambda: charon.channel.charon_socket() is not None,
+            alive=lambda: self._heartbeat.charon_alive,
         )
         lookup = StubLookup(
             self._prefetch,
@@ -236,6 +236,7 @@ class GatewayRole:
             self._metrics,
         )
         self._reconciler.on_ending = self._keeper.ended
+        charon.tracker.on_lost.append(self._stubs.lost.put)
         self._shared: SharedAddresses | None = None
         if config.takeover.addresses:
             self._shared = SharedAddresses(

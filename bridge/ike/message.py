@@ -45,6 +45,7 @@ class PayloadType(IntEnum):
 
 
 class NotifyType(IntEnum):
+    INVALID_MAJOR_VERSION = 5
     INVALID_KE_PAYLOAD = 17
     NO_PROPOSAL_CHOSEN = 14
     RESUMPTION_REFUSED = 8200

@@ -13,7 +13,7 @@ Exchange type 240, the SPIs of the SA in question, nothing encrypted, PROOF unde
                                   <--        HDR, SYN (Announcement: MOVE)
                                              Gateway of the SA
     HDR, Ni, SYN (Probe: MOVE)    -->
-                                  <--        HDR, SYN (Here: MOVE)
+                                  <--        HDR, SYN (Here or Not here: MOVE)
                                              Another gateway
     HDR, Ni, SYN (Moving: MOVE)   -->
 
@@ -64,6 +64,11 @@ class MoveStatus(IntEnum):
     """Here, the answer to it"""
     GATEWAY_LIVES = 9
     """Moving, to the target: the gateway of the SA has answered, and the client stays there"""
+    DAEMON_ANSWERS = 10
+    """Moving, to the target: the gateway's sidecar has not answered, its daemon has, without a proof; the client stays
+    there"""
+    NOT_HERE = 11
+    """Not here, the other answer to a Probe: the gateway's sidecar lives, its daemon is gone or has lost the SA"""
 
 
 REPORTS: Final = frozenset(
@@ -74,12 +79,13 @@ REPORTS: Final = frozenset(
         MoveStatus.REFUSED,
         MoveStatus.BUSY,
         MoveStatus.GATEWAY_LIVES,
+        MoveStatus.DAEMON_ANSWERS,
     }
 )
 """the statuses of Moving"""
 
 
-ANNOUNCING: Final = frozenset({MoveStatus.GONE, MoveStatus.HERE})
+ANNOUNCING: Final = frozenset({MoveStatus.GONE, MoveStatus.HERE, MoveStatus.NOT_HERE})
 """the statuses of an answer to an announcement"""
 
 
@@ -231,10 +237,11 @@ def build_probe(sa: StubSa, announced: StubMessage, nonce: bytes) -> bytes:
     return _build(sa, False, announced.message_id, attributes, nonce=nonce)
 
 
-def build_here(sa: StubSa, probe: StubMessage) -> bytes:
-    """Here: the gateway's answer to a Probe about an SA that its charon has."""
+def build_here(sa: StubSa, probe: StubMessage, status: MoveStatus = MoveStatus.HERE) -> bytes:
+    """Here: the gateway's answer to a Probe about an SA that its daemon has. Not here, with the status NOT_HERE: about
+    one that it does not have any more."""
     assert probe.move is not None
-    attributes = (Move(MoveStatus.HERE, probe.move.target).encode(),)
+    attributes = (Move(status, probe.move.target).encode(),)
     return _build(sa, True, probe.message_id, attributes, before=probe.blank)
 
 
