@@ -33,10 +33,13 @@ from bridge.ike.stub_exchange import (
     MoveStatus,
     StubMessage,
     StubSa,
+    build_announcement,
     build_download,
     build_get,
+    build_here,
     build_move,
     build_moving,
+    build_probe,
     parse_stub_message,
     verify,
 )
@@ -56,6 +59,7 @@ from bridge.ike.sync_exchange import (
 )
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
+from bridge.ike.version_probe import answers_version_probe, build_version_probe
 from bridge.net.packet import MARKER, has_marker, ipv6_packet, parse_datagram, udp_datagram
 from bridge.service.config_file import load
 from bridge.service.control import Answer, ControlServer
@@ -325,23 +329,43 @@ def stub_message(data: bytes) -> None:
     assert any(proved) is (data in _stub_messages())
 
 
+def version_probe(data: bytes) -> None:
+    """bridge.ike.version_probe.answers_version_probe: never raises, and only under the SPIi that was sent."""
+    if answers_version_probe(data, b"S" * 8):
+        assert data[:8] == b"S" * 8
+        assert not answers_version_probe(data, b"T" * 8)
+
+
+def _version_probe_answers() -> list[bytes]:
+    notify = (PayloadType.NOTIFY, b"\0\0" + NotifyType.INVALID_MAJOR_VERSION.to_bytes(2))
+    header: dict[str, Any] = {"spi_i": b"S" * 8, "spi_r": bytes(8), "exchange": 37, "flags": 0x20, "message_id": 0}
+    return [build(**header, payloads=[notify]), build_version_probe(b"S" * 8)]
+
+
 _SA: Final = StubSa(b"I" * 8, b"R" * 8, True, INDEX, SUITE.prf, SK_D)
 
 
 @functools.cache
 def _asked() -> tuple[StubMessage, ...]:
     """The messages that others answer."""
-    return parse_stub_message(build_get(_SA, b"n" * 32)), parse_stub_message(build_move(_SA, "192.0.2.2", 0xF0000001))
+    move = parse_stub_message(build_move(_SA, "192.0.2.2", 0xF0000001))
+    probe = parse_stub_message(build_probe(_SA, move, b"n" * 32))
+    return parse_stub_message(build_get(_SA, b"n" * 32)), move, probe
 
 
 @functools.cache
 def _stub_messages() -> list[bytes]:
-    get, move = _asked()
+    get, move, probe = _asked()
     return [
         build_get(_SA, b"n" * 32),
         build_download(_SA, get, b"sealed" * 20, 3600),
         build_move(_SA, "192.0.2.2", 0xF0000001),
         build_moving(_SA, move, MoveStatus.MOVING, b"n" * 32),
+        build_moving(_SA, move, MoveStatus.DAEMON_ANSWERS, b"n" * 32),
+        build_announcement(_SA, "192.0.2.2", 0xF0000001),
+        build_probe(_SA, move, b"n" * 32),
+        build_here(_SA, probe),
+        build_here(_SA, probe, MoveStatus.NOT_HERE),
     ]
 
 
@@ -681,6 +705,7 @@ TARGETS: Final = {
         ],
     ),
     "stub-message": Target(stub_message, _stub_messages),
+    "version-probe": Target(version_probe, _version_probe_answers),
     "protected": Target(protected, _protected_seeds),
     "confirmation": Target(confirmation, lambda: [_CONFIRMATION.request, _CONFIRMATION.request[:-8] + bytes(8)]),
     "ha": Target(ha_message, _ha_seeds),

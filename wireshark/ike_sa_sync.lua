@@ -17,7 +17,8 @@ local families = { [4] = "IPv4", [6] = "IPv6" }
 local attributes = { [1] = "PROOF", [2] = "CHILD", [3] = "SEALED_STUB", [4] = "LIFETIME", [5] = "MOVE", [6] = "OLD_CHILDREN",
   [7] = "REFUSAL", [8] = "GATEWAYS", [9] = "FORWARD_SECRECY" }
 local statuses = { [0] = "asked", [1] = "moving", [2] = "target not configured", [3] = "target silent",
-  [4] = "target refused", [5] = "busy", [6] = "gateway gone", [7] = "probe", [8] = "here", [9] = "gateway lives" }
+  [4] = "target refused", [5] = "busy", [6] = "gateway gone", [7] = "probe", [8] = "here", [9] = "gateway lives",
+  [10] = "daemon answers", [11] = "not here" }
 
 local fields = {
   direction = ProtoField.uint8("ike_sa_sync.direction", "Direction (C)", base.DEC, directions, 0x80),
