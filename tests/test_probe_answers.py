@@ -48,7 +48,7 @@ class Gateway:
         self.stubs = ClientStubs(
             "off", keyring(), self.tracker, self.wire, GATEWAY, GatewayMetrics(), alive=lambda: self.alive
         )
-        self.tracker.on_lost = self.stubs.lost.put
+        self.tracker.on_lost.append(self.stubs.lost.put)
 
     def probe(self, sk_d: bytes | None = None) -> list[tuple[StubMessage, StubMessage]]:
         """The client asks; the question, with each answer."""

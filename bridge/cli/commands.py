@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from bridge.cli import event_loop
 from bridge.cli.options import (
     BAD_CONFIGURATION,
     CLIENT_FILE,
@@ -90,7 +90,7 @@ def _run(*configs: GatewayConfig | ClientConfig) -> None:
 
 def _call(path: str, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return asyncio.run(control.call(path, request))
+        return event_loop.run(control.call(path, request))
     except control.ControlError as error:
         fail(error)
     except KeyboardInterrupt:
@@ -256,7 +256,7 @@ def check(path: str | None, planning: bool, write: bool, as_json: bool) -> None:
     logging.configure("warning")
     with working("looking"):
         # of two roles on one host, what is about its charon once
-        findings = list(dict.fromkeys(finding for one in configs for finding in asyncio.run(run_checks(one))))
+        findings = list(dict.fromkeys(finding for one in configs for finding in event_loop.run(run_checks(one))))
     if as_json:
         print_json([finding.as_dict() for finding in findings])
     else:
@@ -271,7 +271,7 @@ def _plan(path: str | None, write: bool, as_json: bool) -> None:
     logging.configure("warning")
     config = ClientConfig() if path is None else read_any(path)
     with working("looking"):
-        made = asyncio.run(plan(config))
+        made = event_loop.run(plan(config))
     if as_json:
         print_json(made.as_dict())
     else:

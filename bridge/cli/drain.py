@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bridge.cli import options, output
+from bridge.cli import event_loop, options, output
 from bridge.config import GatewayConfig
 from bridge.gateway.drain import ANY, RATE
 from bridge.service import control
@@ -92,10 +92,10 @@ def drain(
     code = None
     try:
         try:
-            done = asyncio.run(_drain(socket, request, sys.stderr.isatty() and not as_json))
+            done = event_loop.run(_drain(socket, request, sys.stderr.isatty() and not as_json))
         except KeyboardInterrupt:
             code = INTERRUPTED
-            done = asyncio.run(control.call(socket, {"command": "drain-stop"}))
+            done = event_loop.run(control.call(socket, {"command": "drain-stop"}))
     except control.ControlError as error:
         options.fail(error)
     if as_json:
@@ -117,14 +117,14 @@ def _on_stop(path: str | None, rate: float) -> None:
         return
     request = {"command": "drain", "to": ANY, "share": 1.0, "rate": max(rate, ON_STOP_RATE), "shared": False}
     try:
-        _print(asyncio.run(_bounded(config.control, request, config.drain.timeout)))
+        _print(event_loop.run(_bounded(config.control, request, config.drain.timeout)))
     except control.ControlError as error:
         click.echo(f"not drained: {error}", err=True)
     # at last: their traffic goes on until now
     for address in config.takeover.addresses:
         request = {"command": "yield", "address": address, "until_restart": True}
         try:
-            done = asyncio.run(control.call(config.control, request))
+            done = event_loop.run(control.call(config.control, request))
         except control.ControlError as error:
             click.echo(f"{address} not given up: {error}", err=True)
         else:

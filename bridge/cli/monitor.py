@@ -29,7 +29,7 @@ from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis_bank import FORGET_GATEWAY, GATEWAYS_MAX, TIMEOUT
 from bridge.bank.redis_client import RedisClient
-from bridge.cli import options, output
+from bridge.cli import event_loop, options, output
 from bridge.config import GatewayConfig
 from bridge.service import log as logging
 from bridge.stub import bank_keys
@@ -242,7 +242,7 @@ def monitor(path: str | None, url: str | None, as_json: bool) -> None:
     config = options.read_config(path, GatewayConfig)
     logging.configure("error", "logfmt")
     try:
-        asyncio.run(_lines(url or bank_url(config.bank)) if as_json else _live(url or bank_url(config.bank)))
+        event_loop.run(_lines(url or bank_url(config.bank)) if as_json else _live(url or bank_url(config.bank)))
     except ValueError as error:
         options.fail(error, options.BAD_CONFIGURATION)
     except (KeyboardInterrupt, BrokenPipeError):

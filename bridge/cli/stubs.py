@@ -15,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bridge.bank import open_bank
 from bridge.bank.interface import BankUnavailable, Ending, StubBank
-from bridge.cli import options, output
+from bridge.cli import event_loop, options, output
 from bridge.config import GatewayConfig
 from bridge.service import control
 from bridge.service import log as logging
@@ -51,7 +51,7 @@ def with_bank(path: str | None, work: Callable[[StubBank, Keyring], Coroutine[An
             await bank.close()
 
     try:
-        return asyncio.run(main())
+        return event_loop.run(main())
     except BankUnavailable as error:
         own = "without bank.url this is the sidecar's own Redis: does the sidecar run?"
         options.fail(f"{error}; {'is bank.url right, and the server up?' if config.bank.url else own}")
@@ -240,7 +240,7 @@ def download(path: str | None, gateway: str, as_json: bool) -> None:
     """
     config = options.read_config(path, GatewayConfig)
     try:
-        done = asyncio.run(_download(config.control, gateway, sys.stderr.isatty() and not as_json))
+        done = event_loop.run(_download(config.control, gateway, sys.stderr.isatty() and not as_json))
     except control.ControlError as error:
         options.fail(error)
     if as_json:

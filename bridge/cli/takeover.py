@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import click
 
-from bridge.cli import options, output
+from bridge.cli import event_loop, options, output
 from bridge.config import GatewayConfig
 from bridge.service import control
 
@@ -47,7 +47,7 @@ def takeover(path: str | None, address: str, owner: str | None, timeout: float, 
     socket = options.read_config(path, GatewayConfig).control
     request = {"command": "takeover", "address": address, "from": owner}
     try:
-        done = asyncio.run(_take(socket, request, timeout))
+        done = event_loop.run(_take(socket, request, timeout))
     except control.ControlError as error:
         options.fail(error)
     except KeyboardInterrupt:
@@ -89,7 +89,9 @@ def yield_(path: str | None, address: str, unless_here: bool, as_json: bool) -> 
     """
     socket = options.read_config(path, GatewayConfig).control
     try:
-        done = asyncio.run(control.call(socket, {"command": "yield", "address": address, "unless_here": unless_here}))
+        done = event_loop.run(
+            control.call(socket, {"command": "yield", "address": address, "unless_here": unless_here})
+        )
     except control.ControlError as error:
         options.fail(error)
     except KeyboardInterrupt:
