@@ -217,6 +217,67 @@ LEFT_BY_PROVISIONING = {"/etc/swanctl/swanctl.conf.before-ike-sa-sync", "/etc/sy
 """what was there before it, and a gateway's forwarding"""
 
 
+@pytest.fixture
+def four(machines: Machines) -> Iterator[list[Machine]]:
+    """Four clients with sessions at gw1."""
+    more = [Machine(f"client{number}", f"192.168.50.{10 + number}") for number in (1, 2, 3)]
+    for machine in more:
+        machine.boot()
+    for number, machine in enumerate(more, 1):
+        machine.wait_up()
+        machine.provision("install", PACKAGE)
+        machine.provision("client", machines["gw1"].address, machines["gw2"].address, SITE, "/secrets")
+        identity = f"local {{ id = client{number}@example.org }}"
+        text = f"connections {{\n home {{ {identity} }}\n home-gw2 {{ {identity} }}\n}}\n"
+        Path(machine.path("/etc/swanctl/conf.d/identity.conf")).write_text(text)
+        machine.run("swanctl", "--load-all")
+        machine.run("swanctl", "--initiate", "--child", "net", "--ike", "home")
+    wait_until(lambda: len(stubs(machines)) == 4, "the stubs", PATIENCE)
+    yield [machines["client"], *more]
+    for machine in more:
+        machine.power_off()
+
+
+def answers(client: Machine) -> int:
+    """To the ping that runs on a client."""
+    return Path(client.path("/run/ping.log")).read_text().count(" bytes from ")
+
+
+def answered_on(clients: list[Machine], count: int) -> None:
+    """Wait until each client's ping has got so many more answers."""
+    before = [answers(client) for client in clients]
+    for client, had in zip(clients, before, strict=True):
+        wait_until(lambda c=client, h=had: answers(c) >= h + count, "traffic", PATIENCE)  # type: ignore[misc]
+
+
+def test_four_clients_do_not_notice_that_their_gateway_is_rebooted(machines: Machines, four: list[Machine]) -> None:
+    gw1, gw2 = machines["gw1"], machines["gw2"]
+    for client in four:
+        client.run("sh", "-c", f"ping -n -i 0.05 {SITE} >/run/ping.log 2>&1 & echo $! >/run/ping.pid")
+    answered_on(four, 20)
+    gw1.run("systemctl", "reboot")
+    for client in four:
+        wait_until(
+            lambda c=client: [sa["remote-host"].decode() for sa in c.sas()] == [gw2.address],  # type: ignore[misc]
+            f"the session of {client.name} at the other gateway",
+            PATIENCE,
+        )
+    answered_on(four, 20)
+    wait_until(lambda: not gw1.leader(), "the end of gw1", PATIENCE)
+    gw1.power_on()
+    answered_on(four, 20)
+    told = []
+    for client in four:
+        client.run("sh", "-c", "kill -INT $(cat /run/ping.pid)")
+        log = Path(client.path("/run/ping.log"))
+        wait_until(lambda file=log: "packets transmitted" in file.read_text(), "the end of ping", PATIENCE)  # type: ignore[misc]
+        found = re.search(r"(\d+) packets transmitted, (\d+) received", log.read_text())
+        assert found is not None
+        told.append((client.name, int(found[1]), int(found[1]) - int(found[2])))
+    print("packets lost of those sent:", told)
+    assert all(lost <= 5 for _, _, lost in told), told
+
+
 def assert_no_trace(machine: Machine) -> None:
     found = machine.run(
         *("find", "/etc", "/usr", "/var/lib", "/run", "-xdev"),
