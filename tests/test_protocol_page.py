@@ -114,6 +114,7 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "and the rest after": announcer.TRIAL_SECONDS,
     "the next gateway's turn to announce a session comes after": announcer.TURN_SECONDS,
     "a client that is coming is waited for": announcer.ARRIVE_SECONDS,
+    "a pause of announcements about a gateway whose daemon alone answers": announcer.PAUSE_SECONDS,
     "Probes to the gateway of the SA": gateway_probe.PROBES,
     "each of which waits for an answer": gateway_probe.PROBE_SECONDS,
     "a client that moved answers that Move for": move_handler.ANSWER_SECONDS,
