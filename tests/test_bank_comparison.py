@@ -4,7 +4,6 @@ bank and charon answer from memory, and the clock does not pass by itself."""
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, cast
@@ -12,26 +11,25 @@ from typing import Any, cast
 import pytest
 
 from bank_support import GATEWAY, keyring, stub_of
-from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.keyspace import Event
 from bridge.bank.prefetch import Prefetch
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.vici_types import SaInfo
-from bridge.config import FailoverConfig, GatewayConfig, SyncConfig
+from bridge.config import GatewayConfig
 from bridge.gateway.bank_reconciler import COMPARE_SECONDS, LEARN_SECONDS, BankReconciler
 from bridge.gateway.endings import Endings
-from bridge.gateway.failover import Failover
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.publisher import Publisher
-from bridge.gateway.revocation import LockOut, Revocations
+from bridge.gateway.revocation import Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.stub import bank_keys
 from bridge.stub.stub import Index, Stub
 from bridge.stub.types import Endpoint
-from role_support import FakeBank, FakeTime, Wire, fake_charon
+from role_support import FakeBank, FakeTime, fake_charon
 
 SHARED = "192.0.2.10"
 OTHER = "192.0.2.77"
@@ -83,16 +81,6 @@ class Vici:
         return []
 
 
-class Keyspace:
-    """Redis' notifications, which the tests make."""
-
-    def start(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-    async def add(self, pattern: str) -> None: ...
-
-
 class Gateway:
     """A gateway's reconciler, with the parts that it works with."""
 
@@ -107,27 +95,11 @@ class Gateway:
         self.endings = Endings()
         self.writer = WriteQueue(bank)
         self.prefetch = Prefetch(bank)
-        living = LivingSas(self.charon.tracker)
-        revocations = Revocations(bank, keyring())
-        self.publisher = Publisher(
-            self.writer, bank, GATEWAY, SyncConfig(), self.endings, living, revocations, MovedMarks(bank)
-        )
-        self.reconciler = BankReconciler(
-            GatewayConfig(address=GATEWAY),
-            "redis://127.0.0.1:1",
-            bank,
-            self.prefetch,
-            KeyRotation(bank, keyring(), "/nonexistent", GATEWAY),
-            self.charon,
-            self.publisher,
-            self.endings,
-            living,
-            LockOut(revocations, bank, self.charon, self.endings, self.writer, GATEWAY),
-            SessionElsewhere(self.charon, bank, GatewayMetrics()),
-            Failover(FailoverConfig(), GATEWAY, bank, self.prefetch, self.charon, Wire(), self.endings.__contains__),
-            GatewayMetrics(),
-        )
-        self.reconciler._keyspace = cast(Any, Keyspace())
+        self.known = known = KnownSessions(self.endings, LivingSas(self.charon.tracker), Revocations(bank, keyring()))
+        config = GatewayConfig(address=GATEWAY)
+        self.publisher = Publisher(config, self.writer, bank, known, MovedMarks(bank))
+        elsewhere = SessionElsewhere(self.charon, bank, GatewayMetrics())
+        self.reconciler = BankReconciler(config, bank, self.charon, self.publisher, known, elsewhere)
 
     def start(self, seconds: float = SOON) -> None:
         async def begin() -> None:
@@ -151,7 +123,7 @@ class Gateway:
         return index_of(sa) in self.bank.stubs
 
     def event(self, key: str, what: str) -> None:
-        self.reconciler._event(Event(key, what))
+        self.reconciler.gone_event(Event(key, what))
 
     def returned(self) -> None:
         """The bank was away, and is back."""
@@ -325,41 +297,11 @@ def test_an_end_at_another_gateway_is_passed_on_and_has_nothing_looked_up(gatewa
     assert index_of(sa) not in gateway.endings
 
 
-def test_keys_that_no_gateway_wrote_are_ignored(gateway: Gateway) -> None:
-    gateway.start()
-    for key in (
-        f"{bank_keys.GONE}{{{GATEWAY}/zz}}",
-        f"{bank_keys.FETCH}\ufffd",
-        f"{bank_keys.HEARTBEAT}{os.urandom(4).hex()}",
-    ):
-        for what in ("zadd", "set", "expired"):
-            gateway.event(key, what)
-    gateway.loop.pass_time(SOON)
-
-
-@pytest.mark.parametrize(("of", "fetched"), [(OTHER, True), (GATEWAY, False)])
-def test_an_operators_download_is_for_all_but_the_gateway_itself(gateway: Gateway, of: str, fetched: bool) -> None:
-    gateway.start()
-
-    async def asked() -> None:
-        gateway.event(f"{bank_keys.FETCH}{of}", "set")
-
-    gateway.loop.run(asked())
-    gateway.loop.pass_time(SOON)
-    assert (of in gateway.prefetch.progress) is fetched
-
-
-def test_without_keyspace_events_the_operators_download_says_what_is_missing(gateway: Gateway) -> None:
-    gateway.start()
-    answer = gateway.loop.run(gateway.reconciler.fetch({"from": OTHER}))
-    assert "notify-keyspace-events" in answer["error"]
-
-
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_session_at_a_shared_address_is_recovered_whether_it_was_resumed_or_not(
     gateway: Gateway, resumed: bool
 ) -> None:
-    gateway.publisher._shared = {SHARED}
+    gateway.publisher._shared = (SHARED,)
     stub = stub_of(gateway=GATEWAY if resumed else SHARED)
     info = listed(stub)._replace(local=Endpoint(SHARED, 4500))
     gateway.bank.stubs[stub.index] = stub

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -18,6 +18,8 @@ from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_tracker import SaTracker
 from bridge.gateway.client_stubs import ANSWER_SECONDS, ANSWERS_A_SECOND, HELD_SECONDS, ClientStubs, Policy
 from bridge.gateway.endings import Endings
+from bridge.gateway.known_sessions import KnownSessions
+from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.recent import Recent
 from bridge.gateway.revocation import Revocations
@@ -260,8 +262,7 @@ def lookup(
         Prefetch(bank),
         bank,
         handout(policy),
-        Endings() if endings is None else endings,
-        Revocations(bank, RING),
+        KnownSessions(Endings() if endings is None else endings, cast(LivingSas, None), Revocations(bank, RING)),
         metrics or GatewayMetrics(),
         reachable=lambda: reachable,
         timeout=2.0,

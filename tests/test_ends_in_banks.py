@@ -20,10 +20,13 @@ from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import parse_ike_sa
-from bridge.config import BankConfig, FailoverConfig, GatewayConfig, SyncConfig
+from bridge.config import BankConfig, FailoverConfig, GatewayConfig
+from bridge.gateway.bank_events import BankEvents
+from bridge.gateway.bank_followers import BankFollowers
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.endings import Endings
 from bridge.gateway.failover import Failover
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.moved_marks import MovedMarks
@@ -31,6 +34,7 @@ from bridge.gateway.publisher import Publisher
 from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.net.interface import Sender
+from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Stub
 
 pytestmark = pytest.mark.redis
@@ -70,15 +74,12 @@ class Gateway:
         self.charon = FakeCharon()
         self.endings = Endings()
         charon = cast(Charon, self.charon)
-        living = LivingSas(self.charon.tracker)
         self.revocations = revocations = Revocations(self.bank, RING)
-        marks = MovedMarks(self.bank)
-        self.publisher = Publisher(
-            self.writer, self.bank, GATEWAY, SyncConfig(), self.endings, living, revocations, marks
-        )
+        known = KnownSessions(self.endings, LivingSas(self.charon.tracker), revocations)
+        config = GatewayConfig(address=GATEWAY, bank=BankConfig(url=server.url))
+        self.publisher = Publisher(config, self.writer, self.bank, known, MovedMarks(self.bank))
         lock_out = LockOut(revocations, self.bank, charon, self.endings, self.writer, GATEWAY)
         self.publisher.locked_out = lock_out.soon
-        config = GatewayConfig(address=GATEWAY, bank=BankConfig(url=server.url))
         rotation = KeyRotation(self.bank, RING, "/nonexistent", GATEWAY)
         self.failover = Failover(
             FailoverConfig(detect=detect),
@@ -89,21 +90,12 @@ class Gateway:
             cast(Sender, None),
             self.endings.__contains__,
         )
-        self.reconciler = BankReconciler(
-            config,
-            server.url,
-            self.bank,
-            self.prefetch,
-            rotation,
-            charon,
-            self.publisher,
-            self.endings,
-            living,
-            lock_out,
-            SessionElsewhere(charon, self.bank, GatewayMetrics()),
-            self.failover,
-            GatewayMetrics(),
-        )
+        elsewhere = SessionElsewhere(charon, self.bank, GatewayMetrics())
+        self.reconciler = BankReconciler(config, self.bank, charon, self.publisher, known, elsewhere)
+        self.events = BankEvents(server.url)
+        self.followers = BankFollowers(self.prefetch, self.failover, self.reconciler, elsewhere, lock_out, rotation)
+        self.followers.follow(self.events)
+        self.lock_out = lock_out
 
     def has(self, stub: Stub) -> IkeSa:
         """charon has the SA of this stub from now on."""
@@ -121,11 +113,15 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 @asynccontextmanager
 async def running(gateway: Gateway) -> AsyncIterator[Gateway]:
+    gateway.events.start()
     gateway.reconciler.start()
+    enforced = spawn("lock-out", gateway.lock_out.run())
     try:
         yield gateway
     finally:
+        await end(enforced)
         await gateway.reconciler.close()
+        await gateway.events.close()
         await gateway.writer.close()
         await gateway.bank.close()
 

@@ -25,6 +25,7 @@ from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.endings import Endings
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.rebuild import Decision
 from bridge.gateway.rebuilt import Rebuilt
@@ -255,9 +256,7 @@ def request_of(stub: Stub, *, asks: bool = True, ke: tuple[int, bytes] | None = 
 def decide(policy: Policy, stub: Stub, request: bytes) -> Rebuilt | Refusal:
     decision = Decision(
         cast(Charon, FakeCharon()),
-        Endings(),
-        cast(LivingSas, Nothing()),
-        Revocations(cast(StubBank, None), keyring()),
+        KnownSessions(Endings(), cast(LivingSas, Nothing()), Revocations(cast(StubBank, None), keyring())),
         cast(ClientStubs, Nothing()),
         cast(Unconfirmed, Nothing()),
         Admission(SyncConfig(), Cookies(), lambda source: 0),

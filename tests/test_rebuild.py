@@ -17,6 +17,7 @@ from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.endings import Endings
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.rebuild import Decision
 from bridge.gateway.refusal import Refusal
@@ -55,9 +56,7 @@ def decided(
     assert request is not None
     decision = Decision(
         cast(Charon, CharonWithoutConnections()),
-        Endings(),
-        cast(LivingSas, None),
-        Revocations(cast(StubBank, None), keyring()),
+        KnownSessions(Endings(), cast(LivingSas, None), Revocations(cast(StubBank, None), keyring())),
         cast(ClientStubs, None),
         cast(Unconfirmed, None),
         cast(Admission, None),

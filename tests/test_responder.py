@@ -22,6 +22,7 @@ from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission, source_of
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.endings import Endings
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuild import Decision
@@ -65,13 +66,12 @@ class Gateway:
             "off", ring, self.charon.tracker, self.wire, HERE, self.metrics, lambda: (), clock=loop.time
         )
         self.writer = WriteQueue(bank)
-        revocations = Revocations(bank, ring)
+        known = KnownSessions(endings, LivingSas(self.charon.tracker), Revocations(bank, ring))
         lookup = StubLookup(
             Prefetch(bank),
             bank,
             stubs,
-            endings,
-            revocations,
+            known,
             self.metrics,
             reachable=lambda: not self.bank.away,
             timeout=0.1,
@@ -91,12 +91,11 @@ class Gateway:
         )
         admission = Admission(config, Cookies(), unconfirmed.of_source)
         holders = AddressHolders(self.charon, bank, HERE)
-        living = LivingSas(self.charon.tracker)
         self.responder = Responder(
             self.charon,
             lookup,
             admission,
-            Decision(self.charon, endings, living, revocations, stubs, unconfirmed, admission, holders, config),
+            Decision(self.charon, known, stubs, unconfirmed, admission, holders, config),
             unconfirmed,
             holders,
             self.wire,

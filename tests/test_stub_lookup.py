@@ -11,6 +11,7 @@ import pytest
 
 from bridge.bank.interface import BankUnavailable
 from bridge.gateway.endings import Endings
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.stub_lookup import StubLookup
 from bridge.stub.stub import Index
@@ -38,9 +39,8 @@ class Bank:
 
 def lookup_in(bank: Any, *, reachable: bool = True) -> StubLookup:
     unused: Any = None
-    return StubLookup(
-        unused, bank, unused, Endings(), unused, GatewayMetrics(), reachable=lambda: reachable, timeout=1.0
-    )
+    known = KnownSessions(Endings(), unused, unused)
+    return StubLookup(unused, bank, unused, known, GatewayMetrics(), reachable=lambda: reachable, timeout=1.0)
 
 
 async def test_those_that_are_confirmed_at_once_are_asked_about_at_once() -> None:

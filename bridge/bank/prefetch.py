@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 from msgspec import Struct
 
 from bridge.bank.interface import BankUnavailable, StubBank
-from bridge.bank.keyspace import Event, Keyspace
+from bridge.bank.keyspace import Event
 from bridge.bank.write_queue import Writable
 from bridge.service.tasks import end, spawn
 from bridge.stub import bank_keys
@@ -36,6 +36,13 @@ PATIENCE: Final = 0.5
 """seconds that the bank may take for a stub that is held here: half the time of a look-up"""
 PROGRESS_SECONDS: Final = 1.0
 """between two lines in the log about a download that goes on"""
+
+
+class Patterns(Protocol):
+    """The part of a Keyspace that chooses what it receives."""
+
+    async def add(self, pattern: str) -> None: ...
+    async def remove(self, pattern: str) -> None: ...
 
 
 class Progress(Struct):
@@ -69,7 +76,7 @@ class Prefetch:
         self._stubs: dict[str, dict[Index, Stub]] = {}
         self._changed: dict[str, set[Index]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._keyspace: Keyspace | None = None
+        self._keyspace: Patterns | None = None
 
     @property
     def size(self) -> int:
@@ -78,7 +85,7 @@ class Prefetch:
 
     # events of the keyspace
 
-    def attach(self, keyspace: Keyspace) -> None:
+    def attach(self, keyspace: Patterns) -> None:
         """Keys whose events say what becomes of fetched stubs."""
         self._keyspace = keyspace
 
@@ -90,8 +97,6 @@ class Prefetch:
 
     def on_event(self, event: Event) -> None:
         """Something happened to a key: a fetched stub that it names is outdated."""
-        if not event.key.startswith(bank_keys.STUB):
-            return
         try:
             index = Index.parse(event.key)
         except StubError:

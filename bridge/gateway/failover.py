@@ -19,6 +19,7 @@ from bridge.bank import gateway_facts
 from bridge.bank.failover_progress import SHOWN_SECONDS, FailoverProgress
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.keyspace import Event
 from bridge.bank.prefetch import Prefetch
 from bridge.bank.redis_bank import GATEWAYS_MAX
 from bridge.charon.charon import Charon
@@ -100,9 +101,10 @@ class Failover:
 
     # what is known of the other gateways
 
-    def heartbeat_event(self, gateway: str, event: str) -> None:
+    def heartbeat_event(self, happened: Event) -> None:
         """Something happened to a gateway's heartbeat in the bank."""
-        if gateway == self._address:
+        event, gateway = happened.event, bank_keys.gateway_name(happened.key.removeprefix(bank_keys.HEARTBEAT))
+        if gateway is None or gateway == self._address:
             return
         if event == "set":
             if gateway in self.beats or len(self.beats) < GATEWAYS_MAX:
@@ -113,11 +115,11 @@ class Failover:
         elif event == "del":
             self.watch.deleted(gateway)
 
-    def stub_event(self, key: str, event: str) -> None:
+    def stub_event(self, event: Event) -> None:
         """Something happened to a stub in the bank."""
-        if event in ENDS and self._announcer.busy:
+        if event.event in ENDS and self._announcer.busy:
             try:
-                self._announcer.over(Index.parse(key), self._clock())
+                self._announcer.over(Index.parse(event.key), self._clock())
             except StubError:
                 return
 

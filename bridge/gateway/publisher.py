@@ -4,7 +4,7 @@ section 3.4), and back at start, so that charon need not be asked for what the b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import structlog
 
@@ -12,48 +12,48 @@ from bridge.bank.interface import BankUnavailable, Move, StubBank
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.ike_sa import IkeSa, gateway_address, sa_of
 from bridge.charon.vici_types import SaInfo
-from bridge.config import SyncConfig
-from bridge.gateway.endings import Endings
-from bridge.gateway.living import LivingSas
+from bridge.config import GatewayConfig
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.moved_marks import MovedMarks
-from bridge.gateway.revocation import Revocations
 from bridge.stub.stub import Index, Stub
 
 log = structlog.get_logger()
 
 
 class Publisher:
-    """Keeps one stub per SA of this gateway in the bank. `address` is the gateway's in the index, or None for the
-    local address of each SA; SAs at one of the addresses that gateways share (`shared`) are indexed under it."""
+    """Keeps one stub per SA of this gateway in the bank. Its index has the configured address, or where there is none
+    the local address of each SA; SAs at one of the addresses that gateways share are indexed under it."""
 
     def __init__(
         self,
+        config: GatewayConfig,
         writer: WriteQueue,
         bank: StubBank,
-        address: str | None,
-        sync: SyncConfig,
-        endings: Endings,
-        living: LivingSas,
-        revocations: Revocations,
+        known: KnownSessions,
         marks: MovedMarks,
         *,
-        shared: Collection[str] = (),
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.addresses: set[str] = set()
         """the gateway's addresses in the index, of stubs that were stored since the start"""
         self._writer = writer
         self._bank = bank
-        self._address = address
-        self._sync = sync
-        self._endings = endings
-        self._living = living
-        self._revocations = revocations
+        self._address = config.address
+        self._sync = config.sync
+        self._shared = config.takeover.addresses
+        self._endings = known.endings
+        self._living = known.living
+        self._revocations = known.revocations
         self._marks = marks
         self.locked_out: Callable[[], None] = lambda: None
         """called for an SA of an identity that is locked out"""
         self._wall = wall
-        self._shared = shared
+
+    @property
+    def own_addresses(self) -> set[str]:
+        """Those of `addresses` that are this gateway's alone: sessions at a shared one are at whichever gateway has
+        it."""
+        return self.addresses.difference(self._shared)
 
     def publish(self, sa: IkeSa) -> None:
         """Store the stub of an SA that is up, as it is now. That of a session which ended is not stored again; that of

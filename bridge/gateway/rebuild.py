@@ -16,11 +16,9 @@ from bridge.config import SyncConfig, children_policy
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
-from bridge.gateway.endings import Endings
-from bridge.gateway.living import LivingSas
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.refusal import Refusal
-from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.gateway.uniqueness import Uniqueness
 from bridge.ike.key_exchange import KeyExchange, can_exchange
@@ -57,9 +55,7 @@ class Decision:
     def __init__(
         self,
         charon: Charon,
-        endings: Endings,
-        living: LivingSas,
-        revocations: Revocations,
+        known: KnownSessions,
         handout: ClientStubs,
         unconfirmed: Unconfirmed,
         admission: Admission,
@@ -70,10 +66,10 @@ class Decision:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._charon = charon
-        self._endings = endings
-        self._living = living
-        self._uniqueness = Uniqueness(charon, living)
-        self._revocations = revocations
+        self._endings = known.endings
+        self._living = known.living
+        self._uniqueness = Uniqueness(charon, known.living)
+        self._revocations = known.revocations
         self._handout = handout
         self._unconfirmed = unconfirmed
         self._admission = admission

@@ -29,18 +29,23 @@ from bridge.gateway.address_keeper import AddressKeeper
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.authentication_end import AuthenticationEnd
+from bridge.gateway.bank_events import BankEvents
+from bridge.gateway.bank_followers import BankFollowers
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.downloads import Downloads
 from bridge.gateway.drain import Drain
 from bridge.gateway.duplicates import Duplicates
 from bridge.gateway.endings import Endings
 from bridge.gateway.failover import Failover
 from bridge.gateway.heartbeat import Heartbeat
 from bridge.gateway.interception import Interception
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.peer_watch import PeerState
+from bridge.gateway.postings import Postings
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.rebuild import Decision
 from bridge.gateway.responder import Responder
@@ -58,6 +63,7 @@ from bridge.net.interface import Packet, Sender
 from bridge.service.control import Answer, Command, ControlServer
 from bridge.service.process import log_level, raw_udp, serve_metrics
 from bridge.service.tasks import end, spawn
+from bridge.stub import bank_keys
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.stub import Index, Stub
 
@@ -121,25 +127,15 @@ class GatewayRole:
         self._heartbeat = Heartbeat(
             bank, charon, config.address, self._metrics, config.failover.detect, failover.own_heartbeat
         )
-        living = LivingSas(charon.tracker)
         self._revocations = revocations = Revocations(bank, keyring, config.state)
+        self._living = living = LivingSas(charon.tracker)
+        known = KnownSessions(endings, living, revocations)
         self._lock_out = lock_out = LockOut(revocations, bank, charon, endings, self._writer, config.address)
         self._marks = MovedMarks(bank)
         self._uniqueness = Uniqueness(charon, living)
         self._authentication = AuthenticationEnd(charon, self._metrics)
         self._elsewhere = SessionElsewhere(charon, bank, self._metrics)
-        self._publisher = Publisher(
-            self._writer,
-            bank,
-            config.address,
-            config.sync,
-            endings,
-            living,
-            revocations,
-            self._marks,
-            shared=config.takeover.addresses,
-        )
-        self._living = living
+        self._publisher = Publisher(config, self._writer, bank, known, self._marks)
         self._publisher.locked_out = lock_out.soon
         charon.tracker.on_deleting = self._publisher.deleting
         self._stubs = ClientStubs(
@@ -157,8 +153,7 @@ class GatewayRole:
             self._prefetch,
             bank,
             self._stubs,
-            endings,
-            revocations,
+            known,
             self._metrics,
             reachable=lambda: self._heartbeat.bank_reachable,
             timeout=config.bank.get_timeout,
@@ -176,9 +171,7 @@ class GatewayRole:
         )
         admission = Admission(config.sync, Cookies(), unconfirmed.of_source)
         holders = AddressHolders(charon, bank, config.address)
-        decision = Decision(
-            charon, endings, living, revocations, self._stubs, unconfirmed, admission, holders, config.sync
-        )
+        decision = Decision(charon, known, self._stubs, unconfirmed, admission, holders, config.sync)
         self._responder = Responder(
             charon,
             lookup,
@@ -220,23 +213,17 @@ class GatewayRole:
             shared=config.takeover.addresses,
             doubtful=lambda: self._heartbeat.doubtful,
         )
-        self._reconciler = BankReconciler(
-            config,
-            bank_url(config.bank),
-            bank,
-            self._prefetch,
-            self._rotation,
-            charon,
-            self._publisher,
-            endings,
-            living,
-            lock_out,
-            self._elsewhere,
-            failover,
-            self._metrics,
-        )
+        self._reconciler = BankReconciler(config, bank, charon, self._publisher, known, self._elsewhere)
         self._reconciler.on_ending = self._keeper.ended
         charon.tracker.on_lost.append(self._stubs.lost.put)
+        self._postings: Postings | None = None
+        if config.address is not None:
+            self._postings = Postings(config.address, bank, charon, self._publisher, failover, self._metrics)
+        self._events = events = BankEvents(bank_url(config.bank))
+        self._downloads = Downloads(bank, self._prefetch, config.address, events)
+        followers = BankFollowers(self._prefetch, failover, self._reconciler, self._elsewhere, lock_out, self._rotation)
+        followers.follow(events)
+        events.on_state(lambda listening: None if listening else bank.renew())
         self._shared: SharedAddresses | None = None
         if config.takeover.addresses:
             self._shared = SharedAddresses(
@@ -250,9 +237,11 @@ class GatewayRole:
                 self._dropped,
                 self._keeper.keep,
             )
-            self._reconciler.on_takeover = self._shared.look_soon
+            taking = [bank_keys.posted_key(bank_keys.TAKEOVER_KIND, one) for one in sorted(config.takeover.addresses)]
+            looks = self._shared.look_soon
+            events.follow(bank_keys.TAKEOVER, lambda _: looks(), *taking)
         if self._replicas is not None:
-            self._replicas.on_return = self._reconciler.returned
+            self._replicas.on_return = followers.returned
         self._gauges()
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -263,8 +252,8 @@ class GatewayRole:
             "status": self._status,
             "counters": self._counters,
             "log-level": log_level,
-            "fetch": self._reconciler.fetch,
-            "fetched": self._reconciler.progress,
+            "fetch": self._downloads.fetch,
+            "fetched": self._downloads.progress,
             "drain": self._drain.start,
             "drained": self._drain.progress,
             "drain-stop": self._drain.stop,
@@ -282,11 +271,25 @@ class GatewayRole:
         """What follows charon: the bank is kept in step, and requests are intercepted; ended with `stack`."""
         self._failover.start()
         stack.push_async_callback(self._failover.close)
+        self._events.start()
+        stack.push_async_callback(self._events.close)
         self._reconciler.start()
         stack.push_async_callback(self._reconciler.close)
         self._heartbeat.start()
         stack.push_async_callback(self._heartbeat.close)
+        posted = (
+            ()
+            if self._postings is None
+            else (
+                ("stats", self._postings.keep_stats()),
+                ("facts", self._postings.keep_facts()),
+            )
+        )
         for name, work in (
+            *posted,
+            ("keys", self._rotation.run()),
+            ("endings", self._endings.keep()),
+            ("lock-out", self._lock_out.run()),
             ("moved-marks", self._marks.run()),
             ("elsewhere", self._elsewhere.run()),
             ("duplicates", self._duplicates.run()),

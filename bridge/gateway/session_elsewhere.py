@@ -53,7 +53,7 @@ class SessionElsewhere:
 
     def on_event(self, event: Event) -> None:
         """Something happened to a key of the bank."""
-        if event.event != "set" or not event.key.startswith(bank_keys.MOVED):
+        if event.event != "set":
             return
         named = bank_keys.read_moved_key(event.key)
         if named is not None:

@@ -19,9 +19,8 @@ import structlog
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.prefetch import Prefetch
 from bridge.gateway.client_stubs import ClientStubs
-from bridge.gateway.endings import Endings
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.gateway.revocation import Revocations
 from bridge.ike.sync_exchange import SyncRequest, verify_request
 from bridge.service.tasks import end
 from bridge.stub.stub import Index, Stub
@@ -48,17 +47,16 @@ class StubLookup:
         stubs: Prefetch,
         bank: StubBank,
         handout: ClientStubs,
-        endings: Endings,
-        revocations: Revocations,
+        known: KnownSessions,
         metrics: GatewayMetrics,
         *,
         reachable: Callable[[], bool],
         timeout: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._endings = endings
+        self._endings = known.endings
         self._stubs = stubs
-        self._revocations = revocations
+        self._revocations = known.revocations
         self._bank = bank
         self._handout = handout
         self._metrics = metrics

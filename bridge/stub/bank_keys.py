@@ -45,6 +45,7 @@ CHECK: Final = "ike:check:"
 TAKEOVER: Final = "ike:takeover:"
 REVOKED: Final = "ike:{revoked}"
 REVOKED_STAMP: Final = "ike:{revoked}:stamp"
+REVOKED_KIND: Final = "ike:{revoked}:"
 
 FETCH_KIND: Final = "fetch"
 """an operator wants all other gateways to fetch the stubs of this one"""

@@ -1,0 +1,84 @@
+"""What a gateway posts in the bank about itself: counters, for monitors; connections and pools, for
+`check` and `drain`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from typing import Final
+
+from bridge.bank import failover_progress, gateway_facts
+from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.charon.charon import Charon
+from bridge.charon.placeholders import ha_pools
+from bridge.charon.vici_types import ViciError
+from bridge.gateway.failover import Failover
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.publisher import Publisher
+from bridge.stub import bank_keys
+
+FACTS_LOOK_SECONDS: Final = 0.5
+"""between two looks whether the connections have changed"""
+STATS_SECONDS: Final = 1.0
+STATS_TTL: Final = 60.0
+
+
+class Postings:
+    """Posts for the gateway `address`; `keep_stats` and `keep_facts` are tasks."""
+
+    def __init__(
+        self,
+        address: str,
+        bank: StubBank,
+        charon: Charon,
+        publisher: Publisher,
+        failover: Failover,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._address = address
+        self._bank = bank
+        self._charon = charon
+        self._publisher = publisher
+        self._failover = failover
+        self._metrics = metrics
+
+    async def keep_stats(self) -> None:
+        """Post the counters, and how far announcements are, again and again."""
+        while True:
+            counters = {
+                name: value
+                for name, value in self._metrics.values().items()
+                if name.startswith(("resumptions", "refusals", "ike_sas", "unconfirmed", "duplicate", "sessions"))
+            }
+            with contextlib.suppress(BankUnavailable):
+                await self._bank.post(bank_keys.STATS_KIND, self._address, json.dumps(counters), STATS_TTL)
+                if failures := self._failover.progress():
+                    text = failover_progress.encode(failures)
+                    await self._bank.post(bank_keys.FAILOVERS_KIND, self._address, text, STATS_TTL)
+            await asyncio.sleep(STATS_SECONDS)
+
+    async def keep_facts(self) -> None:
+        """Post this gateway's facts again and again, and immediately when its connections change: another gateway that
+        is drained to this one decides by them."""
+        await self._charon.reconciled.wait()
+        posted: tuple[dict[str, list[str]], list[str]] | None = None
+        due = 0.0
+        while True:
+            connections = {
+                name: [child.name for child in info.children] for name, info in self._charon.tracker.connections.items()
+            }
+            addresses = sorted(self._publisher.own_addresses - {self._address})[: gateway_facts.ADDRESSES_MAX]
+            now = connections, addresses
+            if now != posted or time.monotonic() >= due:
+                try:
+                    pools = await self._charon.vici.pools() + [pool.range for pool in await asyncio.to_thread(ha_pools)]
+                    facts = gateway_facts.Facts(connections, pools, addresses)
+                    text = gateway_facts.encode(facts)
+                    await self._bank.post(bank_keys.FACTS_KIND, self._address, text, gateway_facts.TTL)
+                except (BankUnavailable, ViciError):
+                    posted = None
+                else:
+                    posted, due = now, time.monotonic() + gateway_facts.SECONDS
+            await asyncio.sleep(FACTS_LOOK_SECONDS)
