@@ -20,10 +20,12 @@ from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildInfo, SaInfo
 from bridge.check import host
 from bridge.config import GatewayConfig, HooksConfig
-from bridge.gateway import hook_program, session_hooks, session_journal
+from bridge.gateway import hook_program, hook_session, previous_gateways, session_hooks, session_journal
 from bridge.gateway.hook_program import HookProgram
+from bridge.gateway.hook_session import Octets
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.gateway.session_hooks import Octets, SessionHooks
+from bridge.gateway.previous_gateways import PreviousGateways
+from bridge.gateway.session_hooks import SessionHooks
 from bridge.gateway.session_journal import SessionJournal
 from bridge.stub.codec import decode, encode
 from bridge.stub.derivation import Derivation
@@ -43,7 +45,7 @@ def notes(tmp_path: Path) -> Path:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_hooks, "SETTLE_SECONDS", 0.1)
     monkeypatch.setattr(session_hooks, "END_SECONDS", 0.1)
-    monkeypatch.setattr(session_hooks, "WATCH_EACH", 0.02)
+    monkeypatch.setattr(previous_gateways, "WATCH_EACH", 0.02)
 
 
 def program(notes: Path, script: str = "cat >>$NOTES") -> str:
@@ -67,7 +69,8 @@ class Gateway:
         self.metrics = GatewayMetrics()
         self.tracker = SaTracker(Listeners(), wall=lambda: 1000.0, clock=lambda: self.now)
         config = HooksConfig(session=program(notes, script), timeout=timeout)
-        self.hooks = SessionHooks(config, self.tracker, self.metrics, HERE, self.failed.__contains__, self.beats, state)
+        previous = PreviousGateways(self.failed.__contains__, self.beats)
+        self.hooks = SessionHooks(config, self.tracker, self.metrics, HERE, previous, state)
 
     def handshake(self, stub: Stub | None = None) -> IkeSa:
         """An IKE_SA comes up."""
@@ -241,9 +244,9 @@ def test_octets_are_those_of_all_child_sas_that_the_session_had() -> None:
     # as of an earlier time
     octets.put(info_of(sa, (2, 40, 4)))
     assert octets.both == (200, 20)
-    for spi in range(3, 3 + session_hooks.CHILDREN_MAX):
+    for spi in range(3, 3 + hook_session.CHILDREN_MAX):
         octets.put(info_of(sa, (spi, 1, 1)))
-    assert octets.both == (200 + session_hooks.CHILDREN_MAX, 20 + session_hooks.CHILDREN_MAX)
+    assert octets.both == (200 + hook_session.CHILDREN_MAX, 20 + hook_session.CHILDREN_MAX)
 
 
 def test_the_end_has_the_figures_that_vici_reports_last(notes: Path) -> None:
@@ -263,7 +266,7 @@ def test_the_end_has_the_figures_that_vici_reports_last(notes: Path) -> None:
 def test_without_a_program_nothing_happens(tmp_path: Path) -> None:
     async def work() -> None:
         tracker = SaTracker(Listeners(), wall=lambda: 1000.0, clock=lambda: 0.0)
-        hooks = SessionHooks(HooksConfig(), tracker, GatewayMetrics(), HERE, lambda _: True, {}, None)
+        hooks = SessionHooks(HooksConfig(), tracker, GatewayMetrics(), HERE, PreviousGateways(lambda _: True, {}), None)
         sa = sa_of(stub_of(gateway=HERE))
         hooks.changed(sa)
         hooks.resumed(sa, stub_of())

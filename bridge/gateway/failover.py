@@ -123,6 +123,10 @@ class Failover:
             except StubError:
                 return
 
+    def has_failed(self, gateway: str) -> bool:
+        """Whether another gateway counts as failed now."""
+        return self.watch.state(gateway) is PeerState.FAILED
+
     def disturbed(self) -> None:
         """The bank did not answer, or is another one than before."""
         self.watch.disturbed(self._clock())

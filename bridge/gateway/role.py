@@ -44,8 +44,8 @@ from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.moved_marks import MovedMarks
-from bridge.gateway.peer_watch import PeerState
 from bridge.gateway.postings import Postings
+from bridge.gateway.previous_gateways import PreviousGateways
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.rebuild import Decision
 from bridge.gateway.responder import Responder
@@ -187,16 +187,8 @@ class GatewayRole:
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
         self._keeper = AddressKeeper(charon, AddressBook(bank), limit=config.ha.placeholders)
         self._return_path = ReturnPath(enabled=config.network.return_path in (None, "announced"))
-        self._hooks = SessionHooks(
-            config.hooks,
-            charon.tracker,
-            self._metrics,
-            config.address,
-            lambda gateway: failover.watch.state(gateway) is PeerState.FAILED,
-            failover.beats,
-            config.state,
-            detect=config.failover.detect,
-        )
+        previous = PreviousGateways(failover.has_failed, failover.beats, detect=config.failover.detect)
+        self._hooks = SessionHooks(config.hooks, charon.tracker, self._metrics, config.address, previous, config.state)
         self._duplicates.before_end = self._keeper.keep
         self._elsewhere.before_end = self._moving_away
         self._interception = Interception(
