@@ -19,9 +19,10 @@ from bridge.charon.ha_commands import Install
 from bridge.charon.ike_sa import sa_of
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo, SaInfo, Unique, ViciError
-from bridge.config import SyncConfig
+from bridge.config import GatewayConfig, TakeoverConfig
 from bridge.gateway import takeover_session as reasons
 from bridge.gateway.endings import Endings
+from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.session_owner import SessionOwner
@@ -189,10 +190,10 @@ class Gateway:
         revocations: Any = SimpleNamespace(revoked=lambda _: False)
         charon: Any = self.charon
         any_bank: Any = bank
-        publisher = Publisher(
-            self.writer, any_bank, OWN, SyncConfig(), self.endings, self.living, revocations, SimpleNamespace(),  # type: ignore[arg-type]
-            shared=(SHARED,), wall=lambda: NOW,
-        )  # fmt: skip
+        config = GatewayConfig(address=OWN, takeover=TakeoverConfig(addresses=(SHARED,)))
+        known = KnownSessions(self.endings, self.living, revocations)
+        no_marks: Any = SimpleNamespace()
+        publisher = Publisher(config, self.writer, any_bank, known, no_marks, wall=lambda: NOW)
         self.owner = SessionOwner(OWN, charon, any_bank, publisher, self.writer, self.endings, wall=lambda: NOW)
         self.sessions = TakenSessions(charon, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
         barriers = Barriers(charon, self.endings, self.living, revocations)

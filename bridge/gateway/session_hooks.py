@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-import structlog
-
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import SaInfo
@@ -33,8 +31,6 @@ from bridge.gateway.previous_gateways import PreviousGateways
 from bridge.gateway.session_journal import SessionJournal
 from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Stub
-
-log = structlog.get_logger()
 
 SETTLE_SECONDS: Final = 1.0
 """that an IKE_SA that comes up has until its virtual IP and its first CHILD_SA are known"""
