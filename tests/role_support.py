@@ -175,9 +175,6 @@ class FakeInstaller:
         await self.land(batch)
         await self.activate()
 
-    async def add_children(self, ike_id: IkeId, children: Sequence[Any]) -> None:
-        self._fail()
-
     async def delete(self, ike_ids: Sequence[IkeId]) -> None:
         if not self._channel.up:
             raise ChannelError("charon's end of the HA channel is gone")

@@ -15,37 +15,11 @@ from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar
-from bridge.lab.topology import CHOICES, SERVER, SERVER6, client_config, client_host
-from failover_support import complete, counter, established, fresh, stub_key, the_sa
+from bridge.lab.topology import CHOICES, client_config, client_host
+from failover_support import counter, established, fresh, the_sa
+from families_support import ask_for, connect, give_out, reaches
 
 pytestmark = pytest.mark.lab
-
-POOLS = {"IPv4": "clients", "IPv6": "clients6", "dual stack": "clients,clients6"}
-NETWORKS = "10.10.0.0/16,fd10:10:1::/64"
-VIPS = {"IPv4": "0.0.0.0", "IPv6": "::", "dual stack": "0.0.0.0,::"}
-
-
-def addresses(gateway: Host, family: str, number: int) -> None:
-    """Have a gateway give out addresses of this family."""
-    pools = f"pools {{ clients6 {{ addrs = fd20:0:{number}::/112 }} }}"
-    children = f"children {{ net {{ local_ts = {NETWORKS} }} }}"
-    gateway.configure(f"{pools}\nconnections {{ gw {{\npools = {POOLS[family]}\n{children}\n}} }}\n", "family.conf")
-
-
-def connect(topology: Topology) -> dict[str, Any]:
-    """A session of the client, its stub in the bank, traffic flowing in each of its families."""
-    topology.connect()
-    sa = the_sa(topology.client)
-    wait_until(lambda: complete(topology, stub_key(sa["remote-host"], sa["responder-spi"])), "the stub of the session")
-    reaches(topology)
-    return sa
-
-
-def reaches(topology: Topology) -> None:
-    """The client reaches the server behind the gateways, in each of its families."""
-    for vip in the_sa(topology.client)["local-vips"]:
-        server = SERVER6 if ":" in vip else SERVER
-        wait_until(lambda server=server: topology.client.ping(server, count=1) == 1, f"{server} answers {vip}")  # type: ignore[misc]
 
 
 def release(family: str, name: str) -> Any:
@@ -75,10 +49,9 @@ def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
             gateway.config["sync"] |= {"duplicate_address": "report"}
         other = client_host(lab, "other", "192.168.50.11", built.secret, release=name)
         for number, host in ((1, built.gw1), (2, built.gw2)):
-            addresses(host, family, number)
+            give_out(host, family, number)
         for client in (built.client, other):
-            children = f"children {{ net {{ remote_ts = {NETWORKS} }} }}"
-            client.configure(f"connections {{ home {{\nvips = {VIPS[family]}\n{children}\n}} }}\n", "vips.conf")
+            ask_for(client, family)
         other.sidecar("client", client_config(CHOICES) | {"resume_on_down": False})
         built.start()
         other.sidecars[0].start(wait=False)

@@ -61,6 +61,7 @@ class Client:
         self.session: Session = session
         self.keeps_sa = self.keeps_children = self.initiates = self.gateway_confirms = True
         self.initiated: list[tuple[str, str]] = []
+        self.had_old_at_initiate: list[bool] = []
         self.confirmed_with: list[bool] = []
         """for each confirmation that was sent, whether charon had the new IKE_SA by then"""
         self.listed: list[SaInfo] = []
@@ -80,6 +81,7 @@ class Client:
 
     async def initiate(self, connection: str, child: str, timeout: float, used: set[str]) -> None:
         self.initiated.append((connection, child))
+        self.had_old_at_initiate.append(self.has_old)
         await asyncio.sleep(0.1)
         if not self.initiates:
             raise ViciError("the gateway does not answer")
@@ -122,6 +124,11 @@ class Client:
 
     def resume(self, answer: Answer, *, stay: bool = False) -> tuple[IkeSa, list[str], float]:
         return self.loop.run(self.switchover.resume(self.session, self.old, THERE, answer, self.confirm, stay=stay))
+
+    def loses_old(self) -> None:
+        """charon ended the IKE_SA."""
+        self.charon.tracker.forget(self.old.id)
+        self.sessions.gone(self.old)
 
     @property
     def has_old(self) -> bool:
@@ -171,9 +178,46 @@ def test_the_old_sa_goes_only_after_charon_has_the_new_one(client: Client) -> No
     assert client.installer.deleted == [client.old.id]
 
 
-def test_the_confirmation_is_under_way_while_charon_installs(client: Client) -> None:
+def test_the_confirmation_of_a_lost_session_is_under_way_while_charon_installs(client: Client) -> None:
+    client.loses_old()
     client.resume(client.answer())
     assert client.confirmed_with == [False]
+
+
+def test_while_the_old_sa_is_there_the_confirmation_waits_for_the_new_child_sas(client: Client) -> None:
+    """The old gateway ends its SA as soon as it learns of the confirmation."""
+    client.resume(client.answer())
+    assert client.confirmed_with == [True]
+
+
+def test_the_end_of_the_old_sa_is_no_news_while_its_session_moves(client: Client) -> None:
+    confirm = client.confirm
+
+    async def ended(confirmation: Confirmation, answer: Answer) -> bool:
+        client.charon.tracker.forget(client.old.id)
+        assert client.sessions.is_own(client.old.id.spis)
+        return await confirm(confirmation, answer)
+
+    client.confirm = ended  # type: ignore[method-assign]
+    new, *_ = client.resume(client.answer(), stay=True)
+    assert list(client.session.sas) == [new.id.spis]
+    assert not client.sessions.is_own(client.old.id.spis)
+
+
+def test_child_sas_by_create_child_sa_are_up_before_the_old_ones_go(client: Client) -> None:
+    _, names, _ = client.resume(client.answer(children=False))
+    assert names == ["net"]
+    assert client.had_old_at_initiate == [True]
+    assert client.installer.deleted == [client.old.id]
+
+
+def test_with_one_connection_for_both_the_old_sa_goes_first(client: Client) -> None:
+    """charon would send CREATE_CHILD_SA on the old SA."""
+    here = Target(NEW, "gw1")
+    answer = client.answer(children=False)
+    client.loop.run(client.switchover.resume(client.session, client.old, here, answer, client.confirm, stay=True))
+    assert client.initiated == [("gw1", "net")]
+    assert client.had_old_at_initiate == [False]
 
 
 def test_with_stay_it_is_sent_once_charon_has_the_sa_and_the_old_one_goes_last(client: Client) -> None:

@@ -51,8 +51,8 @@ class Install(msgspec.Struct, frozen=True, gc=False):
     children: tuple[NewChild, ...] = ()
     """to be installed with it"""
     replaces: IkeId | None = None
-    """the IKE_SA in whose place it comes, removed before the CHILD_SAs are installed: they would share policies with
-    those of that one, which go with the first that ends"""
+    """the IKE_SA in whose place it comes, removed once the CHILD_SAs are installed: until then its policies keep
+    packets from leaving in the clear"""
     message_id: int = FIRST_MESSAGE_ID
     """of the client's next request"""
     g_ir: bytes = b""

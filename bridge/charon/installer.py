@@ -29,7 +29,6 @@ from bridge.charon.ha_message import (
     MessageType,
 )
 from bridge.charon.ha_segments import BLOCKED_SECONDS, LONGEST_PAUSE, SegmentChooser, landing_addresses
-from bridge.stub.child_sa import NewChild
 from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
@@ -202,17 +201,11 @@ class Installer:
         version = self._version()
         for install in batch:
             yield address_message(version, install.id, install.remote)
-            if install.replaces is not None:
-                yield delete_message(version, install.replaces)
             # these take over the addresses that their IKE_SA has
             for child in install.children:
                 yield child_message(version, install.id, child)
-
-    async def add_children(self, ike_id: IkeId, children: Sequence[NewChild]) -> None:
-        """Install CHILD_SAs of an IKE_SA that is there; done when charon has them."""
-        version = self._version()
-        await self._channel.send([child_message(version, ike_id, child) for child in children])
-        await self._channel.drained()
+            if install.replaces is not None:
+                yield delete_message(version, install.replaces)
 
     async def set_next_id(self, ike_id: IkeId, number: int, *, own: bool) -> None:
         """The message ID of this host's (`own`) or of the peer's next request on an SA. Raises ChannelError."""

@@ -159,11 +159,13 @@ class Sessions:
     @contextmanager
     def owning(self, spis: bytes) -> Iterator[None]:
         """While the sidecar itself installs an IKE_SA or takes one out of charon, what happens to it is no news."""
+        outermost = spis not in self._own
         self._own.add(spis)
         try:
             yield
         finally:
-            self._own.discard(spis)
+            if outermost:
+                self._own.discard(spis)
 
     @contextmanager
     def expecting(self, session: Session, connection: str) -> Iterator[None]:

@@ -24,7 +24,7 @@ from bridge.ike import key_confirmation
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import Resumption
 from bridge.service.tasks import end
-from bridge.stub.child_sa import NOTHING, NewChild, Offer, offer, stays
+from bridge.stub.child_sa import NOTHING, Offer, offer, stays
 from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
@@ -87,7 +87,8 @@ class Switchover:
         """
         if self._charon.connection(gateway.connection) is None:
             raise ViciError(f"charon has no connection {gateway.connection!r}: add it to swanctl.conf")
-        with self._sessions.owning(answer.ike_id.spis):
+        # the end of the old one is no news either: its gateway may learn of the new one first
+        with self._sessions.owning(answer.ike_id.spis), self._sessions.owning(old.id.spis):
             try:
                 new, names, up = await self._switched(old, gateway, answer, confirmed_by, stay)
             except (ViciError, ChannelError, HaError):
@@ -113,45 +114,39 @@ class Switchover:
         confirmation: Confirmation | None = None
         if (at_once or not left) and key_confirmation.possible(old.suite):
             confirmation = Confirmation(old.suite, resumption.keys(), spi_i, spi_r, random=self._random)
+        # charon has removed the old SA: there is nothing that its gateway could end too early
+        lost = not stay and old.id.spis not in self._charon.tracker.sas
         confirmed: asyncio.Future[bool] | None = None
-        if confirmation is not None and not stay:
+        if confirmation is not None and lost:
             # no time is lost: it travels and is answered while the SA is made ready and charon installs it
             confirmed = asyncio.ensure_future(confirmed_by(confirmation, answer))
             await asyncio.sleep(0)
         try:
             new = self._rebuilt(old, gateway, answer, resumption.sk_d())
             # with one connection for both, charon would make the CHILD_SAs that are left on the old SA
-            keep = stay and (not left or old.connection != gateway.connection)
-            in_place = not stay or keep
-            listed, up = await self._install(
-                new,
-                old,
-                answer,
-                children=answer.children if in_place else (),
-                replaces=None if stay else old,
-                confirming=confirmation is not None,
-            )
+            shared = old.connection == gateway.connection
+            replaces = None if stay or (left and not shared) else old
+            listed, up = await self._install(new, old, answer, replaces, confirming=confirmation is not None)
             if confirmation is not None and confirmed is None:
-                # a session that may stay where it is is confirmed elsewhere only once charon has it
+                # only now: the old gateway ends its SA once it learns that the session went on here, and then the
+                # CHILD_SAs of the new one have to be there
                 confirmed = asyncio.ensure_future(confirmed_by(confirmation, answer))
             self._charon.tracker.adopt(new)
-            # the new SA holds the virtual IP before the old one lets go of it
-            if not in_place:
-                await self._drop(old)
-                await self._charon.installer.add_children(new.id, answer.children)
-                up = self._clock()
-                found = await self._charon.vici.find_sa(new.connection, new.id.spis)
-                listed = found if found is not None else listed
             names = self._installed(new, answer, listed)
             if confirmed is not None and not await confirmed:
                 raise ViciError("the gateway did not answer under the new keys")
+            there = replaces is None
             left = [name for name in wanted if name not in names]
             if left:
+                if shared and there:
+                    await self._drop(old)
+                    there = False
                 names += await self._bring_up(gateway.connection, left, new)
                 up = self._clock()
             if wanted and not names:
                 raise ViciError(f"none of the CHILD_SAs {', '.join(wanted)} came up")
-            if keep:
+            if there:
+                # last: until the new CHILD_SAs are there, its policies keep packets from leaving in the clear
                 await self._drop(old)
         finally:
             if confirmed is not None:
@@ -163,13 +158,12 @@ class Switchover:
         new: IkeSa,
         old: IkeSa,
         answer: Answer,
-        *,
-        children: tuple[NewChild, ...],
         replaces: IkeSa | None,
+        *,
         confirming: bool,
     ) -> tuple[SaInfo, float]:
-        """Have charon take `new` with `children` in, in the place of `replaces`; what VICI says of it then, and when
-        that was done (clock seconds)."""
+        """Have charon take `new` in with the CHILD_SAs of the answer, in the place of `replaces`; what VICI says of it
+        then, and when that was done (clock seconds)."""
         install = Install.of(
             new,
             sk_d_old=old.sk_d,
@@ -178,7 +172,7 @@ class Switchover:
             g_ir=answer.g_ir,
             local_vips=new.local_vips,
             remote_vips=(),
-            children=children,
+            children=answer.children,
             replaces=replaces.id if replaces is not None else None,
             # the confirming request is not charon's
             message_id=key_confirmation.MESSAGE_ID + 1 if confirming else key_confirmation.MESSAGE_ID,
@@ -186,9 +180,8 @@ class Switchover:
         if replaces is None:
             return await self._charon.install_surely(install)
         try:
-            with self._sessions.owning(replaces.id.spis):
-                done = await self._charon.install_surely(install)
-                self._charon.tracker.forget(replaces.id)
+            done = await self._charon.install_surely(install)
+            self._charon.tracker.forget(replaces.id)
         except (ViciError, ChannelError):
             # charon may have removed it already
             await self._drop(replaces)

@@ -1,0 +1,124 @@
+"""Packets of the inner network on a client's outer link: traffic all the time, and a capture of what leaves in the
+clear."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple, Self
+
+from bridge.lab.host import Host
+from net_support import inside
+
+INNER = tuple(ipaddress.ip_network(text) for text in ("10.10.0.0/16", "10.20.0.0/16", "fd10:10::/32", "fd20::/32"))
+"""the networks behind the gateways, and the clients' virtual IPs"""
+INTERVAL = 0.003
+"""seconds between two packets of a socket"""
+PORT = 9
+"""discard (RFC 863)"""
+ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
+SO_RCVBUFFORCE, SOL_PACKET, PACKET_STATISTICS = 33, 263, 6
+ROOM = 1 << 24
+"""octets that the kernel keeps for the capture"""
+
+SENDER = f"""
+import socket, sys, time
+socks = []
+for pair in sys.argv[1:]:
+    server, vip = pair.split("=")
+    for source in (None, vip):
+        sock = socket.socket(socket.AF_INET6 if ":" in server else socket.AF_INET, socket.SOCK_DGRAM)
+        # the virtual IP may be away for a moment
+        sock.setsockopt(socket.SOL_IP, 15, 1)
+        if source:
+            sock.bind((source, 0))
+        socks.append((sock, server))
+while True:
+    for sock, server in socks:
+        try:
+            sock.sendto(b"in the clear?", (server, {PORT}))
+        except OSError:
+            pass
+    time.sleep({INTERVAL})
+"""
+"""Two sockets for each server: one that the kernel gives a source address for each packet, and one that has the
+virtual IP."""
+
+
+class Seen(NamedTuple):
+    """A packet of the inner network that left in the clear."""
+
+    source: str
+    target: str
+    protocol: int
+
+
+class OuterLink:
+    """Captures what a host sends from its outer link. A context manager."""
+
+    def __init__(self, host: Host, interface: str = "eth0") -> None:
+        with inside(host.namespace):
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, ROOM)
+            self._socket.bind((interface, ETH_P_ALL))
+        self._socket.settimeout(0.1)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._over = False
+        self.clear: list[Seen] = []
+        self.protected = 0
+        """packets of ESP, or of UDP to port 4500"""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True
+        self._thread.join()
+        self._socket.close()
+
+    def lost(self) -> int:
+        """How many packets the capture missed since it was asked last."""
+        _, dropped = struct.unpack("II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
+        return int(dropped)
+
+    def _read(self) -> None:
+        while not self._over:
+            try:
+                octets, address = self._socket.recvfrom(128)
+            except TimeoutError:
+                continue
+            if address[2] == socket.PACKET_OUTGOING and (seen := _parsed(address[1], octets)) is not None:
+                if any(ipaddress.ip_address(seen.target) in network for network in INNER):
+                    self.clear.append(seen)
+                elif seen.protocol == socket.IPPROTO_ESP or octets[22:24] == b"\x11\x94":
+                    self.protected += 1
+
+
+def _parsed(protocol: int, octets: bytes) -> Seen | None:
+    """The addresses of an IP packet, and the protocol in it."""
+    if protocol == ETH_P_IP:
+        return Seen(socket.inet_ntoa(octets[12:16]), socket.inet_ntoa(octets[16:20]), octets[9])
+    if protocol == ETH_P_IPV6:
+        source, target = (socket.inet_ntop(socket.AF_INET6, octets[at : at + 16]) for at in (8, 24))
+        return Seen(source, target, octets[6])
+    return None
+
+
+@contextlib.contextmanager
+def traffic(host: Host, servers: dict[str, str]) -> Iterator[None]:
+    """Packets to `servers`, by virtual IP of the same family, all the time."""
+    pairs = (f"{server}={vip}" for server, vip in servers.items())
+    sender = host.popen(sys.executable, "-c", SENDER, *pairs, stderr=subprocess.STDOUT)
+    try:
+        yield
+        assert sender.poll() is None
+    finally:
+        sender.kill()
+        sender.wait()

@@ -1,0 +1,179 @@
+"""A client with a default route sends nothing of the inner network unencrypted while its session moves: IPv4 and IPv6,
+packets every few milliseconds, a capture on the outer link.
+
+In `make test-vm` with the kernel's ESP, and with a child that drops as guard too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from bridge.lab import Lab, Topology, standard
+from bridge.lab.daemon import wait_until
+from bridge.lab.esp import Esp
+from clear_support import OuterLink, traffic
+from failover_support import agent_with, fresh, last_move, resume, the_sa
+from families_support import NETWORKS, ask_for, connect, give_out, reaches, server_of
+
+pytestmark = pytest.mark.lab
+
+ELSEWHERE = ("192.168.50.20", "fd00:50::20")
+"""the client's default gateway, which forwards nothing"""
+FAMILIES = ("-4", "-6")
+UNGUARDED = "connections { guard { children { inner { start_action = none } } } }\n"
+CHILD = f"connections {{ guard {{ children {{ inner {{ remote_ts = {NETWORKS} }} }} }} }}\n"
+
+
+class Guarded:
+    """The standard lab with a guard at the client."""
+
+    def __init__(self, topology: Topology, guard: str) -> None:
+        self.topology = topology
+        self._child = guard == "child"
+        topology.client.configure(CHILD if self._child else UNGUARDED, "guard.conf")
+
+    def on(self) -> None:
+        """Put the guard up where it does not come with charon."""
+        if not self._child:
+            self._routes("add")
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Without a guard."""
+        client = self.topology.client
+        if not self._child:
+            self._routes("del")
+            yield
+            self._routes("add")
+        else:
+            client.swanctl("--uninstall", "--child", "inner")
+            yield
+            client.swanctl("--install", "--child", "inner")
+
+    def _routes(self, change: str) -> None:
+        for family, network in zip(FAMILIES, NETWORKS.split(","), strict=True):
+            route = ("blackhole", network, "metric", "4294967295")
+            self.topology.client.run("ip", family, "route", change, *route)
+
+
+@pytest.fixture(scope="module", params=["route", pytest.param("child", marks=pytest.mark.vm)])
+def guarded(request: pytest.FixtureRequest) -> Iterator[Guarded]:
+    """A dual-stack client with a default route and a guard. It moves when it is told to only."""
+    with Lab() as lab:
+        topology = standard(lab, start=False)
+        topology.agent.config["resume_on_down"] = False
+        for number, host in ((1, topology.gw1), (2, topology.gw2)):
+            give_out(host, "dual stack", number)
+        ask_for(topology.client, "dual stack")
+        for family, gateway in zip(FAMILIES, ELSEWHERE, strict=True):
+            topology.client.run("ip", family, "route", "add", "default", "via", gateway)
+        guarded = Guarded(topology, request.param)
+        guarded.on()
+        topology.start()
+        assert request.param == "route" or lab.esp is Esp.KERNEL
+        yield guarded
+
+
+@pytest.fixture
+def topology(guarded: Guarded) -> Topology:
+    fresh(guarded.topology)
+    return guarded.topology
+
+
+@contextlib.contextmanager
+def watched(topology: Topology) -> Iterator[OuterLink]:
+    """Traffic of a session at gw1 all the time, seen on the client's outer link; it flows at the end too."""
+    sa = connect(topology)
+    with (
+        OuterLink(topology.client) as link,
+        traffic(topology.client, {server_of(vip): vip for vip in sa["local-vips"]}),
+    ):
+        flows(link)
+        yield link
+        flows(link)
+        assert link.lost() == 0
+    reaches(topology)
+
+
+def flows(link: OuterLink) -> None:
+    """Wait until there was protected traffic."""
+    before = link.protected
+    wait_until(lambda: link.protected >= before + 20, "protected traffic")
+
+
+def moves(topology: Topology, count: int) -> None:
+    """The session moves between the gateways, both alive."""
+    for number in range(count):
+        outcome = resume(topology, "--to", (topology.gw2, topology.gw1)[number % 2].address)
+        assert outcome["result"] == "resumed", outcome
+
+
+@pytest.mark.parametrize("children", ["auto", "never"])
+def test_a_planned_move(topology: Topology, children: str) -> None:
+    with agent_with(topology, resume={"children_in_exchange": children}), watched(topology) as link:
+        moves(topology, 3)
+    assert link.clear == []
+
+
+def test_a_drain(topology: Topology) -> None:
+    with watched(topology) as link:
+        topology.gateways["gw1"].command("drain", "--to", topology.gw2.address)
+        wait_until(lambda: the_sa(topology.client)["remote-host"] == topology.gw2.address, "the session at gw2")
+    assert link.clear == []
+
+
+def died(topology: Topology) -> dict[str, Any]:
+    """The gateway of the session dies, the client's charon notices by DPD: what became of the session."""
+    moved = len(topology.agent.text())
+    topology.kill_gateway(topology.gw1)
+    wait_until(lambda: "event=moved" in topology.agent.text()[moved:], "what became of the session")
+    return last_move(topology)
+
+
+def test_a_gateway_that_is_found_dead(topology: Topology) -> None:
+    with agent_with(topology, resume_on_down=True), watched(topology) as link:
+        assert died(topology)["result"] == "resumed"
+    assert link.clear == []
+
+
+def test_a_fallback_from_a_dead_gateway(topology: Topology) -> None:
+    with agent_with(topology, resume_on_down=True), watched(topology) as link:
+        topology.bank.cli("FLUSHDB")
+        assert died(topology)["result"] == "fallback"
+    assert link.clear == []
+
+
+def test_a_fallback_from_a_living_gateway(topology: Topology) -> None:
+    with watched(topology) as link:
+        topology.bank.cli("FLUSHDB")
+        assert resume(topology, "--to", topology.gw2.address)["result"] == "fallback"
+    assert link.clear == []
+
+
+def test_an_end_without_a_way_back(topology: Topology) -> None:
+    with watched(topology) as link:
+        topology.client.swanctl("--terminate", "--ike-id", the_sa(topology.client)["uniqueid"])
+        topology.connect()
+    assert link.clear == []
+
+
+def test_without_a_guard_a_session_that_moves_has_its_new_child_sas_before_the_old_ones_go(
+    guarded: Guarded, topology: Topology
+) -> None:
+    with guarded.off(), watched(topology) as link:
+        moves(topology, 8)
+    assert link.clear == []
+
+
+def test_without_a_guard_packets_leave_in_the_clear_while_there_is_no_child_sa(
+    guarded: Guarded, topology: Topology
+) -> None:
+    """What the guard is for, and that the capture sees it."""
+    with guarded.off(), watched(topology) as link:
+        topology.client.swanctl("--terminate", "--ike-id", the_sa(topology.client)["uniqueid"])
+        wait_until(lambda: len({seen.target for seen in link.clear}) == 2, "packets of both families in the clear")
+        topology.connect()
