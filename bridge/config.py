@@ -248,7 +248,8 @@ class ResumeConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """the old name: true is always, false is never"""
     after_delete: Literal["nothing", "handshake"] = "nothing"
     """what follows when the gateway ends a session by a DELETE. nothing: what charon is configured to do; handshake: a
-    full handshake with one of the gateways, the one that sent the DELETE last"""
+    full handshake with one of the gateways, the one that sent the DELETE last. A session that was resumed less
+    than 30 s before is set up again in either case"""
     forward_secrecy: bool | Literal["preferred"] = False
     """whether to ask for a Diffie-Hellman exchange in the round trip; preferred: answers without
     one are accepted too"""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bridge.charon.vici_types import ChildConfig, ConnectionInfo
+from bridge.charon.conf_parser import Settings
+from bridge.charon.vici_types import ChildConfig, ConnectionInfo, GuardInfo
 from bridge.charon.vpns import Vpn
+from bridge.check.charon import CharonAnswer
+from bridge.check.finding import Finding
 from bridge.check.guard import guard
 from bridge.config import GatewayEntry
 
@@ -16,16 +21,31 @@ DEFAULT = {"dst": "default", "gateway": "198.51.100.1"}
 DEFAULT6 = {"dst": "default", "gateway": "fe80::1", "metric": 1024}
 
 
-def said(children: list[ChildConfig], four: list[dict[str, Any]], six: list[dict[str, Any]] | None = None) -> str:
-    """The grade for a client with these children and routes; empty without a finding."""
-    info = ConnectionInfo("home", 0, 0, tuple(child for child in children if child.mode != "DROP"))
-    drop = ConnectionInfo("guard", 0, 0, tuple(child for child in children if child.mode == "DROP"))
-    found = guard(VPN, {"home": info, "guard": drop}, lambda family: four if family == "-4" else six or [])
-    return str(found[0].grade) if found else ""
+def found(
+    children: list[ChildConfig],
+    four: list[dict[str, Any]],
+    six: list[dict[str, Any]] | None = None,
+    guards: Sequence[GuardInfo] = (),
+    plugins: Sequence[str] = (),
+) -> list[Finding]:
+    """What is found for a client with these children, routes and installed policies."""
+    info = ConnectionInfo("home", 0, 0, tuple(children))
+    charon = CharonAnswer("5.9.8", list(plugins), 0, Settings(Path("/none")), {"home": info}, guards=list(guards))
+    return guard(VPN, charon, lambda family: four if family == "-4" else six or [])
 
 
-def child(*networks: str, mode: str = "TUNNEL") -> ChildConfig:
-    return ChildConfig("net", remote_ts=networks, mode=mode)
+def said(*asked: Any, **more: Any) -> str:
+    """The grade; empty without a finding."""
+    findings = found(*asked, **more)
+    return str(findings[0].grade) if findings else ""
+
+
+def child(*networks: str, local: tuple[str, ...] = ("dynamic",)) -> ChildConfig:
+    return ChildConfig("net", local_ts=local, remote_ts=networks, mode="TUNNEL")
+
+
+def dropping(*networks: str, local: tuple[str, ...] = ("dynamic",)) -> GuardInfo:
+    return GuardInfo(local, networks)
 
 
 @pytest.mark.parametrize(
@@ -46,11 +66,38 @@ def test_a_route_to_the_network_behind_the_gateways_needs_a_guard(routes: list[d
     assert said([child("10.10.0.0/16")], routes) == grade
 
 
-def test_a_child_that_drops_is_a_guard() -> None:
+def test_a_child_that_drops_or_a_trap_is_a_guard_once_charon_has_installed_it() -> None:
     net = child("10.10.0.0/16", "fd10::/32")
-    assert said([net, child("10.0.0.0/8", "fd10::/16", mode="DROP")], [DEFAULT], [DEFAULT6]) == "ok"
-    assert said([net, child("10.0.0.0/8", mode="DROP")], [DEFAULT], [DEFAULT6]) == "warn"
-    assert said([net, child("10.0.0.0/8", mode="DROP")], [DEFAULT], []) == "ok"
+    assert said([net], [DEFAULT], [DEFAULT6], [dropping("10.0.0.0/8", "fd10::/16")]) == "ok"
+    assert said([net], [DEFAULT], [DEFAULT6], [dropping("10.0.0.0/8"), dropping("fd10::/16")]) == "ok"
+    assert said([net], [DEFAULT], [DEFAULT6], [dropping("10.0.0.0/8")]) == "warn"
+    assert said([net], [DEFAULT], [], [dropping("10.0.0.0/8")]) == "ok"
+    assert said([net], [DEFAULT], [], [dropping("10.10.0.0/16[tcp/443]")]) == "warn"
+
+
+@pytest.mark.parametrize(
+    ("sources", "stopped", "grade"),
+    [
+        ("10.30.0.0/24", "dynamic", "ok"),
+        ("10.30.0.0/24", "10.30.0.0/16", "ok"),
+        ("10.30.0.0/24", "10.30.0.0/25", "warn"),
+        ("dynamic", "0.0.0.0/0", "ok"),
+        ("dynamic", "10.30.0.0/24", "warn"),
+    ],
+)
+def test_a_guard_is_about_the_same_sources(sources: str, stopped: str, grade: str) -> None:
+    net, guards = child("10.10.0.0/16", local=(sources,)), [dropping("10.10.0.0/16", local=(stopped,))]
+    assert said([net], [DEFAULT], guards=guards) == grade
+
+
+def test_esp_in_userspace_has_no_policies_that_drop() -> None:
+    net, guards = child("10.10.0.0/16"), [dropping("10.10.0.0/16")]
+    [finding] = found([net], [DEFAULT], guards=guards, plugins=("kernel-libipsec",))
+    assert str(finding.grade) == "warn"
+    assert finding.fix is not None
+    assert "mode = drop` has no effect" in finding.fix
+    blackhole = {"type": "blackhole", "dst": "10.10.0.0/16", "metric": 4294967295}
+    assert said([net], [DEFAULT, blackhole], plugins=("kernel-libipsec",)) == "ok"
 
 
 def test_a_vpn_for_everything_and_one_without_networks_are_not_looked_at() -> None:

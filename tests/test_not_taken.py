@@ -13,7 +13,18 @@ from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.sidecar import program
 from bridge.lab.topology import SITE
-from failover_support import agent_with, connect, established, fresh, resume, status
+from failover_support import (
+    agent_with,
+    connect,
+    established,
+    fresh,
+    last_move,
+    resume,
+    spis,
+    status,
+    stub_key,
+    the_sa,
+)
 
 pytestmark = pytest.mark.lab
 
@@ -84,7 +95,7 @@ def test_a_child_that_was_renamed_a_moment_ago_is_asked_of_charon_and_works(topo
         renamed(topology, topology.gw2, "renamed", "net")
 
 
-def test_a_child_sa_that_charon_does_not_take_ends_the_session_at_both_ends(topology: Topology) -> None:
+def test_a_client_of_a_child_sa_that_charon_does_not_take_returns_by_a_handshake(topology: Topology) -> None:
     """gw2 has no algorithm of it; nothing tells so but VICI's list."""
     connect(topology)
     topology.client.charon.initiate("odd", "home")
@@ -95,5 +106,11 @@ def test_a_child_sa_that_charon_does_not_take_ends_the_session_at_both_ends(topo
     assert (outcome["result"], sorted(outcome["children"])) == ("resumed", ["net", "odd"])
     wait_until(lambda: "child-not-accepted" in topology.gateways["gw2"].text(), "the gateway's word of it", 60.0)
     assert "children=odd" in topology.gateways["gw2"].text()
-    wait_until(lambda: not established(topology.client) and not established(topology.gw2), "the end at both ends")
-    wait_until(lambda: not topology.bank.stubs(), "the end of its stub")
+    resumed = (outcome["spi_i"], outcome["spi_r"])
+    # gw1 is tried first, as the one that did not end it
+    wait_until(lambda: last_move(topology).get("reason") == "deleted-by-gateway", "the handshake's outcome", 60.0)
+    assert last_move(topology)["result"] == "fallback"
+    assert spis(the_sa(topology.client)) == spis(the_sa(topology.gw2)) != resumed
+    # the CHILD_SA that both can have
+    assert topology.client.ping(SITE) == 3
+    wait_until(lambda: topology.bank.stubs() == [stub_key(topology.gw2.address, spis(the_sa(topology.gw2))[1])], "stub")

@@ -11,7 +11,7 @@ from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import SITE
-from failover_support import connect, counter, established, fresh, resume, spis, status, stub_key, the_sa
+from failover_support import agent_with, connect, counter, established, fresh, resume, spis, status, stub_key, the_sa
 
 pytestmark = pytest.mark.lab
 
@@ -120,6 +120,28 @@ def test_a_client_that_falls_back_at_another_gateway_leaves_none_at_the_first(to
     wait_until(lambda: not topology.gw1.charon.sas(), "the end of the old IKE_SA")
     assert the_sa(topology.client)["remote-host"] == topology.gw2.address
     assert topology.client.ping(SITE) == 3
+
+
+def test_so_does_one_that_has_the_same_connection_for_both_gateways(topology: Topology) -> None:
+    """charon has to end the old IKE_SA before the handshake."""
+    client, gateways = topology.client, (topology.gw1.address, topology.gw2.address)
+    client.configure(f"connections {{ home {{ remote_addrs = {','.join(gateways)} }} }}\n", "both.conf")
+    client.charon.load()
+    try:
+        with agent_with(topology, gateways=[{"address": one, "connection": "home"} for one in gateways]):
+            connect(topology)
+            moved = resume(topology, "--to", topology.gw2.address)
+            assert moved["result"] == "resumed"
+            key = stub_key(topology.gw2.address, moved["spi_r"])
+            wait_until(lambda: topology.bank.stubs() == [key], "the stub at the other gateway")
+            topology.bank.cli("HSET", key, "sealed", "spoilt")
+            outcome = resume(topology, "--to", topology.gw1.address)
+            assert (outcome["result"], outcome["gateway"]) == ("fallback", topology.gw1.address)
+            wait_until(lambda: not topology.gw2.charon.sas(), "the end of the old IKE_SA")
+            assert topology.client.ping(SITE) == 3
+    finally:
+        (client.etc / "swanctl/conf.d/both.conf").unlink()
+        client.charon.load()
 
 
 def test_whoever_writes_to_the_bank_without_its_key_ends_no_session(topology: Topology) -> None:

@@ -89,7 +89,10 @@ class Client:
     async def list_sas(self, connection: str) -> list[SaInfo]:
         return [info for info in self.listed if info.connection == connection]
 
-    async def end_sa(self, unique_id: str, seconds: float) -> None:
+    async def sa_by_id(self, unique_id: str) -> SaInfo | None:
+        return next((info for info in self.listed if info.unique_id == unique_id), None)
+
+    async def end_sa(self, unique_id: str, seconds: float | None = None) -> None:
         self.ended.append(unique_id)
 
     # what the gateway answers
@@ -308,6 +311,19 @@ def test_a_full_handshake_takes_the_place_of_the_session(client: Client) -> None
     assert client.session.last is new
     # the gateway that it was at may live: it gets a DELETE
     assert ended == [client.old]
+
+
+def test_with_one_connection_for_both_gateways_the_old_one_gets_a_delete_before_the_handshake(client: Client) -> None:
+    client.old.unique_id = "3"
+    client.listed.append(info("gw1", client.old.id, "ESTABLISHED", unique_id="3"))
+
+    async def initiate(connection: str, child: str, timeout: float, used: set[str]) -> None:
+        assert client.ended == ["3"]
+        assert not client.session.up
+
+    client.initiate = initiate  # type: ignore[method-assign]
+    client.loop.run(client.switchover.handshake(client.session, Target(NEW, "gw1")))
+    assert client.installer.deleted == []
 
 
 def test_a_handshake_that_comes_to_nothing_is_ended_so_that_it_does_not_come_up_later(client: Client) -> None:

@@ -16,12 +16,14 @@ import structlog
 from bridge.charon.vici_session import FAILURES, ViciSession
 from bridge.charon.vici_types import (
     ConnectionInfo,
+    GuardInfo,
     SaInfo,
     Section,
     ViciError,
     as_number,
     as_text,
     parse_connection,
+    parse_guard,
     parse_ike_sa,
 )
 from bridge.ike.address import Pool
@@ -145,6 +147,15 @@ class ViciClient:
             async for entry in entries:
                 found |= {name: parse_connection(name, section) for name, section in entry.items()}
         return found
+
+    async def list_guards(self) -> list[GuardInfo]:
+        """The policies that keep packets in while there is no CHILD_SA: those of children that drop, and traps."""
+        wanted = {"drop": "yes", "trap": "yes"}
+        async with (
+            self._session("list-policies") as session,
+            aclosing(session.stream("list-policies", "list-policy", wanted)) as entries,
+        ):
+            return [parse_guard(section) async for entry in entries for section in entry.values()]
 
     async def initiate(self, connection: str, child: str, patience: float, used: set[str]) -> None:
         """Bring up a CHILD_SA, and its IKE_SA where there is none. `patience` in seconds. `used` gets the unique IDs of

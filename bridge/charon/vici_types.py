@@ -84,6 +84,14 @@ class ChildConfig(NamedTuple):
     """as VICI has it: TUNNEL, TRANSPORT, DROP ..."""
 
 
+class GuardInfo(NamedTuple):
+    """An installed policy of a child with `mode = drop`, or a trap."""
+
+    local_ts: tuple[str, ...]
+    """traffic selectors as charon writes them: `dynamic` is any"""
+    remote_ts: tuple[str, ...]
+
+
 class Unique(StrEnum):
     """Connection uniqueness policy (`unique` in swanctl.conf), as VICI writes it."""
 
@@ -257,6 +265,14 @@ def parse_connection(name: str, section: Section) -> ConnectionInfo:
         )
     except _NOT_AS_EXPECTED as error:
         raise ViciError(f"connection {name!r} could not be read from VICI: {error}") from error
+
+
+def parse_guard(section: Section) -> GuardInfo:
+    """One policy of list-policies. Raises ViciError on what charon would not send."""
+    try:
+        return GuardInfo(_configured(section.get("local-ts", ())), _configured(section.get("remote-ts", ())))
+    except _NOT_AS_EXPECTED as error:
+        raise ViciError(f"a policy could not be read from VICI: {error}") from error
 
 
 class Event(NamedTuple):

@@ -37,6 +37,6 @@ async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
         for vpn in vpns_of(config, lambda: loaded):
             findings += connections.of_vpn(vpn, running) + charon.patience(vpn, running)
             if config.guard == "check":
-                findings += guard(vpn, loaded)
+                findings += guard(vpn, running)
             findings += connections.without_pfs(running, list(dict.fromkeys(one.connection for one in vpn.gateways)))
     return findings

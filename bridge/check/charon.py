@@ -10,7 +10,7 @@ from bridge.charon.ha_message import PORT, VERSIONS
 from bridge.charon.releases import crashes_on_activation, version_for
 from bridge.charon.socket_diag import proc_address
 from bridge.charon.vici_client import START_SECONDS, ViciClient
-from bridge.charon.vici_types import ConnectionInfo, ViciError
+from bridge.charon.vici_types import ConnectionInfo, GuardInfo, ViciError
 from bridge.charon.vpns import Vpn
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.check.udp import UdpSocket, udp_socket
@@ -46,6 +46,7 @@ class CharonAnswer:
     settings: Settings
     connections: dict[str, ConnectionInfo] = field(default_factory=dict)
     proposals: ChildProposals = field(default_factory=ChildProposals)
+    guards: list[GuardInfo] = field(default_factory=list)
 
     def where(self, connection: str) -> tuple[str, str]:
         """The file that a connection was loaded from, and the command that loads it again."""
@@ -71,6 +72,7 @@ async def ask(config: GatewayConfig | ClientConfig) -> tuple[CharonAnswer | None
             Settings(STRONGSWAN_CONF),
             await vici.list_connections(),
             ChildProposals(Path(config.swanctl) if config.swanctl is not None else None),
+            await vici.list_guards(),
         )
     except ViciError as error:
         fix = "start strongSwan (charon-systemd), or set `vici` to its socket"

@@ -10,16 +10,19 @@ from collections.abc import Callable, Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, Final
 
-from bridge.charon.vici_types import ConnectionInfo
+from bridge.charon.vici_types import ChildConfig, GuardInfo
 from bridge.charon.vpns import Vpn
+from bridge.check.charon import CharonAnswer
 from bridge.check.finding import Finding, ok, warn
 
 Network = IPv4Network | IPv6Network
 Route = dict[str, Any]
 
 SECONDS: Final = 5.0
-DROP: Final = "DROP"
-"""mode of a child that drops packets, of lower priority than those of CHILD_SAs"""
+USERSPACE: Final = "kernel-libipsec"
+"""the plugin of charon's own ESP, which installs no policies that drop"""
+_ANY: Final = "dynamic"
+_EVERYTHING: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 REJECTING: Final = ("blackhole", "unreachable", "prohibit")
 """types of routes that lead nowhere"""
 
@@ -35,40 +38,63 @@ def main_table(family: str) -> list[Route]:
     return [route for route in found if isinstance(route, dict) and "dst" in route]
 
 
-def guard(
-    vpn: Vpn, connections: dict[str, ConnectionInfo], table: Callable[[str], list[Route]] = main_table
-) -> list[Finding]:
+def guard(vpn: Vpn, charon: CharonAnswer, table: Callable[[str], list[Route]] = main_table) -> list[Finding]:
     """One finding for a VPN with networks behind its gateways. Of a VPN for everything (0.0.0.0/0, ::/0) only a packet
     filter is a guard, which is not looked for."""
-    dropped = [one for info in connections.values() for one in _networks(info, drops=True)]
-    mine = [connections[entry.connection] for entry in vpn.gateways if entry.connection in connections]
-    wanted = {one for info in mine for one in _networks(info, drops=False) if one.prefixlen}
+    connections = [charon.connections[one.connection] for one in vpn.gateways if one.connection in charon.connections]
+    wanted = {
+        network: child
+        for connection in connections
+        for child in connection.children
+        for network in _networks(child.remote_ts)
+        if network.prefixlen
+    }
     if not wanted:
         return []
+    userspace = USERSPACE in charon.plugins
+    guards = [] if userspace else charon.guards
     routes = {4: table("-4"), 6: table("-6")}
-    open_ones = sorted(str(one) for one in wanted if not _within(one, dropped) and _routed(one, routes[one.version]))
+    open_ones = sorted(
+        str(network)
+        for network, child in wanted.items()
+        if not _stopped(network, child, guards) and _routed(network, routes[network.version])
+    )
     if not open_ones:
         return [ok("guard", f"VPN {vpn.name}: no packet leaves in the clear while there is no CHILD_SA")]
     text = f"VPN {vpn.name}: packets to {', '.join(open_ones)} leave in the clear while there is no CHILD_SA"
-    fix = (
-        f"ip route add blackhole {open_ones[0]} metric 4294967295, at each start; or a child with `mode = drop` "
-        "(docs/security.md)"
-    )
+    fix = f"ip route add blackhole {open_ones[0]} metric 4294967295, at each start"
+    if userspace:
+        fix += f" ({USERSPACE} is loaded: a child with `mode = drop` has no effect)"
+    else:
+        fix += "; or a child with `mode = drop` and `start_action = trap` (docs/security.md)"
     return [warn("guard", text, fix)]
 
 
-def _networks(info: ConnectionInfo, *, drops: bool) -> Iterable[Network]:
-    """The networks of a connection's children, of those with `mode = drop` or of the others."""
-    for child in info.children:
-        if (child.mode == DROP) is not drops:
+def _networks(selectors: Iterable[str]) -> Iterable[Network]:
+    """The networks of traffic selectors, whatever protocol and ports they are about."""
+    for selector in selectors:
+        try:
+            # behind it may be protocol and ports: [tcp/443]
+            yield ip_network(selector.partition("[")[0])
+        except ValueError:
+            # `dynamic`, or a range that is no network
             continue
-        for selector in child.remote_ts:
-            try:
-                # behind it may be protocol and ports: [tcp/443]
-                yield ip_network(selector.partition("[")[0])
-            except ValueError:
-                # `dynamic`, or a range that is no network
-                continue
+
+
+def _stopped(network: Network, child: ChildConfig, guards: Iterable[GuardInfo]) -> bool:
+    """Whether an installed policy stops all packets of a child to a network."""
+    sources = [one for one in _networks(child.local_ts) if one.version == network.version]
+    sources = sources or [_EVERYTHING[network.version]]
+    return any(
+        _within(network, _whole(one.remote_ts))
+        and (_ANY in one.local_ts or all(_within(source, _whole(one.local_ts)) for source in sources))
+        for one in guards
+    )
+
+
+def _whole(selectors: Iterable[str]) -> list[Network]:
+    """The networks of those traffic selectors that are about all protocols and ports."""
+    return list(_networks(one for one in selectors if "[" not in one))
 
 
 def _within(one: Network, others: Iterable[Network]) -> bool:

@@ -221,7 +221,9 @@ class Initiator:
                 self._auto_resume.stop(session)
                 if sa is not None and self._reauthentication.lapsed(sa):
                     self._set_up_again.lapsed(session, sa)
-                elif sa is not None and self._config.resume.after_delete == "handshake":
+                elif sa is not None and (
+                    self._config.resume.after_delete == "handshake" or self._set_up_again.is_new(sa)
+                ):
                     self._set_up_again.deleted(session, sa)
             return
         session = self._sessions.of(info.spis)
@@ -350,6 +352,7 @@ class Initiator:
 
     def _resumed(self, session: Session, new: IkeSa, answer: Answer) -> None:
         self._traffic.resumed(session)
+        self._set_up_again.resumed(new)
         self._named(new, answer.gateways)
         self._reauthentication.watch(new)
         self.keeper.given(new, answer.sealed_stub, answer.lifetime)

@@ -1,5 +1,6 @@
 """A gateway ends an IKE_SA by a DELETE, and its session is set up again by a full handshake: because the session's
-authentication had ended, or, with `resume.after_delete: handshake`, whatever the reason was.
+authentication had ended, because it has just been resumed and the gateway's charon did not take all of it, or, with
+`resume.after_delete: handshake`, whatever the reason was.
 
 VICI reports an end in state DELETING whichever side sent the DELETE. The HA channel says which: charon reports each
 verified request of the peer, and each request of its own, before it acts on it. An SA that ends right after a request
@@ -42,6 +43,8 @@ DELETE_SECONDS: Final = 1.0
 """from the peer's request to the end of the SA, at most"""
 ANSWER_SECONDS: Final = 0.5
 """from a request of charon's own to the next of the peer, at least: an answer to a DELETE of its own ends the SA too"""
+NOT_TAKEN_SECONDS: Final = 30.0
+"""after a resumption its gateway has compared what it installed with what its charon has"""
 UNDER_WAY: Final = ("CONNECTING", "ESTABLISHED")
 """states of an IKE_SA that works or may come to"""
 
@@ -82,6 +85,19 @@ class SetUpAgain:
         self._uniform = uniform
         self._deleted: dict[str, tuple[float, float]] = {}
         """by VPN: when a session of it was deleted last, and the pause after that"""
+        self._resumed: dict[bytes, float] = {}
+        """SAs by both SPIs: when they were resumed"""
+
+    def resumed(self, sa: IkeSa) -> None:
+        """A session goes on with this SA: its gateway ends it soon if its charon does not take one of the CHILD_SAs."""
+        now = self._clock()
+        self._resumed = {spis: at for spis, at in self._resumed.items() if now - at < NOT_TAKEN_SECONDS}
+        self._resumed[sa.id.spis] = now
+        sa.requests = Requests()
+
+    def is_new(self, sa: IkeSa) -> bool:
+        """Whether an SA has just been resumed: an end by its gateway is no end of its session."""
+        return self._clock() - self._resumed.get(sa.id.spis, float("-inf")) < NOT_TAKEN_SECONDS
 
     def lapsed(self, session: Session, sa: IkeSa) -> None:
         """The gateway ended an SA because its authentication ended."""

@@ -209,7 +209,7 @@ class Switchover:
         names = self._children_of(old, gateway)
         if old is not None and old.connection == gateway.connection:
             # charon would ask for the CHILD_SAs on the old SA
-            await self._drop(old)
+            await self._leave(old)
         if session is None:
             return await self._initiate(gateway.connection, names)
         with self._sessions.expecting(session, gateway.connection):
@@ -295,6 +295,7 @@ class Switchover:
         if sa.id.spis in self._charon.tracker.sas:
             with self._sessions.owning(sa.id.spis):
                 await self._charon.end_surely(sa)
+        self._sessions.dropped(sa)
 
     async def _end(self, info: SaInfo) -> None:
         """End an IKE_SA that this sidecar made, or does not want."""
