@@ -15,9 +15,9 @@ NETWORKS = "10.10.0.0/16,fd10:10:1::/64"
 VIPS = {"IPv4": "0.0.0.0", "IPv6": "::", "dual stack": "0.0.0.0,::"}
 
 
-def give_out(gateway: Host, family: str, number: int) -> None:
-    """Have a gateway give out addresses of this family."""
-    pools = f"pools {{ clients6 {{ addrs = fd20:0:{number}::/112 }} }}"
+def give_out(gateway: Host, family: str, number: int | None = None) -> None:
+    """Have a gateway give out addresses of this family. `number`: its own, where the pools are in charon's memory."""
+    pools = f"pools {{ clients6 {{ addrs = fd20:0:{number}::/112 }} }}" if number is not None else ""
     children = f"children {{ net {{ local_ts = {NETWORKS} }} }}"
     gateway.configure(f"{pools}\nconnections {{ gw {{\npools = {POOLS[family]}\n{children}\n}} }}\n", "family.conf")
 

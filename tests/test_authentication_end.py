@@ -18,6 +18,7 @@ from bridge.lab.topology import SITE
 from bridge.stub.stub import Stub
 from failover_support import connect, counter, established, fresh, last_move, resume, spis, the_sa
 from probe_support import stub_of_key
+from releases_support import OTHERS, on_all
 
 pytestmark = pytest.mark.lab
 
@@ -46,15 +47,22 @@ METHODS = {
 SECRETS = 'secrets { eap-someone { id = someone\n secret = "of this lab only" } }\n'
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(pytest.param((method, None), id=method) for method in METHODS),
+        *(pytest.param(("eap", name), marks=pytest.mark.releases, id=f"eap, {name}") for name in OTHERS),
+    ],
+)
 def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
     """The standard lab with a policy of reauthentication on the gateways, and none on the client."""
+    method, release = request.param
     with Lab() as lab:
-        built = standard(lab, start=False)
+        built = standard(lab, start=False, releases=on_all(release))
         built.agent.config["resume_on_down"] = False
         hosts = dict.fromkeys((built.gw1, built.gw2), ("CN=vpn.example.org", "vpn.example.org"))
         certify("ecdsa", hosts | {built.client: ("CN=client.example.org", "client.example.org")})
-        gateway, client = METHODS[request.param]
+        gateway, client = METHODS[method]
         for host, name, settings in (
             (built.gw1, "gw", GATEWAY | {"reauth_time": f"{PERIOD}s"} | gateway),
             (built.gw2, "gw", GATEWAY | {"reauth_time": f"{LONGER}s"} | gateway),

@@ -18,6 +18,7 @@ from bridge.lab.esp import Esp
 from clear_support import OuterLink, traffic
 from failover_support import agent_with, fresh, last_move, resume, the_sa
 from families_support import NETWORKS, ask_for, connect, give_out, reaches, server_of
+from releases_support import OTHERS, on_all
 
 pytestmark = pytest.mark.lab
 
@@ -60,21 +61,29 @@ class Guarded:
             self.topology.client.run("ip", family, "route", change, *route)
 
 
-@pytest.fixture(scope="module", params=["route", pytest.param("child", marks=pytest.mark.vm)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("route", None), id="route"),
+        pytest.param(("child", None), marks=pytest.mark.vm, id="child"),
+        *(pytest.param(("route", name), marks=pytest.mark.releases, id=f"route, {name}") for name in OTHERS),
+    ],
+)
 def guarded(request: pytest.FixtureRequest) -> Iterator[Guarded]:
     """A dual-stack client with a default route and a guard. It moves when it is told to only."""
     with Lab() as lab:
-        topology = standard(lab, start=False)
+        guard, release = request.param
+        topology = standard(lab, start=False, releases=on_all(release))
         topology.agent.config["resume_on_down"] = False
         for number, host in ((1, topology.gw1), (2, topology.gw2)):
             give_out(host, "dual stack", number)
         ask_for(topology.client, "dual stack")
         for family, gateway in zip(FAMILIES, ELSEWHERE, strict=True):
             topology.client.run("ip", family, "route", "add", "default", "via", gateway)
-        guarded = Guarded(topology, request.param)
+        guarded = Guarded(topology, guard)
         guarded.on()
         topology.start()
-        assert request.param == "route" or lab.esp is Esp.KERNEL
+        assert guard == "route" or lab.esp is Esp.KERNEL
         yield guarded
 
 

@@ -9,25 +9,40 @@ import pytest
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.demo import Ping
+from bridge.lab.host import Host
 from bridge.lab.router import Frr, gateway_frr, router_frr
 from bridge.lab.topology import SERVER
-from failover_support import connect, fresh, resume, the_sa
+from failover_support import fresh, resume, the_sa
+from families_support import ask_for, connect, give_out
+from releases_support import OTHERS, on_all
 
 pytestmark = pytest.mark.lab
 
 APP = "10.10.2.10"
 
 
-@pytest.fixture(scope="module", params=["bird", "frr"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("bird", None), id="bird"),
+        pytest.param(("frr", None), id="frr"),
+        *(pytest.param(("bird", name), marks=pytest.mark.releases, id=f"bird, {name}") for name in OTHERS),
+    ],
+)
 def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
-    """The standard lab with BIRD or FRR. Its server is the router to a further network too, with a host that knows
-    nothing but that router."""
+    """The standard lab with BIRD, and addresses of both families, or with FRR, which imports no table of IPv6. Its server
+    is the router to a further network too, with a host that knows nothing but that router."""
+    daemon, release = request.param
     with Lab() as lab:
-        built = standard(lab, start=False)
+        built = standard(lab, start=False, releases=on_all(release))
         built.agent.config["resume_on_down"] = False
-        if request.param == "frr":
+        if daemon == "frr":
             gateways = [gateway_frr(built.gw1, "10.10.1.1"), gateway_frr(built.gw2, "10.10.1.2")]
             built.routers = [router_frr(built.server), *gateways]
+        family = "IPv4" if daemon == "frr" else "dual stack"
+        for number, host in ((1, built.gw1), (2, built.gw2)):
+            give_out(host, family, number)
+        ask_for(built.client, family)
         lab.add_network("apps")
         lab.attach(built.server, "10.10.2.1/24", network="apps")
         app = lab.add_host("app", f"{APP}/24", network="apps")
@@ -44,17 +59,32 @@ def _fresh(topology: Topology) -> None:
 
 
 def way_back(topology: Topology, address: str) -> str:
-    """The gateway, by its inner address, that the server sends to for a client's address; empty if it has no route."""
-    words = topology.server.run("ip", "route", "show", address).stdout.split()
-    return words[words.index("via") + 1] if "via" in words else ""
+    """The gateway that the server sends to for a client's address; empty if it has no route."""
+    words = topology.server.run("ip", "-6" if ":" in address else "-4", "route", "show", address).stdout.split()
+    via = words[words.index("via") + 1] if "via" in words else ""
+    for host in (topology.gw1, topology.gw2):
+        # of IPv6 a link-local one
+        if via and f" {via}/" in host.run("ip", "address", "show").stdout:
+            return host.name
+    return via
+
+
+def routed(topology: Topology, addresses: list[str], gateway: Host) -> None:
+    """Wait until the server sends to this gateway for all of these addresses."""
+    for address in addresses:
+        wait_until(
+            lambda address=address: way_back(topology, address) == gateway.name,  # type: ignore[misc]
+            f"the route of {address} to {gateway.name}",
+        )
+        assert topology.server.ping(address) == 3
 
 
 def test_a_server_reaches_the_client_before_and_after_its_gateway_died(topology: Topology) -> None:
     if isinstance(topology.routers[0], Frr):
         pytest.skip("FRR keeps the routes of a gateway that lives on without its charon: docs/network.md")
-    [address] = connect(topology)["local-vips"]
-    wait_until(lambda: way_back(topology, address) == "10.10.1.1", "the route to gw1")
-    assert topology.server.ping(address) == 3
+    addresses = connect(topology)["local-vips"]
+    assert len(addresses) == 2
+    routed(topology, addresses, topology.gw1)
     ping = Ping(topology.client, SERVER)
     wait_until(lambda: ping.answers() >= 10, "traffic to the server")
     topology.kill_gateway(topology.gw1)
@@ -62,29 +92,28 @@ def test_a_server_reaches_the_client_before_and_after_its_gateway_died(topology:
     at = ping.answers()
     wait_until(lambda: ping.answers() >= at + 10, "traffic to the server at the other gateway")
     ping.stop()
-    assert way_back(topology, address) == "10.10.1.2"
-    assert topology.server.ping(address) == 3
+    routed(topology, addresses, topology.gw2)
 
 
 def test_a_session_that_ended_leaves_no_route_behind(topology: Topology) -> None:
-    [address] = connect(topology)["local-vips"]
-    wait_until(lambda: way_back(topology, address) != "", "the route")
+    addresses = connect(topology)["local-vips"]
+    routed(topology, addresses, topology.gw1)
     topology.client.swanctl("--terminate", "--ike-id", the_sa(topology.client)["uniqueid"])
-    wait_until(lambda: way_back(topology, address) == "", "the end of the route")
+    wait_until(lambda: not any(way_back(topology, address) for address in addresses), "the end of the routes")
 
 
 def test_a_host_behind_an_inner_router_reaches_the_client_wherever_its_session_is(topology: Topology) -> None:
     app = topology.lab.hosts["app"]
-    [address] = connect(topology)["local-vips"]
+    address = next(vip for vip in connect(topology)["local-vips"] if ":" not in vip)
     wait_until(lambda: app.ping(address) == 3, "the way from the host behind the router")
     assert resume(topology, "--to", topology.gw2.address)["result"] == "resumed"
-    wait_until(lambda: way_back(topology, address) == "10.10.1.2", "the route to gw2")
+    wait_until(lambda: way_back(topology, address) == "gw2", "the route to gw2")
     assert app.ping(address) == 3
     assert topology.client.ping(APP) == 3
     if isinstance(topology.routers[0], Frr):
         return
     topology.kill_gateway(topology.gw2)
     assert resume(topology)["result"] == "resumed"
-    wait_until(lambda: way_back(topology, address) == "10.10.1.1", "the route to gw1")
+    wait_until(lambda: way_back(topology, address) == "gw1", "the route to gw1")
     assert app.ping(address) == 3
     assert topology.client.ping(APP) == 3

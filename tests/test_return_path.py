@@ -15,6 +15,7 @@ from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SERVER
 from bridge.net.neighbour import Connected
 from failover_support import counter, established, fresh, resume, the_sa
+from releases_support import RELEASED, on_all
 
 GATEWAY = """
 pools {{
@@ -34,11 +35,11 @@ connections { home {
 """
 
 
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
+@pytest.fixture(scope="module", params=RELEASED)
+def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
     """The standard lab without routing daemons; its pools are of the network behind the gateways."""
     with Lab() as lab:
-        built = standard(lab, start=False)
+        built = standard(lab, start=False, releases=on_all(request.param))
         built.agent.config["resume_on_down"] = False
         built.routers.clear()
         for host, first in ((built.gw1, 128), (built.gw2, 160)):

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from bridge.lab import Topology
+from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import SITE
 from failover_support import agent_with, connect, counter, established, fresh, resume, spis, status, stub_key, the_sa
+from releases_support import RELEASED, on_all
 
 pytestmark = pytest.mark.lab
 
 UPDOWN = "/etc/ike-sa-sync/updown"
 SCRIPT = '#!/bin/sh\necho "$PLUTO_VERB $PLUTO_PEER_SOURCEIP" >> /run/updown.log\n'
+
+
+@pytest.fixture(scope="module", params=RELEASED)
+def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
+    """The standard lab; the client moves when it is told to only."""
+    with Lab() as lab:
+        built = standard(lab, start=False, releases=on_all(request.param))
+        built.agent.config["resume_on_down"] = False
+        built.start()
+        yield built
 
 
 @pytest.fixture(autouse=True)

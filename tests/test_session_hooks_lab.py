@@ -15,6 +15,7 @@ from bridge.lab.host import Host
 from bridge.lab.space import LabError
 from bridge.lab.topology import SITE
 from failover_support import connect, counter, fresh, resume, status, the_sa
+from releases_support import RELEASED, on_all
 
 pytestmark = pytest.mark.lab
 
@@ -22,11 +23,11 @@ PROGRAM = "/etc/ike-sa-sync/session"
 EVENTS = "/run/events"
 
 
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
+@pytest.fixture(scope="module", params=RELEASED)
+def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
     """The standard lab, whose gateways note what happens to their sessions."""
     with Lab() as lab:
-        built = standard(lab, start=False)
+        built = standard(lab, start=False, releases=on_all(request.param))
         built.agent.config["resume_on_down"] = False
         for host in (built.gw1, built.gw2):
             host.write(PROGRAM, f"#!/bin/sh\nexec cat >>{EVENTS}\n", mode=0o755)
