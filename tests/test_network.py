@@ -30,7 +30,7 @@ APP = "10.10.2.10"
     ],
 )
 def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
-    """The standard lab with BIRD, and addresses of both families, or with FRR, which imports no table of IPv6. Its server
+    """The standard lab with BIRD and addresses of both families, or with FRR, which imports no IPv6 table. Its server
     is the router to a further network too, with a host that knows nothing but that router."""
     daemon, release = request.param
     with Lab() as lab:
