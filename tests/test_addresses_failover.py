@@ -118,11 +118,12 @@ def test_a_session_comes_back_to_a_gateway_that_still_has_its_old_sa(topology: T
     reaches(topology)
 
 
-def given_away(topology: Topology, duplicate_address: str) -> None:
-    """The client's gateway dies and comes back; the other client has the address of the first one then."""
+def given_away(topology: Topology, duplicate_address: str) -> list[str]:
+    """The client's gateway dies and comes back; the other client has the addresses of the first one then, which it
+    gives."""
     other = topology.lab.hosts["other"]
     emptied(topology)
-    mine = connect(topology)["local-vips"]
+    mine: list[str] = connect(topology)["local-vips"]
     topology.kill_gateway(topology.gw1)
     restart(topology, topology.gw1, duplicate_address)
     said = len(other.charon.text())
@@ -130,6 +131,7 @@ def given_away(topology: Topology, duplicate_address: str) -> None:
     # the session itself may be over by now
     for address in mine:
         assert f"installing new virtual IP {address}" in other.charon.text()[said:]
+    return mine
 
 
 def test_a_handshake_that_was_given_the_address_of_another_session_is_reported(topology: Topology) -> None:
@@ -165,9 +167,7 @@ def test_the_client_of_the_newer_session_comes_again_and_gets_another_address(to
     sidecar.config["resume"] = {"after_delete": "handshake"}
     sidecar.start()
     try:
-        given_away(topology, "end-newer")
-        # that of the older session; the newer one may be over already
-        taken = the_sa(topology.client)["local-vips"]
+        taken = given_away(topology, "end-newer")
         wait_until(lambda: addresses_of(other) not in ([], taken), "another session, with another address")
         assert not set(addresses_of(other)) & set(taken)
         assert the_sa(other)["remote-host"] == topology.gw2.address

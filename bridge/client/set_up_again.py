@@ -4,7 +4,8 @@ authentication had ended, because it has just been resumed and the gateway's cha
 
 VICI reports an end in state DELETING whichever side sent the DELETE. The HA channel says which: charon reports each
 verified request of the peer, and each request of its own, before it acts on it. An SA that ends right after a request
-of the peer, and not around one of charon's own, was ended by the peer. In doubt it was this host.
+of the peer, and not around one of charon's own, was ended by the peer; shortly after one of charon's own, which may have
+been a liveness check, only if it ends together with the peer's. In doubt it was this host.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ ANSWER_SECONDS: Final = 0.5
 """from a request of charon's own to the next of the peer, at least: an answer to a DELETE of its own ends the SA too"""
 NOT_TAKEN_SECONDS: Final = 30.0
 """after a resumption its gateway has compared what it installed with what its charon has"""
+TOGETHER_SECONDS: Final = 0.05
+"""between the peer's DELETE and the end of the SA, as they are reported"""
 UNDER_WAY: Final = ("CONNECTING", "ESTABLISHED")
 """states of an IKE_SA that works or may come to"""
 
@@ -53,9 +56,10 @@ Finish = Callable[[Vpn, Session, Attempt], Awaitable[Outcome]]
 
 def ended_by_peer(requests: Requests, at: float) -> bool:
     """Whether the peer ended an SA that ended at `at` (the tracker's clock)."""
-    if requests.deleting or requests.of_peer - requests.own < ANSWER_SECONDS:
+    after_own = requests.of_peer - requests.own
+    if requests.deleting or after_own < 0:
         return False
-    return at - requests.of_peer < DELETE_SECONDS
+    return at - requests.of_peer < (TOGETHER_SECONDS if after_own < ANSWER_SECONDS else DELETE_SECONDS)
 
 
 class SetUpAgain:
