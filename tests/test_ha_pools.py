@@ -18,6 +18,7 @@ from releases_support import OTHERS, on_all
 pytestmark = pytest.mark.lab
 
 POOL = "charon.plugins.ha.pools"
+LOADED = "loaded HA pool"
 FIRST = ("10.20.1.1", "fd20:0:1::1")
 
 
@@ -66,7 +67,7 @@ def _fresh(topology: Topology) -> None:
 
 def given_out(topology: Topology, gateway: str) -> bool:
     """Whether a gateway's charon gives out addresses."""
-    starts = topology.lab.hosts[gateway].charon.text().count("loaded HA pool")
+    starts = topology.lab.hosts[gateway].charon.text().count(LOADED) / len(FIRST)
     return topology.gateways[gateway].text().count("event=address-assignment-started") >= starts
 
 
@@ -97,11 +98,11 @@ def begin_other(topology: Topology, connection: str = "home") -> list[str]:
 
 def restart(topology: Topology, host: Host) -> None:
     """A gateway that died comes back."""
-    before = host.charon.text().count("loaded HA pool")
+    before = host.charon.text().count(LOADED)
     topology.gateways[host.name].start(wait=False)
     host.charon.start()
     topology.gateways[host.name].wait_ready()
-    wait_until(lambda: host.charon.text().count("loaded HA pool") > before, "the pool")
+    wait_until(lambda: host.charon.text().count(LOADED) == before + len(FIRST), "the pools")
     wait_until(lambda: given_out(topology, host.name), "addresses")
 
 
