@@ -46,7 +46,7 @@ ANSWER_SECONDS: Final = 0.5
 """from a request of charon's own to the next of the peer, at least: an answer to a DELETE of its own ends the SA too"""
 NOT_TAKEN_SECONDS: Final = 30.0
 """after a resumption its gateway has compared what it installed with what its charon has"""
-TOGETHER_SECONDS: Final = 0.05
+PROMPT_SECONDS: Final = 0.05
 """between the peer's DELETE and the end of the SA, as they are reported"""
 UNDER_WAY: Final = ("CONNECTING", "ESTABLISHED")
 """states of an IKE_SA that works or may come to"""
@@ -59,7 +59,7 @@ def ended_by_peer(requests: Requests, at: float) -> bool:
     after_own = requests.of_peer - requests.own
     if requests.deleting or after_own < 0:
         return False
-    return at - requests.of_peer < (TOGETHER_SECONDS if after_own < ANSWER_SECONDS else DELETE_SECONDS)
+    return at - requests.of_peer < (PROMPT_SECONDS if after_own < ANSWER_SECONDS else DELETE_SECONDS)
 
 
 class SetUpAgain:
