@@ -63,7 +63,7 @@ def stub_of(spi: bytes | None = None, *, gateway: str = GATEWAY, revision: int =
         connection="home",
         local_vips=(),
         remote_vips=("10.20.0.7",),
-        conditions=(0x41,),
+        conditions=(0x01,),
         extensions=(0x1FF,),
         peer_addresses=(client,),
         children=(

@@ -17,7 +17,7 @@ from bridge.lab.charon import render
 from bridge.lab.daemon import SLOWNESS, wait_until
 from bridge.lab.demo import Ping
 from bridge.lab.topology import CHOICES, SITE, client_config, client_host, standard
-from failover_support import connect, established, fresh, last_move, status, the_sa
+from failover_support import connect, established, fresh, last_move, status, stub_key, the_sa
 
 pytestmark = pytest.mark.lab
 
@@ -91,6 +91,21 @@ def test_the_client_of_a_killed_gateway_gets_an_announcement_and_goes_on_with_it
     assert last_move(announced)["result"] == "resumed"
     wait_until(lambda: failovers(announced, "gw2")[0]["resumed"] == 1, "the count")
     assert failovers(announced, "gw2")[0]["sessions"] == 1
+
+
+def test_a_session_whose_ike_sa_the_gateway_rekeyed_is_announced(announced: Topology) -> None:
+    connect(announced)
+    first = the_sa(announced.gw1)["responder-spi"]
+    announced.gw1.swanctl("--rekey", "--ike", "gw")
+    wait_until(
+        lambda: [sa["responder-spi"] for sa in established(announced.gw1)] not in ([], [first]), "the rekeyed IKE_SA"
+    )
+    key = stub_key(announced.gw1.address, the_sa(announced.gw1)["initiator-spi"])
+    wait_until(lambda: announced.bank.stubs() == [key], "its stub")
+    announced.kill_gateway(announced.gw1)
+    wait_until(lambda: moved_to(announced, announced.gw2.address), "the session at the other gateway")
+    assert last_move(announced)["result"] == "resumed"
+    wait_until(lambda: failovers(announced, "gw2")[0]["resumed"] == 1, "the count")
 
 
 def test_a_charon_that_dies_alone_is_known_immediately(announced: Topology) -> None:

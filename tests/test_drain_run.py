@@ -6,13 +6,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from bank_support import stub_of
 from bridge.charon.ike_sa import IkeSa, sa_of, stub_sa
-from bridge.gateway.drain import Drain
+from bridge.cli.drain import _bounded
+from bridge.gateway.drain import ANY, Drain
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, parse_stub_message
 from bridge.stub.stub import Index
@@ -302,3 +304,30 @@ def test_a_drain_that_is_stopped_asks_no_more_and_waits_for_those_that_move(loop
     told = loop.run(stop())
     assert (told["state"], told["moved"], told["under_way"]) == ("stopped", 1, 0)
     assert [len(scene.moves(one)) > 0 for one in scene.sas].count(True) == 1
+
+
+def test_a_host_that_stops_does_not_wait_for_an_operators_drain(loop: FakeTime) -> None:
+    scene = Scene(loop, 3)
+    loop.run(scene.drain.start({"to": THERE, "share": 1.0, "rate": 0.1}))
+    loop.pass_time(0.2)
+    begun = loop.run(scene.drain.start({"to": ANY, "share": 1.0, "rate": 1000.0, "instead": True}))
+    assert (begun["state"], begun["wanted"]) == ("running", 3)
+    loop.pass_time(0.2)
+    assert all(scene.moves(sa) for sa in scene.sas)
+
+
+def test_a_sidecar_that_does_not_answer_keeps_no_host_from_stopping(tmp_path: Path) -> None:
+    async def stop() -> None:
+        path = str(tmp_path / "control")
+        asked = asyncio.Event()
+
+        async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await asked.wait()
+            writer.close()
+
+        async with await asyncio.start_unix_server(say_nothing, path):
+            with pytest.raises(TimeoutError):
+                await _bounded(path, {"command": "drain"}, 0.05)
+            asked.set()
+
+    asyncio.run(asyncio.wait_for(stop(), 30))

@@ -247,8 +247,7 @@ class IkeSa:
 
     def has(self, condition: Condition) -> bool:
         """Whether charon set `condition` on the SA."""
-        wanted = int(condition)
-        return any(word & wanted and not word & _PRIVATE for word in self.conditions)
+        return is_set(condition, self.conditions)
 
     def index_here(self, gateway: str | None = None) -> Index:
         """The index of its stub where this host is the gateway (draft-xu-ike-sa-sync-01 section 3.2)."""
@@ -318,6 +317,12 @@ def new_conditions(conditions: tuple[int, ...], *, initiator: bool, nat_here: bo
     if nat_there:
         added |= _NAT_THERE
     return tuple([word if word & _PRIVATE else word & ~_NOT_KEPT | added for word in conditions or (0,)])
+
+
+def is_set(condition: Condition, conditions: tuple[int, ...]) -> bool:
+    """Whether charon set `condition` in these words, of an IKE_SA or a stub."""
+    wanted = int(condition)
+    return any(word & wanted and not word & _PRIVATE for word in conditions)
 
 
 def stub_sa(sa: IkeSa, index: tuple[str, bytes]) -> StubSa:

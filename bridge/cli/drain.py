@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Awaitable
 from pathlib import Path
 
 import click
@@ -17,6 +18,10 @@ from bridge.gateway.drain import ANY, RATE
 from bridge.service import control
 
 POLL_SECONDS = 0.2
+LAST_SECONDS = 1.0
+"""that the sidecar has to say how far a drain was that is given up"""
+YIELD_SECONDS = 10.0
+"""that it has to give the sessions at one shared address up"""
 INTERRUPTED = 130
 ON_STOP_RATE = 500.0
 """moves begun a second, at least, where strongSwan waits for them"""
@@ -115,29 +120,45 @@ def _on_stop(path: str | None, rate: float) -> None:
     config = options.read_config(path, GatewayConfig)
     if not config.drain.on_stop:
         return
-    request = {"command": "drain", "to": ANY, "share": 1.0, "rate": max(rate, ON_STOP_RATE), "shared": False}
+    request = {
+        "command": "drain",
+        "to": ANY,
+        "share": 1.0,
+        "rate": max(rate, ON_STOP_RATE),
+        "shared": False,
+        "instead": True,
+    }
     try:
         _print(event_loop.run(_bounded(config.control, request, config.drain.timeout)))
+    except TimeoutError:
+        click.echo("not drained: the sidecar does not answer: is it stopped, or overloaded?", err=True)
+        return
     except control.ControlError as error:
         click.echo(f"not drained: {error}", err=True)
     # at last: their traffic goes on until now
     for address in config.takeover.addresses:
         request = {"command": "yield", "address": address, "until_restart": True}
         try:
-            done = event_loop.run(control.call(config.control, request))
-        except control.ControlError as error:
-            click.echo(f"{address} not given up: {error}", err=True)
+            done = event_loop.run(_within(YIELD_SECONDS, control.call(config.control, request)))
+        except (TimeoutError, control.ControlError) as error:
+            click.echo(f"{address} not given up: {error or 'the sidecar does not answer'}", err=True)
         else:
             click.echo(f"{output.count(done['sessions'], 'session')} at {address} left to the gateway that has it next")
 
 
 async def _bounded(socket: str, request: control.Answer, seconds: float) -> control.Answer:
-    """Drain for so many seconds at most."""
+    """Drain for so many seconds at most. Raises TimeoutError where the sidecar then says nothing either."""
     try:
         async with asyncio.timeout(seconds):
             return await _drain(socket, request, False)
     except TimeoutError:
-        return await control.call(socket, {"command": "drained"})
+        return await _within(LAST_SECONDS, control.call(socket, {"command": "drained"}))
+
+
+async def _within(seconds: float, work: Awaitable[control.Answer]) -> control.Answer:
+    """Raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        return await work
 
 
 async def _drain(socket: str, request: control.Answer, show: bool) -> control.Answer:

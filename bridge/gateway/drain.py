@@ -155,7 +155,10 @@ class Drain:
     async def start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Begin. `to`: address of the target, or ANY; `share` of the sessions, `rate`: moves begun a second,
         `until_even`: the surplus over the mean of the gateways instead of a share; `shared` false: no session at an
-        address that gateways share, since another gateway takes it over as it is."""
+        address that gateways share, since another gateway takes it over as it is; `instead`: of one that goes on."""
+        if request.get("instead") and self._task is not None:
+            # clients that move already say so when they are asked again
+            await end(self._task)
         if self._under_way:
             return ALREADY
         to = request["to"] if request["to"] == ANY else canonical_address(request["to"])

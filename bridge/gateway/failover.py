@@ -23,6 +23,7 @@ from bridge.bank.keyspace import Event
 from bridge.bank.prefetch import Prefetch
 from bridge.bank.redis_bank import GATEWAYS_MAX
 from bridge.charon.charon import Charon
+from bridge.charon.ike_sa import Condition, is_set
 from bridge.config import FailoverConfig
 from bridge.gateway.announcer import Announcer
 from bridge.gateway.other_gateways import OtherGateways
@@ -204,7 +205,9 @@ class Failover:
         self._sources = {}
 
         def turns(stub: Stub) -> list[str]:
-            return able(stub) if not stub.initiator and self._source(stub) else []
+            # `initiator` says who rekeyed last
+            by_gateway = is_set(Condition.ORIGINAL_INITIATOR, stub.conditions)
+            return able(stub) if not by_gateway and self._source(stub) else []
 
         self._announcer.begin(gateway, [(stub, turns(stub)) for stub in stubs], self._clock())
         self._wake.set()

@@ -35,7 +35,7 @@ class Publisher:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.addresses: set[str] = set()
-        """the gateway's addresses in the index, of stubs that were stored since the start"""
+        """the gateway's own addresses in the index, of stubs that were stored since the start"""
         self._writer = writer
         self._bank = bank
         self._address = config.address
@@ -78,7 +78,9 @@ class Publisher:
             # it moved to another address of this gateway
             self._writer.submit_delete(before, expires=sa.stub_expires)
         sa.published_at, sa.stub_expires = index.gateway, expires
-        self.addresses.add(index.gateway)
+        if index.gateway not in self._shared:
+            # another gateway may have that one by now
+            self.addresses.add(index.gateway)
         self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
 
     def resumed(self, sa: IkeSa, old: Stub) -> None:
