@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bridge.bank.interface import StubBank
-from bridge.stub.stub import Stub
+from bridge.stub.stub import Index, Stub
 
 
 class Holder(NamedTuple):
@@ -41,3 +41,8 @@ class AddressBook:
         if wrong:
             await self._bank.forget_addresses(wrong)
         return found
+
+    async def not_over(self, indexes: Sequence[Index]) -> set[Index]:
+        """Those of them whose session is not known to have ended. Raises BankUnavailable."""
+        ended = await self._bank.ended(indexes) if indexes else []
+        return {index for index, over in zip(indexes, ended, strict=True) if not over}

@@ -39,6 +39,10 @@ BANK_PATIENCE: Final = 10.0
 """seconds that a charon without addresses waits for the bank: without an address no handshake of a client succeeds"""
 HANDSHAKE_PATIENCE: Final = 5.0
 """seconds that a segment with a handshake in progress is left inactive, where its activation would only end that"""
+STUB_SECONDS: Final = 60.0
+"""that the stub of a session that went on elsewhere may come later than the mark of its move: two queues bring them"""
+STUB_LOOK_SECONDS: Final = 1.0
+"""between two looks for that stub"""
 RESERVE_AFTER: Final = (0.0, 0.005, 0.02, 0.1, 0.5)
 """seconds, each after the one before, after which an address is reserved again that an SA released"""
 
@@ -67,6 +71,8 @@ class AddressKeeper:
         self._clock = clock
         self._sessions: dict[str, Index] = {}
         """whose session each placeholder stands for"""
+        self._moved: dict[str, float] = {}
+        """addresses whose session went on elsewhere, and until when its stub may still be on the way"""
         self._waits_since: float | None = None
         self._compare_at = 0.0
         self._opened_at = 0.0
@@ -109,16 +115,23 @@ class AddressKeeper:
             log.warning("placeholder-not-removed", reason=str(error))
         for address in addresses:
             self._sessions.pop(address, None)
+            self._moved.pop(address, None)
 
     async def keep(self, sa: IkeSa, other: Index | None = None) -> None:
         """Before `sa` is ended: its addresses belong to a session elsewhere, that of `other` if it is known."""
+        placeholders = self._charon.placeholders
         addresses = [address for address in sa.remote_vips if self._ours(address)]
-        if not addresses or not self._charon.placeholders.opened:
+        room = max(self._limit - len(placeholders), 0)
+        addresses = [address for address in addresses if address in placeholders] + [
+            address for address in addresses if address not in placeholders
+        ][:room]
+        if not addresses or not placeholders.opened:
             return
         with contextlib.suppress(ChannelError, HaError):
-            await self._charon.placeholders.put(dict.fromkeys(addresses, sa.connection), self._clock())
+            await placeholders.put(dict.fromkeys(addresses, sa.connection), self._clock())
         if other is not None:
             self._sessions.update(dict.fromkeys(addresses, other))
+            self._moved.update(dict.fromkeys(addresses, self._clock() + STUB_SECONDS))
 
     def ended(self, tag: str) -> None:
         """Sessions ended in the bank whose indexes have this tag."""
@@ -219,8 +232,7 @@ class AddressKeeper:
         holders = dict(await self._book.holders([(address, address) for address in addresses]))
         elsewhere = {address: stub for address, stub in holders.items() if self._is_elsewhere(address)}
         await self._put(elsewhere)
-        over = [a for a in addresses if a not in holders and a in self._charon.placeholders]
-        await self._release(over)
+        await self._release([a for a in addresses if a not in holders and a in self._charon.placeholders], now)
         for address in addresses:
             if self._released[address] <= now:
                 del self._released[address]
@@ -229,7 +241,7 @@ class AddressKeeper:
         placeholders = self._charon.placeholders
         here = [a for a in placeholders.addresses if self._is_here(a)]
         await placeholders.hand_over(here)
-        await self._release([a for a in placeholders.addresses if a not in elsewhere])
+        await self._release([a for a in placeholders.addresses if a not in elsewhere], self._clock())
         await self._put(elsewhere)
 
     async def _put(self, elsewhere: dict[str, Stub]) -> None:
@@ -244,7 +256,14 @@ class AddressKeeper:
         await placeholders.put({a: wanted[a].connection for a in new[:room]}, self._clock())
         self._sessions.update((a, stub.index) for a, stub in wanted.items() if a in placeholders)
 
-    async def _release(self, addresses: Sequence[str]) -> None:
-        await self._charon.placeholders.release(addresses)
-        for address in addresses:
+    async def _release(self, addresses: Sequence[str], now: float) -> None:
+        """Let go of addresses that no session in the bank has, but for those whose session has just moved away."""
+        self._moved = {address: until for address, until in self._moved.items() if until > now}
+        moved = {address: self._sessions[address] for address in addresses if address in self._moved}
+        live = await self._book.not_over(list(dict.fromkeys(moved.values())))
+        over = [address for address in addresses if moved.get(address) not in live]
+        await self._charon.placeholders.release(over)
+        for address in over:
             self._sessions.pop(address, None)
+            self._moved.pop(address, None)
+        self._released.update(dict.fromkeys(set(addresses).difference(over), now + STUB_LOOK_SECONDS))
