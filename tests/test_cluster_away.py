@@ -191,6 +191,34 @@ async def test_without_one_node_what_the_others_have_is_served_and_deleted(
     await bank.close()
 
 
+async def test_a_node_that_hangs_holds_one_write_and_none_after_it(
+    nodes: dict[int, RedisServer], ring: Keyring
+) -> None:
+    bank = RedisBank(cluster_url(list(nodes)), ring, timeout=3.0)
+    stubs = [stub_of(os.urandom(8)) for _ in range(60)]
+    port = list(nodes)[1]
+    lost = frozenset(stub.index for stub in stubs if at(nodes, port, stub))
+    await bank.store(stubs)
+    nodes[port].freeze()
+    began = time.monotonic()
+    with pytest.raises(BankUnavailable):
+        await bank.store(stubs)
+    assert time.monotonic() - began < 6.0
+    began = time.monotonic()
+    with pytest.raises(BankUnavailable) as raised:
+        await bank.store(stubs)
+    assert time.monotonic() - began < 2.0
+    assert raised.value.left == lost
+    nodes[port].thaw()
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            with contextlib.suppress(BankUnavailable):
+                assert await bank.store(stubs) == [True] * len(stubs)
+                break
+            await asyncio.sleep(0.1)
+    await bank.close()
+
+
 @pytest.mark.parametrize("command", [("stubs", "list"), ("check",)])
 def test_without_a_reachable_node_a_command_prints_no_traceback(tmp_path: Path, command: tuple[str, ...]) -> None:
     generate(tmp_path / "bank.key")

@@ -17,6 +17,7 @@ from bridge.bank.interface import BankUnavailable, Move
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.replica import Replica
 from bridge.bank.replicated import ReplicatedBank
+from bridge.stub.bank_keys import heartbeat_key
 from bridge.stub.keyring import Keyring
 from bridge.stub.stub import Stub
 
@@ -111,6 +112,65 @@ async def test_in_mode_mixed_a_stub_is_in_the_central_bank_too(bank_of: Open, se
     assert [name for name in servers if holds(servers[name], stub)] == [ONE, CENTRAL]
 
 
+# signs of life
+
+
+async def test_heartbeats_do_not_wait_for_a_bank_that_hangs(bank_of: Open, servers: dict[str, RedisServer]) -> None:
+    bank = await bank_of(ONE)
+    await bank.heartbeat(ONE, 1.0)
+    servers[TWO].freeze()
+    began = time.monotonic()
+    for _ in range(5):
+        assert await bank.heartbeat(ONE, 30.0) < 1.0
+        await bank.ping()
+        assert (await bank.gateways())[ONE].alive
+    # a bank that hangs takes its 2 s for each
+    assert time.monotonic() - began < 5.0
+    assert all(servers[name].client.pttl(heartbeat_key(ONE)) > 1_000 for name in (ONE, THREE))
+    servers[TWO].thaw()
+    await until(lambda: servers[TWO].client.pttl(heartbeat_key(ONE)) > 1_000)
+
+
+async def test_while_the_own_bank_hangs_the_others_get_heartbeats_and_no_expiry_counts(
+    bank_of: Open, servers: dict[str, RedisServer]
+) -> None:
+    bank = await bank_of(ONE)
+    await bank.heartbeat(ONE, 1.0)
+    servers[ONE].freeze()
+    began = time.monotonic()
+    await bank.heartbeat(ONE, 30.0)
+    assert time.monotonic() - began < 1.5
+    await asyncio.sleep(PEER_TIMEOUT)
+    # as long as it is not known to be down, its time is what counts
+    if bank.near.up:
+        assert await bank.heartbeat(ONE, 30.0) > PEER_TIMEOUT
+    assert all(servers[name].client.pttl(heartbeat_key(ONE)) > 1_000 for name in (TWO, THREE))
+
+
+async def test_what_a_bank_that_hung_is_told_last_is_what_it_knows(
+    bank_of: Open, servers: dict[str, RedisServer]
+) -> None:
+    bank = await bank_of(ONE)
+    servers[TWO].freeze()
+    await bank.heartbeat(ONE, 30.0)
+    await bank.leave(ONE)
+    servers[TWO].thaw()
+    second = next(tier for tier in bank._all if tier.name == TWO)
+    await until(lambda: not second.behind)
+    assert not any(servers[name].client.exists(heartbeat_key(ONE)) for name in (ONE, TWO, THREE))
+
+
+async def test_an_end_that_the_own_bank_knows_of_does_not_wait_for_a_bank_that_hangs(
+    bank_of: Open, servers: dict[str, RedisServer]
+) -> None:
+    bank, stub = await bank_of(ONE), stub_of()
+    await bank.delete([ending(stub)])
+    servers[TWO].freeze()
+    began = time.monotonic()
+    assert await bank.ended([stub.index]) == [True]
+    assert time.monotonic() - began < 1.5
+
+
 # looking for them
 
 
@@ -156,6 +216,7 @@ async def test_a_bank_that_hung_and_answers_again_is_asked_again(
     assert await bank.get([stub.index]) == [None]
     servers[THREE].thaw()
     await bank.heartbeat(TWO, 10)
+    await until(lambda: all(row["reachable"] for row in bank.status()))
     assert await bank.get([stub.index]) == [stub]
 
 

@@ -1,8 +1,7 @@
 """The nodes of a Redis Cluster, each asked by a client of its own.
 
 redis-py's pipeline for a Cluster closes the connections to all nodes when one of them fails, with all that the others
-were asked. Here its client says which node has which slots, and follows slots that move; all else is asked of the nodes
-themselves.
+were asked. Here its client says which node has which slots; all else is asked of the nodes themselves.
 """
 
 from __future__ import annotations
@@ -14,15 +13,23 @@ from contextlib import suppress
 from typing import Any, Final
 
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import AskError, ClusterDownError, TryAgainError
+from redis.exceptions import AskError, ClusterDownError, MovedError, TryAgainError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from bridge.bank.exchange import exchange
-from bridge.bank.redis_url import FAILURES, node_client
+from bridge.bank.redis_url import FAILURES, closed_as_lost, node_client
 from bridge.service.tasks import end, spawn
 
-SILENT_SECONDS: Final = 1.0
-"""how long look-ups do not wait for a node that did not answer"""
+REFRESH_SECONDS: Final = 1.0
+"""between two questions who has which slots"""
+FOLLOWED: Final = 4
+"""times that a command is sent to another node, or again, because its slot is not there or not wholly"""
+FOLLOW_SECONDS: Final = 0.1
+"""before it is sent a second time"""
+PROBE_SECONDS: Final = 0.2
+"""between two probes of a node that did not answer in time"""
+NODE_SECONDS: Final = 2.0
+"""that it has for the answer to one"""
 _KEYED_SCRIPTS: Final = ("EVALSHA", "EVAL")
 _ELSEWHERE: Final = (AskError, TryAgainError, ClusterDownError)
 """replies of a node that does not have the slot, or not wholly; MovedError is an AskError"""
@@ -33,7 +40,9 @@ class ClusterNodes:
 
     def __init__(self) -> None:
         self._clients: dict[str, Redis] = {}
-        self._silent_until: dict[str, float] = {}
+        self._silent: dict[str, asyncio.Task[None]] = {}
+        """nodes that did not answer in time, and what probes each: all else fails there immediately, or each write and
+        each heartbeat for the other nodes would wait for it"""
         self._refresh: asyncio.Task[None] | None = None
         self._refreshed = 0.0
 
@@ -66,16 +75,46 @@ class ClusterNodes:
             failed = failed or isinstance(answer, BaseException)
             for number, position in enumerate(positions):
                 replies[position] = answer if isinstance(answer, BaseException) else answer[number]
-        moved = [position for position, reply in enumerate(replies) if isinstance(reply, _ELSEWHERE)]
-        for position in moved:
-            try:
-                # follows to where the slot is, or waits for it
-                replies[position] = await cluster.execute_command(*commands[position])
-            except FAILURES as error:
-                replies[position] = error
+        moved = await self._follow(cluster, commands, replies, timeout, node_timeout)
         if failed or moved:
             self._look_again(cluster)
         return replies
+
+    async def _follow(
+        self,
+        cluster: RedisCluster,
+        commands: Sequence[tuple[Any, ...]],
+        replies: list[Any],
+        timeout: float | None,
+        node_timeout: float | None,
+    ) -> bool:
+        """Send those again, to where their nodes say, whose slots have moved or are moving; whether there were any.
+        (redis-py's client does so too, and fails with an AttributeError while it reads the map of the slots again.)"""
+        followed = False
+        for _ in range(FOLLOWED):
+            places: dict[tuple[str, bool], list[int]] = {}
+            for position, reply in enumerate(replies):
+                if isinstance(reply, AskError) and reply.host:
+                    asking = not isinstance(reply, MovedError)
+                    places.setdefault((self._at(cluster, reply.host, reply.port), asking), []).append(position)
+                elif isinstance(reply, _ELSEWHERE):
+                    places.setdefault((self._node(cluster, commands[position]), False), []).append(position)
+            if not places:
+                break
+            if followed:
+                await asyncio.sleep(FOLLOW_SECONDS)
+            followed = True
+            for (name, asking), positions in places.items():
+                sent = [commands[position] for position in positions]
+                if asking:
+                    sent = [each for command in sent for each in (("ASKING",), command)]
+                try:
+                    answer = await self._ask(name, sent, timeout, node_timeout)
+                except FAILURES as error:
+                    answer = [error] * len(sent)
+                for position, reply in zip(positions, answer[1::2] if asking else answer, strict=True):
+                    replies[position] = reply
+        return followed
 
     def clients(self, cluster: RedisCluster, commands: Sequence[tuple[Any, ...]]) -> list[Redis]:
         """Clients for the nodes that commands are for."""
@@ -84,27 +123,40 @@ class ClusterNodes:
     def _node(self, cluster: RedisCluster, command: tuple[Any, ...]) -> str:
         """The name of the node that a command is for."""
         node = cluster.nodes_manager.get_node_from_slot(cluster.keyslot(_key(command)))
-        if node.name not in self._clients:
-            self._clients[node.name] = node_client(cluster, node.host, int(node.port), bare=True)
-        return str(node.name)
+        return self._at(cluster, node.host, int(node.port))
+
+    def _at(self, cluster: RedisCluster, host: str, port: int) -> str:
+        """The name of the node at an address."""
+        name = f"{host}:{port}"
+        if name not in self._clients:
+            self._clients[name] = node_client(cluster, host, port, bare=True)
+        return name
 
     async def _ask(
         self, name: str, commands: Sequence[tuple[Any, ...]], timeout: float | None, node_timeout: float | None
     ) -> list[Any]:
-        if node_timeout is not None and time.monotonic() < self._silent_until.get(name, 0.0):
+        if name in self._silent:
             raise RedisTimeoutError(f"{name} did not answer a moment ago")
         try:
             async with asyncio.timeout(node_timeout):
-                replies = await exchange(self._clients[name], commands, timeout)
-        except FAILURES:
-            self._silent_until[name] = time.monotonic() + SILENT_SECONDS
+                return await exchange(self._clients[name], commands, timeout)
+        except (TimeoutError, RedisTimeoutError):
+            if name not in self._silent:
+                task = self._silent[name] = spawn(f"probe {name}", self._probe(name))
+                task.add_done_callback(lambda _: self._silent.pop(name, None))
             raise
-        self._silent_until.pop(name, None)
-        return replies
+
+    async def _probe(self, name: str) -> None:
+        """Ask a node until it answers."""
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            with suppress(*FAILURES), closed_as_lost():
+                await exchange(self._clients[name], [("PING",)], NODE_SECONDS)
+                return
 
     def _look_again(self, cluster: RedisCluster) -> None:
         """Ask the nodes in the background who has what now: another one may have taken over."""
-        if time.monotonic() - self._refreshed < SILENT_SECONDS or (self._refresh and not self._refresh.done()):
+        if time.monotonic() - self._refreshed < REFRESH_SECONDS or (self._refresh and not self._refresh.done()):
             return
         self._refreshed = time.monotonic()
 
@@ -116,8 +168,7 @@ class ClusterNodes:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._refresh is not None:
-            await end(self._refresh)
+        await end(*self._silent.values(), *([self._refresh] if self._refresh is not None else []))
         for client in self._clients.values():
             await client.aclose()
 

@@ -16,8 +16,6 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ExecAbortError, ResponseError
 
-CONNECTING: Final = 4
-"""times the time of an exchange, for a connection: several Sentinels may have to be asked, each within that time"""
 _BEGIN: Final = pack_command(("MULTI",))
 _END: Final = pack_command(("EXEC",))
 
@@ -25,8 +23,8 @@ _END: Final = pack_command(("EXEC",))
 async def exchange(
     client: Redis, commands: Sequence[tuple[Any, ...]], timeout: float | None, *, transaction: bool = False
 ) -> list[Any]:
-    """The replies of one server to `commands`; an exception in the place of each that failed. All of them may take
-    `timeout` s once there is a connection.
+    """The replies of one server to `commands`; an exception in the place of each that failed. All of it may take
+    `timeout` s, the connection included: a server that accepts connections and says nothing takes no longer.
 
     It tries once more, immediately, where the connection has gone. `client` is a bare one (bridge.bank.redis_url).
     Raises what redis-py raises, and TimeoutError.
@@ -34,22 +32,29 @@ async def exchange(
     packed = b"".join([pack_command(command) for command in commands])
     if transaction:
         packed = b"".join((_BEGIN, packed, _END))
-    try:
-        return await _once(client, packed, len(commands), timeout, transaction)
-    except RedisConnectionError:
-        return await _once(client, packed, len(commands), timeout, transaction)
-
-
-async def _once(client: Redis, packed: bytes, count: int, timeout: float | None, transaction: bool) -> list[Any]:
-    connections = client.connection_pool
-    async with asyncio.timeout(None if timeout is None else timeout * CONNECTING) as limit:
-        connection: Any = await connections.get_connection()  # type: ignore[no-untyped-call]
+    async with asyncio.timeout(timeout):
         try:
-            if timeout is not None:
-                limit.reschedule(asyncio.get_running_loop().time() + timeout)
-            return await _carry(connection, packed, count, transaction)
-        finally:
-            await connections.release(connection)
+            return await _once(client, packed, len(commands), transaction)
+        except RedisConnectionError:
+            return await _once(client, packed, len(commands), transaction)
+
+
+async def _once(client: Redis, packed: bytes, count: int, transaction: bool) -> list[Any]:
+    connections, task = client.connection_pool, asyncio.current_task()
+    assert task is not None
+    cancelled = task.cancelling()
+    connection: Any = await connections.get_connection()  # type: ignore[no-untyped-call]
+    connecting = connection.socket_timeout
+    try:
+        if task.cancelling() > cancelled:
+            # redis-py loses a cancellation, and so the end of the time, that comes with a failure to connect
+            raise asyncio.CancelledError
+        # replies have the time of the exchange alone: a timer for each costs more than to read it
+        connection.socket_timeout = None
+        return await _carry(connection, packed, count, transaction)
+    finally:
+        connection.socket_timeout = connecting
+        await connections.release(connection)
 
 
 async def _carry(connection: Any, packed: bytes, count: int, transaction: bool) -> list[Any]:

@@ -142,8 +142,9 @@ class StubBank(Protocol):
         """
         ...
 
-    async def heartbeat(self, gateway: str, ttl: float) -> None:
-        """Say that a gateway lives, for `ttl` s."""
+    async def heartbeat(self, gateway: str, ttl: float) -> float:
+        """Say that a gateway lives, for `ttl` s. The seconds that the bank whose keyspace is watched took for it, so
+        far: the heartbeats of others may be as late as that."""
         ...
 
     async def leave(self, gateway: str) -> None:

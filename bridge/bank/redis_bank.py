@@ -361,8 +361,9 @@ class RedisBank:
 
     # gateways
 
-    async def heartbeat(self, gateway: str, ttl: float) -> None:
+    async def heartbeat(self, gateway: str, ttl: float) -> float:
         """See StubBank. The heartbeat names the keys that the gateway has."""
+        began = time.monotonic()
         keys = ",".join(key_id.hex() for key_id in self._keyring.ids)
         now = int(self._wall())
         commands = [
@@ -378,6 +379,7 @@ class RedisBank:
             replies = await self._redis.replies(commands)
         if failed := [reply for reply in replies if isinstance(reply, Exception)]:
             raise unavailable(failed[0])
+        return time.monotonic() - began
 
     async def leave(self, gateway: str) -> None:
         """See StubBank."""

@@ -24,6 +24,10 @@ FAILURES: Final = (RedisError, RedisClusterException, OSError)
 reachable node, or with a slot that no node serves, are no RedisError. TimeoutError is an OSError."""
 
 
+BARE: Final = 2
+"""times as long as an exchange may take: its end comes first, and this one where redis-py has lost that"""
+
+
 @contextmanager
 def closed_as_lost() -> Iterator[None]:
     """A connection that went away while something was written to it: uvloop raises a bare RuntimeError then, which
@@ -49,20 +53,20 @@ def node_client(cluster: RedisCluster, host: str, port: int, *, bare: bool = Fal
     address = f"[{host}]" if ":" in host else host
     retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
     if bare:
-        options["socket_timeout"] = None
+        options |= {name: BARE * options[name] for name in ("socket_timeout", "socket_connect_timeout")}
     return Redis.from_url(f"{tls}://{address}:{port}", retry=retry, **options)
 
 
 def connect(url: str, timeout: float, *, bare: bool = False) -> Client:
     """A client for `url` that connects when it is first used; connecting and each reply may take `timeout` s. `bare`:
-    replies may take any time, for bridge.bank.exchange, which limits the time of an exchange as a whole.
+    BARE times as long, for bridge.bank.exchange, which limits the time of an exchange as a whole.
 
     It tries once more, immediately, where a connection has gone: a restarted Redis closes those that lie ready.
     Raises ValueError, without the URL (it may hold a password), where it is not of the forms of bridge.net.redis_url.
     """
     options: dict[str, Any] = {
-        "socket_timeout": None if bare else timeout,
-        "socket_connect_timeout": timeout,
+        "socket_timeout": timeout * (BARE if bare else 1),
+        "socket_connect_timeout": timeout * (BARE if bare else 1),
         "protocol": 2,
         "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
     }
@@ -83,9 +87,11 @@ def connect(url: str, timeout: float, *, bare: bool = False) -> Client:
         return RedisCluster(startup_nodes=[ClusterNode(host, port) for host, port in parts.hosts], **options)
     # a Sentinel is asked as its servers are, but for the user
     tls = {name: value for name, value in options.items() if name.startswith("ssl")}
+    # within the time of an exchange all but one of them may be silent, and the primary is still asked
+    share = timeout / (len(parts.hosts) + 1)
     sentinel: Sentinel = Sentinel(  # type: ignore[no-untyped-call]
         list(parts.hosts),
-        sentinel_kwargs={"socket_timeout": timeout, "socket_connect_timeout": timeout, "protocol": 2, **tls},
+        sentinel_kwargs={"socket_timeout": share, "socket_connect_timeout": share, "protocol": 2, **tls},
         **options,
     )
     master: Redis = sentinel.master_for(parts.service, db=parts.database)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import structlog
 
 from bridge.bank.interface import BankUnavailable, Ending, StubBank
 from bridge.bank.keyspace import Keyspace
 from bridge.bank.write_queue import LIMIT, WriteQueue
+from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Stub
 
 log = structlog.get_logger()
 
 Answer = TypeVar("Answer")
+Word: TypeAlias = "Callable[[StubBank], Awaitable[object]]"
+"""something that a bank is told, such as that a gateway lives"""
 
 LATE: Final = "no answer in time"
+CLOSE_SECONDS: Final = 0.5
+"""that a bank has for the last word before it is closed"""
 
 
 class Replica:
@@ -41,6 +47,9 @@ class Replica:
         self.bank = bank
         self.up = True
         self.on_up: Callable[[Replica], None] = lambda _: None
+        self._word: tuple[Word, asyncio.Future[None]] | None = None
+        self._saying: asyncio.Task[None] | None = None
+        self._since = 0.0
         self._later = WriteQueue(self, limit=pending, name=name)
         self._watch = watch(self._watched) if watch is not None else None
 
@@ -57,6 +66,10 @@ class Replica:
         if self._watch is not None:
             await self._watch.close()
         await self._later.close()
+        if self._saying is not None:
+            if self.up:
+                await asyncio.wait([self._saying], timeout=CLOSE_SECONDS)
+            await end(self._saying)
         await self.bank.close()
 
     @property
@@ -81,6 +94,40 @@ class Replica:
             raise
         self._is(True)
         return answer
+
+    @property
+    def behind(self) -> float:
+        """For how many seconds it has not answered what it was told."""
+        return time.monotonic() - self._since if self._saying is not None else 0.0
+
+    def say(self, word: Word) -> asyncio.Future[None]:
+        """Tell it something that replaces what it was told before, once it has answered that; of what waits the last
+        counts. What is returned ends when this or a later word was taken, or with BankUnavailable."""
+        if self._word is None:
+            taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        else:
+            _, taken = self._word
+        self._word = word, taken
+        if self._saying is None:
+            self._since = time.monotonic()
+            self._saying = spawn(f"tell {self.name}", self._say())
+        return taken
+
+    async def _say(self) -> None:
+        while self._word is not None:
+            (word, taken), self._word = self._word, None
+            self._since = time.monotonic()
+            try:
+                await self.answer(word(self.bank))
+            except BankUnavailable as error:
+                if not taken.cancelled():
+                    taken.set_exception(error)
+                    # also where it is not waited for
+                    taken.exception()
+            else:
+                if not taken.cancelled():
+                    taken.set_result(None)
+        self._saying = None
 
     async def change(self, stubs: Sequence[Stub], endings: Sequence[Ending]) -> tuple[list[bool], list[bool]]:
         """See StubBank."""

@@ -36,7 +36,7 @@ from bridge.bank.interface import (
     Move,
     StubBank,
 )
-from bridge.bank.replica import Replica
+from bridge.bank.replica import Replica, Word
 from bridge.service.tasks import end, spawn
 from bridge.stub.readable import Readable
 from bridge.stub.stub import Index, Stub
@@ -45,6 +45,8 @@ log = structlog.get_logger()
 
 Answer = TypeVar("Answer")
 
+LATE_TIMES: Final = 2.0
+"""times `peer_timeout` that a bank may take for a heartbeat before it is not asked what another one can answer"""
 SETTLE_SECONDS: Final = 2.0
 """after which every gateway that can reach a bank that is back writes to it again: only then it can catch up"""
 
@@ -77,6 +79,7 @@ class ReplicatedBank:
         self._peer_timeout = peer_timeout
         # far banks that may know of ends which the near one has missed, and since when
         self._ahead: dict[Replica, float] = {}
+        self._asking: set[asyncio.Task[Any]] = set()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -91,7 +94,7 @@ class ReplicatedBank:
     async def close(self) -> None:
         """Let go of all banks."""
         if self._task is not None:
-            await end(self._task)
+            await end(self._task, *self._asking)
         await asyncio.gather(*(tier.close() for tier in self._all))
 
     @property
@@ -227,7 +230,7 @@ class ReplicatedBank:
 
     async def ended(self, indexes: Sequence[Index]) -> list[bool | None]:
         """See StubBank: an end that any bank knows of counts."""
-        answers = await self._ask(lambda bank: bank.ended(indexes))
+        answers = await self._ask_soon(lambda bank: bank.ended(indexes))
         return [
             None if all(each is None for each in known) else any(known) for known in zip(*answers.values(), strict=True)
         ]
@@ -253,7 +256,7 @@ class ReplicatedBank:
 
     async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
         """See StubBank: a mark in any bank counts."""
-        answers = await self._ask(lambda bank: bank.moved(indexes))
+        answers = await self._ask_soon(lambda bank: bank.moved(indexes))
         return [next(filter(None, marks), None) for marks in zip(*answers.values(), strict=True)]
 
     # Download
@@ -295,22 +298,35 @@ class ReplicatedBank:
         """See StubBank: in all banks within reach."""
         return sum((await self._ask(lambda bank: bank.reseal(gateway))).values())
 
-    async def heartbeat(self, gateway: str, ttl: float) -> None:
-        """See StubBank: in all banks; one that was down and takes it is up again."""
-        asked = {tier: tier.answer(tier.bank.heartbeat(gateway, ttl)) for tier in self._all}
-        if not await _each(asked, lambda tier: asked[tier]):
-            kind = BankUnwritable if any(tier.up for tier in self._all) else BankUnavailable
-            raise kind("none of the banks took it")
+    async def heartbeat(self, gateway: str, ttl: float) -> float:
+        """See StubBank: in all banks, each at its own pace. One that was down and takes it is up again."""
+        began = time.monotonic()
+        near_up = self.near.up
+        await self._tell(lambda bank: bank.heartbeat(gateway, ttl))
+        return max(self.near.behind if near_up else 0.0, time.monotonic() - began)
 
     async def leave(self, gateway: str) -> None:
-        """See StubBank: in all banks."""
-        if not await _each(self._all, lambda tier: tier.answer(tier.bank.leave(gateway))):
-            raise BankUnavailable("none of the banks took it")
+        """See StubBank: in all banks, each at its own pace."""
+        await self._tell(lambda bank: bank.leave(gateway))
+
+    async def _tell(self, word: Word) -> None:
+        """Tell all banks. Waits for those at hand until they answer or `peer_timeout` is over, and for one in any case:
+        the others of a bank that hangs get it in time. Raises BankUnavailable."""
+        at_hand = [tier for tier in self._all if tier.up and not tier.behind]
+        said = {tier: tier.say(word) for tier in self._all}
+        if at_hand:
+            await asyncio.wait([said[tier] for tier in at_hand], timeout=self._peer_timeout)
+        pending = set(said.values())
+        while not any(each.done() and each.exception() is None for each in said.values()):
+            if not pending:
+                kind = BankUnwritable if any(tier.up for tier in self._all) else BankUnavailable
+                raise kind("none of the banks took it")
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
 
     async def gateways(self) -> dict[str, GatewaySign]:
         """See StubBank: a gateway lives if any bank says so, and has the keys that all of those name."""
         merged: dict[str, GatewaySign] = {}
-        for signs in (await self._ask(lambda bank: bank.gateways())).values():
+        for signs in (await self._ask_soon(lambda bank: bank.gateways())).values():
             for name, sign in signs.items():
                 before = merged.get(name)
                 if before is None or not before.alive:
@@ -325,7 +341,7 @@ class ReplicatedBank:
 
     async def posted(self, kind: str, gateway: str) -> bytes | None:
         """See StubBank: what any bank has."""
-        answers = await self._ask(lambda bank: bank.posted(kind, gateway))
+        answers = await self._ask_soon(lambda bank: bank.posted(kind, gateway))
         return next((value for value in answers.values() if value is not None), None)
 
     async def revocation_stamp(self) -> bytes:
@@ -361,7 +377,36 @@ class ReplicatedBank:
 
     async def ping(self) -> float:
         """See StubBank: of the fastest."""
-        return min((await self._ask(lambda bank: bank.ping())).values())
+        return min((await self._ask_soon(lambda bank: bank.ping(), patiently=())).values())
+
+    async def _ask_soon(
+        self, question: Callable[[StubBank], Awaitable[Answer]], patiently: Sequence[Replica] | None = None
+    ) -> dict[Replica, Answer]:
+        """The answers of banks within reach: of the near and the central one, or those to ask `patiently`, and of
+        others as far as they come within `peer_timeout`. A bank that is late with an answer to a heartbeat is not
+        asked. Raises BankUnavailable if there is no answer. Without `start` no heartbeat shows which bank hangs: then
+        all answers are waited for."""
+        if self._task is None:
+            return await self._ask(question)
+        up = [tier for tier in self._all if tier.up] or self._all
+        asked = [tier for tier in up if tier.behind <= LATE_TIMES * self._peer_timeout] or up
+        tasks = {tier: spawn(f"ask {tier.name}", _answer_of(tier, question)) for tier in asked}
+        for task in tasks.values():
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+        await asyncio.wait(tasks.values(), timeout=self._peer_timeout)
+        hand = (self.near, self._central) if patiently is None else patiently
+        if patient := [task for tier, task in tasks.items() if tier in hand]:
+            await asyncio.wait(patient)
+        pending = set(tasks.values())
+        while True:
+            answers = {tier: task.result() for tier, task in tasks.items() if task.done()}
+            given = {tier: answer for tier, answer in answers.items() if not isinstance(answer, BankUnavailable)}
+            if given:
+                return given
+            if not pending:
+                raise BankUnavailable("none of the banks answers")
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
 
     async def _ask(self, question: Callable[[StubBank], Awaitable[Answer]]) -> dict[Replica, Answer]:
         """The answers of all banks within reach. Raises BankUnavailable if there is none."""
@@ -422,6 +467,13 @@ class ReplicatedBank:
             async for page in pages:
                 yield [row for row in page if row.index not in seen]
                 seen.update(row.index for row in page)
+
+
+async def _answer_of(tier: Replica, question: Callable[[StubBank], Awaitable[Answer]]) -> Answer | BankUnavailable:
+    try:
+        return await tier.answer(question(tier.bank))
+    except BankUnavailable as error:
+        return error
 
 
 async def _each(tiers: Iterable[Replica], ask: Callable[[Replica], Awaitable[Answer]]) -> dict[Replica, Answer]:

@@ -15,8 +15,6 @@ from hiredis import pack_command
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from bridge.bank.exchange import CONNECTING
-
 PROBE_SECONDS: Final = 5.0
 """after which a connection without messages is probed; it is lost where no answer comes within the same time"""
 CONFIRM_SECONDS: Final = 2.0
@@ -38,10 +36,13 @@ class Subscription:
 
     @classmethod
     async def open(cls, client: Redis, timeout: float) -> Subscription:
-        """Connect, within CONNECTING times `timeout` s. `client` is a bare one (bridge.bank.redis_url)."""
+        """Connect, within `timeout` s. `client` is a bare one (bridge.bank.redis_url)."""
         connections = client.connection_pool
-        async with asyncio.timeout(timeout * CONNECTING):
-            return cls(await connections.get_connection())  # type: ignore[no-untyped-call]
+        async with asyncio.timeout(timeout):
+            connection: Any = await connections.get_connection()  # type: ignore[no-untyped-call]
+        # there may be nothing to read for as long as nothing happens
+        connection.socket_timeout = None
+        return cls(connection)
 
     @property
     def server(self) -> tuple[str, int]:

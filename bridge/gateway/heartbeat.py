@@ -31,7 +31,9 @@ RESTART_SECONDS: Final = 30.0
 CHARON_SECONDS: Final = 0.05
 """between two looks whether charon is still there"""
 DOUBTFUL_SECONDS: Final = 30.0
-"""how long after the bank refused a heartbeat those of other gateways may still be missing"""
+"""how long after the bank refused a heartbeat, or was slow, those of other gateways may still be missing"""
+SLOW_SECONDS: Final = 30.0
+"""that no heartbeat was written within a third of `detect` before that is reported"""
 
 
 class BankState(StrEnum):
@@ -45,8 +47,8 @@ class BankState(StrEnum):
 class Heartbeat:
     """Keeps `ike:gateway:<address>` alive, `detect` s each time, and takes it away when charon goes. `address` is this
     gateway's in the index; None stands for the local address of the first SA that is up. `written` gets each
-    attempt: whether it was written, the seconds that it took, and the other gateways whose heartbeats are in the bank
-    (None where that is not known)."""
+    attempt: whether it was written, the seconds that the bank took for that, and the other gateways whose heartbeats
+    are in the bank (None where that is not known)."""
 
     def __init__(
         self,
@@ -75,6 +77,8 @@ class Heartbeat:
         self._clock = clock
         self._state: BankState | None = None
         self._refused_at: float | None = None
+        self._slow_since: float | None = None
+        self._slow = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -96,7 +100,7 @@ class Heartbeat:
 
     @property
     def doubtful(self) -> bool:
-        """Whether heartbeats may be missing in the bank because it did not take them."""
+        """Whether heartbeats may be missing in the bank because it did not take them, or took them late."""
         return self._refused_at is not None and self._clock() - self._refused_at < DOUBTFUL_SECONDS
 
     def start(self) -> None:
@@ -122,34 +126,58 @@ class Heartbeat:
             await self._pause(began + self._detect / BEATS)
 
     async def beat(self) -> None:
-        """Ask the bank whether it is there, and write a heartbeat."""
+        """Ask the bank whether it is there, write a heartbeat, and read those of others, in parallel: where the bank is
+        far, one after the other would take longer than others wait for a heartbeat."""
         began = self._clock()
-        state, reason, others = BankState.AWAY, "", None
-        try:
-            self._metrics.ping_seconds.observe(await self._bank.ping())
-            state = BankState.READ_ONLY
-            others = await self._write()
-            state = BankState.WELL
-        except BankUnavailable as error:
-            reason = str(error)
-        if state is not BankState.WELL:
-            self._refused_at = self._clock()
-        self._say(state, reason)
-        await self._written(state is BankState.WELL, self._clock() - began, others)
-
-    async def _write(self) -> Collection[str] | None:
-        """The other gateways that live. Raises BankUnavailable."""
         address = self._own_address()
-        if address is None:
-            return None
         if self._there():
             self._served = True
-        if not self._served and self._left:
-            return None
-        await self._bank.heartbeat(address, self._detect)
-        signs = await self._bank.gateways()
-        self.others = tuple(sorted(name for name, sign in signs.items() if sign.alive and name != address))
-        return self.others
+        writes = address is not None and (self._served or not self._left)
+        ping, written, signs = await asyncio.gather(
+            self._bank.ping(),
+            self._bank.heartbeat(address, self._detect) if address is not None and writes else _nothing(),
+            self._bank.gateways() if writes else _nothing(),
+            return_exceptions=True,
+        )
+        failed = [each for each in (ping, written, signs) if isinstance(each, BaseException)]
+        for error in failed:
+            if not isinstance(error, BankUnavailable):
+                raise error
+        state = BankState.WELL if not failed else BankState.READ_ONLY
+        if isinstance(ping, float):
+            self._metrics.ping_seconds.observe(ping)
+        else:
+            state = BankState.AWAY
+        took = self._clock() - began
+        if failed or took > self._detect:
+            # heartbeats that come less often than they expire are missing too
+            self._refused_at = self._clock()
+        self._say(state, str(failed[0]) if failed else "")
+        others = None
+        if isinstance(signs, dict) and state is BankState.WELL:
+            others = self.others = tuple(sorted(name for name, sign in signs.items() if sign.alive and name != address))
+        seconds = written if isinstance(written, float) else took
+        self._look_at_pace(state is BankState.WELL, seconds)
+        await self._written(state is BankState.WELL, seconds, others)
+
+    def _look_at_pace(self, written: bool, seconds: float) -> None:
+        """Report a bank that is always too slow for this gateway to notice the failure of another one."""
+        if not written or seconds <= self._detect / BEATS:
+            self._slow_since = None
+            self._slow = False
+            return
+        now = self._clock()
+        if self._slow_since is None:
+            self._slow_since = now
+        elif not self._slow and now - self._slow_since >= SLOW_SECONDS:
+            self._slow = True
+            log.warning(
+                "bank-slow",
+                component="heartbeat",
+                seconds=round(seconds, 3),
+                effect="failures of other gateways are not noticed",
+                fix="set failover.detect to more than three times as long on all gateways, or a bank that is nearer",
+            )
 
     def _say(self, state: BankState, reason: str) -> None:
         before, self._state = self._state, state
@@ -187,3 +215,7 @@ class Heartbeat:
         if self._address is not None:
             return self._address
         return next((sa.local.address for sa in self._charon.tracker.established() if sa.local), None)
+
+
+async def _nothing() -> None:
+    return

@@ -1,0 +1,95 @@
+"""What a gateway concludes from how long its heartbeats take (bridge.gateway.heartbeat)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from types import SimpleNamespace
+from typing import cast
+
+import structlog
+
+from bridge.bank.interface import GatewaySign, StubBank
+from bridge.charon.charon import Charon
+from bridge.gateway.heartbeat import SLOW_SECONDS, Heartbeat
+from bridge.gateway.metrics import GatewayMetrics
+
+HERE, OTHER = "192.0.2.1", "192.0.2.2"
+DETECT = 1.0
+
+
+class FarBank:
+    """A bank whose answers take `seconds` each; a heartbeat is one answer, a list of the gateways two."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.seconds = 0.0
+
+    async def ping(self) -> float:
+        return self.seconds
+
+    async def heartbeat(self, _: str, __: float) -> float:
+        return self.seconds
+
+    async def gateways(self) -> dict[str, GatewaySign]:
+        # all are asked at the same time, and this takes the longest
+        self.now += 2 * self.seconds
+        return {HERE: GatewaySign(True, frozenset()), OTHER: GatewaySign(True, frozenset())}
+
+
+class Beating:
+    """A gateway's heartbeats at that bank, and what was reported of each."""
+
+    def __init__(self) -> None:
+        self.bank = FarBank()
+        self.reports: list[tuple[bool, float, Collection[str] | None]] = []
+        charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: 1))
+        self.heartbeat = Heartbeat(
+            cast(StubBank, self.bank),
+            cast(Charon, charon),
+            HERE,
+            GatewayMetrics(),
+            DETECT,
+            self._written,
+            clock=lambda: self.bank.now,
+        )
+
+    async def _written(self, written: bool, seconds: float, others: Collection[str] | None) -> None:
+        self.reports.append((written, seconds, others))
+
+    async def beat_for(self, seconds: float) -> list[str]:
+        """The log's events."""
+        until = self.bank.now + seconds
+        with structlog.testing.capture_logs() as events:
+            while self.bank.now < until:
+                await self.heartbeat.beat()
+                self.bank.now += DETECT / 3
+        return [event["event"] for event in events]
+
+
+async def test_a_bank_that_is_far_is_measured_by_the_write_alone() -> None:
+    it = Beating()
+    it.bank.seconds = 0.25
+    await it.heartbeat.beat()
+    assert it.reports == [(True, 0.25, (OTHER,))]
+
+
+async def test_a_bank_that_is_always_too_slow_to_notice_failures_is_reported_once() -> None:
+    it = Beating()
+    it.bank.seconds = 0.4
+    assert "bank-slow" not in await it.beat_for(SLOW_SECONDS - 2)
+    assert await it.beat_for(2 * SLOW_SECONDS) == ["bank-slow"]
+    it.bank.seconds = 0.1
+    assert await it.beat_for(SLOW_SECONDS) == []
+    it.bank.seconds = 0.4
+    assert await it.beat_for(2 * SLOW_SECONDS) == ["bank-slow"]
+
+
+async def test_heartbeats_that_come_less_often_than_they_expire_make_those_of_others_doubtful() -> None:
+    it = Beating()
+    it.bank.seconds = 0.4
+    await it.heartbeat.beat()
+    assert not it.heartbeat.doubtful
+    it.bank.seconds = 0.6
+    await it.heartbeat.beat()
+    assert it.heartbeat.bank_writable
+    assert it.heartbeat.doubtful
