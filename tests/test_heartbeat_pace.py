@@ -42,7 +42,7 @@ class Beating:
     def __init__(self) -> None:
         self.bank = FarBank()
         self.reports: list[tuple[bool, float, Collection[str] | None]] = []
-        charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: 1))
+        charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: 1), vici=None)
         self.heartbeat = Heartbeat(
             cast(StubBank, self.bank),
             cast(Charon, charon),
