@@ -174,8 +174,11 @@ def test_without_a_guard_a_session_that_moves_has_its_new_child_sas_before_the_o
     guarded: Guarded, topology: Topology
 ) -> None:
     with guarded.off(), watched(topology) as link:
+        vips = the_sa(topology.client)["local-vips"]
         moves(topology, 8)
-    assert link.clear == []
+    # with the kernel's ESP charon exchanges its route, which gives packets the virtual IP that the policies are about
+    in_userspace = topology.lab.esp is Esp.USERSPACE
+    assert [seen for seen in link.clear if in_userspace or seen.source in vips] == []
 
 
 def test_without_a_guard_packets_leave_in_the_clear_while_there_is_no_child_sa(
