@@ -17,7 +17,7 @@ from releases_support import RELEASED, on_all
 
 pytestmark = pytest.mark.lab
 
-UPDOWN = "/etc/ike-sa-sync/updown"
+UPDOWN = "/etc/swanctl/updown"  # which another release's charon has too
 SCRIPT = '#!/bin/sh\necho "$PLUTO_VERB $PLUTO_PEER_SOURCEIP" >> /run/updown.log\n'
 
 
@@ -144,9 +144,8 @@ def test_so_does_one_that_has_the_same_connection_for_both_gateways(topology: To
             connect(topology)
             moved = resume(topology, "--to", topology.gw2.address)
             assert moved["result"] == "resumed"
-            key = stub_key(topology.gw2.address, moved["spi_r"])
-            wait_until(lambda: topology.bank.stubs() == [key], "the stub at the other gateway")
-            topology.bank.cli("HSET", key, "sealed", "spoilt")
+            # whose charon answers as any other does
+            topology.gateways["gw1"].stop()
             outcome = resume(topology, "--to", topology.gw1.address)
             assert (outcome["result"], outcome["gateway"]) == ("fallback", topology.gw1.address)
             wait_until(lambda: not topology.gw2.charon.sas(), "the end of the old IKE_SA")
