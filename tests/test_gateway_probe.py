@@ -6,9 +6,9 @@ import asyncio
 
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
-from bridge.client.gateway_probe import PROBES, GatewayProbe
+from bridge.client.gateway_probe import AGAIN_SECONDS, PROBES, GatewayProbe
 from bridge.client.ike_transport import IkeTransport
-from bridge.client.outcome import Outcome
+from bridge.client.outcome import Outcome, Result
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build
 from bridge.ike.stub_exchange import (
     MoveStatus,
@@ -61,30 +61,44 @@ class Client:
         )
         self.alive, self.daemon, self.busy = alive, daemon, False
         self.probed = self.versions = 0
-        self.moves: list[str] = []
+        self.moves: list[str | None] = []
+        self.stays: list[bool] = []
+        """for each of them, whether the session stays where no gateway resumes it"""
+        self.outcomes: list[Outcome] = []
+        """of the first moves; those after them succeed"""
+        self.left = False
+        self.back_after = self.left_after = 0
+        """the failed move after which its gateway answers again, or charon has moved the session by itself"""
         self.reports: list[MoveStatus] = []
         self._announced: StubMessage | None = None
         self._transport = IkeTransport(self)
         self._probe = GatewayProbe(
             self,
             self._transport,
-            lambda spis: self.sa if spis == b"initiateresponds" else None,
+            lambda spis: self.sa if spis == b"initiateresponds" and not self.left else None,
             lambda sa: targets,
             self._begin,
+            uniform=lambda *_: 0.0,
             probe_seconds=0.01,
         )
 
-    def _begin(self, sa: IkeSa, to: str) -> asyncio.Task[Outcome] | None:
+    def _begin(self, sa: IkeSa, to: str | None, *, stay: bool) -> asyncio.Task[Outcome] | None:
         if self.busy:
             return None
         self.moves.append(to)
+        self.stays.append(stay)
+        outcome = self.outcomes.pop(0) if self.outcomes else Outcome(Result.RESUMED, "home", to)
 
         async def move() -> Outcome:
-            raise AssertionError
+            if outcome.result is not Result.FAILED:
+                self.left = True
+            elif self.back_after == len(self.moves):
+                self.alive = MoveStatus.HERE
+            elif self.left_after == len(self.moves):
+                self.left = True
+            return outcome
 
-        task = asyncio.create_task(move())
-        task.cancel()
-        return task
+        return asyncio.create_task(move())
 
     def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None:
         assert (src, sport, dport, marker) == (CLIENT, 4500, 4500, True)
@@ -223,3 +237,48 @@ async def test_a_session_that_moves_already_says_so() -> None:
     client.busy = True
     await client.announced()
     assert client.reports == [MoveStatus.BUSY]
+
+
+def failed(reason: str) -> Outcome:
+    return Outcome(Result.FAILED, "home", SURVIVOR, reason=reason)
+
+
+async def test_a_session_that_is_not_resumed_by_the_gateway_that_announced_goes_to_any_that_takes_it() -> None:
+    client = Client()
+    client.outcomes = [failed("refused"), failed("no-answer")]
+    await client.announced()
+    assert client.moves == [SURVIVOR, None, None]
+    assert client.stays == [True, True, True]
+    assert client.probed == 3 * PROBES
+    assert client.reports == [MoveStatus.MOVING, MoveStatus.REFUSED]
+
+
+async def test_a_session_that_no_gateway_resumes_is_set_up_again_at_last() -> None:
+    client = Client()
+    client.outcomes = [failed("no-answer")] * len(AGAIN_SECONDS)
+    await client.announced()
+    assert client.stays == [True] * len(AGAIN_SECONDS) + [False]
+    assert client.reports == [MoveStatus.MOVING, MoveStatus.NO_ANSWER]
+
+
+async def test_a_session_whose_gateway_answers_after_all_stays() -> None:
+    client = Client()
+    client.outcomes = [failed("refused"), failed("refused")]
+    client.back_after = 1
+    await client.announced()
+    assert client.moves == [SURVIVOR]
+
+
+async def test_a_session_that_charon_moved_meanwhile_is_left_alone() -> None:
+    client = Client()
+    client.outcomes = [failed("refused")]
+    client.left_after = 1
+    await client.announced()
+    assert client.moves == [SURVIVOR]
+
+
+async def test_an_announcement_from_another_hosts_address_is_not_answered() -> None:
+    client = Client()
+    client.hears(build_announcement(OLD, SURVIVOR, NOW), "198.51.100.9")
+    await client.settled()
+    assert (client.probed, client.moves, client.reports) == (0, [], [])

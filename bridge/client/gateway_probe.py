@@ -9,6 +9,10 @@ does not answer at all, or says itself that it has lost the SA, makes the sessio
                                  |--Not here, proven-------------> MOVES, or why not: reported too
                                  |--PROBES, charon alone answers-> STAYS: reported
                                  '--PROBES, no answer------------> MOVES, or why not: reported
+
+Where the gateway that announced does not resume it after all (it may have too much to do for now), the session would be
+left at a gateway that does not answer, until charon notices. So the gateway is probed again, and while it does not
+answer, all others are tried; at last by a full handshake.
 """
 
 from __future__ import annotations
@@ -18,13 +22,14 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from random import uniform
+from typing import Final, Protocol
 
 import structlog
 
 from bridge.charon.ike_sa import IkeSa, client_sa
 from bridge.client.ike_transport import IkeTransport
-from bridge.client.outcome import Outcome
+from bridge.client.outcome import Outcome, Result
 from bridge.ike.keys import NONCE_OCTETS
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, build_probe, parse_stub_message, verify
 from bridge.ike.version_probe import SPI_OCTETS, answers_version_probe, build_version_probe
@@ -38,8 +43,17 @@ PROBES: Final = 3
 """messages to the gateway of the SA"""
 PROBE_SECONDS: Final = 0.1
 """that each of them waits for an answer"""
+AGAIN_SECONDS: Final = (1.0, 2.0, 4.0)
+"""after an attempt that failed, until the gateway is probed again, and the others are tried; times 1 to 2, since many
+clients are in that position at a time"""
 REMEMBERED: Final = 64
 """SAs whose last announcement is remembered"""
+
+
+class Begin(Protocol):
+    """Starts to move a session."""
+
+    def __call__(self, sa: IkeSa, to: str | None, *, stay: bool) -> asyncio.Task[Outcome] | None: ...
 
 
 class Answer(StrEnum):
@@ -83,7 +97,8 @@ class _Announced:
 
 class GatewayProbe:
     """Checks announcements. `find` gives the session's SA with both SPIs, up or lost; `targets` the addresses that it
-    may go to, None where that is no session of ours; `begin` starts to move it, and gives None where it moves already.
+    may go to, None where that is no session of ours. `begin` starts to move it, to one address or (None) to any; where
+    with `stay`, it stays there if no other one resumes it. It gives None where the session moves already.
     """
 
     def __init__(
@@ -92,9 +107,10 @@ class GatewayProbe:
         transport: IkeTransport,
         find: Callable[[bytes], IkeSa | None],
         targets: Callable[[IkeSa], Collection[str] | None],
-        begin: Callable[[IkeSa, str], asyncio.Task[Outcome] | None],
+        begin: Begin,
         *,
         random: Callable[[int], bytes] = os.urandom,
+        uniform: Callable[[float, float], float] = uniform,
         probe_seconds: float = PROBE_SECONDS,
     ) -> None:
         self._sender = sender
@@ -103,6 +119,7 @@ class GatewayProbe:
         self._targets = targets
         self._begin = begin
         self._random = random
+        self._uniform = uniform
         self._probe_seconds = probe_seconds
         self._announced: dict[bytes, _Announced] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,7 +147,12 @@ class GatewayProbe:
 
     def _gone(self, message: StubMessage, datagram: Datagram) -> None:
         sa = self._find(message.spis)
-        if sa is None or self._targets(sa) is None or not verify(message, sa.suite.prf, sa.sk_d):
+        targets = self._targets(sa) if sa is not None else None
+        if sa is None or targets is None or not verify(message, sa.suite.prf, sa.sk_d):
+            return
+        assert message.move is not None
+        if datagram.src != message.move.target and datagram.src not in targets:
+            # captured, and sent again with another host's address: reports would go there
             return
         last = self._announced.get(message.spis)
         if last is not None and message.message_id <= last.message.message_id:
@@ -144,8 +166,9 @@ class GatewayProbe:
         announced = _Announced(message, sa, datagram, asyncio.Event())
         self._announced.pop(message.spis, None)
         self._announced[message.spis] = announced
-        while len(self._announced) > REMEMBERED:
-            self._announced.pop(next(iter(self._announced)))
+        settled = [spis for spis, one in self._announced.items() if one.state is not ProbeState.PROBING]
+        for spis in settled[: max(len(self._announced) - REMEMBERED, 0)]:
+            del self._announced[spis]
         task = spawn("gateway-probe", self._check(announced))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -171,10 +194,41 @@ class GatewayProbe:
             return
         log.warning("sa-lost" if announced.answer is Answer.NOT_HERE else "gateway-not-answering", **about)
         announced.state = ProbeState.MOVES
-        task = self._begin(sa, move.target)
+        task = self._begin(sa, move.target, stay=True)
         if task is None:
             announced.status = MoveStatus.BUSY
         self._report(announced)
+        if task is not None:
+            await self._follow(announced, task)
+
+    async def _follow(self, announced: _Announced, task: asyncio.Task[Outcome]) -> None:
+        """See that the session gets away from its gateway, unless that answers after all."""
+        sa = announced.sa
+        for number, seconds in enumerate(AGAIN_SECONDS, 1):
+            outcome = await asyncio.shield(task)
+            if outcome.result is not Result.FAILED or not self._concerns(announced):
+                return
+            if number == 1:
+                announced.status = MoveStatus.NO_ANSWER if outcome.reason == "no-answer" else MoveStatus.REFUSED
+                self._report(announced)
+            await asyncio.sleep(seconds * self._uniform(1.0, 2.0))
+            if not self._concerns(announced):
+                return
+            announced.answer = Answer.NONE
+            announced.answered.clear()
+            await self._ask(announced)
+            if announced.answer in STAYS:
+                log.info("gateway-lives", after="it did not answer at first", connection=sa.connection, **sa.id.logged)
+                return
+            again = self._begin(sa, None, stay=number < len(AGAIN_SECONDS))
+            if again is None:
+                return
+            task = again
+
+    def _concerns(self, announced: _Announced) -> bool:
+        """Whether the session is where it was, and no later announcement is about it."""
+        spis = announced.sa.id.spis
+        return self._find(spis) is announced.sa and self._announced.get(spis) is announced
 
     async def _ask(self, announced: _Announced) -> None:
         """Find out what the gateway of the SA answers to PROBES messages, its sidecar or else its charon."""

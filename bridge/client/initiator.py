@@ -96,7 +96,7 @@ class Initiator:
         self._moving: dict[Session, asyncio.Task[Outcome]] = {}
         self._move_handler = MoveHandler(charon.tracker, sender, self._targets, self._sent_away, random=random)
         self._gateway_probe = GatewayProbe(
-            sender, self._transport, charon.tracker.sas.get, self._targets, self._sent_away, random=random
+            sender, self._transport, self._sessions.sa, self._targets, self._sent_away, random=random
         )
         self._keepalive = NatKeepalive(sender, config.announce.keepalive, self._sessions.resumable_sas, self._targets)
         self._traffic = TrafficWatch(charon, self._sessions, self._set_up, clock=clock)
@@ -289,10 +289,10 @@ class Initiator:
             return None
         return {target.address for target in self._candidates.of(self._vpn(session), session, None, restored=False)}
 
-    def _sent_away(self, sa: IkeSa, to: str) -> asyncio.Task[Outcome] | None:
-        """Move a session whose gateway asked for it; None where it moves already."""
+    def _sent_away(self, sa: IkeSa, to: str | None, *, stay: bool = True) -> asyncio.Task[Outcome] | None:
+        """Move a session whose gateway asked for it, or does not answer; None where it moves already."""
         session = self._sessions.of(sa.id.spis)
-        return None if session is None or session in self._moving else self._begin(session, to, stay=True)
+        return None if session is None or session in self._moving else self._begin(session, to, stay=stay)
 
     def _begin(self, session: Session, to: str | None, *, stay: bool = False) -> asyncio.Task[Outcome]:
         """`stay`: its gateway lives, so it stays there where the other one does not resume it."""

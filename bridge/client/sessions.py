@@ -95,6 +95,13 @@ class Sessions:
         """The session that an IKE_SA belongs to, or was the last one of."""
         return next((one for one in self._sessions if spis in one.sas or one.last.id.spis == spis), None)
 
+    def sa(self, spis: bytes) -> IkeSa | None:
+        """An IKE_SA of a session, by both SPIs: one that is up, or the last one of a session that was lost."""
+        session = self.of(spis)
+        if session is None:
+            return None
+        return session.sas.get(spis, session.last if session.last.id.spis == spis else None)
+
     def chosen(self, vpn: str | None, connection: str | None) -> Session | None:
         """The session that an operator means: one that was lost rather than one that is up, in the order of the
         VPNs."""
