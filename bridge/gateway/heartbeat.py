@@ -114,7 +114,7 @@ class Heartbeat:
         await self._pulse.close()
         if self._task is not None:
             await end(self._task)
-        address = self._own_address()
+        address = self.own_address
         if self.bank_writable and address is not None and self._there():
             with contextlib.suppress(BankUnavailable):
                 await self._bank.heartbeat(address, RESTART_SECONDS)
@@ -129,7 +129,7 @@ class Heartbeat:
         """Ask the bank whether it is there, write a heartbeat, and read those of others, in parallel: where the bank is
         far, one after the other would take longer than others wait for a heartbeat."""
         began = self._clock()
-        address = self._own_address()
+        address = self.own_address
         if self._there():
             self._served = True
         writes = address is not None and (self._served or not self._left)
@@ -204,14 +204,16 @@ class Heartbeat:
                 if not self._pulse.hangs:
                     log.warning("charon-ended", effect="the other gateways are notified")
                 with contextlib.suppress(BankUnavailable):
-                    if (address := self._own_address()) is not None:
+                    if (address := self.own_address) is not None:
                         await self._bank.leave(address)
                 return
 
     def _there(self) -> bool:
         return self.charon_alive is True
 
-    def _own_address(self) -> str | None:
+    @property
+    def own_address(self) -> str | None:
+        """This gateway's in the index, once it is known."""
         if self._address is not None:
             return self._address
         return next((sa.local.address for sa in self._charon.tracker.established() if sa.local), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from bridge.gateway.downloads import Downloads
 from bridge.gateway.drain import Drain
 from bridge.gateway.duplicates import Duplicates
 from bridge.gateway.endings import Endings
+from bridge.gateway.event_watch import EventWatch
 from bridge.gateway.failover import Failover
 from bridge.gateway.heartbeat import Heartbeat
 from bridge.gateway.interception import Interception
@@ -125,7 +127,7 @@ class GatewayRole:
             config.failover, config.address, bank, self._prefetch, charon, sender, endings.__contains__
         )
         self._heartbeat = Heartbeat(
-            bank, charon, config.address, self._metrics, config.failover.detect, failover.own_heartbeat
+            bank, charon, config.address, self._metrics, config.failover.detect, self._heartbeat_written
         )
         self._revocations = revocations = Revocations(bank, keyring, config.state)
         self._living = living = LivingSas(charon.tracker)
@@ -216,6 +218,9 @@ class GatewayRole:
         followers = BankFollowers(self._prefetch, failover, self._reconciler, self._elsewhere, lock_out, self._rotation)
         followers.follow(events)
         events.on_state(lambda listening: None if listening else bank.renew())
+        self._event_watch = EventWatch(lambda: self._heartbeat.own_address)
+        events.follow(bank_keys.HEARTBEAT, self._event_watch.event)
+        events.on_state(self._event_watch.state)
         self._shared: SharedAddresses | None = None
         if config.takeover.addresses:
             self._shared = SharedAddresses(
@@ -445,6 +450,17 @@ class GatewayRole:
         )
         gauge("bank_writable", "1 while the bank takes writes", lambda: float(self._heartbeat.bank_writable))
 
+        gauge(
+            "keyspace_events_arrive",
+            "0 while the bank takes heartbeats and reports no keyspace event of them",
+            lambda: float(self._event_watch.arrive),
+        )
+
+    async def _heartbeat_written(self, written: bool, seconds: float, alive: Collection[str] | None) -> None:
+        if written and alive is not None:
+            self._event_watch.written()
+        await self._failover.own_heartbeat(written, seconds, alive)
+
     async def _counters(self, _: dict[str, Any]) -> Answer:
         return {"counters": self._metrics.values()}
 
@@ -463,6 +479,7 @@ class GatewayRole:
             "bank": {
                 "reachable": self._heartbeat.bank_reachable,
                 "writable": self._heartbeat.bank_writable,
+                "events": self._event_watch.arrive,
                 "pending": self._writer.pending,
                 "stubs": self._charon.tracker.count()[1],
                 **self._rotation.status(),
