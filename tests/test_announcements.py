@@ -180,6 +180,16 @@ def test_a_session_of_the_other_address_family_is_announced_too(six: Topology) -
     wait_until(lambda: failovers(six, "gw2")[0]["resumed"] == 1, "the count")
 
 
+def test_a_drain_moves_a_session_of_the_other_address_family(six: Topology) -> None:
+    connect(six)
+    wait_until(lambda: len(status(six, "gw1")["sas"]) == 1, "the session in the sidecar")
+    facts = f"ike:facts:{six.gw2.address}"
+    wait_until(lambda: "fd00:50::2" in six.bank.cli("GET", facts), "the other address of gw2 in what it posts")
+    told = six.gateways["gw1"].command("drain", "--to", "any", "--json")
+    assert json.loads(told.stdout)["moved"] == 1
+    wait_until(lambda: moved_to(six, "fd00:50::2"), "the session at the other gateway")
+
+
 def test_a_sidecar_that_is_restarted_in_order_is_no_failure(announced: Topology) -> None:
     before = connect(announced)
     known = failovers(announced, "gw2")

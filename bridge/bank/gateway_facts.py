@@ -26,6 +26,8 @@ class Facts(msgspec.Struct, frozen=True):
     pools: list[Pool] = []
     addresses: list[str] = []
     """others under which its stubs are: its address in the index is of one family only"""
+    other: str = ""
+    """its address of the other family, where it has one"""
 
 
 def encode(facts: Facts) -> str:
@@ -41,6 +43,8 @@ def decode(text: str | bytes) -> Facts | None:
         facts.addresses[:] = [one for one in facts.addresses[:ADDRESSES_MAX] if bank_keys.gateway_name(one) is not None]
         for pool in facts.pools:
             ip_address(pool.base) + pool.size
+        if facts.other and bank_keys.gateway_name(facts.other) is None:
+            return None
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
         return None
     return facts

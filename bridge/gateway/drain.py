@@ -173,6 +173,7 @@ class Drain:
             return {"error": f"the bank does not answer, and no session can move without it: {error}"}
         if others.without_heartbeat:
             return {"error": "the bank takes no writes now, and no session can move without: see `ike-sa-sync status`"}
+        to = to if to in others.facts else others.named(to)
         if to in others.other_keys:
             return {"error": f"{to} has another bank key, and could open no stub of this gateway: copy the key file"}
         if to == ANY and not others.facts:
@@ -189,7 +190,9 @@ class Drain:
             reasons = {target: others.lacks(target, sa.connection, names) for target in targets}
             able = [target for target in targets if reasons[target] is None]
             if able:
-                waiting.append(_Waiting(sa, able))
+                assert sa.remote is not None
+                known = [address for target in able for address in others.at(target, sa.remote.address)]
+                waiting.append(_Waiting(sa, known))
             else:
                 lacking[next(reason for reason in reasons.values() if reason)] += 1
         if sas and not waiting:

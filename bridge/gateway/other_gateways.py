@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from bridge.bank import gateway_facts, gateway_stats
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import StubBank
+from bridge.gateway.other_family import family
 from bridge.stub import bank_keys
 from bridge.stub.stub import Index
 
@@ -50,6 +51,18 @@ class OtherGateways:
             return f"the target has no connection {connection!r}"
         missing = sorted(set(children) - set(known))
         return f"the target's connection {connection!r} has no child {missing[0]!r}" if missing else None
+
+    def at(self, gateway: str, peer: str) -> list[str]:
+        """The addresses by which a client at `peer` may know a gateway, the likelier one first."""
+        published = self.facts[gateway]
+        other = published.other if published is not None else ""
+        if not other:
+            return [gateway]
+        return [gateway, other] if family(gateway) == family(peer) else [other, gateway]
+
+    def named(self, address: str) -> str:
+        """The gateway that has an address, by its name in the bank; the address itself where none has."""
+        return next((name for name, one in self.facts.items() if one is not None and one.other == address), address)
 
     def able(self, connection: str, children: Iterable[str]) -> list[str]:
         """Those that could resume a session, as far as they say."""

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import time
+from itertools import islice
 from typing import Final
 
 from bridge.bank import failover_progress, gateway_facts
@@ -16,6 +17,8 @@ from bridge.charon.placeholders import ha_pools
 from bridge.charon.vici_types import ViciError
 from bridge.gateway.failover import Failover
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.other_family import other_address
+from bridge.gateway.other_gateways import OtherGateways
 from bridge.gateway.publisher import Publisher
 from bridge.stub import bank_keys
 
@@ -23,6 +26,8 @@ FACTS_LOOK_SECONDS: Final = 0.5
 """between two looks whether the connections have changed"""
 STATS_SECONDS: Final = 1.0
 STATS_TTL: Final = 60.0
+SOME: Final = 1_000
+"""sessions that show by which addresses this gateway is known"""
 
 
 class Postings:
@@ -43,6 +48,8 @@ class Postings:
         self._publisher = publisher
         self._failover = failover
         self._metrics = metrics
+        self.others: tuple[str, ...] = ()
+        """the addresses of the other family that living gateways post: trusted only as places to ask"""
 
     async def keep_stats(self) -> None:
         """Post the counters, and how far announcements are, again and again."""
@@ -74,9 +81,13 @@ class Postings:
             if now != posted or time.monotonic() >= due:
                 try:
                     pools = await self._charon.vici.pools() + [pool.range for pool in await asyncio.to_thread(ha_pools)]
-                    facts = gateway_facts.Facts(connections, pools, addresses)
+                    some = islice(self._charon.tracker.established(), SOME)
+                    other = other_address(self._address, (sa.local.address for sa in some if sa.local is not None))
+                    facts = gateway_facts.Facts(connections, pools, addresses, other)
                     text = gateway_facts.encode(facts)
                     await self._bank.post(bank_keys.FACTS_KIND, self._address, text, gateway_facts.TTL)
+                    others = await OtherGateways.ask(self._bank, self._address)
+                    self.others = tuple(sorted(one.other for one in others.facts.values() if one and one.other))
                 except (BankUnavailable, ViciError):
                     posted = None
                 else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -147,7 +147,7 @@ class GatewayRole:
             sender,
             config.address,
             self._metrics,
-            lambda: self._heartbeat.others if config.sync.tell_gateways else (),
+            lambda: self._others() if config.sync.tell_gateways else (),
             expected=failover.expects,
             alive=lambda: self._heartbeat.charon_alive,
         )
@@ -455,6 +455,10 @@ class GatewayRole:
             "0 while the bank takes heartbeats and reports no keyspace event of them",
             lambda: float(self._event_watch.arrive),
         )
+
+    def _others(self) -> Sequence[str]:
+        """The addresses of the other gateways that live, of both families."""
+        return [*self._heartbeat.others, *(self._postings.others if self._postings is not None else ())]
 
     async def _heartbeat_written(self, written: bool, seconds: float, alive: Collection[str] | None) -> None:
         if written and alive is not None:
