@@ -16,7 +16,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bridge.bench import bank as bank_bench
-from bridge.bench import outage, report
+from bridge.bench import outage, report, takeover
 from bridge.bench.flood import flood_lab
 from bridge.bench.flood import measure as measure_flood
 from bridge.bench.handshake import compare
@@ -46,10 +46,10 @@ def _progress() -> Iterator[Report]:
         yield lambda what, share: shown.update(task, description=what, completed=share)
 
 
-def _measure(name: str, work: Work, clients: int = 0) -> dict[str, Any]:
+def _measure(name: str, work: Work, clients: int = 0, shared: str | None = None) -> dict[str, Any]:
     """One benchmark in a lab of its own, with all that is to be known about its circumstances."""
     try:
-        with _progress() as progress, rig(clients) as built:
+        with _progress() as progress, rig(clients, shared=shared) as built:
             built.take_model()
             about = lab_machine(built.target)
             result = work(built, progress)
@@ -219,6 +219,25 @@ def measure_outage(sessions: int, clients: int, plot: str | None, as_json: bool)
         raise click.ClickException(f"{left} sessions were not resumed, {moved} moved on a false alarm")
 
 
+def _measure_takeover(sessions: int) -> dict[str, Any]:
+    def work(built: Rig, progress: Report) -> dict[str, Any]:
+        return takeover.takeover(built, sessions, progress)
+
+    return _measure("takeover", work, shared=takeover.SHARED)
+
+
+@bench.command("takeover")
+@click.option("--sessions", default=10_000, show_default=True, help="Sessions of ordinary clients at the address.")
+@_plot
+@_json
+def measure_takeover(sessions: int, plot: str | None, as_json: bool) -> None:
+    """A gateway gets the address of one that failed, and takes over the sessions of clients without a sidecar."""
+    measured = _measure_takeover(sessions)
+    _publish(measured, plot, as_json)
+    if failures := measured["result"]["failures"]:
+        raise click.ClickException(f"{failures} of {sessions} sessions have no new keys")
+
+
 SHORT: dict[str, Callable[[], dict[str, Any]]] = {
     "handshake-vs-resume": lambda: _measure("handshake-vs-resume", lambda r, progress: compare(r, 5, progress)),
     "storm": lambda: _measure("storm", lambda r, progress: break_loose(r, 10_000, WINDOW, progress), CLIENTS),
@@ -226,6 +245,7 @@ SHORT: dict[str, Callable[[], dict[str, Any]]] = {
     "bank": lambda: _measure_bank([20_000]),
     "flood": lambda: _measure_flood(20_000, 8.0, 8),
     "outage": lambda: _measure_outage(1000, 8),
+    "takeover": lambda: _measure_takeover(1000),
 }
 """what `make bench` does"""
 ORDERS = {"growth-long": "growth"}

@@ -15,6 +15,10 @@ come as JSON, one a line, on standard input; each is answered by one line.
     {"outage": 60.0}                                until all of those have gone on to another gateway, or so many
                                                     seconds: answer Moves and Announcements. A line with "progress"
                                                     comes twice a second
+    {"own": ["192.168.50.1", 1000]}                 make so many at the model's address, which gateways share, with this
+                                                    gateway as their owner
+    {"takeover": ["192.168.50.100", 60.0, 100]}     until all of those have new keys from the gateway that has the
+                                                    address, or so many seconds: answer it; so many of them send ESP
     {"end": null}                                   delete the IKE_SAs of the last storm, as clients that go
     {"idle": 2.0}                                   answer the gateway's requests for so many seconds
 """
@@ -25,6 +29,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import select
 import socket
 import struct
@@ -35,6 +40,7 @@ from ipaddress import IPv4Address
 from typing import Any
 
 from bridge.bank.redis_bank import RedisBank
+from bridge.bench.ordinary import Ordinary, with_known_keys
 from bridge.bench.sessions import ESP_SPI, Children, Session, State, Unproven, imagine, is_answer
 from bridge.bench.standby import Standbys
 from bridge.ike.key_exchange import KeyExchange, fresh_public_value
@@ -56,6 +62,8 @@ RETRANSMIT = (0.5, 1.0, 2.0, 4.0, 8.0)
 BUFFER = 16 << 20
 READ_AT_ONCE = 64
 PROGRESS_SECONDS = 0.5
+ESP_SECONDS = 0.1
+"""between two packets of a client that sends ESP"""
 END_WINDOW = 256
 END_SECONDS = 0.1
 """for the answers to so many"""
@@ -81,6 +89,7 @@ class Generator:
         self._pending: dict[bytes, Session] = {}
         self._timers: deque[tuple[float, Session]] = deque()
         self._moved_on: list[Session] = []
+        self._ordinary: dict[bytes, Ordinary] = {}
         self._socket = sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, BUFFER)
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER)
@@ -174,6 +183,75 @@ class Generator:
                 standbys.add(session, os.urandom(8), fresh_public_value(session.suite.group))
         return {"confirmed": done["confirmed"], "states": done["states"], "seconds": done["seconds"]}
 
+    async def own(self, owner: str, count: int) -> dict[str, Any]:
+        """New sessions of ordinary clients, with their stubs in the bank."""
+        assert self._template is not None
+        for first in range(0, count, STORE_BUNDLE):
+            stubs = []
+            for _ in range(min(STORE_BUNDLE, count - first)):
+                self._number += 1
+                address = str(IPv4Address(_FIRST + self._number * STEP))
+                stub, outgoing, incoming = with_known_keys(
+                    imagine(self._template, self._number, address, time.time()), owner
+                )
+                [child] = stub.children
+                self._ordinary[stub.spi_i] = Ordinary(
+                    stub.spi_i, stub.spi_r, address, child, outgoing, incoming, ESP_SPI + self._number
+                )
+                stubs.append(stub)
+            if not all(await self._bank.store(stubs)):
+                raise SystemExit("the bank refused stubs")
+        return {"made": count}
+
+    def takeover(self, address: str, seconds: float, active: int) -> dict[str, Any]:
+        """Answer the gateway that takes the sessions of ordinary clients over. The first ones of `active` send ESP."""
+        target, clients = (address, self._target[1]), list(self._ordinary.values())
+        senders = random.sample(clients, min(active, len(clients)))
+        cpu, said, again, left = time.process_time(), 0.0, 0.0, len(clients)
+        end = time.monotonic() + seconds
+        while left and (now := time.monotonic()) < end:
+            if now >= again:
+                again = now + ESP_SECONDS
+                for client in senders:
+                    if not client.keyed:
+                        self._send(client.esp(), client.address, target, marker=b"")
+            left -= self._answer_ordinary(target, now)
+            if now >= said + PROGRESS_SECONDS:
+                said = now
+                print(json.dumps({"progress": 1 - left / len(clients)}), flush=True)
+        return {
+            "sessions": len(clients),
+            "asked": [client.asked for client in clients if client.asked],
+            "keyed": [client.keyed for client in clients if client.keyed],
+            "active": [client.keyed for client in senders if client.keyed],
+            "strange": self._strange,
+            "generator_cpu_s": time.process_time() - cpu,
+        }
+
+    def _answer_ordinary(self, target: tuple[str, int], now: float) -> int:
+        """Answer what is there, up to a limit; how many clients have new keys since."""
+        keyed = 0
+        for _ in range(READ_AT_ONCE):
+            try:
+                data = self._socket.recv(4096)
+            except BlockingIOError:
+                self._poll.poll(5)
+                return keyed
+            client = self._ordinary.get(data[len(self._marker) :][:8])
+            if client is None:
+                self._strange += 1
+                continue
+            had = client.keyed
+            try:
+                answer = client.request(data[len(self._marker) :], now)
+            except MalformedMessage:
+                self._strange += 1
+                continue
+            keyed += bool(client.keyed and not had)
+            if answer is not None:
+                self._send(answer, client.address, target)
+        return keyed
+
     def _send_to(self, message: bytes, source: str, gateway: str) -> None:
         self._send(message, source, (gateway, self._target[1]))
 
@@ -251,13 +329,17 @@ class Generator:
                 self._poll.poll(left * 1000)
         return {"gateway_requests": self._requests}
 
-    def _send(self, message: bytes, source: str, target: tuple[str, int] | None = None) -> None:
+    def _send(
+        self, message: bytes, source: str, target: tuple[str, int] | None = None, *, marker: bytes | None = None
+    ) -> None:
         # struct in_pktinfo: interface, source, (unused)
         info = struct.pack("=i4s4x", 0, socket.inet_aton(source))
         ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, info)]
         # what the buffer does not take is lost, as on any path; the timer sends it again
         with contextlib.suppress(BlockingIOError):
-            self._socket.sendmsg([self._marker, message], ancillary, 0, target or self._target)
+            self._socket.sendmsg(
+                [self._marker if marker is None else marker, message], ancillary, 0, target or self._target
+            )
 
     def _receive(self, pending: dict[bytes, Session], unproven: dict[str, int]) -> bool:
         """Take in what is there, up to a limit; whether there was anything."""
@@ -343,6 +425,10 @@ async def _serve(gateway: str, port: int, url: str, key_file: str) -> None:
             answer = generator.stand_by(*given)
         elif order == "outage":
             answer = generator.outage(given)
+        elif order == "own":
+            answer = await generator.own(*given)
+        elif order == "takeover":
+            answer = generator.takeover(*given)
         elif order == "end":
             answer = generator.end()
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bridge.bench import bank, flood, outage, sizing
+from bridge.bench import bank, flood, outage, sizing, takeover
 from bridge.bench.aims import aims
 from bridge.bench.plot import bars
 
@@ -294,6 +294,7 @@ SECTIONS = {
     "bank": bank.section,
     "flood": flood.section,
     "outage": outage.section,
+    "takeover": takeover.section,
 }
 """by the name of their file; each gives text and plot"""
 

@@ -62,7 +62,7 @@ class Rig:
         topology = self.topology
         topology.connect()
         [session] = topology.client.charon.sas()
-        index = Index(topology.gw1.address, bytes.fromhex(session["responder-spi"]))
+        index = Index(session["remote-host"], bytes.fromhex(session["responder-spi"]))
         wait_until(lambda: bool(topology.bank.cli("HGET", index.key, "vips")), "the model's stub")
         topology.agent.stop()
         self.start_generator()
@@ -123,9 +123,10 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig(clients: int = 0, detect: float | None = None) -> Iterator[Rig]:
+def rig(clients: int = 0, detect: float | None = None, shared: str | None = None) -> Iterator[Rig]:
     """The standard lab with a host of simulated clients and so many real ones more, all of it up. With `detect` the
-    gateways announce failures, and the real clients have charon's own timers."""
+    gateways announce failures, and the real clients have charon's own timers. With `shared` the gateways share that
+    address, gw1 has it, and the model's session is there."""
     with Lab() as lab:
         topology = standard(lab, start=False)
         load = lab.add_host("load", f"{ADDRESS}/24")
@@ -139,6 +140,14 @@ def rig(clients: int = 0, detect: float | None = None) -> Iterator[Rig]:
             sidecar.config["sync"]["max_unconfirmed"] = 100_000
             if detect is not None:
                 sidecar.config["failover"] = {"announce": True, "detect": detect}
+        if shared is not None:
+            for gateway in (topology.gw1, topology.gw2):
+                gateway.configure("connections { gw { mobike = no } }\n", "shared.conf")
+                topology.gateways[gateway.name].config["takeover"] = {"addresses": [shared], "trigger": "command"}
+            topology.client.configure(
+                f"connections {{ home {{ remote_addrs = {shared}\n mobike = no }} }}\n", "shared.conf"
+            )
+            topology.gw1.run("ip", "address", "add", f"{shared}/24", "dev", "eth0")
         more = Clients(topology, clients, unprepared=detect is not None)
         visitor = client_host(lab, "visitor", VISITOR, topology.secret)
         topology.start()
