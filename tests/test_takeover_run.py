@@ -555,3 +555,49 @@ async def test_a_sidecar_that_was_restarted_rekeys_what_it_had_not_rekeyed() -> 
         await asyncio.sleep(0)
     task.cancel()
     assert gateway.charon.rekeyed == ["7"]
+
+
+async def test_a_client_that_did_not_answer_is_asked_once_more_when_it_sends_something() -> None:
+    """If it answers nothing then either, its IKE_SA is removed: answered liveness checks would hide that its traffic is
+    lost."""
+    bank = Bank()
+    gateway, one = Gateway(bank), stub(bank)
+    await gateway.take()
+    session = gateway.sessions.get(both_spis(one))
+    assert session is not None
+    rekeys = gateway.sessions._rekeys
+
+    async def silent() -> None:
+        rekeys._no_longer_waits(session.sa.id.spis)
+        rekeys._asked[session.sa.id.spis] = session
+        session.offsets, session.waits_since = [], 0.0
+        await rekeys._try_next(session)
+
+    await silent()
+    row = await gateway.takeover.progress({"address": SHARED})
+    assert (session.state, row["left"], row["under_way"]) == (State.LEFT, 1, 0)
+    gateway.sessions.verified(session.sa.id)
+    assert session.state is State.REKEYING
+    await silent()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert gateway.charon.removed == [both_spis(one)]
+    assert gateway.spis == set()
+
+
+async def test_a_client_that_rekeys_by_itself_after_it_was_left_alone_is_taken_over() -> None:
+    bank = Bank()
+    gateway, one = Gateway(bank), stub(bank)
+    await gateway.take()
+    session = gateway.sessions.get(both_spis(one))
+    assert session is not None
+    rekeys = gateway.sessions._rekeys
+    rekeys._no_longer_waits(session.sa.id.spis)
+    rekeys._asked[session.sa.id.spis] = session
+    session.offsets = []
+    await rekeys._try_next(session)
+    [child] = session.sa.children
+    session.sa.put_child(replace(child, spi_in=99))
+    gateway.sessions.changed(session.sa)
+    row = await gateway.takeover.progress({"address": SHARED})
+    assert (session.state, row["taken"], row["left"]) == (State.TAKEN_OVER, 1, 0)

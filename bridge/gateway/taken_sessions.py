@@ -125,10 +125,15 @@ class TakenSessions:
     def _rekeyed(self, session: Session, reason: str) -> None:
         if session.state is State.TAKEN_OVER:
             log.info("takeover-rekeyed", ms=round((self._clock() - session.began) * 1000, 1), **session.sa.id.logged)
+        if reason == reasons.SILENT and session.heard:
+            reason = reasons.NOT_ANSWERED
         if reason:
             log.warning("takeover-incomplete", reason=reason, **session.sa.id.logged)
         if reason == reasons.CHILD_LOST:
             spawn("takeover-end", self._end(session))
+        elif reason == reasons.NOT_ANSWERED:
+            # a DELETE would not be accepted either, and answers to its liveness checks hide that its traffic is lost
+            spawn("takeover-end", self._remove(session))
         self.done(session)
 
     async def _end(self, session: Session) -> None:
@@ -136,6 +141,14 @@ class TakenSessions:
             await self._charon.end_surely(session.sa)
         except ChannelError as error:
             log.warning("sa-not-ended", reason=str(error), **session.sa.id.logged)
+
+    async def _remove(self, session: Session) -> None:
+        try:
+            await self._charon.remove([session.sa.id])
+        except ChannelError as error:
+            log.warning("sa-not-ended", reason=str(error), **session.sa.id.logged)
+        else:
+            self._charon.tracker.end(session.sa.id)
 
     # what happens meanwhile
 
@@ -168,6 +181,12 @@ class TakenSessions:
     def verified(self, ike_id: IkeId) -> None:
         """A request of a client verified."""
         self._requests.verified(ike_id.spis)
+        session = self._sessions.get(ike_id.spis)
+        if session is not None and session.state is State.LEFT and not session.heard:
+            # it lives: once more, from its beginning
+            session.heard, session.waits_since = True, None
+            session.on(Event.HEARD)
+            self._rekeys.put(session)
 
     def gone(self, sa: IkeSa) -> None:
         """An SA of this gateway ended."""

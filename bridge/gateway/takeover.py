@@ -279,7 +279,7 @@ class Takeover:
             self._owner.keyed(session.sa)
         run = self._runs.get(session.stub.index.gateway)
         if run is not None:
-            run.done(session.state, self._clock())
+            run.done(session.stub.index, session.state, self._clock())
 
     # at the start
 

@@ -54,6 +54,8 @@ class TakeoverRekeys:
         self._by_spi: dict[int, bytes] = {}
         """of those that wait, by the SPIs that their clients send ESP on"""
         self._asked: dict[bytes, Session] = {}
+        self._left: dict[bytes, Session] = {}
+        """left to their clients, which may rekey by themselves"""
         self.some_wait = asyncio.Event()
         """while sessions wait to be rekeyed"""
         self._wake = asyncio.Event()
@@ -65,7 +67,8 @@ class TakeoverRekeys:
     def put(self, session: Session, offsets: Sequence[int] = OFFSETS) -> None:
         """One that charon has now; those without CHILD_SAs are ready. `offsets` from the stub's message ID are tried
         where its client does not answer."""
-        session.offsets = list(offsets)
+        self._left.pop(session.sa.id.spis, None)
+        session.offsets, session.tried = list(offsets), False
         self._waiting[session.sa.id.spis] = session
         if session.request is not None:
             self._waiting.move_to_end(session.sa.id.spis, last=False)
@@ -92,7 +95,7 @@ class TakeoverRekeys:
 
     def changed(self, sa: IkeSa) -> None:
         """CHILD_SAs of an SA came or went."""
-        session = self._asked.get(sa.id.spis)
+        session = self._asked.get(sa.id.spis) or self._left.get(sa.id.spis)
         if session is not None and session.sa is sa:
             self._look(session)
 
@@ -100,6 +103,7 @@ class TakeoverRekeys:
         """It is gone."""
         self._no_longer_waits(spis)
         self._asked.pop(spis, None)
+        self._left.pop(spis, None)
 
     def _no_longer_waits(self, spis: bytes) -> None:
         session = self._waiting.pop(spis, None)
@@ -167,6 +171,7 @@ class TakeoverRekeys:
                 await self._set_next_id(session, derivation.next_request)
             if session.state is State.REKEYING:
                 session.on(Event.SILENT)
+                self._left[session.sa.id.spis] = session
                 self._done(session, SILENT)
             return
         session.waits_since, session.tried = self._clock(), True
@@ -194,6 +199,7 @@ class TakeoverRekeys:
                 session.offsets, session.tried = [], False
             return
         self._asked.pop(session.sa.id.spis, None)
+        self._left.pop(session.sa.id.spis, None)
         if session.state in (State.REKEYING, State.LEFT):
             session.on(Event.REKEYED)
             self._done(session, CHILD_LOST if session.lost else "")

@@ -67,23 +67,31 @@ class Run:
     """sessions that it was asked about"""
     seen: set[Index] = field(default_factory=set)
     """sessions that the bank has at the address and that were not here"""
-    counts: Counter[str] = field(default_factory=Counter)
-    """of states, and of reasons why a session was not taken over"""
+    keyed: set[Index] = field(default_factory=set)
+    """of these, sessions with new keys"""
+    left: set[Index] = field(default_factory=set)
+    """and those whose clients do not answer"""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """why sessions were not taken over"""
     failures: list[dict[str, str]] = field(default_factory=list)
     first_ms: float | None = None
     """until the first session had new keys"""
     ended: float | None = None
 
-    def done(self, state: State, now: float) -> None:
+    def done(self, index: Index, state: State, now: float) -> None:
         """A session has new keys, or its client does not answer."""
-        if state is State.TAKEN_OVER and self.first_ms is None:
-            self.first_ms = round((now - self.began) * 1000, 1)
-        self.counts[state] += 1
+        if state is State.TAKEN_OVER:
+            if self.first_ms is None:
+                self.first_ms = round((now - self.began) * 1000, 1)
+            self.keyed.add(index)
+            self.left.discard(index)
+        else:
+            self.left.add(index)
 
     @property
     def not_taken(self) -> list[tuple[str, int]]:
         """Reasons, and the sessions that were not taken over because of each."""
-        return sorted((reason, number) for reason, number in self.counts.items() if not isinstance(reason, State))
+        return sorted(self.reasons.items())
 
     def row(self, under_way: int, now: float) -> dict[str, Any]:
         """For the control socket; so many of its sessions have yet to get new keys."""
@@ -93,9 +101,9 @@ class Run:
             "state": "running" if self.ended is None or under_way else "done",
             "from": ", ".join(sorted(filter(None, self.owners or ()))),
             "found": len(self.seen),
-            "taken": self.counts[State.TAKEN_OVER],
+            "taken": len(self.keyed),
             "under_way": under_way,
-            "left": self.counts[State.LEFT],
+            "left": len(self.left),
             "not_taken": [{"reason": reason, "sessions": number} for reason, number in self.not_taken],
             "failures": self.failures,
             "first_ms": self.first_ms,
@@ -300,7 +308,7 @@ class SessionTaker:
         return obstacle(stub, connection, children, version=version or 0, now=self._wall())
 
     def _refuse(self, run: Run, stub: Stub, reason: str) -> None:
-        run.counts[reason] += 1
+        run.reasons[reason] += 1
         self.not_taken[reason] += 1
         identity, peer = (stub.eap_id or stub.remote_id).text, stub.remote.address
         if len(run.failures) < SHOWN:

@@ -45,6 +45,7 @@ IPCOMP: Final = "a CHILD_SA of it uses IPComp"
 CHANGED: Final = "its stub was changed or taken over by another gateway meanwhile"
 NOT_KEPT: Final = "charon did not keep it: see its log"
 SILENT: Final = "its client answers no request: left to the client"
+NOT_ANSWERED: Final = "its client sends requests and answers none: removed, so that the client connects again"
 CHILD_LOST: Final = "its client has another CHILD_SA than its stub: ended, so that the client connects again"
 UNFIT: Final = "it does not fit the format of charon's ha plugin"
 
@@ -69,6 +70,8 @@ class Session:
     """when charon sent the last request of its own"""
     offsets: list[int] = field(default_factory=list)
     """message IDs still to be tried, from the stub's on"""
+    heard: bool = False
+    """its client sent something after it was left alone"""
     tried: bool = False
     """another message ID than the stub's was tried, and not answered so far"""
 

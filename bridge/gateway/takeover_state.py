@@ -43,7 +43,7 @@ class State(StrEnum):
     """charon has it; its CHILD_SAs have keys that no host knows, until they are rekeyed"""
     TAKEN_OVER = "taken over"
     LEFT = "left to its client"
-    """its client answers no request of this gateway; what the client sends is answered"""
+    """its client answers no request of this gateway; what the client sends is answered, and asked about once more"""
     GONE = "gone"
 
 
@@ -51,6 +51,7 @@ class Event(StrEnum):
     INSTALLED = "charon has it"
     REKEYED = "all its CHILD_SAs have new keys"
     SILENT = "its client answers under no message ID"
+    HEARD = "its client sends something"
     REFUSED = "charon did not take it"
     ENDED = "charon ended it, or another gateway has it"
 
@@ -62,6 +63,7 @@ SESSION: Final = Transitions(
         (State.REKEYING, Event.REKEYED): State.TAKEN_OVER,
         (State.REKEYING, Event.SILENT): State.LEFT,
         (State.LEFT, Event.REKEYED): State.TAKEN_OVER,
+        (State.LEFT, Event.HEARD): State.REKEYING,
         (State.INSTALLING, Event.REFUSED): State.GONE,
         (State.REKEYING, Event.REFUSED): State.GONE,
         (State.INSTALLING, Event.ENDED): State.GONE,
