@@ -261,3 +261,12 @@ def test_two_files_that_do_not_go_together_are_refused(configs: list[GatewayConf
 )
 def test_the_keys_of_a_file_show_its_role(text: str, role: str | None) -> None:
     assert role_of(yaml.safe_load(text)) == role
+
+
+@pytest.mark.parametrize("mode", ["distributed", "mixed"])
+def test_shared_addresses_need_one_bank_for_all_gateways(tmp_path: Path, mode: str) -> None:
+    """One bank decides who owns a session; banks that are replicated by the gateways could decide differently."""
+    bank = f"bank: {{mode: {mode}, url: 'redis://127.0.0.1', {PEERS}}}"
+    text = f"address: 192.168.50.1\n{bank}\ntakeover: {{addresses: [192.168.50.100]}}\n"
+    with pytest.raises(ConfigError, match=r"takeover\.addresses: needs bank\.mode centralised"):
+        load(_file(tmp_path, text), GatewayConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from bridge.gateway.takeover_session import owned
 from bridge.stub.derivation import Derivation
 from bridge.stub.keyring import Keyring
 from bridge.stub.stub import Index, Stub
+from test_bank_servers import cluster_url, three_nodes
 
 pytestmark = pytest.mark.redis
 
@@ -34,7 +36,20 @@ class Banks(NamedTuple):
 
 @pytest.fixture
 async def banks(server: RedisServer, ring: Keyring) -> AsyncIterator[Banks]:
-    first, second = RedisBank(server.url, ring, get_timeout=5.0), RedisBank(server.url, ring, get_timeout=5.0)
+    async for made in two_gateways(server.url, ring):
+        yield made
+
+
+@pytest.fixture
+async def cluster_banks(tmp_path: Path, program: list[str], ring: Keyring) -> AsyncIterator[Banks]:
+    """In a Cluster of three nodes."""
+    with three_nodes(tmp_path, program) as nodes:
+        async for made in two_gateways(cluster_url(list(nodes)), ring):
+            yield made
+
+
+async def two_gateways(url: str, ring: Keyring) -> AsyncIterator[Banks]:
+    first, second = RedisBank(url, ring, get_timeout=5.0), RedisBank(url, ring, get_timeout=5.0)
     lost: dict[str, list[Index]] = {FIRST: [], SECOND: []}
     first.on_taken, second.on_taken = lost[FIRST].append, lost[SECOND].append
     yield Banks(first, second, lost)
@@ -137,3 +152,17 @@ async def test_an_end_that_a_gateway_remembers_deletes_no_session_that_was_taken
     await banks.second.take([(stub, mine)])
     assert await banks.first.delete(list(endings.all())) == [False]
     assert await banks.first.get([stub.index]) == [mine]
+
+
+async def test_in_a_cluster_each_session_has_one_owner_too(cluster_banks: Banks) -> None:
+    first, second, lost = cluster_banks
+    stubs = [session() for _ in range(200)]
+    assert all(await first.store(stubs))
+    pairs = [(stub, owned(stub, SECOND, now=NOW)) for stub in stubs]
+    assert set(await second.take(pairs)) == {Taking.TAKEN}
+    assert set(await first.take(pairs)) == {Taking.CHANGED}
+    assert await first.store([replace(stub, revision=2**50) for stub in stubs]) == [False] * 200
+    assert await first.delete([Ending(stub.index, stub.expires, 1) for stub in stubs]) == [False] * 200
+    assert set(lost[FIRST]) == {stub.index for stub in stubs}
+    found = [stub async for page in second.download(SHARED) for stub in page]
+    assert {stub.derivation.owner for stub in found if stub.derivation} == {SECOND}
