@@ -16,6 +16,7 @@ from bank_support import stub_of
 from bridge.bank.interface import BankUnavailable, Ending, GatewaySign, Taking
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.ha_commands import Install
+from bridge.charon.ha_segments import segment_of
 from bridge.charon.ike_sa import sa_of
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo, SaInfo, Unique, ViciError
@@ -28,6 +29,7 @@ from bridge.gateway.publisher import Publisher
 from bridge.gateway.session_owner import SessionOwner
 from bridge.gateway.taken_sessions import TakenSessions
 from bridge.gateway.takeover import Takeover
+from bridge.gateway.takeover_rekeys import OUTSTANDING
 from bridge.gateway.takeover_run import Barriers, SessionTaker
 from bridge.gateway.takeover_session import owned
 from bridge.gateway.takeover_state import State
@@ -121,7 +123,9 @@ class Charon:
         self.reconciled = asyncio.Event()
         self.reconciled.set()
         self.channel = SimpleNamespace(version=5, receive=lambda: None, drained=self._nothing)
-        self.installer = SimpleNamespace(install=self._install, set_next_id=self._nothing)
+        self.resyncs: list[set[int]] = []
+        self.installer = SimpleNamespace(install=self._install, set_next_id=self._nothing, resync=self._resync)
+        self.landing = SimpleNamespace(segment_of=segment_of)
         self.vici = SimpleNamespace(list_sas=self._list, rekey_child=self._rekey, started=self._started)
         self.gone: Callable[[Any], None] = lambda _: None
 
@@ -157,6 +161,9 @@ class Charon:
             )
             for number, one in enumerate(self.has.values())
         ]  # fmt: skip
+
+    async def _resync(self, segments: set[int]) -> None:
+        self.resyncs.append(segments)
 
     async def _rekey(self, unique_id: str, _: str) -> None:
         self.rekeyed.append(unique_id)
@@ -601,3 +608,28 @@ async def test_a_client_that_rekeys_by_itself_after_it_was_left_alone_is_taken_o
     gateway.sessions.changed(session.sa)
     row = await gateway.takeover.progress({"address": SHARED})
     assert (session.state, row["taken"], row["left"]) == (State.TAKEN_OVER, 1, 0)
+
+
+@pytest.mark.parametrize("others", [0, 2000], ids=["alone", "among many"])
+async def test_where_many_wait_charon_is_asked_for_whole_segments(others: int) -> None:
+    """A VICI command for each would have charon look at all its IKE_SAs each time; but the CHILD_SAs of other sessions
+    in a segment are rekeyed with it."""
+    bank = Bank()
+    gateway = Gateway(bank)
+    for number in range(1000):
+        one = stub(bank)
+        bank.stubs[one.index] = replace(one, remote=Endpoint(f"198.51.{number // 250}.{number % 250}", 4500))
+    for number in range(others):
+        sa = sa_of(replace(stub_of(gateway=OWN), remote=Endpoint(f"203.0.{number // 250}.{number % 250}", 4500)))
+        gateway.charon.tracker.adopt(sa)
+    await gateway.take()
+    task = asyncio.ensure_future(gateway.sessions._rekeys.run())
+    for _ in range(2000):
+        await asyncio.sleep(0)
+    task.cancel()
+    if others:
+        assert gateway.charon.resyncs == []
+        assert len(gateway.charon.rekeyed) == OUTSTANDING
+    else:
+        assert 1 <= len(gateway.charon.resyncs) <= 16
+        assert len(gateway.charon.rekeyed) <= OUTSTANDING

@@ -1,6 +1,9 @@
 """New keys for the CHILD_SAs of sessions that were taken over: charon rekeys them, some at a time, first those whose
 clients send something.
 
+charon looks at all its IKE_SAs for each VICI command. Where many wait, it is asked for those of a whole HA segment with
+one message (RESYNC), as long as these are at least half of the segment's: the others' CHILD_SAs are rekeyed too.
+
 The message ID of the gateway's request comes from the stub, which may be a moment older than what the dead gateway
 sent. A client ignores a request under another ID than it expects; so the request goes out again under the next ones,
 and then under the one before. The one before comes last: a client that has answered it already would answer again, and
@@ -37,6 +40,10 @@ OUTSTANDING: Final = 128
 """sessions whose clients have yet to answer, at most: what waits longer than their retransmissions costs more"""
 AT_A_TIME: Final = 8
 """questions to charon"""
+MANY: Final = 256
+"""waiting sessions from which on charon is asked for whole segments"""
+GROUP: Final = 16
+"""waiting sessions of a segment at least"""
 TICK_SECONDS: Final = 0.05
 
 
@@ -119,6 +126,9 @@ class TakeoverRekeys:
             if not self._waiting and not self._asked:
                 self._wake.clear()
                 await self._wake.wait()
+            if len(self._asked) < OUTSTANDING and len(self._waiting) >= MANY and (group := self._group()):
+                await self._ask_segment(group)
+                continue
             room = OUTSTANDING - len(self._asked)
             chosen = list(islice(self._waiting.values(), max(0, room)))
             for session in chosen:
@@ -129,6 +139,32 @@ class TakeoverRekeys:
                 continue
             await self._look_after()
             await asyncio.sleep(TICK_SECONDS)
+
+    def _group(self) -> list[Session]:
+        """The waiting sessions of the segment that is next, if charon is to be asked for all of it."""
+        segment_of = self._charon.landing.segment_of
+        first = next(iter(self._waiting.values()))
+        segment = segment_of(first.stub.remote.address)
+        group = [session for session in self._waiting.values() if segment_of(session.stub.remote.address) == segment]
+        present = sum(
+            sa.remote is not None and segment_of(sa.remote.address) == segment
+            for sa in self._charon.tracker.established()
+        )
+        return group if len(group) >= GROUP and 2 * len(group) >= present else []
+
+    async def _ask_segment(self, group: Sequence[Session]) -> None:
+        now = self._clock()
+        for session in group:
+            self._no_longer_waits(session.sa.id.spis)
+            self._asked[session.sa.id.spis] = session
+            session.waits_since = now
+        segment = self._charon.landing.segment_of(group[0].stub.remote.address)
+        log.info("takeover-rekeys-segment", segment=segment, sessions=len(group))
+        try:
+            await self._charon.installer.resync({segment})
+        except ChannelError as error:
+            # each of them is asked for once its second is over
+            log.warning("takeover-rekey-refused", reason=str(error))
 
     async def _ask(self, session: Session) -> None:
         names = dict.fromkeys(session.left)
