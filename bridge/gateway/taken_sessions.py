@@ -109,7 +109,8 @@ class TakenSessions:
         session.on(Event.INSTALLED)
         self._sessions[sa.id.spis] = session
         self._requests.watch(session)
-        self._rekeys.put(session)
+        # a request of charon may be on its way, which charon itself repeats: its message ID is left alone
+        self._rekeys.put(session, offsets=())
 
     def installed(self, session: Session, info: SaInfo) -> None:
         """charon has it."""

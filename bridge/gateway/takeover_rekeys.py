@@ -34,6 +34,8 @@ log = structlog.get_logger()
 
 OFFSETS: Final = (1, 2, -1)
 """from the stub's message ID, tried in this order"""
+FIRST_SETTABLE: Final = 1
+"""charon ignores the message that sets 0"""
 ANSWER_SECONDS: Final = 1.0
 """that a client has for each; it is asked once a second where charon's own retransmission comes later"""
 OUTSTANDING: Final = 128
@@ -199,11 +201,11 @@ class TakeoverRekeys:
         derivation = session.stub.derivation
         assert derivation is not None
         offset = session.offsets.pop(0) if session.offsets else None
-        if offset is not None and derivation.next_request + offset < 0:
+        if offset is not None and derivation.next_request + offset < FIRST_SETTABLE:
             offset = None
         if offset is None:
             self._asked.pop(session.sa.id.spis, None)
-            if session.tried:
+            if session.tried and derivation.next_request >= FIRST_SETTABLE:
                 await self._set_next_id(session, derivation.next_request)
             if session.state is State.REKEYING:
                 session.on(Event.SILENT)
