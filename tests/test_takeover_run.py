@@ -633,3 +633,24 @@ async def test_where_many_wait_charon_is_asked_for_whole_segments(others: int) -
     else:
         assert 1 <= len(gateway.charon.resyncs) <= 16
         assert len(gateway.charon.rekeyed) <= OUTSTANDING
+
+
+@pytest.mark.parametrize(("ended_at", "taken"), [(0, False), (1, True), (2, False)])
+async def test_a_session_that_ended_here_is_taken_only_if_another_gateway_had_it_since(
+    ended_at: int, taken: bool
+) -> None:
+    bank = Bank()
+    gateway, one = Gateway(bank), stub(bank, epoch=2)
+    gateway.endings.add(one.index, int(NOW) + 3600, ended_at)
+    row = await gateway.take()
+    assert bool(gateway.spis) is taken
+    if not taken:
+        assert row["not_taken"] == [{"reason": reasons.ENDED, "sessions": 1}]
+        return
+    # and is stored again from now on
+    [sa] = gateway.charon.tracker.sas.values()
+    gateway.owner.keyed(sa)
+    await gateway.writer.flush()
+    held = bank.stubs[one.index].derivation
+    assert held is not None
+    assert (held.epoch, held.unkeyed) == (3, False)

@@ -120,6 +120,7 @@ class SessionOwner:
                 if said is Taking.TAKEN:
                     # what waits to be written is of the epoch before
                     self._writer.discard(new.index)
+                    self._endings.remove(new.index)
                     mine.append(new)
                 elif said is Taking.ENDED:
                     others.append((stub, ENDED))

@@ -121,7 +121,9 @@ class Barriers(NamedTuple):
 
     def of(self, stub: Stub) -> str:
         """The reason why this gateway cannot have a session; "" where it can."""
-        if stub.index in self.endings and self.endings.epoch(stub.index) >= _epoch(stub):
+        epoch = self.endings.epoch(stub.index)
+        # where another gateway has taken it over since, it did not end
+        if stub.index in self.endings and (not epoch or epoch >= _epoch(stub)):
             return reasons.ENDED
         if self.revocations.revoked(stub):
             return reasons.REVOKED
