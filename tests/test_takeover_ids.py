@@ -11,7 +11,7 @@ from bridge.lab import Topology
 from bridge.lab.host import Host
 from bridge.lab.topology import BANK_KEY
 from failover_support import established, spis
-from takeover_support import SHARED, answered, connect, give_up, rekey, rekeyed_child, sharing, take, take_away
+from takeover_support import SHARED, SHARED6, answered, connect, give_up, rekey, rekeyed_child, sharing, take, take_away
 
 pytestmark = pytest.mark.lab
 
@@ -40,16 +40,16 @@ def topology() -> Iterator[Topology]:
         yield topology
 
 
-def handed_over(topology: Topology, own: int, peers: int) -> Host:
+def handed_over(topology: Topology, own: int, peers: int, address: str = SHARED) -> Host:
     """The session at the other gateway, which was told message IDs that are off by so many."""
     old, new = (topology.gw1, topology.gw2) if established(topology.gw1) else (topology.gw2, topology.gw1)
     # both sides have sent requests: IDs below the first are none
     rekeyed_child(old, lambda: rekey(old, child="net"))
     rekeyed_child(topology.client, lambda: rekey(topology.client, child="net"))
-    give_up(topology, old)
+    give_up(topology, old, address)
     take_away(old)
-    new.run(sys.executable, "-c", ALTER, topology.bank.url, BANK_KEY, SHARED, str(own), str(peers))
-    outcome = take(topology, new)
+    new.run(sys.executable, "-c", ALTER, topology.bank.url, BANK_KEY, address, str(own), str(peers))
+    outcome = take(topology, new, address=address)
     assert (outcome["found"], outcome["taken"], outcome["left"]) == (1, 1, 0)
     return new
 
@@ -72,3 +72,15 @@ def test_the_clients_message_id_is_learned_from_its_request(topology: Topology, 
     assert answered(topology, topology.client)
     [after] = established(topology.client)
     assert spis(after) == spis(before)
+
+
+def test_both_are_found_over_ipv6_too() -> None:
+    with sharing(client={"remote_addrs": SHARED6}) as topology:
+        connect(topology, address=SHARED6)
+        [before] = established(topology.client)
+        new = handed_over(topology, -1, 1, SHARED6)
+        rekeyed_child(topology.client, lambda: rekey(topology.client, child="net"))
+        assert "takeover-message-id-learned" in topology.gateways[new.name].text()
+        assert answered(topology, topology.client)
+        [after] = established(topology.client)
+        assert spis(after) == spis(before)
