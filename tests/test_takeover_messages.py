@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,16 +35,18 @@ class Charon:
     def __init__(self) -> None:
         self.ids: list[tuple[str, int]] = []
         self.rekeyed: list[str] = []
+        self.refusal = ""
         self.repeated: list[bytes] = []
         self.channel = SimpleNamespace(receive=lambda: None, drained=self._nothing)
-        self.vici = SimpleNamespace(rekey_child=self._rekey)
+        self.vici = SimpleNamespace(rekey_children=self._rekey)
         self.installer = SimpleNamespace(set_next_id=self._set)
 
     async def _nothing(self) -> None:
         pass
 
-    async def _rekey(self, _: str, child: str) -> None:
-        self.rekeyed.append(child)
+    async def _rekey(self, wanted: Sequence[tuple[str, str]]) -> list[str]:
+        self.rekeyed += [child for _, child in wanted]
+        return [self.refusal] * len(wanted)
 
     async def _set(self, _: object, number: int, *, own: bool) -> None:
         self.ids.append(("own" if own else "client", number))
@@ -168,7 +171,7 @@ class Rekeys:
         self.rekeys.put(self.session)
         self.rekeys._waiting.clear()
         self.rekeys._asked[self.session.sa.id.spis] = self.session
-        await self.rekeys._ask(self.session)
+        await self.rekeys._ask([self.session])
 
     async def wait(self) -> None:
         self.clock.now += ANSWER_SECONDS
@@ -189,6 +192,19 @@ async def test_a_client_that_is_silent_is_asked_under_the_next_message_ids_and_t
     # at last the one of the stub again
     assert rekeys.charon.ids == [("own", OWN + number) for number in (1, 2, -1, 0)]
     assert rekeys.done == [(State.LEFT, SILENT)]
+
+
+async def test_where_charon_refuses_the_command_no_other_message_id_is_tried() -> None:
+    """Nothing was sent, so that the message ID is still right."""
+    rekeys = Rekeys(session())
+    rekeys.charon.refusal = "no matching SAs to rekey found"
+    await rekeys.asked()
+    await rekeys.wait()
+    assert (rekeys.charon.rekeyed, rekeys.charon.ids) == (["net", "net"], [])
+    rekeys.charon.refusal = ""
+    await rekeys.wait()
+    await rekeys.wait()
+    assert [one for one, _ in rekeys.charon.ids] == ["own"]
 
 
 async def test_a_message_id_below_the_first_is_not_tried() -> None:

@@ -126,7 +126,7 @@ class Charon:
         self.resyncs: list[set[int]] = []
         self.installer = SimpleNamespace(install=self._install, set_next_id=self._nothing, resync=self._resync)
         self.landing = SimpleNamespace(segment_of=segment_of)
-        self.vici = SimpleNamespace(list_sas=self._list, rekey_child=self._rekey, started=self._started)
+        self.vici = SimpleNamespace(list_sas=self._list, rekey_children=self._rekey, started=self._started)
         self.gone: Callable[[Any], None] = lambda _: None
 
     def _gone(self, sa: Any) -> None:
@@ -165,8 +165,9 @@ class Charon:
     async def _resync(self, segments: set[int]) -> None:
         self.resyncs.append(segments)
 
-    async def _rekey(self, unique_id: str, _: str) -> None:
-        self.rekeyed.append(unique_id)
+    async def _rekey(self, wanted: Sequence[tuple[str, str]]) -> list[str]:
+        self.rekeyed += [unique_id for unique_id, _ in wanted]
+        return [""] * len(wanted)
 
     def sharing(self, _: Any) -> set[bytes]:
         return set()

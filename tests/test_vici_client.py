@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from vici.protocol import Message, Packet
 
 from bridge.charon import vici_client, vici_watch
 from bridge.charon.vici_client import ViciClient
+from bridge.charon.vici_session import AGAIN_SECONDS, ViciSession
 from bridge.charon.vici_types import ChildInfo, SaInfo, ViciError, parse_connection, parse_event, parse_ike_sa
 from bridge.charon.vici_watch import EVENTS, ViciWatch
 from bridge.stub.types import Endpoint
@@ -276,3 +278,30 @@ async def test_a_charon_that_comes_back_is_listened_to_again(charon: Charon, mon
     await charon.start()
     await heard.until("connected to 5.9.8", "disconnected", "connected to 5.9.8")
     await heard.watch.close()
+
+
+async def test_a_connection_that_finds_no_place_in_the_queue_is_tried_again(tmp_path: Path) -> None:
+    """charon's socket lets three wait; more at the same time get EAGAIN."""
+    path = str(tmp_path / "vici")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket(socket.AF_UNIX))
+        server.bind(path)
+        server.listen(0)
+        waiting = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                first = stack.enter_context(socket.socket(socket.AF_UNIX))
+                first.setblocking(False)
+                first.connect(path)
+                waiting += 1
+
+        async def connect() -> None:
+            async with ViciSession.open(path):
+                pass
+
+        task = asyncio.ensure_future(connect())
+        await asyncio.sleep(5 * AGAIN_SECONDS)
+        assert not task.done()
+        for _ in range(waiting):
+            stack.enter_context(server.accept()[0])
+        await task

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Final
 
 import structlog
+from vici.exception import CommandException
 
 from bridge.charon.vici_session import FAILURES, ViciSession
 from bridge.charon.vici_types import (
@@ -178,14 +179,20 @@ class ViciClient:
         if as_text(answer.get("success")) != "yes":
             raise ViciError(f"{name}: {as_text(answer.get('errmsg')) or 'refused'}")
 
-    async def rekey_child(self, unique_id: str, child: str) -> None:
-        """Begin to rekey the CHILD_SAs of this name of the IKE_SA with this unique ID. Raises ViciError, also when
-        there are none."""
-        name = f"rekey {child} of #{unique_id}"
-        async with self._session(name) as session:
-            answer = await session.request("rekey", {"ike-id": unique_id, "child": child})
-        if as_text(answer.get("success")) != "yes":
-            raise ViciError(f"{name}: {as_text(answer.get('errmsg')) or 'refused'}")
+    async def rekey_children(self, wanted: Sequence[tuple[str, str]]) -> list[str]:
+        """Begin to rekey CHILD_SAs, each given by the unique ID of its IKE_SA and its name, over one connection. For
+        each the reason why charon refused, "" if it did not. Raises ViciError where charon does not answer."""
+        refused = []
+        async with self._session("rekey") as session:
+            for unique_id, child in wanted:
+                try:
+                    answer = await session.request("rekey", {"ike-id": unique_id, "child": child})
+                except CommandException as error:
+                    refused.append(str(error))
+                else:
+                    done = as_text(answer.get("success")) == "yes"
+                    refused.append("" if done else as_text(answer.get("errmsg")) or "refused")
+        return refused
 
     async def end_sa(self, unique_id: str, patience: float | None = None) -> None:
         """End the IKE_SA with this unique ID. charon sends its peer a DELETE, and waits up to `patience` seconds for

@@ -7,6 +7,7 @@ A packet is a 32-bit length and that many octets (strongSwan, src/libcharon/plug
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -20,6 +21,8 @@ from bridge.charon.vici_types import Section, as_text
 
 ANSWER_SECONDS: Final = 60.0
 """a charon that says nothing for so long hangs"""
+AGAIN_SECONDS: Final = 0.01
+"""between two attempts to connect"""
 LENGTH: Final = struct.Struct("!I")
 
 FAILURES: Final = (
@@ -32,6 +35,23 @@ FAILURES: Final = (
     UnicodeDecodeError,
 )
 """all that a session raises: charon is not there, refuses, or says what cannot be read"""
+
+
+async def _connected(path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection. charon's socket lets three wait: more that come together are refused with EAGAIN."""
+    while True:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.setblocking(False)
+            # at once or not at all: the event loop would take EAGAIN for a connection that is under way
+            sock.connect(path)
+            return await asyncio.open_unix_connection(sock=sock, limit=Transport.MAX_SEGMENT)
+        except BlockingIOError:
+            sock.close()
+            await asyncio.sleep(AGAIN_SECONDS)
+        except BaseException:
+            sock.close()
+            raise
 
 
 class ViciSession:
@@ -48,7 +68,7 @@ class ViciSession:
     async def open(cls, path: str) -> AsyncIterator[ViciSession]:
         """A session over the Unix socket at `path`."""
         async with asyncio.timeout(ANSWER_SECONDS):
-            reader, writer = await asyncio.open_unix_connection(path, limit=Transport.MAX_SEGMENT)
+            reader, writer = await _connected(path)
         try:
             yield cls(reader, writer)
         finally:

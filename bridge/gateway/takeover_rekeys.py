@@ -40,8 +40,8 @@ ANSWER_SECONDS: Final = 1.0
 """that a client has for each; it is asked once a second where charon's own retransmission comes later"""
 OUTSTANDING: Final = 128
 """sessions whose clients have yet to answer, at most: what waits longer than their retransmissions costs more"""
-AT_A_TIME: Final = 8
-"""questions to charon"""
+AT_A_TIME: Final = 16
+"""sessions that charon is asked about over one connection: afterwards others may be first"""
 MANY: Final = 256
 """waiting sessions from which on charon is asked for whole segments"""
 GROUP: Final = 16
@@ -68,7 +68,6 @@ class TakeoverRekeys:
         self.some_wait = asyncio.Event()
         """while sessions wait to be rekeyed"""
         self._wake = asyncio.Event()
-        self._places = asyncio.Semaphore(AT_A_TIME)
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._asked)
@@ -132,11 +131,11 @@ class TakeoverRekeys:
                 await self._ask_segment(group)
                 continue
             room = OUTSTANDING - len(self._asked)
-            chosen = list(islice(self._waiting.values(), max(0, room)))
+            chosen = list(islice(self._waiting.values(), max(0, min(room, AT_A_TIME))))
             for session in chosen:
                 self._no_longer_waits(session.sa.id.spis)
             self._asked |= {session.sa.id.spis: session for session in chosen}
-            await asyncio.gather(*(self._ask(session) for session in chosen))
+            await self._ask(chosen)
             if self._waiting and len(self._asked) < OUTSTANDING:
                 continue
             await self._look_after()
@@ -168,20 +167,24 @@ class TakeoverRekeys:
             # each of them is asked for once its second is over
             log.warning("takeover-rekey-refused", reason=str(error))
 
-    async def _ask(self, session: Session) -> None:
-        names = dict.fromkeys(session.left)
-        if not names:
-            self._look(session)
+    async def _ask(self, sessions: Sequence[Session]) -> None:
+        wanted = [(session, name) for session in sessions for name in dict.fromkeys(session.left)]
+        for session in sessions:
+            if not session.left:
+                self._look(session)
+        if not wanted:
             return
-        async with self._places:
-            for name in names:
-                try:
-                    await self._charon.vici.rekey_child(session.unique_id, name)
-                except ViciError as error:
-                    # the SA is gone, or its client has rekeyed the CHILD_SA already
-                    log.info("takeover-rekey-refused", reason=str(error), child=name, **session.sa.id.logged)
-        # where charon's word that it sent something is lost, the time counts from here
-        session.waits_since = session.waits_since or self._clock()
+        try:
+            said = await self._charon.vici.rekey_children([(session.unique_id, name) for session, name in wanted])
+        except ViciError as error:
+            said = [str(error)] * len(wanted)
+        for (session, name), reason in zip(wanted, said, strict=True):
+            session.refused = bool(reason)
+            if reason:
+                # the SA is gone, its client has rekeyed the CHILD_SA already, or charon does not answer
+                log.info("takeover-rekey-refused", reason=reason, child=name, **session.sa.id.logged)
+            # where charon's word that it sent something is lost, the time counts from here
+            session.waits_since = session.waits_since or self._clock()
 
     async def _look_after(self) -> None:
         now = self._clock()
@@ -201,6 +204,11 @@ class TakeoverRekeys:
         derivation = session.stub.derivation
         assert derivation is not None
         offset = session.offsets.pop(0) if session.offsets else None
+        if session.refused and offset is not None:
+            # nothing was sent under the message ID before: once more as it was
+            session.waits_since = self._clock()
+            await self._ask([session])
+            return
         if offset is not None and derivation.next_request + offset < FIRST_SETTABLE:
             offset = None
         if offset is None:
@@ -217,7 +225,7 @@ class TakeoverRekeys:
         log.info("takeover-message-id-tried", message_id=number, **session.sa.id.logged)
         if await self._set_next_id(session, number):
             # charon has put its request back, and sends it when it is asked for something
-            await self._ask(session)
+            await self._ask([session])
 
     async def _set_next_id(self, session: Session, number: int) -> bool:
         try:

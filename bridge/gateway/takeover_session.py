@@ -70,6 +70,8 @@ class Session:
     """when charon sent the last request of its own"""
     offsets: list[int] = field(default_factory=list)
     """message IDs still to be tried, from the stub's on"""
+    refused: bool = False
+    """charon did not take the last command to rekey"""
     heard: bool = False
     """its client sent something after it was left alone"""
     tried: bool = False
