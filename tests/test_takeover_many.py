@@ -26,7 +26,7 @@ from takeover_support import (
 pytestmark = [pytest.mark.lab, pytest.mark.alone]
 
 CLIENTS = 20
-FIRST = 100
+FIRST = 110
 """last octet of the first client's address"""
 
 
