@@ -263,6 +263,9 @@ class AnnounceConfig(Struct, forbid_unknown_fields=True, frozen=True):
 
     keepalive: Keepalive = "auto"
     """whether to send the other gateways a NAT-keepalive every 20 s; auto: if this host is behind a NAT"""
+    probe_interval: Seconds = 0.1
+    """time between the three messages by which the client asks its gateway whether it lives; a client whose messages
+    take longer than three of these for a round trip (satellite) would leave a living gateway on a false alarm"""
 
 
 class HeldConfig(Struct, forbid_unknown_fields=True, frozen=True):

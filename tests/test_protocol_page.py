@@ -116,7 +116,6 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "a client that is coming is waited for": announcer.ARRIVE_SECONDS,
     "a pause of announcements about a gateway whose daemon alone answers": announcer.PAUSE_SECONDS,
     "Probes to the gateway of the SA": gateway_probe.PROBES,
-    "each of which waits for an answer": gateway_probe.PROBE_SECONDS,
     "a client that moved answers that Move for": move_handler.ANSWER_SECONDS,
 }
 
@@ -129,6 +128,7 @@ def test_timers_and_limits_are_those_of_the_code() -> None:
         "bank": GatewayConfig().bank,
         "resume": ClientConfig().resume,
         "failover": GatewayConfig().failover,
+        "announce": ClientConfig().announce,
     }
     fixed = {}
     for what, where, default in rows:

@@ -41,8 +41,6 @@ log = structlog.get_logger()
 
 PROBES: Final = 3
 """messages to the gateway of the SA"""
-PROBE_SECONDS: Final = 0.1
-"""that each of them waits for an answer"""
 AGAIN_SECONDS: Final = (1.0, 2.0, 4.0)
 """after an attempt that failed, until the gateway is probed again, and the others are tried; times 1 to 2, since many
 clients are in that position at a time"""
@@ -96,9 +94,10 @@ class _Announced:
 
 
 class GatewayProbe:
-    """Checks announcements. `find` gives the session's SA with both SPIs, up or lost; `targets` the addresses that it
-    may go to, None where that is no session of ours. `begin` starts to move it, to one address or (None) to any; where
-    with `stay`, it stays there if no other one resumes it. It gives None where the session moves already.
+    """Checks announcements: each of the PROBES waits `probe_seconds` for an answer. `find` gives the session's SA with
+    both SPIs, up or lost; `targets` the addresses that it may go to, None where that is no session of ours. `begin`
+    starts to move it, to one address or (None) to any; with `stay`, it stays where it is if no other gateway resumes
+    it. It gives None where the session moves already.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class GatewayProbe:
         *,
         random: Callable[[int], bytes] = os.urandom,
         uniform: Callable[[float, float], float] = uniform,
-        probe_seconds: float = PROBE_SECONDS,
+        probe_seconds: float,
     ) -> None:
         self._sender = sender
         self._transport = transport

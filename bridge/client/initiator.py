@@ -96,7 +96,13 @@ class Initiator:
         self._moving: dict[Session, asyncio.Task[Outcome]] = {}
         self._move_handler = MoveHandler(charon.tracker, sender, self._targets, self._sent_away, random=random)
         self._gateway_probe = GatewayProbe(
-            sender, self._transport, self._sessions.sa, self._targets, self._sent_away, random=random
+            sender,
+            self._transport,
+            self._sessions.sa,
+            self._targets,
+            self._sent_away,
+            random=random,
+            probe_seconds=config.announce.probe_interval,
         )
         self._keepalive = NatKeepalive(sender, config.announce.keepalive, self._sessions.resumable_sas, self._targets)
         self._traffic = TrafficWatch(charon, self._sessions, self._set_up, clock=clock)
