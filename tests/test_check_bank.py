@@ -53,6 +53,18 @@ async def test_a_phantom_gateway_is_named_with_the_key_to_delete(server: RedisSe
     assert f"delete ike:gateway:{OTHER}" in str(finding)
 
 
+async def test_a_gateway_whose_clock_is_wrong_is_named(server: RedisServer, key_file: Path) -> None:
+    ring = Keyring.load(key_file)
+    right = RedisBank(server.url, ring)
+    wrong = RedisBank(server.url, ring, wall=lambda: time.time() + 8 * 86_400)
+    await right.heartbeat("192.0.2.3", 30)
+    await wrong.heartbeat(OTHER, 30)
+    [found] = [each for each in await findings(server, key_file, "clock") if each.grade is Grade.FAIL]
+    assert OTHER in found.text
+    await right.close()
+    await wrong.close()
+
+
 @pytest.mark.parametrize(("seals", "grade"), [(SEALS_ASK, Grade.WARN), (SEALS_MAX // 2, Grade.FAIL)])
 async def test_a_key_that_has_sealed_much_is_found(
     server: RedisServer, key_file: Path, seals: int, grade: Grade

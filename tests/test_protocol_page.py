@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from bridge.bank import interface
 from bridge.client import gateway_probe, ike_transport, move_handler, race, stub_keeper, sync_request
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.gateway import admission, announcer, client_stubs, drain, heartbeat, rebuild
+from bridge.gateway import admission, announcer, client_stubs, drain, rebuild
 from bridge.ike import cookie, keys
 from bridge.ike.transforms import Suite
 from bridge.stub import child_sa
@@ -108,7 +109,7 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "and asks a gateway that did not answer again after at least": stub_keeper.RETRY_MIN,
     "a gateway sends Move again after": drain.ASK_SECONDS,
     "and gives a moving client up after": drain.MOVE_SECONDS,
-    "and is written so many times in that time": heartbeat.BEATS,
+    "and is written so many times in that time": interface.BEATS,
     "each Announcement waits for a report": announcer.ATTEMPTS,
     "sessions that are announced first": announcer.TRIAL,
     "and the rest after": announcer.TRIAL_SECONDS,

@@ -466,3 +466,37 @@ async def test_a_wrong_password_is_named_and_not_shown(server: RedisServer, ring
         await bank.ping()
     assert "wr0ng" not in str(caught.value)
     await bank.close()
+
+
+# gateways
+
+
+@pytest.mark.parametrize("ahead", [-8 * 86_400.0, 8 * 86_400.0, -1.7e9])
+async def test_a_gateway_whose_clock_is_wrong_makes_no_other_one_forgotten(
+    bank: RedisBank, server: RedisServer, ring: Keyring, ahead: float
+) -> None:
+    await bank.heartbeat(GATEWAY, 30)
+    wrong = RedisBank(server.url, ring, wall=lambda: time.time() + ahead)
+    await wrong.heartbeat("192.0.2.2", 30)
+    assert [name for name, sign in (await bank.gateways()).items() if sign.alive] == ["192.0.2.2", GATEWAY]
+    await bank.heartbeat(GATEWAY, 30)
+    assert len(await wrong.gateways()) == 2
+    await wrong.close()
+
+
+async def test_a_gateway_lives_as_long_as_its_heartbeat_whatever_the_set_names(
+    bank: RedisBank, server: RedisServer
+) -> None:
+    await bank.heartbeat(GATEWAY, 30)
+    assert (await bank.gateways())[GATEWAY].alive
+    server.client.delete(bank_keys.GATEWAYS)
+    assert (await bank.gateways())[GATEWAY].alive
+    await bank.leave(GATEWAY)
+    assert not (await bank.gateways())[GATEWAY].alive
+    assert await bank.gateways() == {}
+
+
+async def test_a_gateway_without_a_heartbeat_for_a_week_is_forgotten(bank: RedisBank, server: RedisServer) -> None:
+    server.client.zadd(bank_keys.GATEWAYS, {"192.0.2.8": time.time() - 8 * 86_400, "192.0.2.9": time.time() + 8e6})
+    await bank.heartbeat(GATEWAY, 30)
+    assert list(await bank.gateways()) == [GATEWAY]

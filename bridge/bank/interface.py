@@ -13,6 +13,10 @@ from bridge.stub.stub import Index, Stub
 
 DOWNLOAD_BATCH = 256
 """stubs that come at a time from `download` and `list`"""
+BEATS = 3
+"""heartbeats in the time after which one expires"""
+RESTART_SECONDS = 30.0
+"""that a heartbeat lives whose sidecar was stopped in order: charon goes on, and the sidecar comes back"""
 
 
 class BankUnavailable(Exception):
@@ -62,6 +66,8 @@ class GatewaySign(NamedTuple):
 
     alive: bool
     keys: frozenset[bytes]
+    at: int | None = None
+    """when it was written, by the clock of that gateway (Unix seconds)"""
 
 
 class Taking(IntEnum):

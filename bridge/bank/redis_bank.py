@@ -37,6 +37,7 @@ NODE_SHARE: Final = 0.7
 CLUSTER_PROBES: Final = 16
 """keys that are asked for to know whether a Cluster answers"""
 HEX_KEY: Final = re.compile("[0-9a-f]{8}")
+UNIX_SECONDS: Final = re.compile("[0-9]{1,12}")
 MARKS_MAX: Final = 10_000
 """marks of locked-out identities that are read"""
 FORGET_GATEWAY: Final = 7 * 86_400
@@ -83,9 +84,11 @@ class RedisBank:
         self.on_taken: Callable[[Index], None] = lambda _: None
         """see SharedBank"""
         self._report = ContentReport()
-        scripts = {name: Script(name) for name in ("store", "delete", "fetch", "reseal", "repair", "take")}
+        self._alive: list[str] = []
+        """gateways whose heartbeats were there at the last look"""
+        scripts = {name: Script(name) for name in ("store", "delete", "fetch", "reseal", "repair", "take", "heartbeat")}
         self._store, self._delete, self._reseal = (scripts[name] for name in ("store", "delete", "reseal"))
-        self._take = scripts["take"]
+        self._take, self._heartbeat = scripts["take"], scripts["heartbeat"]
         self._redis = RedisClient(url, timeout, list(scripts.values()))
         self._buckets = Buckets(self._redis, self._report, scripts["fetch"], scripts["repair"])
         self._addresses = AddressIndex(self._redis, self._buckets)
@@ -368,10 +371,7 @@ class RedisBank:
         now = int(self._wall())
         commands = [
             ("SET", bank_keys.heartbeat_key(gateway), f"{now} {keys}", "PX", int(ttl * 1000)),
-            ("ZADD", bank_keys.GATEWAYS, now, gateway),
-            ("ZREMRANGEBYSCORE", bank_keys.GATEWAYS, "-inf", now - FORGET_GATEWAY),
-            # of no gateway whose clock is right
-            ("ZREMRANGEBYSCORE", bank_keys.GATEWAYS, now + FORGET_GATEWAY, "+inf"),
+            self._heartbeat.call([bank_keys.GATEWAYS], [gateway, FORGET_GATEWAY]),
         ]
         replies = await self._redis.replies(commands)
         if any(map(is_wrong_type, replies)):
@@ -395,9 +395,13 @@ class RedisBank:
                 self._report.key(bank_keys.GATEWAYS, "a member of it is no address of a gateway")
             else:
                 names.append(name)
+        # a gateway that is no longer named there lives for as long as its heartbeat does
+        names += [name for name in self._alive if name not in names][: GATEWAYS_MAX - len(names)]
         commands = [("GET", bank_keys.heartbeat_key(name)) for name in names]
         beats = await self._buckets.read(commands, [STRING] * len(names)) if names else []
-        return {name: _sign(beat) for name, beat in zip(names, beats, strict=True)}
+        signs = {name: _sign(beat) for name, beat in zip(names, beats, strict=True)}
+        self._alive = [name for name, sign in signs.items() if sign.alive]
+        return signs
 
     async def post(self, kind: str, gateway: str, value: str, ttl: float) -> None:
         """See StubBank."""
@@ -508,5 +512,9 @@ def _sign(beat: object) -> GatewaySign:
     """What a heartbeat says; one of a form that no gateway writes is a sign of life without keys."""
     if not isinstance(beat, bytes):
         return GatewaySign(False, frozenset())
-    keys = beat[:HEARTBEAT_OCTETS].partition(b" ")[2].decode(errors="replace").split(",")
-    return GatewaySign(True, frozenset(bytes.fromhex(key) for key in keys if HEX_KEY.fullmatch(key)))
+    at, _, keys = beat[:HEARTBEAT_OCTETS].decode(errors="replace").partition(" ")
+    return GatewaySign(
+        True,
+        frozenset(bytes.fromhex(key) for key in keys.split(",") if HEX_KEY.fullmatch(key)),
+        int(at) if UNIX_SECONDS.fullmatch(at) else None,
+    )

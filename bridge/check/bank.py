@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from bridge.bank import gateway_facts
 from bridge.bank.gateway_facts import Facts
-from bridge.bank.interface import BankUnavailable, GatewaySign
+from bridge.bank.interface import BEATS, RESTART_SECONDS, BankUnavailable, GatewaySign
 from bridge.bank.keyspace import Event, Keyspace
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.redis_url import FAILURES, Client, connect
@@ -39,6 +39,8 @@ EVENTS = {"hset", "del", "set", "expired"}
 """the events that gateways need"""
 CLOCK_WARN, CLOCK_FAIL = 2.0, 60.0
 """seconds by which this host's clock may differ from the bank's: stubs expire by the clock"""
+OTHER_CLOCK_FAIL = CLOCK_FAIL + RESTART_SECONDS
+"""those by which the time of a heartbeat may differ from this host's: one may be as old as that"""
 
 
 async def bank(config: GatewayConfig, charon: CharonAnswer | None) -> list[Finding]:
@@ -75,7 +77,7 @@ async def _main(config: GatewayConfig, charon: CharonAnswer | None) -> list[Find
     except ValueError as error:
         return [fail("bank", str(error), "is bank.url right?")]
     try:
-        findings = await _reach(client)
+        findings = await _reach(client, config.failover.detect)
         findings += await _events(config.bank.url, client)
         return findings + await _others(config, charon)
     except (*FAILURES, BankUnavailable) as error:
@@ -84,7 +86,7 @@ async def _main(config: GatewayConfig, charon: CharonAnswer | None) -> list[Find
         await client.aclose()
 
 
-async def _reach(client: Client) -> list[Finding]:
+async def _reach(client: Client, detect: float) -> list[Finding]:
     await client.ping()
     began = time.time()
     answer = await client.time()
@@ -94,6 +96,14 @@ async def _reach(client: Client) -> list[Finding]:
         if took > SLOW
         else ok("bank", f"answers in {took * 1000:.1f} ms")
     ]
+    if took > detect / BEATS:
+        findings.append(
+            warn(
+                "failover",
+                f"the bank takes more than a third of failover.detect ({detect:g} s) to answer",
+                "raise failover.detect on all gateways, or this one notices no failure of another one",
+            )
+        )
     # a Cluster gives the time of each node
     seconds, microseconds = next(iter(answer.values())) if isinstance(answer, dict) else answer
     ahead = began + took / 2 - (int(seconds) + int(microseconds) / 1e6)
@@ -158,7 +168,12 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
         named = {name: await bank.posted(bank_keys.LOCKOUT_KIND, name) for name in (config.address or "", *signs)}
     finally:
         await bank.close()
-    findings = [*_keys(keyring, signs), *_volume(keyring, seals), *_duplicates(stats or b"")]
+    findings = [
+        *_clocks(signs, time.time()),
+        *_keys(keyring, signs),
+        *_volume(keyring, seals),
+        *_duplicates(stats or b""),
+    ]
     findings += _lock_out(keyring, marks, {name: _latest(text or b"") for name, text in named.items()})
     others = {name: facts for name, facts in published.items() if facts is not None}
     if not others:
@@ -171,6 +186,19 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
         findings += _pools([*in_memory, *(pool.range for pool in ha)], others)
         findings += _in_memory(in_memory, ha, config)
     return findings or [ok("other gateways", f"fits {', '.join(others)}: connections, children, pools")]
+
+
+def _clocks(signs: Mapping[str, GatewaySign], now: float) -> list[Finding]:
+    """The clocks of the other gateways, as their heartbeats have them."""
+    return [
+        fail(
+            "clock",
+            f"the clock of gateway {name} differs from this host's by {abs(sign.at - now):.0f} s",
+            "set the clocks of all gateways by NTP: stubs expire by the clock",
+        )
+        for name, sign in signs.items()
+        if sign.at is not None and abs(sign.at - now) > OTHER_CLOCK_FAIL
+    ]
 
 
 def _duplicates(stats: bytes) -> list[Finding]:

@@ -16,7 +16,7 @@ from typing import Final
 
 import structlog
 
-from bridge.bank.interface import BankUnavailable, StubBank
+from bridge.bank.interface import BEATS, RESTART_SECONDS, BankUnavailable, StubBank
 from bridge.charon.charon import Charon
 from bridge.gateway.charon_pulse import CharonPulse
 from bridge.gateway.metrics import GatewayMetrics
@@ -24,10 +24,6 @@ from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
 
-BEATS: Final = 3
-"""heartbeats in the time after which one expires"""
-RESTART_SECONDS: Final = 30.0
-"""that a heartbeat lives whose sidecar was stopped in order: charon goes on, and the sidecar comes back"""
 CHARON_SECONDS: Final = 0.05
 """between two looks whether charon is still there"""
 DOUBTFUL_SECONDS: Final = 30.0
