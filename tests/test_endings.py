@@ -115,3 +115,33 @@ async def test_the_epoch_of_a_session_at_a_shared_address_outlives_a_restart(tmp
     assert {ending.index: ending.epoch for ending in again.all()} == {index(1): 3, index(2): 0}
     again.remove(index(1))
     assert again.epoch(index(1)) == 0
+
+
+async def test_what_could_not_be_written_once_is_written_later(tmp_path: Path) -> None:
+    state, clock = tmp_path / "state", Clock()
+    state.write_text("in the way of the folder")
+    before = Endings(state, wall=clock)
+    before.add(index(1), NOW + 100)
+    before.add(index(2), NOW + 100)
+    await before.close()
+    before.remove(index(2))
+    await before.close()
+    state.unlink()
+    await before.close()
+    after = Endings(state, wall=clock)
+    assert index(1) in after
+    assert index(2) not in after
+
+
+async def test_a_line_that_was_torn_takes_no_other_with_it(tmp_path: Path) -> None:
+    clock = Clock()
+    before = Endings(tmp_path, wall=clock)
+    before.add(index(1), NOW + 100)
+    await before.close()
+    with (tmp_path / FILE).open("a") as file:
+        file.write(f"{NOW + 100} {GATEWAY} 00")
+    between = Endings(tmp_path, wall=clock)
+    between.add(index(2), NOW + 100)
+    await between.close()
+    after = Endings(tmp_path, wall=clock)
+    assert [index(number) in after for number in (1, 2)] == [True, True]

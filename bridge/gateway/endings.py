@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -35,6 +35,8 @@ MARGIN_SECONDS: Final = 60
 """beyond the expiry of the stub: clocks of two gateways differ"""
 WRITE_SECONDS: Final = 1.0
 """between two writes to the file"""
+AGAIN_SECONDS: Final = 5.0
+"""until the next attempt, where the file could not be written"""
 COMPACT_LINES: Final = 10_000
 """a file with this many lines more than twice what it had is written again, without what is over"""
 
@@ -56,6 +58,8 @@ class Endings:
         self._lines = 0
         self._compact_at = COMPACT_LINES
         self._failed = False
+        self._torn = False
+        """the file does not end with a whole line"""
         self._load()
 
     def __contains__(self, index: Index) -> bool:
@@ -106,7 +110,7 @@ class Endings:
     async def keep(self) -> None:
         """Write what is new to the file, until cancelled."""
         while True:
-            await asyncio.sleep(WRITE_SECONDS)
+            await asyncio.sleep(AGAIN_SECONDS if self._failed else WRITE_SECONDS)
             await self._write()
 
     async def close(self) -> None:
@@ -120,19 +124,20 @@ class Endings:
 
     async def _write(self) -> None:
         removed, self._removed = self._removed, []
-        if self._path is None or not (self._unwritten or removed):
+        if self._path is None or not (self._unwritten or removed or self._failed):
             self._unwritten.clear()
             return
-        compact = self._lines + len(self._unwritten) > self._compact_at
+        # after a failure nothing is known of what is in the file: all that is remembered takes its place
+        compact = self._failed or self._torn or self._lines + len(self._unwritten) > self._compact_at
         if compact:
             self._purge()
-        indexes = list(self._until) if compact else [index for index in self._unwritten if index in self._until]
+        indexes = self._until if compact else [index for index in self._unwritten if index in self._until]
+        lines = [(index, self._until[index], self.epoch(index)) for index in indexes]
         self._unwritten = []
-        over = [] if compact else [index for index in removed if index not in self._until]
-        text = "".join([self._line(index) for index in indexes])
-        text += "".join([f"0 {index.gateway} {index.spi.hex()}\n" for index in over])
+        if not compact:
+            lines += [(index, 0, 0) for index in removed if index not in self._until]
         try:
-            await asyncio.to_thread(replace if compact else append, self._path, text)
+            await asyncio.to_thread(_save, self._path, lines, replace if compact else append)
         except OSError as error:
             if not self._failed:
                 log.warning(
@@ -143,25 +148,23 @@ class Endings:
                 )
             self._failed = True
         else:
-            self._failed = False
-            self._lines = len(indexes) if compact else self._lines + len(indexes) + len(over)
+            self._failed = self._torn = False
+            self._lines = len(lines) if compact else self._lines + len(lines)
             if compact:
                 self._compact_at = 2 * self._lines + COMPACT_LINES
-
-    def _line(self, index: Index) -> str:
-        epoch = self.epoch(index)
-        return f"{self._until[index]} {index.gateway} {index.spi.hex()}{f' {epoch}' if epoch else ''}\n"
 
     def _load(self) -> None:
         if self._path is None:
             return
         try:
-            lines = self._path.read_text(encoding="ascii", errors="replace").splitlines()
+            text = self._path.read_text(encoding="ascii", errors="replace")
         except FileNotFoundError:
             return
         except OSError as error:
             log.warning("endings-not-read", file=str(self._path), reason=error.strerror)
             return
+        lines = text.splitlines()
+        self._torn = not text.endswith("\n") and bool(text)
         now, unreadable = self._wall(), 0
         for line in lines:
             try:
@@ -181,3 +184,11 @@ class Endings:
         self._compact_at = 2 * len(self._until) + COMPACT_LINES
         if unreadable:
             log.warning("endings-not-read", file=str(self._path), lines=unreadable)
+
+
+def _save(path: Path, lines: Iterable[tuple[Index, int, int]], write: Callable[[Path, str], None]) -> None:
+    write(path, "".join([_line(*line) for line in lines]))
+
+
+def _line(index: Index, until: int, epoch: int) -> str:
+    return f"{until} {index.gateway} {index.spi.hex()}{f' {epoch}' if epoch else ''}\n"

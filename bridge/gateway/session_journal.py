@@ -24,6 +24,8 @@ FILE: Final = "sessions"
 """in the folder that `state` names"""
 WRITE_SECONDS: Final = 0.5
 """between two writes to the file"""
+AGAIN_SECONDS: Final = 5.0
+"""until the next attempt, where the file could not be written"""
 COMPACT_LINES: Final = 10_000
 """a file with this many lines more than twice the sessions in it is written again"""
 
@@ -47,6 +49,8 @@ class SessionJournal:
         self._unwritten: list[bytes] = []
         self._lines = 0
         self._failed = False
+        self._torn = False
+        """the file does not end with a whole line"""
         self._load()
         self._before = list(self._open)
 
@@ -78,15 +82,16 @@ class SessionJournal:
     async def keep(self) -> None:
         """Write what is new to the file, until cancelled."""
         while True:
-            await asyncio.sleep(WRITE_SECONDS)
+            await asyncio.sleep(AGAIN_SECONDS if self._failed else WRITE_SECONDS)
             await self.write()
 
     async def write(self) -> None:
         """Write what is new to the file."""
         lines, self._unwritten = self._unwritten, []
-        if self._path is None or not lines:
+        if self._path is None or not (lines or self._failed):
             return
-        compact = self._lines + len(lines) > 2 * len(self._open) + COMPACT_LINES
+        # after a failure nothing is known of what is in the file: all that is open takes its place
+        compact = self._failed or self._torn or self._lines + len(lines) > 2 * len(self._open) + COMPACT_LINES
         if compact:
             lines = list(self._open.values())
         text = b"".join([line + b"\n" for line in lines]).decode()
@@ -98,19 +103,21 @@ class SessionJournal:
                 log.warning("sessions-not-kept", file=str(self._path), reason=error.strerror, fix=fix)
             self._failed = True
         else:
-            self._failed = False
+            self._failed = self._torn = False
             self._lines = len(lines) if compact else self._lines + len(lines)
 
     def _load(self) -> None:
         if self._path is None:
             return
         try:
-            lines = self._path.read_bytes().splitlines()
+            octets = self._path.read_bytes()
         except FileNotFoundError:
             return
         except OSError as error:
             log.warning("sessions-not-read", file=str(self._path), reason=error.strerror)
             return
+        lines = octets.splitlines()
+        self._torn = not octets.endswith(b"\n") and bool(octets)
         self._lines, unreadable = len(lines), 0
         for line in lines:
             try:
