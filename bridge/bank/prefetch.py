@@ -76,6 +76,7 @@ class Prefetch:
         self._stubs: dict[str, dict[Index, Stub]] = {}
         self._changed: dict[str, set[Index]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._dropped: set[asyncio.Task[None]] = set()
         self._keyspace: Patterns | None = None
 
     @property
@@ -127,13 +128,17 @@ class Prefetch:
             await asyncio.wait([task])
 
     def held(self, gateway: str) -> Collection[Stub] | None:
-        """The stubs of a gateway that are held here; None where they were fetched elsewhere or not at all."""
-        stubs = self._stubs.get(gateway)
-        return stubs.values() if stubs is not None and self._near is None else None
+        """All stubs of a gateway, where they are held here; None where they were fetched elsewhere, not at all, or not
+        to the end."""
+        stubs, progress = self._stubs.get(gateway), self.progress.get(gateway)
+        complete = stubs is not None and progress is not None and progress.state == "done"
+        return stubs.values() if stubs is not None and complete and self._near is None else None
 
     def drop(self, gateway: str) -> None:
         """Let go of a gateway's stubs."""
-        if task := self._tasks.get(gateway):
+        if task := self._tasks.pop(gateway, None):
+            # it ends in the next pass of the event loop: until then the gateway may have failed again
+            self._dropped.add(task)
             task.cancel()
         self._let_go(gateway)
 
@@ -145,7 +150,9 @@ class Prefetch:
             task.add_done_callback(lambda _: self._tasks.pop(f"remove {gateway}", None))
 
     def _ended(self, gateway: str, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(gateway, None)
+        self._dropped.discard(task)
+        if self._tasks.get(gateway) is task:
+            del self._tasks[gateway]
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("download-failed", gateway=gateway, reason=f"{type(error).__name__}: {error}")
             self.progress[gateway].state = "failed"
@@ -214,4 +221,4 @@ class Prefetch:
 
     async def close(self) -> None:
         """End all downloads."""
-        await end(*self._tasks.values())
+        await end(*self._tasks.values(), *self._dropped)

@@ -55,6 +55,7 @@ class Subscription:
 
     async def punsubscribe(self, *patterns: str) -> None:
         """Ask for those no more."""
+        self._confirmed.difference_update(pattern.encode() for pattern in patterns)
         await self._send("PUNSUBSCRIBE", *patterns)
 
     async def _send(self, *command: Any) -> None:
