@@ -13,17 +13,19 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple, Self
 
+from bridge.lab.daemon import SLOWNESS
 from bridge.lab.host import Host
 from net_support import inside
 
 INNER = tuple(ipaddress.ip_network(text) for text in ("10.10.0.0/16", "10.20.0.0/16", "fd10:10::/32", "fd20::/32"))
 """the networks behind the gateways, and the clients' virtual IPs"""
-INTERVAL = 0.003
+INTERVAL = 0.003 * min(SLOWNESS, 3)
 """seconds between two packets of a socket"""
 PORT = 9
 """discard (RFC 863)"""
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
 SO_RCVBUFFORCE, SOL_PACKET, PACKET_STATISTICS = 33, 263, 6
+NAT_T = (4500).to_bytes(2)
 ROOM = 1 << 24
 """octets that the kernel keeps for the capture"""
 
@@ -94,11 +96,15 @@ class OuterLink:
                 octets, address = self._socket.recvfrom(128)
             except TimeoutError:
                 continue
-            if address[2] == socket.PACKET_OUTGOING and (seen := _parsed(address[1], octets)) is not None:
+            if address[2] != socket.PACKET_OUTGOING:
+                continue
+            if address[1] == ETH_P_IP and (
+                octets[9] == socket.IPPROTO_ESP or (octets[9] == socket.IPPROTO_UDP and octets[22:24] == NAT_T)
+            ):
+                self.protected += 1
+            elif (seen := _parsed(address[1], octets)) is not None:
                 if any(ipaddress.ip_address(seen.target) in network for network in INNER):
                     self.clear.append(seen)
-                elif seen.protocol == socket.IPPROTO_ESP or octets[22:24] == b"\x11\x94":
-                    self.protected += 1
 
 
 def _parsed(protocol: int, octets: bytes) -> Seen | None:
