@@ -54,11 +54,16 @@ virtual IP."""
 
 
 class Seen(NamedTuple):
-    """A packet of the inner network that left in the clear."""
+    """A packet that left unencrypted."""
 
     source: str
     target: str
     protocol: int
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether it is for the inner network."""
+        return any(ipaddress.ip_address(self.target) in network for network in INNER)
 
 
 class OuterLink:
@@ -102,9 +107,8 @@ class OuterLink:
                 octets[9] == socket.IPPROTO_ESP or (octets[9] == socket.IPPROTO_UDP and octets[22:24] == NAT_T)
             ):
                 self.protected += 1
-            elif (seen := _parsed(address[1], octets)) is not None:
-                if any(ipaddress.ip_address(seen.target) in network for network in INNER):
-                    self.clear.append(seen)
+            elif (seen := _parsed(address[1], octets)) is not None and seen.is_inner:
+                self.clear.append(seen)
 
 
 def _parsed(protocol: int, octets: bytes) -> Seen | None:
