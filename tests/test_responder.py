@@ -197,6 +197,37 @@ async def verified(gateway: Gateway, spis: bytes) -> None:
     gateway.responder.unconfirmed.verified(gateway.installer.installed[spis].id)
 
 
+def test_a_session_that_its_client_ends_before_the_bank_has_answered_leaves_nothing_to_resume(loop: FakeTime) -> None:
+    gateway, stub = started(loop)
+    unconfirmed = gateway.responder.unconfirmed
+    moved: list[Stub] = []
+    unconfirmed.went_on = lambda _, old: moved.append(old)
+    for source in SOURCES[:2]:
+        gateway.receive(Request(source, resume(stub)))
+    loop.pass_time(1.0)
+    first, second = gateway.installer.installed
+    gateway.bank.seconds = 0.05
+    loop.run(verified(gateway, first))
+
+    async def ends() -> None:
+        unconfirmed.gone(gateway.charon.tracker.sas[first])
+
+    # the client logs out, or rekeys and deletes
+    loop.pass_time(0.01)
+    loop.run(ends())
+    loop.pass_time(1.0)
+    assert moved == [stub]
+    assert gateway.resumed == []
+    assert stub.index not in gateway.bank.stubs
+    assert stub.index in gateway.bank.over
+    # the other attempt of the same session is over too
+    assert second not in gateway.installer.installed
+    gateway.receive(request := Request(SOURCES[0], resume(stub)))
+    loop.pass_time(1.0)
+    assert request.fate == ["accepted"]
+    loop.run(gateway.close())
+
+
 def test_an_sa_that_no_message_confirms_is_removed_after_confirm_timeout(loop: FakeTime) -> None:
     gateway, stub = started(loop, confirm_timeout=10)
     gateway.receive(Request(SOURCES[0], resume(stub)))

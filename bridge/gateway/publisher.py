@@ -84,9 +84,13 @@ class Publisher:
         self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
 
     def resumed(self, sa: IkeSa, old: Stub) -> None:
-        """A session went on here as `sa`. The gateway that made its `old` stub is asked, by a mark in the bank, to end
-        what it has of it."""
+        """A session went on here as `sa`."""
         self.publish(sa)
+        self.moved(sa, old)
+
+    def moved(self, sa: IkeSa, old: Stub) -> None:
+        """The gateway that made the `old` stub of a session is asked, by a mark in the bank, to end what it has of it:
+        it went on here as `sa`."""
         new = sa.published or sa.index_here(self._address)
         if new.gateway != old.index.gateway:
             self._marks.submit(Move(old.index, new, max(old.expires, old.rekey_at)))

@@ -171,6 +171,7 @@ class GatewayRole:
             self._resumed,
             confirm_timeout=config.sync.confirm_timeout,
         )
+        unconfirmed.went_on = lambda sa, old: self._publisher.moved(sa, old)
         admission = Admission(config.sync, Cookies(), unconfirmed.of_source)
         holders = AddressHolders(charon, bank, config.address)
         decision = Decision(charon, known, self._stubs, unconfirmed, admission, holders, config.sync)

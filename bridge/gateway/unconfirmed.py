@@ -67,6 +67,8 @@ class Unconfirmed:
         self._by_spis: OrderedDict[bytes, Rebuilt] = OrderedDict()
         self._by_index: dict[Index, list[Rebuilt]] = {}
         self._by_source: Counter[Source] = Counter()
+        self.went_on: Callable[[IkeSa, Stub], None] = lambda _, __: None
+        """called for an SA that went between its first verified request and the answer of the bank"""
         self._confirmed: Recent[tuple[bytes, Endpoint]] = Recent(LATE_SECONDS, clock=clock)
         self._drops: set[asyncio.Task[None]] = set()
         self._verified: list[Rebuilt] = []
@@ -173,19 +175,8 @@ class Unconfirmed:
         made.on(Event.LIVES)
         self._take_out(made)
         index, sa = made.old.index, made.sa
-        others = self._by_index.get(index, [])[:]
-        for other in others:
-            self.forget(other, Event.SUPERSEDED)
-        self._endings.add(index, made.old.expires)
+        self._leave_old(made)
         self._confirmed.add((sa.id.spi_i, made.install.remote))
-        # whatever the old gateway may have written since: the session is here now
-        self._writer.submit_delete(index, expires=made.old.expires)
-        if others:
-            self._later("drop", self.drop([other.sa.id for other in others], kept=True))
-        # the old SA is here too: the client lost its path, not this gateway
-        for spis in {made.old.spi_i + made.old.spi_r, *(leftover.spis for leftover in made.leftovers)}:
-            if (old := self._charon.tracker.sas.get(spis)) is not None:
-                self._later("end", self._end(old))
         self._charon.tracker.has_come_up(sa)
         self._metrics.resumed.inc()
         self._resumed(sa, made.old)
@@ -200,10 +191,30 @@ class Unconfirmed:
             old_spi=index.spi.hex(),
         )
 
+    def _leave_old(self, made: Rebuilt) -> None:
+        """The session went on as `made`: what it was before, and other attempts to resume it, are over."""
+        index = made.old.index
+        others = [other for other in self._by_index.get(index, ()) if other is not made]
+        for other in others:
+            self.forget(other, Event.SUPERSEDED)
+        self._endings.add(index, made.old.expires)
+        # whatever the old gateway may have written since: the session is here now
+        self._writer.submit_delete(index, expires=made.old.expires)
+        if others:
+            self._later("drop", self.drop([other.sa.id for other in others], kept=True))
+        # the old SA is here too: the client lost its path, not this gateway
+        for spis in {made.old.spi_i + made.old.spi_r, *(leftover.spis for leftover in made.leftovers)}:
+            if (old := self._charon.tracker.sas.get(spis)) is not None:
+                self._later("end", self._end(old))
+
     def gone(self, sa: IkeSa) -> None:
         """charon ended an SA: nothing waits for it any more."""
         made = self._by_spis.get(sa.id.spis)
         if made is not None:
+            if made.state is State.CONFIRMING:
+                # its client proved the keys, and ended or rekeyed it before the bank answered
+                self._leave_old(made)
+                self.went_on(made.sa, made.old)
             self.forget(made, Event.GONE)
 
     def forget(self, made: Rebuilt, why: Event) -> None:
