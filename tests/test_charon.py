@@ -45,7 +45,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_connections_loaded_after_a_slow_comparison_are_known_before_the_next_one() -> None:
     charon = Charon("/nowhere", HaConfig())
     vici = SlowVici()
-    charon._reconciler._vici = cast(Any, vici)
+    charon._reconciler._vici = charon._reconciler.connections._vici = cast(Any, vici)
     task = asyncio.create_task(charon._reconciler.run())
     try:
         await until(vici.asked.is_set)

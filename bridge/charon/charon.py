@@ -110,11 +110,11 @@ class Charon:
     async def know_connections(self, needed: Iterable[tuple[str, Iterable[str]]]) -> None:
         """Have charon's own word on these (connection, children) before something is refused, or fails, for lack of
         one."""
-        await self._reconciler.know_connections(needed)
+        await self._reconciler.connections.know(needed)
 
     def know_connections_soon(self) -> None:
         """`know_connections` will be called soon: begin with it."""
-        self._reconciler.read_connections_ahead()
+        self._reconciler.connections.read_ahead()
 
     def takes_at_once(self, connection: str, child: str, policy: ChildrenInExchange) -> bool:
         """Whether a CHILD_SA comes up in the round trip of its IKE_SA here: configured, and without a key exchange of
@@ -125,8 +125,8 @@ class Charon:
             found is not None
             and any(configured.name == child for configured in found.children)
             and policy != "never"
-            and not (policy == "auto" and self._reconciler.needs_event(connection, child))
-            and not self._reconciler.with_key_exchange(connection, child)
+            and not (policy == "auto" and self._reconciler.connections.needs_event(connection, child))
+            and not self._reconciler.connections.with_key_exchange(connection, child)
             and (connection, child) not in self._not_taken
         )
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from bridge.charon.child_events import ChildEvents
-from bridge.charon.conf_parser import ChildProposals
+from bridge.charon.connection_reader import ConnectionReader
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ha_segments import SegmentChooser
@@ -23,7 +22,6 @@ from bridge.charon.sa_comparison import Comparison
 from bridge.charon.sa_tracker import WORD_SECONDS, SaTracker
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.charon.vici_watch import ViciWatch
-from bridge.service.tasks import spawn
 
 log = structlog.get_logger()
 
@@ -46,14 +44,9 @@ IN_FLIGHT_SECONDS = 0.5
 LEAST_LOOK_SECONDS = 0.25
 QUICK_SECONDS = 0.05
 """a list of all SAs that took less is asked for before an activation, too"""
-CONNECTIONS_SECONDS = 1.0
-"""a list of connections is good for so long, as far as what is needed is in it"""
-LEAST_CONNECTIONS_SECONDS = 0.05
-"""between two lists of connections"""
 
 UNNAMED = "(unnamed)"
 """the connection that VICI names for an SA whose peer has not said who it is"""
-MARKS = ("mark_in", "mark_out")
 HALF_OPEN_STATES = ("CREATED", "CONNECTING")
 """of an IKE_SA, as VICI names them; charon makes the second of the first while it works on a request"""
 
@@ -80,7 +73,7 @@ class Reconciler:
         placeholders: Placeholders,
         swanctl: Path | None = None,
     ) -> None:
-        self._swanctl = swanctl
+        self.connections = ConnectionReader(tracker, vici, swanctl)
         self.reconciled = asyncio.Event()
         """set once the SAs that charon had when the sidecar came are known"""
         self.recover: Recover = no_recovery
@@ -90,17 +83,6 @@ class Reconciler:
         self._installer = installer
         self._vici = vici
         self._placeholders = placeholders
-        self._proposals: ChildProposals | None = None
-        self._pfs: dict[tuple[str, str], str] = {}
-        """children with a key exchange of their own, by (connection, child)"""
-        self._scripted: set[tuple[str, str]] = set()
-        """children with an updown script"""
-        self._marked: set[tuple[str, str]] = set()
-        """children with marks"""
-        self._plugins: list[str] = []
-        """that charon has loaded"""
-        self._events = ChildEvents()
-        self._reading: asyncio.Task[None] | None = None
         self._whole = True
         """whether the next comparison is about connections too, however lately they were read"""
         self._sas_asked = False
@@ -112,11 +94,7 @@ class Reconciler:
         self._own_request_at: float | None = None
         """when the list is looked at for charon's own requests, if any"""
         self._own_request_looked = float("-inf")
-        self._unknown = False
         self._waited = 0.0
-        self._connections_from = 0.0
-        self._connections_next = 0.0
-        """when connections were asked for, and when they may be again, by the monotonic clock"""
         self._listing_took = 0.0
         """seconds that the last list of all SAs took"""
 
@@ -146,20 +124,12 @@ class Reconciler:
 
     def connections_soon(self) -> None:
         """Read the connections as soon as the pace allows: one was named that is not among them."""
-        self._unknown = True
+        self.connections.wanted = True
         self._due.set()
 
     def look_soon(self) -> None:
         """Ask VICI which handshakes are still in progress, as soon as the pace allows."""
         self._look_due.set()
-
-    def with_key_exchange(self, connection: str, child: str) -> bool:
-        """Whether a CHILD_SA has a key exchange of its own (PFS), as far as swanctl.conf shows."""
-        return (connection, child) in self._pfs
-
-    def needs_event(self, connection: str, child: str) -> bool:
-        """Whether other software waits for charon's event of a CHILD_SA, as far as can be known."""
-        return self._events.needed(connection, child)
 
     def connected(self, inode: int | None) -> None:
         """charon answers on VICI; `inode` is its end of the HA channel, if it has one."""
@@ -171,7 +141,7 @@ class Reconciler:
             self._placeholders.reset()
             self._asked.clear()
         self._inode = inode if inode is not None else self._inode
-        self._plugins = []
+        self.connections.restarted()
         self.soon()
 
     async def run(self) -> None:
@@ -215,10 +185,10 @@ class Reconciler:
             await asyncio.sleep(min(left, UNLOADED_SECONDS))
             # these are read at little cost, however many SAs there are. A charon that has none has just been started:
             # they are loaded next, which no event reports
-            if self._vici.connected and (self._unknown or not self._tracker.connections):
+            if self._vici.connected and (self.connections.wanted or not self._tracker.connections):
                 # what is wrong the next comparison says
                 with contextlib.suppress(Exception):
-                    await self.read_connections()
+                    await self.connections.read()
         at_most = time.monotonic() + (RECONCILE_SECONDS if self._tracker.connections else UNLOADED_SECONDS) - at_least
         while not self._due.is_set() and (left := at_most - time.monotonic()) > 0:
             if self._vici_owes_word():
@@ -236,8 +206,8 @@ class Reconciler:
         """Compare with VICI: connections, lifetimes, SAs that ended unseen, SAs whose keys are missing."""
         self._waited = 0.0
         self._sas_asked = False
-        if self._whole or time.monotonic() - self._connections_from >= RECONCILE_SECONDS:
-            await self.read_connections()
+        if self._whole or self.connections.age >= RECONCILE_SECONDS:
+            await self.connections.read()
             self._whole = False
         missing, since = await self._compare()
         if missing and self._channel.version is not None:
@@ -269,61 +239,6 @@ class Reconciler:
             await self._installer.resync(segments)
             await self._channel.drained()
             self._asked |= unasked.keys()
-
-    async def read_connections(self) -> None:
-        """Take in what is configured now. Raises ViciError."""
-        began = time.monotonic()
-        self._unknown = False
-        found = await self._vici.list_connections()
-        if not self._plugins:
-            # of one charon they do not change
-            self._plugins = await self._vici.plugins()
-        if found != self._tracker.connections or self._proposals is None or self._proposals.changed():
-            self._proposals = await asyncio.to_thread(ChildProposals, self._swanctl)
-            self._pfs = self._proposals.with_pfs(found)
-            self._scripted = self._proposals.with_option(found, ("updown",), ("leftupdown",))
-            self._marked = self._proposals.with_option(found, MARKS, ("mark", *MARKS))
-        # whether lookip has clients is looked at each time
-        self._events = ChildEvents(self._plugins, self._scripted, self._marked)
-        self._tracker.connections = found
-        now = time.monotonic()
-        self._connections_from = began
-        self._connections_next = now + max(LEAST_CONNECTIONS_SECONDS, LOOK_SHARE * (now - began))
-
-    def read_connections_ahead(self) -> None:
-        """Begin to read the connections, unless that is going on or they were read just now: `know_connections` is
-        going to need them."""
-        if time.monotonic() < self._fresh_until or (self._reading is not None and not self._reading.done()):
-            return
-
-        async def read() -> None:
-            with contextlib.suppress(ViciError):
-                await self.read_connections()
-
-        self._reading = spawn("read-connections", read())
-
-    @property
-    def _fresh_until(self) -> float:
-        """Until when (monotonic seconds) a list of connections that has what is needed need not be read again."""
-        return max(self._connections_from + CONNECTIONS_SECONDS, self._connections_next)
-
-    async def know_connections(self, needed: Iterable[tuple[str, Iterable[str]]]) -> None:
-        """Ask charon for its connections, unless these (connection, children) are all known and were read just now: no
-        event reports a `swanctl --load-conns`. What charon does not answer leaves them as they are."""
-        if self._reading is not None and not self._reading.done():
-            await asyncio.wait([self._reading])
-        now = time.monotonic()
-        if all(self._is_configured(name, children) for name, children in needed):
-            if now < self._fresh_until:
-                return
-        elif now < self._connections_next:
-            await asyncio.sleep(min(self._connections_next - now, CONNECTIONS_SECONDS))
-        with contextlib.suppress(ViciError):
-            await self.read_connections()
-
-    def _is_configured(self, name: str, children: Iterable[str]) -> bool:
-        found = self._tracker.connections.get(name)
-        return found is not None and set(children) <= {child.name for child in found.children}
 
     def _known(self, spis: bytes) -> bool:
         sa = self._tracker.sas.get(spis)
