@@ -828,7 +828,7 @@ def rebuilt(known: SaTracker) -> IkeSa:
     [sa] = before.established()
     sa.up = False
     known.adopt(sa)
-    known.granted(sa)
+    known.granted.put(sa)
     return sa
 
 
@@ -851,7 +851,7 @@ def test_a_child_sa_that_charon_was_given_and_does_not_list_once_its_sa_is_confi
 ) -> None:
     known, _, clock = tracker()
     lacking: list[tuple[str, ...]] = []
-    known.not_taken = lambda sa, names: lacking.append(names)
+    known.granted.not_taken = lambda sa, names: lacking.append(names)
     clock.now = 2.0
     sa = confirmed(known)
     spis = listed(*children(sa)) if taken else ()
@@ -867,7 +867,7 @@ def test_a_child_sa_that_charon_could_not_install_is_reported_though_charon_said
     """Beside another one, as charon does where the kernel lacks an algorithm."""
     known, _, clock = tracker()
     lacking: list[tuple[str, ...]] = []
-    known.not_taken = lambda sa, names: lacking.append(names)
+    known.granted.not_taken = lambda sa, names: lacking.append(names)
     sa = rebuilt(known)
     [spi] = children(sa)
     known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, spi)]))
@@ -882,7 +882,7 @@ def test_a_child_sa_that_charon_could_not_install_is_reported_though_charon_said
 def test_a_child_sa_that_its_peer_deleted_is_not_one_that_charon_did_not_take() -> None:
     known, _, clock = tracker()
     lacking: list[tuple[str, ...]] = []
-    known.not_taken = lambda sa, names: lacking.append(names)
+    known.granted.not_taken = lambda sa, names: lacking.append(names)
     sa = confirmed(known)
     [spi] = children(sa)
     known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, spi)]))

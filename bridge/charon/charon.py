@@ -66,7 +66,7 @@ class Charon:
         self._ending = asyncio.Semaphore(ENDING_AT_ONCE)
         self._not_taken: set[tuple[str, str]] = set()
         """CHILD_SAs that charon did not install over the HA channel: they come up by CREATE_CHILD_SA"""
-        self.tracker.not_taken = self._child_not_taken
+        self.tracker.granted.not_taken = self._child_not_taken
         self._tasks: list[asyncio.Task[None]] = []
 
     @property

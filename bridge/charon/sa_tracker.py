@@ -8,20 +8,21 @@ where the two differ the SA cannot be resumed. Either may come first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
 from msgspec.structs import replace
 
+from bridge.charon import sa_lifetime
+from bridge.charon.granted_children import GrantedChildren
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
 from bridge.charon.half_open import HalfOpenSas
-from bridge.charon.ike_sa import SAME_SECONDS, Condition, IkeSa
+from bridge.charon.ike_sa import Condition, IkeSa
 from bridge.charon.sa_keys import derivation_of, derived_keys
 from bridge.charon.sa_listener import Listener
 from bridge.charon.sa_peers import differs
 from bridge.charon.sa_recovery import SaRecovery, child_of, drop_unlisted, groups, inherit
-from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, expiry
+from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo
 from bridge.charon.virtual_ips import VirtualIps
 from bridge.ike.transforms import Suite, UnsupportedSuite, check_resumable
 from bridge.stub.derivation import Derivation
@@ -29,8 +30,6 @@ from bridge.stub.types import ChildSa, Endpoint
 
 log = structlog.get_logger()
 
-NO_EXPIRY_SECONDS = 86_400
-"""how long the stub of an SA without rekey and reauth time lives; reconciliation renews it"""
 EARLY_MAX = 200_000
 """reports of VICI's kept for SAs whose HA messages are still to come"""
 FIRST_MESSAGE_ID = 1
@@ -41,16 +40,6 @@ WORD_SECONDS = 1.0
 """VICI's event about an SA comes within this time of its HA messages, or VICI has to be asked"""
 MALFORMED_MAX = 20_000
 """SAs with malformed messages that are remembered"""
-
-
-@dataclass(slots=True)
-class _Granted:
-    """CHILD_SAs that charon was given with a rebuilt SA."""
-
-    names: dict[int, str]
-    """by inbound SPI"""
-    confirmed: float | None = None
-    """since when the SA is, in clock seconds"""
 
 
 class SaTracker:
@@ -65,10 +54,7 @@ class SaTracker:
         self.unresumable = 0
         self.virtual_ips = VirtualIps()
         self.half_open = HalfOpenSas()
-        self.not_taken: Callable[[IkeSa, tuple[str, ...]], None] = lambda sa, names: None
-        """called for a rebuilt SA that is confirmed, with the names of CHILD_SAs that charon was given and lacks"""
-        self._granted: dict[bytes, _Granted] = {}
-        """of rebuilt SAs, by both SPIs, what VICI has not listed yet"""
+        self.granted = GrantedChildren()
         self.recall = SaRecovery()
         self.shared: Set[str] = frozenset()
         """local addresses that this gateway shares with others: their SAs can be taken over as they are"""
@@ -105,7 +91,6 @@ class SaTracker:
             self._unconfirmed,
             self._early,
             self._malformed,
-            self._granted,
             self._rekeyed_from,
         )
         """all that is noted of single SAs, by both SPIs"""
@@ -185,9 +170,7 @@ class SaTracker:
         if sa is not None and ike_id.spis in self._unproven and next_id > FIRST_MESSAGE_ID:
             self._unproven.discard(ike_id.spis)
             self._come_up(sa)
-        granted = self._granted.get(ike_id.spis)
-        if granted is not None and granted.confirmed is None:
-            granted.confirmed = self._clock()
+        self.granted.verified(ike_id.spis, self._clock())
         self._listener.verified(ike_id)
 
     def _add(self, ike_id: IkeId, message: HaMessage) -> None:
@@ -331,7 +314,7 @@ class SaTracker:
             )
         now = int(self._wall())
         sa.established = now
-        self._assume_lifetime(sa, now)
+        sa_lifetime.assume(sa, self.connections.get(sa.connection), now)
         self._take_info(sa, info, since=since)
         if sa.local is None or sa.local.address not in self.shared:
             sa.derivation = None
@@ -353,13 +336,6 @@ class SaTracker:
     def _log_unresumable(ike_id: IkeId, reason: str, **more: str) -> None:
         log.warning("sa-not-resumable", **ike_id.logged, reason=reason, **more)
 
-    def _assume_lifetime(self, sa: IkeSa, now: int) -> None:
-        """Until VICI says better: what the connection is configured to, which jitter can only shorten."""
-        connection = self.connections.get(sa.connection)
-        lifetime = connection.lifetime if connection else 0
-        sa.rekey_at = now + connection.rekey_time if connection and connection.rekey_time else 0
-        sa.expires = now + (lifetime or NO_EXPIRY_SECONDS)
-
     def _delete(self, ike_id: IkeId) -> None:
         sa = self.sas.pop(ike_id.spis, None)
         self._drop(ike_id.spis)
@@ -371,6 +347,7 @@ class SaTracker:
         for table in self._tables:
             table.pop(spis, None)
         self._unproven.discard(spis)
+        self.granted.drop(spis)
         self.half_open.ended(spis)
         self.virtual_ips.drop(spis)
 
@@ -385,10 +362,7 @@ class SaTracker:
 
     def _child_delete(self, ike_id: IkeId, message: HaMessage) -> None:
         sa, spi_in = self.sas.get(ike_id.spis), message.first(Attr.INBOUND_SPI, 0)
-        granted = self._granted.get(ike_id.spis)
-        if granted is not None and granted.confirmed is not None:
-            # before, its peer can have ended none: charon reports in this way one that it could not install
-            granted.names.pop(spi_in, None)
+        self.granted.child_ended(ike_id.spis, spi_in)
         if sa is None:
             self.recall.keep(message, self._clock())
         elif sa.drop_child(spi_in) and sa.up:
@@ -443,18 +417,7 @@ class SaTracker:
             return False
         # a long list is as of when it was asked for, however late it is read
         now = self._wall() - (self._clock() - since)
-        rekey_at, reauth_at, expires = expiry(info, self.connections.get(sa.connection), now)
-        if not expires:
-            # lives for ever: its stub is renewed in good time, not at every look
-            left = sa.expires - now
-            expires = sa.expires if left > NO_EXPIRY_SECONDS / 2 else int(now) + NO_EXPIRY_SECONDS
-        moved = abs(sa.expires - expires) > 2 or abs(sa.rekey_at - rekey_at) > 2 or abs(sa.reauth_at - reauth_at) > 2
-        until = _earlier(sa.authenticated_until, reauth_at) if sa.authentication_inherited else reauth_at
-        moved = moved or abs(sa.authenticated_until - until) > SAME_SECONDS
-        if moved:
-            sa.rekey_at, sa.reauth_at, sa.expires = rekey_at, reauth_at, expires
-            sa.authenticated_until = until
-        sa.established = int(now) - info.established
+        moved = sa_lifetime.take(sa, info, self.connections.get(sa.connection), now)
         sa.unique_id = info.unique_id
         if sa.resumable and (difference := differs(sa, info)):
             self._refuse(sa, difference)
@@ -497,12 +460,6 @@ class SaTracker:
         """Both SPIs of the SA that `old` is being rekeyed to, until that is up."""
         return next((spis for spis, sa in self._rekeyed_from.items() if sa is old), None)
 
-    def granted(self, sa: IkeSa) -> None:
-        """An adopted SA that charon is given CHILD_SAs with: whether it took them, VICI is asked once the SA is
-        confirmed."""
-        if sa.children:
-            self._granted[sa.id.spis] = _Granted({child.spi_in: child.name for child in sa.children})
-
     def take_back(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
         """An SA that the bank remembers and VICI, asked at `since`, lists; False where it has CHILD_SAs
         that were not reported."""
@@ -535,6 +492,7 @@ class SaTracker:
         for table in (self.sas, *self._tables):
             table.clear()
         self._unproven.clear()
+        self.granted.clear()
         self.half_open.clear()
         self.virtual_ips.clear()
         self.recall.end()
@@ -573,22 +531,12 @@ class SaTracker:
             return spis in self._malformed or (sa is not None and sa.up)
         if sa.up:
             changed = self._take_info(sa, info, since=since)
-            self._check_granted(sa, info, since)
+            self.granted.listed(sa, info, since)
             if sa.children_at < since and drop_unlisted(sa, info):
                 changed = True
             if changed:
                 self._listener.changed(sa)
         return True
-
-    def _check_granted(self, sa: IkeSa, info: SaInfo, since: float) -> None:
-        granted = self._granted.get(sa.id.spis)
-        if granted is None or granted.confirmed is None or since <= granted.confirmed:
-            return
-        del self._granted[sa.id.spis]
-        listed = {child.spi_in for child in info.children}
-        missing = tuple(dict.fromkeys(name for spi_in, name in granted.names.items() if spi_in not in listed))
-        if missing:
-            self.not_taken(sa, missing)
 
     def unlisted(self, present: Set[bytes], early: Set[bytes], *, since: float) -> None:
         """End the SAs that charon no longer has; `present` are the SPIs of those that it has, `early` of those that
@@ -610,8 +558,3 @@ class SaTracker:
                 self._delete(sa.id)
         # a rebuilt SA that is about to be installed has its addresses already
         self.virtual_ips.keep(present | self.sas.keys(), since=since)
-
-
-def _earlier(one: int, other: int) -> int:
-    """The earlier of two times, 0 being never."""
-    return min(filter(None, (one, other)), default=0)

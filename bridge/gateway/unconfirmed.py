@@ -117,7 +117,7 @@ class Unconfirmed:
         self._by_spis[made.sa.id.spis] = made
         self._by_source[source_of(made.install.remote.address)] += 1
         self._charon.tracker.adopt(made.sa)
-        self._charon.tracker.granted(made.sa)
+        self._charon.tracker.granted.put(made.sa)
 
     def installed(self, made: Rebuilt) -> None:
         """charon has it: from now on its client has `confirm_timeout`."""
