@@ -48,3 +48,26 @@ async def test_the_keyspace_is_watched_again(server: RedisServer, monkeypatch: p
         await listening.wait()
     assert failed
     await watch.close()
+
+
+async def test_a_pattern_changes_while_the_connection_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def closed(self: Subscription, *patterns: str) -> None:
+        raise RuntimeError(CLOSED)
+
+    for method in ("psubscribe", "punsubscribe"):
+        monkeypatch.setattr(Subscription, method, closed)
+    watch = Keyspace("redis://127.0.0.1:1/0", (), lambda _: None, lambda _: None)
+    watch._listening = [Subscription(None)]
+    watch._listening[0]._confirmed.add(b"__keyspace@*__:x")
+    await watch.add("x")
+    await watch.remove("x")
+
+
+async def test_a_script_is_killed_over_a_connection_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = RedisClient("redis://127.0.0.1:1/0", 1.0)
+
+    async def closed() -> None:
+        raise RuntimeError(CLOSED)
+
+    monkeypatch.setattr(client.client, "script_kill", closed)
+    await client._kill_script()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -258,6 +259,7 @@ class FakeCharon:
         self.reconciled = asyncio.Event()
         self.reconciled.set()
         self.ended: list[Collection[bytes]] = []
+        self.news = asyncio.Event()
         self.tracker = self
         self.stubs = [stub_of()]
 
@@ -266,8 +268,28 @@ class FakeCharon:
 
     async def end(self, spis: Collection[bytes]) -> int:
         self.ended.append(spis)
+        self.news.set()
         self.stubs = [stub for stub in self.stubs if stub.spi_i + stub.spi_r not in spis]
         return len(spis)
+
+
+async def test_what_is_known_is_enforced_while_the_bank_that_knows_other_sas_is_away(tmp_path: Path) -> None:
+    """As after a restart of the sidecar: charon has sessions whose keys only the bank has."""
+    (tmp_path / FILE).write_bytes(base64.b64encode(seal(mark(), RING)) + b"\n")
+    bank = RedisBank("redis://127.0.0.1:1/0", RING)
+    charon = FakeCharon()
+    charon.reconciled.clear()
+    [stub] = charon.stubs
+    endings, writer = Endings(), WriteQueue(bank)
+    lock_out = LockOut(Revocations(bank, RING, tmp_path), bank, cast(Charon, charon), endings, writer, GATEWAY)
+    task = asyncio.create_task(lock_out.run())
+    async with asyncio.timeout(5):
+        await charon.news.wait()
+    assert charon.ended == [{stub.spi_i + stub.spi_r}]
+    assert stub.index in endings
+    task.cancel()
+    await writer.close(0.0)
+    await bank.close()
 
 
 @pytest.mark.redis

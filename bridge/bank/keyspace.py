@@ -87,7 +87,7 @@ class Keyspace:
     async def _change(self, method: str, pattern: str) -> None:
         for listening in self._listening:
             # one that has gone is opened again with the patterns of then
-            with contextlib.suppress(*FAILURES):
+            with contextlib.suppress(*FAILURES), closed_as_lost():
                 await getattr(listening, method)(_channel(pattern))
 
     async def _keep(self) -> None:

@@ -160,7 +160,7 @@ class RedisClient:
 
     async def _kill_script(self) -> None:
         """A script runs without end, and Redis answers nothing else: the bank's own scripts take milliseconds."""
-        with suppress(*FAILURES):
+        with suppress(*FAILURES), closed_as_lost():
             await self.client.script_kill()
             log.error("bank-script-killed", reason="a script ran without end", fix="rotate the passwords of the bank")
 

@@ -110,7 +110,8 @@ class ConnectionReader:
         if self._reading is not None and not self._reading.done():
             await asyncio.wait([self._reading])
         now = time.monotonic()
-        if all(self._is_configured(name, children) for name, children in needed):
+        # in a storm they are few, and needed many times
+        if all(self._is_configured(*one) for one in {(name, frozenset(children)) for name, children in needed}):
             if now < self._fresh_until:
                 return
         elif now < self._next:
@@ -120,4 +121,4 @@ class ConnectionReader:
 
     def _is_configured(self, name: str, children: Iterable[str]) -> bool:
         found = self._tracker.connections.get(name)
-        return found is not None and set(children) <= {child.name for child in found.children}
+        return found is not None and {*children} <= {child.name for child in found.children}

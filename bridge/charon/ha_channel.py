@@ -38,6 +38,8 @@ it would receive itself"""
 RECEIVE_BURST = 256
 """datagrams handled in one turn of the event loop, so that others get theirs"""
 _SO_RCVBUFFORCE = 33
+# a plain number: to calculate with flags takes far longer
+_TRUNCATED = int(socket.MSG_TRUNC)
 _SO_MEMINFO_DROPS = 8
 _SO_MEMINFO = 55
 
@@ -170,7 +172,7 @@ class HaChannel:
                 # what came before connect(2) may be from anyone
                 self.malformed += 1
                 continue
-            self._take(bytes(self._buffer[:length]), bool(flags & socket.MSG_TRUNC), end is not None, genuine)
+            self._take(bytes(self._buffer[:length]), bool(flags & _TRUNCATED), end is not None, genuine)
 
     def _take(self, data: bytes, truncated: bool, alive: bool, genuine: bool) -> None:
         """One datagram from charon's address."""

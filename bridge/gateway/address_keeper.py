@@ -26,6 +26,7 @@ from bridge.charon.ha_segments import SEGMENTS_MIN, keeping_segment
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.placeholders import HaPool, ha_pools
 from bridge.gateway.address_book import AddressBook
+from bridge.service.metrics import Metrics
 from bridge.service.tasks import spawn
 from bridge.stub.stub import Index, Stub
 
@@ -80,6 +81,18 @@ class AddressKeeper:
         """addresses to look at, and when"""
         if charon.landing.count >= SEGMENTS_MIN and pools():
             charon.landing.spared = keeping_segment(charon.landing.count)
+
+    def gauges(self, metrics: Metrics) -> None:
+        """How many addresses are kept, for `status`."""
+        kept = self._charon.placeholders
+        metrics.gauge(
+            "placeholders", "addresses in use elsewhere that charon is kept from giving out", lambda: float(len(kept))
+        )
+        metrics.gauge(
+            "placeholders_missing",
+            "addresses in use elsewhere that charon could give out: beyond ha.placeholders, or of unknown connections",
+            lambda: self.missing,
+        )
 
     # what happens
 

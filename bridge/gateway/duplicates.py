@@ -26,6 +26,7 @@ from bridge.charon.vici_types import ViciError
 from bridge.config import SyncConfig
 from bridge.gateway.address_book import AddressBook, Holder
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.service.metrics import Metrics
 from bridge.stub.stub import Index
 from bridge.stub.types import Identity
 
@@ -73,6 +74,11 @@ class Duplicates:
         self._seen: dict[bytes, tuple[str, ...]] = {}
         """what was looked up"""
         self._ended: dict[Identity, list[float]] = {}
+
+    def gauges(self, metrics: Metrics) -> None:
+        """How many are known, for `status`."""
+        text = "sessions here with a virtual IP that another peer's session has too"
+        metrics.gauge("duplicate_address_sessions", text, lambda: len(self))
 
     def __len__(self) -> int:
         """How many sessions here are known to share an address."""

@@ -10,6 +10,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -31,6 +32,7 @@ from bridge.gateway.peer_watch import PeerState, PeerWatch
 from bridge.ike.stub_exchange import StubMessage, move_message_id
 from bridge.net.interface import Sender
 from bridge.net.packet import PORT_NAT_T, has_marker
+from bridge.service.metrics import Metrics
 from bridge.service.tasks import end, spawn
 from bridge.stub import bank_keys
 from bridge.stub.stub import Index, Stub, StubError
@@ -48,6 +50,15 @@ ENDS: Final = frozenset({"del", "expired"})
 
 Needs = tuple[str, frozenset[str]]
 """a connection, and the children of a session"""
+
+ANNOUNCED: Final = {
+    "announcements_announced": "sessions of failed gateways whose clients were asked to resume here",
+    "announcements_resumed": "of these, sessions that were resumed or ended",
+    "announcements_refused": "of these, sessions whose client does not have this gateway, or moves already",
+    "announcements_silent": "of these, sessions whose client did not answer or arrive: left to its dead peer detection",
+    "announcements_false_alarms": "failures that a client has contradicted: its gateway answered",
+}
+"""what is counted of announcements"""
 
 
 class Failover:
@@ -127,6 +138,11 @@ class Failover:
     def has_failed(self, gateway: str) -> bool:
         """Whether another gateway counts as failed now."""
         return self.watch.state(gateway) is PeerState.FAILED
+
+    def gauges(self, metrics: Metrics) -> None:
+        """What became of announcements, for `status`."""
+        for outcome, text in ANNOUNCED.items():
+            metrics.total(outcome, text, partial(self.total, outcome.removeprefix("announcements_")))
 
     def disturbed(self) -> None:
         """The bank did not answer, or is another one than before."""

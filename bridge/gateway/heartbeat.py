@@ -20,6 +20,7 @@ from bridge.bank.interface import BEATS, RESTART_SECONDS, BankUnavailable, StubB
 from bridge.charon.charon import Charon
 from bridge.gateway.charon_pulse import CharonPulse
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.service.metrics import Metrics
 from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
@@ -103,6 +104,11 @@ class Heartbeat:
         """Begin."""
         self._task = spawn("heartbeat", self._run())
         self._pulse.start()
+
+    def gauges(self, metrics: Metrics) -> None:
+        """What is known of the bank, for `status`."""
+        metrics.gauge("bank_reachable", "1 while the bank answers", lambda: float(self.bank_reachable))
+        metrics.gauge("bank_writable", "1 while the bank takes writes", lambda: float(self.bank_writable))
 
     async def close(self) -> None:
         """End. The heartbeat stays for RESTART_SECONDS where charon goes on: that this sidecar ends is no failure of

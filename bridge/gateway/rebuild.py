@@ -32,6 +32,7 @@ from bridge.stub.stub import Stub
 from bridge.stub.types import Endpoint
 
 NONE: AbstractSet[bytes] = frozenset()
+RESUMED = Trait.AUTHENTICATION_INHERITED | Trait.COMPANION
 ATTEMPTS_PER_STUB = 4
 """unconfirmed SAs from one stub at most: a client may start again, and an old request of a client may be replayed"""
 
@@ -189,7 +190,7 @@ class Decision:
             established=now,
             expires=now + lifetime,
             authenticated_until=until,
-            traits=Trait.AUTHENTICATION_INHERITED | Trait.COMPANION,
+            traits=RESUMED,
             predecessor=stub.index,
         )
         response = build_response(

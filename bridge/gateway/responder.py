@@ -222,7 +222,7 @@ class Responder:
     def _too_late(self, packet: Packet, request: SyncRequest) -> bool:
         """A gateway under load drops what a client that has resumed sent before it had: charon would take it for a
         handshake."""
-        if not self.demanding or not self.unconfirmed.is_over(request.spi_i, Endpoint(packet.src, packet.sport)):
+        if not self.unconfirmed.is_over(request.spi_i, Endpoint(packet.src, packet.sport)) or not self.demanding:
             return False
         packet.drop()
         self._metrics.retransmissions.inc()

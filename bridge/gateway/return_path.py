@@ -18,6 +18,7 @@ import structlog
 
 from bridge.charon.ike_sa import IkeSa
 from bridge.net.neighbour import Connected, Neighbour, connected_networks
+from bridge.service.metrics import Metrics
 from bridge.service.tasks import end, spawn
 
 log = structlog.get_logger()
@@ -54,6 +55,11 @@ class ReturnPath:
     def __len__(self) -> int:
         """How many addresses are announced."""
         return len(self._announced)
+
+    def gauges(self, metrics: Metrics) -> None:
+        """How many addresses are announced, for `status`."""
+        text = "virtual IPs announced by ARP and neighbour discovery"
+        metrics.gauge("addresses_announced", text, lambda: float(len(self)))
 
     async def close(self) -> None:
         """Answer no more."""

@@ -25,6 +25,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ViciError
 from bridge.gateway.endings import Endings
+from bridge.service.metrics import Metrics
 from bridge.stub.bank_keys import LOCKOUT_KIND
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.revocation import Mark, names_of, open_mark, seal
@@ -195,16 +196,27 @@ class LockOut:
         self.ended = 0
         """SAs, since this sidecar started"""
 
+    def gauges(self, metrics: Metrics) -> None:
+        """Who is locked out, for `status`."""
+        marks = self._revocations
+        metrics.gauge("identities_revoked", "identities that are locked out here", lambda: len(marks.active()))
+        metrics.gauge(
+            "revocations_unreadable",
+            "marks of locked-out identities in the bank that did not open here at the last look",
+            lambda: marks.unreadable,
+        )
+        metrics.total("revoked_ended", "IKE_SAs ended because their identity is locked out", lambda: self.ended)
+
     def soon(self) -> None:
         """The bank's marks changed, or an SA came up that is to be ended."""
         self._news.set()
 
     async def run(self) -> None:
-        """Until cancelled."""
-        await self._charon.reconciled.wait()
+        """Until cancelled. SAs that are known do not wait for those that only the bank knows: it may be away."""
         while True:
             self._news.clear()
-            pause = LOOK_SECONDS
+            known = self._charon.reconciled.is_set()
+            pause = LOOK_SECONDS if known else REPEAT_SECONDS
             try:
                 await self._revocations.read()
             except BankUnavailable as error:
@@ -216,7 +228,8 @@ class LockOut:
                 log.info("revocations", identities=[mark.identity for mark in self._revocations.active()])
             try:
                 self._ended += await self._end_all()
-                await self._report()
+                if known:
+                    await self._report()
             except (BankUnavailable, ViciError) as error:
                 log.warning("revocation-delayed", reason=str(error))
                 pause = REPEAT_SECONDS

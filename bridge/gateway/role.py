@@ -7,7 +7,6 @@ import contextlib
 import time
 from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,16 +67,6 @@ from bridge.service.tasks import end, spawn
 from bridge.stub import bank_keys
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.stub import Index, Stub
-
-ANNOUNCED: Final = {
-    "announcements_announced": "sessions of failed gateways whose clients were asked to resume here",
-    "announcements_resumed": "of these, sessions that were resumed or ended",
-    "announcements_refused": "of these, sessions whose client does not have this gateway, or moves already",
-    "announcements_silent": "of these, sessions whose client did not answer or arrive: left to its dead peer detection",
-    "announcements_false_alarms": "failures that a client has contradicted: its gateway answered",
-}
-"""what is counted of announcements"""
-
 
 ADDRESSES_SECONDS: Final = 5.0
 """that the start waits for charon to give out addresses: there may be no connection loaded yet"""
@@ -399,7 +388,17 @@ class GatewayRole:
     def _gauges(self) -> None:
         charon_metrics.of_charon(self._metrics, self._charon)
         metrics.of_stubs(self._metrics, self._charon, self._writer, self._bank, self._prefetch)
-        self._interception.gauges(self._metrics)
+        for part in (
+            self._interception,
+            self._failover,
+            self._heartbeat,
+            self._keeper,
+            self._return_path,
+            self._duplicates,
+            self._hooks,
+            self._lock_out,
+        ):
+            part.gauges(self._metrics)
         shared_addresses.gauges(self._metrics, self._shared)
         gauge, responder, replicas = self._metrics.gauge, self._responder, self._replicas
         gauge(
@@ -413,43 +412,17 @@ class GatewayRole:
             "clients that sent IKE_SA_SYNC last within a day, as release 0.1 does; seen with intercept.match anywhere",
             lambda: responder.sync_last,
         )
-        gauge("addresses_announced", "virtual IPs announced by ARP and neighbour discovery", self._announced)
-        gauge("placeholders", "addresses in use elsewhere that charon is kept from giving out", self._kept)
-        gauge(
-            "placeholders_missing",
-            "addresses in use elsewhere that charon could give out: beyond ha.placeholders, or of unknown connections",
-            lambda: self._keeper.missing,
-        )
-        gauge(
-            "duplicate_address_sessions",
-            "sessions here with a virtual IP that another peer's session has too",
-            lambda: len(self._duplicates),
-        )
-        gauge("hook_pending", "events of sessions that wait for hooks.session", lambda: len(self._hooks))
         gauge("cookies_demanded", "1 while every request must carry a cookie", lambda: float(responder.demanding))
         gauge(
             "bank_owed",
             "stub changes that one bank has and another has yet to get",
             lambda: replicas.pending if replicas is not None else 0,
         )
-        for outcome, text in ANNOUNCED.items():
-            self._metrics.total(outcome, text, partial(self._failover.total, outcome.removeprefix("announcements_")))
-        gauge("bank_reachable", "1 while the bank answers", lambda: float(self._heartbeat.bank_reachable))
         gauge(
             "bank_key_seals",
             "stubs sealed with the bank's key in use, by all gateways; 2^32 are the most for one key",
             lambda: self._rotation.seals,
         )
-        gauge("identities_revoked", "identities that are locked out here", lambda: len(self._revocations.active()))
-        gauge(
-            "revocations_unreadable",
-            "marks of locked-out identities in the bank that did not open here at the last look",
-            lambda: self._revocations.unreadable,
-        )
-        self._metrics.total(
-            "revoked_ended", "IKE_SAs ended because their identity is locked out", lambda: self._lock_out.ended
-        )
-        gauge("bank_writable", "1 while the bank takes writes", lambda: float(self._heartbeat.bank_writable))
 
         gauge(
             "keyspace_events_arrive",
@@ -468,12 +441,6 @@ class GatewayRole:
 
     async def _counters(self, _: dict[str, Any]) -> Answer:
         return {"counters": self._metrics.values()}
-
-    def _announced(self) -> float:
-        return len(self._return_path)
-
-    def _kept(self) -> float:
-        return len(self._charon.placeholders)
 
     async def _status(self, _: dict[str, Any]) -> Answer:
         return {

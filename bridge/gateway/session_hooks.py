@@ -29,6 +29,7 @@ from bridge.gateway.hook_session import Name, Session
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.previous_gateways import PreviousGateways
 from bridge.gateway.session_journal import SessionJournal
+from bridge.service.metrics import Metrics
 from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Stub
 
@@ -93,6 +94,10 @@ class SessionHooks:
             await keep
         finally:
             await end(keep)
+
+    def gauges(self, metrics: Metrics) -> None:
+        """How many events wait, for `status`."""
+        metrics.gauge("hook_pending", "events of sessions that wait for hooks.session", lambda: len(self))
 
     def __len__(self) -> int:
         """How many events wait for the program."""
