@@ -4,8 +4,10 @@ the stubs of charon's IKE_SAs, and no others."""
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,12 +54,18 @@ def agree(topology: Topology) -> bool:
     return stubs_of_bank(topology) == stubs_of_charon(topology)
 
 
+def age(pid: int) -> float:
+    """Seconds since a process was started."""
+    began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - began / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.fixture(params=["redis", "sidecar", "both"])
 def kill(request: pytest.FixtureRequest, topology: Topology) -> Kill:
     """Kills, starts again what was killed, and waits until bank and charon agree."""
     fresh(topology)
     # an SA that charon set up within seconds of its own start may be one of the charon before it: such stubs stay
-    time.sleep(SETTLED_SECONDS)
+    wait_until(lambda: age(topology.gw1.charon.pid) > SETTLED_SECONDS, "a charon that is older")
     redis, sidecar = topology.bank, topology.gateways["gw1"]
 
     def kill() -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 import structlog
 from redis.asyncio import Redis
+from redis.asyncio.sentinel import Sentinel
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 import redis
@@ -164,11 +165,22 @@ async def test_without_sentinels_the_watch_of_the_known_primary_goes_on(
     sentinel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MOVED_SECONDS", 0.05)
+    asked: list[bool] = []
+    genuine = Sentinel.discover_master
+
+    async def discover(self: Any, name: str) -> Any:
+        asked.append(True)
+        return await genuine(self, name)
+
+    monkeypatch.setattr(Sentinel, "discover_master", discover)
     watcher: Any = redis.Redis(port=sentinel)
     address = watcher.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "bank")
     async with watching(f"redis+sentinel://127.0.0.1:{sentinel}/bank/0") as (watched, _):
         watcher.shutdown(nosave=True)
-        await asyncio.sleep(0.5)
+        before = len(asked)
+        async with asyncio.timeout(PATIENCE):
+            while len(asked) < before + 3:  # noqa: ASYNC110 - there is no event of it
+                await asyncio.sleep(0.01)
         redis.Redis(port=int(address[1])).set("ike:after", "x")
         assert (await watched.event()).key == "ike:after"
         assert watched.states.empty()
