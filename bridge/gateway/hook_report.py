@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from typing import Any, Final
 
+from bridge.charon.ike_sa import IkeSa
 from bridge.charon.sa_tracker import SaTracker
 from bridge.gateway.hook_program import HookProgram
 from bridge.gateway.hook_session import Name, Session
 from bridge.gateway.session_journal import SessionJournal
 from bridge.stub.stub import Stub
-from bridge.stub.types import ChildSa, Endpoint, Identity
+from bridge.stub.types import ChildSa
 
 
 class SessionEvent(StrEnum):
@@ -49,15 +50,7 @@ class HookReport:
         sa = session.sa
         over = event in ENDS
         facts = {
-            **session.name.facts,
-            "connection": sa.connection,
-            "spi_i": sa.id.spi_i.hex(),
-            "spi_r": sa.id.spi_r.hex(),
-            **_peers(sa.local_id, sa.remote_id, sa.eap_id, sa.local, sa.remote),
-            "virtual_ips": sa.remote_vips,
-            "children": _children(session.children if over else sa.children),
-            "established": sa.established,
-            "authenticated_until": sa.authenticated_until or None,
+            **_facts(session.name, sa.id.spis, sa, session.children if over else sa.children),
             "previous": session.previous.facts if session.previous else None,
         }
         if over:
@@ -69,18 +62,7 @@ class HookReport:
 
     def lost(self, previous: Name, old: Stub) -> None:
         """A session of a gateway that failed went on here: that gateway reports no end of it."""
-        facts = {
-            **previous.facts,
-            "connection": old.connection,
-            "spi_i": old.spi_i.hex(),
-            "spi_r": old.spi_r.hex(),
-            **_peers(old.local_id, old.remote_id, old.eap_id, old.local, old.remote),
-            "virtual_ips": old.remote_vips,
-            "children": _children(old.children),
-            "established": old.established,
-            "authenticated_until": old.authenticated_until or None,
-            "previous": None,
-        }
+        facts = {**_facts(previous, old.spi_i + old.spi_r, old, old.children), "previous": None}
         self._call(SessionEvent.ENDED, facts, reason="gateway-failed")
 
     def unseen(self, name: str, facts: Mapping[str, Any]) -> None:
@@ -118,19 +100,22 @@ class HookReport:
         return False
 
 
-def _peers(
-    local_id: Identity | None,
-    remote_id: Identity | None,
-    eap_id: Identity | None,
-    local: Endpoint | None,
-    remote: Endpoint | None,
-) -> dict[str, Any]:
+def _facts(name: Name, spis: bytes, of: IkeSa | Stub, children: Iterable[ChildSa]) -> dict[str, Any]:
+    """What an event says of a session with the IKE_SA, or the stub, `of`."""
     return {
-        "local_id": local_id.text if local_id else None,
-        "remote_id": remote_id.text if remote_id else None,
-        "eap_id": eap_id.text if eap_id else None,
-        "local": {"address": local.address, "port": local.port} if local else None,
-        "remote": {"address": remote.address, "port": remote.port} if remote else None,
+        **name.facts,
+        "connection": of.connection,
+        "spi_i": spis[:8].hex(),
+        "spi_r": spis[8:].hex(),
+        "local_id": of.local_id.text if of.local_id else None,
+        "remote_id": of.remote_id.text if of.remote_id else None,
+        "eap_id": of.eap_id.text if of.eap_id else None,
+        "local": {"address": of.local.address, "port": of.local.port} if of.local else None,
+        "remote": {"address": of.remote.address, "port": of.remote.port} if of.remote else None,
+        "virtual_ips": of.remote_vips,
+        "children": _children(children),
+        "established": of.established,
+        "authenticated_until": of.authenticated_until or None,
     }
 
 
