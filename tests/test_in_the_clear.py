@@ -15,6 +15,8 @@ import pytest
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.esp import Esp
+from bridge.lab.host import Host
+from bridge.lab.topology import SERVER
 from clear_support import OuterLink, traffic
 from failover_support import agent_with, fresh, last_move, resume, the_sa
 from families_support import NETWORKS, ask_for, connect, give_out, reaches, server_of
@@ -189,3 +191,34 @@ def test_without_a_guard_packets_leave_in_the_clear_while_there_is_no_child_sa(
         topology.client.swanctl("--terminate", "--ike-id", the_sa(topology.client)["uniqueid"])
         wait_until(lambda: len({seen.target for seen in link.clear}) == 2, "packets of both families in the clear")
         topology.connect()
+
+
+@pytest.fixture
+def unprotected() -> Iterator[Topology]:
+    """The standard lab, whose client has the shipped configuration, a default route, and the kernel's policies: where
+    the kernel has no ESP, no CHILD_SA comes up."""
+    with Lab() as lab:
+        topology = standard(lab, start=False)
+        topology.client.esp = Esp.KERNEL
+        topology.client.run("ip", "route", "add", "default", "via", ELSEWHERE[0])
+        topology.start()
+        yield topology
+
+
+def test_the_shipped_guard_stops_packets_by_the_kernels_policies_and_lets_ike_pass(unprotected: Topology) -> None:
+    client = unprotected.client
+    with OuterLink(client) as link, traffic(client, {SERVER: client.address}):
+        dropped = blocked(client)
+        wait_until(lambda: blocked(client) >= dropped + 100, "packets that are dropped")
+        client.swanctl("--initiate", "--child", "net", "--timeout", "5", check=False)
+        assert the_sa(client)["remote-host"] == unprotected.gw1.address
+        assert link.clear == []
+        client.swanctl("--uninstall", "--child", "inner")
+        if unprotected.lab.esp is Esp.USERSPACE:
+            wait_until(lambda: link.clear != [], "packets in the clear")
+
+
+def blocked(host: Host) -> int:
+    """How many packets the kernel's policies have dropped."""
+    lines = host.run("cat", "/proc/net/xfrm_stat").stdout.splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("XfrmOutPolBlock"))
