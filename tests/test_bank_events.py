@@ -11,6 +11,7 @@ from bank_support import GATEWAY, keyring
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.keyspace import Event
 from bridge.bank.prefetch import Prefetch
+from bridge.bank.redis_bank import GATEWAYS_MAX
 from bridge.config import FailoverConfig
 from bridge.gateway.bank_events import BankEvents
 from bridge.gateway.bank_followers import BankFollowers
@@ -76,7 +77,13 @@ def test_keys_that_no_gateway_wrote_are_ignored(followers: Followers) -> None:
     followers.loop.pass_time(SOON)
 
 
+def own_heartbeat(followers: Followers, *alive: str) -> None:
+    """This gateway's heartbeat was written, and these others have one."""
+    followers.loop.run(followers.failover.own_heartbeat(True, 0.0, alive))
+
+
 def test_a_heartbeat_and_its_end_come_to_the_watch_of_other_gateways(followers: Followers) -> None:
+    own_heartbeat(followers, OTHER)
     followers.event(f"{bank_keys.HEARTBEAT}{OTHER}", "set")
     assert OTHER in followers.failover.beats
     followers.event(f"{bank_keys.HEARTBEAT}{GATEWAY}", "set")
@@ -118,3 +125,29 @@ def test_an_operators_download_is_for_all_but_the_gateway_itself(followers: Foll
 def test_without_keyspace_events_the_operators_download_says_what_is_missing(followers: Followers) -> None:
     answer: dict[str, Any] = followers.loop.run(followers.downloads.fetch({"from": OTHER}))
     assert "notify-keyspace-events" in answer["error"]
+
+
+def test_forged_heartbeats_of_gateways_that_never_lived_cost_nothing(followers: Followers) -> None:
+    followers.gateway.start()
+    own_heartbeat(followers, OTHER)
+    for number in range(100):
+        for what in ("set", "del", "expired"):
+            followers.event(f"{bank_keys.HEARTBEAT}198.18.0.{number}", what)
+    assert not any(followers.failover.has_failed(f"198.18.0.{number}") for number in range(100))
+    assert followers.prefetch.progress == {}
+    assert followers.failover.beats == {}
+
+
+def test_of_more_gateways_than_there_can_be_the_latest_are_known(followers: Followers) -> None:
+    followers.gateway.start()
+    for block in range(4):
+        forged = [f"198.18.{block}.{number}" for number in range(1, 255)]
+        followers.loop.pass_time(1.0)
+        own_heartbeat(followers, OTHER, *forged, *(f"198.19.{block}.{number}" for number in range(1, 255)))
+        for gateway in forged:
+            followers.event(f"{bank_keys.HEARTBEAT}{gateway}", "set")
+    assert len(followers.failover.beats) <= GATEWAYS_MAX
+    followers.event(f"{bank_keys.HEARTBEAT}198.18.0.1", "del")
+    assert not followers.failover.has_failed("198.18.0.1")
+    followers.event(f"{bank_keys.HEARTBEAT}{OTHER}", "del")
+    assert followers.failover.has_failed(OTHER)

@@ -111,7 +111,7 @@ class Prefetch:
 
     def fetch(self, gateway: str) -> None:
         """Fetch all stubs of a gateway in the background, unless that goes on already."""
-        if gateway not in self._stubs and len(self._stubs) >= GATEWAYS_MAX:
+        if gateway not in self._stubs and len(self._stubs.keys() | self._tasks.keys()) >= GATEWAYS_MAX:
             log.warning("download-refused", gateway=gateway, reason=f"the stubs of {GATEWAYS_MAX} gateways are here")
         elif gateway not in self._tasks:
             self.progress.pop(gateway, None)

@@ -45,6 +45,8 @@ MISSING: Final = 2.0
 """times `detect` that a heartbeat is missing in the bank before its gateway counts as failed without an event of it"""
 AGAIN_SECONDS: Final = 0.2
 """between two questions to a bank that does not answer"""
+DOWNLOADS: Final = 8
+"""failed gateways whose stubs are read at a time"""
 ENDS: Final = frozenset({"del", "expired"})
 """keyspace events after which there is no stub any more"""
 
@@ -96,7 +98,10 @@ class Failover:
         """this gateway's address by family (4, 6), as its sessions have it"""
         self._aliases: dict[str, list[str]] = {}
         """other addresses in the index of gateways that failed"""
-        self._seen: set[str] = set()
+        self._seen: dict[str, float] = {}
+        """when (monotonic seconds) this gateway last saw the heartbeats of others in the bank. Events count for these
+        alone: each that an attacker forges would cost memory and a download"""
+        self._downloading = asyncio.Semaphore(DOWNLOADS)
         self._missing: dict[str, float] = {}
         self._wake = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
@@ -116,11 +121,10 @@ class Failover:
     def heartbeat_event(self, happened: Event) -> None:
         """Something happened to a gateway's heartbeat in the bank."""
         event, gateway = happened.event, bank_keys.gateway_name(happened.key.removeprefix(bank_keys.HEARTBEAT))
-        if gateway is None or gateway == self._address:
+        if gateway is None or gateway == self._address or gateway not in self._seen:
             return
         if event == "set":
-            if gateway in self.beats or len(self.beats) < GATEWAYS_MAX:
-                self.beats[gateway] = self._clock()
+            self.beats[gateway] = self._clock()
             self.watch.heartbeat(gateway)
         elif event == "expired":
             self.watch.expired(gateway, self._clock())
@@ -157,16 +161,24 @@ class Failover:
         if alive is None:
             return
         for gateway in alive:
-            if len(self._seen) < GATEWAYS_MAX:
-                self._seen.add(gateway)
+            self._seen[gateway] = now
             self.watch.heartbeat(gateway)
+        self._forget()
         # one that is missing now may come back with its next heartbeat: the bank may have been emptied
-        self._missing = {gateway: self._missing.get(gateway, now) for gateway in self._seen - set(alive)}
+        self._missing = {gateway: self._missing.get(gateway, now) for gateway in self._seen.keys() - set(alive)}
         for gateway, since in self._missing.items():
             if now - since >= MISSING * self._config.detect and self.watch.state(gateway) is PeerState.ALIVE:
                 self.watch.expired(gateway, now)
         if self.watch.suspects and self.watch.calm(now):
             self.watch.look(alive, now)
+
+    def _forget(self) -> None:
+        """Of more gateways than there can be, forget those that were not seen for the longest time."""
+        for gateway in sorted(self._seen, key=self._seen.__getitem__)[: max(len(self._seen) - GATEWAYS_MAX, 0)]:
+            del self._seen[gateway]
+            self.beats.pop(gateway, None)
+            self._aliases.pop(gateway, None)
+            self.watch.forget(gateway)
 
     def report(self, message: StubMessage) -> bool:
         """A client's Moving, not proved yet; whether it is about an announcement of this gateway."""
@@ -208,9 +220,10 @@ class Failover:
         """Once its stubs are here, begin to announce the failure of `gateway`."""
         while True:
             try:
-                addresses = await self._fetch_all(gateway)
-                able = await self._able(gateway)
-                stubs = [stub for address in addresses async for page in self._stubs(address) for stub in page]
+                async with self._downloading:
+                    addresses = await self._fetch_all(gateway)
+                    able = await self._able(gateway)
+                    stubs = [stub for address in addresses async for page in self._stubs(address) for stub in page]
             except BankUnavailable as error:
                 log.info(error.event, component="announcements", gateway=gateway, reason=str(error))
                 await asyncio.sleep(AGAIN_SECONDS)

@@ -103,6 +103,10 @@ class PeerWatch:
         """A gateway has taken its heartbeat away itself."""
         self._sign(gateway, Sign.DELETED, "it says so itself: its charon is gone, or it was shut down")
 
+    def forget(self, gateway: str) -> None:
+        """Nothing is known of a gateway any more."""
+        self._states.pop(gateway, None)
+
     def look(self, alive: Collection[str], now: float) -> None:
         """`alive` are the gateways whose heartbeats are in the bank now: decide about the suspects if it is calm."""
         for gateway in self.suspects:
