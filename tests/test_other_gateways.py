@@ -6,14 +6,17 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import structlog
 
 from bank_support import GATEWAY, RedisServer
 from bridge.bank import gateway_facts
-from bridge.service.tasks import end
+from bridge.charon.charon import Charon
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.postings import Postings
+from bridge.service.tasks import end, spawn
 from test_ends_in_banks import Gateway, running, server, until
 
 __all__ = ["server"]
@@ -118,7 +121,11 @@ async def test_facts_are_posted_when_the_connections_change(server: RedisServer,
         facts = gateway_facts.decode(server.client.get(f"ike:facts:{GATEWAY}") or b"")
         return {"none": []} if facts is None else facts.connections
 
+    charon = cast(Charon, gateway.charon)
+    postings = Postings(GATEWAY, gateway.bank, charon, gateway.publisher, gateway.failover, GatewayMetrics())
     async with running(gateway):
+        task = spawn("facts", postings.keep_facts())
         await until(lambda: posted() == {})
         connections["home"] = SimpleNamespace(children=[SimpleNamespace(name="net")])
         await until(lambda: posted() == {"home": ["net"]})
+        await end(task)
