@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from bridge.charon.conf_parser import ChildProposals
 from bridge.charon.vici_types import ConnectionInfo
 from bridge.check.finding import Finding, Grade
 from bridge.check.takeover import takeover
-from bridge.config import GatewayConfig, TakeoverConfig
+from bridge.config import GatewayConfig, InterceptConfig, TakeoverConfig
 from bridge.service import shipped_files
 
 SHARED = "192.168.50.100"
@@ -69,3 +70,12 @@ def test_a_vrrp_that_preempts_is_refused(found, old: str, new: str) -> None:  # 
 
 def test_nothing_is_said_where_no_address_is_shared() -> None:
     assert takeover(GatewayConfig(address="192.168.50.1"), {"gw": GW}) == []
+
+
+def test_without_rules_of_the_sidecar_the_fence_is_missing(tmp_path: Path) -> None:
+    config = replace(CONFIG, intercept=InterceptConfig(rules="external"))
+    conf = tmp_path / "swanctl.conf"
+    conf.write_text("connections { gw { mobike = no } }\n")
+    proposals = ChildProposals(conf, tmp_path / "ipsec.conf")
+    [finding] = takeover(config, {"gw": GW}, proposals=proposals, present={}, keepalived=tmp_path / "none")
+    assert (finding.grade, "external" in finding.text) == (Grade.WARN, True)

@@ -3,6 +3,7 @@ pools differ between gateways `bridge.check.bank` finds."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_interface
@@ -35,9 +36,25 @@ def takeover(
     if not shared:
         return []
     findings = _mobike(shared, connections.values(), proposals or _proposals(config))
-    findings += _on_loopback(shared, address_watch.present() if present is None else present)
+    findings += _on_loopback(shared, _present() if present is None else present)
     findings += _vrrp(shared, keepalived)
+    if config.intercept.rules == "external":
+        findings.append(
+            warn(
+                "takeover",
+                "intercept.rules is external: the sidecar sets no rules that keep IKE and ESP of a shared address from "
+                "leaving a gateway which does not have it",
+                "drop them yourself while the address is at another gateway: see docs/takeover.md",
+            )
+        )
     return findings or [ok("takeover", f"sessions at {', '.join(shared)} can be taken over")]
+
+
+def _present() -> Mapping[str, int]:
+    # what the kernel does not list cannot be found on lo
+    with contextlib.suppress(OSError):
+        return address_watch.present()
+    return {}
 
 
 def _proposals(config: GatewayConfig) -> ChildProposals:
