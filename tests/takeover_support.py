@@ -125,7 +125,9 @@ def take(topology: Topology, host: Host, *arguments: str, address: str = SHARED)
 
 def give_up(topology: Topology, host: Host, address: str = SHARED) -> Outcome:
     """`ike-sa-sync yield` at a gateway."""
-    outcome: Outcome = json.loads(topology.gateways[host.name].command("yield", "--address", address, "--json").stdout)
+    done = topology.gateways[host.name].command("yield", "--address", address, "--json", check=False)
+    assert done.stdout, done.stderr
+    outcome: Outcome = json.loads(done.stdout)
     return outcome
 
 

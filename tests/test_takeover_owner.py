@@ -9,10 +9,23 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge.lab import Topology
+from bridge.lab import Lab, Topology
 from bridge.lab.daemon import wait_until
+from bridge.lab.topology import client_host
 from failover_support import counter, established, spis
-from takeover_support import SHARED, answered, connect, forget_neighbours, give, give_up, sharing, take, take_away
+from takeover_support import (
+    SHARED,
+    answered,
+    connect,
+    forget_neighbours,
+    give,
+    give_up,
+    shared_topology,
+    sharing,
+    start,
+    take,
+    take_away,
+)
 
 pytestmark = pytest.mark.lab
 
@@ -104,6 +117,23 @@ def test_after_a_split_brain_the_gateway_that_kept_the_address_has_the_sessions(
     wait_until(lambda: "sessions-taken-back" in topology.gateways["gw1"].text(), "the session to be taken back", 60)
     wait_until(lambda: answered(topology, topology.client, 1), "traffic", 30)
     assert [spis(sa) for sa in established(kept)] == [spis(before)]
+
+
+def test_an_address_of_a_session_that_was_given_up_is_given_to_no_other_client() -> None:
+    """Also while the bank is away, which knows where the session is."""
+    with Lab() as lab:
+        topology = shared_topology(lab, ha_pools=True)
+        other = client_host(lab, "other", "192.168.50.40", topology.secret)
+        start(topology, topology.gw1)
+        other.charon.start()
+        connect(topology)
+        [address] = established(topology.client)[0]["local-vips"]
+        topology.bank.stop()
+        given_up = give_up(topology, topology.gw1)
+        assert (given_up["sessions"], given_up["stored"]) == (1, False)
+        other.charon.initiate("net", "home")
+        [sa] = established(other)
+        assert sa["local-vips"] != [address]
 
 
 SEND = """
