@@ -72,12 +72,64 @@ def test_a_few_sessions_are_announced_first_and_the_rest_when_no_client_contradi
 def test_a_client_that_says_that_its_gateway_lives_stops_all_of_it() -> None:
     net = Network(50)
     assert net.report(net.sent[0], MoveStatus.GATEWAY_LIVES)
-    for _ in range(20):
-        net.tick(0.5)
+    for _ in range(9):
+        net.tick(PAUSE_SECONDS / 10)
     assert len(net.sent) == TRIAL
     assert net.announcer.false_alarms == 1
+    assert (net.state()["state"], net.state()["reason"]) == ("stopped", "a client says that it lives")
+
+
+def test_a_gateway_that_lives_without_a_heartbeat_is_asked_for_again_until_it_fails_or_is_back() -> None:
+    net = Network(50)
+    net.report(net.sent[0], MoveStatus.GATEWAY_LIVES)
+    net.tick(PAUSE_SECONDS + 0.01)
+    again = net.sent[TRIAL:]
+    assert len(again) == TRIAL
+    net.report(again[0], MoveStatus.GATEWAY_LIVES)
+    assert net.announcer.false_alarms == 1
+    # now it fails
+    net.tick(PAUSE_SECONDS + 0.01)
+    for number in net.sent[2 * TRIAL :]:
+        net.report(number, MoveStatus.MOVING)
+    net.tick(1.0)
+    net.tick(PAUSE_SECONDS)
+    assert sorted(set(net.sent)) == list(range(50))
+
+
+def test_what_a_gateway_lost_is_announced_although_it_is_back() -> None:
+    net = Network(50)
+    net.announcer.back(DEAD, net.now)
+    net.tick(TRIAL_SECONDS)
+    net.tick(TRIAL_SECONDS)
+    assert sorted(net.sent) == list(range(50))
+
+
+def test_what_a_gateway_that_is_back_still_has_is_not_announced() -> None:
+    net = Network(50)
+    net.report(net.sent[0], MoveStatus.GATEWAY_LIVES)
+    net.announcer.back(DEAD, net.now)
+    net.tick(0.1)
+    again = net.sent[TRIAL:]
+    assert len(again) == TRIAL
+    net.report(again[0], MoveStatus.GATEWAY_LIVES)
     assert net.state()["state"] == "stopped"
     assert not net.announcer.busy
+
+
+def test_clients_that_do_not_answer_keep_no_other_waiting() -> None:
+    net = Network(2000, rate=2000.0)
+    answered: set[int] = set()
+    while len(answered) < 400 and net.now < 1010:
+        before = len(net.sent)
+        net.tick(0.02)
+        # one of five has a sidecar, and is here a moment after it was asked
+        for number in net.sent[before:]:
+            if number % 5 == 0 and number not in answered:
+                answered.add(number)
+                net.report(number, MoveStatus.MOVING)
+                net.announcer.over(index_of(number), net.now + 0.05)
+    assert len(answered) == 400
+    assert net.now < 1006
 
 
 def test_clients_whose_gateways_daemon_alone_answers_are_asked_again_after_a_pause_a_few_first() -> None:

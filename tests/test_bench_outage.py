@@ -94,6 +94,15 @@ def test_it_stays_where_its_gateway_answers() -> None:
     assert scene.clients.contradicted == 1
 
 
+def test_it_moves_immediately_where_its_gateway_has_lost_it() -> None:
+    scene = Scene()
+    scene.gets(build_announcement(scene.sa, OTHER, ID))
+    scene.passes(0.0)
+    scene.gets(build_here(scene.sa, scene.sent[-1][0], MoveStatus.NOT_HERE))
+    assert scene.said == [(MoveStatus.PROBE, HERE), (MoveStatus.MOVING, OTHER)]
+    assert scene.moved == [OTHER]
+
+
 def test_it_follows_a_move() -> None:
     scene = Scene()
     scene.gets(build_move(scene.sa, OTHER, ID))
@@ -127,3 +136,12 @@ def test_generated_and_real_clients_go_on_when_their_gateway_is_killed() -> None
     assert "charon and sidecar killed, detect 0.3 s" in text
     assert plot.startswith("<svg")
     assert any(aim.what == "outage: sessions not resumed" and aim.met for aim in aims({"outage": result}))
+
+
+@pytest.mark.lab
+def test_all_sessions_that_a_restarted_charon_has_lost_go_on_elsewhere() -> None:
+    with rig(1, DETECT) as built:
+        built.take_model()
+        row = failure(built, "charon killed and restarted", 200, lambda what, share: None)
+    assert (row["moved"], row["failures"]) == (200, 0), row
+    assert row["clients"]["moved"] == 1

@@ -77,7 +77,9 @@ class Sidecar:
         self.hears = False
         self.keyspace = Keyspace(url, ("ike:*",), lambda _: None, self._heard)
         self.keyspace.start()
-        charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: 1), vici=Vici())
+        reconciled = asyncio.Event()
+        reconciled.set()
+        charon = SimpleNamespace(alive=lambda: True, reconciled=reconciled, vici=Vici())
 
         self.refused = 0
         """heartbeats that the bank did not take, one after the other"""

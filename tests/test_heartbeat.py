@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
@@ -19,9 +20,16 @@ from bridge.gateway.metrics import GatewayMetrics
 pytestmark = pytest.mark.redis
 
 
+ALIVE: list[bool | None] = [True]
+"""what is known of the charon of the fixture"""
+
+
 @pytest.fixture
 def heartbeat(bank: RedisBank) -> Heartbeat:
-    charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: None), vici=None)
+    reconciled = asyncio.Event()
+    reconciled.set()
+    charon = SimpleNamespace(alive=lambda: ALIVE[0], reconciled=reconciled, vici=None)
+    ALIVE[0] = True
 
     async def written(*_: object) -> None:
         """What other parts conclude from it is tested elsewhere."""
@@ -86,3 +94,34 @@ async def test_a_bank_that_is_away_is_neither_readable_nor_writable(
     assert (heartbeat.bank_reachable, heartbeat.bank_writable, heartbeat.doubtful) == (False, False, True)
     with pytest.raises(BankUnavailable):
         await bank.ping()
+
+
+@pytest.mark.parametrize("alive", [None, False])
+async def test_a_gateway_whose_charon_is_not_there_or_is_not_known_yet_has_no_heartbeat(
+    bank: RedisBank, heartbeat: Heartbeat, alive: bool | None
+) -> None:
+    ALIVE[0] = alive
+    await heartbeat.beat()
+    assert await bank.gateways() == {}
+    ALIVE[0] = True
+    await heartbeat.beat()
+    assert (await bank.gateways())[GATEWAY].alive
+
+
+async def test_a_gateway_that_has_not_read_its_charons_sas_yet_has_no_heartbeat(
+    bank: RedisBank, heartbeat: Heartbeat
+) -> None:
+    heartbeat._charon.reconciled.clear()
+    await heartbeat.beat()
+    assert await bank.gateways() == {}
+
+
+async def test_a_bank_that_was_emptied_is_noticed_at_the_next_heartbeat(bank: RedisBank, server: RedisServer) -> None:
+    noticed: list[bool] = []
+    bank.on_return = lambda: noticed.append(True)
+    await bank.heartbeat(GATEWAY, 1.0)
+    await bank.heartbeat(GATEWAY, 1.0)
+    assert not noticed
+    server.client.flushall()
+    await bank.heartbeat(GATEWAY, 1.0)
+    assert noticed == [True]

@@ -25,13 +25,13 @@ class Wire:
         self.sent.append((src, sport, dst, dport, payload, marker))
 
 
-def an_sa(conditions: int) -> IkeSa:
+def an_sa(conditions: int, local: str = "10.0.0.2") -> IkeSa:
     return IkeSa(
         IkeId.of(b"initiate", b"responds", True),
         Suite(12, 128, 12, 5, 31),
         b"d" * 32,
         up=True,
-        local=Endpoint("10.0.0.2", 4500),
+        local=Endpoint(local, 4500),
         remote=Endpoint(HERE, 4500),
         connection="home",
         conditions=(conditions,),
@@ -53,3 +53,12 @@ async def test_keepalives_are_sent_where_a_nat_is_or_always(policy: Keepalive, c
     await end(task)
     expected = [("10.0.0.2", 4500, OTHER, 4500, b"\xff", False)] if sent else []
     assert wire.sent == expected
+
+
+async def test_over_ipv6_they_are_sent_without_a_nat() -> None:
+    wire = Wire()
+    keepalive = NatKeepalive(wire, "auto", lambda: [an_sa(0, "2001:db8::10")], lambda _: {HERE, OTHER, OTHER6})
+    task = spawn("keepalive", keepalive.run())
+    await asyncio.sleep(0)
+    await end(task)
+    assert wire.sent == [("2001:db8::10", 4500, OTHER6, 4500, b"\xff", False)]

@@ -115,7 +115,8 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "and the rest after": announcer.TRIAL_SECONDS,
     "the next gateway's turn to announce a session comes after": announcer.TURN_SECONDS,
     "a client that is coming is waited for": announcer.ARRIVE_SECONDS,
-    "a pause of announcements about a gateway whose daemon alone answers": announcer.PAUSE_SECONDS,
+    "a pause of announcements about a gateway that lives": announcer.PAUSE_SECONDS,
+    "between two answers to Probes about one SA, which go to the address of its peer only": client_stubs.PROBED_SECONDS,
     "Probes to the gateway of the SA": gateway_probe.PROBES,
     "a client that moved answers that Move for": move_handler.ANSWER_SECONDS,
 }

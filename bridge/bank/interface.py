@@ -148,6 +148,9 @@ class StubBank(Protocol):
         """
         ...
 
+    on_return: Callable[[], None]
+    """called when the bank has lost what it had, or one of several banks is back"""
+
     async def heartbeat(self, gateway: str, ttl: float) -> float:
         """Say that a gateway lives, for `ttl` s. The seconds that the bank whose keyspace is watched took for it, so
         far: the heartbeats of others may be as late as that."""

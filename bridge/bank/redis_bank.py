@@ -83,6 +83,9 @@ class RedisBank:
         self._wall = wall
         self.on_taken: Callable[[Index], None] = lambda _: None
         """see SharedBank"""
+        self.on_return: Callable[[], None] = lambda: None
+        self._listed: set[str] = set()
+        """gateways whose heartbeats were written from here"""
         self._report = ContentReport()
         self._alive: list[str] = []
         """gateways whose heartbeats were there at the last look"""
@@ -379,6 +382,10 @@ class RedisBank:
             replies = await self._redis.replies(commands)
         if failed := [reply for reply in replies if isinstance(reply, Exception)]:
             raise unavailable(failed[0])
+        if replies[1] and gateway in self._listed:
+            # it was in that list; with FLUSHALL no key has an event
+            self.on_return()
+        self._listed.add(gateway)
         return time.monotonic() - began
 
     async def leave(self, gateway: str) -> None:

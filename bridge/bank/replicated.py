@@ -21,6 +21,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
@@ -74,6 +75,8 @@ class ReplicatedBank:
         self._peers = list(peers)
         self._far = [*([central] if central else []), *peers]
         self._all = [near, *self._far]
+        for tier in self._all:
+            tier.bank.on_return = partial(self._returned, tier)
         self._targets = [peer for peer in peers if peer.name in targets]
         self._copies = copies
         self._peer_timeout = peer_timeout

@@ -49,7 +49,12 @@ def aims(results: Reports) -> Iterator[Aim]:
 
 
 def _outage(result: Mapping[str, Any]) -> Iterator[Aim]:
-    wanted = {"charon and sidecar killed": 1.5, "charon killed": 0.5, "power off": 1.5}
+    wanted = {
+        "charon and sidecar killed": 1.5,
+        "charon killed": 0.5,
+        "charon killed and restarted": 0.5,
+        "power off": 1.5,
+    }
     rows = [(row, wanted[row["kind"]]) for row in result["failures"] if row["kind"] in wanted]
     for row, seconds in [*rows, (result["short"], 0.8)]:
         name = f"outage, {row['kind']}, detect {row['detect']} s"

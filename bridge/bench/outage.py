@@ -38,6 +38,8 @@ STOPPED_SECONDS = 10.0
 STALLED_SECONDS = 2.0
 PATIENCE = 120.0
 """seconds for the stubs of all sessions to be in the bank"""
+RESTART_SECONDS = 0.1
+"""as systemd waits (RestartSec)"""
 DETECT: Final = 1.0
 SHORT_DETECT: Final = 0.3
 
@@ -50,6 +52,13 @@ def _killed(topology: Topology) -> None:
 
 def _charon_killed(topology: Topology) -> None:
     topology.gw1.charon.kill()
+
+
+def _charon_restarted(topology: Topology) -> None:
+    """As systemd does with a charon that crashed."""
+    topology.gw1.charon.kill()
+    time.sleep(RESTART_SECONDS)
+    topology.gw1.charon.start()
 
 
 def _powered_off(topology: Topology) -> None:
@@ -65,6 +74,7 @@ def _stopped(topology: Topology) -> None:
 FAILURES: Final[Mapping[str, Callable[[Topology], None]]] = {
     "charon and sidecar killed": _killed,
     "charon killed": _charon_killed,
+    "charon killed and restarted": _charon_restarted,
     "power off": _powered_off,
     "systemctl stop": _stopped,
 }

@@ -2,6 +2,7 @@
 an Announcement is checked by three Probes to the gateway, a Move is followed; then the session is resumed. No I/O.
 
 UP --Announcement, proven--> PROBING --silence--> MOVING (the generator resumes it)
+ |                              |--Not here, proven--> MOVING
  |                              '--Here, proven--> UP
  '--Move, proven-------------------------------> MOVING
 """
@@ -74,11 +75,14 @@ class Standbys:
         session = standby.session
         if message.spis != session.spis or message.move is None:
             return
-        if message.move.status is MoveStatus.HERE:
+        if message.move.status in (MoveStatus.HERE, MoveStatus.NOT_HERE):
             if standby.probe is not None and verify(message, session.suite.prf, session.sk_d, before=standby.probe):
                 standby.probe = None
-                self.contradicted += 1
-                self._tell(standby, MoveStatus.GATEWAY_LIVES)
+                if message.move.status is MoveStatus.NOT_HERE:
+                    self._move(standby)
+                else:
+                    self.contradicted += 1
+                    self._tell(standby, MoveStatus.GATEWAY_LIVES)
             return
         if message.move.status not in (MoveStatus.GONE, MoveStatus.ASKED):
             return

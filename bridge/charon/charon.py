@@ -100,6 +100,10 @@ class Charon:
         """Whether SAs can be installed now."""
         return self.vici.connected and self.channel.ready()
 
+    def alive(self) -> bool | None:
+        """Whether the charon runs whose IKE_SAs are known here; None while no charon was there yet."""
+        return self._reconciler.alive()
+
     def connection(self, name: str) -> ConnectionInfo | None:
         """A configured connection by name; one that is not known makes the list be read again soon."""
         found = self.tracker.connections.get(name)

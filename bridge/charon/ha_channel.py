@@ -254,6 +254,11 @@ class HaChannel:
             return end, False
         return end, True
 
+    def holder(self) -> int | None:
+        """The inode of charon's end; None where there is none, or a process of another user holds it."""
+        end, trusted = self._holder()
+        return end.inode if end is not None and trusted else None
+
     def ready(self) -> bool:
         """Whether messages can be sent: charon's end is there, belongs to root, and its version is known."""
         if self._socket is None or self.version is None:

@@ -131,6 +131,14 @@ class Reconciler:
         """Ask VICI which handshakes are still in progress, as soon as the pace allows."""
         self._look_due.set()
 
+    def alive(self) -> bool | None:
+        """Whether the charon runs whose IKE_SAs are known here. False: it is gone, or another process than then has its
+        end of the HA channel. None: no charon was there yet."""
+        holder = self._channel.holder()
+        if self._inode is None:
+            return None
+        return holder == self._inode
+
     def connected(self, inode: int | None) -> None:
         """charon answers on VICI; `inode` is its end of the HA channel, if it has one."""
         if inode is not None and self._inode not in (None, inode):

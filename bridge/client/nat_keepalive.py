@@ -49,7 +49,7 @@ class NatKeepalive:
         while self._policy != "off":
             now, before, due = self._clock(), due, {}
             for sa in self._sas():
-                if sa.up and (self._policy == "always" or sa.has(Condition.NAT_HERE)):
+                if sa.up and (self._policy == "always" or _filtered(sa)):
                     due[sa.id.spis] = before.get(sa.id.spis, now)
                     if now >= due[sa.id.spis]:
                         due[sa.id.spis] = now + KEEPALIVE_SECONDS
@@ -70,3 +70,9 @@ class NatKeepalive:
                 if self._logged != str(error):
                     log.info("keepalive-not-sent", gateway=target, reason=error.strerror)
                 self._logged = str(error)
+
+
+def _filtered(sa: IkeSa) -> bool:
+    """Whether something in front of the client lets in only what was sent to before: a NAT, or, as routers of IPv6
+    networks do by default (RFC 6092), a stateful filter."""
+    return sa.has(Condition.NAT_HERE) or (sa.local is not None and ":" in sa.local.address)

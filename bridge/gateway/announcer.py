@@ -10,10 +10,11 @@ an order of gateways, the first announces immediately, each later one a turn lat
        |--Moving: the daemon answers, unproven--> WAITING, later
        '--the session goes on elsewhere, or the client says that its gateway lives--> over
 
-A few sessions are announced first. A client asks its gateway before it moves; if one says that its gateway has
-answered, the rest are not announced. If clients say that only the daemon of their gateway answers, without a proof, and
-none moves, the announcements pause, and begin again with a few: its sidecar is away, and cannot say when the daemon
-goes too. Then announcements go out as fast as sessions come in (bridge.gateway.pace).
+A few sessions are announced first. A client asks its gateway before it moves. If one says that its gateway has
+answered, or several that only its daemon has, without a proof, and none moves, the announcements pause, and begin again
+with a few: while the gateway has no heartbeat in the bank, it cannot say when it really fails. A gateway that is back
+may have lost its sessions: they are announced until a client says that it still has them. Announcements go out as fast
+as sessions come in (bridge.gateway.pace).
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ PAUSE_SECONDS: Final = 10.0
 """then, until clients are asked again"""
 ASKED_AGAIN_SECONDS: Final = 0.6
 """after which the rest follow then: time for three Probes"""
+LIVES, DAEMON_LIVES = "a client says that it lives", "clients say that its charon lives"
+"""why announcements were stopped"""
 ATTEMPTS: Final = (0.7, 1.4, 2.8)
 """seconds that each announcement waits for an answer: a client first asks its gateway for 0.3 s"""
 ARRIVE_SECONDS: Final = 10.0
@@ -79,6 +82,7 @@ class _Announced:
     again: float = 0.0
     coming: float | None = None
     """when its client reported that it comes"""
+    in_window: bool = False
     octets: bytes = field(default=b"", repr=False)
     message: StubMessage | None = field(default=None, repr=False)
 
@@ -94,11 +98,18 @@ class _Failure:
     counts: Counter[str] = field(default_factory=Counter)
     trial_until: float | None = None
     trial_seconds: float = TRIAL_SECONDS
+    in_window: int = 0
+    """sessions under way, but for those whose clients have not answered the first announcement: they are no work"""
+    back: bool = False
+    """whether it has a heartbeat again"""
     daemon: int = 0
     """clients that said that the daemon answers, since the announcements began or began again"""
     came: bool = False
     """whether one has said that it moves"""
     paused_until: float = 0.0
+    paused: str = ""
+    """why"""
+    contradicted: bool = False
     pace: Pace = field(default_factory=Pace)
     stopped: str = ""
     ended: float | None = None
@@ -150,8 +161,17 @@ class Announcer:
         self._failures[gateway] = failure = _Failure(gateway, now, count, len(waiting), deque(waiting))
         log.warning("announcing", gateway=gateway, sessions=failure.sessions)
 
+    def back(self, gateway: str, now: float) -> None:
+        """`gateway` has a heartbeat again. Its clients find out whether it still has their sessions."""
+        failure = self._failures.get(gateway)
+        if failure is None or failure.ended is not None:
+            return
+        failure.back, failure.paused_until = True, min(failure.paused_until, now)
+        for announced in failure.waiting:
+            announced.turn = min(announced.turn, now)
+
     def end(self, gateway: str, reason: str, now: float) -> None:
-        """Announce nothing more of `gateway`: it is back, say."""
+        """Announce nothing more of `gateway`."""
         failure = self._failures.get(gateway)
         if failure is None or failure.ended is not None:
             return
@@ -203,7 +223,7 @@ class Announcer:
                     self._finish(failure, now)
 
     def _announce(self, failure: _Failure, now: float) -> None:
-        while failure.waiting and failure.waiting[0].turn <= now and len(failure.under_way) < failure.pace.window:
+        while failure.waiting and failure.waiting[0].turn <= now and failure.in_window < failure.pace.window:
             if failure.trial_until is None:
                 if len(failure.under_way) >= TRIAL:
                     failure.trial_until = now + failure.trial_seconds
@@ -221,6 +241,7 @@ class Announcer:
             announced.message = parse_stub_message(announced.octets)
             announced.state = AnnouncementState.ANNOUNCED
             failure.under_way[stub.index] = announced
+            _occupy(failure, announced, True)
             self._by_spis[_spis(stub)] = failure, announced
             failure.counts["announced"] += 1
             self.totals["announced"] += 1
@@ -235,6 +256,10 @@ class Announcer:
             elif announced.sent < len(ATTEMPTS):
                 if self._allowance < 1:
                     break
+                if announced.in_window:
+                    # one that does not answer keeps no other waiting
+                    _occupy(failure, announced, False)
+                    failure.pace.resumed(None)
                 self._transmit(announced, now)
             else:
                 self._settle(failure, announced, "silent")
@@ -262,14 +287,12 @@ class Announcer:
             if announced.state is AnnouncementState.ANNOUNCED:
                 announced.state, announced.again = AnnouncementState.COMING, now + ARRIVE_SECONDS
                 announced.coming = now
+                _occupy(failure, announced, True)
         elif status is MoveStatus.GATEWAY_LIVES:
-            self.false_alarms += 1
-            log.error(
-                "gateway-lives",
-                gateway=failure.gateway,
-                reason="a client says that it answers: it is cut off from the bank, or its sidecar hangs",
+            self._wait(failure, announced, now)
+            self._contradicted(
+                failure, LIVES, "a client says that it answers: it is cut off from the bank, or its sidecar hung", now
             )
-            self.end(failure.gateway, "a client says that it lives", now)
         elif status is MoveStatus.DAEMON_ANSWERS:
             self._daemon_answers(failure, announced, now)
         else:
@@ -280,26 +303,28 @@ class Announcer:
         """A client stays, since the daemon of its gateway has answered, and not the sidecar."""
         failure.daemon += 1
         self._wait(failure, announced, now)
-        others = len(failure.under_way)
-        if failure.came or (failure.daemon < CONCURRING and others):
+        if failure.came or (failure.daemon < CONCURRING and failure.under_way):
             return
-        if failure.trial_seconds == TRIAL_SECONDS:
+        self._contradicted(failure, DAEMON_LIVES, "clients say that its charon answers and its sidecar does not", now)
+
+    def _contradicted(self, failure: _Failure, state: str, reason: str, now: float) -> None:
+        """Announce nothing for a while; nothing more, if the gateway is back."""
+        if not failure.contradicted:
+            failure.contradicted = True
             self.false_alarms += 1
-            log.error(
-                "gateway-lives",
-                gateway=failure.gateway,
-                reason="clients say that its charon answers and its sidecar does not",
-                effect=f"they stay there, and are asked again every {PAUSE_SECONDS:.0f} s",
-            )
-        failure.paused_until, failure.trial_seconds = now + PAUSE_SECONDS, ASKED_AGAIN_SECONDS
-        failure.trial_until, failure.daemon = None, 0
-        for other in list(failure.under_way.values()):
-            self._wait(failure, other, now)
+            effect = "none" if failure.back else f"its clients stay; a few are asked again every {PAUSE_SECONDS:.0f} s"
+            log.error("gateway-lives", gateway=failure.gateway, reason=reason, effect=effect)
+        if failure.back:
+            self.end(failure.gateway, state, now)
+            return
+        failure.paused, failure.paused_until, failure.trial_seconds = state, now + PAUSE_SECONDS, ASKED_AGAIN_SECONDS
+        failure.trial_until, failure.daemon, failure.came = None, 0, False
+        for announced in list(failure.under_way.values()):
+            self._wait(failure, announced, now)
 
     def _wait(self, failure: _Failure, announced: _Announced, now: float) -> None:
         """Announce a session again, after a while and after all others."""
-        failure.under_way.pop(announced.stub.index, None)
-        self._by_spis.pop(_spis(announced.stub), None)
+        self._remove(failure, announced)
         failure.counts["announced"] -= 1
         announced.state, announced.sent, announced.coming = AnnouncementState.WAITING, 0, None
         last = failure.waiting[-1].turn if failure.waiting else 0.0
@@ -307,10 +332,14 @@ class Announcer:
         failure.waiting.append(announced)
 
     def _settle(self, failure: _Failure, announced: _Announced, outcome: str) -> None:
-        failure.under_way.pop(announced.stub.index, None)
-        self._by_spis.pop(_spis(announced.stub), None)
+        self._remove(failure, announced)
         failure.counts[outcome] += 1
         self.totals[outcome] += 1
+
+    def _remove(self, failure: _Failure, announced: _Announced) -> None:
+        failure.under_way.pop(announced.stub.index, None)
+        self._by_spis.pop(_spis(announced.stub), None)
+        _occupy(failure, announced, False)
 
     def _finish(self, failure: _Failure, now: float) -> None:
         failure.ended = now
@@ -329,8 +358,8 @@ class Announcer:
         return [
             FailoverProgress(
                 failure.gateway,
-                RUNNING if failure.ended is None else "stopped" if failure.stopped else "done",
-                failure.stopped,
+                _state(failure, now),
+                failure.stopped or (failure.paused if now < failure.paused_until else ""),
                 failure.stubs,
                 failure.sessions,
                 len(failure.under_way),
@@ -344,6 +373,18 @@ class Announcer:
             for failure in self._failures.values()
             if failure.ended is None or now - failure.ended <= ended_within
         ]
+
+
+def _state(failure: _Failure, now: float) -> str:
+    if failure.ended is None:
+        return RUNNING if now >= failure.paused_until else "stopped"
+    return "stopped" if failure.stopped else "done"
+
+
+def _occupy(failure: _Failure, announced: _Announced, in_window: bool) -> None:
+    """A session takes a place in the window, or gives it up."""
+    failure.in_window += in_window - announced.in_window
+    announced.in_window = in_window
 
 
 def _spis(stub: Stub) -> bytes:

@@ -41,6 +41,8 @@ ANSWER_SECONDS: Final = 0.2
 """between two answers to GET Stub about one SA"""
 SPIS_OCTETS: Final = 16
 """at the beginning of an IKE header"""
+PROBED_SECONDS: Final = 0.05
+"""between two answers to Probes about one SA: its client sends them 0.1 s apart"""
 ANSWERS_A_SECOND: Final = 2000
 """to all clients together"""
 
@@ -80,6 +82,7 @@ class ClientStubs:
         self._expected = expected
         self._alive = alive
         self.lost = LostSas()
+        self._probed_lately: Recent[bytes] = Recent(PROBED_SECONDS, clock=clock)
 
     # sealing
 
@@ -171,7 +174,14 @@ class ClientStubs:
         """A client asks whether its SA is here. While charon does not answer this gateway does not either: the client
         finds out by a version probe."""
         # of a charon that is gone the tracker still has the SAs: it may be back before they are resumed elsewhere
-        if there is None or not verify(probe, sa.suite.prf, sa.sk_d) or not self._rate.take(self._clock()):
+        spis = sa.id.spis
+        if there is None or spis in self._probed_lately or sa.remote is None or packet.src != sa.remote.address:
+            return
+        if not verify(probe, sa.suite.prf, sa.sk_d):
+            return
+        # a Probe that is repeated costs the other SAs nothing
+        self._probed_lately.add(spis)
+        if not self._rate.take(self._clock()):
             return
         status = MoveStatus.HERE if there else MoveStatus.NOT_HERE
         self._send(packet, build_here(stub_sa(sa, (probe.sync.gateway, probe.sync.spi)), probe, status))

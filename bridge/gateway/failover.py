@@ -28,7 +28,7 @@ from bridge.charon.ike_sa import Condition, is_set
 from bridge.config import FailoverConfig
 from bridge.gateway.announcer import Announcer
 from bridge.gateway.other_gateways import OtherGateways
-from bridge.gateway.peer_watch import PeerState, PeerWatch
+from bridge.gateway.peer_watch import SAID_ITSELF, PeerState, PeerWatch
 from bridge.ike.stub_exchange import StubMessage, move_message_id
 from bridge.net.interface import Sender
 from bridge.net.packet import PORT_NAT_T, has_marker
@@ -207,17 +207,17 @@ class Failover:
         log.warning("gateway-failed", gateway=gateway, reason=reason)
         self._prefetch.fetch(gateway)
         if self._config.announce and self._address is not None and gateway not in self._fetching:
-            task = self._fetching[gateway] = spawn(f"announce {gateway}", self._prepare(gateway))
+            task = self._fetching[gateway] = spawn(f"announce {gateway}", self._prepare(gateway, reason == SAID_ITSELF))
             task.add_done_callback(lambda _: self._fetching.pop(gateway, None))
 
     def _back(self, gateway: str) -> None:
         log.info("gateway-back", gateway=gateway)
-        self._announcer.end(gateway, "it is back", self._clock())
+        self._announcer.back(gateway, self._clock())
         for address in (gateway, *self._aliases.pop(gateway, ())):
             self._prefetch.drop(address)
 
-    async def _prepare(self, gateway: str) -> None:
-        """Once its stubs are here, begin to announce the failure of `gateway`."""
+    async def _prepare(self, gateway: str, lost: bool) -> None:
+        """Once its stubs are here, begin to announce the failure of `gateway`. `lost`: also if it is back by then."""
         while True:
             try:
                 async with self._downloading:
@@ -229,7 +229,7 @@ class Failover:
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
             break
-        if self.watch.state(gateway) != "failed":
+        if self.watch.state(gateway) is not PeerState.FAILED and not lost:
             return
         self._sources = {}
 
@@ -239,6 +239,8 @@ class Failover:
             return able(stub) if not by_gateway and self._source(stub) else []
 
         self._announcer.begin(gateway, [(stub, turns(stub)) for stub in stubs], self._clock())
+        if self.watch.state(gateway) is not PeerState.FAILED:
+            self._announcer.back(gateway, self._clock())
         self._wake.set()
 
     async def _fetch_all(self, gateway: str) -> list[str]:

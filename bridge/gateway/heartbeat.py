@@ -67,9 +67,7 @@ class Heartbeat:
         self._detect = detect
         self._written = written
         self._served = False
-        """charon is there"""
-        self._left = False
-        """it was, and went: there is no heartbeat until it is back"""
+        """charon is there, and its IKE_SAs are known"""
         self._pulse = CharonPulse(charon.vici, detect)
         self._clock = clock
         self._state: BankState | None = None
@@ -80,10 +78,9 @@ class Heartbeat:
 
     @property
     def charon_alive(self) -> bool | None:
-        """Whether charon runs; None while it does not answer."""
-        if self._charon.channel.charon_socket() is None:
-            return False
-        return None if self._pulse.hangs else True
+        """Whether the charon runs whose IKE_SAs are known here; None while it does not answer."""
+        alive = self._charon.alive()
+        return None if alive and self._pulse.hangs else alive
 
     @property
     def bank_reachable(self) -> bool:
@@ -132,9 +129,11 @@ class Heartbeat:
         far, one after the other would take longer than others wait for a heartbeat."""
         began = self._clock()
         address = self.own_address
-        if self._there():
+        # neither before a charon is there, nor while the SAs of a new one are not known: others would take this gateway
+        # for one that still has its sessions
+        if self._there() and self._charon.reconciled.is_set():
             self._served = True
-        writes = address is not None and (self._served or not self._left)
+        writes = address is not None and self._served
         ping, written, signs = await asyncio.gather(
             self._bank.ping(),
             self._bank.heartbeat(address, self._detect) if address is not None and writes else _nothing(),
@@ -202,7 +201,7 @@ class Heartbeat:
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, CHARON_SECONDS))
             if self._served and not self._there():
-                self._served, self._left = False, True
+                self._served = False
                 if not self._pulse.hangs:
                     log.warning("charon-ended", effect="the other gateways are notified")
                 with contextlib.suppress(BankUnavailable):

@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection
 from enum import StrEnum
 from typing import Final
 
+SAID_ITSELF: Final = "it says so itself: its charon is gone, or it was shut down"
+"""the reason of a failure after which the gateway has lost its sessions, also if it is back at once"""
 CALM: Final = 2.0
 """how many times `detect` the bank has to have worked"""
 
@@ -101,7 +103,7 @@ class PeerWatch:
 
     def deleted(self, gateway: str) -> None:
         """A gateway has taken its heartbeat away itself."""
-        self._sign(gateway, Sign.DELETED, "it says so itself: its charon is gone, or it was shut down")
+        self._sign(gateway, Sign.DELETED, SAID_ITSELF)
 
     def forget(self, gateway: str) -> None:
         """Nothing is known of a gateway any more."""

@@ -227,8 +227,7 @@ class GatewayRole:
             taking = [bank_keys.posted_key(bank_keys.TAKEOVER_KIND, one) for one in sorted(config.takeover.addresses)]
             looks = self._shared.look_soon
             events.follow(bank_keys.TAKEOVER, lambda _: looks(), *taking)
-        if self._replicas is not None:
-            self._replicas.on_return = followers.returned
+        bank.on_return = followers.returned
         self._gauges()
 
     async def start(self, stack: AsyncExitStack) -> None:
