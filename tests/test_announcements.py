@@ -129,7 +129,7 @@ def test_a_gateway_that_is_cut_off_from_the_bank_alone_keeps_its_sessions(announ
         assert "lives" in failovers(announced, "gw2")[-1]["reason"]
         assert the_sa(announced.client)["initiator-spi"] == before["initiator-spi"]
         told = json.loads(announced.gateways["gw2"].command("status", "--json").stdout)["counters"]
-        assert told["announcements_false_alarms_total"] == 1
+        assert told["announcements_false_alarms_total"] == 1, announced.gateways["gw2"].text()
     finally:
         for direction in ("INPUT", "OUTPUT"):
             flag = "-s" if direction == "INPUT" else "-d"

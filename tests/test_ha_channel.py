@@ -142,6 +142,7 @@ def test_another_user_who_holds_charons_end_is_named_and_not_believed(scene: Sce
             until(lambda: received(scene) > 0)
         assert scene.messages == []
         assert not scene.channel.ready()
+        assert scene.channel.holder() is None
         assert [line["uid"] for line in log if line["event"] == "ha-channel-foreign"] == [65534]
     finally:
         forger.kill()

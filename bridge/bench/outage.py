@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from bridge.bank.failover_progress import decode
+from bridge.bank.failover_progress import RUNNING, FailoverProgress, decode
 from bridge.bench.plot import bars
 from bridge.bench.rig import Rig
 from bridge.bench.usage import quantile
@@ -34,6 +35,8 @@ WATCHED_SECONDS = 6.0
 """after a false alarm, for what would follow"""
 CUT_SECONDS = 6.0
 """that a gateway is cut off from the bank"""
+SETTLED_SECONDS = 15.0
+"""for announcements that no client answered to end"""
 STOPPED_SECONDS = 10.0
 STALLED_SECONDS = 2.0
 PATIENCE = 120.0
@@ -222,9 +225,17 @@ def _counters(rig: Rig) -> dict[str, float]:
 
 
 def _failover(rig: Rig) -> dict[str, Any]:
-    """What gw2 says of the announcements."""
+    """What gw2 says of the announcements, once they are over."""
     key = bank_keys.posted_key(bank_keys.FAILOVERS_KIND, rig.topology.gw2.address)
-    told = decode(rig.topology.bank.cli("GET", key).encode())
+
+    def posted() -> list[FailoverProgress]:
+        return decode(rig.topology.bank.cli("GET", key).encode())
+
+    with contextlib.suppress(LabError):
+        wait_until(
+            lambda: all(one.state != RUNNING for one in posted()), "the end of the announcements", SETTLED_SECONDS
+        )
+    told = posted()
     names = ("announced", "resumed", "refused", "silent", "elsewhere", "seconds", "state")
     return {name: getattr(one, name) for one in told for name in names}
 

@@ -168,7 +168,10 @@ class Announcer:
             return
         failure.back, failure.paused_until = True, min(failure.paused_until, now)
         for announced in failure.waiting:
-            announced.turn = min(announced.turn, now)
+            if announced.message is not None:
+                # it was asked before, and waits to be asked again
+                announced.turn = now
+        failure.waiting = deque(sorted(failure.waiting, key=lambda one: one.turn))
 
     def end(self, gateway: str, reason: str, now: float) -> None:
         """Announce nothing more of `gateway`."""
