@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from types import SimpleNamespace
 from typing import cast
@@ -42,7 +43,9 @@ class Beating:
     def __init__(self) -> None:
         self.bank = FarBank()
         self.reports: list[tuple[bool, float, Collection[str] | None]] = []
-        charon = SimpleNamespace(channel=SimpleNamespace(charon_socket=lambda: 1), vici=None)
+        reconciled = asyncio.Event()
+        reconciled.set()
+        charon = SimpleNamespace(alive=lambda: True, reconciled=reconciled, vici=None)
         self.heartbeat = Heartbeat(
             cast(StubBank, self.bank),
             cast(Charon, charon),
