@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -20,12 +20,13 @@ from bridge.bank.replicated import ReplicatedBank
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import sa_of
+from bridge.charon.vici_types import SaInfo
 from bridge.gateway.endings import Endings
 from bridge.gateway.revocation import FILE, LockOut, Revocations
 from bridge.stub.bank_keys import REVOKED, REVOKED_STAMP
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.revocation import Mark, canonical, open_mark, seal
-from bridge.stub.types import Identity
+from bridge.stub.types import Endpoint, Identity
 
 RING = keyring()
 NOW = int(time.time())
@@ -260,11 +261,21 @@ class FakeCharon:
         self.reconciled.set()
         self.ended: list[Collection[bytes]] = []
         self.news = asyncio.Event()
-        self.tracker = self
+        self.tracker = self.vici = self
         self.stubs = [stub_of()]
+        self.sas: dict[bytes, object] = {}
+        self.unknown: list[SaInfo] = []
 
     def established(self) -> list[object]:
         return [sa_of(stub) for stub in self.stubs]
+
+    async def each_sas(self, take: Callable[[list[SaInfo]], None]) -> float:
+        take(self.unknown)
+        return 0.0
+
+    async def end_sa(self, unique_id: str) -> None:
+        self.unknown = [info for info in self.unknown if info.unique_id != unique_id]
+        self.news.set()
 
     async def end(self, spis: Collection[bytes]) -> int:
         self.ended.append(spis)
@@ -289,6 +300,35 @@ async def test_what_is_known_is_enforced_while_the_bank_that_knows_other_sas_is_
     assert stub.index in endings
     task.cancel()
     await writer.close(0.0)
+    await bank.close()
+
+
+async def test_a_session_that_only_the_bank_knows_is_ended_by_its_identity_while_the_bank_is_away(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / FILE).write_bytes(base64.b64encode(seal(mark(), RING)) + b"\n")
+    bank = RedisBank("redis://127.0.0.1:1/0", RING)
+    charon = FakeCharon()
+    charon.reconciled.clear()
+    charon.stubs = []
+
+    def info(number: int, identity: str, eap_identity: str = "") -> SaInfo:
+        own, peer = Endpoint(GATEWAY, 4500), Endpoint("198.51.100.7", 4500)
+        ids = ("gw", identity, eap_identity, str(number))
+        spi = number.to_bytes(8)
+        return SaInfo("home", spi, spi, False, 2, "ESTABLISHED", own, peer, (), (), 0, None, None, (), *ids)
+
+    other = info(2, "other@example")
+    charon.unknown = [info(1, "Client@example"), other, info(3, "C=CH, CN=x", "client@example")]
+    lock_out = LockOut(
+        Revocations(bank, RING, tmp_path), bank, cast(Charon, charon), Endings(), WriteQueue(bank), GATEWAY
+    )
+    task = asyncio.create_task(lock_out.run())
+    async with asyncio.timeout(5):
+        while charon.unknown != [other]:
+            await charon.news.wait()
+            charon.news.clear()
+    task.cancel()
     await bank.close()
 
 

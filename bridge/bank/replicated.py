@@ -314,10 +314,12 @@ class ReplicatedBank:
 
     async def _tell(self, word: Word) -> None:
         """Tell all banks. Waits for those at hand until they answer or `peer_timeout` is over, and for one in any case:
-        the others of a bank that hangs get it in time. Raises BankUnavailable."""
+        the others of a bank that hangs get it in time. Without `start` for all. Raises BankUnavailable."""
         at_hand = [tier for tier in self._all if tier.up and not tier.behind]
         said = {tier: tier.say(word) for tier in self._all}
-        if at_hand:
+        if self._task is None:
+            await asyncio.wait(said.values())
+        elif at_hand:
             await asyncio.wait([said[tier] for tier in at_hand], timeout=self._peer_timeout)
         pending = set(said.values())
         while not any(each.done() and each.exception() is None for each in said.values()):

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -23,12 +24,12 @@ from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
-from bridge.charon.vici_types import ViciError
+from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.gateway.endings import Endings
 from bridge.service.metrics import Metrics
 from bridge.stub.bank_keys import LOCKOUT_KIND
 from bridge.stub.keyring import Keyring, SealError
-from bridge.stub.revocation import Mark, names_of, open_mark, seal
+from bridge.stub.revocation import Mark, canonical, names_of, open_mark, seal
 from bridge.stub.stub import Stub
 
 log = structlog.get_logger()
@@ -70,10 +71,15 @@ class Revocations:
 
     def revoked(self, sa: Stub | IkeSa) -> bool:
         """Whether the session is of an identity that is locked out; both that of IKE and that of EAP count."""
-        if not self._marks:
-            return False
+        return bool(self._marks) and self._any_revoked(names_of((sa.remote_id, sa.eap_id)))
+
+    def lists_revoked(self, info: SaInfo) -> bool:
+        """The same of an SA that VICI lists."""
+        return self._any_revoked(canonical(text) for text in (info.remote_id, info.eap_id) if text)
+
+    def _any_revoked(self, names: Iterable[str]) -> bool:
         now = self._wall()
-        for name in names_of((sa.remote_id, sa.eap_id)):
+        for name in names:
             found = self._marks.get(name)
             if found is not None and found[0].revoked and found[0].expires > now:
                 return True
@@ -213,6 +219,7 @@ class LockOut:
 
     async def run(self) -> None:
         """Until cancelled. SAs that are known do not wait for those that only the bank knows: it may be away."""
+        listed_at = -LOOK_SECONDS
         while True:
             self._news.clear()
             known = self._charon.reconciled.is_set()
@@ -230,6 +237,9 @@ class LockOut:
                 self._ended += await self._end_all()
                 if known:
                     await self._report()
+                elif self._revocations.active() and time.monotonic() >= listed_at + LOOK_SECONDS:
+                    self._ended += await self._end_unknown()
+                    listed_at = time.monotonic()
             except (BankUnavailable, ViciError) as error:
                 log.warning("revocation-delayed", reason=str(error))
                 pause = REPEAT_SECONDS
@@ -268,6 +278,34 @@ class LockOut:
                 **sa.id.logged,
             )
         return ended
+
+    async def _end_unknown(self) -> int:
+        """End those whose keys only the bank knows, as after a restart while it is away: charon lists their identities.
+        How many charon had. Raises ViciError."""
+        found: list[SaInfo] = []
+
+        def take(infos: list[SaInfo]) -> None:
+            found.extend(
+                info for info in infos if info.state == "ESTABLISHED" and self._revocations.lists_revoked(info)
+            )
+
+        await self._charon.vici.each_sas(take)
+        unknown = [info for info in found if info.spis not in self._charon.tracker.sas]
+        for info in unknown:
+            # one that has ended meanwhile
+            with contextlib.suppress(ViciError):
+                await self._charon.vici.end_sa(info.unique_id)
+            log.warning(
+                "sa-ended-by-revocation",
+                connection=info.connection,
+                identity=info.remote_id,
+                eap_identity=info.eap_id,
+                peer=info.remote.address,
+                spi_i=info.spi_i.hex(),
+                spi_r=info.spi_r.hex(),
+            )
+        self.ended += len(unknown)
+        return len(unknown)
 
     async def _report(self) -> None:
         if self._address is None:
