@@ -16,8 +16,15 @@ Outcome = dict[str, Any]
 
 
 def established(host: Host) -> list[dict[str, Any]]:
-    """The established IKE_SAs of a host."""
-    return [sa for sa in host.charon.sas() if sa["state"] == "ESTABLISHED"]
+    """The established IKE_SAs of a host, once those that were rebuilt are active."""
+    found: list[dict[str, Any]] = []
+
+    def active() -> bool:
+        found[:] = host.charon.sas()
+        return all(sa["state"] != "PASSIVE" for sa in found)
+
+    wait_until(active, "the activation of rebuilt IKE_SAs")
+    return [sa for sa in found if sa["state"] == "ESTABLISHED"]
 
 
 def the_sa(host: Host) -> dict[str, Any]:

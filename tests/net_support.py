@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 CLONE_NEWNET = 0x40000000
-IKE_SA_INIT, IKE_AUTH, GET_STUB = 34, 35, 240
+IKE_SA_INIT, IKE_AUTH, CREATE_CHILD_SA, INFORMATIONAL, GET_STUB = 34, 35, 36, 37, 240
 INITIATOR, RESPONSE = 0x08, 0x20
 SA, NI, SYNC = 33, 40, 200
 """payload types"""

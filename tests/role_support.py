@@ -10,6 +10,7 @@ import selectors
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar, cast
+from unittest.mock import Mock
 
 from bank_support import stub_of
 from bridge.bank.interface import BankUnavailable, Ending, GatewaySign, StubBank
@@ -18,6 +19,7 @@ from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import HaError, IkeId
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.installer import Watcher
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo
 from bridge.config import HaConfig
 from bridge.net.interface import Packet
@@ -142,13 +144,32 @@ class FakeInstaller:
         self._channel = channel
         self.failure: Exception | None = None
         """what the next installation raises"""
-        self.landed: list[Install] = []
+        self.landed: dict[bytes, Install] = {}
+        """what charon has PASSIVE, by both SPIs"""
         self.installed: dict[bytes, Install] = {}
-        """what charon has, by both SPIs"""
+        """what charon has"""
         self.deleted: list[IkeId] = []
+        self.activations: list[int] = []
+        """how many SAs each activated"""
+        self.told: list[tuple[bytes, int]] = []
+        """message IDs that charon was told"""
+        self.watcher: Watcher = cast(Watcher, Mock())
+        self.where = 1
 
     def wait(self) -> float:
         return 0.0
+
+    def is_passive(self, spis: bytes) -> bool:
+        return spis in self.landed
+
+    def forget(self, spis: bytes) -> None:
+        self.landed.pop(spis, None)
+
+    def set_next_id_now(self, ike_id: IkeId, number: int) -> bool:
+        if self._channel.up and ike_id.spis in self.landed:
+            self.told.append((ike_id.spis, number))
+            return True
+        return False
 
     def _fail(self) -> None:
         failure, self.failure = self.failure, None
@@ -160,14 +181,25 @@ class FakeInstaller:
     async def land(self, batch: Sequence[Install]) -> None:
         await asyncio.sleep(0.001)
         self._fail()
-        self.landed += batch
+        made = {install.id.spis: install for install in batch}
+        self.landed |= made
+        self.installed |= made
 
     async def activate(self) -> None:
+        if not self.landed:
+            return
+        landed, self.landed = self.landed, {}
+        self.watcher.begins(list(landed))
         await asyncio.sleep(self.toggle_seconds)
-        landed, self.landed = self.landed, []
-        self._fail()
-        for install in landed:
-            self.installed[install.id.spis] = install
+        try:
+            self._fail()
+        except BaseException:
+            self.landed |= landed
+            self.watcher.failed(list(landed))
+            raise
+        self.activations.append(len(landed))
+        self.watcher.done(list(landed))
+        for install in landed.values():
             if install.replaces is not None:
                 await self.delete([install.replaces])
 
@@ -181,6 +213,8 @@ class FakeInstaller:
         self.deleted += ike_ids
         for ike_id in ike_ids:
             self.installed.pop(ike_id.spis, None)
+            self.landed.pop(ike_id.spis, None)
+        self.watcher.lost([ike_id.spis for ike_id in ike_ids])
 
 
 def fake_charon(*connections: str, children: Sequence[str] = ("net",)) -> tuple[Charon, FakeInstaller, FakeChannel]:

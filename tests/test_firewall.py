@@ -19,10 +19,12 @@ from bridge.net.liveness import Liveness
 from bridge.net.queue_rules import Match
 from net_support import (
     COOKIE,
+    CREATE_CHILD_SA,
     FAMILIES,
     GET_STUB,
     IKE_AUTH,
     IKE_SA_INIT,
+    INFORMATIONAL,
     INITIATOR,
     NAT_DETECTION_SOURCE_IP,
     RESPONSE,
@@ -38,7 +40,8 @@ from net_support import (
 QUEUE = 4510
 FLOOD_RATE = 100
 MARKER = bytes(4)
-RULES = queue_rules.rules(QUEUE)
+TAG = b"\x7f\xa5"
+RULES = queue_rules.rules(QUEUE, tag=TAG)
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +100,35 @@ NOT_SHOWN = [
 ]
 
 
+def protected(exchange: int, message_id: int, *, tag: bytes = TAG, flags: int = INITIATOR) -> bytes:
+    """A message on an IKE_SA whose SPIr ends with `tag`."""
+    octets = ike(exchange, flags, size=80, first=46)
+    return octets[:8] + b"\x01" * 6 + tag + octets[16:20] + message_id.to_bytes(4) + octets[24:]
+
+
+TAGGED = [
+    pytest.param(500, protected(INFORMATIONAL, 1), id="first INFORMATIONAL"),
+    pytest.param(500, protected(CREATE_CHILD_SA, 2, flags=0), id="CREATE_CHILD_SA of the original responder"),
+    pytest.param(4500, MARKER + protected(INFORMATIONAL, 31), id="INFORMATIONAL on port 4500"),
+    pytest.param(4500, MARKER + protected(CREATE_CHILD_SA, 1), id="CREATE_CHILD_SA on port 4500"),
+]
+NOT_TAGGED = [
+    pytest.param(500, protected(INFORMATIONAL, 1, tag=b"\xa5\x7f"), id="another tag"),
+    pytest.param(4500, MARKER + protected(INFORMATIONAL, 1, tag=b"\x7f\xa4"), id="another tag on port 4500"),
+    pytest.param(500, protected(INFORMATIONAL, 32), id="a later request"),
+    pytest.param(4500, MARKER + protected(INFORMATIONAL, 0x10001), id="a much later request"),
+    pytest.param(500, protected(INFORMATIONAL, 1, flags=RESPONSE), id="an answer"),
+    pytest.param(500, protected(IKE_AUTH, 1), id="IKE_AUTH"),
+    pytest.param(4500, protected(INFORMATIONAL, 1), id="ESP that looks like it"),
+]
+
+
 class Counting:
     """The rules of one backend without their queue: what they count can be told on any kernel."""
 
     def __init__(self, host: Wire, backend: firewall.Backend, match: Match = "first") -> None:
         self._host, self._backend = host.host, backend
-        self._rules = queue_rules.rules(QUEUE, match, flood_rate=FLOOD_RATE)
+        self._rules = queue_rules.rules(QUEUE, match, tag=TAG, flood_rate=FLOOD_RATE)
 
     def set_up(self) -> None:
         with inside(self._host.namespace):
@@ -159,7 +185,14 @@ class TestMatch:
         assert self.matched(host, backend, family, port, payload, "anywhere") == 1
 
     @pytest.mark.parametrize("match", ["first", "anywhere"])
-    @pytest.mark.parametrize(("port", "payload"), NOT_SHOWN)
+    @pytest.mark.parametrize(("port", "payload"), TAGGED)
+    def test_a_first_request_on_a_rebuilt_ike_sa_is(
+        self, host: Wire, backend: firewall.Backend, family: str, port: int, payload: bytes, match: Match
+    ) -> None:
+        assert self.matched(host, backend, family, port, payload, match) == 1
+
+    @pytest.mark.parametrize("match", ["first", "anywhere"])
+    @pytest.mark.parametrize(("port", "payload"), [*NOT_SHOWN, *NOT_TAGGED])
     def test_anything_else_is_not(
         self, host: Wire, backend: firewall.Backend, family: str, port: int, payload: bytes, match: Match
     ) -> None:
@@ -196,23 +229,34 @@ class TestMeter:
         counting = self.sent(host, backend, family, payload, flood=False)
         assert (counting.matched(), queue_rules.metered(counting.view())) == (self.COUNT, 0)
 
-    def test_in_a_flood_requests_without_a_cookie_have_their_rate(
-        self, host: Wire, backend: firewall.Backend, family: str
+    KINDS = (
+        pytest.param(ike(IKE_SA_INIT), 1.0, id="SYN"),
+        pytest.param(with_notification(COOKIE, SYNC), 2.0, id="cookie"),
+        pytest.param(ike(GET_STUB), queue_rules.STRAYS_RATE / queue_rules.FLOOD_RATE, id="GET"),
+        pytest.param(
+            protected(INFORMATIONAL, 1), queue_rules.STRAYS_RATE / queue_rules.FLOOD_RATE, id="rebuilt IKE_SA"
+        ),
+    )
+
+    @pytest.mark.parametrize(("payload", "share"), KINDS)
+    def test_in_a_flood_each_kind_has_its_rate(
+        self, host: Wire, backend: firewall.Backend, family: str, payload: bytes, share: float
     ) -> None:
-        counting = self.sent(host, backend, family, ike(IKE_SA_INIT), flood=True)
+        counting = self.sent(host, backend, family, payload, flood=True)
         passed, dropped = counting.matched(), queue_rules.metered(counting.view())
         assert passed + dropped == self.COUNT
-        assert passed >= FLOOD_RATE // 10
+        assert passed >= share * FLOOD_RATE // 10
         assert dropped
 
-    @pytest.mark.parametrize(
-        "payload", [pytest.param(with_notification(COOKIE, SYNC), id="cookie"), pytest.param(ike(GET_STUB), id="GET")]
-    )
-    def test_in_a_flood_what_has_a_cookie_or_is_no_request_to_resume_passes(
+    @pytest.mark.parametrize("payload", [pytest.param(with_notification(COOKIE, SYNC), id="cookie"), ike(GET_STUB)])
+    def test_a_flood_of_one_kind_takes_no_other_kinds_place(
         self, host: Wire, backend: firewall.Backend, family: str, payload: bytes
     ) -> None:
         counting = self.sent(host, backend, family, payload, flood=True)
-        assert (counting.matched(), queue_rules.metered(counting.view())) == (self.COUNT, 0)
+        before = counting.matched()
+        client = host.peer.udp(family, 0)
+        client.sendto(ike(IKE_SA_INIT), (host.host.address(family), 500))
+        assert counting.matched() == before + 1
 
 
 @pytest.mark.lab

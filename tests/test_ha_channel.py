@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from structlog.testing import capture_logs
 
-from bridge.charon.ha_channel import HaChannel
+from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_message import PORT, Attr, HaMessage, IkeId, MessageType, encode
 from bridge.stub.types import Endpoint
 from net_support import inside, run
@@ -250,3 +250,23 @@ def test_a_version_that_is_not_known_is_not_ready_and_one_error_names_the_fix(sc
     # another charon, of a release that is known
     scene.channel.expect(5)
     assert scene.channel.unsupported is None
+
+
+async def test_a_charon_that_dies_while_its_queue_is_full_is_a_channel_error(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        """Stands for the socket: that charon dies between two tries cannot be timed."""
+
+        errors: ClassVar[list[OSError]] = [BlockingIOError(), ConnectionRefusedError(111, "Connection refused")]
+
+        def send(self, message: bytes) -> None:
+            raise self.errors.pop(0)
+
+    async def below(octets: int) -> None: ...
+
+    monkeypatch.setattr(scene.channel, "_socket", Full())
+    monkeypatch.setattr(scene.channel, "_below", below)
+    with pytest.raises(ChannelError, match="does not take HA messages"):
+        await scene.channel.send([b"message"])
+    monkeypatch.undo()

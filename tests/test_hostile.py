@@ -63,8 +63,8 @@ def sealed(topology: Topology) -> dict[str, str]:
 
 
 def attempts(topology: Topology) -> list[tuple[str, str]]:
-    """Addresses and SPIs of the rebuilt SAs on gw2."""
-    return [(sa["remote-host"], sa["responder-spi"]) for sa in topology.gw2.charon.sas()]
+    """Addresses and SPIs of the rebuilt SAs on gw2, once they are active: until then they have another address."""
+    return [(sa["remote-host"], sa["responder-spi"]) for sa in established(topology.gw2)]
 
 
 def told(topology: Topology, gateway: str) -> list[tuple[str, str]]:

@@ -10,9 +10,11 @@ from typing import Any, cast
 import pytest
 
 from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import HaError
 from bridge.charon.ha_segments import LONGEST_PAUSE
 from bridge.gateway import install_queue
+from bridge.gateway.activation import Activation
 from bridge.gateway.install_queue import InstallQueue, Prepared
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt
@@ -80,7 +82,7 @@ class Table(list[Any]):
         if made in self:
             self.remove(made)
 
-    async def drop(self, ike_ids: list[Any]) -> None:
+    async def drop(self, ike_ids: list[Any], **_: Any) -> None:
         self.dropped += ike_ids
 
 
@@ -111,6 +113,24 @@ class OneCharon:
     def request(self, spi_i: bytes, address: str) -> None:
         self.requests.append(address)
 
+    def sharing(self, ike_ids: list[Any]) -> set[bytes]:
+        return set()
+
+
+class Confirming:
+    """Stands for an `Activation`."""
+
+    def __init__(self) -> None:
+        self.early = False
+        """whether first requests can be answered before charon has the SAs active"""
+        self.seen: list[Any] = []
+
+    def can_confirm(self, made: Any) -> bool:
+        return self.early
+
+    def landed(self, made: Any) -> None:
+        self.seen.append(made)
+
 
 class Scene:
     def __init__(self) -> None:
@@ -118,10 +138,12 @@ class Scene:
         self.charon = OneCharon(self.installer)
         self.table = Table()
         self.answers: list[Any] = []
+        self.activation = Confirming()
         self.coming = False
         self.batches = InstallQueue(
             cast(Charon, self.charon),
             cast(Unconfirmed, self.table),
+            cast(Activation, self.activation),
             GatewayMetrics(),
             self.answer,
             lambda packet, _: packet.accept(),
@@ -237,3 +259,26 @@ async def test_an_answer_that_fails_costs_no_later_request_its_turn(monkeypatch:
     request, _ = scene.added()
     await scene.played()
     assert scene.answers == [request]
+
+
+async def test_what_can_be_confirmed_before_it_is_active_is_answered_before_any_activation() -> None:
+    scene = Scene()
+    scene.activation.early = True
+    await scene.played()
+    assert scene.answers == [scene.request]
+    assert scene.installer.activated == []
+    assert scene.activation.seen == [scene.made]
+
+
+async def test_what_charon_did_not_take_in_time_is_removed_once_it_reads_again() -> None:
+    """It has it in its socket."""
+    scene = Scene()
+
+    def hang() -> None:
+        raise ChannelError("charon did not read its HA channel for 30 s")
+
+    scene.installer.meanwhile = hang
+    await scene.played()
+    assert scene.answers == []
+    assert scene.table == []
+    assert scene.table.dropped == [scene.made]

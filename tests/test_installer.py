@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
+import msgspec
 import pytest
 
+from bank_support import stub_of
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import Install, add_message, update_message
 from bridge.charon.ha_message import VERSIONS, Attr, HaMessage, IkeId, MessageType, decode
@@ -17,6 +19,7 @@ from bridge.charon.ike_sa import Condition
 from bridge.charon.installer import Installer
 from bridge.charon.socket_diag import CharonSocket
 from bridge.ike.transforms import Encr, Group, Prf, Suite
+from bridge.stub.child_sa import NewChild
 from bridge.stub.types import Endpoint, Identity
 
 PLAIN, PRIVATE = int(Condition.NAT_ANY), int(Condition.PRIVATE) | 4
@@ -37,6 +40,7 @@ REBUILT = Install(
     local_vips=(),
     remote_vips=("10.20.1.1",),
 )
+ANOTHER = msgspec.structs.replace(REBUILT, id=IkeId.of(b"another1", b"responds", False))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -70,6 +74,7 @@ class OneChannel:
 
     def __init__(self) -> None:
         self.inode = 1
+        self.stuck = False
         self.messages: list[HaMessage] = []
 
     @property
@@ -80,18 +85,26 @@ class OneChannel:
         return CharonSocket(0, 0, 0, self.inode)
 
     async def send(self, messages: Iterable[bytes]) -> None:
+        if self.stuck:
+            raise ChannelError("charon did not read its HA channel for 30 s")
         self.messages += [decode(message) for message in messages]
 
     async def drained(self) -> None: ...
 
     def receive(self) -> None: ...
 
+    def send_now(self, message: bytes, *, to: int) -> bool:
+        if to != self.inode:
+            return False
+        self.messages.append(decode(message))
+        return True
+
 
 async def test_what_was_installed_is_activated_together() -> None:
     channel = OneChannel()
     installer = Installer(cast(HaChannel, channel), SegmentChooser())
     await installer.land([REBUILT])
-    await installer.land([REBUILT])
+    await installer.land([ANOTHER])
     assert MessageType.SEGMENT_DROP not in channel.sent
     await installer.activate()
     assert channel.sent.count(MessageType.SEGMENT_DROP) == 1
@@ -160,3 +173,172 @@ async def test_what_was_installed_in_a_charon_that_was_restarted_since_is_not_th
     await installer.install([REBUILT])
     assert channel.sent.count(MessageType.IKE_ADD) == 1
     assert channel.sent[-1] == MessageType.IKE_UPDATE
+
+
+class Watch:
+    """Follows activations."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, list[bytes]]] = []
+
+    def begins(self, spis: Sequence[bytes]) -> None:
+        self.seen.append(("begins", list(spis)))
+
+    def done(self, spis: Sequence[bytes]) -> None:
+        self.seen.append(("done", list(spis)))
+
+    def failed(self, spis: Sequence[bytes]) -> None:
+        self.seen.append(("failed", list(spis)))
+
+    def lost(self, spis: Sequence[bytes]) -> None:
+        if spis:
+            self.seen.append(("lost", list(spis)))
+
+
+def remotes(channel: OneChannel) -> list[str]:
+    """The addresses that IKE_UPDATE messages gave, in order."""
+    return [
+        message.first(Attr.REMOTE_ADDR).address
+        for message in channel.messages
+        if message.type == MessageType.IKE_UPDATE
+    ]
+
+
+CHILD = NewChild(stub_of().children[0], bytes(32), bytes(range(32)))
+WITH_CHILD = msgspec.structs.replace(REBUILT, children=(CHILD,))
+
+
+async def test_the_child_sas_of_a_passive_sa_have_its_peers_address() -> None:
+    channel = OneChannel()
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
+    await installer.land([WITH_CHILD])
+    landing, real = remotes(channel)[0], REBUILT.remote.address
+    assert remotes(channel) == [landing, real, landing]
+    assert installer.lands_at(landing)
+    child = channel.sent.index(MessageType.CHILD_ADD)
+    assert channel.sent[child - 1 : child + 2] == [
+        MessageType.IKE_UPDATE,
+        MessageType.CHILD_ADD,
+        MessageType.IKE_UPDATE,
+    ]
+    channel.messages.clear()
+    await installer.activate()
+    assert MessageType.CHILD_ADD not in channel.sent
+    assert remotes(channel) == [real]
+
+
+async def test_an_sa_that_takes_the_place_of_another_has_its_child_sas_before_that_goes() -> None:
+    channel = OneChannel()
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
+    await installer.install([msgspec.structs.replace(WITH_CHILD, replaces=ANOTHER.id)])
+    assert channel.sent[-3:] == [MessageType.IKE_UPDATE, MessageType.CHILD_ADD, MessageType.IKE_DELETE]
+
+
+async def test_the_watcher_follows_what_happens() -> None:
+    channel, watch = OneChannel(), Watch()
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
+    installer.watcher = watch
+    one, other = REBUILT.id.spis, ANOTHER.id.spis
+    await installer.land([REBUILT, ANOTHER])
+    assert installer.is_passive(one)
+    await installer.delete([ANOTHER.id])
+    assert watch.seen == [("lost", [other])]
+    channel.stuck = True
+    with pytest.raises(ChannelError):
+        await installer.activate()
+    assert installer.is_passive(one)
+    channel.stuck = False
+    await installer.activate()
+    assert not installer.is_passive(one)
+    assert watch.seen[1:] == [("begins", [one]), ("failed", [one]), ("begins", [one]), ("done", [one])]
+    # nothing is left to be activated
+    channel.messages.clear()
+    await installer.activate()
+    assert channel.messages == []
+
+
+async def test_what_landed_in_a_charon_that_is_gone_is_lost_when_the_next_one_gets_something() -> None:
+    channel, watch = OneChannel(), Watch()
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
+    installer.watcher = watch
+    await installer.land([REBUILT])
+    channel.inode = 2
+    assert not installer.set_next_id_now(REBUILT.id, 2)
+    await installer.land([ANOTHER])
+    assert watch.seen == [("lost", [REBUILT.id.spis])]
+    assert not installer.is_passive(REBUILT.id.spis)
+
+
+async def test_charon_is_told_the_next_message_id_of_an_sa_that_is_passive() -> None:
+    channel = OneChannel()
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
+    await installer.land([REBUILT])
+    assert installer.set_next_id_now(REBUILT.id, 2)
+    assert channel.sent[-1] == MessageType.IKE_MID_RESPONDER
+    assert channel.messages[-1].first(Attr.MID) == 2
+    await installer.activate()
+    # from now on it counts by itself
+    assert not installer.set_next_id_now(REBUILT.id, 3)
+
+
+async def test_sas_of_a_sidecar_before_are_activated_at_their_peers_addresses() -> None:
+    channel = OneChannel()
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
+    await installer.take_up([(REBUILT.id, REBUILT.remote)])
+    landing, *last = remotes(channel)
+    assert installer.lands_at(landing)
+    assert last == [REBUILT.remote.address]
+    assert MessageType.SEGMENT_DROP in channel.sent
+    assert MessageType.IKE_ADD not in channel.sent
+
+
+async def test_what_a_charon_that_hung_was_to_delete_is_deleted_before_anything_else_lands() -> None:
+    """It executes what it has in its socket once it goes on."""
+    channel = OneChannel()
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
+    await installer.land([REBUILT])
+    channel.stuck = True
+    with pytest.raises(ChannelError):
+        await installer.delete([REBUILT.id])
+    with pytest.raises(ChannelError):
+        await installer.delete_left()
+    channel.stuck = False
+    channel.messages.clear()
+    await installer.land([ANOTHER])
+    assert channel.sent[0] == MessageType.IKE_DELETE
+    assert channel.messages[0].first(Attr.IKE_ID) == REBUILT.id
+    channel.messages.clear()
+    await installer.delete_left()
+    assert channel.messages == []
+
+
+async def test_another_charon_has_nothing_to_delete() -> None:
+    channel = OneChannel()
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
+    channel.stuck = True
+    with pytest.raises(ChannelError):
+        await installer.delete([REBUILT.id])
+    channel.stuck, channel.inode = False, 2
+    await installer.delete_left()
+    assert channel.messages == []
+
+
+async def test_what_lands_while_an_activation_waits_for_a_handshake_does_not_wait_and_shares_it() -> None:
+    channel, half_open, watch = OneChannel(), HalfOpenSas(), Watch()
+    for segment, address in landing_addresses().items():
+        half_open.began(bytes((segment,)), address, 0.0)
+    installer = Installer(cast(HaChannel, channel), SegmentChooser(16, half_open))
+    installer.watcher = watch
+    await installer.land([REBUILT])
+    activation = asyncio.create_task(installer.activate())
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        await installer.land([ANOTHER])
+    assert watch.seen == []
+    assert installer.set_next_id_now(REBUILT.id, 2)
+    half_open.ended(b"\x07")
+    await activation
+    assert [what for what, _ in watch.seen] == ["begins", "done"]
+    assert watch.seen[-1][1] == [REBUILT.id.spis, ANOTHER.id.spis]
+    landings = [address for address in remotes(channel) if installer.lands_at(address)]
+    assert [segment_of(address) for address in landings[-2:]] == [7, 7]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -55,7 +56,9 @@ LONG = 30.0
 class Gateway:
     """A Responder with a charon, a bank and a wire that are made up."""
 
-    def __init__(self, loop: FakeTime, **sync: Any) -> None:
+    def __init__(
+        self, loop: FakeTime, intercepted: Callable[[], bool] = lambda: False, tag: bytes = b"", **sync: Any
+    ) -> None:
         self.loop = loop
         self.charon, self.installer, self.channel = fake_charon("home")
         self.bank, self.wire, self.metrics = FakeBank(), Wire(), GatewayMetrics()
@@ -95,13 +98,14 @@ class Gateway:
             self.charon,
             lookup,
             admission,
-            Decision(self.charon, known, stubs, unconfirmed, admission, holders, config),
+            Decision(self.charon, known, stubs, unconfirmed, admission, holders, config, tag),
             unconfirmed,
             holders,
             self.wire,
             config,
             self.metrics,
             lambda packet: None,
+            intercepted,
             clock=loop.time,
         )
 
@@ -401,7 +405,15 @@ class Packets(RuleBasedStateMachine):
     @precondition(lambda self: self.gateway.installer.installed)
     @rule(which=st.integers(0, 99))
     def a_client_confirms(self, which: int) -> None:
-        installed = list(self.gateway.installer.installed.values())
+        # one without an answer does not know SPIr
+        waiting = self.gateway.responder.unconfirmed._by_spis
+        installed = [
+            install
+            for spis, install in self.gateway.installer.installed.items()
+            if spis not in waiting or waiting[spis].state is not State.INSTALLING
+        ]
+        if not installed:
+            return
         self.loop.run(self._in_loop(self.gateway.responder.unconfirmed.verified, installed[which % len(installed)].id))
 
     # what happens otherwise

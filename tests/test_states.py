@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bridge.client.attempt_state import ATTEMPT
+from bridge.gateway.activation_state import ACTIVATION
 from bridge.gateway.drain_state import DRAIN, REASONS
 from bridge.gateway.drain_state import Event as DrainEvent
 from bridge.gateway.rebuilt_state import REBUILT, Event, State
@@ -17,6 +18,7 @@ from bridge.service.transitions import ImpossibleTransition, Transitions
 ARCHITECTURE = Path(__file__).parent.parent / "ARCHITECTURE.md"
 TABLES: dict[str, Transitions[Any, Any]] = {
     "rebuilt_state": REBUILT,
+    "activation_state": ACTIVATION,
     "attempt_state": ATTEMPT,
     "drain_state": DRAIN,
     "shared address": ADDRESS,

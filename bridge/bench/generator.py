@@ -124,8 +124,11 @@ class Generator:
                 raise SystemExit("the bank refused stubs")
         return {"made": count}
 
-    def storm(self, window: int, count: int, children: str, forward_secrecy: bool = False) -> dict[str, Any]:
-        """Resume `count` sessions, each confirmed by its first protected exchange."""
+    def storm(
+        self, window: int, count: int, children: str, forward_secrecy: bool = False, every: float = 0.0
+    ) -> dict[str, Any]:
+        """Resume `count` sessions, each confirmed by its first protected exchange; one `every` so many seconds at
+        most."""
         sessions = [self._made.popleft() for _ in range(min(count, len(self._made)))]
         for session in sessions:
             session.children = Children(children)
@@ -140,11 +143,12 @@ class Generator:
         waiting = deque(sessions)
         pending: dict[bytes, Session] = {}
         timers: deque[tuple[float, Session]] = deque()
-        began = time.monotonic()
+        began = due = time.monotonic()
         cpu = time.process_time()
         while waiting or pending:
             now = time.monotonic()
-            while waiting and len(pending) < window:
+            while waiting and len(pending) < window and now >= due:
+                due = due + every if every else now
                 session = waiting.popleft()
                 pending[session.spi_i] = self._by_spi[session.spi_i] = session
                 session.state = State.ASKED
@@ -155,8 +159,8 @@ class Generator:
                     break
             busy = self._receive(pending, unproven)
             retransmitted += self._retransmit(timers, pending, now)
-            if not busy and (not waiting or len(pending) >= window):
-                self._poll.poll(20)
+            if not busy and (not waiting or len(pending) >= window or time.monotonic() < due):
+                self._poll.poll(20 if pending else max(int((due - time.monotonic()) * 1000), 0))
         return {
             "sessions": len(sessions),
             "window": window,

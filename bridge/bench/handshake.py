@@ -21,7 +21,7 @@ from typing import Any
 from bridge.bench.methods import METHODS, configure
 from bridge.bench.rig import Rig
 from bridge.bench.sessions import Children
-from bridge.bench.storm import Progress, resumptions
+from bridge.bench.storm import Progress, one_by_one, resumptions
 from bridge.bench.usage import Meter, quantile
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
@@ -41,6 +41,10 @@ IDLE_SECONDS = 3.0
 PATIENCE = 20.0
 TOGETHER = 90
 """simulated clients that resume in parallel: no more than are served without cookies as the sidecar is shipped"""
+SIZES = (0, 1_000, 10_000)
+"""SAs that charon has when simulated clients come alone"""
+ONE_BY_ONE, EVERY_SECONDS = 60, 0.1
+"""how many of them, and how far apart"""
 FORWARD_SECRECY = "forward-secrecy"
 """an IKE_SA alone, with an exchange in the round trip; beside those of Children"""
 RESUMPTIONS = {Children.AT_ONCE: "resumption, children in exchange", Children.CREATE: "resumption, CREATE_CHILD_SA"}
@@ -245,6 +249,10 @@ def compare(rig: Rig, rounds: int, progress: Progress) -> dict[str, Any]:
             name: [distance.samples[name].row(distance.delay_ms) for distance in distances] for name in near.samples
         },
         "simulated alone": _mean(alone),
+        "one by one": [
+            {"sas": row["sas"], **_mean([row])}
+            for row in one_by_one(rig, SIZES, ONE_BY_ONE, EVERY_SECONDS, TOGETHER, gauge.idle, progress)
+        ],
         "simulated together": {form: _mean(rows) for form, rows in many.items()},
         "together": TOGETHER,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
@@ -34,14 +34,21 @@ def resumptions(
     idle: Counters = NOTHING,
     *,
     forward_secrecy: bool = False,
+    every: float = 0.0,
 ) -> dict[str, Any]:
-    """Resume `count` new sessions, at most `window` at a time; what it took. `idle` is the CPU to take off that each
-    process uses anyhow, in seconds a second."""
+    """Resume `count` new sessions, at most `window` at a time, one `every` so many seconds; what it took. `idle` is the
+    CPU to take off that each process uses anyhow, in seconds a second."""
     rig.order("make", count)
     # so that the bank is done with the new stubs
     rig.order("idle", SETTLE_SECONDS)
     meter = rig.meter()
-    order = {"window": window, "count": count, "children": children, "forward_secrecy": forward_secrecy}
+    order = {
+        "window": window,
+        "count": count,
+        "children": children,
+        "forward_secrecy": forward_secrecy,
+        "every": every,
+    }
     outcome = rig.order("storm", order)
     rig.order("idle", SETTLE_SECONDS)
     return _summary(outcome, meter, idle)
@@ -132,27 +139,46 @@ def growth(rig: Rig, sizes: list[int], sample: int, window: int, progress: Progr
     before = rig.meter().read()["sidecar"]["rss_mb"]
     for size in sizes:
         counted, began = rig.counters(), time.monotonic()
-        while present < size:
-            bundle = min(FILL_BUNDLE, size - present)
-            rig.order("make", bundle)
-            order = {"window": window, "count": bundle, "children": Children.NONE}
-            outcome = rig.order("storm", order)
-            if outcome["confirmed"] != bundle:
-                counted = {name: value for name, value in rig.counters().items() if value}
-                raise RuntimeError(
-                    f"{bundle - outcome['confirmed']} of {bundle} resumptions failed with {present} SAs there: "
-                    f"{outcome['states']}, answers ignored {outcome['unproven']}; the gateway counts {counted}"
-                )
-            present += bundle
-            progress(f"{present} SAs", present / sizes[-1])
-        # what the last ones left to do is not of the sample
-        rig.order("idle", 3.0)
+        fill(rig, present, size, window, lambda there: progress(f"{there} SAs", there / sizes[-1]))
+        present = max(present, size)
         result = resumptions(rig, sample, window)
         activations = _activations(counted, rig.counters(), time.monotonic() - began)
         octets = (result["processes"]["sidecar"]["rss_mb"] - before) * 1e6 / (size + sample)
         rows.append({"sas": size, **activations, **result, "sidecar_octets_per_sa": round(octets)})
         present += sample
     return {"rows": rows, "sample": sample, "window": window}
+
+
+def fill(rig: Rig, present: int, size: int, window: int, progress: Callable[[int], None]) -> None:
+    """Have charon, which has `present` SAs, have `size`. Raises RuntimeError."""
+    while present < size:
+        bundle = min(FILL_BUNDLE, size - present)
+        rig.order("make", bundle)
+        outcome = rig.order("storm", {"window": window, "count": bundle, "children": Children.NONE})
+        if outcome["confirmed"] != bundle:
+            counted = {name: value for name, value in rig.counters().items() if value}
+            raise RuntimeError(
+                f"{bundle - outcome['confirmed']} of {bundle} resumptions failed with {present} SAs there: "
+                f"{outcome['states']}, answers ignored {outcome['unproven']}; the gateway counts {counted}"
+            )
+        present += bundle
+        progress(present)
+    # what the last ones left to do is not of what follows
+    rig.order("idle", 3.0)
+
+
+def one_by_one(
+    rig: Rig, sizes: Sequence[int], count: int, every: float, window: int, idle: Counters, progress: Progress
+) -> list[dict[str, Any]]:
+    """The price of `count` sessions that come one `every` so many seconds, to a charon with `sizes` SAs. `window`: how
+    many of those come at a time."""
+    rows, present = [], 0
+    for size in sizes:
+        fill(rig, present, size, window, lambda there: progress(f"{there} SAs", there / sizes[-1]))
+        rows.append({"sas": size, **resumptions(rig, count, count, idle=idle, every=every)})
+        present = max(present, size) + count
+    rig.order("end", None)
+    return rows
 
 
 def _activations(before: Counters, after: Counters, seconds: float) -> dict[str, float]:

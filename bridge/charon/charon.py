@@ -156,6 +156,12 @@ class Charon:
     async def end(self, spis: Collection[bytes]) -> int:
         """End IKE_SAs, given by both SPIs, whether their peers answer or not; how many charon had. Their peers get a
         DELETE, updown scripts and accounting see the end, and virtual IPs are released. Raises ViciError."""
+        if any(self.installer.is_passive(one) for one in spis):
+            # charon sends no DELETE for an SA that is PASSIVE
+            try:
+                await self.installer.activate()
+            except ChannelError as error:
+                raise ViciError(f"the IKE_SA cannot be activated: {error}") from error
         found: dict[bytes, str] = {}
         for one in spis:
             sa = self.tracker.sas.get(one)

@@ -278,13 +278,31 @@ class HaChannel:
         for count, message in enumerate(messages):
             if count % BURST == 0:
                 await self._below(QUEUE_HIGH)
-            try:
-                self._socket.send(message)
-            except BlockingIOError:
+            while not self._sent(message):
                 await self._below(QUEUE_HIGH)
-                self._socket.send(message)
-            except OSError as error:
-                raise ChannelError(f"charon does not take HA messages: {error.strerror}") from error
+                await self._naps.nap(NAP_SECONDS)
+
+    def _sent(self, message: bytes) -> bool:
+        """False where the kernel has no room for it now. Raises ChannelError."""
+        assert self._socket is not None
+        try:
+            self._socket.send(message)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise ChannelError(f"charon does not take HA messages: {error.strerror}") from error
+        return True
+
+    def send_now(self, message: bytes, *, to: int) -> bool:
+        """Send one message without waiting; False where the charon whose end has the inode `to` is not there, or has so
+        much to read that it may not get it."""
+        end = self.charon_socket()
+        if end is None or end.inode != to or end.queued >= QUEUE_HIGH:
+            return False
+        try:
+            return self._sent(message)
+        except ChannelError:
+            return False
 
     async def drained(self) -> None:
         """Wait until charon has handled all that was sent before this call. Raises ChannelError.

@@ -2,13 +2,16 @@
 
 An SA is installed as the HA peer's, which leaves it PASSIVE, with an address of one of charon's segments
 (`ha_segments`); activating that segment activates all that were installed into it; then each gets its peer's address.
+The CHILD_SAs of an SA that is PASSIVE carry traffic: it has its peer's address while they are installed.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import structlog
 
@@ -47,6 +50,41 @@ async def no_look() -> None:
     """Look where nothing can be asked."""
 
 
+@dataclass(slots=True)
+class _Landed:
+    """An SA that charon has PASSIVE."""
+
+    id: IkeId
+    remote: Endpoint
+    segment: int
+    """of the address that it has"""
+    afterwards: tuple[bytes, ...] = ()
+    """messages that follow once it is active and has its peer's address"""
+
+
+class Watcher(Protocol):
+    """Follows activations. All SAs are given by both SPIs."""
+
+    def begins(self, spis: Sequence[bytes]) -> None:
+        """These are being activated."""
+
+    def done(self, spis: Sequence[bytes]) -> None:
+        """charon has these established."""
+
+    def failed(self, spis: Sequence[bytes]) -> None:
+        """charon was not reached: they stay PASSIVE, for the next activation."""
+
+    def lost(self, spis: Sequence[bytes]) -> None:
+        """The charon that had them is gone."""
+
+
+class _NoWatcher:
+    def begins(self, spis: Sequence[bytes]) -> None: ...
+    def done(self, spis: Sequence[bytes]) -> None: ...
+    def failed(self, spis: Sequence[bytes]) -> None: ...
+    def lost(self, spis: Sequence[bytes]) -> None: ...
+
+
 class Installer:
     """Installs batches into one charon, one after the other. Raises ChannelError when charon is not there.
 
@@ -68,32 +106,74 @@ class Installer:
         self._blocked = blocked
         self._addresses = landing_addresses(landing.count)
         self._landing_addresses = frozenset(self._addresses.values())
-        self._landed: list[Install] = []
-        self._afterwards: list[bytes] = []
-        """what follows once these are active"""
+        self.watcher: Watcher = _NoWatcher()
+        self._landed: dict[bytes, _Landed] = {}
+        """by both SPIs, the oldest first"""
+        self._activating: dict[bytes, _Landed] = {}
+        self._undeleted: dict[IkeId, int | None] = {}
+        """SAs that were to be deleted while charon did not read its channel, and in which charon"""
         self._where: int | None = None
         """the charon that has them"""
-        self._one_at_a_time = asyncio.Lock()
+        self._sending = asyncio.Lock()
+        """what belongs together reaches charon together"""
+        self._activations = asyncio.Lock()
+        """one at a time; what lands meanwhile waits for no handshake"""
 
     async def install(self, batch: Sequence[Install]) -> None:
-        """Install and activate all of `batch`; done when charon has them established.
+        """Install and activate all of `batch`, then their CHILD_SAs; done when charon has them established.
 
         Raises HaError, with nothing sent, where one of them does not fit the format; ChannelError.
         """
-        async with self._one_at_a_time:
-            await self._land(batch)
-            await self._activate()
+        async with self._sending:
+            await self._land(batch, passive_children=False)
+        await self.activate()
 
     async def land(self, batch: Sequence[Install]) -> None:
-        """Have charon take in all of `batch`, for the next activation. Raises as `install`."""
-        async with self._one_at_a_time:
-            await self._land(batch)
+        """Have charon take in all of `batch`, with their CHILD_SAs, for the next activation; done when it has them
+        PASSIVE. Raises as `install`."""
+        async with self._sending:
+            await self._land(batch, passive_children=True)
+            await self._channel.drained()
 
     async def activate(self) -> None:
-        """Activate all that landed; done when charon has them established. Raises ChannelError, and then they are not
-        to be had any more."""
-        async with self._one_at_a_time:
-            await self._activate()
+        """Activate all that landed; done when charon has them established. Raises ChannelError."""
+        async with self._activations:
+            if self._landed:
+                await self._activate()
+
+    async def take_up(self, left: Sequence[tuple[IkeId, Endpoint]]) -> None:
+        """Have SAs activated, with the address of their peers, that charon has PASSIVE from a sidecar before this one.
+        Raises ChannelError."""
+        async with self._sending:
+            self._where_now()
+            segment = self._landing.next(asyncio.get_running_loop().time())
+            landed = [_Landed(ike_id, remote, segment) for ike_id, remote in left]
+            await self._channel.send(self._moved(landed))
+            self._landed |= {one.id.spis: one for one in landed}
+        await self.activate()
+
+    @property
+    def where(self) -> int | None:
+        """The charon that was installed into last, by the inode of its end of the HA channel."""
+        return self._where
+
+    def forget(self, spis: bytes) -> None:
+        """charon does not have an SA (both SPIs) any more: it is not activated."""
+        self._landed.pop(spis, None)
+        self._activating.pop(spis, None)
+
+    def is_passive(self, spis: bytes) -> bool:
+        """Whether charon has an SA (both SPIs) that is to be activated yet."""
+        return spis in self._landed or spis in self._activating
+
+    def set_next_id_now(self, ike_id: IkeId, number: int) -> bool:
+        """The message ID of the peer's next request on an SA that is PASSIVE; whether the charon that has it was told:
+        it is there, and reads what it is sent."""
+        version = self._channel.version
+        if version is None or ike_id.spis not in self._landed or self._where is None:
+            return False
+        message = next_id_message(version, ike_id, MessageType.IKE_MID_RESPONDER, number)
+        return self._channel.send_now(message, to=self._where)
 
     def lands_at(self, address: str) -> bool:
         """Whether SAs have this address between their installation and their activation."""
@@ -106,31 +186,77 @@ class Installer:
             self._blocked()
         return self._landing.wait(now)
 
-    async def _land(self, batch: Sequence[Install]) -> None:
+    def _where_now(self) -> None:
+        """What landed in another charon is gone."""
+        where = self._whose()
+        if where != self._where and self._landed:
+            lost, self._landed = list(self._landed), {}
+            self.watcher.lost(lost)
+        self._where = where
+
+    async def _land(self, batch: Sequence[Install], *, passive_children: bool) -> None:
         segment = self._landing.next(asyncio.get_running_loop().time())
         # all of it before any is sent: of an incomplete message charon would derive other keys
-        messages, afterwards = list(self._installs(batch, segment)), list(self._activated(batch))
-        if not self._landed:
-            self._where = self._whose()
+        messages = list(self._installs(batch, segment, children=passive_children))
+        landed = [
+            _Landed(install.id, install.remote, segment, tuple(self._activated(install, children=not passive_children)))
+            for install in batch
+        ]
+        self._where_now()
+        await self.delete_left()
         await self._channel.send(messages)
-        self._landed += batch
-        self._afterwards += afterwards
+        self._landed |= {one.id.spis: one for one in landed}
 
     async def _activate(self) -> None:
-        clock = asyncio.get_running_loop().time
-        batch, self._landed = self._landed, []
-        afterwards, self._afterwards = self._afterwards, []
-        if self._whose() != self._where:
-            raise ChannelError("charon was restarted before the rebuilt SAs were active")
-        installed_in = self._landing.next(clock())
-        few = len(batch) <= FEW
+        self._look_for_charon()
         # charon has all of them before it is asked for handshakes: until then they look like some
         await self._channel.drained()
-        segment = await self._free_segment()
-        if segment != installed_in:
-            await self._channel.send(self._moved(batch, segment))
+        while True:
+            segment = await self._free_segment()
+            async with self._sending:
+                # both may have taken long
+                self._look_for_charon()
+                if self._landing.to_activate(asyncio.get_running_loop().time()) == segment:
+                    await self._activate_in(segment)
+                    return
+
+    async def _activate_in(self, segment: int) -> None:
+        self._activating, self._landed = self._landed, {}
+        self.watcher.begins(list(self._activating))
+        try:
+            await self._activate_now(self._activating, segment)
+        except BaseException:
+            # SAs that were removed meanwhile are in neither
+            self._landed, self._activating = self._activating, {}
+            self.watcher.failed(list(self._landed))
+            raise
+        active, self._activating = list(self._activating), {}
+        self.watcher.done(active)
+
+    def _look_for_charon(self) -> None:
+        """Raises ChannelError where the charon that has what landed is gone."""
+        if self._whose() != self._where:
+            lost, self._landed = list(self._landed), {}
+            self.watcher.lost(lost)
+            raise ChannelError("charon was restarted before the rebuilt SAs were active")
+
+    async def _activate_now(self, landed: dict[bytes, _Landed], segment: int) -> None:
+        clock = asyncio.get_running_loop().time
+        few = len(landed) <= FEW
+        elsewhere = [one for one in landed.values() if one.segment != segment]
+        if elsewhere:
+            for one in elsewhere:
+                one.segment = segment
+            await self._channel.send(self._moved(elsewhere))
             if not few:
                 await self._channel.drained()
+        version = self._version()
+        # without those that were removed meanwhile
+        afterwards = [
+            message
+            for one in landed.values()
+            for message in (address_message(version, one.id, one.remote), *one.afterwards)
+        ]
         began = clock()
         if few:
             await self._channel.send(chain(self._activation(segment), afterwards))
@@ -143,7 +269,7 @@ class Installer:
             await self._channel.send(afterwards)
             await self._channel.drained()
         self._landing.disturbed(segment, clock(), self.toggle_seconds)
-        self._landing.established.update(self._landing.segment_of(install.remote.address) for install in batch)
+        self._landing.established.update(self._landing.segment_of(one.remote.address) for one in landed.values())
 
     async def _free_segment(self) -> int:
         """A segment without a handshake in progress. Waits where each has one: charon ends them after a while."""
@@ -165,10 +291,10 @@ class Installer:
             self._blocked()
             await asyncio.sleep(max(BLOCKED_SECONDS, min(LOOK_SHARE * took, LONGEST_PAUSE)))
 
-    def _moved(self, batch: Sequence[Install], segment: int) -> Iterator[bytes]:
+    def _moved(self, landed: Sequence[_Landed]) -> Iterator[bytes]:
         version = self._version()
-        for install in batch:
-            yield address_message(version, install.id, Endpoint(self._addresses[segment], install.remote.port))
+        for one in landed:
+            yield address_message(version, one.id, Endpoint(self._addresses[one.segment], one.remote.port))
 
     def _version(self) -> int:
         """That of the messages of the charon that is there. Raises ChannelError where it is not known: it was replaced,
@@ -182,13 +308,19 @@ class Installer:
         end = self._channel.charon_socket()
         return None if end is None else end.inode
 
-    def _installs(self, batch: Sequence[Install], segment: int) -> Iterator[bytes]:
+    def _installs(self, batch: Sequence[Install], segment: int, *, children: bool) -> Iterator[bytes]:
         version = self._version()
         landing = self._addresses[segment]
         for install in batch:
             yield add_message(version, install, landing)
             yield update_message(version, install, landing)
             yield from message_id_messages(version, install)
+            if children and install.children:
+                # these take over the addresses that their IKE_SA has
+                yield address_message(version, install.id, install.remote)
+                for child in install.children:
+                    yield child_message(version, install.id, child)
+                yield address_message(version, install.id, Endpoint(landing, install.remote.port))
 
     def _activation(self, segment: int) -> Iterator[bytes]:
         version = self._version()
@@ -196,16 +328,14 @@ class Installer:
         yield segment_message(version, MessageType.SEGMENT_TAKE, segment)
         yield segment_message(version, MessageType.SEGMENT_DROP, segment)
 
-    def _activated(self, batch: Sequence[Install]) -> Iterator[bytes]:
-        """What follows once they are active."""
+    def _activated(self, install: Install, *, children: bool) -> Iterator[bytes]:
+        """What follows once it is active and has its peer's address."""
         version = self._version()
-        for install in batch:
-            yield address_message(version, install.id, install.remote)
-            # these take over the addresses that their IKE_SA has
+        if children:
             for child in install.children:
                 yield child_message(version, install.id, child)
-            if install.replaces is not None:
-                yield delete_message(version, install.replaces)
+        if install.replaces is not None:
+            yield delete_message(version, install.replaces)
 
     async def set_next_id(self, ike_id: IkeId, number: int, *, own: bool) -> None:
         """The message ID of this host's (`own`) or of the peer's next request on an SA. Raises ChannelError."""
@@ -217,8 +347,25 @@ class Installer:
     async def delete(self, ike_ids: Sequence[IkeId]) -> None:
         """Drop SAs without a DELETE or an event."""
         version = self._channel.version
+        removed = [ike_id.spis for ike_id in ike_ids if self.is_passive(ike_id.spis)]
+        for spis in removed:
+            self.forget(spis)
+        self.watcher.lost(removed)
         if version is not None and ike_ids:
-            await self._channel.send([delete_message(version, ike_id) for ike_id in ike_ids])
+            where = self._whose()
+            try:
+                await self._channel.send([delete_message(version, ike_id) for ike_id in ike_ids])
+            except ChannelError:
+                # what charon has in its socket it will execute
+                self._undeleted |= dict.fromkeys(ike_ids, where)
+                raise
+
+    async def delete_left(self) -> None:
+        """Drop what could not be dropped before. Raises ChannelError."""
+        left, self._undeleted = self._undeleted, {}
+        here = self._whose()
+        if again := [ike_id for ike_id, where in left.items() if where == here and where is not None]:
+            await self.delete(again)
 
     async def resync(self, segments: set[int]) -> None:
         """Ask charon for everything about the SAs of these segments; it rekeys their CHILD_SAs afterwards."""

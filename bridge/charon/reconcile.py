@@ -283,6 +283,7 @@ class Reconciler:
         self._placeholders.listed(since)
         self._tracker.half_open.listed(connecting, since)
         missing = comparison.end()
+        await self._installer.delete_left()
         await self._remove_strays(strays)
         return missing, since
 
@@ -324,8 +325,32 @@ class Reconciler:
         here."""
         old = [info for spis, info in strays.items() if spis in self._strays]
         self._strays = set(strays)
-        if old:
+        if old and (old := await self._take_up(old)):
             await self._installer.delete([IkeId.of(info.spi_i, info.spi_r, info.initiator) for info in old])
             log.info("leftover-sas-removed", sas=len(old))
         elif strays:
             self._due.set()
+
+    async def _take_up(self, left: list[SaInfo]) -> list[SaInfo]:
+        """Activate those of these SAs that the bank has: a sidecar before this one confirmed them, and ended before
+        they were active. Gives the others, none while that cannot be found out."""
+        known = await self.recover(left)
+        if known is None:
+            return []
+        # another task may have begun to install one of them
+        known = [sa for sa in known if sa.id.spis not in self._tracker.sas and sa.remote is not None]
+        if known:
+            for sa in known:
+                self._tracker.adopt(sa)
+            try:
+                await self._installer.take_up([(sa.id, sa.remote) for sa in known if sa.remote is not None])
+            except ChannelError:
+                # the next comparison finds them again
+                for sa in known:
+                    self._tracker.forget(sa.id)
+                    self._installer.forget(sa.id.spis)
+                raise
+            log.info("leftover-sas-activated", sas=len(known))
+            self._due.set()
+        taken = {sa.id.spis for sa in known}
+        return [info for info in left if info.spis not in taken]

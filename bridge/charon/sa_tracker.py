@@ -119,7 +119,7 @@ class SaTracker:
                     self.on_own_request()
                     self._own_request(sa, message.first(Attr.MID, 0), genuine)
             case MessageType.IKE_MID_RESPONDER:
-                self._verified(ike_id, message.first(Attr.MID, 0))
+                self.verified(ike_id, message.first(Attr.MID, 0))
             case MessageType.IKE_DELETE:
                 self._delete(ike_id)
             case MessageType.CHILD_DELETE:
@@ -160,7 +160,9 @@ class SaTracker:
             if sa.up:
                 self.on_message_id(sa)
 
-    def _verified(self, ike_id: IkeId, next_id: int) -> None:
+    def verified(self, ike_id: IkeId, next_id: int) -> None:
+        """A protected request of the peer was verified, by charon or with the same keys; `next_id` is the Message ID of
+        the peer's next one."""
         sa = self.sas.get(ike_id.spis)
         if sa is not None and sa.requests is not None:
             sa.requests.of_peer = self._clock()

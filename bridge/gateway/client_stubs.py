@@ -126,16 +126,17 @@ class ClientStubs:
 
     # GET Stub
 
+    def concerns(self, packet: Packet) -> bool:
+        """Whether a message is about an SA that is here or expected. A flood of others shall cost no more than this."""
+        spis = packet.ike[:SPIS_OCTETS]
+        return spis in self._tracker.sas or self.lost.get(spis) is not None or self._expected(spis)
+
     def received(self, packet: Packet) -> StubMessage | None:
         """Take in a message of exchange type 240. Answers GET Stub and Probe; gives a Moving, which is not proved
         yet."""
         spis = packet.ike[:SPIS_OCTETS]
         expected = self._expected(spis)
         lost = self.lost.get(spis) if spis not in self._tracker.sas else None
-        if spis not in self._tracker.sas and lost is None and not expected:
-            # a flood of messages about SAs that do not exist shall cost no more than this
-            packet.drop()
-            return None
         try:
             message = parse_stub_message(packet.ike)
         except MalformedMessage as error:

@@ -1,8 +1,10 @@
-"""Rebuilt SAs into charon, all that are ready with one activation; then their clients are answered."""
+"""Rebuilt SAs into charon, all that are ready together; then their clients are answered. Those that charon has to
+confirm itself are activated first (bridge.gateway.activation)."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -12,6 +14,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import HaError
 from bridge.charon.ha_segments import LONGEST_PAUSE
+from bridge.gateway.activation import Activation
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.rebuilt_state import Event
@@ -23,7 +26,7 @@ log = structlog.get_logger()
 INSTALL_BATCH = 512
 """SAs in one installation at most: an activation that is due shall not wait long"""
 GATHER_SECONDS = 0.05
-"""for what comes between activations, at most: charon takes it in meanwhile"""
+"""between two looks whether an activation may be, at most"""
 WORTH = 3.0
 """an activation that takes t waits so many t, at most, for others that are on their way: the next one is far"""
 POLL_SECONDS = 0.001
@@ -39,6 +42,7 @@ class InstallQueue:
         self,
         charon: Charon,
         unconfirmed: Unconfirmed,
+        activation: Activation,
         metrics: GatewayMetrics,
         answer: Callable[[Packet, bytes], None],
         give_up: Callable[[Packet, Rebuilt], None],
@@ -48,6 +52,7 @@ class InstallQueue:
     ) -> None:
         self._charon = charon
         self._unconfirmed = unconfirmed
+        self._activation = activation
         self._metrics = metrics
         self._answer = answer
         self._refuse = give_up
@@ -55,12 +60,12 @@ class InstallQueue:
         self._clock = clock
         self._prepared: list[Prepared] = []
         self._landed: list[Prepared] = []
-        """what charon has, to be activated"""
-        self._installable = asyncio.Event()
+        """what charon has, to be activated before the answer"""
+        self._added = asyncio.Event()
         self._since = 0.0
         """when the first of it began to land"""
         self._took = 0.0
-        """seconds that landing took"""
+        """seconds that their installation took"""
         self._working = False
 
     @property
@@ -72,7 +77,7 @@ class InstallQueue:
         """Install `made` soon, and answer `packet` then; or let the packet go on to charon."""
         self._unconfirmed.add(made)
         self._prepared.append((packet, made))
-        self._installable.set()
+        self._added.set()
 
     def close(self) -> None:
         """Let go of packets that were not answered yet; `run` must have ended."""
@@ -85,11 +90,10 @@ class InstallQueue:
         """Install batch after batch, activate as often as that may be; meanwhile the next stubs are fetched."""
         installer = self._charon.installer
         while True:
-            await self._installable.wait()
-            if (wait := installer.wait()) > 0:
-                await asyncio.sleep(min(wait, GATHER_SECONDS))
-            elif self._landed and not self._prepared:
-                await asyncio.sleep(POLL_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                # what charon has waits for its activation, what was just added for nothing
+                async with asyncio.timeout(self._pause() if self._landed else None):
+                    await self._added.wait()
             batch, self._prepared = self._prepared[:INSTALL_BATCH], self._prepared[INSTALL_BATCH:]
             self._working = True
             try:
@@ -98,8 +102,11 @@ class InstallQueue:
                     await self._activate()
             finally:
                 self._working = False
-            if not self.busy:
-                self._installable.clear()
+            if not self._prepared:
+                self._added.clear()
+
+    def _pause(self) -> float:
+        return min(self._charon.installer.wait(), GATHER_SECONDS) or POLL_SECONDS
 
     def _enough(self) -> bool:
         """Whether no more are on the way, or those installed have waited for others as long as is worth it."""
@@ -130,9 +137,6 @@ class InstallQueue:
         began = self._clock()
         try:
             await self._charon.installer.land([made.install for _, made in batch])
-            if not self._landed:
-                self._since = began
-            self._landed += batch
         except HaError as error:
             if len(batch) > 1:
                 # one stub that cannot be encoded for charon must not cost the others their turn
@@ -142,29 +146,58 @@ class InstallQueue:
             log.warning("stub-not-installable", index=str(batch[0][1].old.index), reason=str(error))
             self._give_up(batch)
         except Exception as error:
-            self._failed(batch, error)
-        self._took += self._clock() - began
+            await self._failed(batch, error)
+        else:
+            try:
+                await self._sort(batch, began)
+            except Exception as error:
+                self._landed = [pair for pair in self._landed if pair not in batch]
+                await self._failed([pair for pair in batch if pair[0].held], error)
 
-    def _failed(self, batch: list[Prepared], error: Exception) -> None:
+    async def _sort(self, batch: list[Prepared], began: float) -> None:
+        """Answer those whose clients can confirm them before they are active."""
+        first: list[Prepared] = []
+        ready: list[Prepared] = []
+        for pair in batch:
+            (ready if self._activation.can_confirm(pair[1]) else first).append(pair)
+            self._activation.landed(pair[1])
+        took = self._clock() - began
+        if first:
+            if not self._landed:
+                self._since = began
+            self._landed += first
+            self._took += took
+        if ready:
+            self._metrics.install_seconds.observe(took)
+            await self._answer_all(ready)
+
+    async def _failed(self, batch: list[Prepared], error: Exception) -> None:
         if isinstance(error, ChannelError):
             log.error("install-failed", sas=len(batch), reason=str(error))
         else:
             log.error("install-failed", sas=len(batch), exc_info=error)
+        ike_ids = [made.sa.id for _, made in batch]
+        sharing = self._charon.sharing(ike_ids)
         self._give_up(batch)
+        # charon may have them, or have them still to read
+        await self._unconfirmed.drop(ike_ids, sharing=sharing)
 
     async def _activate(self) -> None:
         landed, self._landed = self._landed, []
         try:
             await self._activate_and_answer(landed)
         except Exception as error:
-            self._failed([pair for pair in landed if pair[0].held], error)
+            await self._failed([pair for pair in landed if pair[0].held], error)
 
     async def _activate_and_answer(self, landed: list[Prepared]) -> None:
         took, self._took = self._took, 0.0
         began = self._clock()
         await self._charon.installer.activate()
         self._metrics.install_seconds.observe(took + self._clock() - began)
-        self._metrics.activation_seconds.observe(self._charon.installer.toggle_seconds)
+        await self._answer_all(landed)
+
+    async def _answer_all(self, landed: list[Prepared]) -> None:
+        """charon has these: tell their clients."""
         rebuilt, void = self._still_wanted(landed)
         while void:
             await self._unconfirmed.drop([made.sa.id for _, made in void])

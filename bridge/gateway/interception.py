@@ -20,12 +20,12 @@ from bridge.service.tasks import end, spawn
 
 class Interception:
     """Gives intercepted batches to `handler` while it is started; `busy` returns whether what was held is being worked
-    on, `flooded` whether more comes than clients send.
+    on, `flooded` whether more comes than clients send; `tag` is what SPIr of rebuilt IKE_SAs ends with.
 
     What does not fit into the queue goes on to charon. In a flood it is dropped instead: charon would keep a half-open
     IKE_SA of each such request, and as long as all its segments have some, no rebuilt SA is activated. Only requests to
     resume are in the queue, whose clients send them again; with intercept.match anywhere, all requests are. In a flood
-    the kernel also meters requests without a cookie (bridge.net.queue_rules).
+    the kernel also meters what it queues (bridge.net.queue_rules).
     """
 
     def __init__(
@@ -34,6 +34,8 @@ class Interception:
         handler: Callable[[list[Packet]], None],
         busy: Callable[[], bool],
         flooded: Callable[[], bool],
+        *,
+        tag: bytes,
     ) -> None:
         self._interceptor = Interceptor(config.queue, handler, busy, lambda: self._liveness.check())
         self._liveness = Liveness(self._interceptor.let_go, self._unnoticed, self._beat)
@@ -41,12 +43,16 @@ class Interception:
         self._only_resumption = config.match == "first"
         self._watch: RulesWatch | None = None
         if config.rules != "external":
-            rules = queue_rules.rules(config.queue, config.match, config.ports or charon_ports())
+            rules = queue_rules.rules(config.queue, config.match, config.ports or charon_ports(), tag=tag)
             self._watch = RulesWatch(
                 "queue", rules, config.rules, matched=queue_rules.matched, metered=queue_rules.metered
             )
         self._bypassed = 0
         self._watching: asyncio.Task[None] | None = None
+
+    def shows_first_requests(self) -> bool:
+        """Whether the rules are in place that show requests on rebuilt IKE_SAs; an operator's own do not."""
+        return self._watch is not None and self._watch.in_place
 
     async def start(self) -> None:
         """Take the queue over and set its rules, as soon as that works."""
@@ -68,9 +74,9 @@ class Interception:
 
     def _beat(self) -> None:
         flooded = self._only_resumption and self._flooded()
-        self._interceptor.fail_open(not flooded)
         if flooded:
             self._liveness.flood()
+        self._interceptor.fail_open(not flooded)
 
     def _unnoticed(self) -> None:
         if self._watch is not None:
@@ -106,7 +112,7 @@ class Interception:
         )
         total(
             "nfqueue_metered",
-            "requests without a cookie that the kernel dropped in a flood, in front of the queue",
+            "messages that the kernel dropped in a flood, in front of the queue",
             lambda: watch.counted("metered"),
         )
         metrics.gauge(

@@ -61,16 +61,24 @@ class GatewayMetrics(Metrics):
         self._hook_failures = self.counter(
             "hook_failures", "events of sessions that hooks.session did not take", ("reason",)
         )
+        self.checks_answered = self.counter(
+            "liveness_checks_answered", "requests of clients answered for charon while it had the IKE_SA PASSIVE"
+        )
+        self.requests_held = self.counter(
+            "requests_held", "requests of clients held until charon had activated the IKE_SA"
+        )
+        self.strays = self.counter("stray_messages", "messages dropped that are about no IKE_SA here, or not authentic")
         self.handed = self.counter("stubs_handed", "stubs given to clients that asked for theirs")
         self.presented = self.counter("stubs_presented", "requests served with a stub that the client held")
         self.bank_errors = self.counter("bank_errors", "failed look-ups in the bank")
         self.bank_seconds = self.histogram("bank_get_seconds", "time to fetch the stubs of one batch of requests")
         self.ping_seconds = self.histogram("bank_ping_seconds", "time that the bank takes to answer")
         self.install_seconds = self.histogram(
-            "install_seconds", "time to install IKE_SAs that share an activation, and for that; pauses are not in it"
+            "install_seconds",
+            "time to install the IKE_SAs of one batch, and to activate those that are active before the answer",
         )
         self.activation_seconds = self.histogram(
-            "activation_seconds", "of that: how long the IKE_SAs of one segment did not answer, at most"
+            "activation_seconds", "how long the IKE_SAs of one segment did not answer during an activation, at most"
         )
 
     def expect(self, refusals: Iterable[str], demands: Iterable[str]) -> None:

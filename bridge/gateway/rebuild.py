@@ -33,6 +33,7 @@ from bridge.stub.types import Endpoint
 
 NONE: AbstractSet[bytes] = frozenset()
 RESUMED = Trait.AUTHENTICATION_INHERITED | Trait.COMPANION
+SPI_OCTETS = 8
 ATTEMPTS_PER_STUB = 4
 """unconfirmed SAs from one stub at most: a client may start again, and an old request of a client may be replayed"""
 
@@ -51,7 +52,8 @@ NOT_EXCHANGED = _Exchanged(None, b"")
 
 
 class Decision:
-    """Judges requests, and rebuilds the SAs of those that pass."""
+    """Judges requests, and rebuilds the SAs of those that pass. `tag`: what their SPIr ends with, so that the packet
+    filter finds requests on them (bridge.net.queue_rules)."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class Decision:
         admission: Admission,
         holders: AddressHolders,
         sync: SyncConfig,
+        tag: bytes = b"",
         *,
         random: Callable[[int], bytes] = os.urandom,
         wall: Callable[[], float] = time.time,
@@ -76,6 +79,7 @@ class Decision:
         self._admission = admission
         self._holders = holders
         self._sync = sync
+        self._tag = tag
         self._children = children_policy(sync.children_in_exchange, sync.children_at_once)
         self._random = random
         self._wall = wall
@@ -134,7 +138,7 @@ class Decision:
     def _rebuild(
         self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub, exchanged: _Exchanged
     ) -> Rebuilt:
-        ike_id = IkeId.of(request.spi_i, self._random(8), False)
+        ike_id = IkeId.of(request.spi_i, self._random(SPI_OCTETS - len(self._tag)) + self._tag, False)
         nonce = self._random(NONCE_OCTETS)
         suite = stub.suite
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
@@ -219,7 +223,13 @@ class Decision:
         )
         known = self._charon.tracker.sas
         return Rebuilt(
-            digest, response, stub, sa, install, tuple(known[spis].id for spis in leftovers if spis in known)
+            digest,
+            response,
+            stub,
+            sa,
+            install,
+            resumption,
+            tuple(known[spis].id for spis in leftovers if spis in known),
         )
 
     def _authenticated_until(self, stub: Stub, now: int) -> int:

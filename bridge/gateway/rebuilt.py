@@ -8,6 +8,7 @@ from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.gateway.rebuilt_state import REBUILT, Event, State
+from bridge.ike.keys import Resumption
 from bridge.stub.stub import Stub
 
 
@@ -21,6 +22,8 @@ class Rebuilt:
     old: Stub
     sa: IkeSa
     install: Install
+    resumption: Resumption
+    """what all its keys come from"""
     leftovers: tuple[IkeId, ...] = ()
     """SAs here of the same session from before it was at another gateway: they go when this one is confirmed"""
     state: State = REBUILT.first

@@ -2,9 +2,10 @@
 
 Packets come in batches and stay in order; one task takes all that wait, has their stubs looked up in one round trip and
 each request judged (`decision`), and gives what is to be rebuilt to the next batch that is installed (`batches`), which
-answers. What was rebuilt is removed again unless its client confirms it (`unconfirmed`). A request that is refused goes
-on to charon as it came; but a client that cannot go on with charon's answer receives a notification, since charon
-would keep a half-open IKE_SA of its request. What fails here goes to charon.
+answers. Requests on what was rebuilt come to `activation` until charon processes them. What was rebuilt is removed
+again unless its client confirms it (`unconfirmed`). A request that is refused goes on to charon as it came; but a
+client that cannot go on with charon's answer receives a notification, since charon would keep a half-open IKE_SA of its
+request. What fails here goes to charon.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import structlog
 
 from bridge.charon.charon import Charon
 from bridge.config import SyncConfig
+from bridge.gateway.activation import Activation
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission, Demand, Verdict
 from bridge.gateway.install_queue import InstallQueue
@@ -30,8 +32,10 @@ from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.rebuilt_state import State
 from bridge.gateway.recent import Recent
 from bridge.gateway.refusal import Refusal, notification
+from bridge.gateway.strays import Strays
 from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.gateway.unconfirmed import Unconfirmed
+from bridge.ike.client_requests import ESTABLISHED
 from bridge.ike.cookie import glance
 from bridge.ike.message import ExchangeType, MalformedMessage
 from bridge.ike.sync_exchange import SyncRequest, parse_request, sync_comes_first
@@ -62,7 +66,8 @@ def _digest(packet: Packet) -> bytes:
 
 class Responder:
     """Answers IKE_SA_SYNC on one gateway. `packets` takes intercepted batches; what charon says of rebuilt SAs goes to
-    `unconfirmed`, messages of exchange type 240 to `stub_message`."""
+    `unconfirmed` and `activation`, messages of exchange type 240 to `stub_message`; `intercepted` returns whether
+    first requests on rebuilt SAs are among the packets."""
 
     def __init__(
         self,
@@ -76,6 +81,7 @@ class Responder:
         sync: SyncConfig,
         metrics: GatewayMetrics,
         stub_message: Callable[[Packet], None],
+        intercepted: Callable[[], bool] = lambda: False,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -90,8 +96,17 @@ class Responder:
         metrics.expect(Refusal, Demand)
         self._stub_message = stub_message
         self._clock = clock
+        self.strays = Strays(metrics, clock=clock)
+        self.activation = Activation(charon, metrics, self.strays, self._answer, intercepted, self._coming, clock=clock)
         self._batches = InstallQueue(
-            charon, self.unconfirmed, metrics, self._answer, self._not_installed, self._coming, clock=clock
+            charon,
+            self.unconfirmed,
+            self.activation,
+            metrics,
+            self._answer,
+            self._not_installed,
+            self._coming,
+            clock=clock,
         )
         self._refused_is = sync.refused
         self._look_seconds = min(1.0, sync.confirm_timeout / 4)
@@ -111,6 +126,7 @@ class Responder:
         self._tasks = [
             spawn("serve", self._serve()),
             spawn("install", self._batches.run()),
+            spawn("activate", self.activation.run()),
             spawn("unconfirmed", self._keep_looking()),
         ]
 
@@ -122,11 +138,17 @@ class Responder:
         self._waiting.clear()
         self._batches.close()
         await self.unconfirmed.close()
+        await self.activation.close()
 
     @property
     def demanding(self) -> bool:
         """Whether every request must carry a cookie now."""
         return self._admission.demanding(self._load, self._clock())
+
+    @property
+    def flooded(self) -> bool:
+        """Whether more comes than clients send."""
+        return self.demanding or self.strays.are_a_flood
 
     @property
     def sync_last(self) -> int:
@@ -157,7 +179,11 @@ class Responder:
         requests = 0
         demands: Counter[Demand] = Counter()
         for packet in batch:
-            if packet.ike[EXCHANGE_OFFSET] == ExchangeType.STUB:
+            exchange = packet.ike[EXCHANGE_OFFSET]
+            if exchange in ESTABLISHED:
+                self.activation.packet(packet)
+                continue
+            if exchange == ExchangeType.STUB:
                 self._stub_message(packet)
                 continue
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
@@ -61,6 +62,7 @@ from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.gateway.uniqueness import Uniqueness
 from bridge.ike.cookie import Cookies
 from bridge.net.interface import Packet, Sender
+from bridge.net.queue_rules import TAG_OCTETS
 from bridge.service.control import Answer, Command, ControlServer
 from bridge.service.process import log_level, raw_udp, serve_metrics
 from bridge.service.tasks import end, spawn
@@ -163,7 +165,8 @@ class GatewayRole:
         unconfirmed.went_on = lambda sa, old: self._publisher.moved(sa, old)
         admission = Admission(config.sync, Cookies(), unconfirmed.of_source)
         holders = AddressHolders(charon, bank, config.address)
-        decision = Decision(charon, known, self._stubs, unconfirmed, admission, holders, config.sync)
+        tag = os.urandom(TAG_OCTETS)
+        decision = Decision(charon, known, self._stubs, unconfirmed, admission, holders, config.sync, tag)
         self._responder = Responder(
             charon,
             lookup,
@@ -175,6 +178,7 @@ class GatewayRole:
             config.sync,
             self._metrics,
             self._stub_message,
+            lambda: self._interception.shows_first_requests(),
         )
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
         self._keeper = AddressKeeper(charon, AddressBook(bank), limit=config.ha.placeholders)
@@ -187,7 +191,8 @@ class GatewayRole:
             config.intercept,
             self._responder.packets,
             self._responder.busy,
-            lambda: self._responder.demanding,
+            lambda: self._responder.flooded,
+            tag=tag,
         )
         self._rotation = KeyRotation(
             bank,
@@ -343,6 +348,7 @@ class GatewayRole:
         """An SA of this gateway ended."""
         self._hooks.gone(sa)
         self._responder.unconfirmed.gone(sa)
+        self._responder.activation.gone(sa.id.spis)
         self._duplicates.gone(sa.id.spis)
         self._authentication.forget(sa)
         self._keeper.gone(sa)
@@ -355,6 +361,7 @@ class GatewayRole:
     def verified(self, ike_id: IkeId) -> None:
         """A request of a client's verified."""
         self._responder.unconfirmed.verified(ike_id)
+        self._responder.activation.verified(ike_id.spis)
         if self._shared is not None:
             self._shared.sessions.verified(ike_id)
 
@@ -378,6 +385,9 @@ class GatewayRole:
 
     def _stub_message(self, packet: Packet) -> None:
         """A client's request for its stub; or its report, not proved yet, about an announcement or a Move."""
+        if not self._stubs.concerns(packet):
+            self._responder.strays.take(packet)
+            return
         report = self._stubs.received(packet)
         if report is not None and not self._failover.report(report):
             self._drain.moving(report)
@@ -406,6 +416,7 @@ class GatewayRole:
             lambda: self._charon.installer.toggle_seconds,
         )
         gauge("unconfirmed", "rebuilt IKE_SAs not confirmed yet", lambda: len(responder.unconfirmed))
+        gauge("not_activated", "rebuilt IKE_SAs that charon has PASSIVE", lambda: len(responder.activation))
         gauge(
             "clients_sync_last",
             "clients that sent IKE_SA_SYNC last within a day, as release 0.1 does; seen with intercept.match anywhere",

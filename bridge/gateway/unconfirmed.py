@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -180,7 +180,9 @@ class Unconfirmed:
         self._charon.tracker.has_come_up(sa)
         self._metrics.resumed.inc()
         self._resumed(sa, made.old)
-        self._charon.sas_soon()
+        if not self._charon.installer.is_passive(sa.id.spis):
+            # of one that is, VICI has little to say
+            self._charon.sas_soon()
         log.info(
             "sa-resumed",
             connection=sa.connection,
@@ -256,7 +258,6 @@ class Unconfirmed:
             await self._remove(late, Event.LATE)
         except ChannelError as error:
             log.warning("unconfirmed-not-removed", reason=str(error))
-            return
         for made in late:
             self._metrics.removed.inc()
             log.info(
@@ -267,11 +268,14 @@ class Unconfirmed:
             )
 
     async def _remove(self, gone: list[Rebuilt], why: Event) -> None:
-        """Raises ChannelError, and then has forgotten none: the next attempt is soon."""
-        if gone and self._charon.channel.ready():
-            await self._charon.remove([made.sa.id for made in gone])
+        """Raises ChannelError; charon's installer repeats what it could not tell charon."""
+        ike_ids = [made.sa.id for made in gone]
+        shared = self._charon.sharing(ike_ids)
+        # before anything is waited for: none of them can be confirmed meanwhile
         for made in gone:
             self.forget(made, why)
+        if gone and self._charon.channel.ready():
+            await self._charon.remove(ike_ids, sharing=shared)
 
     def _later(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         task = spawn(name, work)
@@ -284,9 +288,10 @@ class Unconfirmed:
         except ChannelError as error:
             log.warning("old-sa-not-removed", reason=str(error), **old.id.logged)
 
-    async def drop(self, ike_ids: list[IkeId], *, kept: bool = False) -> None:
-        """Take from charon what a confirmed SA stands for; `kept`: which has their addresses."""
+    async def drop(self, ike_ids: list[IkeId], *, kept: bool = False, sharing: Collection[bytes] | None = None) -> None:
+        """Take from charon what a confirmed SA stands for, or what was given up. `kept`: another SA has their
+        addresses; `sharing` as of Charon.remove."""
         try:
-            await self._charon.remove(ike_ids, kept=kept)
+            await self._charon.remove(ike_ids, kept=kept, sharing=sharing)
         except ChannelError as error:
             log.warning("old-sa-not-removed", reason=str(error))

@@ -88,9 +88,11 @@ class Liveness:
     def beat(self) -> None:
         """Give the kernel a sign of life now; also when the rules were just set again."""
         self.check()
-        self._each()
         noticed = self._tell()
         self._signed_at = self._clock()
+        # a kernel that takes no order now gets it with the next one
+        with contextlib.suppress(OSError):
+            self._each()
         if not noticed:
             self._unnoticed()
 

@@ -5,16 +5,21 @@ Next Payload 200, or 41 and then 200). Requests for a full handshake never enter
 IKE_SA_INIT request does, since a packet filter cannot walk the payloads. Both: GET Stub and Moving, which begin with
 Ni. It goes to one of charon's ports, to any but 500 with the non-ESP marker, and its response flag is clear.
 
+With a `tag`, the two octets that SPIr of each rebuilt IKE_SA ends with: also requests of such IKE_SAs, of the exchange
+types CREATE_CHILD_SA and INFORMATIONAL, whose Message ID is below TAGGED_REQUESTS. charon may not have activated the
+IKE_SA when they come (bridge.gateway.activation).
+
 What matches is counted, then queued if the sidecar has shown within STALL_SECONDS that its event loop runs
 (bridge.net.liveness): the kernel itself forgets a sidecar that stands still, whatever stopped it. The queue is bypassed
 while no process reads it. The rules come after the operator's filter rules, so the firewall decides first: in a table
 of our own at a later priority, or, with iptables, in its table `security`.
 
-While the sidecar says that there is a flood, requests that begin with IKE_SA_SYNC are metered before they are queued:
-all beyond FLOOD_RATE a second are dropped and counted. Requests with a cookie are not metered. Sources are not told
-apart: an attacker could forge the address of a client, and have its requests dropped. The kernel forgets the flood
-FLOOD_SECONDS after it was last told of it. A kernel that cannot meter queues all of them; so do the rules for
-`anywhere`.
+While the sidecar says that there is a flood, what matches is metered before it is queued, and dropped and counted
+beyond a rate: requests that begin with IKE_SA_SYNC (FLOOD_RATE), requests with a cookie, which only the sidecar can
+check (twice as many), and all messages about IKE_SAs that are up (STRAYS_RATE): so a flood of one kind takes no other
+kind's place. Sources are not told apart: an attacker could forge the address of a client, and have its requests
+dropped. The kernel forgets the flood FLOOD_SECONDS after it was last told of it. A kernel that cannot meter queues all
+of them; so do the rules for `anywhere`, but for the last kind.
 
 IPv4 puts fragments together before its input rules, IPv6 after them, so that a fragmented request would never be whole
 there. One more rule, which matches nothing, has the kernel do it first, as connection tracking does, but without
@@ -36,7 +41,8 @@ Match = Literal["first", "anywhere"]
 NAME = "ike-sa-sync"
 """of our nftables table, and of our iptables chain"""
 QUEUE_CHAIN = "ike-sa-sync-queue"
-METER_CHAIN = "ike-sa-sync-meter"
+METER_CHAIN, COOKIE_CHAIN, SA_CHAIN = "ike-sa-sync-meter", "ike-sa-sync-meter-2", "ike-sa-sync-meter-3"
+"""of requests without a cookie, with one, and about IKE_SAs that are up"""
 ALIVE: dict[Family, str] = {"ip": "ike-sa-sync", "ip6": "ike-sa-sync-6"}
 """the lists of xt_recent, with iptables: a list has one mask, that of the first rule that names it"""
 FLOODED: dict[Family, str] = {"ip": "ike-sa-sync-flood", "ip6": "ike-sa-sync-flood-6"}
@@ -51,6 +57,8 @@ FLOOD_PORT = 10
 FLOOD_SECONDS = 2
 FLOOD_RATE = 25_000
 """requests without a cookie a second, about what the sidecar can answer with a cookie on one core"""
+STRAYS_RATE = 10_000
+"""messages about IKE_SAs a second: more than the sidecar can resume"""
 
 # Next Payload, version, exchange type and flags are neighbours: one 32-bit comparison. Of the flags the response flag
 # alone is looked at.
@@ -60,6 +68,13 @@ _FIRST_PAYLOAD = UDP_HEADER + IKE_HEADER
 _NOTIFY_TYPE = 6
 """offset in a Notify payload (RFC 7296 section 3.10)"""
 _MARKER_OCTETS = 4
+_TAG = UDP_HEADER + 14
+"""offset of the last two octets of SPIr"""
+_MESSAGE_ID = UDP_HEADER + 20
+TAGGED_REQUESTS = 32
+"""a power of two: until a rebuilt IKE_SA is active, its client sends fewer requests"""
+_ID_MASK = 0x100000000 - TAGGED_REQUESTS
+TAG_OCTETS = 2
 
 
 def _word(payload: int, exchange: int) -> str:
@@ -70,20 +85,29 @@ _STUB = _word(PayloadType.NONCE, ExchangeType.STUB)
 _SYNC_FIRST = _word(PayloadType.SYNC, ExchangeType.IKE_SA_INIT)
 _COOKIE_FIRST = _word(PayloadType.NOTIFY, ExchangeType.IKE_SA_INIT)
 _ANYWHERE = (_word(0, ExchangeType.IKE_SA_INIT), _word(0, ExchangeType.STUB))
+_TAGGED = (_word(0, ExchangeType.CREATE_CHILD_SA), _word(0, ExchangeType.INFORMATIONAL))
 
 
 PORTS = (PORT_IKE, PORT_NAT_T)
 """charon's, unless it is configured to others"""
 
 
-def rules(queue: int, match: Match = "first", ports: Sequence[int] = PORTS, *, flood_rate: int = FLOOD_RATE) -> Rules:
-    """Those that send requests to `queue`; `ports` are those that charon receives IKE messages on. In a flood
-    `flood_rate` requests without a cookie a second pass."""
+def rules(
+    queue: int,
+    match: Match = "first",
+    ports: Sequence[int] = PORTS,
+    *,
+    tag: bytes | None = None,
+    flood_rate: int = FLOOD_RATE,
+) -> Rules:
+    """Those that send requests to `queue`; `ports` are those that charon receives IKE messages on. `tag`: the last
+    TAG_OCTETS of SPIr of rebuilt IKE_SAs. In a flood `flood_rate` requests without a cookie a second pass, and in
+    proportion of all else."""
     return Rules(
         name=NAME,
-        chains=(NAME, METER_CHAIN, QUEUE_CHAIN),
-        nftables=nftables_text(queue, match, ports),
-        iptables=lambda family, full: iptables_text(queue, match, family, full, ports),
+        chains=(NAME, METER_CHAIN, COOKIE_CHAIN, SA_CHAIN, QUEUE_CHAIN),
+        nftables=nftables_text(queue, match, ports, tag),
+        iptables=lambda family, full: iptables_text(queue, match, family, full, ports, tag),
         jumps=(Jump("INPUT", "-p udp", NAME),),
         nftables_optional=(NFTABLES_WHOLE, nftables_meter(flood_rate)),
         iptables_optional=lambda family: _iptables_optional(family, flood_rate),
@@ -117,7 +141,7 @@ def _shifts(ports: Sequence[int]) -> list[tuple[int, int]]:
     return [(port, 0 if port == PORT_IKE else _MARKER_OCTETS) for port in ports]
 
 
-def nftables_text(queue: int, match: Match, ports: Sequence[int] = PORTS) -> str:
+def nftables_text(queue: int, match: Match, ports: Sequence[int] = PORTS, tag: bytes | None = None) -> str:
     """What `nft -f -` reads, one transaction that also replaces an old table."""
 
     # raw payload expressions count bits
@@ -128,14 +152,20 @@ def nftables_text(queue: int, match: Match, ports: Sequence[int] = PORTS) -> str
     for port, shift in _shifts(ports):
         before = f"udp dport {port}" + (f" {at(UDP_HEADER, _MARKER_OCTETS)} 0" if shift else "")
         head, payload = at(_WORD + shift, 4), _FIRST_PAYLOAD + shift
+        if tag is not None:
+            lines.append(
+                f"{before} {at(_TAG + shift, TAG_OCTETS)} {int.from_bytes(tag):#x} "
+                f"{head} & {_EXCHANGE_MASK:#x} {{ {', '.join(_TAGGED)} }} "
+                f"{at(_MESSAGE_ID + shift, 4)} & {_ID_MASK:#x} 0 goto about_sa"
+            )
         if match == "anywhere":
             lines.append(f"{before} {head} & {_EXCHANGE_MASK:#x} {{ {', '.join(_ANYWHERE)} }} goto held")
             continue
-        lines.append(f"{before} {head} & {_MASK:#x} {_STUB} goto held")
+        lines.append(f"{before} {head} & {_MASK:#x} {_STUB} goto about_sa")
         lines.append(f"{before} {head} & {_MASK:#x} {_SYNC_FIRST} goto unproved")
         lines.append(
             f"{before} {head} & {_MASK:#x} {_COOKIE_FIRST} {at(payload, 1)} {int(PayloadType.SYNC)} "
-            f"{at(payload + _NOTIFY_TYPE, 2)} {int(NotifyType.COOKIE)} goto held"
+            f"{at(payload + _NOTIFY_TYPE, 2)} {int(NotifyType.COOKIE)} goto with_cookie"
         )
     matches = "\n        ".join(lines)
     return f"""\
@@ -158,8 +188,20 @@ table inet {NAME} {{
     }}
     chain metered {{
     }}
+    chain metered_cookie {{
+    }}
+    chain metered_sa {{
+    }}
     chain unproved {{
         jump metered
+        goto held
+    }}
+    chain with_cookie {{
+        jump metered_cookie
+        goto held
+    }}
+    chain about_sa {{
+        jump metered_sa
         goto held
     }}
     chain input {{
@@ -170,7 +212,14 @@ table inet {NAME} {{
 """
 
 
-def iptables_text(queue: int, match: Match, family: Family, full: bool, ports: Sequence[int] = PORTS) -> str:
+def iptables_text(
+    queue: int,
+    match: Match,
+    family: Family,
+    full: bool,
+    ports: Sequence[int] = PORTS,
+    tag: bytes | None = None,
+) -> str:
     """The rules of our chains. Not `full`: for a kernel without xt_recent, which cannot forget a sidecar.
 
     u32 loads 32 bits that begin at the given octet. It cannot walk extension headers: IPv6 packets that have some are
@@ -197,15 +246,21 @@ def iptables_text(queue: int, match: Match, family: Family, full: bool, ports: S
                 f"&&{at(payload + _NOTIFY_TYPE - 2)}&0xFFFF={NotifyType.COOKIE:#x}"
             )
             tests = [
-                (f"{head}&{_MASK:#x}={_STUB}", QUEUE_CHAIN),
+                (f"{head}&{_MASK:#x}={_STUB}", SA_CHAIN),
                 (f"{head}&{_MASK:#x}={_SYNC_FIRST}", METER_CHAIN),
-                (cookie, QUEUE_CHAIN),
+                (cookie, COOKIE_CHAIN),
             ]
+        if tag is not None:
+            tagged = (
+                f"{at(_TAG - 2 + shift)}&0xFFFF={int.from_bytes(tag):#x}"
+                f"&&{head}&{_EXCHANGE_MASK:#x}={','.join(_TAGGED)}&&{at(_MESSAGE_ID + shift)}&{_ID_MASK:#x}=0"
+            )
+            tests.append((tagged, SA_CHAIN))
         lines += [
             f'-A {NAME} -p udp --dport {port} -m u32 --u32 "{udp_follows}{marker}{test}" -g {chain}'
             for test, chain in tests
         ]
-    lines.append(f"-A {METER_CHAIN} -g {QUEUE_CHAIN}")
+    lines += [f"-A {chain} -g {QUEUE_CHAIN}" for chain in (METER_CHAIN, COOKIE_CHAIN, SA_CHAIN)]
     recent = " ".join(_recent(family, ALIVE, STALL_SECONDS)) + " " if full else ""
     lines.append(f"-A {QUEUE_CHAIN} {recent}-j NFQUEUE --queue-num {queue} --queue-bypass")
     return "\n".join(lines) + "\n"
@@ -217,23 +272,30 @@ def _recent(family: Family, names: dict[Family, str], seconds: int) -> tuple[str
     return ("-m", "recent", "--name", names[family], "--rcheck", "--seconds", str(seconds), "--mask", mask, "--rsource")
 
 
+def _rates(rate: int) -> tuple[int, int, int]:
+    """Those of the three kinds, where `rate` is that of requests without a cookie."""
+    return rate, 2 * rate, rate * STRAYS_RATE // FLOOD_RATE
+
+
 def nftables_meter(rate: int) -> str:
     """What `nft -f -` reads to meter requests in a flood."""
-    return f"""\
-table inet {NAME} {{
-    chain metered {{
-        meta l4proto @flooded limit rate over {rate}/second burst {_burst(rate)} packets counter drop
-    }}
-}}
-"""
+    chains = "".join(
+        f"    chain {chain} {{\n        meta l4proto @flooded limit rate over {each}/second "
+        f"burst {_burst(each)} packets counter drop\n    }}\n"
+        for chain, each in zip(("metered", "metered_cookie", "metered_sa"), _rates(rate), strict=True)
+    )
+    return f"table inet {NAME} {{\n{chains}}}\n"
 
 
 def _iptables_optional(family: Family, rate: int) -> list[tuple[str, ...]]:
     """Rules to meter requests in a flood, and to have IPv6 fragments put together."""
-    limit = ("--hashlimit-name", FLOODED[family], "--hashlimit-above", f"{rate}/sec", "--hashlimit-burst", _burst(rate))
     flooded = _recent(family, FLOODED, FLOOD_SECONDS)
-    meter = ("-I", METER_CHAIN, "1", *flooded, "-m", "hashlimit", *limit, "-j", "DROP")
-    return [meter, ("-A", NAME, *IP6TABLES_WHOLE)] if family == "ip6" else [meter]
+    meters: list[tuple[str, ...]] = []
+    for number, (chain, each) in enumerate(zip((METER_CHAIN, COOKIE_CHAIN, SA_CHAIN), _rates(rate), strict=True)):
+        name = f"{FLOODED[family]}-{number}"
+        limit = ("--hashlimit-name", name, "--hashlimit-above", f"{each}/sec", "--hashlimit-burst", _burst(each))
+        meters.append(("-I", chain, "1", *flooded, "-m", "hashlimit", *limit, "-j", "DROP"))
+    return [*meters, ("-A", NAME, *IP6TABLES_WHOLE)] if family == "ip6" else meters
 
 
 def _burst(rate: int) -> str:

@@ -1,0 +1,346 @@
+"""Rebuilt IKE_SAs between their installation and their activation. charon has them PASSIVE: their CHILD_SAs carry
+traffic, their IKE messages are ignored.
+
+An activation costs charon a walk of all its IKE_SAs, twice. So it is not on the way of an answer: what was installed
+within a window of time shares one. Until then the first requests of clients come here, by a rule of the packet filter
+(`tag` of bridge.net.queue_rules). A liveness check, which confirms the IKE_SA, is answered here, and charon is told the
+next Message ID before the answer is sent, so that it continues there at any time, whatever happens to this process.
+Any other authentic request makes the activation due and is held until it is over; charon then processes it.
+
+The first IKE_SA of each kind (suite, connection, forward secrecy) after charon's start is activated before its client
+is answered, and confirmed by charon: were charon to derive other keys than this program, that would show here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from bridge.charon.charon import Charon
+from bridge.charon.ha_channel import ChannelError
+from bridge.charon.ha_segments import LONGEST_PAUSE
+from bridge.gateway.activation_state import ACTIVATION, Event, State
+from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.rebuilt import Rebuilt
+from bridge.gateway.rebuilt_state import State as RebuiltState
+from bridge.gateway.strays import Strays
+from bridge.ike.client_requests import ClientRequests, Kind
+from bridge.ike.key_confirmation import possible
+from bridge.ike.transforms import Suite
+from bridge.net.interface import Packet
+
+log = structlog.get_logger()
+
+WINDOW_LEAST, WINDOW_MOST = 0.2, 2.0
+"""seconds from an installation to the activation that it shares"""
+WINDOW_SHARE: Final = 100
+"""an activation that takes t makes the next window this many t, within these limits"""
+GATHER_SECONDS, POLL_SECONDS = 0.05, 0.001
+"""between two looks at the pace of activations, and at what is on its way"""
+WORTH: Final = 3.0
+"""an activation that takes t and that a client waits for waits so many t, at most, for others on their way"""
+OVERDUE_SECONDS: Final = 5.0
+"""after which charon may hang: what it does not answer itself is not answered"""
+REPEAT_SECONDS: Final = 30.0
+"""for so long after the activation the last answer of the sidecar is sent again to the same request"""
+RETRY_SECONDS: Final = 1.0
+"""after an activation that failed"""
+CLOSE_SECONDS: Final = 5.0
+"""that a sidecar that stops waits for charon"""
+HELD_OF_ONE, HELD_MAX = 8, 2048
+"""requests held for one IKE_SA, which may be fragments of one; and for all"""
+
+_Kind = tuple[Suite, str, bool]
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """One IKE_SA. Times in the clock's seconds."""
+
+    made: Rebuilt
+    since: float
+    """installation, or activation"""
+    state: State = ACTIVATION.first
+    requests: ClientRequests | None = None
+    held: list[Packet] = field(default_factory=list)
+
+    def on(self, event: Event) -> None:
+        self.state = ACTIVATION.after(self.state, event)
+
+    def is_from_client(self, packet: Packet) -> bool:
+        """Whether a packet takes the way of the SA; from elsewhere charon decides what it means."""
+        remote, local = self.made.install.remote, self.made.install.local
+        way = (packet.src, packet.sport, packet.dst, packet.dport)
+        return way == (remote.address, remote.port, local.address, local.port)
+
+
+class Activation:
+    """`answer` sends a message to a packet's sender; `intercepted` returns whether first requests of clients come to
+    `packet`; `coming` whether more IKE_SAs may be installed soon. It follows charon's installer."""
+
+    def __init__(
+        self,
+        charon: Charon,
+        metrics: GatewayMetrics,
+        strays: Strays,
+        answer: Callable[[Packet, bytes], None],
+        intercepted: Callable[[], bool],
+        coming: Callable[[], bool],
+        *,
+        random: Callable[[int], bytes] = os.urandom,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._charon = charon
+        self._metrics = metrics
+        self._strays = strays
+        self._answer = answer
+        self._intercepted = intercepted
+        self._coming = coming
+        self._random = random
+        self._clock = clock
+        self._entries: dict[bytes, _Entry] = {}
+        """by both SPIs"""
+        self._passive: dict[bytes, float] = {}
+        """of these, those that are to be activated, with the time when they were installed; the oldest first"""
+        self._active: dict[bytes, float] = {}
+        """of these, the active ones, with the time when they became that; the oldest first"""
+        self._held = 0
+        self._proven: set[_Kind] = set()
+        """kinds of which charon has confirmed an IKE_SA"""
+        self._proven_in: int | None = None
+        """by which charon"""
+        self._landed = asyncio.Event()
+        self._wanted = asyncio.Event()
+        charon.installer.watcher = self
+
+    def __len__(self) -> int:
+        """How many are not active yet."""
+        return len(self._entries) - len(self._active)
+
+    def can_confirm(self, made: Rebuilt) -> bool:
+        """Whether the first request on an IKE_SA that was just installed can be answered here."""
+        installed_in = self._charon.installer.where
+        if installed_in != self._proven_in:
+            self._proven.clear()
+            self._proven_in = installed_in
+        return _kind(made) in self._proven and possible(made.install.suite) and self._intercepted()
+
+    def landed(self, made: Rebuilt) -> None:
+        """charon has it PASSIVE, and its client is about to be answered."""
+        spis, now = made.sa.id.spis, self._clock()
+        self._entries[spis] = _Entry(made, now)
+        self._passive[spis] = now
+        self._landed.set()
+
+    def verified(self, spis: bytes) -> None:
+        """A request on an IKE_SA verified. If charon did that alone, others of its kind can be confirmed here."""
+        entry = self._entries.get(spis)
+        if entry is not None and entry.state is State.ACTIVE and entry.requests is None:
+            self._proven.add(_kind(entry.made))
+
+    def gone(self, spis: bytes) -> None:
+        """charon ended an IKE_SA."""
+        self._charon.installer.forget(spis)
+        self._end(spis)
+
+    # bridge.charon.installer.Watcher
+
+    def begins(self, spis: Sequence[bytes]) -> None:
+        """These are being activated."""
+        for one in spis:
+            if (entry := self._entries.get(one)) is not None:
+                entry.on(Event.BEGINS)
+                self._passive.pop(one, None)
+        self._wanted.clear()
+
+    def done(self, spis: Sequence[bytes]) -> None:
+        """charon has these established: what was held is for it."""
+        self._metrics.activation_seconds.observe(self._charon.installer.toggle_seconds)
+        now = self._clock()
+        for one in spis:
+            if (entry := self._entries.get(one)) is not None:
+                entry.on(Event.DONE)
+                self._active[one] = entry.since = now
+                for packet in self._let_go(entry):
+                    packet.accept()
+        if any(one in self._entries for one in spis):
+            self._charon.sas_soon()
+        asyncio.get_running_loop().call_later(REPEAT_SECONDS + 1, self._forget_old)
+
+    def failed(self, spis: Sequence[bytes]) -> None:
+        """They stay PASSIVE."""
+        for one in spis:
+            if (entry := self._entries.get(one)) is not None:
+                entry.on(Event.FAILED)
+                self._passive[one] = entry.since
+        self._landed.set()
+
+    def lost(self, spis: Sequence[bytes]) -> None:
+        """charon does not have these any more."""
+        for one in spis:
+            self._end(one)
+
+    def _end(self, spis: bytes) -> None:
+        entry = self._entries.pop(spis, None)
+        self._passive.pop(spis, None)
+        self._active.pop(spis, None)
+        if entry is not None:
+            entry.on(Event.ENDED)
+            for packet in self._let_go(entry):
+                packet.drop()
+
+    def _let_go(self, entry: _Entry) -> list[Packet]:
+        held, entry.held = entry.held, []
+        self._held -= len(held)
+        return held
+
+    def _forget_old(self) -> None:
+        now = self._clock()
+        for spis, since in list(self._active.items()):
+            if since + REPEAT_SECONDS > now:
+                break
+            del self._active[spis]
+            del self._entries[spis]
+
+    # packets
+
+    def packet(self, packet: Packet) -> None:
+        """A request on an IKE_SA whose SPIr has the tag."""
+        spis = packet.ike[:16]
+        entry = self._entries.get(spis)
+        if entry is None:
+            self._not_here(packet, spis)
+            return
+        if entry.state is State.ACTIVE:
+            if entry.requests is not None and entry.requests.repeats(packet.ike):
+                self._repeat(entry, entry.requests, packet)
+            else:
+                packet.accept()
+            return
+        if entry.made.state is RebuiltState.REMOVED or not possible(entry.made.install.suite):
+            # in the second case its client has no answer yet, so this is from another
+            packet.drop()
+            return
+        requests = entry.requests
+        if requests is None:
+            requests = entry.requests = ClientRequests(entry.made.resumption, random=self._random)
+        kind = requests.kind(packet.ike)
+        if kind is Kind.REPEATED:
+            self._repeat(entry, requests, packet)
+        elif kind is Kind.NOTHING:
+            self._strays.take(packet)
+        elif kind is Kind.LIVENESS and self._may_answer(entry, packet, requests):
+            packet.drop()
+            self._answer(packet, requests.answer(packet.ike))
+            self._metrics.checks_answered.inc()
+            self._verified(entry, requests)
+        else:
+            self._hold(entry, packet, requests)
+
+    def _not_here(self, packet: Packet, spis: bytes) -> None:
+        """charon processes requests of its own IKE_SAs whose SPIr ends like this, and of those that were activated."""
+        if spis in self._charon.tracker.sas or not self._charon.reconciled.is_set():
+            packet.accept()
+        else:
+            self._strays.take(packet)
+
+    def _repeat(self, entry: _Entry, requests: ClientRequests, packet: Packet) -> None:
+        packet.drop()
+        if entry.is_from_client(packet):
+            self._answer(packet, requests.last_answer)
+
+    def _is_overdue(self, entry: _Entry) -> bool:
+        return self._clock() - entry.since > OVERDUE_SECONDS
+
+    def _may_answer(self, entry: _Entry, packet: Packet, requests: ClientRequests) -> bool:
+        """Whether a liveness check is answered here: charon is there, and expects the next request now."""
+        return (
+            entry.state is State.PASSIVE
+            and entry.is_from_client(packet)
+            and not self._is_overdue(entry)
+            and self._charon.installer.set_next_id_now(entry.made.sa.id, requests.expected + 1)
+        )
+
+    def _hold(self, entry: _Entry, packet: Packet, requests: ClientRequests) -> None:
+        if any(packet.ike == other.ike for other in entry.held):
+            packet.drop()
+        elif len(entry.held) >= HELD_OF_ONE or self._held >= HELD_MAX:
+            # its client sends it again
+            packet.drop()
+        else:
+            entry.held.append(packet)
+            self._held += 1
+            self._metrics.requests_held.inc()
+        self._wanted.set()
+        if not self._is_overdue(entry):
+            self._verified(entry, requests)
+
+    def _verified(self, entry: _Entry, requests: ClientRequests) -> None:
+        self._charon.tracker.verified(entry.made.sa.id, requests.expected)
+
+    # activations
+
+    async def run(self) -> None:
+        """Activate what was installed, when it is due, until cancelled."""
+        while True:
+            await self._landed.wait()
+            self._landed.clear()
+            while self._passive:
+                await self._until_due()
+                try:
+                    await self._charon.installer.activate()
+                except ChannelError as error:
+                    log.warning("activation-failed", sas=len(self._passive), reason=str(error))
+                    await asyncio.sleep(RETRY_SECONDS)
+
+    async def _until_due(self) -> None:
+        installer = self._charon.installer
+        while self._passive:
+            if self._wanted.is_set():
+                pause = min(installer.wait(), GATHER_SECONDS)
+                if not pause and not self._is_worth_waiting():
+                    return
+                await asyncio.sleep(pause or POLL_SECONDS)
+                continue
+            left = self._oldest + self._window - self._clock()
+            if left <= 0:
+                self._wanted.set()
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._wanted.wait()
+
+    @property
+    def _oldest(self) -> float:
+        return next(iter(self._passive.values()))
+
+    @property
+    def _window(self) -> float:
+        return min(max(WINDOW_SHARE * self._charon.installer.toggle_seconds, WINDOW_LEAST), WINDOW_MOST)
+
+    def _is_worth_waiting(self) -> bool:
+        worth = min(WORTH * self._charon.installer.toggle_seconds, LONGEST_PAUSE)
+        return self._coming() and self._clock() - self._oldest < worth
+
+    async def close(self) -> None:
+        """Have charon continue with what clients have confirmed; all others were removed. `run` must have ended."""
+        if self._passive:
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._charon.installer.activate()
+            except (ChannelError, TimeoutError) as error:
+                # the next sidecar finds them
+                log.warning("activation-failed", sas=len(self._passive), reason=str(error) or "charon hangs")
+        for spis in list(self._entries):
+            self._end(spis)
+
+
+def _kind(made: Rebuilt) -> _Kind:
+    return made.install.suite, made.install.connection, bool(made.install.g_ir)
