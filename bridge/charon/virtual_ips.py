@@ -17,7 +17,8 @@ class VirtualIps:
 
     def __init__(self) -> None:
         self._of: dict[bytes, tuple[str, ...]] = {}
-        self._holders: dict[str, set[bytes]] = {}
+        self._holders: dict[str, tuple[bytes, ...]] = {}
+        """almost always one: a set would take four times the memory"""
         self._seen: dict[bytes, float] = {}
 
     def __len__(self) -> int:
@@ -28,8 +29,8 @@ class VirtualIps:
         """An SA has these addresses and no others, as was reported at `now` (monotonic seconds)."""
         if self._of.get(spis, ()) != addresses:
             self.drop(spis)
-            for address in addresses:
-                self._holders.setdefault(address, set()).add(spis)
+            for address in dict.fromkeys(addresses):
+                self._holders[address] = (*self._holders.get(address, ()), spis)
             if addresses:
                 self._of[spis] = addresses
         if addresses:
@@ -42,10 +43,11 @@ class VirtualIps:
     def drop(self, spis: bytes) -> None:
         """The SA has ended."""
         self._seen.pop(spis, None)
-        for address in self._of.pop(spis, ()):
-            holders = self._holders[address]
-            holders.discard(spis)
-            if not holders:
+        for address in dict.fromkeys(self._of.pop(spis, ())):
+            left = tuple([one for one in self._holders[address] if one != spis])
+            if left:
+                self._holders[address] = left
+            else:
                 del self._holders[address]
 
     def clear(self) -> None:
@@ -63,7 +65,7 @@ class VirtualIps:
         """The SAs that have one of these addresses."""
         found: set[bytes] = set()
         for address in addresses:
-            found |= self._holders.get(address, set())
+            found.update(self._holders.get(address, ()))
         return found
 
     def shared(self) -> dict[str, set[bytes]]:
