@@ -37,15 +37,22 @@ def virsh(*arguments: str) -> str:
 
 
 class VagrantLab:
-    """A copy of the project, and Vagrant in it."""
+    """A copy of the project, and Vagrant in it. Machines that are up stay up, so that a test runs alone."""
 
-    def __init__(self, directory: Path) -> None:
-        self.project = directory / "project"
-        self._config = directory / "ssh-config"
+    def __init__(self) -> None:
+        self.directory = Path(os.environ["IKE_SA_SYNC_VAGRANT"])
+        self.project = self.directory / "project"
+        self._config = self.directory / "ssh-config"
         self._copy()
 
     def _copy(self) -> None:
-        self.project.mkdir()
+        secrets, kept = self.project / "vagrant/.secrets", self.directory / "secrets"
+        if secrets.exists():
+            secrets.rename(kept)
+        shutil.rmtree(self.project, ignore_errors=True)
+        (self.project / "vagrant").mkdir(parents=True)
+        if kept.exists():
+            kept.rename(secrets)
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT,
@@ -124,15 +131,22 @@ class VagrantLab:
 
     def session(self) -> dict[str, Any]:
         """The client's only one; a new one where it has none."""
-        if not self.status("client", "client")["sas"]:
-            self.run("client", "swanctl --initiate --child net --ike home")
-        [sa] = self.status("client", "client")["sas"]
+
+        def found() -> list[dict[str, Any]]:
+            sas: list[dict[str, Any]] = self.status("client", "client")["sas"]
+            if not sas:
+                self.run("client", "swanctl --initiate --child net --ike home", check=False)
+            return sas
+
+        # while it moves, there may be two
+        wait_until(lambda: len(found()) == 1, "one session")
+        [sa] = found()
         return dict(sa)
 
     def resume(self, gateway: str) -> dict[str, Any]:
         """`ike-sa-sync resume --json` to a gateway."""
         command = f"ike-sa-sync resume -c /etc/ike-sa-sync/client.yaml --to {gateway} --json"
-        return dict(json.loads(self.run("client", command)))
+        return dict(json.loads(self.run("client", command, check=False)))
 
     def pids(self, units: dict[str, tuple[str, ...]]) -> dict[tuple[str, str], str]:
         """The main processes of machines' units."""
