@@ -3,7 +3,7 @@
 # What they need is installed the first time and then left alone: Debian packages, and Python ones in .venv.
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo record bench test test-releases test-vm test-vagrant test-dist test-ansible chaos dist deb debs lint typecheck man reference lock clean
+.PHONY: help setup demo record dashboard bench test test-releases test-vm test-vagrant test-dist test-ansible chaos dist deb debs lint typecheck man reference lock clean
 
 # Debian's Python: the headers that NetfilterQueue is built with belong to it.
 PYTHON ?= /usr/bin/python3
@@ -59,6 +59,9 @@ demo: setup ## a session survives the death of its gateway
 
 record: setup ## the demo's picture, docs/demo.svg, from a real run
 	@$(BIN)/python docs/record.py docs/demo.svg $(BIN)/ike-sa-sync lab demo
+
+dashboard: setup ## the dashboard's picture, docs/dashboard.svg, with the data of a real failover
+	@$(BIN)/python docs/dashboard.py docs/dashboard.svg
 
 bench: setup ## short benchmarks, into docs/performance.md
 	@$(BIN)/ike-sa-sync bench report --short
@@ -117,7 +120,7 @@ chaos: setup ## random disturbances of three gateways, six clients and a Redis p
 	@PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS_ARGS)
 
 test-ansible: $(VENV)/.ansible ## the Ansible role, on hosts of the lab
-	@IKE_SA_SYNC_ANSIBLE=$(VENV)/ansible/bin/ansible-playbook $(BIN)/python -m pytest -m ansible tests/test_ansible.py $(PYTEST_ARGS)
+	@IKE_SA_SYNC_ANSIBLE=$(CURDIR)/$(VENV)/ansible/bin/ansible-playbook $(BIN)/python -m pytest -m ansible tests/test_ansible.py $(PYTEST_ARGS)
 
 # Not in the project's own environment: Ansible has requirements of its own.
 $(VENV)/.ansible: ansible/requirements.txt $(VENV)/.project
