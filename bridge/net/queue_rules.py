@@ -16,10 +16,12 @@ of our own at a later priority, or, with iptables, in its table `security`.
 
 While the sidecar says that there is a flood, what matches is metered before it is queued, and dropped and counted
 beyond a rate: requests that begin with IKE_SA_SYNC (FLOOD_RATE), requests with a cookie, which only the sidecar can
-check (twice as many), and all messages about IKE_SAs that are up (STRAYS_RATE): so a flood of one kind takes no other
-kind's place. Sources are not told apart: an attacker could forge the address of a client, and have its requests
-dropped. The kernel forgets the flood FLOOD_SECONDS after it was last told of it. A kernel that cannot meter queues all
-of them; so do the rules for `anywhere`, but for the last kind.
+check (twice as many), and messages of exchange type 240 (STRAYS_RATE): so a flood of one kind takes no other kind's
+place. Requests of rebuilt IKE_SAs are not dropped: most are of those that charon has activated long ago, and beyond the
+rate (STRAYS_RATE) they go past the queue to charon, as they would without the rules. Sources are not told apart: an
+attacker could forge the address of a client, and have its requests dropped. The kernel forgets the flood FLOOD_SECONDS
+after it was last told of it. A kernel that cannot meter queues all of them; so do the rules for `anywhere`, but for
+the last two kinds.
 
 IPv4 puts fragments together before its input rules, IPv6 after them, so that a fragmented request would never be whole
 there. One more rule, which matches nothing, has the kernel do it first, as connection tracking does, but without
@@ -42,7 +44,9 @@ NAME = "ike-sa-sync"
 """of our nftables table, and of our iptables chain"""
 QUEUE_CHAIN = "ike-sa-sync-queue"
 METER_CHAIN, COOKIE_CHAIN, SA_CHAIN = "ike-sa-sync-meter", "ike-sa-sync-meter-2", "ike-sa-sync-meter-3"
-"""of requests without a cookie, with one, and about IKE_SAs that are up"""
+"""of requests without a cookie, with one, and of messages of exchange type 240"""
+TAGGED_CHAIN = "ike-sa-sync-meter-4"
+"""of requests of rebuilt IKE_SAs"""
 ALIVE: dict[Family, str] = {"ip": "ike-sa-sync", "ip6": "ike-sa-sync-6"}
 """the lists of xt_recent, with iptables: a list has one mask, that of the first rule that names it"""
 FLOODED: dict[Family, str] = {"ip": "ike-sa-sync-flood", "ip6": "ike-sa-sync-flood-6"}
@@ -105,7 +109,7 @@ def rules(
     proportion of all else."""
     return Rules(
         name=NAME,
-        chains=(NAME, METER_CHAIN, COOKIE_CHAIN, SA_CHAIN, QUEUE_CHAIN),
+        chains=(NAME, METER_CHAIN, COOKIE_CHAIN, SA_CHAIN, TAGGED_CHAIN, QUEUE_CHAIN),
         nftables=nftables_text(queue, match, ports, tag),
         iptables=lambda family, full: iptables_text(queue, match, family, full, ports, tag),
         jumps=(Jump("INPUT", "-p udp", NAME),),
@@ -133,7 +137,11 @@ def matched(view: View) -> int:
 
 def metered(view: View) -> int:
     """The requests that were dropped in a flood."""
-    return sum(count for rule, count in view.counts if "@flooded" in rule or "hashlimit" in rule)
+    return sum(
+        count
+        for rule, count in view.counts
+        if ("@flooded" in rule and "drop" in rule) or ("hashlimit" in rule and "DROP" in rule)
+    )
 
 
 def _shifts(ports: Sequence[int]) -> list[tuple[int, int]]:
@@ -156,7 +164,7 @@ def nftables_text(queue: int, match: Match, ports: Sequence[int] = PORTS, tag: b
             lines.append(
                 f"{before} {at(_TAG + shift, TAG_OCTETS)} {int.from_bytes(tag):#x} "
                 f"{head} & {_EXCHANGE_MASK:#x} {{ {', '.join(_TAGGED)} }} "
-                f"{at(_MESSAGE_ID + shift, 4)} & {_ID_MASK:#x} 0 goto about_sa"
+                f"{at(_MESSAGE_ID + shift, 4)} & {_ID_MASK:#x} 0 goto tagged"
             )
         if match == "anywhere":
             lines.append(f"{before} {head} & {_EXCHANGE_MASK:#x} {{ {', '.join(_ANYWHERE)} }} goto held")
@@ -192,6 +200,8 @@ table inet {NAME} {{
     }}
     chain metered_sa {{
     }}
+    chain metered_tagged {{
+    }}
     chain unproved {{
         jump metered
         goto held
@@ -202,6 +212,10 @@ table inet {NAME} {{
     }}
     chain about_sa {{
         jump metered_sa
+        goto held
+    }}
+    chain tagged {{
+        jump metered_tagged
         goto held
     }}
     chain input {{
@@ -255,12 +269,12 @@ def iptables_text(
                 f"{at(_TAG - 2 + shift)}&0xFFFF={int.from_bytes(tag):#x}"
                 f"&&{head}&{_EXCHANGE_MASK:#x}={','.join(_TAGGED)}&&{at(_MESSAGE_ID + shift)}&{_ID_MASK:#x}=0"
             )
-            tests.append((tagged, SA_CHAIN))
+            tests.append((tagged, TAGGED_CHAIN))
         lines += [
             f'-A {NAME} -p udp --dport {port} -m u32 --u32 "{udp_follows}{marker}{test}" -g {chain}'
             for test, chain in tests
         ]
-    lines += [f"-A {chain} -g {QUEUE_CHAIN}" for chain in (METER_CHAIN, COOKIE_CHAIN, SA_CHAIN)]
+    lines += [f"-A {chain} -g {QUEUE_CHAIN}" for chain in (METER_CHAIN, COOKIE_CHAIN, SA_CHAIN, TAGGED_CHAIN)]
     recent = " ".join(_recent(family, ALIVE, STALL_SECONDS)) + " " if full else ""
     lines.append(f"-A {QUEUE_CHAIN} {recent}-j NFQUEUE --queue-num {queue} --queue-bypass")
     return "\n".join(lines) + "\n"
@@ -272,17 +286,22 @@ def _recent(family: Family, names: dict[Family, str], seconds: int) -> tuple[str
     return ("-m", "recent", "--name", names[family], "--rcheck", "--seconds", str(seconds), "--mask", mask, "--rsource")
 
 
-def _rates(rate: int) -> tuple[int, int, int]:
-    """Those of the three kinds, where `rate` is that of requests without a cookie."""
-    return rate, 2 * rate, rate * STRAYS_RATE // FLOOD_RATE
+def _rates(rate: int) -> tuple[int, int, int, int]:
+    """Those of the four kinds, where `rate` is that of requests without a cookie."""
+    strays = rate * STRAYS_RATE // FLOOD_RATE
+    return rate, 2 * rate, strays, strays
+
+
+_METERED = ("metered", "metered_cookie", "metered_sa", "metered_tagged")
+_METER_CHAINS = (METER_CHAIN, COOKIE_CHAIN, SA_CHAIN, TAGGED_CHAIN)
 
 
 def nftables_meter(rate: int) -> str:
     """What `nft -f -` reads to meter requests in a flood."""
     chains = "".join(
         f"    chain {chain} {{\n        meta l4proto @flooded limit rate over {each}/second "
-        f"burst {_burst(each)} packets counter drop\n    }}\n"
-        for chain, each in zip(("metered", "metered_cookie", "metered_sa"), _rates(rate), strict=True)
+        f"burst {_burst(each)} packets counter {'accept' if chain == 'metered_tagged' else 'drop'}\n    }}\n"
+        for chain, each in zip(_METERED, _rates(rate), strict=True)
     )
     return f"table inet {NAME} {{\n{chains}}}\n"
 
@@ -291,10 +310,12 @@ def _iptables_optional(family: Family, rate: int) -> list[tuple[str, ...]]:
     """Rules to meter requests in a flood, and to have IPv6 fragments put together."""
     flooded = _recent(family, FLOODED, FLOOD_SECONDS)
     meters: list[tuple[str, ...]] = []
-    for number, (chain, each) in enumerate(zip((METER_CHAIN, COOKIE_CHAIN, SA_CHAIN), _rates(rate), strict=True)):
+    for number, (chain, each) in enumerate(zip(_METER_CHAINS, _rates(rate), strict=True)):
         name = f"{FLOODED[family]}-{number}"
         limit = ("--hashlimit-name", name, "--hashlimit-above", f"{each}/sec", "--hashlimit-burst", _burst(each))
-        meters.append(("-I", chain, "1", *flooded, "-m", "hashlimit", *limit, "-j", "DROP"))
+        # RETURN leaves the chains that were gone to
+        verdict = "RETURN" if chain == TAGGED_CHAIN else "DROP"
+        meters.append(("-I", chain, "1", *flooded, "-m", "hashlimit", *limit, "-j", verdict))
     return [*meters, ("-A", NAME, *IP6TABLES_WHOLE)] if family == "ip6" else meters
 
 
