@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,10 +12,11 @@ import pytest
 
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.bank import Bank
-from bridge.lab.daemon import wait_until
+from bridge.lab.daemon import SLOWNESS, wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import SITE
-from failover_support import fresh, resume, status, stub_key, the_sa
+from bridge.stub.bank_keys import heartbeat_key
+from failover_support import established, fresh, resume, status, stub_key, the_sa
 
 pytestmark = pytest.mark.lab
 
@@ -85,6 +88,42 @@ def test_a_session_survives_its_gateway_and_that_gateways_bank(modes: Modes) -> 
     modes.kill(modes.topology.gw1)
     assert resume(modes.topology)["result"] == "resumed"
     assert modes.topology.client.ping(SITE) == 3
+
+
+@pytest.fixture
+def announcing(modes: Modes) -> Iterator[Modes]:
+    """gw2 announces failures, which the other tests do not want."""
+    sidecar = modes.topology.gateways["gw2"]
+    before = sidecar.config["failover"]
+    for config in ({"detect": 1.0 * SLOWNESS}, before):
+        sidecar.stop()
+        sidecar.config["failover"] = config
+        sidecar.start()
+        if config is not before:
+            yield modes
+
+
+def test_the_failure_of_a_gateway_whose_bank_hangs_is_noticed_and_announced(announcing: Modes) -> None:
+    """As of a host whose power goes: connections to its bank are not refused."""
+    modes = announcing
+    modes.connect()
+    modes.topology.kill_gateway(modes.topology.gw1)
+    os.kill(modes.near["gw1"].pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: announced(modes.topology) == 1, "the announcement")
+        there = [modes.topology.gw2.address]
+        wait_until(lambda: [sa["remote-host"] for sa in established(modes.topology.client)] == there, "the move")
+        # this gateway's own heartbeats come in time to the bank that lives
+        assert int(modes.near["gw2"].cli("PTTL", heartbeat_key(modes.topology.gw2.address))) > 0
+    finally:
+        os.kill(modes.near["gw1"].pid, signal.SIGCONT)
+    assert modes.topology.client.ping(SITE) == 3
+
+
+def announced(topology: Topology) -> int:
+    """The sessions of gw1 whose announcement gw2 began with last."""
+    rows = [row for row in status(topology, "gw2")["failovers"] if row["gateway"] == topology.gw1.address]
+    return int(rows[-1]["sessions"]) if rows else 0
 
 
 def test_without_the_central_bank_a_session_is_resumed_from_its_copy_at_the_target(modes: Modes) -> None:
