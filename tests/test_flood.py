@@ -15,6 +15,7 @@ import pytest
 from bridge.bench.flood import VISITOR, Flood, flood_lab, measure
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
+from failover_support import established
 
 pytestmark = [pytest.mark.lab, pytest.mark.alone, pytest.mark.timeout(600)]
 
@@ -55,7 +56,7 @@ def test_it_leaves_nothing_behind(flood: Flood, measured: dict[str, Any]) -> Non
     assert measured["sidecar"]["rss_mb_after"] - measured["sidecar"]["rss_mb_before"] < MEMORY_MB
     wait_until(lambda: flood.counters()["unconfirmed"] == 0, "the end of all unconfirmed SAs")
     # half-open ones are charon's own, of requests that were refused
-    peers = {sa["remote-host"] for sa in flood.target.charon.sas() if sa["state"] in ("ESTABLISHED", "PASSIVE")}
+    peers = {sa["remote-host"] for sa in established(flood.target)}
     assert peers <= {flood.topology.client.address, VISITOR}
 
 

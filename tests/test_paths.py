@@ -20,7 +20,7 @@ from bridge.lab import Host, Lab, Topology, standard
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import CHOICES, SITE, client_config, client_host
-from failover_support import Outcome, connect, fresh, resume, spis, stub_key, the_sa
+from failover_support import Outcome, connect, established, fresh, resume, spis, stub_key, the_sa
 from probe_support import request, send, the_stub
 
 pytestmark = pytest.mark.lab
@@ -76,7 +76,7 @@ def resumed(
     tell(about, name, outcome)
     assert outcome["result"] == "resumed"
     assert topology.client.ping(SITE) == 3
-    sa = next(sa for sa in topology.gw2.charon.sas() if spis(sa) == (outcome["spi_i"], outcome["spi_r"]))
+    sa = next(sa for sa in established(topology.gw2) if spis(sa) == (outcome["spi_i"], outcome["spi_r"]))
     assert spis(the_sa(topology.client)) == spis(sa)
     return outcome, sa
 
@@ -112,12 +112,12 @@ def test_two_clients_behind_one_router_are_distinguished(topology: Topology, inn
     outcomes = [resume(inner), resume(other)]
     assert [outcome["result"] for outcome in outcomes] == ["resumed", "resumed"]
     assert inner.client.ping(SITE) == other.client.ping(SITE) == 3
-    there = {sa["remote-id"]: (sa["remote-host"], spis(sa)) for sa in topology.gw2.charon.sas()}
+    there = {sa["remote-id"]: (sa["remote-host"], spis(sa)) for sa in established(topology.gw2)}
     assert there == {
         f"{view.client.name}@example.org": (NATS["nat1"], (outcome["spi_i"], outcome["spi_r"]))
         for view, outcome in zip((inner, other), outcomes, strict=True)
     }
-    assert len({sa["remote-port"] for sa in topology.gw2.charon.sas()}) == 2
+    assert len({sa["remote-port"] for sa in established(topology.gw2)}) == 2
 
 
 def test_a_client_that_moved_behind_another_router_resumes_from_there(
@@ -248,7 +248,7 @@ def test_of_a_request_on_port_500_and_one_on_4500_the_confirmed_one_stays(topolo
     done = topology.client.run(sys.executable, "-c", ON_500, gateway.address, first.hex())
     answer = parse_response(bytes.fromhex(done.stdout.strip()), first)
     assert isinstance(answer, SyncResponse)
-    [sa] = gateway.charon.sas()
+    [sa] = established(gateway)
     assert (sa["local-port"], sa["remote-port"], sa["nat-remote"]) == ("500", "501", "yes")
     # 4502 is what the NAT makes of the client's port 4500
     message = request(stub, spi_i=b"\x12" * 8, nonce=b"\x23" * 32, nat=("10.99.0.7", 4500, gateway.address, 4500))
@@ -262,7 +262,7 @@ def test_of_a_request_on_port_500_and_one_on_4500_the_confirmed_one_stays(topolo
     [octets] = send(topology, confirmation.request, port=4502)
     assert confirmation.is_answered_by(octets)
     wait_until(lambda: len(gateway.charon.sas()) == 1, "the end of the SA on port 500")
-    [sa] = gateway.charon.sas()
+    [sa] = established(gateway)
     assert (sa["local-port"], sa["remote-port"], sa["responder-spi"]) == ("4500", "4502", answer.spi_r.hex())
 
 

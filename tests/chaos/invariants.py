@@ -61,7 +61,13 @@ def spis(sa: Sa) -> str:
 
 
 def _up(sas: list[Sa]) -> list[Sa]:
-    return [sa for sa in sas if sa["state"] == "ESTABLISHED"]
+    """Those of sessions; one that was just resumed is PASSIVE until the gateway has activated it."""
+    return [sa for sa in sas if sa["state"] == "ESTABLISHED" or (sa["state"] == "PASSIVE" and not _keeps_address(sa))]
+
+
+def _keeps_address(sa: Sa) -> bool:
+    """Whether it stands for a session elsewhere, whose address it keeps from being given out."""
+    return str(sa.get("remote-id", "")).startswith("address-in-use")
 
 
 def working(world: World, seen: Seen) -> Iterator[str]:
