@@ -33,6 +33,7 @@ from bridge.gateway.takeover_rekeys import OUTSTANDING
 from bridge.gateway.takeover_run import Barriers, SessionTaker
 from bridge.gateway.takeover_session import owned
 from bridge.gateway.takeover_state import State
+from bridge.stub.child_sa import wire_spi
 from bridge.stub.derivation import Derivation
 from bridge.stub.stub import Index, Stub
 from bridge.stub.types import Endpoint, Identity
@@ -117,6 +118,7 @@ class Charon:
         self.lists = 0
         self.lists_fail = 0
         self.started_at = 0.0
+        self.batches: list[list[bytes]] = []
         self.installs = asyncio.Event()
         self.installs.set()
         self.on_install: Callable[[], None] = lambda: None
@@ -146,6 +148,7 @@ class Charon:
 
     async def _install(self, batch: Sequence[Install]) -> None:
         await self.installs.wait()
+        self.batches.append([install.id.spis for install in batch])
         self.has |= {install.id.spis: install for install in batch}
         self.on_install()
 
@@ -655,3 +658,16 @@ async def test_a_session_that_ended_here_is_taken_only_if_another_gateway_had_it
     held = bank.stubs[one.index].derivation
     assert held is not None
     assert (held.epoch, held.unkeyed) == (3, False)
+
+
+async def test_sessions_whose_clients_send_esp_are_installed_first() -> None:
+    bank = Bank()
+    gateway, stubs = Gateway(bank), [stub(bank) for _ in range(1000)]
+    late = stubs[-1]
+    bank.stubs[late.index] = replace(late, children=(replace(late.children[0], spi_in=77),))
+    gateway.sessions.active.add(wire_spi(77))
+    await gateway.take()
+    first, second, *others = gateway.charon.batches
+    assert both_spis(late) not in first
+    assert second[0] == both_spis(late)
+    assert sum(map(len, others)) == 1000 - len(first) - len(second)

@@ -28,6 +28,8 @@ from bridge.stub.stub import Stub
 
 log = structlog.get_logger()
 
+ACTIVE_MAX: Final = 100_000
+"""SPIs that are remembered: anyone can send ESP on any"""
 LISTEN_SECONDS: Final = 0.02
 """between two looks at who sends ESP"""
 FORGET_SECONDS: Final = 5.0
@@ -43,6 +45,11 @@ class TakenSessions:
         self, charon: Charon, again: Sender, esp: SharedEsp, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.done: Callable[[Session], None] = lambda _: None
+        self.active: set[int] = set()
+        """SPIs, as on the wire, that clients send ESP on"""
+        self._expected = 0
+        """takeovers of addresses that are under way"""
+        self._listening = asyncio.Event()
         self._charon = charon
         self._esp = esp
         self._clock = clock
@@ -121,6 +128,7 @@ class TakenSessions:
     def begin(self, session: Session) -> None:
         """Rekey its CHILD_SAs, and answer what its client sent meanwhile."""
         self._rekeys.put(session)
+        self._listening.set()
         self._requests.judge(session)
 
     def _rekeyed(self, session: Session, reason: str) -> None:
@@ -158,16 +166,25 @@ class TakenSessions:
         for session in self._requests.overheard(requests):
             self._rekeys.first(session.sa.id.spis)
 
+    def expect(self, wanted: bool) -> None:
+        """Whether more sessions are to come: who sends ESP is of interest before charon has them, too."""
+        self._expected += 1 if wanted else -1
+        self._listening.set()
+
     async def _listen(self) -> None:
         """Have those sessions be first whose clients send ESP."""
         while True:
-            await self._rekeys.some_wait.wait()
+            await self._listening.wait()
+            self._listening.clear()
             self._esp.open()
-            while self._rekeys.some_wait.is_set():
+            while self._expected or self._rekeys.some_wait.is_set():
                 for spi in self._esp.read():
+                    if len(self.active) < ACTIVE_MAX:
+                        self.active.add(spi)
                     self._rekeys.first_by_spi(spi)
                 await asyncio.sleep(LISTEN_SECONDS)
             self._esp.close()
+            self.active.clear()
 
     def changed(self, sa: IkeSa) -> None:
         """An SA of this gateway changed."""
@@ -176,6 +193,7 @@ class TakenSessions:
             self._sessions[sa.id.spis] = session
             # a new IKE_SA: its message IDs are known
             self._rekeys.put(session, offsets=())
+            self._listening.set()
             return
         self._rekeys.changed(sa)
 

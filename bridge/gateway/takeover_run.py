@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -32,6 +32,7 @@ from bridge.gateway.session_owner import SessionOwner
 from bridge.gateway.taken_sessions import TakenSessions
 from bridge.gateway.takeover_session import Session, obstacle, session_of
 from bridge.gateway.takeover_state import State
+from bridge.stub.child_sa import wire_spi
 from bridge.stub.stub import Index, Stub
 
 log = structlog.get_logger()
@@ -186,6 +187,13 @@ class SessionTaker:
     async def take(self, run: Run) -> None:
         """Take over what the bank has at the address of `run`; waits for the bank and for charon."""
         await self._charon.reconciled.wait()
+        self._sessions.expect(True)
+        try:
+            await self._take_patiently(run)
+        finally:
+            self._sessions.expect(False)
+
+    async def _take_patiently(self, run: Run) -> None:
         waits = ""
         while not run.stopping:
             try:
@@ -200,22 +208,25 @@ class SessionTaker:
             return
 
     async def _take_all(self, run: Run, started: float) -> None:
-        size = FIRST_BATCH
+        """A few as soon as they are read; then those first whose clients send something."""
         waiting: list[Stub] = []
-        async for page in self._stubs(run.address):
+        # not from what was prefetched: that lacks stubs which have changed since
+        async for page in self._bank.download(run.address, BATCH):
+            if not run.seen and not run.stopping:
+                await self._take_some(run, page[:FIRST_BATCH], started)
+                page = page[FIRST_BATCH:]
             waiting += page
-            while len(waiting) >= size and not run.stopping:
-                await self._take_some(run, waiting[:size], started)
-                waiting, size = waiting[size:], BATCH
-        for first in range(0, len(waiting), BATCH):
-            if not run.stopping:
-                await self._take_some(run, waiting[first : first + BATCH], started)
+        while waiting and not run.stopping:
+            batch, waiting = self._next(waiting)
+            await self._take_some(run, batch, started)
         await self._confirm(run)
 
-    async def _stubs(self, address: str) -> AsyncIterator[list[Stub]]:
-        # not from what was prefetched: that lacks stubs which have changed since
-        async for page in self._bank.download(address, FIRST_BATCH):
-            yield page
+    def _next(self, waiting: list[Stub]) -> tuple[list[Stub], list[Stub]]:
+        """The sessions of the next batch, and the others."""
+        active = self._sessions.active
+        if active:
+            waiting = sorted(waiting, key=lambda stub: not any(wire_spi(one.spi_in) in active for one in stub.children))
+        return waiting[:BATCH], waiting[BATCH:]
 
     async def _take_some(self, run: Run, stubs: Sequence[Stub], started: float) -> None:
         await self._know_connections(run, stubs)
