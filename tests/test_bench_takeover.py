@@ -43,8 +43,9 @@ def test_a_gateway_takes_their_sessions_over_and_resumes_others() -> None:
     with rig(shared=SHARED) as built:
         built.take_model()
         result = takeover(built, SESSIONS, lambda what, share: None)
-    # and the session of the model
-    assert (result["taken"], result["failures"], result["not_taken"]) == (SESSIONS + 1, 0, [])
+    assert (result["failures"], result["not_taken"]) == (0, [])
+    # and the session of the model, if its client has not given it up before
+    assert result["taken"] in (SESSIONS, SESSIONS + 1)
     assert result["resumptions"]["failures"] == 0
     text, plot = section(result)
     assert f"{SESSIONS} sessions" in text
