@@ -93,6 +93,20 @@ async def test_a_bank_that_was_emptied_makes_no_gateway_fail(server: RedisServer
             assert failures(events) == []
 
 
+async def test_a_gateway_that_is_back_does_not_fail_by_what_was_read_before(gateway: Gateway) -> None:
+    with structlog.testing.capture_logs() as events:
+        async with running(gateway):
+            async with beating(gateway, OTHER):
+                await looks(gateway, CALM + TTL)
+            await looks(gateway, 4 * TTL)
+            assert failures(events) == [OTHER]
+            await gateway.bank.heartbeat(OTHER, 60.0)
+            await until(lambda: not gateway.failover.has_failed(OTHER))
+            # heartbeats are read beside others' events
+            await gateway.failover.own_heartbeat(True, 0.0, [])
+            assert failures(events) == [OTHER]
+
+
 async def test_while_the_bank_takes_no_heartbeats_no_gateway_fails(server: RedisServer, gateway: Gateway) -> None:
     with structlog.testing.capture_logs() as events:
         async with running(gateway):

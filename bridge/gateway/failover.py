@@ -166,7 +166,9 @@ class Failover:
         self._forget()
         # one that is missing now may come back with its next heartbeat: the bank may have been emptied
         self._missing = {gateway: self._missing.get(gateway, now) for gateway in self._seen.keys() - set(alive)}
-        for gateway, since in self._missing.items():
+        for gateway, missing in self._missing.items():
+            # what was read may be older than the last event
+            since = max(missing, self.beats.get(gateway, missing))
             if now - since >= MISSING * self._config.detect and self.watch.state(gateway) is PeerState.ALIVE:
                 self.watch.expired(gateway, now)
         if self.watch.suspects and self.watch.calm(now):
