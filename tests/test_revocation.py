@@ -204,6 +204,19 @@ async def test_a_restart_remembers_marks_and_believes_no_line_that_does_not_open
 
 
 @pytest.mark.redis
+async def test_marks_that_could_not_be_saved_once_are_saved_later(server: RedisServer, tmp_path: Path) -> None:
+    bank, state = RedisBank(server.url, RING), tmp_path / "state"
+    await put(bank, mark())
+    state.write_text("in the way of the folder")
+    revocations = Revocations(bank, RING, state)
+    await revocations.read()
+    state.unlink()
+    await revocations.read()
+    await bank.close()
+    assert Revocations(bank, RING, state).revoked(stub_of())
+
+
+@pytest.mark.redis
 async def test_a_mark_is_sealed_again_with_a_newer_key_once(server: RedisServer) -> None:
     [(old, key)] = RING_KEYS.items()
     bank = RedisBank(server.url, RING)

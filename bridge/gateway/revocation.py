@@ -27,6 +27,7 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.gateway.endings import Endings
 from bridge.service.metrics import Metrics
+from bridge.service.state_file import replace
 from bridge.stub.bank_keys import LOCKOUT_KIND
 from bridge.stub.keyring import Keyring, SealError
 from bridge.stub.revocation import Mark, canonical, names_of, open_mark, seal
@@ -63,6 +64,8 @@ class Revocations:
         self._stamp: bytes | None = None
         self._marks: dict[str, tuple[Mark, bytes]] = {}
         self._reading = asyncio.Lock()
+        self._unsaved = False
+        """the file could not be written"""
         self.unreadable = 0
         """marks of the bank that did not open at the last look"""
         self.changed = asyncio.Event()
@@ -104,6 +107,8 @@ class Revocations:
     async def read(self) -> None:
         """Take up all marks of the bank, and give back to it those that it lacks. Raises BankUnavailable."""
         async with self._reading:
+            if self._unsaved:
+                await self._save()
             stamp = await self._bank.revocation_stamp()
             banks = await self._bank.revocations()
             found = list(self._marks.values())
@@ -145,9 +150,13 @@ class Revocations:
             return
         text = "".join([f"{base64.b64encode(sealed).decode()}\n" for _, sealed in self._marks.values()])
         try:
-            await asyncio.to_thread(_write, self._path, text)
+            await asyncio.to_thread(replace, self._path, text)
         except OSError as error:
-            log.warning("revocations-not-saved", file=str(self._path), reason=error.strerror)
+            if not self._unsaved:
+                log.warning("revocations-not-saved", file=str(self._path), reason=error.strerror)
+            self._unsaved = True
+        else:
+            self._unsaved = False
 
     def _load(self) -> None:
         if self._path is None:
@@ -167,15 +176,6 @@ class Revocations:
                 log.warning("revocations-not-read", file=str(self._path), reason=str(error))
             else:
                 self._marks[mark.name] = (mark, sealed)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    beside.unlink(missing_ok=True)
-    beside.touch(mode=0o600)
-    beside.write_text(text, encoding="ascii")
-    beside.replace(path)
 
 
 class LockOut:
