@@ -145,6 +145,7 @@ class FakeInstaller:
         self.failure: Exception | None = None
         """what the next installation raises"""
         self.landed: dict[bytes, Install] = {}
+        self.activating: dict[bytes, Install] = {}
         """what charon has PASSIVE, by both SPIs"""
         self.installed: dict[bytes, Install] = {}
         """what charon has"""
@@ -160,7 +161,7 @@ class FakeInstaller:
         return 0.0
 
     def is_passive(self, spis: bytes) -> bool:
-        return spis in self.landed
+        return spis in self.landed or spis in self.activating
 
     def forget(self, spis: bytes) -> None:
         self.landed.pop(spis, None)
@@ -189,14 +190,17 @@ class FakeInstaller:
         if not self.landed:
             return
         landed, self.landed = self.landed, {}
+        self.activating = landed
         self.watcher.begins(list(landed))
         await asyncio.sleep(self.toggle_seconds)
         try:
             self._fail()
         except BaseException:
             self.landed |= landed
+            self.activating = {}
             self.watcher.failed(list(landed))
             raise
+        self.activating = {}
         self.activations.append(len(landed))
         self.watcher.done(list(landed))
         for install in landed.values():

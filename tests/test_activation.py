@@ -518,3 +518,22 @@ def test_a_passive_sa_that_is_being_removed_answers_nothing(
     assert fates == [["dropped"]]
     assert client.received() == []
     assert gateway.resumed == []
+
+
+def test_an_sa_that_was_removed_while_charon_took_it_in_is_not_waited_for(gateway: Activating) -> None:
+    client, other = gateway.client(), gateway.client()
+    assert client.resume(0.01)
+    # without a word
+    gateway.installer.landed.pop(client.spis)
+    gateway.loop.pass_time(1.0)
+    assert len(gateway.responder.activation) == 0
+    assert other.resume(0.01)
+    made = gateway.responder.unconfirmed._by_spis[other.spis]
+    gateway.loop.pass_time(1.0)
+
+    async def late() -> None:
+        gateway.responder.activation.landed(made)
+
+    gateway.loop.run(late())
+    assert len(gateway.responder.activation) == 0
+    assert gateway.installer.activations == [1]

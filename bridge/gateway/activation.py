@@ -135,6 +135,9 @@ class Activation:
     def landed(self, made: Rebuilt) -> None:
         """charon has it PASSIVE, and its client is about to be answered."""
         spis, now = made.sa.id.spis, self._clock()
+        if not self._charon.installer.is_passive(spis):
+            # it was removed while charon took it in
+            return
         self._entries[spis] = _Entry(made, now)
         self._passive[spis] = now
         self._landed.set()
@@ -299,6 +302,8 @@ class Activation:
                 except ChannelError as error:
                     log.warning("activation-failed", sas=len(self._passive), reason=str(error))
                     await asyncio.sleep(RETRY_SECONDS)
+                for spis in [one for one in self._passive if not self._charon.installer.is_passive(one)]:
+                    self._end(spis)
 
     async def _until_due(self) -> None:
         installer = self._charon.installer
