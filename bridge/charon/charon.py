@@ -48,6 +48,7 @@ class Charon:
         self.landing = SegmentChooser(ha.segments, self.tracker.half_open)
         self.vici = ViciWatch(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
         self.installer = Installer(self.channel, self.landing, self._look, self._blocked)
+        self.tracker.lands_at = self.installer.lands_at
         self.spis = SpiChoice(self.tracker.child_spis)
         self.release = ""
         self.ha_rules = HaRules(ha)

@@ -70,6 +70,8 @@ class SaTracker:
         """called for each IKE_SA that VICI reports, with the figures of its CHILD_SAs"""
         self.on_lost: list[Callable[[list[IkeSa]], None]] = []
         """called when charon was restarted, with the IKE_SAs that it had"""
+        self.lands_at: Callable[[str], bool] = lambda _: False
+        """whether SAs have this address between their installation and their activation"""
         self.on_own_request: Callable[[], None] = lambda: None
         """called when charon sent a request: a DELETE, perhaps"""
         self._listener = listener
@@ -426,6 +428,9 @@ class SaTracker:
             return True
         if since < sa.reported_at:
             # a list that was on its way while the SA moved has it where it was
+            return moved
+        if self.lands_at(info.remote.address):
+            # it is being activated, and has its client's address in a moment
             return moved
         where = (info.local, info.remote, info.local_vips, info.remote_vips)
         # what is equal stays the object that others share
