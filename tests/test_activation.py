@@ -537,3 +537,20 @@ def test_an_sa_that_was_removed_while_charon_took_it_in_is_not_waited_for(gatewa
     gateway.loop.run(late())
     assert len(gateway.responder.activation) == 0
     assert gateway.installer.activations == [1]
+
+
+def test_a_request_that_is_held_during_an_activation_takes_no_window_from_the_next_sas(gateway: Activating) -> None:
+    gateway.installer.toggle_seconds = 0.05
+    first, second = gateway.client(), gateway.client()
+    assert first.resume(0.01)
+    assert second.resume(0.01)
+    first.send(first.message(ExchangeType.CREATE_CHILD_SA))
+    gateway.loop.pass_time(0.02)
+    assert gateway.installer.activating
+    request = second.send(second.message(ExchangeType.CREATE_CHILD_SA))
+    gateway.loop.pass_time(0.1)
+    assert request.fate == ["accepted"]
+    gateway.installer.toggle_seconds = 0.001
+    third = gateway.client()
+    assert third.resume(activation.WINDOW_LEAST / 2)
+    assert list(gateway.installer.landed) == [third.spis]

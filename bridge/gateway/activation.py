@@ -281,7 +281,8 @@ class Activation:
             entry.held.append(packet)
             self._held += 1
             self._metrics.requests_held.inc()
-        self._wanted.set()
+        if entry.state is State.PASSIVE:
+            self._wanted.set()
         if not self._is_overdue(entry):
             self._verified(entry, requests)
 
