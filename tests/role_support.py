@@ -156,6 +156,8 @@ class FakeInstaller:
         """message IDs that charon was told"""
         self.watcher: Watcher = cast(Watcher, Mock())
         self.where = 1
+        self.reads = True
+        """whether it has read all that it was sent"""
 
     def wait(self) -> float:
         return 0.0
@@ -166,8 +168,8 @@ class FakeInstaller:
     def forget(self, spis: bytes) -> None:
         self.landed.pop(spis, None)
 
-    def set_next_id_now(self, ike_id: IkeId, number: int) -> bool:
-        if self._channel.up and ike_id.spis in self.landed:
+    def set_next_id_now(self, ike_id: IkeId, number: int, *, idle: bool = False) -> bool:
+        if self._channel.up and ike_id.spis in self.landed and (self.reads or not idle):
             self.told.append((ike_id.spis, number))
             return True
         return False

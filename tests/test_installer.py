@@ -93,7 +93,7 @@ class OneChannel:
 
     def receive(self) -> None: ...
 
-    def send_now(self, message: bytes, *, to: int) -> bool:
+    def send_now(self, message: bytes, *, to: int, idle: bool = False) -> bool:
         if to != self.inode:
             return False
         self.messages.append(decode(message))

@@ -293,11 +293,11 @@ class HaChannel:
             raise ChannelError(f"charon does not take HA messages: {error.strerror}") from error
         return True
 
-    def send_now(self, message: bytes, *, to: int) -> bool:
+    def send_now(self, message: bytes, *, to: int, idle: bool = False) -> bool:
         """Send one message without waiting; False where the charon whose end has the inode `to` is not there, or has so
-        much to read that it may not get it."""
+        much to read that it may not get it; with `idle`, where it has anything to read."""
         end = self.charon_socket()
-        if end is None or end.inode != to or end.queued >= QUEUE_HIGH:
+        if end is None or end.inode != to or end.queued >= (1 if idle else QUEUE_HIGH):
             return False
         try:
             return self._sent(message)

@@ -166,14 +166,14 @@ class Installer:
         """Whether charon has an SA (both SPIs) that is to be activated yet."""
         return spis in self._landed or spis in self._activating
 
-    def set_next_id_now(self, ike_id: IkeId, number: int) -> bool:
+    def set_next_id_now(self, ike_id: IkeId, number: int, *, idle: bool = False) -> bool:
         """The message ID of the peer's next request on an SA that is PASSIVE; whether the charon that has it was told:
-        it is there, and reads what it is sent."""
+        it is there, and reads what it is sent; with `idle` it has read all of that."""
         version = self._channel.version
         if version is None or ike_id.spis not in self._landed or self._where is None:
             return False
         message = next_id_message(version, ike_id, MessageType.IKE_MID_RESPONDER, number)
-        return self._channel.send_now(message, to=self._where)
+        return self._channel.send_now(message, to=self._where, idle=idle)
 
     def lands_at(self, address: str) -> bool:
         """Whether SAs have this address between their installation and their activation."""

@@ -47,7 +47,7 @@ GATHER_SECONDS, POLL_SECONDS = 0.05, 0.001
 WORTH: Final = 3.0
 """an activation that takes t and that a client waits for waits so many t, at most, for others on their way"""
 OVERDUE_SECONDS: Final = 5.0
-"""after which charon may hang: what it does not answer itself is not answered"""
+"""after which charon may hang: unless it has read all that it was sent, nothing is answered in its name"""
 REPEAT_SECONDS: Final = 30.0
 """for so long after the activation the last answer of the sidecar is sent again to the same request"""
 RETRY_SECONDS: Final = 1.0
@@ -267,8 +267,9 @@ class Activation:
         return (
             entry.state is State.PASSIVE
             and entry.is_from_client(packet)
-            and not self._is_overdue(entry)
-            and self._charon.installer.set_next_id_now(entry.made.sa.id, requests.expected + 1)
+            and self._charon.installer.set_next_id_now(
+                entry.made.sa.id, requests.expected + 1, idle=self._is_overdue(entry)
+            )
         )
 
     def _hold(self, entry: _Entry, packet: Packet, requests: ClientRequests) -> None:
