@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from bank_support import stub_of
+from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import Install, add_message, update_message
 from bridge.charon.ha_message import VERSIONS, Attr, HaMessage, IkeId, MessageType, decode
@@ -18,6 +19,7 @@ from bridge.charon.half_open import HalfOpenSas
 from bridge.charon.ike_sa import Condition
 from bridge.charon.installer import Installer
 from bridge.charon.socket_diag import CharonSocket
+from bridge.config import HaConfig
 from bridge.ike.transforms import Encr, Group, Prf, Suite
 from bridge.stub.child_sa import NewChild
 from bridge.stub.types import Endpoint, Identity
@@ -342,3 +344,63 @@ async def test_what_lands_while_an_activation_waits_for_a_handshake_does_not_wai
     assert watch.seen[-1][1] == [REBUILT.id.spis, ANOTHER.id.spis]
     landings = [address for address in remotes(channel) if installer.lands_at(address)]
     assert [segment_of(address) for address in landings[-2:]] == [7, 7]
+
+
+async def test_what_could_not_be_installed_does_not_come_up_with_the_next_one() -> None:
+    channel = OneChannel()
+    installer = Installer(cast(HaChannel, channel), SegmentChooser())
+    drained = channel.drained
+
+    async def stands_still() -> None:
+        raise ChannelError("charon did not read its HA channel for 30 s")
+
+    channel.drained = stands_still  # type: ignore[method-assign]
+    with pytest.raises(ChannelError):
+        await installer.install([REBUILT])
+    channel.drained = drained  # type: ignore[method-assign]
+    channel.messages.clear()
+    await installer.install([ANOTHER])
+    about = {message.type for message in channel.messages if message.first(Attr.IKE_ID) == REBUILT.id}
+    assert about == {MessageType.IKE_DELETE}
+
+
+async def test_what_is_given_up_while_charon_stands_still_is_not_activated() -> None:
+    channel = OneChannel()
+    charon = Charon("/nowhere", HaConfig())
+    charon.channel = cast(HaChannel, channel)
+    charon.installer = installer = Installer(charon.channel, SegmentChooser())
+    await installer.land([REBUILT])
+    channel.stuck = True
+    with pytest.raises(ChannelError):
+        # a placeholder has its virtual IP: that is told first
+        await charon.remove([REBUILT.id], sharing={REBUILT.id.spis})
+    channel.stuck = False
+    channel.messages.clear()
+    await installer.land([ANOTHER])
+    await installer.activate()
+    about = [message.type for message in channel.messages if message.first(Attr.IKE_ID) == REBUILT.id]
+    assert about == [MessageType.IKE_DELETE]
+
+
+async def test_ends_of_passive_sas_keep_the_pace_of_activations() -> None:
+    channel = OneChannel()
+    charon = Charon("/nowhere", HaConfig())
+    charon.channel = cast(HaChannel, channel)
+    charon.installer = installer = Installer(charon.channel, SegmentChooser())
+    waits = [0.02, 0.01]
+    installer.wait = lambda: waits.pop(0) if waits else 0.0  # type: ignore[method-assign]
+    await installer.land([REBUILT])
+    assert await charon._not_active({REBUILT.id.spis}) == ""
+    assert waits == []
+    assert channel.sent.count(MessageType.SEGMENT_DROP) == 1
+
+
+async def test_an_end_does_not_wait_for_an_activation_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.charon.charon.ACTIVATE_SECONDS", 0.05)
+    channel = OneChannel()
+    charon = Charon("/nowhere", HaConfig())
+    charon.channel = cast(HaChannel, channel)
+    charon.installer = installer = Installer(charon.channel, SegmentChooser())
+    installer.wait = lambda: 1.0  # type: ignore[method-assign]
+    await installer.land([REBUILT])
+    assert "not active yet" in await charon._not_active({REBUILT.id.spis})

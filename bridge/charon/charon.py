@@ -31,6 +31,9 @@ from bridge.stub.child_sa import SpiChoice
 log = structlog.get_logger()
 
 INSTALL_TRIES = 3
+ACTIVATE_SECONDS = 5.0
+"""that an IKE_SA which is to be ended has until it is active"""
+ACTIVATE_POLL = 0.05
 ENDING_AT_ONCE = 4
 """IKE_SAs that charon is asked to end at a time: other questions have to be answered meanwhile"""
 
@@ -157,12 +160,8 @@ class Charon:
     async def end(self, spis: Collection[bytes]) -> int:
         """End IKE_SAs, given by both SPIs, whether their peers answer or not; how many charon had. Their peers get a
         DELETE, updown scripts and accounting see the end, and virtual IPs are released. Raises ViciError."""
-        if any(self.installer.is_passive(one) for one in spis):
-            # charon sends no DELETE for an SA that is PASSIVE
-            try:
-                await self.installer.activate()
-            except ChannelError as error:
-                raise ViciError(f"the IKE_SA cannot be activated: {error}") from error
+        if why_not := await self._not_active(spis):
+            raise ViciError(why_not)
         found: dict[bytes, str] = {}
         for one in spis:
             sa = self.tracker.sas.get(one)
@@ -185,6 +184,22 @@ class Charon:
                 ended += 1
         return ended
 
+    async def _not_active(self, spis: Collection[bytes]) -> str:
+        """charon sends no DELETE for an SA that is PASSIVE: have these activated, at the pace of all activations. Why
+        they are not, where they are not in time."""
+        try:
+            async with asyncio.timeout(ACTIVATE_SECONDS):
+                while any(self.installer.is_passive(one) for one in spis):
+                    if pause := self.installer.wait():
+                        await asyncio.sleep(min(pause, ACTIVATE_POLL))
+                    else:
+                        await self.installer.activate()
+        except TimeoutError:
+            return "it is not active yet, and charon would send no DELETE for it"
+        except ChannelError as error:
+            return f"it cannot be activated: {error}"
+        return ""
+
     async def reauthenticate(self, sa: IkeSa) -> None:
         """Have charon authenticate an IKE_SA again, by a new one in its place, as its configuration says. Raises
         ViciError."""
@@ -201,10 +216,14 @@ class Charon:
         neither its peer nor another process receives an event. The listeners are called. Raises ChannelError
         where neither way is open.
         """
+        # others can be ended meanwhile
+        why_not = await self._not_active({sa.id.spis})
         async with self._ending:
             if self.tracker.sas.get(sa.id.spis) is not sa:
                 return
             try:
+                if why_not:
+                    raise ViciError(why_not)
                 if not await self.end({sa.id.spis}):
                     raise ViciError("charon did not end it")
             except ViciError as error:
@@ -251,7 +270,11 @@ class Charon:
         shared = [ike_id for ike_id in ike_ids if kept or ike_id.spis in sharing]
         if self.channel.version is not None and shared:
             version = self.channel.version
-            await self.channel.send([vips_message(version, ike_id, (NO_ADDRESS,)) for ike_id in shared])
+            try:
+                await self.channel.send([vips_message(version, ike_id, (NO_ADDRESS,)) for ike_id in shared])
+            except ChannelError:
+                self.installer.give_up(ike_ids)
+                raise
         await self.installer.delete(ike_ids)
 
     def _shares_address(self, ike_id: IkeId) -> bool:

@@ -124,9 +124,14 @@ class Installer:
 
         Raises HaError, with nothing sent, where one of them does not fit the format; ChannelError.
         """
-        async with self._sending:
-            await self._land(batch, passive_children=False)
-        await self.activate()
+        try:
+            async with self._sending:
+                await self._land(batch, passive_children=False)
+            await self.activate()
+        except BaseException:
+            # who wanted them goes on without: the next activation is not to bring them up
+            self.give_up([install.id for install in batch])
+            raise
 
     async def land(self, batch: Sequence[Install]) -> None:
         """Have charon take in all of `batch`, with their CHILD_SAs, for the next activation; done when it has them
@@ -217,6 +222,7 @@ class Installer:
                 # both may have taken long
                 self._look_for_charon()
                 if self._landing.to_activate(asyncio.get_running_loop().time()) == segment:
+                    await self.delete_left()
                     await self._activate_in(segment)
                     return
 
@@ -347,10 +353,7 @@ class Installer:
     async def delete(self, ike_ids: Sequence[IkeId]) -> None:
         """Drop SAs without a DELETE or an event."""
         version = self._channel.version
-        removed = [ike_id.spis for ike_id in ike_ids if self.is_passive(ike_id.spis)]
-        for spis in removed:
-            self.forget(spis)
-        self.watcher.lost(removed)
+        self._forget_all(ike_ids)
         if version is not None and ike_ids:
             where = self._whose()
             try:
@@ -359,6 +362,17 @@ class Installer:
                 # what charon has in its socket it will execute
                 self._undeleted |= dict.fromkeys(ike_ids, where)
                 raise
+
+    def give_up(self, ike_ids: Sequence[IkeId]) -> None:
+        """Have SAs dropped that charon may have or not, before anything else that it is told to do."""
+        self._forget_all(ike_ids)
+        self._undeleted |= dict.fromkeys(ike_ids, self._whose())
+
+    def _forget_all(self, ike_ids: Sequence[IkeId]) -> None:
+        removed = [ike_id.spis for ike_id in ike_ids if self.is_passive(ike_id.spis)]
+        for spis in removed:
+            self.forget(spis)
+        self.watcher.lost(removed)
 
     async def delete_left(self) -> None:
         """Drop what could not be dropped before. Raises ChannelError."""
