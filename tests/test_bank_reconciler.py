@@ -188,7 +188,7 @@ import asyncio
 from bridge.charon.ha_channel import HaChannel
 from bridge.charon.ha_message import IkeId
 from bridge.charon.releases import version_for
-from bridge.charon.ha_commands import Install
+from bridge.charon.ha_commands import Install, address_message
 from bridge.charon.installer import Installer
 from bridge.charon.ha_segments import SegmentChooser
 from bridge.ike.transforms import Encr, Group, Prf, Suite
@@ -206,6 +206,9 @@ async def land():
         local_id=Identity(2, b"vpn.example.org"), remote_id=Identity(3, b"client@example.org"), eap_id=None,
         local=Endpoint("192.168.50.2", 4500), remote=Endpoint("192.168.50.10", 4500), connection="gw",
         conditions=(), extensions=(), local_vips=(), remote_vips=())])
+    if sys.argv[2] == "its client's":
+        ike_id, client = IkeId.of(b"initiate", b"responds", False), Endpoint("192.168.50.10", 4500)
+        await channel.send([address_message(channel.version, ike_id, client)])
     await channel.drained()
     channel.close()
 
@@ -213,18 +216,20 @@ asyncio.run(land())
 """
 
 
-def test_what_was_installed_in_charon_and_was_never_activated_is_removed(topology: Topology) -> None:
+@pytest.mark.parametrize("address", ["that of the landing", "its client's"])
+def test_what_was_installed_in_charon_and_was_never_activated_is_removed(topology: Topology, address: str) -> None:
     """A sidecar that is killed leaves charon with it: PASSIVE for ever, or active with an address that nobody has."""
     sidecar = topology.gateways["gw2"]
     sidecar.kill()
     release = topology.gw2.charon.vici().version()["version"].decode()
-    topology.gw2.run(sys.executable, "-c", LAND, release)
+    topology.gw2.run(sys.executable, "-c", LAND, release, address)
     [left] = topology.gw2.charon.sas()
     assert left["state"] == "PASSIVE"
-    assert left["remote-host"].startswith("198.18.")
+    assert left["remote-host"].startswith("192.168.50.10" if address == "its client's" else "198.18.")
+    before = said(topology, "gw2", "event=leftover-sas-removed")
     sidecar.start()
     wait_until(lambda: not topology.gw2.charon.sas(), "its end")
-    assert said(topology, "gw2", "event=leftover-sas-removed") == 1
+    assert said(topology, "gw2", "event=leftover-sas-removed") == before + 1
     assert said(topology, "gw2", "event=resync") == 0
 
 

@@ -47,6 +47,8 @@ QUICK_SECONDS = 0.05
 
 UNNAMED = "(unnamed)"
 """the connection that VICI names for an SA whose peer has not said who it is"""
+PASSIVE = "PASSIVE"
+"""the state of an IKE_SA that was installed and not activated"""
 HALF_OPEN_STATES = ("CREATED", "CONNECTING")
 """of an IKE_SA, as VICI names them; charon makes the second of the first while it works on a request"""
 
@@ -265,7 +267,8 @@ class Reconciler:
             left_over = [info for info in infos if self._is_stray(info)]
             if left_over:
                 strays.update((info.spis, info) for info in left_over)
-                infos = [info for info in infos if info.spis not in strays]
+                # charon has those that are known here
+                infos = [info for info in infos if info.spis not in strays or info.spis in self._tracker.sas]
             comparison.take(infos)
             established.update(
                 self._segments.segment_of(info.remote.address) for info in infos if info.state == "ESTABLISHED"
@@ -317,7 +320,10 @@ class Reconciler:
         return self._installer.lands_at(info.remote.address)
 
     def _is_stray(self, info: SaInfo) -> bool:
-        """Whether an SA has an address for the time before activation, and no task here is about to activate it."""
+        """Whether an SA waits to be activated, by its state or its address, and no task here is about to do so: charon
+        would ignore all messages of its peer for good."""
+        if info.state == PASSIVE:
+            return not self._installer.is_passive(info.spis)
         return self._is_installed(info) and info.spis not in self._tracker.sas
 
     async def _remove_strays(self, strays: dict[bytes, SaInfo]) -> None:
@@ -332,25 +338,34 @@ class Reconciler:
             self._due.set()
 
     async def _take_up(self, left: list[SaInfo]) -> list[SaInfo]:
-        """Activate those of these SAs that the bank has: a sidecar before this one confirmed them, and ended before
-        they were active. Gives the others, none while that cannot be found out."""
-        known = await self.recover(left)
-        if known is None:
-            return []
+        """Activate those of these SAs that are known here, whose activation came to nothing, and those that the bank
+        has: a sidecar before this one confirmed them, and ended before they were active. Gives the others, none while
+        that cannot be found out."""
+        tracked = self._tracker.sas
+        unknown = [info for info in left if info.spis not in tracked]
+        found = await self.recover(unknown) if unknown else []
         # another task may have begun to install one of them
-        known = [sa for sa in known if sa.id.spis not in self._tracker.sas and sa.remote is not None]
-        if known:
-            for sa in known:
+        new = [sa for sa in found or () if sa.id.spis not in tracked]
+        here = [tracked[info.spis] for info in left if info.spis in tracked]
+        wanted = [
+            (sa.id, sa.remote)
+            for sa in here + new
+            if sa.remote is not None and not self._installer.is_passive(sa.id.spis)
+        ]
+        if wanted:
+            for sa in new:
                 self._tracker.adopt(sa)
             try:
-                await self._installer.take_up([(sa.id, sa.remote) for sa in known if sa.remote is not None])
+                await self._installer.take_up(wanted)
             except ChannelError:
                 # the next comparison finds them again
-                for sa in known:
+                for sa in new:
                     self._tracker.forget(sa.id)
-                    self._installer.forget(sa.id.spis)
+                for ike_id, _ in wanted:
+                    self._installer.forget(ike_id.spis)
                 raise
-            log.info("leftover-sas-activated", sas=len(known))
+            log.warning("leftover-sas-activated", sas=len(wanted))
             self._due.set()
-        taken = {sa.id.spis for sa in known}
-        return [info for info in left if info.spis not in taken]
+        if found is None:
+            return []
+        return [info for info in unknown if info.spis not in tracked]
