@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 WINDOW_MIN: Final = 64
-WINDOW_START: Final = 256
+WINDOW_START: Final = 128
 WINDOW_MAX: Final = 4096
 """sessions announced and not resumed yet"""
 QUEUE_SECONDS: Final = 0.25
