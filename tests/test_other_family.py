@@ -86,3 +86,18 @@ def test_a_client_is_sent_to_the_address_of_its_family_first(loop: FakeTime, pee
 def test_a_gateway_is_found_by_either_address() -> None:
     others = OtherGateways({THERE: Facts({}, other=THERE_SIX), "192.0.2.3": None}, frozenset(), False)
     assert (others.named(THERE_SIX), others.named(THERE), others.named("192.0.2.9")) == (THERE, THERE, "192.0.2.9")
+
+
+@pytest.mark.parametrize("status", [MoveStatus.REFUSED, MoveStatus.NO_ANSWER])
+def test_a_gateway_that_does_not_resume_it_is_not_named_by_its_other_address_too(
+    loop: FakeTime, status: MoveStatus
+) -> None:
+    scene = Scene(loop, 1)
+    [sa] = scene.sas
+    scene.bank.posts["facts", THERE] = gateway_facts.encode(Facts({"home": ["net"]}, other=THERE_SIX)).encode()
+    scene.begin()
+    loop.pass_time(0.2)
+    scene.report(sa, status)
+    loop.pass_time(0.5)
+    assert len({message.message_id for message in scene.moves(sa)}) == 1
+    assert scene.told()["state"] == "done"

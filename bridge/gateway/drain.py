@@ -64,10 +64,13 @@ BUNDLE: Final = 512
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A session that is to move, to the first of `targets` that its client has."""
+    """A session that is to move, to the first of `targets` that its client has: gateways by name, each with an address
+    by which the client may know it."""
 
     sa: IkeSa
-    targets: list[str]
+    targets: list[tuple[str, str]]
+    target: str = ""
+    """the gateway that was named last"""
     message_id: int = 0
     """of the last Move about it; 0: none was sent"""
 
@@ -191,7 +194,7 @@ class Drain:
             able = [target for target in targets if reasons[target] is None]
             if able:
                 assert sa.remote is not None
-                known = [address for target in able for address in others.at(target, sa.remote.address)]
+                known = [(target, address) for target in able for address in others.at(target, sa.remote.address)]
                 waiting.append(_Waiting(sa, known))
             else:
                 lacking[next(reason for reason in reasons.values() if reason)] += 1
@@ -273,6 +276,9 @@ class Drain:
         event = REPORTED.get(message.move.status)
         if event is None:
             return
+        if event in ELSEWHERE and event is not Event.NOT_CONFIGURED:
+            # the client knows the gateway: its other address would lead to the same answer
+            asked.waiting.targets = [one for one in asked.waiting.targets if one[0] != asked.waiting.target]
         if event in ELSEWHERE and asked.waiting.targets:
             event = Event.ANOTHER
         elif asked.state is State.ASKED:
@@ -316,7 +322,8 @@ class Drain:
             run.outcomes[(State.LEFT, REASONS[Event.VANISHED])] += 1
             return
         waiting.message_id = max(move_message_id(self._wall()), waiting.message_id + 1)
-        octets = build_move(stub_sa(sa, sa.published), waiting.targets.pop(0), waiting.message_id)
+        waiting.target, address = waiting.targets.pop(0)
+        octets = build_move(stub_sa(sa, sa.published), address, waiting.message_id)
         move = parse_stub_message(octets)
         run.asked[sa.id.spis] = _Asked(waiting, sa, sa.published, move, octets, self._clock() + MOVE_SECONDS)
 
