@@ -144,6 +144,8 @@ class FakeInstaller:
         self._channel = channel
         self.failure: Exception | None = None
         """what the next installation raises"""
+        self.blocked = False
+        """each segment has a handshake in progress"""
         self.landed: dict[bytes, Install] = {}
         self.activating: dict[bytes, Install] = {}
         """what charon has PASSIVE, by both SPIs"""
@@ -161,6 +163,9 @@ class FakeInstaller:
 
     def wait(self) -> float:
         return 0.0
+
+    def is_blocked(self) -> bool:
+        return self.blocked
 
     def is_passive(self, spis: bytes) -> bool:
         return spis in self.landed or spis in self.activating

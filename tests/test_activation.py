@@ -39,8 +39,8 @@ class Activating(Gateway):
     """A gateway that sees first requests, with charon's news passed on as bridge.gateway.role does."""
 
     def __init__(self, loop: FakeTime, **sync: Any) -> None:
-        super().__init__(loop, intercepted=lambda: self.intercepted, **sync)
-        self.intercepted = True
+        super().__init__(loop, able=lambda: self.able, **sync)
+        self.able = True
         self.clients = 0
         self.charon._listeners.each = (self,)
         self.charon.reconciled.set()
@@ -201,7 +201,7 @@ def test_in_another_charon_each_kind_begins_again(gateway: Activating) -> None:
 
 
 def test_without_rules_that_show_first_requests_charon_confirms(gateway: Activating) -> None:
-    gateway.intercepted = False
+    gateway.able = False
     assert gateway.client().resume()
     assert not gateway.installer.landed
 
@@ -278,7 +278,63 @@ def test_any_other_request_makes_the_activation_due_and_is_charons_then(
     assert gateway.installer.activations == [1]
     assert request.fate == ["accepted"]
     assert len(client.received()) == checks
+    # what is only held confirms nothing: charon does, once it has it
+    assert gateway.resumed == ([client.stub] if checks else [])
+    charon_verifies(gateway, client, 2 + checks)
+    gateway.loop.pass_time(0.02)
     assert gateway.resumed == [client.stub]
+
+
+def test_a_request_that_a_dead_charon_would_have_to_process_confirms_nothing(gateway: Activating) -> None:
+    client = gateway.client()
+    assert client.resume()
+    gateway.channel.up = False
+    client.send(client.confirmation().request)
+    client.send(client.message(ExchangeType.CREATE_CHILD_SA, 1, [(PayloadType.NONCE, bytes(32))]))
+    gateway.loop.pass_time(0.1)
+    assert gateway.resumed == []
+    assert client.received() == []
+    # it can go on with its old stub elsewhere
+    assert client.stub.index in gateway.bank.stubs
+
+
+def test_in_a_crowd_the_activation_comes_first(gateway: Activating) -> None:
+    gateway.loop.pass_time(1.0)
+    for number in range(activation.CROWD):
+        client = gateway.client(SOURCES[number % 2])
+        assert client.resume(0.005), number
+        assert client.spis in gateway.installer.landed
+    last = gateway.client()
+    assert last.resume()
+    assert not gateway.installer.landed
+    assert gateway.installer.activations[-1] == activation.CROWD + 1
+
+
+@pytest.mark.parametrize("why", ["it is late", "each segment has a handshake"])
+def test_while_activations_do_not_come_no_client_is_told_that_it_is_resumed(
+    gateway: Activating, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(gateway.installer, "wait", lambda: 3600.0)
+    if why == "it is late":
+        assert gateway.client().resume()
+        gateway.loop.pass_time(activation.WINDOW_MOST + activation.LATE_SECONDS)
+    else:
+        gateway.installer.blocked = True
+    for _ in range(3):
+        assert not gateway.client().resume()
+    monkeypatch.undo()
+
+
+def test_a_charon_that_was_restarted_is_not_answered_for(gateway: Activating) -> None:
+    client = gateway.client()
+    assert client.resume()
+    octets = client.confirmation().request
+    client.send(octets)
+    gateway.loop.pass_time(1.0)
+    assert len(client.received()) == 1
+    gateway.charon.tracker.forget_all()
+    client.send(octets)
+    assert len(client.received()) == 1
 
 
 def test_a_liveness_check_from_another_port_is_charons(gateway: Activating) -> None:

@@ -259,7 +259,9 @@ class TestMeter:
             for _ in range(self.COUNT):
                 charon.recv(65535)
 
-    @pytest.mark.parametrize("payload", [pytest.param(with_notification(COOKIE, SYNC), id="cookie"), ike(GET_STUB)])
+    @pytest.mark.parametrize(
+        "payload", [pytest.param(with_notification(COOKIE, SYNC), id="cookie"), pytest.param(ike(GET_STUB), id="GET")]
+    )
     def test_a_flood_of_one_kind_takes_no_other_kinds_place(
         self, host: Wire, backend: firewall.Backend, family: str, payload: bytes
     ) -> None:

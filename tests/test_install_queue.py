@@ -123,6 +123,7 @@ class Confirming:
     def __init__(self) -> None:
         self.early = False
         """whether first requests can be answered before charon has the SAs active"""
+        self.charon_has_them = True
         self.seen: list[Any] = []
 
     def can_confirm(self, made: Any) -> bool:
@@ -130,6 +131,9 @@ class Confirming:
 
     def landed(self, made: Any) -> None:
         self.seen.append(made)
+
+    def has(self, made: Any) -> bool:
+        return self.charon_has_them
 
 
 class Scene:

@@ -56,9 +56,7 @@ LONG = 30.0
 class Gateway:
     """A Responder with a charon, a bank and a wire that are made up."""
 
-    def __init__(
-        self, loop: FakeTime, intercepted: Callable[[], bool] = lambda: False, tag: bytes = b"", **sync: Any
-    ) -> None:
+    def __init__(self, loop: FakeTime, able: Callable[[], bool] = lambda: False, tag: bytes = b"", **sync: Any) -> None:
         self.loop = loop
         self.charon, self.installer, self.channel = fake_charon("home")
         self.bank, self.wire, self.metrics = FakeBank(), Wire(), GatewayMetrics()
@@ -105,7 +103,7 @@ class Gateway:
             config,
             self.metrics,
             lambda packet: None,
-            intercepted,
+            able,
             clock=loop.time,
         )
 

@@ -26,6 +26,8 @@ log = structlog.get_logger()
 QUEUE_HIGH = 96 * 1024
 """octets (with the kernel's overhead) in charon's receive queue from which on the sender waits; the queue usually
 holds 208 KiB"""
+QUEUE_FULL = 160 * 1024
+"""the same, from which on not even a single message is sent at once"""
 BURST = 32
 """datagrams sent between two looks at charon's queue"""
 NAP_SECONDS, NAP_MAX, NAP_GROWTH = 0.0001, 0.001, 1.5
@@ -297,7 +299,7 @@ class HaChannel:
         """Send one message without waiting; False where the charon whose end has the inode `to` is not there, or has so
         much to read that it may not get it; with `idle`, where it has anything to read."""
         end = self.charon_socket()
-        if end is None or end.inode != to or end.queued >= (1 if idle else QUEUE_HIGH):
+        if end is None or end.inode != to or end.queued >= (1 if idle else QUEUE_FULL):
             return False
         try:
             return self._sent(message)

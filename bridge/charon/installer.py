@@ -184,6 +184,10 @@ class Installer:
         """Whether SAs have this address between their installation and their activation."""
         return address in self._landing_addresses
 
+    def is_blocked(self) -> bool:
+        """Whether each segment has a handshake in progress, so that none can be activated."""
+        return self._landing.blocked(asyncio.get_running_loop().time())
+
     def wait(self) -> float:
         """Seconds until an activation costs running SAs no more than their share, and no handshake."""
         now = asyncio.get_running_loop().time()

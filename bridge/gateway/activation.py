@@ -5,7 +5,11 @@ An activation costs charon a walk of all its IKE_SAs, twice. So it is not on the
 within a window of time shares one. Until then the first requests of clients come here, by a rule of the packet filter
 (`tag` of bridge.net.queue_rules). A liveness check, which confirms the IKE_SA, is answered here, and charon is told the
 next Message ID before the answer is sent, so that it continues there at any time, whatever happens to this process.
-Any other authentic request makes the activation due and is held until it is over; charon then processes it.
+Any other authentic request makes the activation due and is held until it is over; charon then processes it, and
+confirms by that.
+
+In a crowd many share one activation anyway, and charon's confirmation costs less than one here: then the activation
+comes before the answers, as it does where one is late, or the bank does not take what a confirmation changes.
 
 The first IKE_SA of each kind (suite, connection, forward secrecy) after charon's start is activated before its client
 is answered, and confirmed by charon: were charon to derive other keys than this program, that would show here.
@@ -44,6 +48,10 @@ WINDOW_SHARE: Final = 100
 """an activation that takes t makes the next window this many t, within these limits"""
 GATHER_SECONDS, POLL_SECONDS = 0.05, 0.001
 """between two looks at the pace of activations, and at what is on its way"""
+CROWD: Final = 32
+"""IKE_SAs that wait for an activation, from which on the next ones are activated before their clients are answered"""
+LATE_SECONDS: Final = 1.0
+"""an activation that is overdue for so long may not come soon"""
 WORTH: Final = 3.0
 """an activation that takes t and that a client waits for waits so many t, at most, for others on their way"""
 OVERDUE_SECONDS: Final = 5.0
@@ -82,8 +90,9 @@ class _Entry:
 
 
 class Activation:
-    """`answer` sends a message to a packet's sender; `intercepted` returns whether first requests of clients come to
-    `packet`; `coming` whether more IKE_SAs may be installed soon. It follows charon's installer."""
+    """`answer` sends a message to a packet's sender; `able` returns whether first requests of clients come to `packet`,
+    and what they confirm reaches the bank; `coming` whether more IKE_SAs may be installed soon. It follows charon's
+    installer."""
 
     def __init__(
         self,
@@ -91,7 +100,7 @@ class Activation:
         metrics: GatewayMetrics,
         strays: Strays,
         answer: Callable[[Packet, bytes], None],
-        intercepted: Callable[[], bool],
+        able: Callable[[], bool],
         coming: Callable[[], bool],
         *,
         random: Callable[[int], bytes] = os.urandom,
@@ -101,7 +110,7 @@ class Activation:
         self._metrics = metrics
         self._strays = strays
         self._answer = answer
-        self._intercepted = intercepted
+        self._able = able
         self._coming = coming
         self._random = random
         self._clock = clock
@@ -130,7 +139,22 @@ class Activation:
         if installed_in != self._proven_in:
             self._proven.clear()
             self._proven_in = installed_in
-        return _kind(made) in self._proven and possible(made.install.suite) and self._intercepted()
+        return (
+            len(self._passive) < CROWD
+            and _kind(made) in self._proven
+            and possible(made.install.suite)
+            and self._able()
+            and self._comes_soon()
+        )
+
+    def _comes_soon(self) -> bool:
+        """Whether activations work: what a client is told now holds only once charon answers it."""
+        late = bool(self._passive) and self._clock() - self._oldest > self._window + LATE_SECONDS
+        return not late and not self._charon.installer.is_blocked()
+
+    def has(self, made: Rebuilt) -> bool:
+        """Whether charon has it, PASSIVE or active."""
+        return made.sa.id.spis in self._entries
 
     def landed(self, made: Rebuilt) -> None:
         """charon has it PASSIVE, and its client is about to be answered."""
@@ -245,7 +269,7 @@ class Activation:
             self._metrics.checks_answered.inc()
             self._verified(entry, requests)
         else:
-            self._hold(entry, packet, requests)
+            self._hold(entry, packet)
 
     def _not_here(self, packet: Packet, spis: bytes) -> None:
         """charon processes requests of its own IKE_SAs whose SPIr ends like this, and of those that were activated."""
@@ -256,7 +280,7 @@ class Activation:
 
     def _repeat(self, entry: _Entry, requests: ClientRequests, packet: Packet) -> None:
         packet.drop()
-        if entry.is_from_client(packet):
+        if entry.is_from_client(packet) and entry.made.sa.id.spis in self._charon.tracker.sas:
             self._answer(packet, requests.last_answer)
 
     def _is_overdue(self, entry: _Entry) -> bool:
@@ -272,8 +296,8 @@ class Activation:
             )
         )
 
-    def _hold(self, entry: _Entry, packet: Packet, requests: ClientRequests) -> None:
-        if any(packet.ike == other.ike for other in entry.held):
+    def _hold(self, entry: _Entry, packet: Packet) -> None:
+        if any(other.held and packet.ike == other.ike for other in entry.held):
             packet.drop()
         elif len(entry.held) >= HELD_OF_ONE or self._held >= HELD_MAX:
             # its client sends it again
@@ -284,8 +308,6 @@ class Activation:
             self._metrics.requests_held.inc()
         if entry.state is State.PASSIVE:
             self._wanted.set()
-        if not self._is_overdue(entry):
-            self._verified(entry, requests)
 
     def _verified(self, entry: _Entry, requests: ClientRequests) -> None:
         self._charon.tracker.verified(entry.made.sa.id, requests.expected)
@@ -301,8 +323,11 @@ class Activation:
                 await self._until_due()
                 try:
                     await self._charon.installer.activate()
-                except ChannelError as error:
-                    log.warning("activation-failed", sas=len(self._passive), reason=str(error))
+                except Exception as error:
+                    # whatever it is, clients wait for their SAs
+                    known = isinstance(error, ChannelError)
+                    level, cause = (log.warning, None) if known else (log.error, error)
+                    level("activation-failed", sas=len(self._passive), reason=str(error), exc_info=cause)
                     await asyncio.sleep(RETRY_SECONDS)
                 for spis in [one for one in self._passive if not self._charon.installer.is_passive(one)]:
                     self._end(spis)

@@ -193,6 +193,9 @@ class InstallQueue:
         took, self._took = self._took, 0.0
         began = self._clock()
         await self._charon.installer.activate()
+        if any(made in self._unconfirmed and not self._activation.has(made) for _, made in landed):
+            # another activation found that charon is another one
+            raise ChannelError("charon lost the rebuilt SAs before they were active")
         self._metrics.install_seconds.observe(took + self._clock() - began)
         await self._answer_all(landed)
 

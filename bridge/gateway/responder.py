@@ -66,8 +66,8 @@ def _digest(packet: Packet) -> bytes:
 
 class Responder:
     """Answers IKE_SA_SYNC on one gateway. `packets` takes intercepted batches; what charon says of rebuilt SAs goes to
-    `unconfirmed` and `activation`, messages of exchange type 240 to `stub_message`; `intercepted` returns whether
-    first requests on rebuilt SAs are among the packets."""
+    `unconfirmed` and `activation`, messages of exchange type 240 to `stub_message`; `able` returns whether
+    first requests on rebuilt SAs are among the packets, and the bank takes what they confirm."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Responder:
         sync: SyncConfig,
         metrics: GatewayMetrics,
         stub_message: Callable[[Packet], None],
-        intercepted: Callable[[], bool] = lambda: False,
+        able: Callable[[], bool] = lambda: False,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -97,7 +97,7 @@ class Responder:
         self._stub_message = stub_message
         self._clock = clock
         self.strays = Strays(metrics, clock=clock)
-        self.activation = Activation(charon, metrics, self.strays, self._answer, intercepted, self._coming, clock=clock)
+        self.activation = Activation(charon, metrics, self.strays, self._answer, able, self._coming, clock=clock)
         self._batches = InstallQueue(
             charon,
             self.unconfirmed,

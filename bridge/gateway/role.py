@@ -178,7 +178,7 @@ class GatewayRole:
             config.sync,
             self._metrics,
             self._stub_message,
-            lambda: self._interception.shows_first_requests(),
+            lambda: self._interception.shows_first_requests() and self._heartbeat.bank_writable,
         )
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
         self._keeper = AddressKeeper(charon, AddressBook(bank), limit=config.ha.placeholders)
