@@ -17,7 +17,7 @@ from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo
-from bridge.gateway import activation
+from bridge.gateway import activation, strays
 from bridge.ike.client_requests import ClientRequests
 from bridge.ike.encrypted_payload import Protection, protect
 from bridge.ike.key_confirmation import Confirmation
@@ -355,15 +355,14 @@ def test_strays_have_no_answer_and_no_effect(gateway: Activating) -> None:
     right = client.message(ExchangeType.INFORMATIONAL)
     child = client.message(ExchangeType.CREATE_CHILD_SA, 1, [(PayloadType.NONCE, bytes(32))])
     foreign = other.message(ExchangeType.INFORMATIONAL)
-    strays = {
+    wrong = {
         "wrong checksum": right[:-1] + bytes((right[-1] ^ 1,)),
         "CREATE_CHILD_SA with a wrong checksum": child[:-1] + bytes((child[-1] ^ 1,)),
         "another SA's": client.spis + foreign[16:],
         "a Message ID to come": client.message(ExchangeType.INFORMATIONAL, 2),
         "cut": right[:40],
-        "of an SA that is not here": os.urandom(16) + right[16:],
     }
-    for name, octets in strays.items():
+    for name, octets in wrong.items():
         assert client.send(octets).fate == ["dropped"], name
     gateway.loop.pass_time(0.01)
     assert (client.received(), gateway.resumed, gateway.installer.told) == ([], [], [])
@@ -374,6 +373,27 @@ def test_strays_have_no_answer_and_no_effect(gateway: Activating) -> None:
     client.send(client.message(ExchangeType.INFORMATIONAL, 2))
     assert client.send(right).fate == ["dropped"]
     assert len(client.received()) == 2
+
+
+def test_the_delete_of_an_sa_that_was_rekeyed_reaches_charon(gateway: Activating) -> None:
+    client = gateway.client()
+    assert client.resume()
+    client.send(client.confirmation().request)
+    gateway.loop.pass_time(1.0)
+    # charon reports that the old one is gone once the new one is there
+    gateway.charon.tracker.end(gateway.charon.tracker.sas[client.spis].id)
+    assert client.send(client.message(ExchangeType.INFORMATIONAL, 3)).fate == ["accepted"]
+
+
+def test_requests_about_no_sa_are_dropped_in_a_flood_only(gateway: Activating) -> None:
+    client = gateway.client()
+    assert client.resume()
+    right = client.message(ExchangeType.INFORMATIONAL)
+    requests = [client.send(os.urandom(16) + right[16:]) for _ in range(round(strays.RATE) + 10)]
+    assert requests[0].fate == ["accepted"]
+    assert requests[-1].fate == ["dropped"]
+    assert client.send(right).fate == ["dropped"]
+    assert len(client.received()) == 1
 
 
 def test_requests_of_charons_own_sas_that_look_like_it_pass(gateway: Activating) -> None:

@@ -92,6 +92,8 @@ def test_a_resumed_sa_is_rekeyed_from_either_side(topology: Topology, side: str,
             ),
             "the rekeyed IKE_SA",
         )
+        for end in (topology.client, topology.gw2):
+            wait_until(lambda end=end: len(end.charon.sas()) == 1, "the end of the old one")  # type: ignore[misc]
     else:
         wait_until(lambda: list(the_sa(host)["child-sas"]) not in ([], child), "the rekeyed CHILD_SA")
     assert topology.client.ping(SITE) == 3

@@ -272,11 +272,12 @@ class Activation:
             self._hold(entry, packet)
 
     def _not_here(self, packet: Packet, spis: bytes) -> None:
-        """charon processes requests of its own IKE_SAs whose SPIr ends like this, and of those that were activated."""
+        """charon processes requests of its own IKE_SAs whose SPIr ends like this, and of those that were activated. It
+        may have some that are not known here: one that was rekeyed waits for its DELETE."""
         if spis in self._charon.tracker.sas or not self._charon.reconciled.is_set():
             packet.accept()
         else:
-            self._strays.take(packet)
+            self._strays.pass_on(packet)
 
     def _repeat(self, entry: _Entry, requests: ClientRequests, packet: Packet) -> None:
         packet.drop()

@@ -34,6 +34,17 @@ class Strays:
         """One more."""
         packet.drop()
         self._metrics.strays.inc()
+        self._look()
+
+    def pass_on(self, packet: Packet) -> None:
+        """One more, which charon may know of: dropped in a flood only."""
+        if self.are_a_flood:
+            self.take(packet)
+        else:
+            packet.accept()
+            self._look()
+
+    def _look(self) -> None:
         now = self._clock()
         if not self._rate.take(now):
             self._flood_until = now + HOLD_SECONDS
