@@ -334,6 +334,10 @@ class World:
         self.killed |= {sa["responder-spi"] for sa in self.sas_or_none(host)}
         host.charon.kill()
         # what its sidecar had yet to write included
+        self.leaves_stubs(host)
+
+    def leaves_stubs(self, host: Host) -> None:
+        """The stubs of a gateway stay, though its charon has no IKE_SAs any more."""
         for redis in self.redis:
             keys = redis.cli("--scan", "--pattern", f"{bank_keys.STUB}{{{host.address}/*").split()
             self.killed |= {key.rpartition(":")[2] for key in keys}
