@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 import tomllib
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import deployment_page
+
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 RELEASES = ["bookworm", "trixie"]
+BLOCKS = deployment_page.blocks((ROOT / deployment_page.PAGE).read_text())
 
 pytestmark = [
     pytest.mark.dist,
@@ -78,6 +82,40 @@ def test_two_builds_of_a_debian_package_are_the_same_octets_and_it_runs(tmp_path
     """
     told = run("debian/in-release", release, tmp_path / "one", "sh", "-euc", script, "sh", tmp_path / "one")
     assert told.split()[-1] == VERSION
+
+
+def test_the_deployment_guides_way_without_a_package(tmp_path: Path) -> None:
+    """On a release that this machine does not run: what is changed there is lost."""
+    here = platform.freedesktop_os_release()["VERSION_CODENAME"]
+    install = f"""
+        mount -t sysfs sysfs /sys
+        # a host that runs strongSwan, whose operator answers apt's question
+        echo 'APT::Get::Assume-Yes "yes";' >/etc/apt/apt.conf.d/90yes
+        apt-get -q update
+        apt-get -q install charon-systemd strongswan-swanctl redis-server bird2 iputils-ping iproute2 nftables procps
+        {BLOCKS["Without the package 1"]}
+    """
+    start = f"""
+        ip link set lo up
+        mkdir /etc/ike-sa-sync
+        echo 'address: 127.0.0.1' >/etc/ike-sa-sync/gateway.yaml
+        echo 'gateways: [{{address: 127.0.0.1, connection: home}}]' >/etc/ike-sa-sync/client.yaml
+        for role in gateway client; do
+            $(grep "ike-sa-sync $role" <<'END'
+{BLOCKS["Without the package 2"]}END
+            ) &
+            until ike-sa-sync status -c /etc/ike-sa-sync/$role.yaml; do sleep 0.5; done
+            kill $!
+            wait $! || true
+        done
+        {BLOCKS["Without the package 3"]}
+        ! command -v ike-sa-sync
+    """
+    release = next(it for it in RELEASES if it != here)
+    # the sidecars set rules: in a network of their own
+    script = f'{install}\nunshare --net sh -euc "$1"'
+    told = run("debian/in-release", release, tmp_path, "sh", "-euc", script, "sh", start)
+    assert "resumed" in told
 
 
 def test_the_program_prints_the_version_of_pyproject() -> None:

@@ -18,6 +18,7 @@ import click
 import pytest
 import yaml
 
+import deployment_page
 from bridge.config import ClientConfig, GatewayConfig
 from bridge.lab import space
 from bridge.service.config_file import load
@@ -88,6 +89,18 @@ def test_commands_are_found_where_they_are_written() -> None:
     said = [" ".join(words) for words in said_commands((ROOT / "docs/deployment.md").read_text())]
     assert {"lab demo", "check", "resume --to 192.168.50.1", "stubs list"} <= set(said)
     assert len(said) > 12
+
+
+def test_every_block_of_the_deployment_guide_is_run_by_a_test() -> None:
+    blocks = deployment_page.blocks((ROOT / deployment_page.PAGE).read_text())
+    assert len(blocks) > 12
+    run = {
+        block
+        for file in ("test_vm_deployment.py", "test_dist.py")
+        for block in re.findall(r'(?:follow\(\w+, |BLOCKS\[)"([^"]+)"', (ROOT / "tests" / file).read_text())
+    }
+    assert set(blocks) - run == set()
+    assert run - set(blocks) == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names)

@@ -10,51 +10,22 @@ from pathlib import Path
 import pytest
 
 from bridge.lab.daemon import wait_until
-from bridge.service.control import ControlError
-from vm_support import BRIDGE, PATIENCE, PROJECT, PROVISION, SECRETS, SITE, STATE, Machine, run
+from vm_fixtures import provision
+from vm_support import (
+    PACKAGE,
+    PATIENCE,
+    SITE,
+    Machine,
+    Machines,
+    active,
+    assert_no_trace,
+    empty_bank,
+    expected,
+    reachable,
+    stubs,
+)
 
 pytestmark = pytest.mark.vm
-
-Machines = dict[str, Machine]
-PACKAGE = str(PROJECT / "ike-sa-sync.deb")
-
-
-def provision(machines: Machines) -> None:
-    """What vagrant/Vagrantfile does."""
-    bank, gw1, gw2, client = machines.values()
-    bank.provision("bank", bank.address, "/secrets")
-    for number, gateway in enumerate((gw1, gw2), 1):
-        gateway.provision("install", PACKAGE)
-        gateway.provision("gateway", gateway.address, bank.address, f"10.20.{number}.0/24", "/secrets")
-    client.provision("install", PACKAGE)
-    client.provision("client", gw1.address, gw2.address, SITE, "/secrets")
-
-
-@pytest.fixture(scope="module")
-def machines() -> Iterator[Machines]:
-    STATE.mkdir(exist_ok=True)
-    run("mount", "-t", "tmpfs", "tmpfs", str(STATE))
-    run(str(PROVISION / "secrets"), str(SECRETS))
-    run("ip", "link", "add", BRIDGE, "type", "bridge")
-    run("ip", "link", "set", BRIDGE, "up")
-    found = {
-        # a Redis that apt has started, with Debian's configuration
-        name: Machine(name, address, name in ("gw1", "gw2"), ("redis-server.service",) if name == "bank" else ())
-        for name, address in {
-            "bank": "192.168.50.20",
-            "gw1": "192.168.50.1",
-            "gw2": "192.168.50.2",
-            "client": "192.168.50.10",
-        }.items()
-    }
-    for machine in found.values():
-        machine.boot()
-    for machine in found.values():
-        machine.wait_up()
-    provision(found)
-    yield found
-    for machine in found.values():
-        machine.power_off()
 
 
 @pytest.fixture(autouse=True)
@@ -75,43 +46,6 @@ def _connected(machines: Machines) -> None:
     empty_bank(machines)
     client.run("swanctl", "--initiate", "--child", "net", "--ike", "home")
     wait_until(lambda: len(stubs(machines)) == 1, "the stub", PATIENCE)
-
-
-def active(machine: Machine, unit: str) -> bool:
-    return machine.run("systemctl", "is-active", unit, check=False).strip() == "active"
-
-
-def reachable(machine: Machine, role: str) -> bool:
-    try:
-        return bool(machine.status(role)["charon"]["reachable"])
-    except ControlError:
-        return False
-
-
-def bank_cli(machines: Machines, *command: str) -> str:
-    bank = machines["bank"]
-    password = (SECRETS / "bank-password").read_text().strip()
-    return bank.run("env", f"REDISCLI_AUTH={password}", "redis-cli", "--user", "gateway", *command)
-
-
-def empty_bank(machines: Machines) -> None:
-    """No user of the bank may do it with one command."""
-    if keys := bank_cli(machines, "--scan", "--pattern", "ike:*").split():
-        bank_cli(machines, "DEL", *keys)
-
-
-def stubs(machines: Machines) -> list[str]:
-    """The stubs in the bank, as <gateway's address> <SPI>."""
-    keys = bank_cli(machines, "--scan", "--pattern", "ike:stub:*").split()
-    return [re.sub(r"ike:stub:\{(.*)/..\}:(.*)", r"\1 \2", key) for key in keys]
-
-
-def expected(gateway: Machine) -> list[str]:
-    """The stubs that the SAs of a gateway should have, as `stubs` gives them."""
-    return [
-        f"{gateway.address} {sa['initiator-spi' if sa.get('initiator') == b'yes' else 'responder-spi'].decode()}"
-        for sa in gateway.sas()
-    ]
 
 
 def test_every_provisioned_machine_is_ready(machines: Machines) -> None:
@@ -177,6 +111,11 @@ def test_strongswan_is_restarted_alone(machines: Machines) -> None:
     wait_until(lambda: stubs(machines) == expected(gw1) != [], "the stub of the new session", PATIENCE)
 
 
+def test_strongswan_is_stopped_before_the_daemon_that_announces_its_clients(machines: Machines) -> None:
+    after = machines["gw1"].run("systemctl", "show", "--property=After", "--value", "strongswan").split()
+    assert {"bird.service", "frr.service"} <= set(after)
+
+
 def test_the_address_is_held_while_the_sidecar_is_stopped_and_charons_words_do_not_start_it(
     machines: Machines,
 ) -> None:
@@ -211,10 +150,6 @@ def test_the_units_are_sandboxed(machines: Machines, role: str) -> None:
     assert "Seccomp:\t2" in status
     # CAP_NET_ADMIN and CAP_NET_RAW
     assert "CapBnd:\t0000000000003000" in status
-
-
-LEFT_BY_PROVISIONING = {"/etc/swanctl/swanctl.conf.before-ike-sa-sync", "/etc/sysctl.d/60-ike-sa-sync-gateway.conf"}
-"""what was there before it, and a gateway's forwarding"""
 
 
 @pytest.fixture
@@ -278,16 +213,6 @@ def test_four_clients_do_not_notice_that_their_gateway_is_rebooted(machines: Mac
     assert all(lost <= 5 for _, _, lost in told), told
 
 
-def assert_no_trace(machine: Machine) -> None:
-    found = machine.run(
-        *("find", "/etc", "/usr", "/var/lib", "/run", "-xdev"),
-        *("-name", "*ike-sa-sync*", "!", "-path", "/var/lib/dpkg/*"),
-    )
-    assert set(found.split()) <= LEFT_BY_PROVISIONING
-    assert "ike-sa-sync" not in machine.run("nft", "list", "ruleset")
-    assert ":4510" not in machine.run("ss", "-Hunal")
-
-
 def test_the_package_goes_without_a_trace(machines: Machines) -> None:
     gw2 = machines["gw2"]
     gw2.run("systemctl", "stop", "ike-sa-sync-gateway")
@@ -298,47 +223,3 @@ def test_the_package_goes_without_a_trace(machines: Machines) -> None:
     finally:
         gw2.provision("install", PACKAGE)
         gw2.provision("gateway", gw2.address, machines["bank"].address, "10.20.2.0/24", "/secrets")
-
-
-def of_the_guide(after: str) -> list[str]:
-    """The first block of commands that follows these words in docs/deployment.md."""
-    text = (PROJECT / "source/docs/deployment.md").read_text().split(after, 1)[1]
-    block = re.search(r"(?:^    .*\n)+", text, re.MULTILINE)
-    assert block is not None
-    return [line.split("  #")[0].strip() for line in block[0].splitlines()]
-
-
-def test_the_deployment_guides_own_commands_take_it_away_and_put_it_there(machines: Machines) -> None:
-    bank, gw1, gw2, client = machines.values()
-    # whoever types them answers apt's question
-    gw2.run("sh", "-c", "echo 'APT::Get::Assume-Yes yes;' >/etc/apt/apt.conf.d/90yes")
-    gw2.run("sh", "-c", f"mkdir -p /root/dist && cp {PACKAGE} /root/dist/ike-sa-sync_0_amd64.deb")
-
-    *take_away, forget_stubs = of_the_guide("To leave no trace:")
-    assert take_away[-1] == "apt-get purge ike-sa-sync"
-    for command in take_away:
-        gw2.run("sh", "-c", command)
-    assert_no_trace(gw2)
-    password = (SECRETS / "bank-password").read_text().strip()
-    # when the last gateway is done
-    gw1.run("systemctl", "stop", "ike-sa-sync-gateway")
-    bank.run("env", f"REDISCLI_AUTH={password}", "sh", "-c", forget_stubs)
-    assert bank_cli(machines, "--scan", "--pattern", "ike:*").strip() == ""
-    gw1.run("systemctl", "start", "ike-sa-sync-gateway")
-
-    make, install = of_the_guide("## Install")
-    assert make == "make deb"
-    gw2.run("sh", "-c", f"cd /root && {install}")
-    guide = (PROJECT / "source/docs/deployment.md").read_text()
-    [config] = re.findall(r"```yaml gateway\n(.*?)```", guide, re.DOTALL)
-    config = config.replace("192.168.50.1 ", f"{gw2.address} ").replace("gateway:PASSWORD", f":{password}")
-    for file, text in (("gateway.yaml", config), ("bank.key", (SECRETS / "bank.key").read_text())):
-        path = Path(gw2.path(f"/etc/ike-sa-sync/{file}"))
-        path.touch(0o600)
-        path.write_text(text)
-    for command in of_the_guide("**3. One gateway**"):
-        print(gw2.run("sh", "-c", command))
-
-    wait_until(lambda: stubs(machines) == expected(gw1) != [], "the stub, again", PATIENCE)
-    for command in of_the_guide("Then move it once by hand, and back."):
-        assert client.run("sh", "-c", command).startswith("resumed: ")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import shutil
 import socket
 import subprocess
@@ -20,12 +21,14 @@ import vici
 
 from bridge.lab.daemon import SLOWNESS, wait_until
 from bridge.service import control
+from bridge.service.control import ControlError
 
 log = logging.getLogger(__name__)
 """what takes minutes on an emulated processor: shown while the tests run"""
 
 PROJECT = Path("/project")
 PROVISION = PROJECT / "source/vagrant/provision"
+PACKAGE = str(PROJECT / "ike-sa-sync.deb")
 STATE = Path("/run/machines")
 SECRETS = STATE / "secrets"
 BRIDGE = "lan"
@@ -200,3 +203,62 @@ class Machine:
     def ping(self, target: str) -> bool:
         """Whether an echo request is answered."""
         return " bytes from " in self.run("ping", "-n", "-c", "1", "-W", "5", target, check=False)
+
+
+Machines = dict[str, Machine]
+"""bank, gw1, gw2 and client"""
+
+
+def active(machine: Machine, unit: str) -> bool:
+    return machine.run("systemctl", "is-active", unit, check=False).strip() == "active"
+
+
+def reachable(machine: Machine, role: str) -> bool:
+    try:
+        return bool(machine.status(role)["charon"]["reachable"])
+    except ControlError:
+        return False
+
+
+def bank_cli(machines: Machines, *command: str) -> str:
+    bank = machines["bank"]
+    password = (SECRETS / "bank-password").read_text().strip()
+    return bank.run("env", f"REDISCLI_AUTH={password}", "redis-cli", "--user", "gateway", *command)
+
+
+def empty_bank(machines: Machines) -> None:
+    """No user of the bank may do it with one command."""
+    if keys := bank_cli(machines, "--scan", "--pattern", "ike:*").split():
+        bank_cli(machines, "DEL", *keys)
+
+
+def stubs(machines: Machines) -> list[str]:
+    """The stubs in the bank, as <gateway's address> <SPI>."""
+    keys = bank_cli(machines, "--scan", "--pattern", "ike:stub:*").split()
+    return [re.sub(r"ike:stub:\{(.*)/..\}:(.*)", r"\1 \2", key) for key in keys]
+
+
+def expected(gateway: Machine) -> list[str]:
+    """The stubs that the SAs of a gateway should have, as `stubs` gives them."""
+    return [
+        f"{gateway.address} {sa['initiator-spi' if sa.get('initiator') == b'yes' else 'responder-spi'].decode()}"
+        for sa in gateway.sas()
+    ]
+
+
+LEFT_BY_PROVISIONING = {
+    "/etc/swanctl/swanctl.conf.before-ike-sa-sync",
+    "/etc/sysctl.d/60-ike-sa-sync-gateway.conf",
+    "/etc/strongswan.d/ike-sa-sync-pool.conf",
+}
+"""what was there before it, a gateway's forwarding, and its pool"""
+
+
+def assert_no_trace(machine: Machine) -> None:
+    found = machine.run(
+        *("find", "/etc", "/usr", "/var/lib", "/run", "-xdev"),
+        *("-name", "*ike-sa-sync*", "!", "-path", "/var/lib/dpkg/*"),
+    )
+    assert set(found.split()) <= LEFT_BY_PROVISIONING
+    assert "ike-sa-sync" not in machine.run("nft", "list", "ruleset")
+    assert ":4510" not in machine.run("ss", "-Hunal")
