@@ -88,11 +88,12 @@ def test_the_deployment_guides_way_without_a_package(tmp_path: Path) -> None:
     """On a release that this machine does not run: what is changed there is lost."""
     here = platform.freedesktop_os_release()["VERSION_CODENAME"]
     install = f"""
-        mount -t sysfs sysfs /sys
         # a host that runs strongSwan, whose operator answers apt's question
         echo 'APT::Get::Assume-Yes "yes";' >/etc/apt/apt.conf.d/90yes
         apt-get -q update
-        apt-get -q install charon-systemd strongswan-swanctl redis-server bird2 iputils-ping iproute2 nftables procps
+        apt-get -q install charon-systemd strongswan-swanctl redis-server bird2
+        apt-get -q install iputils-ping iproute2 iptables procps mount
+        mount -t sysfs sysfs /sys
         {BLOCKS["Without the package 1"]}
     """
     start = f"""
