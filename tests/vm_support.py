@@ -259,6 +259,7 @@ def assert_no_trace(machine: Machine) -> None:
         *("find", "/etc", "/usr", "/var/lib", "/run", "-xdev"),
         *("-name", "*ike-sa-sync*", "!", "-path", "/var/lib/dpkg/*"),
     )
-    assert set(found.split()) - LEFT_BY_PROVISIONING == set()
+    left = sorted(set(found.split()) - LEFT_BY_PROVISIONING)
+    assert not left, f"left behind: {left}"
     assert "ike-sa-sync" not in machine.run("nft", "list", "ruleset")
     assert ":4510" not in machine.run("ss", "-Hunal")
