@@ -77,16 +77,17 @@ async def _main(config: GatewayConfig, charon: CharonAnswer | None) -> list[Find
     except ValueError as error:
         return [fail("bank", str(error), "is bank.url right?")]
     try:
-        findings = await _reach(client, config.failover.detect)
+        findings, ahead = await _reach(client, config.failover.detect)
         findings += await _events(config.bank.url, client)
-        return findings + await _others(config, charon)
+        return findings + await _others(config, charon, ahead)
     except (*FAILURES, BankUnavailable) as error:
         return [fail("bank", printable(str(error)), "is bank.url right, and the server up?")]
     finally:
         await client.aclose()
 
 
-async def _reach(client: Client, detect: float) -> list[Finding]:
+async def _reach(client: Client, detect: float) -> tuple[list[Finding], float]:
+    """Also by how many seconds this host's clock is ahead of the bank's."""
     await client.ping()
     began = time.time()
     answer = await client.time()
@@ -115,7 +116,7 @@ async def _reach(client: Client, detect: float) -> list[Finding]:
         findings.append(warn("clock", text, fix))
     else:
         findings.append(ok("clock", f"differs from the bank's by less than {max(abs(ahead), 0.1):.1f} s"))
-    return findings
+    return findings, ahead
 
 
 async def _events(url: str, client: Client) -> list[Finding]:
@@ -151,8 +152,9 @@ async def _events(url: str, client: Client) -> list[Finding]:
     return [ok("keyspace events", "the bank sends its keyspace events")]
 
 
-async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Finding]:
-    """This gateway beside the others that live: keys, connections, pools. Raises BankUnavailable."""
+async def _others(config: GatewayConfig, charon: CharonAnswer | None, ahead: float) -> list[Finding]:
+    """This gateway beside the others that live: clocks, keys, connections, pools; its own clock is `ahead` of the
+    bank's. Raises BankUnavailable."""
     try:
         keyring = Keyring.load(config.bank.key_file)
     except (SealError, OSError) as error:
@@ -169,7 +171,7 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
     finally:
         await bank.close()
     findings = [
-        *_clocks(signs, time.time()),
+        *_clocks(signs, time.time() - ahead),
         *_keys(keyring, signs),
         *_volume(keyring, seals),
         *_duplicates(stats or b""),
@@ -189,11 +191,11 @@ async def _others(config: GatewayConfig, charon: CharonAnswer | None) -> list[Fi
 
 
 def _clocks(signs: Mapping[str, GatewaySign], now: float) -> list[Finding]:
-    """The clocks of the other gateways, as their heartbeats have them."""
+    """The clocks of the other gateways, as their heartbeats have them, beside the bank's, which shows `now`."""
     return [
         fail(
             "clock",
-            f"the clock of gateway {name} differs from this host's by {abs(sign.at - now):.0f} s",
+            f"the clock of gateway {name} differs from the bank's by {abs(sign.at - now):.0f} s",
             "set the clocks of all gateways by NTP: stubs expire by the clock",
         )
         for name, sign in signs.items()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
@@ -25,6 +25,9 @@ BANK = """\
 # bank:
 #   url: redis://ADDRESS:6379/0
 """
+
+SHUNTS: Final = ("DROP", "PASS")
+"""modes of children that are policies alone"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,9 @@ def made_of(answer: CharonAnswer, sas: Sequence[SaInfo]) -> Plan:
     counts = Counter((sa.connection, sa.initiator) for sa in sas if sa.state == "ESTABLISHED")
     rows = []
     for name, info in sorted(answer.connections.items()):
+        if info.children and all(child.mode in SHUNTS for child in info.children):
+            # a guard: it has no IKE_SAs
+            continue
         resumable, why = _judged(info, answer)
         initiated, accepted = counts[name, True], counts[name, False]
         # a site's connection may serve both ways: the sessions show which

@@ -191,7 +191,10 @@ class GatewayProbe:
             announced.state, announced.status = ProbeState.STAYS, STAYS[announced.answer]
             self._report(announced)
             return
-        log.warning("sa-lost" if announced.answer is Answer.NOT_HERE else "gateway-not-answering", **about)
+        if announced.answer is Answer.NOT_HERE:
+            log.warning("sa-lost", **about)
+        else:
+            log.warning("gateway-not-answering", **about)
         announced.state = ProbeState.MOVES
         task = self._begin(sa, move.target, stay=True)
         if task is None:
