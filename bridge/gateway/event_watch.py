@@ -1,5 +1,5 @@
 """Whether keyspace events of the bank arrive here: a Redis that was started without its configuration takes stubs and
-answers, and nobody hears any more that a session ended, that a gateway failed or that an identity was locked out.
+answers, and no gateway notices at once any more that a session ended, a gateway failed or an identity was locked out.
 
 Each heartbeat of this gateway's own is a SET that brings an event. Where they are written, the connection listens, and
 no event comes, the bank publishes none.

@@ -27,6 +27,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import Condition, is_set
 from bridge.config import FailoverConfig
 from bridge.gateway.announcer import Announcer
+from bridge.gateway.other_family import family
 from bridge.gateway.other_gateways import OtherGateways
 from bridge.gateway.peer_watch import SAID_ITSELF, PeerState, PeerWatch
 from bridge.ike.stub_exchange import StubMessage, move_message_id
@@ -262,19 +263,19 @@ class Failover:
 
     def _source(self, stub: Stub) -> str:
         """This gateway's address of the family of a stub's client; empty where it has none."""
-        family = 6 if ":" in stub.remote.address else 4
-        if family not in self._sources:
-            self._sources[family] = self._address_of(family, stub.remote.address)
-        return self._sources[family]
+        kind = family(stub.remote.address)
+        if kind not in self._sources:
+            self._sources[kind] = self._address_of(kind, stub.remote.address)
+        return self._sources[kind]
 
-    def _address_of(self, family: int, peer: str) -> str:
+    def _address_of(self, kind: int, peer: str) -> str:
         """The configured one, that of an SA here, or the one that the kernel would send from."""
         own = (sa.local.address for sa in self._charon.tracker.established() if sa.local is not None)
         for address in (self._address or "", *own):
-            if address and (":" in address) == (family == 6):
+            if address and family(address) == kind:
                 return address
         try:
-            with socket.socket(socket.AF_INET6 if family == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            with socket.socket(socket.AF_INET6 if kind == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
                 # nothing is sent: the kernel chooses the route and the address
                 probe.connect((peer, PORT_NAT_T))
                 return str(probe.getsockname()[0])
