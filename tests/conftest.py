@@ -16,6 +16,7 @@ from bank_support import RedisServer, keyring
 from bridge.bank.redis_bank import RedisBank
 from bridge.lab import Lab, Topology, standard, valkey
 from bridge.stub.keyring import Keyring
+from role_support import FakeTime
 
 # how long drawing and running an example takes says how busy the machine is
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -83,6 +84,14 @@ async def bank(server: RedisServer, ring: Keyring) -> AsyncIterator[RedisBank]:
     bank = RedisBank(server.url, ring, get_timeout=5.0)
     yield bank
     await bank.close()
+
+
+@pytest.fixture
+def loop() -> Iterator[FakeTime]:
+    """An event loop whose time passes only while all tasks wait."""
+    loop = FakeTime()
+    yield loop
+    loop.end()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -140,13 +140,6 @@ def charon_verifies(gateway: Activating, client: Client, next_id: int = 2) -> No
         gateway.charon.tracker.verified(gateway.installer.installed[client.spis].id, next_id)
 
     gateway.loop.run(report())
-
-
-@pytest.fixture
-def loop() -> Iterator[FakeTime]:
-    loop = FakeTime()
-    yield loop
-    loop.end()
 
 
 @pytest.fixture

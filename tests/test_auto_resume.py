@@ -4,7 +4,6 @@ end as the tests say, and the clock does not pass by itself."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, cast
 
@@ -68,13 +67,6 @@ class Client:
 
     def restore(self, *sessions: Session) -> asyncio.Task[None]:
         return self.loop.create_task(self.returning.restored(sessions))
-
-
-@pytest.fixture
-def loop() -> Iterator[FakeTime]:
-    loop = FakeTime()
-    yield loop
-    loop.end()
 
 
 @pytest.fixture

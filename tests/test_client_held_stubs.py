@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,6 @@ class Client:
     @property
     def stub(self) -> bytes | None:
         return self.keeper.stub_of(self.sa)
-
-
-@pytest.fixture
-def loop() -> Iterator[FakeTime]:
-    loop = FakeTime()
-    yield loop
-    loop.end()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,13 +79,6 @@ class Scene:
         """The target has confirmed its session."""
         assert sa.published is not None
         self.bank.went_on[sa.published] = Index(THERE, b"rebuilt!")
-
-
-@pytest.fixture
-def loop() -> Iterator[FakeTime]:
-    loop = FakeTime()
-    yield loop
-    loop.end()
 
 
 def test_a_client_that_arrives_has_moved_and_its_sa_here_is_ended(loop: FakeTime) -> None:

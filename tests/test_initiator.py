@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,13 +116,6 @@ def info(sa: IkeSa, state: str) -> SaInfo:
 
 
 CONFIG = ClientConfig(gateways=GATEWAYS, held=HeldConfig(fetch=False))
-
-
-@pytest.fixture
-def loop() -> Iterator[FakeTime]:
-    loop = FakeTime()
-    yield loop
-    loop.end()
 
 
 @pytest.fixture

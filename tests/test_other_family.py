@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import msgspec
 import pytest
@@ -28,13 +28,6 @@ def nothing() -> Mapping[str, int]:
 
 def unreadable() -> Mapping[str, int]:
     raise OSError
-
-
-@pytest.fixture
-def loop() -> Iterator[FakeTime]:
-    loop = FakeTime()
-    yield loop
-    loop.end()
 
 
 @pytest.mark.parametrize(("own", "other"), [(HERE, SIX), (SIX, HERE)])

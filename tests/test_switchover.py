@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -143,13 +142,6 @@ def info(connection: str, ike_id: IkeId, state: str, *children: ChildInfo, uniqu
     values |= {"connection": connection, "spi_i": ike_id.spi_i, "spi_r": ike_id.spi_r, "state": state}
     values |= {"initiator": True, "local": LOCAL, "remote": Endpoint(NEW, 4500), "unique_id": unique_id}
     return SaInfo(**(values | {"children": children}))
-
-
-@pytest.fixture
-def loop() -> Iterator[FakeTime]:
-    loop = FakeTime()
-    yield loop
-    loop.end()
 
 
 @pytest.fixture
