@@ -18,7 +18,8 @@ import msgspec
 import vici.exception
 import vici.protocol
 
-from bridge.charon import ha_message as ha
+from bridge.charon import ha_codec as ha
+from bridge.charon.ha_message import VERSIONS, Attr, HaError, IkeId, MessageType
 from bridge.charon.vici_types import ViciError, parse_connection, parse_event
 from bridge.charon.vici_watch import EVENTS
 from bridge.client import session_file
@@ -373,48 +374,48 @@ def _stub_messages() -> list[bytes]:
 
 
 def ha_message(data: bytes) -> None:
-    """bridge.charon.ha_message.decode: what decodes is encoded to what decodes to the same."""
+    """bridge.charon.ha_codec.decode: what decodes is encoded to what decodes to the same."""
     try:
         found = ha.decode(data)
-    except ha.HaError:
+    except HaError:
         return
     try:
         octets = ha.encode(found.version, found.type, found.attributes)
-    except ha.HaError:
+    except HaError:
         assert len(data) > ha.MAX_MESSAGE
         return
     assert ha.decode(octets) == found
 
 
 def _ha_seeds() -> list[bytes]:
-    ike_id = ha.IkeId.of(b"I" * 8, b"R" * 8, False)
+    ike_id = IkeId.of(b"I" * 8, b"R" * 8, False)
     v4, v6 = Endpoint("192.0.2.1", 4500), Endpoint("2001:db8::1", 500)
     selector = TrafficSelector(7, 0, 0, 65535, False, "10.0.0.0", "10.255.255.255")
     update = [
-        (ha.Attr.IKE_ID, ike_id),
-        (ha.Attr.LOCAL_ID, Identity(2, b"vpn.example.org")),
-        (ha.Attr.REMOTE_ID, Identity(11, b"\x01\x02")),
-        (ha.Attr.LOCAL_ADDR, v4),
-        (ha.Attr.REMOTE_ADDR, v6),
-        (ha.Attr.CONDITIONS, 7),
-        (ha.Attr.EXTENSIONS, 1 << 31),
-        (ha.Attr.CONFIG_NAME, "home"),
-        (ha.Attr.REMOTE_VIP, v4),
+        (Attr.IKE_ID, ike_id),
+        (Attr.LOCAL_ID, Identity(2, b"vpn.example.org")),
+        (Attr.REMOTE_ID, Identity(11, b"\x01\x02")),
+        (Attr.LOCAL_ADDR, v4),
+        (Attr.REMOTE_ADDR, v6),
+        (Attr.CONDITIONS, 7),
+        (Attr.EXTENSIONS, 1 << 31),
+        (Attr.CONFIG_NAME, "home"),
+        (Attr.REMOTE_VIP, v4),
     ]
     child = [
-        (ha.Attr.IKE_ID, ike_id),
-        (ha.Attr.INITIATOR, 1),
-        (ha.Attr.INBOUND_SPI, 1),
-        (ha.Attr.NONCE_I, b"n" * 32),
-        (ha.Attr.ALG_ENCR, 12),
-        (ha.Attr.LOCAL_TS, selector),
-        (ha.Attr.REMOTE_TS, selector),
+        (Attr.IKE_ID, ike_id),
+        (Attr.INITIATOR, 1),
+        (Attr.INBOUND_SPI, 1),
+        (Attr.NONCE_I, b"n" * 32),
+        (Attr.ALG_ENCR, 12),
+        (Attr.LOCAL_TS, selector),
+        (Attr.REMOTE_TS, selector),
     ]
     seeds = []
-    for version in ha.VERSIONS:
-        seeds.append(ha.encode(version, ha.MessageType.IKE_UPDATE, update))
-        seeds.append(ha.encode(version, ha.MessageType.CHILD_ADD, child))
-        seeds.append(ha.encode(version, ha.MessageType.SEGMENT_TAKE, [(ha.Attr.SEGMENT, 3)]))
+    for version in VERSIONS:
+        seeds.append(ha.encode(version, MessageType.IKE_UPDATE, update))
+        seeds.append(ha.encode(version, MessageType.CHILD_ADD, child))
+        seeds.append(ha.encode(version, MessageType.SEGMENT_TAKE, [(Attr.SEGMENT, 3)]))
     return seeds
 
 

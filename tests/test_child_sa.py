@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.charon.ha_codec import decode
 from bridge.charon.ha_commands import child_message
-from bridge.charon.ha_message import VERSIONS, Attr, IkeId, MessageType, decode
+from bridge.charon.ha_message import VERSIONS, Attr, IkeId, MessageType
 from bridge.ike.keys import child_keymat
 from bridge.ike.transforms import Prf
 from bridge.stub.child_sa import (

@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from bank_support import GATEWAY, keyring, stub_of
 from bridge.bank.interface import StubBank
 from bridge.charon.charon import Charon
+from bridge.charon.ha_codec import decode
 from bridge.charon.ha_commands import add_message
-from bridge.charon.ha_message import Attr, IkeId, decode
+from bridge.charon.ha_message import Attr, IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ConnectionInfo
 from bridge.client.ike_transport import IkeTransport

@@ -14,7 +14,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from bridge.charon.ha_channel import ChannelError, HaChannel
-from bridge.charon.ha_message import PORT, Attr, HaMessage, IkeId, MessageType, encode
+from bridge.charon.ha_codec import encode
+from bridge.charon.ha_message import PORT, Attr, HaMessage, IkeId, MessageType
 from bridge.stub.types import Endpoint
 from net_support import inside, run
 

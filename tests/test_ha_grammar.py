@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.charon.ha_codec import encode
 from bridge.charon.ha_grammar import MalformedMessage, read
-from bridge.charon.ha_message import Attr, IkeId, MessageType, encode
+from bridge.charon.ha_message import Attr, IkeId, MessageType
 from bridge.stub.types import Endpoint, Identity
 from vectors_support import NAMES, SIDES, VECTORS, messages
 

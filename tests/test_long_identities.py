@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from bridge.charon.ha_message import Attr, MessageType, encode
+from bridge.charon.ha_codec import encode
+from bridge.charon.ha_message import Attr, MessageType
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType, decode
+from bridge.charon.ha_codec import decode
+from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
 from bridge.charon.ike_sa import Condition, IkeSa, Trait, new_conditions
 from bridge.charon.sa_comparison import Comparison
 from bridge.charon.sa_tracker import HALF_OPEN_SECONDS, SaTracker

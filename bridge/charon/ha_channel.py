@@ -16,8 +16,16 @@ from ipaddress import ip_address
 
 import structlog
 
+from bridge.charon.ha_codec import encode, leading_ike_id
 from bridge.charon.ha_grammar import MalformedMessage, read
-from bridge.charon.ha_message import PORT, VERSIONS, HaError, HaMessage, IkeId, MessageType, encode, leading_ike_id
+from bridge.charon.ha_message import (
+    PORT,
+    VERSIONS,
+    HaError,
+    HaMessage,
+    IkeId,
+    MessageType,
+)
 from bridge.charon.nap import Naps
 from bridge.charon.socket_diag import CharonSocket, Peer
 

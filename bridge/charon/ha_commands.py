@@ -8,14 +8,8 @@ from typing import Any
 
 import msgspec
 
-from bridge.charon.ha_message import (
-    ADDITIONAL_KEY_EXCHANGES_SINCE,
-    PRIVATE_WORDS_SINCE,
-    Attr,
-    IkeId,
-    MessageType,
-    encode,
-)
+from bridge.charon.ha_codec import encode
+from bridge.charon.ha_message import ADDITIONAL_KEY_EXCHANGES_SINCE, PRIVATE_WORDS_SINCE, Attr, IkeId, MessageType
 from bridge.charon.ike_sa import Condition, IkeSa
 from bridge.ike.transforms import Suite
 from bridge.stub.child_sa import NewChild

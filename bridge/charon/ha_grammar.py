@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from bridge.charon.ha_codec import decode, leading_ike_id
 from bridge.charon.ha_message import (
     PRIVATE_WORDS_SINCE,
     Attr,
@@ -17,8 +18,6 @@ from bridge.charon.ha_message import (
     HaMessage,
     IkeId,
     MessageType,
-    decode,
-    leading_ike_id,
 )
 
 

@@ -1,4 +1,4 @@
-"""The message format of strongSwan's ha plugin (bridge.charon.ha_message)."""
+"""The message format of strongSwan's ha plugin (bridge.charon.ha_codec)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.charon.ha_message import Attr, HaError, IkeId, MessageType, decode, encode
+from bridge.charon.ha_codec import decode, encode
+from bridge.charon.ha_message import Attr, HaError, IkeId, MessageType
 from bridge.charon.releases import version_for
 from bridge.stub.types import Endpoint, Identity, TrafficSelector
 from vectors_support import NAMES, SIDES, VECTORS, messages
