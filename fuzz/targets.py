@@ -30,6 +30,18 @@ from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.key_exchange import KeyExchange, can_exchange
 from bridge.ike.keys import derive_keys
 from bridge.ike.message import PAYLOAD_HEADER, VERSION, MalformedMessage, NotifyType, PayloadType, build, parse
+from bridge.ike.resumption_answer import (
+    MAX_REASON,
+    CookieChallenge,
+    SyncRefusal,
+    SyncResponse,
+    build_refusal,
+    build_response,
+    parse_response,
+    verify_refusal,
+    verify_response,
+)
+from bridge.ike.resumption_request import build_request, parse_request, verify_request
 from bridge.ike.stub_exchange import (
     MoveStatus,
     StubMessage,
@@ -43,20 +55,6 @@ from bridge.ike.stub_exchange import (
     build_probe,
     parse_stub_message,
     verify,
-)
-from bridge.ike.sync_exchange import (
-    MAX_REASON,
-    CookieChallenge,
-    SyncRefusal,
-    SyncResponse,
-    build_refusal,
-    build_request,
-    build_response,
-    parse_request,
-    parse_response,
-    verify_refusal,
-    verify_request,
-    verify_response,
 )
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
@@ -147,7 +145,7 @@ def sync(data: bytes) -> None:
 
 
 def request(data: bytes) -> None:
-    """bridge.ike.sync_exchange.parse_request: nothing but the proven request proves itself; it blanks PROOF only."""
+    """bridge.ike.resumption_request: nothing but the proven request proves itself; it blanks PROOF only."""
     try:
         found = parse_request(data)
     except MalformedMessage:
@@ -201,7 +199,7 @@ _COOKIES: Final = Cookies()
 
 
 def response(data: bytes) -> None:
-    """bridge.ike.sync_exchange.parse_response: only the gateway's own answers prove themselves."""
+    """bridge.ike.resumption_answer: only the gateway's own answers prove themselves."""
     try:
         found = parse_response(data, REQUEST)
     except MalformedMessage:

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build, encode_ke, encode_notify
-from bridge.ike.sync_exchange import build_response, parse_request
+from bridge.ike.resumption_answer import build_response
+from bridge.ike.resumption_request import parse_request
 from bridge.net.packet import parse_datagram
 from bridge.net.raw_socket import RawUdp
 

@@ -23,7 +23,7 @@ from bridge.ike.encrypted_payload import Protection, protect
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import IkeKeys, Resumption
 from bridge.ike.message import ExchangeType, Flag, PayloadType
-from bridge.ike.sync_exchange import SyncResponse
+from bridge.ike.resumption_answer import SyncResponse
 from bridge.ike.transforms import Encr
 from bridge.stub.stub import Stub
 from bridge.stub.types import Identity

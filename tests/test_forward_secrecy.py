@@ -37,15 +37,8 @@ from bridge.ike.cookie import Cookies
 from bridge.ike.key_exchange import KeyExchange, UnsupportedGroup, can_exchange
 from bridge.ike.keys import derive_sk_d, prf, skeyseed_rekey, skeyseed_resume
 from bridge.ike.message import MalformedMessage, PayloadType, encode_ke, parse
-from bridge.ike.sync_exchange import (
-    SyncRequest,
-    SyncResponse,
-    build_request,
-    build_response,
-    parse_request,
-    parse_response,
-    verify_response,
-)
+from bridge.ike.resumption_answer import SyncResponse, build_response, parse_response, verify_response
+from bridge.ike.resumption_request import SyncRequest, build_request, parse_request
 from bridge.ike.sync_payload import Attribute, SyncPayload
 from bridge.ike.transforms import PRF_OUTPUT, Group, Prf, Suite
 from bridge.net.interface import Packet

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bridge.ike.sync_exchange import CookieChallenge, OrdinaryResponse, SyncResponse, parse_response
+from bridge.ike.resumption_answer import CookieChallenge, OrdinaryResponse, SyncResponse, parse_response
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE

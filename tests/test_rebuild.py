@@ -23,7 +23,7 @@ from bridge.gateway.rebuild import Decision
 from bridge.gateway.refusal import Refusal
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
-from bridge.ike.sync_exchange import build_request, parse_request
+from bridge.ike.resumption_request import build_request, parse_request
 from bridge.ike.transforms import PRF_OUTPUT, Encr, Group, Prf, Suite
 from bridge.net.interface import Packet
 

@@ -7,14 +7,8 @@ import pytest
 from bank_support import stub_of
 from bridge.gateway.refusal import FINAL, Refusal, notification
 from bridge.ike.message import NotifyType
-from bridge.ike.sync_exchange import (
-    OrdinaryResponse,
-    SyncRefusal,
-    build_request,
-    parse_request,
-    parse_response,
-    verify_refusal,
-)
+from bridge.ike.resumption_answer import OrdinaryResponse, SyncRefusal, parse_response, verify_refusal
+from bridge.ike.resumption_request import build_request, parse_request
 
 STUB = stub_of()
 

@@ -14,7 +14,7 @@ import time
 import msgspec
 import pytest
 
-from bridge.ike.sync_exchange import OrdinaryResponse, SyncResponse, parse_response, verify_response
+from bridge.ike.resumption_answer import OrdinaryResponse, SyncResponse, parse_response, verify_response
 from bridge.ike.transforms import Group, Suite
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until

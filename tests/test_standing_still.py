@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge.ike.sync_exchange import OrdinaryResponse, SyncResponse, parse_response
+from bridge.ike.resumption_answer import OrdinaryResponse, SyncResponse, parse_response
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE

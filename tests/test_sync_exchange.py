@@ -1,4 +1,4 @@
-"""The one round trip of a resumption, both sides (bridge.ike.sync_exchange)."""
+"""The one round trip of a resumption: bridge.ike.resumption_request, bridge.ike.resumption_answer."""
 
 from __future__ import annotations
 
@@ -16,22 +16,18 @@ from hypothesis import strategies as st
 from bridge.ike.keys import prf
 from bridge.ike.message import Flag, MalformedMessage, NotifyType, PayloadType, build, encode_notify, parse
 from bridge.ike.nat_detection import nat_hash
-from bridge.ike.sync_exchange import (
+from bridge.ike.resumption_answer import (
     CookieChallenge,
     OrdinaryResponse,
     SyncRefusal,
-    SyncRequest,
     SyncResponse,
     build_refusal,
-    build_request,
     build_response,
-    parse_request,
     parse_response,
-    sync_comes_first,
     verify_refusal,
-    verify_request,
     verify_response,
 )
+from bridge.ike.resumption_request import SyncRequest, build_request, parse_request, sync_comes_first, verify_request
 from bridge.ike.sync_payload import SyncPayload
 from bridge.ike.transforms import PRF_OUTPUT, Prf, Suite
 from wire_support import proof_range

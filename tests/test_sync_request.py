@@ -14,7 +14,8 @@ from bridge.client.sync_request import MAX_COOKIES, Answer, NoAnswerError, Refus
 from bridge.config import ResumeConfig
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, build, encode_notify, parse
 from bridge.ike.nat_detection import Addresses
-from bridge.ike.sync_exchange import build_refusal, build_response, parse_request, verify_request
+from bridge.ike.resumption_answer import build_refusal, build_response
+from bridge.ike.resumption_request import parse_request, verify_request
 from bridge.ike.transforms import Suite
 from bridge.net.packet import Datagram
 from bridge.stub.child_sa import NOTHING

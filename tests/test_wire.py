@@ -18,7 +18,7 @@ import pytest
 
 from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.message import ExchangeType, NotifyType, PayloadType
-from bridge.ike.sync_exchange import build_request
+from bridge.ike.resumption_request import build_request
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.charon import render

@@ -18,7 +18,7 @@ import time
 from ipaddress import IPv4Address
 
 from bridge.bench.generator import CLIENTS
-from bridge.ike.sync_exchange import build_request
+from bridge.ike.resumption_request import build_request
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
 from bridge.net.packet import IPPROTO_UDP, PORT_NAT_T, udp_datagram
 

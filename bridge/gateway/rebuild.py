@@ -24,7 +24,8 @@ from bridge.gateway.uniqueness import Uniqueness
 from bridge.ike.key_exchange import KeyExchange, can_exchange
 from bridge.ike.keys import NONCE_OCTETS, Resumption
 from bridge.ike.nat_detection import nat_hash
-from bridge.ike.sync_exchange import SyncRequest, build_response, is_for, verify_request
+from bridge.ike.resumption_answer import build_response
+from bridge.ike.resumption_request import SyncRequest, is_for, verify_request
 from bridge.ike.transforms import least_nonce
 from bridge.net.interface import Packet
 from bridge.stub.child_sa import grant, stays

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from bridge.ike.sync_exchange import SyncRequest, build_refusal, verify_request
+from bridge.ike.resumption_answer import build_refusal
+from bridge.ike.resumption_request import SyncRequest, verify_request
 from bridge.stub.stub import Stub
 
 

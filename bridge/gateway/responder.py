@@ -38,7 +38,7 @@ from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.client_requests import ESTABLISHED
 from bridge.ike.cookie import glance
 from bridge.ike.message import ExchangeType, MalformedMessage
-from bridge.ike.sync_exchange import SyncRequest, parse_request, sync_comes_first
+from bridge.ike.resumption_request import SyncRequest, parse_request, sync_comes_first
 from bridge.net.interface import Packet, Sender
 from bridge.net.packet import EXCHANGE_OFFSET
 from bridge.service.tasks import end, spawn

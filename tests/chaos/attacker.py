@@ -14,7 +14,7 @@ from socket import inet_aton
 
 from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.message import ExchangeType, PayloadType
-from bridge.ike.sync_exchange import build_request
+from bridge.ike.resumption_request import build_request
 from bridge.ike.transforms import Suite
 from bridge.lab.host import Host
 from bridge.net.packet import IPPROTO_UDP, Datagram, parse_datagram, udp_datagram
