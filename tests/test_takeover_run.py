@@ -29,8 +29,9 @@ from bridge.gateway.publisher import Publisher
 from bridge.gateway.session_owner import SessionOwner
 from bridge.gateway.taken_sessions import TakenSessions
 from bridge.gateway.takeover import Takeover
+from bridge.gateway.takeover_barriers import Barriers
 from bridge.gateway.takeover_rekeys import OUTSTANDING
-from bridge.gateway.takeover_run import Barriers, SessionTaker
+from bridge.gateway.takeover_run import SessionTaker
 from bridge.gateway.takeover_session import owned
 from bridge.gateway.takeover_state import State
 from bridge.stub.child_sa import wire_spi

@@ -57,7 +57,7 @@ from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.gateway.session_hooks import SessionHooks
 from bridge.gateway.shared_addresses import SharedAddresses
 from bridge.gateway.stub_lookup import StubLookup
-from bridge.gateway.takeover_run import Barriers
+from bridge.gateway.takeover_barriers import Barriers
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.gateway.uniqueness import Uniqueness
 from bridge.ike.cookie import Cookies

@@ -25,7 +25,8 @@ from bridge.gateway.publisher import Publisher
 from bridge.gateway.session_owner import SessionOwner
 from bridge.gateway.taken_sessions import TakenSessions
 from bridge.gateway.takeover import Takeover
-from bridge.gateway.takeover_run import Barriers, SessionTaker
+from bridge.gateway.takeover_barriers import Barriers
+from bridge.gateway.takeover_run import SessionTaker
 from bridge.net import address_watch
 from bridge.net.address_watch import AddressWatch
 from bridge.net.raw_socket import RawUdp
