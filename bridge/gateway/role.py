@@ -6,17 +6,13 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from bridge.bank import bank_url, open_bank
+from bridge.bank import open_bank
 from bridge.bank.interface import StubBank
-from bridge.bank.key_rotation import KeyRotation
-from bridge.bank.prefetch import Prefetch
-from bridge.bank.replicated import ReplicatedBank
-from bridge.bank.write_queue import WriteQueue
 from bridge.charon import metrics as charon_metrics
 from bridge.charon.charon import Charon
 from bridge.charon.ha_message import IkeId
@@ -24,13 +20,12 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.charon.status import charon_status, sa_rows
 from bridge.charon.vici_types import SaInfo
 from bridge.config import ConfigError, GatewayConfig
-from bridge.gateway import metrics, shared_addresses
+from bridge.gateway import shared_addresses
 from bridge.gateway.address_book import AddressBook
 from bridge.gateway.address_keeper import AddressKeeper
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.authentication_end import AuthenticationEnd
-from bridge.gateway.bank_events import BankEvents
 from bridge.gateway.bank_followers import BankFollowers
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.client_stubs import ClientStubs
@@ -38,9 +33,8 @@ from bridge.gateway.downloads import Downloads
 from bridge.gateway.drain import Drain
 from bridge.gateway.duplicates import Duplicates
 from bridge.gateway.endings import Endings
-from bridge.gateway.event_watch import EventWatch
 from bridge.gateway.failover import Failover
-from bridge.gateway.heartbeat import Heartbeat
+from bridge.gateway.gateway_bank import GatewayBank
 from bridge.gateway.interception import Interception
 from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
@@ -92,43 +86,33 @@ class GatewayRole:
         raw = raw_udp(stack)
         bank = await open_bank(config.bank, keyring, serve=True)
         role = cls(config, keyring, charon, bank, raw)
-        stack.push_async_callback(bank.close)
-        stack.push_async_callback(role._prefetch.close)
-        stack.push_async_callback(role._writer.close)
+        role._bank.close_with(stack)
         stack.push_async_callback(role._endings.close)
         stack.push_async_callback(role._marks.close)
         stack.push_async_callback(role._hooks.close)
         stack.push_async_callback(role._uniqueness.close)
         return role
 
-    def __init__(
-        self, config: GatewayConfig, keyring: Keyring, charon: Charon, places: StubBank, sender: Sender
-    ) -> None:
+    def __init__(self, config: GatewayConfig, keyring: Keyring, charon: Charon, bank: StubBank, sender: Sender) -> None:
         self._config = config
         self._charon = charon
         self._metrics = GatewayMetrics()
-        self._replicas = places if isinstance(places, ReplicatedBank) else None
-        # in mode distributed the bank at hand is as near as this process's memory, and all others know it
-        near = self._replicas.near if self._replicas is not None and config.bank.mode == "distributed" else None
-        self._bank = bank = places
-        self._prefetch = Prefetch(bank, limit=config.bank.cache, near=near, patience=config.bank.get_timeout / 2)
-        self._writer = WriteQueue(bank, limit=config.bank.pending)
+        self._bank = around = GatewayBank(config, keyring, charon, bank, self._metrics)
+        prefetch, writer, heartbeat, events = around.prefetch, around.writer, around.heartbeat, around.events
         self._endings = endings = Endings(config.state)
         self._failover = failover = Failover(
-            config.failover, config.address, bank, self._prefetch, charon, sender, endings.__contains__
+            config.failover, config.address, bank, prefetch, charon, sender, endings.__contains__
         )
-        self._heartbeat = Heartbeat(
-            bank, charon, config.address, self._metrics, config.failover.detect, self._heartbeat_written
-        )
+        around.on_heartbeat = failover.own_heartbeat
         self._revocations = revocations = Revocations(bank, keyring, config.state)
         self._living = living = LivingSas(charon.tracker)
         known = KnownSessions(endings, living, revocations)
-        self._lock_out = lock_out = LockOut(revocations, bank, charon, endings, self._writer, config.address)
+        self._lock_out = lock_out = LockOut(revocations, bank, charon, endings, writer, config.address)
         self._marks = MovedMarks(bank)
         self._uniqueness = Uniqueness(charon, living)
         self._authentication = AuthenticationEnd(charon, self._metrics)
         self._elsewhere = SessionElsewhere(charon, bank, self._metrics)
-        self._publisher = Publisher(config, self._writer, bank, known, self._marks)
+        self._publisher = Publisher(config, writer, bank, known, self._marks)
         self._publisher.locked_out = lock_out.soon
         charon.tracker.on_deleting = self._publisher.deleting
         self._stubs = ClientStubs(
@@ -140,15 +124,15 @@ class GatewayRole:
             self._metrics,
             lambda: self._others() if config.sync.tell_gateways else (),
             expected=failover.expects,
-            alive=lambda: self._heartbeat.charon_alive,
+            alive=lambda: heartbeat.charon_alive,
         )
         lookup = StubLookup(
-            self._prefetch,
+            prefetch,
             bank,
             self._stubs,
             known,
             self._metrics,
-            reachable=lambda: self._heartbeat.bank_reachable,
+            reachable=lambda: heartbeat.bank_reachable,
             timeout=config.bank.get_timeout,
         )
         self._drain = Drain(charon, bank, sender, config.address, self._elsewhere)
@@ -157,7 +141,7 @@ class GatewayRole:
             endings,
             lookup.ended,
             self._stubs,
-            self._writer,
+            writer,
             self._metrics,
             self._resumed,
             confirm_timeout=config.sync.confirm_timeout,
@@ -178,7 +162,7 @@ class GatewayRole:
             config.sync,
             self._metrics,
             self._stub_message,
-            lambda: self._interception.shows_first_requests() and self._heartbeat.bank_writable,
+            lambda: self._interception.shows_first_requests() and heartbeat.bank_writable,
         )
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
         self._keeper = AddressKeeper(charon, AddressBook(bank), limit=config.ha.placeholders)
@@ -194,28 +178,15 @@ class GatewayRole:
             lambda: self._responder.flooded,
             tag=tag,
         )
-        self._rotation = KeyRotation(
-            bank,
-            keyring,
-            config.bank.key_file,
-            config.address,
-            shared=config.takeover.addresses,
-            doubtful=lambda: self._heartbeat.doubtful,
-        )
         self._reconciler = BankReconciler(config, bank, charon, self._publisher, known, self._elsewhere)
         self._reconciler.on_ending = self._keeper.ended
         charon.tracker.on_lost.append(self._stubs.lost.put)
         self._postings: Postings | None = None
         if config.address is not None:
             self._postings = Postings(config.address, bank, charon, self._publisher, failover, self._metrics)
-        self._events = events = BankEvents(bank_url(config.bank))
-        self._downloads = Downloads(bank, self._prefetch, config.address, events)
-        followers = BankFollowers(self._prefetch, failover, self._reconciler, self._elsewhere, lock_out, self._rotation)
+        self._downloads = Downloads(bank, prefetch, config.address, events)
+        followers = BankFollowers(prefetch, failover, self._reconciler, self._elsewhere, lock_out, around.rotation)
         followers.follow(events)
-        events.on_state(lambda listening: None if listening else bank.renew())
-        self._event_watch = EventWatch(lambda: self._heartbeat.own_address)
-        events.follow(bank_keys.HEARTBEAT, self._event_watch.event)
-        events.on_state(self._event_watch.state)
         self._shared: SharedAddresses | None = None
         if config.takeover.addresses:
             self._shared = SharedAddresses(
@@ -223,7 +194,7 @@ class GatewayRole:
                 charon,
                 bank,
                 self._publisher,
-                self._writer,
+                writer,
                 Barriers(charon, endings, living, revocations),
                 self._taken_over,
                 self._dropped,
@@ -262,12 +233,12 @@ class GatewayRole:
         """What follows charon: the bank is kept in step, and requests are intercepted; ended with `stack`."""
         self._failover.start()
         stack.push_async_callback(self._failover.close)
-        self._events.start()
-        stack.push_async_callback(self._events.close)
+        self._bank.events.start()
+        stack.push_async_callback(self._bank.events.close)
         self._reconciler.start()
         stack.push_async_callback(self._reconciler.close)
-        self._heartbeat.start()
-        stack.push_async_callback(self._heartbeat.close)
+        self._bank.heartbeat.start()
+        stack.push_async_callback(self._bank.heartbeat.close)
         posted = (
             ()
             if self._postings is None
@@ -278,7 +249,7 @@ class GatewayRole:
         )
         for name, work in (
             *posted,
-            ("keys", self._rotation.run()),
+            ("keys", self._bank.rotation.run()),
             ("endings", self._endings.keep()),
             ("lock-out", self._lock_out.run()),
             ("moved-marks", self._marks.run()),
@@ -396,11 +367,10 @@ class GatewayRole:
 
     def _gauges(self) -> None:
         charon_metrics.of_charon(self._metrics, self._charon)
-        metrics.of_stubs(self._metrics, self._charon, self._writer, self._bank, self._prefetch)
         for part in (
             self._interception,
             self._failover,
-            self._heartbeat,
+            self._bank,
             self._keeper,
             self._return_path,
             self._duplicates,
@@ -409,7 +379,7 @@ class GatewayRole:
         ):
             part.gauges(self._metrics)
         shared_addresses.gauges(self._metrics, self._shared)
-        gauge, responder, replicas = self._metrics.gauge, self._responder, self._replicas
+        gauge, responder = self._metrics.gauge, self._responder
         gauge(
             "toggle_seconds",
             "how long the last activation kept the IKE_SAs of one segment from answering, at most",
@@ -423,31 +393,10 @@ class GatewayRole:
             lambda: responder.sync_last,
         )
         gauge("cookies_demanded", "1 while every request must carry a cookie", lambda: float(responder.demanding))
-        gauge(
-            "bank_owed",
-            "stub changes that one bank has and another has yet to get",
-            lambda: replicas.pending if replicas is not None else 0,
-        )
-        gauge(
-            "bank_key_seals",
-            "stubs sealed with the bank's key in use, by all gateways; 2^32 are the most for one key",
-            lambda: self._rotation.seals,
-        )
-
-        gauge(
-            "keyspace_events_arrive",
-            "0 while the bank takes heartbeats and reports no keyspace event of them",
-            lambda: float(self._event_watch.arrive),
-        )
 
     def _others(self) -> Sequence[str]:
         """The addresses of the other gateways that live, of both families."""
-        return [*self._heartbeat.others, *(self._postings.others if self._postings is not None else ())]
-
-    async def _heartbeat_written(self, written: bool, seconds: float, alive: Collection[str] | None) -> None:
-        if written and alive is not None:
-            self._event_watch.written()
-        await self._failover.own_heartbeat(written, seconds, alive)
+        return [*self._bank.heartbeat.others, *(self._postings.others if self._postings is not None else ())]
 
     async def _counters(self, _: dict[str, Any]) -> Answer:
         return {"counters": self._metrics.values()}
@@ -458,15 +407,7 @@ class GatewayRole:
             "address": self._config.address,
             "time": int(time.time()),
             "charon": charon_status(self._charon),
-            "bank": {
-                "reachable": self._heartbeat.bank_reachable,
-                "writable": self._heartbeat.bank_writable,
-                "events": self._event_watch.arrive,
-                "pending": self._writer.pending,
-                "stubs": self._charon.tracker.count()[1],
-                **self._rotation.status(),
-                "banks": self._replicas.status() if self._replicas else [],
-            },
+            "bank": self._bank.status(),
             "unconfirmed": len(self._responder.unconfirmed),
             "clients_sync_last": self._responder.sync_last,
             "failovers": self._failover.status(),
