@@ -83,6 +83,11 @@ def stub_of_key(topology: Topology, key: str) -> Stub:
     return decode(keyring.open(bytes.fromhex(done.stdout.strip()), key.encode()))
 
 
+def stored_children(topology: Topology, key: str) -> list[str]:
+    """The names of the CHILD_SAs in the stub that the bank has under this key."""
+    return sorted(child.name for child in stub_of_key(topology, key).children)
+
+
 def request(stub: Stub, **changes: Any) -> bytes:
     """A request to resume the stub, as its client would make it, with what is changed."""
     values: dict[str, Any] = {

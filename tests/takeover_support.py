@@ -13,6 +13,7 @@ from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import SITE
 from failover_support import established, stub_key
+from probe_support import stored_children
 
 SHARED = "192.168.50.100"
 SHARED6 = "fd00:50::100"
@@ -105,6 +106,12 @@ def connect(topology: Topology, connection: str = "home", address: str = SHARED)
 
 def wait_stub(topology: Topology, spi: str, address: str = SHARED) -> None:
     wait_until(lambda: bool(topology.bank.cli("HGET", stub_key(address, spi), "vips")), "the stub of the session")
+
+
+def wait_children(topology: Topology, spi: str, *names: str, address: str = SHARED) -> None:
+    """Until the stub has these CHILD_SAs: what its gateway has not stored yet dies with it."""
+    key = stub_key(address, spi)
+    wait_until(lambda: stored_children(topology, key) == sorted(names), "the CHILD_SAs in the stub")
 
 
 def die(topology: Topology, host: Host) -> None:

@@ -27,7 +27,7 @@ from failover_support import (
     stub_key,
     the_sa,
 )
-from probe_support import the_stub
+from probe_support import stored_children, the_stub
 
 pytestmark = pytest.mark.lab
 
@@ -79,7 +79,8 @@ def session(topology: Topology, *more: str) -> dict[str, Any]:
     before = connect(topology)
     for name in more:
         topology.client.charon.initiate(name, "home")
-    wait_until(lambda: known(topology, "gw1") == sorted(["net", *more]), "all CHILD_SAs in the stub")
+    key = stub_key(topology.gw1.address, before["responder-spi"])
+    wait_until(lambda: stored_children(topology, key) == sorted(["net", *more]), "all CHILD_SAs in the stub")
     return before
 
 

@@ -14,6 +14,7 @@ from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
 from failover_support import Outcome, complete, connect, established, fresh, resume, spis, stub_key, the_sa
+from probe_support import stored_children
 
 pytestmark = pytest.mark.lab
 
@@ -139,14 +140,15 @@ def test_a_session_with_20_child_sas_comes_back_with_all_of_them(topology: Topol
         }
 
     with configured(topology, children("local_ts"), children("remote_ts")):
-        connect(topology)
+        names, key = sorted(["net", *(f"c{n}" for n in range(20))]), connect(topology)["responder-spi"]
         for n in range(20):
             topology.client.charon.initiate(f"c{n}", "home")
-        wait_until(lambda: len(the_sa(topology.gw1)["child-sas"]) == 21, "all CHILD_SAs")
+        stub = stub_key(topology.gw1.address, key)
+        wait_until(lambda: stored_children(topology, stub) == names, "all CHILD_SAs in the stub")
         topology.kill_gateway(topology.gw1)
         outcome = resume(topology)
         assert outcome["result"] == "resumed"
-        assert sorted(outcome["children"]) == sorted(["net", *(f"c{n}" for n in range(20))])
+        assert sorted(outcome["children"]) == names
         assert len(the_sa(topology.gw2)["child-sas"]) == 21
         assert topology.client.ping(SITE) == 3
 

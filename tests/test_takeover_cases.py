@@ -27,6 +27,7 @@ from takeover_support import (
     sharing,
     start,
     take,
+    wait_children,
     wait_stub,
 )
 
@@ -81,9 +82,10 @@ def test_three_child_sas() -> None:
         for host in (topology.gw1, topology.gw2):
             for network in networks.values():
                 host.run("ip", "address", "add", f"{network}1/32", "dev", "lo")
-        connect(topology)
+        sa = connect(topology)
         for name in networks:
             topology.client.charon.initiate(name, "home")
+        wait_children(topology, sa["responder-spi"], "net", *networks)
         before = child_spis(topology)
         assert sorted(name for name, _ in before) == ["net", "one", "two"]
         assert move(topology, topology.gw1, topology.gw2)["taken"] == 1
