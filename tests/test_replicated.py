@@ -155,7 +155,7 @@ async def test_what_a_bank_that_hung_is_told_last_is_what_it_knows(
     await bank.heartbeat(ONE, 30.0)
     await bank.leave(ONE)
     servers[TWO].thaw()
-    second = next(tier for tier in bank._all if tier.name == TWO)
+    second = next(tier for tier in bank._banks.all if tier.name == TWO)
     await until(lambda: not second.behind)
     assert not any(servers[name].client.exists(heartbeat_key(ONE)) for name in (ONE, TWO, THREE))
 
@@ -305,7 +305,7 @@ async def moved_while_two_was_away(bank_of: Open, servers: dict[str, RedisServer
     three = await bank_of(THREE)
     assert await three.delete([ending(stub)]) == [True]
     # three dies, and with it what its sidecar had to tell two
-    for tier in three._all:
+    for tier in three._banks.all:
         tier._later._waiting.clear()
     await three.close()
     servers[TWO].start()

@@ -7,8 +7,7 @@ never stored again. So changes may come to them in any order, and more than once
     store     near, central, and the banks of the stub's targets
     delete    everywhere: in each bank that has a copy or could get one
     get       near and central in parallel; what neither has is asked of all peers in parallel, for a bounded time. An
-    end
-              that any of them knows of counts, and of several copies the one with the greatest revision
+              end that any of them knows of counts, and of several copies the one with the greatest revision
 
 A bank that was away may have missed ends. What only the near bank says is asked of the others too until it has caught
 up: it knows all ends that they know.
@@ -17,39 +16,31 @@ up: it knows all ends that they know.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from hashlib import blake2b
-from typing import Any, Final, TypeVar
+from typing import Any
 
 import structlog
 
+from bridge.bank.catch_up import CatchUp
 from bridge.bank.interface import (
     DOWNLOAD_BATCH,
     AddressEntry,
     BankUnavailable,
-    BankUnwritable,
     Ending,
     GatewaySign,
     Move,
-    StubBank,
 )
-from bridge.bank.replica import Replica, Word
+from bridge.bank.replica import Replica
+from bridge.bank.replicas import Replicas, each_of
 from bridge.service.tasks import end, spawn
 from bridge.stub.readable import Readable
 from bridge.stub.stub import Index, Stub
 
 log = structlog.get_logger()
-
-Answer = TypeVar("Answer")
-
-LATE_TIMES: Final = 2.0
-"""times `peer_timeout` that a bank may take for a heartbeat before it is not asked what another one can answer"""
-SETTLE_SECONDS: Final = 2.0
-"""after which every gateway that can reach a bank that is back writes to it again: only then it can catch up"""
 
 
 class ReplicatedBank:
@@ -69,67 +60,65 @@ class ReplicatedBank:
         copies: int = 1,
         peer_timeout: float = 0.1,
     ) -> None:
-        self.near = near
         self.on_return: Callable[[], None] = lambda: None
-        self._central = central
-        self._peers = list(peers)
-        self._far = [*([central] if central else []), *peers]
-        self._all = [near, *self._far]
-        for tier in self._all:
+        self.near = near
+        self._banks = banks = Replicas(near, central, peers, peer_timeout)
+        self._catch_up = CatchUp(near, banks.far)
+        for tier in banks.all:
             tier.bank.on_return = partial(self._returned, tier)
         self._targets = [peer for peer in peers if peer.name in targets]
         self._copies = copies
-        self._peer_timeout = peer_timeout
-        # far banks that may know of ends which the near one has missed, and since when
-        self._ahead: dict[Replica, float] = {}
-        self._asking: set[asyncio.Task[Any]] = set()
-        self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Serve: watch the banks, bring them what they missed, and catch up with them."""
         self._returned(self.near)
-        for tier in self._all:
+        for tier in self._banks.all:
             tier.on_up = self._returned
             tier.start()
-        self._task = spawn("catch-up", self._catch_up())
+        self._banks.serving = True
+        self._task = spawn("catch-up", self._catch_up.run())
 
     async def close(self) -> None:
         """Let go of all banks."""
         if self._task is not None:
-            await end(self._task, *self._asking)
-        await asyncio.gather(*(tier.close() for tier in self._all))
+            await end(self._task)
+        await self._banks.close()
+
+    def _returned(self, tier: Replica) -> None:
+        self._catch_up.returned(tier)
+        self.on_return()
 
     @property
     def unreadable(self) -> int:
         """Stubs found that did not open."""
-        return sum(tier.bank.unreadable for tier in self._all)
+        return sum(tier.bank.unreadable for tier in self._banks.all)
 
     @property
     def spoilt(self) -> int:
         """Keys and members found that no gateway writes."""
-        return sum(tier.bank.spoilt for tier in self._all)
+        return sum(tier.bank.spoilt for tier in self._banks.all)
 
     @property
     def pending(self) -> int:
         """Changes that one bank has and another one has yet to get."""
-        return sum(tier.pending for tier in self._all)
+        return sum(tier.pending for tier in self._banks.all)
 
     @property
     def caught_up(self) -> bool:
         """Whether the near bank knows every end that a bank within reach knows."""
-        return not any(tier.up for tier in self._ahead)
+        return self._catch_up.done
 
     def status(self) -> list[dict[str, Any]]:
         """For `ike-sa-sync status`: each bank."""
-        return [tier.status() for tier in self._all]
+        return [tier.status() for tier in self._banks.all]
 
     # Initiate, Update, Delete
 
     def holders(self, index: Index) -> list[Replica]:
         """The banks that a stub of this gateway's is stored in."""
-        chosen = self._targets or sorted(self._peers, key=lambda peer: _weight(peer.name, index))[: self._copies]
-        return [self.near, *([self._central] if self._central else []), *chosen]
+        chosen = self._targets or sorted(self._banks.peers, key=lambda peer: _weight(peer.name, index))[: self._copies]
+        return [self.near, *([self._banks.central] if self._banks.central else []), *chosen]
 
     async def store(self, stubs: Sequence[Stub]) -> list[bool]:
         """See StubBank and `change`."""
@@ -145,13 +134,15 @@ class ReplicatedBank:
 
         Without `start` nothing would bring it to them: then a deletion that one did not take raises BankUnavailable.
         """
-        shares: dict[Replica, list[int]] = {tier: [] for tier in self._all} if endings else {}
+        shares: dict[Replica, list[int]] = {tier: [] for tier in self._banks.all} if endings else {}
         for position, stub in enumerate(stubs):
             for tier in self.holders(stub.index):
                 shares.setdefault(tier, []).append(position)
-        serving = self._task is not None or not endings
+        serving = self._banks.serving or not endings
         asked = [tier for tier in shares if tier.up or not serving] or list(shares)
-        outcomes = await _each(asked, lambda tier: tier.change([stubs[position] for position in shares[tier]], endings))
+        outcomes = await each_of(
+            asked, lambda tier: tier.change([stubs[position] for position in shares[tier]], endings)
+        )
         taken: dict[int, bool] = {}
         for tier, (stored, _) in outcomes.items():
             for position, done in zip(shares[tier], stored, strict=True):
@@ -176,16 +167,16 @@ class ReplicatedBank:
         """See StubBank. What no bank has within its time is None."""
         found: dict[Index, Stub] = {}
         ended: set[Index] = set()
-        first = [tier for tier in (self.near, self._central) if tier is not None and tier.up]
+        first = [tier for tier in (self.near, self._banks.central) if tier is not None and tier.up]
         answered = await self._look(dict.fromkeys(first, indexes), None, found, ended)
         missing = [index for index in indexes if index not in found and index not in ended]
         at_hand = list(found)
         questions: dict[Replica, Sequence[Index]] = {}
-        for tier in self._far:
-            wanted = missing + at_hand if tier in self._ahead else missing
+        for tier in self._banks.far:
+            wanted = missing + at_hand if tier in self._catch_up else missing
             if wanted and tier not in first and tier.up:
                 questions[tier] = wanted
-        answered += await self._look(questions, self._peer_timeout, found, ended)
+        answered += await self._look(questions, self._banks.peer_timeout, found, ended)
         if not answered and indexes:
             raise BankUnavailable("none of the banks answers")
         return [None if index in ended else found.get(index) for index in indexes]
@@ -198,7 +189,7 @@ class ReplicatedBank:
         ended: set[Index],
     ) -> int:
         """Ask banks in parallel, adding to `found` and `ended`; how many answered."""
-        answers = await _each(questions, lambda tier: tier.answer(tier.bank.look(questions[tier]), timeout))
+        answers = await each_of(questions, lambda tier: tier.answer(tier.bank.look(questions[tier]), timeout))
         for tier, rows in answers.items():
             for index, (stub, over) in zip(questions[tier], rows, strict=True):
                 if over:
@@ -219,7 +210,7 @@ class ReplicatedBank:
             for tier in self.holders(index):
                 if tier.up:
                     shares.setdefault(tier, []).append(position)
-        answers = await _each(
+        answers = await each_of(
             shares, lambda tier: tier.answer(tier.bank.revisions([indexes[position] for position in shares[tier]]))
         )
         least: dict[int, int] = {}
@@ -233,33 +224,33 @@ class ReplicatedBank:
 
     async def ended(self, indexes: Sequence[Index]) -> list[bool | None]:
         """See StubBank: an end that any bank knows of counts."""
-        answers = await self._ask_soon(lambda bank: bank.ended(indexes))
+        answers = await self._banks.ask_soon(lambda bank: bank.ended(indexes))
         return [
             None if all(each is None for each in known) else any(known) for known in zip(*answers.values(), strict=True)
         ]
 
     async def addresses(self, ranges: Sequence[tuple[str, str]]) -> list[AddressEntry]:
         """See StubBank: what any bank says."""
-        answers = await self._ask(lambda bank: bank.addresses(ranges))
+        answers = await self._banks.ask(lambda bank: bank.addresses(ranges))
         return list(dict.fromkeys(entry for entries in answers.values() for entry in entries))
 
     async def forget_addresses(self, entries: Sequence[AddressEntry]) -> None:
         """See StubBank: in all banks within reach."""
-        await self._ask(lambda bank: bank.forget_addresses(entries))
+        await self._banks.ask(lambda bank: bank.forget_addresses(entries))
 
     async def endings(self) -> AsyncGenerator[list[Ending]]:
         """See StubBank: what any bank knows."""
-        async with aclosing(self._read_all(lambda tier: tier.bank.endings())) as pages:
+        async with aclosing(self._banks.read_all(lambda tier: tier.bank.endings())) as pages:
             async for page in pages:
                 yield page
 
     async def tell_moved(self, moves: Sequence[Move]) -> None:
         """See StubBank: in all banks within reach."""
-        await self._ask(lambda bank: bank.tell_moved(moves))
+        await self._banks.ask(lambda bank: bank.tell_moved(moves))
 
     async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
         """See StubBank: a mark in any bank counts."""
-        answers = await self._ask_soon(lambda bank: bank.moved(indexes))
+        answers = await self._banks.ask_soon(lambda bank: bank.moved(indexes))
         return [next(filter(None, marks), None) for marks in zip(*answers.values(), strict=True)]
 
     # Download
@@ -276,62 +267,32 @@ class ReplicatedBank:
                         page = [stub for stub, gone in zip(page, over, strict=True) if not gone]
                     yield [stub for stub in page if seen.get(stub.index, -1) < stub.revision]
 
-        async with aclosing(self._read_all(read)) as pages:
+        async with aclosing(self._banks.read_all(read)) as pages:
             async for page in pages:
                 seen.update((stub.index, stub.revision) for stub in page)
                 yield page
-
-    async def _read_all(self, read: Callable[[Replica], AsyncGenerator[Answer]]) -> AsyncGenerator[Answer]:
-        """What `read` gives of each bank that answers, one after the other. Raises BankUnavailable if none does."""
-        complete = 0
-        for tier in [tier for tier in self._all if tier.up]:
-            try:
-                async with aclosing(read(tier)) as pages:
-                    async for page in pages:
-                        yield page
-                complete += 1
-            except BankUnavailable as error:
-                log.warning(error.event, component="list", bank=tier.name, reason=str(error))
-        if not complete:
-            raise BankUnavailable("none of the banks answers")
 
     # gateways and keys
 
     async def reseal(self, gateway: str) -> int:
         """See StubBank: in all banks within reach."""
-        return sum((await self._ask(lambda bank: bank.reseal(gateway))).values())
+        return sum((await self._banks.ask(lambda bank: bank.reseal(gateway))).values())
 
     async def heartbeat(self, gateway: str, ttl: float) -> float:
         """See StubBank: in all banks, each at its own pace. One that was down and takes it is up again."""
         began = time.monotonic()
         near_up = self.near.up
-        await self._tell(lambda bank: bank.heartbeat(gateway, ttl))
+        await self._banks.tell(lambda bank: bank.heartbeat(gateway, ttl))
         return max(self.near.behind if near_up else 0.0, time.monotonic() - began)
 
     async def leave(self, gateway: str) -> None:
         """See StubBank: in all banks, each at its own pace."""
-        await self._tell(lambda bank: bank.leave(gateway))
-
-    async def _tell(self, word: Word) -> None:
-        """Tell all banks. Waits for those at hand until they answer or `peer_timeout` is over, and for one in any case:
-        the others of a bank that hangs get it in time. Without `start` for all. Raises BankUnavailable."""
-        at_hand = [tier for tier in self._all if tier.up and not tier.behind]
-        said = {tier: tier.say(word) for tier in self._all}
-        if self._task is None:
-            await asyncio.wait(said.values())
-        elif at_hand:
-            await asyncio.wait([said[tier] for tier in at_hand], timeout=self._peer_timeout)
-        pending = set(said.values())
-        while not any(each.done() and each.exception() is None for each in said.values()):
-            if not pending:
-                kind = BankUnwritable if any(tier.up for tier in self._all) else BankUnavailable
-                raise kind("none of the banks took it")
-            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        await self._banks.tell(lambda bank: bank.leave(gateway))
 
     async def gateways(self) -> dict[str, GatewaySign]:
         """See StubBank: a gateway lives if any bank says so, and has the keys that all of those name."""
         merged: dict[str, GatewaySign] = {}
-        for signs in (await self._ask_soon(lambda bank: bank.gateways())).values():
+        for signs in (await self._banks.ask_soon(lambda bank: bank.gateways())).values():
             for name, sign in signs.items():
                 before = merged.get(name)
                 if before is None or not before.alive:
@@ -342,38 +303,38 @@ class ReplicatedBank:
 
     async def post(self, kind: str, gateway: str, value: str, ttl: float) -> None:
         """See StubBank: in all banks within reach."""
-        await self._ask(lambda bank: bank.post(kind, gateway, value, ttl))
+        await self._banks.ask(lambda bank: bank.post(kind, gateway, value, ttl))
 
     async def posted(self, kind: str, gateway: str) -> bytes | None:
         """See StubBank: what any bank has."""
-        answers = await self._ask_soon(lambda bank: bank.posted(kind, gateway))
+        answers = await self._banks.ask_soon(lambda bank: bank.posted(kind, gateway))
         return next((value for value in answers.values() if value is not None), None)
 
     async def revocation_stamp(self) -> bytes:
         """See StubBank: of the banks at hand; what only a peer's has comes with `revocations`. A bank that answers
         again is a change."""
-        first = [tier for tier in (self.near, self._central) if tier is not None and tier.up]
-        asked, timeout = (first, None) if first else (self._far, self._peer_timeout)
-        stamps = await _each(asked, lambda tier: tier.answer(tier.bank.revocation_stamp(), timeout))
+        first = [tier for tier in (self.near, self._banks.central) if tier is not None and tier.up]
+        asked, timeout = (first, None) if first else (self._banks.far, self._banks.peer_timeout)
+        stamps = await each_of(asked, lambda tier: tier.answer(tier.bank.revocation_stamp(), timeout))
         if not stamps:
             raise BankUnavailable("none of the banks answers")
         return b" ".join([b"%s=%s" % (tier.name.encode(), stamp) for tier, stamp in stamps.items()])
 
     async def revocations(self) -> Sequence[Sequence[bytes]]:
         """See StubBank."""
-        answers = await self._ask(lambda bank: bank.revocations())
+        answers = await self._banks.ask(lambda bank: bank.revocations())
         return [marks for answer in answers.values() for marks in answer]
 
     async def put_revocations(self, marks: Mapping[bytes, int], stale: Collection[bytes]) -> None:
         """See StubBank. Gateways bring them to a bank that was away. Without `start`, where no gateway would, it raises
         BankUnavailable where one did not answer."""
-        serving = self._task is not None
-        up = [tier for tier in self._all if tier.up or not serving] or self._all
-        outcomes = await _each(up, lambda tier: tier.answer(tier.bank.put_revocations(marks, stale)))
+        serving = self._banks.serving
+        up = [tier for tier in self._banks.all if tier.up or not serving] or self._banks.all
+        outcomes = await each_of(up, lambda tier: tier.answer(tier.bank.put_revocations(marks, stale)))
         if not outcomes:
             raise BankUnavailable("none of the banks took it")
-        if not serving and len(outcomes) < len(self._all):
-            names = ", ".join(tier.name for tier in self._all if tier not in outcomes)
+        if not serving and len(outcomes) < len(self._banks.all):
+            names = ", ".join(tier.name for tier in self._banks.all if tier not in outcomes)
             raise BankUnavailable(f"not taken by the bank of {names}, which does not answer: repeat it later")
 
     def renew(self) -> None:
@@ -382,117 +343,17 @@ class ReplicatedBank:
 
     async def ping(self) -> float:
         """See StubBank: of the fastest."""
-        return min((await self._ask_soon(lambda bank: bank.ping(), patiently=())).values())
-
-    async def _ask_soon(
-        self, question: Callable[[StubBank], Awaitable[Answer]], patiently: Sequence[Replica] | None = None
-    ) -> dict[Replica, Answer]:
-        """The answers of banks within reach: of the near and the central one, or those to ask `patiently`, and of
-        others as far as they come within `peer_timeout`. A bank that is late with an answer to a heartbeat is not
-        asked. Raises BankUnavailable if there is no answer. Without `start` no heartbeat shows which bank hangs: then
-        all answers are waited for."""
-        if self._task is None:
-            return await self._ask(question)
-        up = [tier for tier in self._all if tier.up] or self._all
-        asked = [tier for tier in up if tier.behind <= LATE_TIMES * self._peer_timeout] or up
-        tasks = {tier: spawn(f"ask {tier.name}", _answer_of(tier, question)) for tier in asked}
-        for task in tasks.values():
-            self._asking.add(task)
-            task.add_done_callback(self._asking.discard)
-        await asyncio.wait(tasks.values(), timeout=self._peer_timeout)
-        hand = (self.near, self._central) if patiently is None else patiently
-        if patient := [task for tier, task in tasks.items() if tier in hand]:
-            await asyncio.wait(patient)
-        pending = set(tasks.values())
-        while True:
-            answers = {tier: task.result() for tier, task in tasks.items() if task.done()}
-            given = {tier: answer for tier, answer in answers.items() if not isinstance(answer, BankUnavailable)}
-            if given:
-                return given
-            if not pending:
-                raise BankUnavailable("none of the banks answers")
-            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-
-    async def _ask(self, question: Callable[[StubBank], Awaitable[Answer]]) -> dict[Replica, Answer]:
-        """The answers of all banks within reach. Raises BankUnavailable if there is none."""
-        up = [tier for tier in self._all if tier.up] or self._all
-        answers = await _each(up, lambda tier: tier.answer(question(tier.bank)))
-        if not answers:
-            raise BankUnavailable("none of the banks answers")
-        return answers
-
-    # catching up
-
-    def _returned(self, tier: Replica) -> None:
-        now = time.monotonic()
-        self._ahead.update((each, now) for each in (self._far if tier is self.near else [tier]))
-        self._news.set()
-        self.on_return()
-
-    async def _catch_up(self) -> None:
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            await asyncio.sleep(SETTLE_SECONDS)
-            for tier, since in list(self._ahead.items()):
-                if not tier.up or not self.near.up:
-                    continue  # its return is news
-                if time.monotonic() - since < SETTLE_SECONDS:
-                    self._news.set()
-                    continue
-                try:
-                    deleted = await self._take_endings(tier)
-                except BankUnavailable as error:
-                    log.debug(error.event, component="catch-up", bank=tier.name, reason=str(error))
-                    self._news.set()
-                    with contextlib.suppress(BankUnavailable):
-                        await tier.answer(tier.bank.ping())
-                    continue
-                if self._ahead.get(tier) == since:
-                    del self._ahead[tier]
-                    log.info("bank-reachable", component="catch-up", bank=tier.name, deleted=deleted)
-
-    async def _take_endings(self, tier: Replica) -> int:
-        """Delete near what has ended according to a far bank; how many stubs that were."""
-        deleted = 0
-        async with aclosing(tier.bank.endings()) as pages:
-            async for page in pages:
-                held = await self.near.answer(self.near.bank.revisions([ending.index for ending in page]))
-                over = [ending for ending, revision in zip(page, held, strict=True) if revision]
-                if over:
-                    deleted += sum(await self.near.answer(self.near.bank.delete(over)))
-        return deleted
+        return min((await self._banks.ask_soon(lambda bank: bank.ping(), patiently=())).values())
 
     # last: from here on `list` is this method in the annotations of the class
 
     async def list(self, gateway: str | None = None) -> AsyncGenerator[list[Readable]]:
         """See StubBank: each stub once, from the nearest bank that has it."""
         seen: set[Index] = set()
-        async with aclosing(self._read_all(lambda tier: tier.bank.list(gateway))) as pages:
+        async with aclosing(self._banks.read_all(lambda tier: tier.bank.list(gateway))) as pages:
             async for page in pages:
                 yield [row for row in page if row.index not in seen]
                 seen.update(row.index for row in page)
-
-
-async def _answer_of(tier: Replica, question: Callable[[StubBank], Awaitable[Answer]]) -> Answer | BankUnavailable:
-    try:
-        return await tier.answer(question(tier.bank))
-    except BankUnavailable as error:
-        return error
-
-
-async def _each(tiers: Iterable[Replica], ask: Callable[[Replica], Awaitable[Answer]]) -> dict[Replica, Answer]:
-    """The answers of those banks that answer, asked in parallel."""
-    asked = list(tiers)
-    answers = await asyncio.gather(*(ask(tier) for tier in asked), return_exceptions=True)
-    given: dict[Replica, Answer] = {}
-    for tier, answer in zip(asked, answers, strict=True):
-        if isinstance(answer, BaseException):
-            if not isinstance(answer, BankUnavailable):
-                raise answer
-        else:
-            given[tier] = answer
-    return given
 
 
 def _weight(peer: str, index: Index) -> bytes:
