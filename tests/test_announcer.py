@@ -36,7 +36,8 @@ class Network:
         self.octets: dict[int, bytes] = {}
         self.announcer = Announcer(HERE, lambda stub: HERE, self._send, lambda: (1 << 31) + 7, rate=rate)
         self.announcer.tick(self.now - 1)
-        self.announcer.begin(DEAD, [(stub_of(number), able) for number in range(sessions)], self.now)
+        self.announcer.begin(DEAD, self.now)
+        self.announcer.add(DEAD, [(stub_of(number), able) for number in range(sessions)], complete=True)
         self.tick()
 
     def _send(self, stub: Stub, octets: bytes) -> None:
@@ -312,7 +313,8 @@ def test_what_is_no_report_is_none_of_the_announcers_business(status: MoveStatus
 
 def test_sessions_that_no_gateway_could_resume_are_counted_and_not_announced() -> None:
     net = Network(2)
-    net.announcer.begin(DEAD, [(stub_of(number), [HERE] if number else []) for number in range(5)], net.now)
+    net.announcer.begin(DEAD, net.now)
+    net.announcer.add(DEAD, [(stub_of(number), [HERE] if number else []) for number in range(5)], complete=True)
     assert (net.state()["stubs"], net.state()["sessions"]) == (5, 4)
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+from typing import Self
 
 import pytest
 
 from bank_support import stub_of
+from bridge.bank.recent_traffic import decode
 from bridge.bench.aims import aims
-from bridge.bench.outage import DETECT, FAILURES, failure, in_failures, section
+from bridge.bench.outage import DETECT, FAILURES, PATIENCE, failure, fill, in_failures, section
 from bridge.bench.rig import rig
 from bridge.bench.sessions import Session
 from bridge.bench.standby import PROBE_SECONDS, PROBES, Standby, Standbys
+from bridge.charon.reconcile import RECONCILE_SECONDS
+from bridge.ike.message import ExchangeType
 from bridge.ike.stub_exchange import (
     MoveStatus,
     StubMessage,
@@ -22,6 +28,12 @@ from bridge.ike.stub_exchange import (
     parse_stub_message,
     verify,
 )
+from bridge.lab.daemon import wait_until
+from bridge.lab.host import Host
+from bridge.net.packet import parse_datagram
+from bridge.stub.bank_keys import TRAFFIC_KIND, posted_key
+from clear_support import ETH_P_ALL, ROOM, SO_RCVBUFFORCE
+from net_support import inside
 
 HERE, OTHER = "192.0.2.1", "192.0.2.2"
 ID = (1 << 31) + 7
@@ -145,3 +157,56 @@ def test_all_sessions_that_a_restarted_charon_has_lost_go_on_elsewhere() -> None
         row = failure(built, "charon killed and restarted", 200, lambda what, share: None)
     assert (row["moved"], row["failures"]) == (200, 0), row
     assert row["clients"]["moved"] == 1
+
+
+class Announced:
+    """The clients that a gateway announces a failure to, in the order of its first message to each. A context
+    manager."""
+
+    def __init__(self, gateway: Host) -> None:
+        with inside(gateway.namespace):
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, ROOM)
+            self._socket.bind(("eth0", ETH_P_ALL))
+        self._socket.settimeout(0.1)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._over = False
+        self.clients: dict[str, None] = {}
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True
+        self._thread.join()
+        self._socket.close()
+
+    def _read(self) -> None:
+        while not self._over:
+            try:
+                octets, address = self._socket.recvfrom(2048)
+            except TimeoutError:
+                continue
+            datagram = parse_datagram(octets, answers=True) if address[2] == socket.PACKET_OUTGOING else None
+            if datagram is not None and datagram.ike[18] == ExchangeType.STUB:
+                self.clients.setdefault(datagram.dst)
+
+
+@pytest.mark.lab
+def test_clients_with_traffic_are_announced_to_before_idle_ones() -> None:
+    with rig(3, DETECT) as built:
+        built.take_model()
+        fill(built, 300)
+        topology = built.topology
+        posted = posted_key(TRAFFIC_KIND, topology.gw1.address)
+        wait_until(
+            lambda: len(decode(topology.bank.cli("GET", posted).encode())) == 3,
+            "charon's list, and what the gateway posts of it",
+            RECONCILE_SECONDS + PATIENCE,
+        )
+        with Announced(topology.gw2) as announced:
+            topology.gw1.charon.kill()
+            wait_until(lambda: len(announced.clients) > 100, "announcements to idle clients too")
+        real = {host.address for host, _ in built.clients.hosts}
+        assert set(list(announced.clients)[:3]) == real

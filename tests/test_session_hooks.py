@@ -273,7 +273,7 @@ def test_without_a_program_nothing_happens(tmp_path: Path) -> None:
         hooks.moving_away(sa, HERE)
         hooks.gone(sa)
         hooks.known(sa)
-        assert (hooks.status(), len(hooks), sa.first_spi, tracker.on_info) == (None, 0, b"", None)
+        assert (hooks.status(), len(hooks), sa.first_spi, tracker.on_info) == (None, 0, b"", [])
         await hooks.close()
 
     run(work)

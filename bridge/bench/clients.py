@@ -36,21 +36,21 @@ class Clients:
     def __init__(self, topology: Topology, count: int, *, unprepared: bool = False) -> None:
         self._interval = FAST_INTERVAL if unprepared else INTERVAL
         self._topology = topology
-        self._hosts: list[tuple[Host, Sidecar]] = []
+        self.hosts: list[tuple[Host, Sidecar]] = []
         self._pings: list[Ping] = []
         for number in range(count):
             host = client_host(topology.lab, f"client{number}", f"192.168.50.{FIRST + number}", topology.secret)
             sidecar = host.sidecar("client", client_config(CHOICES) | {"resume_on_down": unprepared})
             if unprepared:
                 default_timers(host)
-            self._hosts.append((host, sidecar))
+            self.hosts.append((host, sidecar))
 
     def start(self) -> None:
         """All of them up, with traffic."""
-        for host, sidecar in self._hosts:
+        for host, sidecar in self.hosts:
             sidecar.start(wait=False)
             host.charon.start()
-        for host, sidecar in self._hosts:
+        for host, sidecar in self.hosts:
             sidecar.wait_ready()
             host.charon.initiate("net", "home")
             self._pings.append(Ping(host, SITE, self._interval))
@@ -61,7 +61,7 @@ class Clients:
         """Have all resume together; the outcomes, as `ike-sa-sync resume --json` prints them."""
 
         async def ask() -> list[dict[str, Any]]:
-            paths = [str(host.path(sidecar.config["control"])) for host, sidecar in self._hosts]
+            paths = [str(host.path(sidecar.config["control"])) for host, sidecar in self.hosts]
             request = {"command": "resume", "connection": None, "to": None}
             return list(await asyncio.gather(*(control.call(path, request) for path in paths)))
 
@@ -71,13 +71,13 @@ class Clients:
         """The SPIs of each one's IKE_SA."""
         return [
             " ".join(sa["initiator-spi"] for sa in host.charon.sas() if sa["state"] == "ESTABLISHED")
-            for host, _ in self._hosts
+            for host, _ in self.hosts
         ]
 
     def at(self, gateway: Host) -> int:
         """How many have their session at a gateway, and no other."""
         there = gateway.address
-        return sum([sa["remote-host"] for sa in host.charon.sas()] == [there] for host, _ in self._hosts)
+        return sum([sa["remote-host"] for sa in host.charon.sas()] == [there] for host, _ in self.hosts)
 
     def longest_since(self, wall: float) -> int:
         """The longest silence of any that ended after a time (Unix seconds), in ms."""
@@ -90,14 +90,14 @@ class Clients:
             return self.at(self._topology.gw2)
 
         with contextlib.suppress(LabError):
-            wait_until(lambda: moved() == len(self._hosts), "all clients at the other gateway", RETURN_PATIENCE)
+            wait_until(lambda: moved() == len(self.hosts), "all clients at the other gateway", RETURN_PATIENCE)
         answers = [ping.answers() for ping in self._pings]
         for ping, before in zip(self._pings, answers, strict=True):
             with contextlib.suppress(LabError):
                 wait_until(lambda p=ping, b=before: p.answers() > b, "traffic", RETURN_PATIENCE / 4)  # type: ignore[misc]
         silences = [ping.stop().silence_since(wall) * 1000 for ping in self._pings]
         return {
-            "clients": len(self._hosts),
+            "clients": len(self.hosts),
             "moved": moved(),
             "silence_ms": {
                 "p50": round(quantile(silences, 0.5)),

@@ -66,7 +66,7 @@ class SaTracker:
         """SAs, by both SPIs, that are no sessions"""
         self.on_deleting: Callable[[IkeSa], None] = lambda _: None
         """called for an SA that VICI lists as DELETING: one of the sides ended it, and charon waits for an answer"""
-        self.on_info: Callable[[SaInfo], None] | None = None
+        self.on_info: list[Callable[[SaInfo], None]] = []
         """called for each IKE_SA that VICI reports, with the figures of its CHILD_SAs"""
         self.on_lost: list[Callable[[list[IkeSa]], None]] = []
         """called when charon was restarted, with the IKE_SAs that it had"""
@@ -390,8 +390,8 @@ class SaTracker:
     def event(self, event: Event) -> None:
         """Take in one VICI event."""
         spis, now = event.sa.spis, self._clock()
-        if self.on_info is not None:
-            self.on_info(event.sa)
+        for told in self.on_info:
+            told(event.sa)
         if event.kind == "ike-updown" and event.up is False:
             self._early.pop(spis, None)
             self.virtual_ips.drop(spis)
@@ -526,8 +526,8 @@ class SaTracker:
         """Take what VICI lists of an SA that is up: who its peers are, its lifetime, where it is, CHILD_SAs that it no
         longer has. False where the keys of it are missing here."""
         spis = info.spis
-        if self.on_info is not None:
-            self.on_info(info)
+        for told in self.on_info:
+            told(info)
         sa = self.sas.get(spis)
         if sa is None or not (sa.up or sa.adopted):
             # until the HA channel has brought the rest

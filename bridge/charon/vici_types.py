@@ -35,6 +35,8 @@ class ChildInfo(NamedTuple):
     packets_out: int = 0
     octets_in: int = 0
     octets_out: int = 0
+    idle_in: int | None = None
+    """seconds since the last packet came in; None: none has"""
 
     @property
     def works(self) -> bool:
@@ -211,6 +213,7 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
                     as_number(child.get("packets-out")) or 0,
                     as_number(child.get("bytes-in")) or 0,
                     as_number(child.get("bytes-out")) or 0,
+                    as_number(child.get("use-in")),
                 )
                 for child in _child_sections(section.get("child-sas", {}))
             ),

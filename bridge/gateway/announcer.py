@@ -20,17 +20,15 @@ as sessions come in (bridge.gateway.pace).
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Final
 
 import structlog
 
-from bridge.bank.failover_progress import RUNNING, FailoverProgress
+from bridge.bank.failover_progress import FailoverProgress
+from bridge.gateway.announced_failure import Announced, AnnouncementState, Failure
 from bridge.gateway.other_gateways import order
-from bridge.gateway.pace import Pace
 from bridge.ike.stub_exchange import (
     REPORTS,
     MoveStatus,
@@ -46,7 +44,7 @@ log = structlog.get_logger()
 
 TURN_SECONDS: Final = 2.0
 """between the turns of two gateways"""
-TRIAL: Final = 3
+TRIAL: Final = 16
 """sessions that are announced first"""
 TRIAL_SECONDS: Final = 0.15
 """after which the rest follow: a gateway that lives has answered its clients by then"""
@@ -62,59 +60,6 @@ ATTEMPTS: Final = (0.7, 1.4, 2.8)
 """seconds that each announcement waits for an answer: a client first asks its gateway for 0.3 s"""
 ARRIVE_SECONDS: Final = 10.0
 """within which a client that is coming has to be here"""
-
-
-class AnnouncementState(StrEnum):
-    """Of one session."""
-
-    WAITING = "waiting"
-    ANNOUNCED = "announced"
-    COMING = "coming"
-
-
-@dataclass(slots=True, eq=False)
-class _Announced:
-    stub: Stub
-    turn: float
-    """when it is this gateway's turn"""
-    state: AnnouncementState = AnnouncementState.WAITING
-    sent: int = 0
-    again: float = 0.0
-    coming: float | None = None
-    """when its client reported that it comes"""
-    in_window: bool = False
-    octets: bytes = field(default=b"", repr=False)
-    message: StubMessage | None = field(default=None, repr=False)
-
-
-@dataclass(slots=True, eq=False)
-class _Failure:
-    gateway: str
-    began: float
-    stubs: int
-    sessions: int
-    waiting: deque[_Announced]
-    under_way: OrderedDict[Index, _Announced] = field(default_factory=OrderedDict)
-    counts: Counter[str] = field(default_factory=Counter)
-    trial_until: float | None = None
-    trial_seconds: float = TRIAL_SECONDS
-    in_window: int = 0
-    """sessions under way, but for those whose clients have not answered the first announcement: they are no work"""
-    back: bool = False
-    """whether it has a heartbeat again"""
-    daemon: int = 0
-    """clients that said that the daemon answers, since the announcements began or began again"""
-    came: bool = False
-    """whether one has said that it moves"""
-    paused_until: float = 0.0
-    paused: str = ""
-    """why"""
-    contradicted: bool = False
-    pace: Pace = field(default_factory=Pace)
-    stopped: str = ""
-    ended: float | None = None
-    outside: set[Index] = field(default_factory=set)
-    """resumed or ended, announced or not"""
 
 
 class Announcer:
@@ -138,28 +83,41 @@ class Announcer:
         self._rate = rate
         self._allowance = 0.0
         self._last = 0.0
-        self._failures: dict[str, _Failure] = {}
+        self._failures: dict[str, Failure] = {}
         self._gateway_of: dict[str, str] = {}
         """the failed gateway, by its other addresses in the index"""
-        self._by_spis: dict[bytes, tuple[_Failure, _Announced]] = {}
+        self._by_spis: dict[bytes, tuple[Failure, Announced]] = {}
         self.false_alarms = 0
         """failures that a client has contradicted"""
         self.totals: Counter[str] = Counter()
         """sessions by their outcome: announced, resumed, refused, silent (no answer)"""
 
-    def begin(self, gateway: str, stubs: Iterable[tuple[Stub, Iterable[str]]], now: float) -> None:
-        """`gateway` has failed; each of its stubs comes with the gateways that could announce and resume it."""
+    def begin(self, gateway: str, now: float) -> None:
+        """`gateway` has failed; its stubs follow by `add`."""
         self.end(gateway, "a new failure", now)
-        waiting, count = [], 0
+        self._failures[gateway] = Failure(gateway, now, TRIAL_SECONDS)
+
+    def add(self, gateway: str, stubs: Iterable[tuple[Stub, Iterable[str]]], *, complete: bool) -> None:
+        """Stubs of `gateway`, each with the gateways that could announce and resume it. They wait behind those that
+        wait; those that are known may be among them. `complete`: there are no others."""
+        failure = self._failures.get(gateway)
+        if failure is None or failure.ended is not None:
+            return
+        waiting = []
         for stub, able in stubs:
-            count += 1
-            self._gateway_of[stub.index.gateway] = gateway
+            if stub.index in failure.known:
+                continue
+            failure.known.add(stub.index)
+            failure.stubs += 1
+            self._gateway_of[stub.index.gateway] = failure.gateway
             turns = order(stub.index, able)
             if self._address in turns:
-                waiting.append(_Announced(stub, now + turns.index(self._address) * TURN_SECONDS))
-        waiting.sort(key=lambda one: one.turn)
-        self._failures[gateway] = failure = _Failure(gateway, now, count, len(waiting), deque(waiting))
-        log.warning("announcing", gateway=gateway, sessions=failure.sessions)
+                waiting.append(Announced(stub, failure.began + turns.index(self._address) * TURN_SECONDS))
+        failure.sessions += len(waiting)
+        failure.queue(waiting)
+        if complete:
+            failure.complete = True
+            log.warning("announcing", gateway=gateway, sessions=failure.sessions)
 
     def back(self, gateway: str, now: float) -> None:
         """`gateway` has a heartbeat again. Its clients find out whether it still has their sessions."""
@@ -171,7 +129,7 @@ class Announcer:
             if announced.message is not None:
                 # it was asked before, and waits to be asked again
                 announced.turn = now
-        failure.waiting = deque(sorted(failure.waiting, key=lambda one: one.turn))
+        failure.queue(())
 
     def end(self, gateway: str, reason: str, now: float) -> None:
         """Announce nothing more of `gateway`."""
@@ -181,7 +139,7 @@ class Announcer:
         failure.stopped = reason
         failure.waiting.clear()
         for announced in failure.under_way.values():
-            self._by_spis.pop(_spis(announced.stub), None)
+            self._by_spis.pop(announced.spis, None)
         failure.under_way.clear()
         self._finish(failure, now)
 
@@ -222,10 +180,10 @@ class Announcer:
             if failure.ended is None and now >= failure.paused_until:
                 self._repeat(failure, now)
                 self._announce(failure, now)
-                if not failure.waiting and not failure.under_way:
+                if failure.complete and not failure.waiting and not failure.under_way:
                     self._finish(failure, now)
 
-    def _announce(self, failure: _Failure, now: float) -> None:
+    def _announce(self, failure: Failure, now: float) -> None:
         while failure.waiting and failure.waiting[0].turn <= now and failure.in_window < failure.pace.window:
             if failure.trial_until is None:
                 if len(failure.under_way) >= TRIAL:
@@ -244,13 +202,13 @@ class Announcer:
             announced.message = parse_stub_message(announced.octets)
             announced.state = AnnouncementState.ANNOUNCED
             failure.under_way[stub.index] = announced
-            _occupy(failure, announced, True)
-            self._by_spis[_spis(stub)] = failure, announced
+            failure.occupy(announced, True)
+            self._by_spis[announced.spis] = failure, announced
             failure.counts["announced"] += 1
             self.totals["announced"] += 1
             self._transmit(announced, now)
 
-    def _repeat(self, failure: _Failure, now: float) -> None:
+    def _repeat(self, failure: Failure, now: float) -> None:
         late = False
         for announced in [one for one in failure.under_way.values() if now >= one.again]:
             if announced.state is AnnouncementState.COMING:
@@ -261,7 +219,7 @@ class Announcer:
                     break
                 if announced.in_window:
                     # one that does not answer keeps no other waiting
-                    _occupy(failure, announced, False)
+                    failure.occupy(announced, False)
                     failure.pace.resumed(None)
                 self._transmit(announced, now)
             else:
@@ -269,7 +227,7 @@ class Announcer:
         if late:
             failure.pace.late()
 
-    def _transmit(self, announced: _Announced, now: float) -> None:
+    def _transmit(self, announced: Announced, now: float) -> None:
         self._allowance -= 1
         announced.again = now + ATTEMPTS[announced.sent]
         announced.sent += 1
@@ -290,7 +248,7 @@ class Announcer:
             if announced.state is AnnouncementState.ANNOUNCED:
                 announced.state, announced.again = AnnouncementState.COMING, now + ARRIVE_SECONDS
                 announced.coming = now
-                _occupy(failure, announced, True)
+                failure.occupy(announced, True)
         elif status is MoveStatus.GATEWAY_LIVES:
             self._wait(failure, announced, now)
             self._contradicted(
@@ -302,7 +260,7 @@ class Announcer:
             self._settle(failure, announced, "refused")
         return True
 
-    def _daemon_answers(self, failure: _Failure, announced: _Announced, now: float) -> None:
+    def _daemon_answers(self, failure: Failure, announced: Announced, now: float) -> None:
         """A client stays, since the daemon of its gateway has answered, and not the sidecar."""
         failure.daemon += 1
         self._wait(failure, announced, now)
@@ -310,7 +268,7 @@ class Announcer:
             return
         self._contradicted(failure, DAEMON_LIVES, "clients say that its charon answers and its sidecar does not", now)
 
-    def _contradicted(self, failure: _Failure, state: str, reason: str, now: float) -> None:
+    def _contradicted(self, failure: Failure, state: str, reason: str, now: float) -> None:
         """Announce nothing for a while; nothing more, if the gateway is back."""
         if not failure.contradicted:
             failure.contradicted = True
@@ -325,7 +283,7 @@ class Announcer:
         for announced in list(failure.under_way.values()):
             self._wait(failure, announced, now)
 
-    def _wait(self, failure: _Failure, announced: _Announced, now: float) -> None:
+    def _wait(self, failure: Failure, announced: Announced, now: float) -> None:
         """Announce a session again, after a while and after all others."""
         self._remove(failure, announced)
         failure.counts["announced"] -= 1
@@ -334,19 +292,20 @@ class Announcer:
         announced.turn = max(now + PAUSE_SECONDS, last)
         failure.waiting.append(announced)
 
-    def _settle(self, failure: _Failure, announced: _Announced, outcome: str) -> None:
+    def _settle(self, failure: Failure, announced: Announced, outcome: str) -> None:
         self._remove(failure, announced)
         failure.counts[outcome] += 1
         self.totals[outcome] += 1
 
-    def _remove(self, failure: _Failure, announced: _Announced) -> None:
+    def _remove(self, failure: Failure, announced: Announced) -> None:
         failure.under_way.pop(announced.stub.index, None)
-        self._by_spis.pop(_spis(announced.stub), None)
-        _occupy(failure, announced, False)
+        self._by_spis.pop(announced.spis, None)
+        failure.occupy(announced, False)
 
-    def _finish(self, failure: _Failure, now: float) -> None:
+    def _finish(self, failure: Failure, now: float) -> None:
         failure.ended = now
         failure.outside.clear()
+        failure.known.clear()
         log.info(
             "announced",
             gateway=failure.gateway,
@@ -359,36 +318,7 @@ class Announcer:
     def status(self, now: float, ended_within: float = math.inf) -> list[FailoverProgress]:
         """How far each failure is whose announcements go on, or ended within so many seconds."""
         return [
-            FailoverProgress(
-                failure.gateway,
-                _state(failure, now),
-                failure.stopped or (failure.paused if now < failure.paused_until else ""),
-                failure.stubs,
-                failure.sessions,
-                len(failure.under_way),
-                failure.counts["announced"],
-                failure.counts["resumed"],
-                failure.counts["refused"],
-                failure.counts["silent"],
-                failure.counts["elsewhere"],
-                round((now if failure.ended is None else failure.ended) - failure.began, 3),
-            )
+            failure.progress(now)
             for failure in self._failures.values()
             if failure.ended is None or now - failure.ended <= ended_within
         ]
-
-
-def _state(failure: _Failure, now: float) -> str:
-    if failure.ended is None:
-        return RUNNING if now >= failure.paused_until else "stopped"
-    return "stopped" if failure.stopped else "done"
-
-
-def _occupy(failure: _Failure, announced: _Announced, in_window: bool) -> None:
-    """A session takes a place in the window, or gives it up."""
-    failure.in_window += in_window - announced.in_window
-    announced.in_window = in_window
-
-
-def _spis(stub: Stub) -> bytes:
-    return stub.spi_i + stub.spi_r

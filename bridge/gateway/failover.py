@@ -7,6 +7,7 @@ network.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection
@@ -16,7 +17,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from bridge.bank import gateway_facts
+from bridge.bank import gateway_facts, recent_traffic
 from bridge.bank.failover_progress import SHOWN_SECONDS, FailoverProgress
 from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import BankUnavailable, StubBank
@@ -51,8 +52,15 @@ DOWNLOADS: Final = 8
 ENDS: Final = frozenset({"del", "expired"})
 """keyspace events after which there is no stub any more"""
 
+FIRST_BATCH: Final = 64
+"""stubs of sessions with traffic that are read at a time"""
+FIRST_SECONDS: Final = 0.5
+"""that these may take"""
+
 Needs = tuple[str, frozenset[str]]
 """a connection, and the children of a session"""
+Turns = Callable[[Stub], list[str]]
+"""the gateways that could announce a session and resume it"""
 
 ANNOUNCED: Final = {
     "announcements_announced": "sessions of failed gateways whose clients were asked to resume here",
@@ -220,34 +228,56 @@ class Failover:
             self._prefetch.drop(address)
 
     async def _prepare(self, gateway: str, lost: bool) -> None:
-        """Once its stubs are here, begin to announce the failure of `gateway`. `lost`: also if it is back by then."""
+        """Begin to announce the failure of `gateway`: the sessions that had traffic last, and once all its stubs are
+        here, the others. `lost`: also if it is back by then."""
+        begun = False
         while True:
             try:
                 async with self._downloading:
                     addresses = await self._fetch_all(gateway)
-                    able = await self._able(gateway)
+                    turns = await self._turns(gateway)
+                    if not begun:
+                        begun = await self._begin(gateway, lost, addresses, turns)
+                    for address in addresses:
+                        await self._prefetch.fetched(address)
                     stubs = [stub for address in addresses async for page in self._stubs(address) for stub in page]
             except BankUnavailable as error:
                 log.info(error.event, component="announcements", gateway=gateway, reason=str(error))
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
             break
-        if self.watch.state(gateway) is not PeerState.FAILED and not lost:
-            return
-        self._sources = {}
+        if begun or self._open(gateway, lost):
+            self._announcer.add(gateway, [(stub, turns(stub)) for stub in stubs], complete=True)
 
-        def turns(stub: Stub) -> list[str]:
-            # `initiator` says who rekeyed last
-            by_gateway = is_set(Condition.ORIGINAL_INITIATOR, stub.conditions)
-            return able(stub) if not by_gateway and self._source(stub) else []
+    async def _begin(self, gateway: str, lost: bool, addresses: Collection[str], turns: Turns) -> bool:
+        """Begin with the sessions that had traffic last, as far as `gateway` has posted which these are; whether there
+        are any."""
+        begun = False
+        # that costs little, and what it is worth ends with the download of all
+        with contextlib.suppress(BankUnavailable, TimeoutError):
+            async with asyncio.timeout(FIRST_SECONDS):
+                posted = recent_traffic.decode(await self._bank.posted(bank_keys.TRAFFIC_KIND, gateway))
+                first = [index for index in posted if index.gateway in addresses]
+                for start in range(0, len(first), FIRST_BATCH):
+                    answer = await self._bank.get(first[start : start + FIRST_BATCH])
+                    stubs = [stub for stub in answer if stub is not None]
+                    if stubs and not begun and not (begun := self._open(gateway, lost)):
+                        break
+                    self._announcer.add(gateway, [(stub, turns(stub)) for stub in stubs], complete=False)
+        return begun
 
-        self._announcer.begin(gateway, [(stub, turns(stub)) for stub in stubs], self._clock())
-        if self.watch.state(gateway) is not PeerState.FAILED:
-            self._announcer.back(gateway, self._clock())
-        self._wake.set()
+    def _open(self, gateway: str, lost: bool) -> bool:
+        """Begin with no session, unless the gateway is back and may have them still."""
+        failed = self.watch.state(gateway) is PeerState.FAILED
+        if failed or lost:
+            self._announcer.begin(gateway, self._clock())
+            if not failed:
+                self._announcer.back(gateway, self._clock())
+            self._wake.set()
+        return failed or lost
 
     async def _fetch_all(self, gateway: str) -> list[str]:
-        """Have the stubs of a gateway here, those under its other addresses too. All its addresses. Raises
+        """Begin to fetch the stubs of a gateway, those under its other addresses too. All its addresses. Raises
         BankUnavailable."""
         facts = gateway_facts.decode(await self._bank.posted(bank_keys.FACTS_KIND, gateway) or b"")
         signs = await self._bank.gateways()
@@ -256,10 +286,7 @@ class Failover:
         self._aliases[gateway] = aliases
         for address in aliases:
             self._prefetch.fetch(address)
-        addresses = [gateway, *aliases]
-        for address in addresses:
-            await self._prefetch.fetched(address)
-        return addresses
+        return [gateway, *aliases]
 
     def _source(self, stub: Stub) -> str:
         """This gateway's address of the family of a stub's client; empty where it has none."""
@@ -290,9 +317,8 @@ class Failover:
         async for page in self._bank.download(gateway):
             yield page
 
-    async def _able(self, gateway: str) -> Callable[[Stub], list[str]]:
-        """A function that returns which living gateways could resume a stub, this one among them. Raises
-        BankUnavailable."""
+    async def _turns(self, gateway: str) -> Turns:
+        """Which living gateways could announce and resume a stub, this one among them. Raises BankUnavailable."""
         others = await OtherGateways.ask(self._bank, self._address)
         others.facts.pop(gateway, None)
         if self._address is not None:
@@ -301,14 +327,18 @@ class Failover:
                 {name: [child.name for child in info.children] for name, info in connections.items()}
             )
         known: dict[Needs, list[str]] = {}
+        self._sources = {}
 
-        def able(stub: Stub) -> list[str]:
+        def turns(stub: Stub) -> list[str]:
+            # `initiator` says who rekeyed last
+            if is_set(Condition.ORIGINAL_INITIATOR, stub.conditions) or not self._source(stub):
+                return []
             needs = stub.connection, frozenset(child.name for child in stub.children)
             if needs not in known:
                 known[needs] = others.able(*needs)
             return known[needs]
 
-        return able
+        return turns
 
     async def _announce(self) -> None:
         while True:

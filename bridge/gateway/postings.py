@@ -1,5 +1,5 @@
-"""What a gateway posts in the bank about itself: counters, for monitors; connections and pools, for
-`check` and `drain`."""
+"""What a gateway posts in the bank about itself: counters, for monitors; which sessions had traffic
+last, for those that announce its failure; connections and pools, for `check` and `drain`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from itertools import islice
 from typing import Final
 
-from bridge.bank import failover_progress, gateway_facts
+from bridge.bank import failover_progress, gateway_facts, recent_traffic
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.placeholders import ha_pools
@@ -20,18 +20,21 @@ from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.other_family import other_address
 from bridge.gateway.other_gateways import OtherGateways
 from bridge.gateway.publisher import Publisher
+from bridge.gateway.traffic_times import TrafficTimes
 from bridge.stub import bank_keys
 
 FACTS_LOOK_SECONDS: Final = 0.5
 """between two looks whether the connections have changed"""
 STATS_SECONDS: Final = 1.0
 STATS_TTL: Final = 60.0
+TRAFFIC_SECONDS: Final = 2.0
+"""between two looks whether charon was asked for its IKE_SAs"""
 SOME: Final = 1_000
 """sessions that show by which addresses this gateway is known"""
 
 
 class Postings:
-    """Posts for the gateway `address`; `keep_stats` and `keep_facts` are tasks."""
+    """Posts for the gateway `address`; `keep_stats`, `keep_traffic` and `keep_facts` are tasks."""
 
     def __init__(
         self,
@@ -48,6 +51,8 @@ class Postings:
         self._publisher = publisher
         self._failover = failover
         self._metrics = metrics
+        self._traffic = traffic = TrafficTimes(charon.tracker)
+        charon.tracker.on_info.append(traffic.told)
         self.others: tuple[str, ...] = ()
         """the addresses of the other family that living gateways post: trusted only as places to ask"""
 
@@ -65,6 +70,15 @@ class Postings:
                     text = failover_progress.encode(failures)
                     await self._bank.post(bank_keys.FAILOVERS_KIND, self._address, text, STATS_TTL)
             await asyncio.sleep(STATS_SECONDS)
+
+    async def keep_traffic(self) -> None:
+        """Post which sessions had traffic last, after charon was asked."""
+        while True:
+            if self._traffic.changed:
+                text = recent_traffic.encode(self._traffic.latest())
+                with contextlib.suppress(BankUnavailable):
+                    await self._bank.post(bank_keys.TRAFFIC_KIND, self._address, text, recent_traffic.TTL)
+            await asyncio.sleep(TRAFFIC_SECONDS)
 
     async def keep_facts(self) -> None:
         """Post this gateway's facts again and again, and immediately when its connections change: another gateway that

@@ -244,6 +244,7 @@ class GatewayRole:
             if self._postings is None
             else (
                 ("stats", self._postings.keep_stats()),
+                ("traffic", self._postings.keep_traffic()),
                 ("facts", self._postings.keep_facts()),
             )
         )

@@ -66,7 +66,7 @@ class SessionHooks:
         if self._program is not None:
             self._report = HookReport(self._program, self._journal, tracker, wall=wall)
             previous.on_lost = self._report.lost
-            tracker.on_info = self._told
+            tracker.on_info.append(self._told)
             tracker.on_lost.append(self._lost)
         metrics.expect_hooks(SessionEvent, FAILURES)
 

@@ -1,0 +1,113 @@
+"""The failure of a gateway as another one announces it: its sessions, and how far each of them is. No I/O; times are
+monotonic seconds."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from bridge.bank.failover_progress import RUNNING, FailoverProgress
+from bridge.gateway.pace import Pace
+from bridge.ike.stub_exchange import StubMessage
+from bridge.stub.stub import Index, Stub
+
+
+class AnnouncementState(StrEnum):
+    """Of one session."""
+
+    WAITING = "waiting"
+    ANNOUNCED = "announced"
+    COMING = "coming"
+
+
+@dataclass(slots=True, eq=False)
+class Announced:
+    """One session."""
+
+    stub: Stub
+    turn: float
+    """when it is this gateway's turn"""
+    state: AnnouncementState = AnnouncementState.WAITING
+    sent: int = 0
+    again: float = 0.0
+    coming: float | None = None
+    """when its client reported that it comes"""
+    in_window: bool = False
+    octets: bytes = field(default=b"", repr=False)
+    message: StubMessage | None = field(default=None, repr=False)
+
+    @property
+    def spis(self) -> bytes:
+        """Both SPIs of its IKE_SA."""
+        return self.stub.spi_i + self.stub.spi_r
+
+
+@dataclass(slots=True, eq=False)
+class Failure:
+    """One gateway's."""
+
+    gateway: str
+    began: float
+    trial_seconds: float
+    """after the first sessions, until the rest follow"""
+    stubs: int = 0
+    sessions: int = 0
+    """of these, those that this gateway may announce"""
+    known: set[Index] = field(default_factory=set)
+    """those of the stubs, as long as more may follow"""
+    complete: bool = False
+    """whether all stubs of the gateway are known"""
+    waiting: deque[Announced] = field(default_factory=deque)
+    under_way: OrderedDict[Index, Announced] = field(default_factory=OrderedDict)
+    counts: Counter[str] = field(default_factory=Counter)
+    trial_until: float | None = None
+    in_window: int = 0
+    """sessions under way, but for those whose clients have not answered the first announcement: they are no work"""
+    back: bool = False
+    """whether it has a heartbeat again"""
+    daemon: int = 0
+    """clients that said that the daemon answers, since the announcements began or began again"""
+    came: bool = False
+    """whether one has said that it moves"""
+    paused_until: float = 0.0
+    paused: str = ""
+    """why"""
+    contradicted: bool = False
+    pace: Pace = field(default_factory=Pace)
+    stopped: str = ""
+    ended: float | None = None
+    outside: set[Index] = field(default_factory=set)
+    """resumed or ended, announced or not"""
+
+    def queue(self, sessions: Iterable[Announced]) -> None:
+        """Have sessions wait behind those that wait, each until its turn."""
+        self.waiting = deque(sorted((*self.waiting, *sessions), key=lambda one: one.turn))
+
+    def occupy(self, announced: Announced, in_window: bool) -> None:
+        """A session takes a place in the window, or gives it up."""
+        self.in_window += in_window - announced.in_window
+        announced.in_window = in_window
+
+    def progress(self, now: float) -> FailoverProgress:
+        """How far it is."""
+        return FailoverProgress(
+            self.gateway,
+            self._state(now),
+            self.stopped or (self.paused if now < self.paused_until else ""),
+            self.stubs,
+            self.sessions,
+            len(self.under_way),
+            self.counts["announced"],
+            self.counts["resumed"],
+            self.counts["refused"],
+            self.counts["silent"],
+            self.counts["elsewhere"],
+            round((now if self.ended is None else self.ended) - self.began, 3),
+        )
+
+    def _state(self, now: float) -> str:
+        if self.ended is None:
+            return RUNNING if now >= self.paused_until else "stopped"
+        return "stopped" if self.stopped else "done"
