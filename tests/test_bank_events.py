@@ -11,7 +11,7 @@ from bank_support import GATEWAY, keyring
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.keyspace import Event
 from bridge.bank.prefetch import Prefetch
-from bridge.bank.redis_bank import GATEWAYS_MAX
+from bridge.bank.redis_gateways import GATEWAYS_MAX
 from bridge.config import FailoverConfig
 from bridge.gateway.bank_events import BankEvents
 from bridge.gateway.bank_followers import BankFollowers

@@ -8,10 +8,8 @@ no call fails but for the stubs that were spoilt.
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -20,13 +18,14 @@ import msgspec
 from bridge.bank.address_index import AddressIndex
 from bridge.bank.buckets import BUCKETS_AT_A_TIME, BUNDLE, HASH, STRING, ZSET, Buckets, Work
 from bridge.bank.content_report import ContentReport
-from bridge.bank.interface import DOWNLOAD_BATCH, AddressEntry, Ending, GatewaySign, Move, Taking
-from bridge.bank.redis_client import RedisClient, Script, is_wrong_type, unavailable
+from bridge.bank.interface import DOWNLOAD_BATCH, AddressEntry, Ending, Move, Taking
+from bridge.bank.redis_client import RedisClient, Script
+from bridge.bank.redis_gateways import RedisGateways
+from bridge.bank.sealed_stubs import SealedStubs
 from bridge.stub import bank_keys
-from bridge.stub.codec import decode, encode, pack_index, unpack_index
-from bridge.stub.keyring import Keyring, SealError
+from bridge.stub.keyring import Keyring
 from bridge.stub.readable import READABLE, Readable, readable, readable_fields
-from bridge.stub.stub import Index, Stub, StubError
+from bridge.stub.stub import Index, Stub
 
 GET_TIMEOUT: Final = 1.0
 """seconds a look-up may take: a client waits for it"""
@@ -36,16 +35,6 @@ NODE_SHARE: Final = 0.7
 """of the time of a look-up, that one node of a Cluster may take: the answers of the others are not lost with it"""
 CLUSTER_PROBES: Final = 16
 """keys that are asked for to know whether a Cluster answers"""
-HEX_KEY: Final = re.compile("[0-9a-f]{8}")
-UNIX_SECONDS: Final = re.compile("[0-9]{1,12}")
-MARKS_MAX: Final = 10_000
-"""marks of locked-out identities that are read"""
-FORGET_GATEWAY: Final = 7 * 86_400
-"""seconds after which a gateway without a heartbeat is no longer named"""
-GATEWAYS_MAX: Final = 1_000
-"""gateways that are named at most, those with the latest heartbeats"""
-HEARTBEAT_OCTETS: Final = 4_096
-"""of a heartbeat, that are read"""
 SCORE_MAX: Final = 2.0**53
 """scores of a sorted set are numbers of seconds; anyone can make them infinite"""
 
@@ -62,7 +51,7 @@ _REVISION: Final = READABLE.index("revision")
 _fields_encoder = msgspec.msgpack.Encoder()
 
 
-class RedisBank:
+class RedisBank(RedisGateways):
     """StubBank in a Redis, by a URL that `bridge.bank.redis_url` takes. Connects when it is first used.
 
     `get_timeout` and `timeout` in seconds. `wall` gives Unix seconds.
@@ -77,24 +66,18 @@ class RedisBank:
         timeout: float = TIMEOUT,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._keyring = keyring
-        self._get_timeout = get_timeout
         self._timeout = timeout
-        self._wall = wall
         self.on_taken: Callable[[Index], None] = lambda _: None
         """see SharedBank"""
-        self.on_return: Callable[[], None] = lambda: None
-        self._listed: set[str] = set()
-        """gateways whose heartbeats were written from here"""
-        self._report = ContentReport()
-        self._alive: list[str] = []
-        """gateways whose heartbeats were there at the last look"""
+        report = ContentReport()
+        self._sealed = SealedStubs(keyring, report, wall)
         scripts = {name: Script(name) for name in ("store", "delete", "fetch", "reseal", "repair", "take", "heartbeat")}
         self._store, self._delete, self._reseal = (scripts[name] for name in ("store", "delete", "reseal"))
-        self._take, self._heartbeat = scripts["take"], scripts["heartbeat"]
-        self._redis = RedisClient(url, timeout, list(scripts.values()))
-        self._buckets = Buckets(self._redis, self._report, scripts["fetch"], scripts["repair"])
-        self._addresses = AddressIndex(self._redis, self._buckets)
+        self._take = scripts["take"]
+        redis = RedisClient(url, timeout, list(scripts.values()))
+        buckets = Buckets(redis, report, scripts["fetch"], scripts["repair"])
+        super().__init__(redis, buckets, report, scripts["heartbeat"], keyring, get_timeout=get_timeout, wall=wall)
+        self._addresses = AddressIndex(redis, buckets)
 
     @property
     def unreadable(self) -> int:
@@ -138,7 +121,7 @@ class RedisBank:
     def _storing(self, stubs: Sequence[Stub]) -> Work:
         def arguments(positions: Sequence[int], places: Sequence[bytes]) -> Iterable[Any]:
             mine = [stubs[position] for position in positions]
-            sealed = [self._keyring.seal(encode(stub), place) for stub, place in zip(mine, places, strict=True)]
+            sealed = [self._sealed.seal(stub, place) for stub, place in zip(mine, places, strict=True)]
             return (_fields_encoder.encode([readable_fields(stub) for stub in mine]), *sealed)
 
         return Work(self._store, [stub.index for stub in stubs], arguments)
@@ -158,7 +141,7 @@ class RedisBank:
         if unknown:
             indexes = [endings[position].index for position in unknown]
             for position, (sealed,) in zip(unknown, await self._read_fields(indexes, "sealed"), strict=True):
-                stub = self._open(endings[position].index, sealed)
+                stub = self._sealed.open(endings[position].index, sealed)
                 expiries[position] = stub.expires if stub is not None else 0
         return expiries
 
@@ -189,7 +172,7 @@ class RedisBank:
         forged: dict[Index, tuple[bytes, int, int | str]] = {}
         for index, held in zip(indexes, await self._read_fields(indexes, "sealed", "revision", "epoch"), strict=True):
             sealed, *readable_numbers = held
-            stub = self._open(index, sealed)
+            stub = self._sealed.open(index, sealed)
             revision = stub.revision if stub is not None else 0
             epoch = stub.derivation.epoch if stub is not None and stub.derivation is not None else 0
             if readable_numbers != [str(revision).encode(), str(epoch).encode() if epoch else None]:
@@ -211,7 +194,7 @@ class RedisBank:
         same = [
             position
             for position, ((old, _), (sealed,)) in enumerate(zip(stubs, held, strict=True))
-            if sealed is not None and self._open(old.index, sealed) == old
+            if sealed is not None and self._sealed.open(old.index, sealed) == old
         ]
 
         def arguments(positions: Sequence[int], places: Sequence[bytes]) -> Iterable[Any]:
@@ -219,7 +202,7 @@ class RedisBank:
                 new = stubs[same[position]][1]
                 assert new.derivation is not None
                 yield held[same[position]][0]
-                yield self._keyring.seal(encode(new), place)
+                yield self._sealed.seal(new, place)
                 yield from (str(new.revision), new.derivation.owner, str(new.derivation.epoch))
 
         codes = await self._buckets.run(self._take, [stubs[position][0].index for position in same], arguments)
@@ -249,7 +232,7 @@ class RedisBank:
             )
             sealed, ends = replies[: len(bundle)], replies[len(bundle) :]
             found += [
-                (self._open(index, octets), isinstance(end, (bytes, float)))
+                (self._sealed.open(index, octets), isinstance(end, (bytes, float)))
                 for index, octets, end in zip(bundle, sealed, ends, strict=True)
             ]
         return found
@@ -266,7 +249,7 @@ class RedisBank:
                 if isinstance(sealed, Exception) or isinstance(listed, Exception):
                     found.append(None)
                 else:
-                    stub = self._open(index, sealed) if listed is not None else None
+                    stub = self._sealed.open(index, sealed) if listed is not None else None
                     found.append(stub.revision if stub is not None else 0)
             # opening stubs is work: let others have their turn
             await asyncio.sleep(0)
@@ -308,7 +291,7 @@ class RedisBank:
             (
                 "SET",
                 move.old.moved,
-                self._keyring.seal(pack_index(move.new), move.old.moved.encode()),
+                self._sealed.seal_mark(move.old, move.new),
                 "EXAT",
                 max(move.expires, int(self._wall()) + 1),
             )
@@ -322,7 +305,7 @@ class RedisBank:
         for first in range(0, len(indexes), BUNDLE):
             bundle = indexes[first : first + BUNDLE]
             replies = await self._buckets.read([("GET", index.moved) for index in bundle], [STRING] * len(bundle))
-            found += [self._open_mark(index, sealed) for index, sealed in zip(bundle, replies, strict=True)]
+            found += [self._sealed.open_mark(index, sealed) for index, sealed in zip(bundle, replies, strict=True)]
         return found
 
     # Download
@@ -333,7 +316,7 @@ class RedisBank:
             return
         async with aclosing(self._buckets.walk(bank_keys.buckets(gateway), ("sealed",), batch)) as pages:
             async for page in pages:
-                stubs = (self._open(index, values[0]) for index, values in page)
+                stubs = (self._sealed.open(index, values[0]) for index, values in page)
                 yield [stub for stub in stubs if stub is not None]
 
     async def reseal(self, gateway: str) -> int:
@@ -346,15 +329,10 @@ class RedisBank:
                 old: dict[Index, bytes] = {}
                 new: list[bytes] = []
                 for index, (sealed, *_) in page:
-                    if sealed is None or self._keyring.is_current(sealed):
-                        continue
-                    place = index.key.encode()
-                    try:
-                        new.append(self._keyring.seal(self._keyring.open(sealed, place), place))
-                    except SealError as error:
-                        self._report.stub(index, str(error))
-                    else:
+                    again = self._sealed.sealed_again(index, sealed)
+                    if sealed is not None and again is not None:
                         old[index] = sealed
+                        new.append(again)
                 pairs = list(zip(old.values(), new, strict=True))
 
                 def arguments(
@@ -365,77 +343,7 @@ class RedisBank:
                 resealed += sum(await self._buckets.run(self._reseal, list(old), arguments))
         return resealed
 
-    # gateways
-
-    async def heartbeat(self, gateway: str, ttl: float) -> float:
-        """See StubBank. The heartbeat names the keys that the gateway has."""
-        began = time.monotonic()
-        keys = ",".join(key_id.hex() for key_id in self._keyring.ids)
-        now = int(self._wall())
-        commands = [
-            ("SET", bank_keys.heartbeat_key(gateway), f"{now} {keys}", "PX", int(ttl * 1000)),
-            self._heartbeat.call([bank_keys.GATEWAYS], [gateway, FORGET_GATEWAY]),
-        ]
-        replies = await self._redis.replies(commands)
-        if any(map(is_wrong_type, replies)):
-            await self._buckets.repair([(bank_keys.GATEWAYS, ZSET)])
-            replies = await self._redis.replies(commands)
-        if failed := [reply for reply in replies if isinstance(reply, Exception)]:
-            raise unavailable(failed[0])
-        if replies[1] and gateway in self._listed:
-            # it was in that list; with FLUSHALL no key has an event
-            self.on_return()
-        self._listed.add(gateway)
-        return time.monotonic() - began
-
-    async def leave(self, gateway: str) -> None:
-        """See StubBank."""
-        await self._redis.pipeline([("DEL", bank_keys.heartbeat_key(gateway))])
-
-    async def gateways(self) -> dict[str, GatewaySign]:
-        """See StubBank."""
-        ask = ("ZRANGE", bank_keys.GATEWAYS, 0, GATEWAYS_MAX - 1, "REV")
-        [members] = await self._buckets.read([ask], [ZSET])
-        names: list[str] = []
-        for member in members or ():
-            if (name := bank_keys.gateway_name(member)) is None:
-                self._report.key(bank_keys.GATEWAYS, "a member of it is no address of a gateway")
-            else:
-                names.append(name)
-        # a gateway that is no longer named there lives for as long as its heartbeat does
-        names += [name for name in self._alive if name not in names][: GATEWAYS_MAX - len(names)]
-        commands = [("GET", bank_keys.heartbeat_key(name)) for name in names]
-        beats = await self._buckets.read(commands, [STRING] * len(names)) if names else []
-        signs = {name: _sign(beat) for name, beat in zip(names, beats, strict=True)}
-        self._alive = [name for name, sign in signs.items() if sign.alive]
-        return signs
-
-    async def post(self, kind: str, gateway: str, value: str, ttl: float) -> None:
-        """See StubBank."""
-        await self._redis.pipeline([("SET", bank_keys.posted_key(kind, gateway), value, "PX", int(ttl * 1000))])
-
-    async def posted(self, kind: str, gateway: str) -> bytes | None:
-        """See StubBank."""
-        [value] = await self._buckets.read([("GET", bank_keys.posted_key(kind, gateway))], [STRING])
-        return None if value is None else bytes(value)
-
-    async def revocation_stamp(self) -> bytes:
-        """See StubBank."""
-        [stamp] = await self._buckets.read([("GET", bank_keys.REVOKED_STAMP)], [STRING], within=self._get_timeout)
-        return bytes(stamp or b"")
-
-    async def revocations(self) -> Sequence[Sequence[bytes]]:
-        """See StubBank."""
-        [marks] = await self._buckets.read([("ZRANGE", bank_keys.REVOKED, 0, MARKS_MAX - 1)], [ZSET])
-        return [marks or []]
-
-    async def put_revocations(self, marks: Mapping[bytes, int], stale: Collection[bytes]) -> None:
-        """See StubBank."""
-        commands: list[tuple[Any, ...]] = [("ZREMRANGEBYSCORE", bank_keys.REVOKED, "-inf", int(self._wall()))]
-        commands += [("ZADD", bank_keys.REVOKED, expires, sealed) for sealed, expires in marks.items()]
-        commands += [("ZREM", bank_keys.REVOKED, sealed) for sealed in stale]
-        # last: who sees the new stamp sees the new marks
-        await self._redis.pipeline([*commands, ("SET", bank_keys.REVOKED_STAMP, os.urandom(8).hex())], writing=True)
+    # the connection
 
     def renew(self) -> None:
         """See StubBank."""
@@ -467,29 +375,6 @@ class RedisBank:
             rows += [reply if isinstance(reply, list) else [None] * len(fields) for reply in replies]
         return rows
 
-    def _open(self, index: Index, sealed: object) -> Stub | None:
-        """The stub in octets from the bank; None where there are none, where they do not open, or where it expired."""
-        if not isinstance(sealed, bytes):
-            return None
-        try:
-            stub = decode(self._keyring.open(sealed, index.key.encode()))
-            if stub.index != index:
-                raise StubError(f"it is the stub of {stub.index}")
-        except (SealError, StubError) as error:
-            self._report.stub(index, str(error))
-            return None
-        # an expiry that someone took from the key is still in the stub
-        return stub if stub.expires > self._wall() else None
-
-    def _open_mark(self, index: Index, sealed: object) -> Index | None:
-        if not isinstance(sealed, bytes):
-            return None
-        try:
-            return unpack_index(self._keyring.open(sealed, index.moved.encode()))
-        except (SealError, ValueError) as error:
-            self._report.stub(index, f"the mark of its move: {error}")
-            return None
-
     async def _scan(self, pattern: str) -> list[tuple[str, str, str]]:
         """Keys of buckets, or of their ended sessions, that match a glob: key, gateway and first octet of each."""
         found: dict[str, tuple[str, str, str]] = {}
@@ -513,15 +398,3 @@ class RedisBank:
             async for page in pages:
                 # a stub that expired while its bucket still names it has no fields
                 yield [readable(index, values) for index, values in page if values[_REVISION] is not None]
-
-
-def _sign(beat: object) -> GatewaySign:
-    """What a heartbeat says; one of a form that no gateway writes is a sign of life without keys."""
-    if not isinstance(beat, bytes):
-        return GatewaySign(False, frozenset())
-    at, _, keys = beat[:HEARTBEAT_OCTETS].decode(errors="replace").partition(" ")
-    return GatewaySign(
-        True,
-        frozenset(bytes.fromhex(key) for key in keys.split(",") if HEX_KEY.fullmatch(key)),
-        int(at) if UNIX_SECONDS.fullmatch(at) else None,
-    )

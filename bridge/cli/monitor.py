@@ -27,8 +27,9 @@ from bridge.bank import bank_url, failover_progress, gateway_stats
 from bridge.bank.failover_progress import FailoverProgress
 from bridge.bank.interface import BankUnavailable
 from bridge.bank.keyspace import Event, Keyspace
-from bridge.bank.redis_bank import FORGET_GATEWAY, GATEWAYS_MAX, TIMEOUT
+from bridge.bank.redis_bank import TIMEOUT
 from bridge.bank.redis_client import RedisClient
+from bridge.bank.redis_gateways import FORGET_GATEWAY, GATEWAYS_MAX
 from bridge.cli import event_loop, options, output
 from bridge.config import GatewayConfig
 from bridge.service import log as logging

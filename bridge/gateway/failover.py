@@ -23,7 +23,7 @@ from bridge.bank.gateway_facts import Facts
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.keyspace import Event
 from bridge.bank.prefetch import Prefetch
-from bridge.bank.redis_bank import GATEWAYS_MAX
+from bridge.bank.redis_gateways import GATEWAYS_MAX
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import Condition, is_set
 from bridge.config import FailoverConfig

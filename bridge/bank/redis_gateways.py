@@ -1,0 +1,137 @@
+"""What gateways leave in a Redis for each other beside stubs: heartbeats, posted values, marks of lock-outs."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final
+
+from bridge.bank.buckets import STRING, ZSET, Buckets
+from bridge.bank.content_report import ContentReport
+from bridge.bank.interface import GatewaySign
+from bridge.bank.redis_client import RedisClient, Script, is_wrong_type, unavailable
+from bridge.stub import bank_keys
+from bridge.stub.keyring import Keyring
+
+HEX_KEY: Final = re.compile("[0-9a-f]{8}")
+UNIX_SECONDS: Final = re.compile("[0-9]{1,12}")
+MARKS_MAX: Final = 10_000
+"""marks of locked-out identities that are read"""
+FORGET_GATEWAY: Final = 7 * 86_400
+"""seconds after which a gateway without a heartbeat is no longer named"""
+GATEWAYS_MAX: Final = 1_000
+"""gateways that are named at most, those with the latest heartbeats"""
+HEARTBEAT_OCTETS: Final = 4_096
+"""of a heartbeat, that are read"""
+
+
+class RedisGateways:
+    """That part of a StubBank. `heartbeat` is redis/heartbeat.lua, `get_timeout` in seconds, `wall` gives Unix time."""
+
+    def __init__(
+        self,
+        redis: RedisClient,
+        buckets: Buckets,
+        report: ContentReport,
+        heartbeat: Script,
+        keyring: Keyring,
+        *,
+        get_timeout: float,
+        wall: Callable[[], float],
+    ) -> None:
+        self.on_return: Callable[[], None] = lambda: None
+        self._redis = redis
+        self._buckets = buckets
+        self._report = report
+        self._heartbeat = heartbeat
+        self._keyring = keyring
+        self._get_timeout = get_timeout
+        self._wall = wall
+        self._listed: set[str] = set()
+        """gateways whose heartbeats were written from here"""
+        self._alive: list[str] = []
+        """gateways whose heartbeats were there at the last look"""
+
+    async def heartbeat(self, gateway: str, ttl: float) -> float:
+        """See StubBank. The heartbeat names the keys that the gateway has."""
+        began = time.monotonic()
+        keys = ",".join(key_id.hex() for key_id in self._keyring.ids)
+        now = int(self._wall())
+        commands = [
+            ("SET", bank_keys.heartbeat_key(gateway), f"{now} {keys}", "PX", int(ttl * 1000)),
+            self._heartbeat.call([bank_keys.GATEWAYS], [gateway, FORGET_GATEWAY]),
+        ]
+        replies = await self._redis.replies(commands)
+        if any(map(is_wrong_type, replies)):
+            await self._buckets.repair([(bank_keys.GATEWAYS, ZSET)])
+            replies = await self._redis.replies(commands)
+        if failed := [reply for reply in replies if isinstance(reply, Exception)]:
+            raise unavailable(failed[0])
+        if replies[1] and gateway in self._listed:
+            # it was in that list; with FLUSHALL no key has an event
+            self.on_return()
+        self._listed.add(gateway)
+        return time.monotonic() - began
+
+    async def leave(self, gateway: str) -> None:
+        """See StubBank."""
+        await self._redis.pipeline([("DEL", bank_keys.heartbeat_key(gateway))])
+
+    async def gateways(self) -> dict[str, GatewaySign]:
+        """See StubBank."""
+        ask = ("ZRANGE", bank_keys.GATEWAYS, 0, GATEWAYS_MAX - 1, "REV")
+        [members] = await self._buckets.read([ask], [ZSET])
+        names: list[str] = []
+        for member in members or ():
+            if (name := bank_keys.gateway_name(member)) is None:
+                self._report.key(bank_keys.GATEWAYS, "a member of it is no address of a gateway")
+            else:
+                names.append(name)
+        # a gateway that is no longer named there lives for as long as its heartbeat does
+        names += [name for name in self._alive if name not in names][: GATEWAYS_MAX - len(names)]
+        commands = [("GET", bank_keys.heartbeat_key(name)) for name in names]
+        beats = await self._buckets.read(commands, [STRING] * len(names)) if names else []
+        signs = {name: _sign(beat) for name, beat in zip(names, beats, strict=True)}
+        self._alive = [name for name, sign in signs.items() if sign.alive]
+        return signs
+
+    async def post(self, kind: str, gateway: str, value: str, ttl: float) -> None:
+        """See StubBank."""
+        await self._redis.pipeline([("SET", bank_keys.posted_key(kind, gateway), value, "PX", int(ttl * 1000))])
+
+    async def posted(self, kind: str, gateway: str) -> bytes | None:
+        """See StubBank."""
+        [value] = await self._buckets.read([("GET", bank_keys.posted_key(kind, gateway))], [STRING])
+        return None if value is None else bytes(value)
+
+    async def revocation_stamp(self) -> bytes:
+        """See StubBank."""
+        [stamp] = await self._buckets.read([("GET", bank_keys.REVOKED_STAMP)], [STRING], within=self._get_timeout)
+        return bytes(stamp or b"")
+
+    async def revocations(self) -> Sequence[Sequence[bytes]]:
+        """See StubBank."""
+        [marks] = await self._buckets.read([("ZRANGE", bank_keys.REVOKED, 0, MARKS_MAX - 1)], [ZSET])
+        return [marks or []]
+
+    async def put_revocations(self, marks: Mapping[bytes, int], stale: Collection[bytes]) -> None:
+        """See StubBank."""
+        commands: list[tuple[Any, ...]] = [("ZREMRANGEBYSCORE", bank_keys.REVOKED, "-inf", int(self._wall()))]
+        commands += [("ZADD", bank_keys.REVOKED, expires, sealed) for sealed, expires in marks.items()]
+        commands += [("ZREM", bank_keys.REVOKED, sealed) for sealed in stale]
+        # last: who sees the new stamp sees the new marks
+        await self._redis.pipeline([*commands, ("SET", bank_keys.REVOKED_STAMP, os.urandom(8).hex())], writing=True)
+
+
+def _sign(beat: object) -> GatewaySign:
+    """What a heartbeat says; one of a form that no gateway writes is a sign of life without keys."""
+    if not isinstance(beat, bytes):
+        return GatewaySign(False, frozenset())
+    at, _, keys = beat[:HEARTBEAT_OCTETS].decode(errors="replace").partition(" ")
+    return GatewaySign(
+        True,
+        frozenset(bytes.fromhex(key) for key in keys.split(",") if HEX_KEY.fullmatch(key)),
+        int(at) if UNIX_SECONDS.fullmatch(at) else None,
+    )
