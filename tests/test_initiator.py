@@ -300,11 +300,11 @@ async def deleted(client: Client, *requests: tuple[str, float]) -> None:
     """Requests on its IKE_SA, charon's own and the peer's, each so long after the one before; then one of the sides has
     ended it."""
     sa = client.up()
-    tracker = client.charon.tracker
+    reports = client.charon.reports
     for whose, seconds in requests:
         await asyncio.sleep(seconds)
         kind = MessageType.IKE_MID_INITIATOR if whose == "own" else MessageType.IKE_MID_RESPONDER
-        tracker.handle(HaMessage(5, kind, [(Attr.IKE_ID, sa.id), (Attr.MID, 7)]))
+        reports.handle(HaMessage(5, kind, [(Attr.IKE_ID, sa.id), (Attr.MID, 7)]))
     client.lose(sa, "DELETING")
 
 
@@ -312,7 +312,7 @@ async def deleted(client: Client, *requests: tuple[str, float]) -> None:
 def returning(loop: FakeTime) -> Client:
     """A client whose sessions are set up again when their gateway ends them."""
     client = Client(loop, replace(CONFIG, resume=ResumeConfig(after_delete="handshake")))
-    client.charon.tracker._clock = loop.time
+    client.charon.tracker.clock = loop.time
     client.charon.vici.list_sas = no_sas  # type: ignore[method-assign,assignment]
     return client
 
@@ -351,7 +351,7 @@ def test_a_session_that_may_have_been_ended_here_is_not(returning: Client, reque
 def test_what_the_peer_said_long_before_is_no_delete(returning: Client) -> None:
     async def later() -> None:
         sa = returning.up()
-        returning.charon.tracker.handle(
+        returning.charon.reports.handle(
             HaMessage(5, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 7)])
         )
         await asyncio.sleep(2.0)
@@ -367,7 +367,7 @@ def test_an_end_that_this_host_waits_for_is_its_own(returning: Client) -> None:
         sa = returning.up()
         assert sa.requests is not None
         sa.requests.deleting = True
-        returning.charon.tracker.handle(
+        returning.charon.reports.handle(
             HaMessage(5, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 7)])
         )
         returning.lose(sa, "DELETING")
@@ -400,14 +400,14 @@ def test_sessions_that_a_gateway_deletes_together_do_not_wait_for_each_other(loo
     client = Client(
         loop, ClientConfig(vpns={"work": uplinks}, held=CONFIG.held, resume=ResumeConfig(after_delete="handshake"))
     )
-    client.charon.tracker._clock = loop.time
+    client.charon.tracker.clock = loop.time
     client.charon.vici.list_sas = no_sas  # type: ignore[method-assign,assignment]
 
     async def stopped() -> None:
         sas = [client.up(connection, ONE) for connection in ("work1", "gw1", "gw2")]
         await asyncio.sleep(5.0)
         for sa in sas:
-            client.charon.tracker.handle(
+            client.charon.reports.handle(
                 HaMessage(5, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 7)])
             )
             client.lose(sa, "DELETING")

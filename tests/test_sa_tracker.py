@@ -8,9 +8,11 @@ import pytest
 
 from bridge.charon.ha_codec import decode
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
+from bridge.charon.ha_reports import HaReports
 from bridge.charon.ike_sa import Condition, IkeSa, Trait, new_conditions
 from bridge.charon.sa_comparison import Comparison
-from bridge.charon.sa_tracker import HALF_OPEN_SECONDS, SaTracker
+from bridge.charon.sa_notes import HALF_OPEN_SECONDS
+from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildInfo, ConnectionInfo, Event, SaInfo
 from bridge.ike.transforms import Group
 from bridge.stub.stub import Index
@@ -64,7 +66,7 @@ def feed(into: SaTracker, vector: dict[str, Any], side: str, until: MessageType 
     """The vector's messages, up to and with the `count`th of type `until`; and VICI says the same."""
     for octets in messages(vector, side):
         message = decode(octets)
-        into.handle(message)
+        HaReports(into).handle(message)
         confirm(into, message)
         if message.type is until:
             count -= 1
@@ -82,7 +84,7 @@ def confirm(known: SaTracker, message: HaMessage) -> None:
         known.event(Event("child-updown", info(sa, remote_vips=vips), True))
     elif not sa.up:
         # a new SA has the virtual IPs of the one that it was rekeyed from
-        old = known._rekeyed_from.get(sa.id.spis)
+        old = known.notes.rekeyed_from.get(sa.id.spis)
         vips = old.remote_vips if old is not None else ()
         known.event(Event("ike-updown", info(sa, remote_vips=vips), True))
 
@@ -222,7 +224,7 @@ def test_a_delete_ends_the_sa() -> None:
     known, recorder, _ = tracker()
     feed(known, VECTORS[0], "gateway")
     [sa] = known.established()
-    known.handle(HaMessage(3, MessageType.IKE_DELETE, [(Attr.IKE_ID, sa.id)]))
+    HaReports(known).handle(HaMessage(3, MessageType.IKE_DELETE, [(Attr.IKE_ID, sa.id)]))
     assert recorder.news[-1] == ("gone", sa.id)
     assert not known.sas
 
@@ -232,7 +234,9 @@ def test_a_closed_child_leaves_the_sa() -> None:
     feed(known, VECTORS[0], "gateway", MessageType.IKE_UPDATE, 2)
     [sa] = known.established()
     [child] = sa.children
-    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, child.spi_in)]))
+    HaReports(known).handle(
+        HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, child.spi_in)])
+    )
     assert not sa.children
     assert recorder.news[-1] == ("changed", sa.id)
 
@@ -246,7 +250,7 @@ def the_update() -> HaMessage:
 def whole(known: SaTracker) -> IkeSa:
     """The first vector's SA, with all that HA messages say of it, and nothing yet from VICI."""
     feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
-    known.handle(the_update())
+    HaReports(known).handle(the_update())
     [sa] = known.sas.values()
     return sa
 
@@ -264,9 +268,9 @@ def test_vici_reports_the_lifetime_whether_before_or_after_the_keys(vici_first: 
     event = Event("ike-updown", the_info(rekey=13000), True)
     if vici_first:
         known.event(event)
-        known.handle(the_update())
+        HaReports(known).handle(the_update())
     else:
-        known.handle(the_update())
+        HaReports(known).handle(the_update())
         known.event(event)
     [sa] = known.established()
     assert sa.rekey_at == NOW + 13000
@@ -339,7 +343,7 @@ def test_an_eap_identity_that_vici_does_not_know_makes_an_sa_not_resumable() -> 
     update = the_update()
     at = next(place for place, (name, _) in enumerate(update.attributes) if name is Attr.LOCAL_ADDR)
     update.attributes.insert(at, (Attr.REMOTE_EAP_ID, Identity(3, b"admin")))
-    known.handle(update)
+    HaReports(known).handle(update)
     [sa] = known.sas.values()
     known.event(Event("ike-updown", the_info(), True))
     assert not sa.resumable
@@ -361,7 +365,7 @@ def test_virtual_ips_are_those_that_vici_names_and_none_where_it_names_none() ->
     sa = whole(known)
     known.event(Event("ike-updown", the_info(), True))
     forged = [(Attr.IKE_ID, sa.id), (Attr.REMOTE_VIP, Endpoint("10.20.2.77", 0))]
-    known.handle(HaMessage(3, MessageType.IKE_UPDATE, forged))
+    HaReports(known).handle(HaMessage(3, MessageType.IKE_UPDATE, forged))
     assert not sa.remote_vips
     # it is asked of VICI
     assert known.unconfirmed_since() == 0.0
@@ -379,12 +383,12 @@ def test_a_later_message_changes_neither_the_keys_nor_the_peers_of_an_sa_that_is
     sk_d = sa.sk_d
     add = decode(messages(VECTORS[0], "gateway")[0])
     forged = [(name, b"F" * len(value) if name is Attr.SECRET else value) for name, value in add.attributes]
-    known.handle(HaMessage(3, MessageType.IKE_ADD, forged))
+    HaReports(known).handle(HaMessage(3, MessageType.IKE_ADD, forged))
     assert sa.sk_d == sk_d
     update = the_update()
     named = [(name, Identity(3, b"admin") if name is Attr.REMOTE_ID else value) for name, value in update.attributes]
     recorder.news.clear()
-    known.handle(HaMessage(3, MessageType.IKE_UPDATE, named))
+    HaReports(known).handle(HaMessage(3, MessageType.IKE_UPDATE, named))
     assert not sa.resumable
     assert recorder.news == [("changed", sa.id)]
 
@@ -393,7 +397,7 @@ def test_an_sa_with_a_malformed_message_is_up_and_not_resumable_and_nothing_is_a
     known, recorder, _ = tracker()
     feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
     [sa] = known.sas.values()
-    known.malformed(sa.id, "REMOTE_ID is 2 times in IKE_UPDATE")
+    HaReports(known).malformed(sa.id, "REMOTE_ID is 2 times in IKE_UPDATE")
     assert not sa.up
     assert reconcile(known, [the_info()], since=1.0) == {}
     assert sa.up
@@ -408,14 +412,14 @@ def test_a_malformed_message_of_an_sa_makes_no_resynchronisation(keys_known: boo
     if keys_known:
         feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
     said = the_info()
-    known.malformed(IkeId.of(said.spi_i, said.spi_r, False), "cut")
+    HaReports(known).malformed(IkeId.of(said.spi_i, said.spi_r, False), "cut")
     for _ in range(3):
         clock.now += 30.0
         assert reconcile(known, [said], since=clock.now) == {}
     assert known.unresumable == 1
     reconcile(known, [], since=clock.now + 1)
     # once it is gone, nothing of it is kept
-    assert not known._malformed
+    assert not known.notes.malformed
 
 
 def test_a_malformed_message_takes_back_an_sa_that_was_up() -> None:
@@ -423,7 +427,7 @@ def test_a_malformed_message_takes_back_an_sa_that_was_up() -> None:
     feed(known, VECTORS[0], "gateway")
     [sa] = known.established()
     recorder.news.clear()
-    known.malformed(sa.id, "cut")
+    HaReports(known).malformed(sa.id, "cut")
     assert not sa.resumable
     assert recorder.news == [("changed", sa.id)]
 
@@ -442,7 +446,7 @@ def test_a_delete_that_may_be_forged_ends_nothing_and_asks_vici(kind: MessageTyp
     if kind is MessageType.CHILD_DELETE:
         attributes.append((Attr.INBOUND_SPI, child.spi_in))
     clock.now = 3.0
-    known.handle(HaMessage(3, kind, attributes), genuine=False)
+    HaReports(known).handle(HaMessage(3, kind, attributes), genuine=False)
     assert (sa.up, sa.children, recorder.news) == (True, (child,), [])
     assert known.unconfirmed_since() == 3.0
     reconcile(known, [info(sa, children=listed(child.spi_in))], since=4.0)
@@ -457,9 +461,9 @@ def test_a_message_that_may_be_forged_confirms_no_keys() -> None:
     [sa] = known.established()
     recorder.news.clear()
     attributes: list[tuple[Attr, Any]] = [(Attr.IKE_ID, sa.id), (Attr.MID, 2)]
-    known.handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, attributes), genuine=False)
+    HaReports(known).handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, attributes), genuine=False)
     assert not recorder.news
-    known.handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, attributes))
+    HaReports(known).handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, attributes))
     assert recorder.news == [("verified", sa.id)]
 
 
@@ -470,7 +474,7 @@ def test_a_handshake_is_half_open_from_its_keys_until_its_sa_is_up() -> None:
     known, _, _ = tracker()
     feed(known, VECTORS[0], "gateway", MessageType.IKE_ADD)
     assert list(known.half_open.addresses()) == ["192.168.50.10"]
-    known.handle(the_update())
+    HaReports(known).handle(the_update())
     assert not len(known.half_open)
 
 
@@ -620,10 +624,10 @@ def test_what_charon_reported_of_child_sas_before_their_ike_sa_was_recalled_is_n
     [sa] = before.established()
     [old] = children(sa)
     known, recorder, _ = tracker()
-    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, old)]))
+    HaReports(known).handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, old)]))
     added = told_of_children(VECTORS[0], MessageType.CHILD_ADD)[0]
     new = [(name, 77 if name is Attr.INBOUND_SPI else value) for name, value in added.attributes]
-    known.handle(HaMessage(3, MessageType.CHILD_ADD, new))
+    HaReports(known).handle(HaMessage(3, MessageType.CHILD_ADD, new))
     assert known.take_back(sa, info(sa, children=listed(77)), since=1.0)
     assert known.sas[sa.id.spis] is sa
     assert children(sa) == [77]
@@ -646,7 +650,7 @@ def rekeyed(known: SaTracker, old: IkeId, new: IkeId) -> IkeSa:
     at = next(at for at, message in enumerate(sent) if message.first(Attr.IKE_REKEY_ID))
     for message in sent[at:]:
         if message.first(Attr.IKE_ID) == sent[at].first(Attr.IKE_ID):
-            known.handle(
+            HaReports(known).handle(
                 HaMessage(3, message.type, [(name, ids.get(name, value)) for name, value in message.attributes])
             )
     return known.sas[new.spis]
@@ -659,9 +663,9 @@ def test_an_sa_that_was_rekeyed_before_it_was_recalled_leaves_its_child_sas_to_w
     known, recorder, _ = tracker()
     second, third = (IkeId.of(bytes((number,)) * 8, bytes((number,)) * 8, False) for number in (2, 3))
     rekeyed(known, old.id, second)
-    known.handle(HaMessage(3, MessageType.IKE_DELETE, [(Attr.IKE_ID, old.id)]))
+    HaReports(known).handle(HaMessage(3, MessageType.IKE_DELETE, [(Attr.IKE_ID, old.id)]))
     heir = rekeyed(known, second, third)
-    known.handle(HaMessage(3, MessageType.IKE_DELETE, [(Attr.IKE_ID, second)]))
+    HaReports(known).handle(HaMessage(3, MessageType.IKE_DELETE, [(Attr.IKE_ID, second)]))
     assert children(heir) == []
     now = info(heir, children=listed(*children(old)))
     awaited = reconcile(known, [now], since=5.0)
@@ -683,8 +687,8 @@ def test_a_list_that_is_read_late_takes_nothing_back_of_what_charon_reported_of_
     clock.now = 6.0
     added = told_of_children(VECTORS[0], MessageType.CHILD_ADD)[0]
     new = [(name, 77 if name is Attr.INBOUND_SPI else value) for name, value in added.attributes]
-    known.handle(HaMessage(3, MessageType.CHILD_ADD, new))
-    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, old)]))
+    HaReports(known).handle(HaMessage(3, MessageType.CHILD_ADD, new))
+    HaReports(known).handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, old)]))
     assert known.take_back(sa, info(sa, children=listed(old)), since=5.0)
     assert children(sa) == [77]
 
@@ -696,7 +700,7 @@ def test_once_all_is_recalled_nothing_is_kept_for_unknown_sas() -> None:
     feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)
     [sa] = before.established()
     [old] = children(sa)
-    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, old)]))
+    HaReports(known).handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, old)]))
     assert known.take_back(sa, info(sa, children=listed(old)), since=1.0)
     assert children(sa) == [old]
 
@@ -714,7 +718,7 @@ def test_an_unknown_prf_is_refused_by_name_and_never_half_served() -> None:
     for octets in messages(VECTORS[0], "gateway"):
         message = decode(octets)
         attributes = [(name, 99 if name is Attr.ALG_PRF else value) for name, value in message.attributes]
-        known.handle(HaMessage(3, message.type, attributes))
+        HaReports(known).handle(HaMessage(3, message.type, attributes))
         confirm(known, message)
     assert known.unresumable
     [sa] = known.established()
@@ -729,7 +733,7 @@ def test_a_session_with_a_postquantum_preshared_key_is_not_resumable() -> None:
         attributes = [
             (name, value | Condition.PPK if name is Attr.CONDITIONS else value) for name, value in message.attributes
         ]
-        known.handle(HaMessage(3, message.type, attributes))
+        HaReports(known).handle(HaMessage(3, message.type, attributes))
         confirm(known, message)
     [sa] = known.established()
     assert not sa.resumable
@@ -845,7 +849,7 @@ def rebuilt(known: SaTracker) -> IkeSa:
 
 def prove(known: SaTracker, sa: IkeSa) -> None:
     """Its client's first request, or another one."""
-    known.handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 2)]))
+    HaReports(known).handle(HaMessage(3, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 2)]))
     known.has_come_up(sa)
 
 
@@ -881,7 +885,7 @@ def test_a_child_sa_that_charon_could_not_install_is_reported_though_charon_said
     known.granted.not_taken = lambda sa, names: lacking.append(names)
     sa = rebuilt(known)
     [spi] = children(sa)
-    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, spi)]))
+    HaReports(known).handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, spi)]))
     prove(known, sa)
     clock.now = 2.0
     # its client goes on to send requests
@@ -896,7 +900,7 @@ def test_a_child_sa_that_its_peer_deleted_is_not_one_that_charon_did_not_take() 
     known.granted.not_taken = lambda sa, names: lacking.append(names)
     sa = confirmed(known)
     [spi] = children(sa)
-    known.handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, spi)]))
+    HaReports(known).handle(HaMessage(3, MessageType.CHILD_DELETE, [(Attr.IKE_ID, sa.id), (Attr.INBOUND_SPI, spi)]))
     clock.now = 2.0
     reconcile(known, [info(sa)], since=1.0)
     assert not lacking

@@ -13,6 +13,7 @@ import structlog
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import Install, vips_message
 from bridge.charon.ha_message import IkeId
+from bridge.charon.ha_reports import HaReports
 from bridge.charon.ha_rules import HaRules
 from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.ike_sa import IkeSa
@@ -45,8 +46,9 @@ class Charon:
     def __init__(self, vici: str, ha: HaConfig, swanctl: str | None = None) -> None:
         self._listeners = Listeners()
         self.tracker = SaTracker(self._listeners, wall=time.time, clock=time.monotonic)
+        self.reports = HaReports(self.tracker)
         self.channel = HaChannel(
-            ha.listen, ha.charon, self.tracker.handle, self.tracker.malformed, receive_buffer=ha.receive_buffer
+            ha.listen, ha.charon, self.reports.handle, self.reports.malformed, receive_buffer=ha.receive_buffer
         )
         self.landing = SegmentChooser(ha.segments, self.tracker.half_open)
         self.vici = ViciWatch(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
@@ -56,7 +58,7 @@ class Charon:
         self.release = ""
         self.ha_rules = HaRules(ha)
         self.placeholders = Placeholders(self.channel, ha.segments)
-        self.tracker.ignored = self.placeholders.spis
+        self.reports.ignored = self.placeholders.spis
         self._reconciler = Reconciler(
             self.tracker,
             self.channel,
@@ -66,7 +68,7 @@ class Charon:
             self.placeholders,
             Path(swanctl) if swanctl is not None else None,
         )
-        self.tracker.on_own_request = self._reconciler.own_request
+        self.reports.on_own_request = self._reconciler.own_request
         self._ending = asyncio.Semaphore(ENDING_AT_ONCE)
         self._not_taken: set[tuple[str, str]] = set()
         """CHILD_SAs that charon did not install over the HA channel: they come up by CREATE_CHILD_SA"""
