@@ -287,6 +287,7 @@ class FakeBank:
     async def delete(self, endings: Sequence[Ending]) -> list[bool]:
         await self._reach("delete")
         self.over |= {ending.index for ending in endings}
+        self.went_on |= {ending.index: ending.move.new for ending in endings if ending.move is not None}
         return [self.stubs.pop(ending.index, None) is not None for ending in endings]
 
     async def change(self, stubs: Sequence[Stub], endings: Sequence[Ending]) -> tuple[list[bool], list[bool]]:

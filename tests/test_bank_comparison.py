@@ -22,7 +22,6 @@ from bridge.gateway.endings import Endings
 from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
@@ -97,7 +96,7 @@ class Gateway:
         self.prefetch = Prefetch(bank)
         self.known = known = KnownSessions(self.endings, LivingSas(self.charon.tracker), Revocations(bank, keyring()))
         config = GatewayConfig(address=GATEWAY)
-        self.publisher = Publisher(config, self.writer, bank, known, MovedMarks(bank))
+        self.publisher = Publisher(config, self.writer, bank, known)
         elsewhere = SessionElsewhere(self.charon, bank, GatewayMetrics())
         self.reconciler = BankReconciler(config, bank, self.charon, self.publisher, known, elsewhere)
 

@@ -29,7 +29,6 @@ from bridge.gateway.failover import Failover
 from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.revocation import LockOut, Revocations
 from bridge.gateway.session_elsewhere import SessionElsewhere
@@ -77,7 +76,7 @@ class Gateway:
         self.revocations = revocations = Revocations(self.bank, RING)
         known = KnownSessions(self.endings, LivingSas(self.charon.tracker), revocations)
         config = GatewayConfig(address=GATEWAY, bank=BankConfig(url=server.url))
-        self.publisher = Publisher(config, self.writer, self.bank, known, MovedMarks(self.bank))
+        self.publisher = Publisher(config, self.writer, self.bank, known)
         lock_out = LockOut(revocations, self.bank, charon, self.endings, self.writer, GATEWAY)
         self.publisher.locked_out = lock_out.soon
         rotation = KeyRotation(self.bank, RING, "/nonexistent", GATEWAY)

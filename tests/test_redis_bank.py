@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from bank_support import GATEWAY, RedisServer, downloaded, ending, keyring, listed, revised, stub_of
-from bridge.bank.interface import BankUnavailable, Ending, Move
+from bridge.bank.interface import BankUnavailable, BankUnwritable, Ending, Move
 from bridge.bank.redis_bank import RedisBank
 from bridge.stub import bank_keys
 from bridge.stub.codec import pack_index
@@ -229,16 +229,36 @@ async def test_delete_of_what_is_not_there_says_so(bank: RedisBank) -> None:
 # Download
 
 
+def gone_to(old: Index, new: Index) -> Ending:
+    until = int(time.time()) + 60
+    return Ending(old, until, move=Move(new, until))
+
+
 async def test_a_mark_names_the_sa_with_which_a_session_went_on(bank: RedisBank) -> None:
     old, new, other = (stub_of(gateway=gateway).index for gateway in (GATEWAY, "2001:db8::2", GATEWAY))
-    await bank.tell_moved([Move(old, new, int(time.time()) + 60)])
+    await bank.delete([gone_to(old, new)])
     assert await bank.moved([other, old]) == [None, new]
+
+
+async def test_a_mark_that_a_full_bank_refuses_is_left_to_be_written_though_its_stub_is_deleted(
+    bank: RedisBank, server: RedisServer
+) -> None:
+    stub, new = stub_of(), stub_of(gateway="192.0.2.2").index
+    await bank.store([stub])
+    server.client.config_set("maxmemory", 1)
+    with pytest.raises(BankUnwritable) as failure:
+        await bank.delete([gone_to(stub.index, new), ending(stub_of())])
+    assert failure.value.left == frozenset({stub.index})
+    assert await bank.ended([stub.index]) == [True]
+    server.client.config_set("maxmemory", 0)
+    await bank.delete([gone_to(stub.index, new)])
+    assert await bank.moved([stub.index]) == [new]
 
 
 async def test_a_mark_expires_with_the_ike_sa_that_it_is_about(bank: RedisBank, server: RedisServer) -> None:
     old, new = stub_of().index, stub_of().index
     until = int(time.time()) + 3600
-    await bank.tell_moved([Move(old, new, until)])
+    await bank.delete([Ending(old, until - 60, move=Move(new, until))])
     assert server.client.expiretime(old.moved) == until
 
 
@@ -246,7 +266,7 @@ async def test_a_mark_without_the_banks_key_or_about_another_session_does_not_co
     bank: RedisBank, server: RedisServer
 ) -> None:
     old, new, other = (stub_of().index for _ in range(3))
-    await bank.tell_moved([Move(old, new, int(time.time()) + 60)])
+    await bank.delete([gone_to(old, new)])
     server.client.set(other.moved, server.client.get(old.moved))
     server.client.set(new.moved, keyring().seal(pack_index(old), new.moved.encode()))
     assert await bank.moved([old, other, new]) == [new, None, None]

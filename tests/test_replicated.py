@@ -13,7 +13,7 @@ import pytest
 
 from bank_support import PATIENCE, RedisServer, downloaded, ending, keyring, listed, revised, stub_of
 from bridge.bank import replica_in
-from bridge.bank.interface import BankUnavailable, Move
+from bridge.bank.interface import BankUnavailable, Ending, Move
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.replica import Replica
 from bridge.bank.replicated import ReplicatedBank
@@ -333,7 +333,8 @@ async def test_a_mark_of_a_move_is_in_every_bank_and_counts_from_any(
 ) -> None:
     two, one = await bank_of(TWO), await bank_of(ONE)
     old, new = stub_of(gateway=ONE).index, stub_of(gateway=TWO).index
-    await two.tell_moved([Move(old, new, int(time.time()) + 60)])
+    until = int(time.time()) + 60
+    await two.delete([Ending(old, until, move=Move(new, until))])
     assert await one.moved([old]) == [new]
     # the old gateway hears of it in its own bank, and if that lost it, from another
     assert servers[ONE].client.delete(old.moved) == 1

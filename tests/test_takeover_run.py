@@ -204,8 +204,7 @@ class Gateway:
         any_bank: Any = bank
         config = GatewayConfig(address=OWN, takeover=TakeoverConfig(addresses=(SHARED,)))
         known = KnownSessions(self.endings, self.living, revocations)
-        no_marks: Any = SimpleNamespace()
-        publisher = Publisher(config, self.writer, any_bank, known, no_marks, wall=lambda: NOW)
+        publisher = Publisher(config, self.writer, any_bank, known, wall=lambda: NOW)
         self.owner = SessionOwner(OWN, charon, any_bank, publisher, self.writer, self.endings, wall=lambda: NOW)
         self.sessions = TakenSessions(charon, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
         barriers = Barriers(charon, self.endings, self.living, revocations)

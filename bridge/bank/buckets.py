@@ -131,8 +131,8 @@ class Buckets:
         all in one round trip where they are few. Gives what each script says of each of its indexes, and the replies
         to the commands. Redis works on a portion while the next one is made ready.
 
-        Raises BankUnavailable, with the indexes of the buckets that failed, after the others are done. What became of
-        the commands is then unknown.
+        Raises BankUnavailable, with the indexes of the buckets that failed and the replies to the commands, if any,
+        after the others are done.
         """
         outcomes: list[list[int | None]] = [[None] * len(work.indexes) for work in works]
         failures: list[Exception] = []
@@ -180,7 +180,7 @@ class Buckets:
         )
         if failures:
             failure = failures[0] if isinstance(failures[0], BankUnavailable) else unavailable(failures[0])
-            failure.left = left
+            failure.left, failure.replies = left, replies
             failure.answers = failure.answers or any(done is not None for outcome in outcomes for done in outcome)
             raise failure
         return [[done or 0 for done in outcome] for outcome in outcomes], replies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from enum import IntEnum
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -23,7 +23,7 @@ class BankUnavailable(Exception):
     """The bank cannot be reached, or refuses: the text names the cause.
 
     `left` are the stubs for which the outcome of the operation is not known; None: all of them. `answers`: whether the
-    bank answers other questions.
+    bank answers other questions. `replies`: what commands got that were sent beside it, as far as that is known.
     """
 
     event: ClassVar[str] = "bank-unreachable"
@@ -33,6 +33,7 @@ class BankUnavailable(Exception):
         super().__init__(reason)
         self.left = left
         self.answers = answers
+        self.replies: Sequence[Any] = ()
 
 
 class BankUnwritable(BankUnavailable):
@@ -44,14 +45,24 @@ class BankUnwritable(BankUnavailable):
         super().__init__(reason, left, answers=True)
 
 
+class Move(NamedTuple):
+    """Where a session goes on, at another gateway."""
+
+    new: Index
+    expires: int
+    """Unix seconds: when the old IKE_SA would have ended"""
+
+
 class Ending(Struct, frozen=True, gc=False):
-    """A session that ended."""
+    """A session that ended, or went on elsewhere."""
 
     index: Index
     expires: int
     """Unix seconds until which a stub of it may live, by a stub that was opened or by the SA itself; 0: not known"""
     epoch: int = 0
     """of the session at the gateway that ended it, where gateways share the address: one that was taken over stays"""
+    move: Move | None = None
+    """a mark in the bank says so to the gateway that it came from"""
 
 
 class AddressEntry(NamedTuple):
@@ -77,15 +88,6 @@ class Taking(IntEnum):
     """its stub is another one than was read, or gone"""
     TAKEN = 1
     ENDED = 2
-
-
-class Move(NamedTuple):
-    """A session that went on at another gateway."""
-
-    old: Index
-    new: Index
-    expires: int
-    """Unix seconds: when the old IKE_SA would have ended"""
 
 
 class SharedBank(Protocol):
@@ -132,7 +134,8 @@ class StubBank(Protocol):
     async def delete(self, endings: Sequence[Ending]) -> list[bool]:
         """Delete Stub, whatever its revision. False where the bank had none.
 
-        What ended stays ended: the bank refuses to store a stub of it until it would have expired.
+        What ended stays ended: the bank refuses to store a stub of it until it would have expired. A session that went
+        on elsewhere leaves a mark of that too, until its old IKE_SA would have expired. May be repeated.
         """
         ...
 
@@ -176,13 +179,6 @@ class StubBank(Protocol):
 
     def endings(self) -> AsyncGenerator[list[Ending]]:
         """All sessions, of any gateway, that are known here to have ended."""
-        ...
-
-    async def tell_moved(self, moves: Sequence[Move]) -> None:
-        """Leave a mark that sessions went on elsewhere, until their old IKE_SAs would have expired.
-
-        May be repeated. Where it raises, some of the marks may be there.
-        """
         ...
 
     async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:

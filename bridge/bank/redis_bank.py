@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
+from itertools import zip_longest
 from typing import Any, Final
 
 import msgspec
@@ -18,8 +19,8 @@ import msgspec
 from bridge.bank.address_index import AddressIndex
 from bridge.bank.buckets import BUCKETS_AT_A_TIME, BUNDLE, HASH, STRING, ZSET, Buckets, Work
 from bridge.bank.content_report import ContentReport
-from bridge.bank.interface import DOWNLOAD_BATCH, AddressEntry, Ending, Move, Taking
-from bridge.bank.redis_client import RedisClient, Script
+from bridge.bank.interface import DOWNLOAD_BATCH, AddressEntry, BankUnavailable, Ending, Taking
+from bridge.bank.redis_client import RedisClient, Script, unavailable
 from bridge.bank.redis_gateways import RedisGateways
 from bridge.bank.sealed_stubs import SealedStubs
 from bridge.stub import bank_keys
@@ -106,9 +107,15 @@ class RedisBank(RedisGateways):
             works.append(self._storing(stubs))
         if endings:
             works.append(self._deleting(endings, await self._expiries(endings)))
-        outcomes, replies = await self._buckets.run_all(works, self._addresses.additions(stubs))
+        additions, moves = self._addresses.additions(stubs), [ending for ending in endings if ending.move is not None]
+        try:
+            outcomes, replies = await self._buckets.run_all(works, [*additions, *map(self._mark, moves)])
+        except BankUnavailable as error:
+            if error.left is not None:
+                error.left |= _unmarked(moves, error.replies[len(additions) :])
+            raise
         said = outcomes[0] if stubs else []
-        await self._addresses.added(stubs, said, replies)
+        await self._addresses.added(stubs, said, replies[: len(additions)])
         await self._put_over_forged(stubs, said)
         deleted = outcomes[-1] if endings else []
         await self._delete_forged(endings, deleted)
@@ -116,7 +123,17 @@ class RedisBank(RedisGateways):
         for index, code in zip(indexes, (*said, *deleted), strict=True):
             if code == TAKEN:
                 self.on_taken(index)
+        if unmarked := _unmarked(moves, marked := replies[len(additions) :]):
+            failure = unavailable(next(reply for reply in marked if isinstance(reply, Exception)))
+            failure.left = unmarked
+            raise failure
         return [code == STORED for code in said], [code == DELETED for code in deleted]
+
+    def _mark(self, ending: Ending) -> tuple[Any, ...]:
+        """The command that leaves a mark of a session that went on elsewhere."""
+        assert ending.move is not None
+        sealed = self._sealed.seal_mark(ending.index, ending.move.new)
+        return ("SET", ending.index.moved, sealed, "EXAT", max(ending.move.expires, int(self._wall()) + 1))
 
     def _storing(self, stubs: Sequence[Stub]) -> Work:
         def arguments(positions: Sequence[int], places: Sequence[bytes]) -> Iterable[Any]:
@@ -285,20 +302,6 @@ class RedisBank(RedisGateways):
                         if (spi := bank_keys.read_spi(member, octet)) is not None and float(score) > 0
                     ]
 
-    async def tell_moved(self, moves: Sequence[Move]) -> None:
-        """See StubBank."""
-        commands = [
-            (
-                "SET",
-                move.old.moved,
-                self._sealed.seal_mark(move.old, move.new),
-                "EXAT",
-                max(move.expires, int(self._wall()) + 1),
-            )
-            for move in moves
-        ]
-        await self._redis.pipeline(commands, writing=True)
-
     async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
         """See StubBank."""
         found: list[Index | None] = []
@@ -398,3 +401,10 @@ class RedisBank(RedisGateways):
             async for page in pages:
                 # a stub that expired while its bucket still names it has no fields
                 yield [readable(index, values) for index, values in page if values[_REVISION] is not None]
+
+
+def _unmarked(moves: Sequence[Ending], replies: Sequence[Any]) -> frozenset[Index]:
+    """Those of which no mark was left, by the replies; all where there are none."""
+    return frozenset(
+        ending.index for ending, reply in zip_longest(moves, replies) if reply is None or isinstance(reply, Exception)
+    )

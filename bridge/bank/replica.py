@@ -139,7 +139,7 @@ class Replica:
 
     def delete_later(self, ending: Ending) -> None:
         """Delete the stub of a session that ended when it is back."""
-        self._later.submit_delete(ending.index, expires=ending.expires)
+        self._later.submit_ending(ending)
 
     def _watched(self, listening: bool) -> None:
         if not listening:

@@ -32,7 +32,6 @@ from bridge.bank.interface import (
     BankUnavailable,
     Ending,
     GatewaySign,
-    Move,
 )
 from bridge.bank.replica import Replica
 from bridge.bank.replicas import Replicas, each_of
@@ -243,10 +242,6 @@ class ReplicatedBank:
         async with aclosing(self._banks.read_all(lambda tier: tier.bank.endings())) as pages:
             async for page in pages:
                 yield page
-
-    async def tell_moved(self, moves: Sequence[Move]) -> None:
-        """See StubBank: in all banks within reach."""
-        await self._banks.ask(lambda bank: bank.tell_moved(moves))
 
     async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
         """See StubBank: a mark in any bank counts."""

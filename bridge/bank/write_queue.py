@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from bridge.bank.interface import BankUnavailable, Ending
+from bridge.bank.interface import BankUnavailable, Ending, Move
 from bridge.service.tasks import end, spawn
 from bridge.stub.codec import encode
 from bridge.stub.stub import Index, Stub, StubError
@@ -93,12 +93,16 @@ class WriteQueue:
         """Store `stub` soon, in place of whatever waits for its index."""
         self._put(stub.index, stub)
 
-    def submit_delete(self, index: Index, *, expires: int, epoch: int = 0) -> None:
+    def submit_delete(self, index: Index, *, expires: int, epoch: int = 0, move: Move | None = None) -> None:
         """Delete the stub of `index` soon, and have the bank remember until `expires` (Unix seconds) that it ended: as
-        long as a stub of it may live anywhere. `epoch` as of Ending."""
+        long as a stub of it may live anywhere. `epoch` and `move` as of Ending."""
+        self.submit_ending(Ending(index, expires, epoch, move))
+
+    def submit_ending(self, ending: Ending) -> None:
+        """The same, for an ending as another bank was given it."""
         # behind the stubs that were submitted before it: the stub of a rekeyed IKE_SA goes when the new one is there
-        self._waiting.pop(index, None)
-        self._put(index, Ending(index, expires, epoch))
+        self._waiting.pop(ending.index, None)
+        self._put(ending.index, ending)
 
     def discard(self, index: Index) -> None:
         """What waits for an index is of no use: another change was written beside this queue."""

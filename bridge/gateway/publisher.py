@@ -8,14 +8,13 @@ from collections.abc import Callable
 
 import structlog
 
-from bridge.bank.interface import BankUnavailable, Move, StubBank
+from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.ike_sa import IkeSa, gateway_address, sa_of
 from bridge.charon.vici_types import SaInfo
 from bridge.config import GatewayConfig
 from bridge.gateway.known_sessions import KnownSessions
-from bridge.gateway.moved_marks import MovedMarks
-from bridge.stub.stub import Index, Stub
+from bridge.stub.stub import Index
 
 log = structlog.get_logger()
 
@@ -30,7 +29,6 @@ class Publisher:
         writer: WriteQueue,
         bank: StubBank,
         known: KnownSessions,
-        marks: MovedMarks,
         *,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -44,7 +42,6 @@ class Publisher:
         self._endings = known.endings
         self._living = known.living
         self._revocations = known.revocations
-        self._marks = marks
         self.locked_out: Callable[[], None] = lambda: None
         """called for an SA of an identity that is locked out"""
         self._wall = wall
@@ -82,18 +79,6 @@ class Publisher:
             # another gateway may have that one by now
             self.addresses.add(index.gateway)
         self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
-
-    def resumed(self, sa: IkeSa, old: Stub) -> None:
-        """A session went on here as `sa`."""
-        self.publish(sa)
-        self.moved(sa, old)
-
-    def moved(self, sa: IkeSa, old: Stub) -> None:
-        """The gateway that made the `old` stub of a session is asked, by a mark in the bank, to end what it has of it:
-        it went on here as `sa`."""
-        new = sa.published or sa.index_here(self._address)
-        if new.gateway != old.index.gateway:
-            self._marks.submit(Move(old.index, new, max(old.expires, old.rekey_at)))
 
     def deleting(self, sa: IkeSa) -> None:
         """Delete the stub of an SA that charon waits to see deleted: its client may not answer for minutes."""

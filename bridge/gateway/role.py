@@ -39,7 +39,6 @@ from bridge.gateway.interception import Interception
 from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.gateway.moved_marks import MovedMarks
 from bridge.gateway.postings import Postings
 from bridge.gateway.previous_gateways import PreviousGateways
 from bridge.gateway.publisher import Publisher
@@ -88,7 +87,6 @@ class GatewayRole:
         role = cls(config, keyring, charon, bank, raw)
         role._bank.close_with(stack)
         stack.push_async_callback(role._endings.close)
-        stack.push_async_callback(role._marks.close)
         stack.push_async_callback(role._hooks.close)
         stack.push_async_callback(role._uniqueness.close)
         return role
@@ -108,11 +106,10 @@ class GatewayRole:
         self._living = living = LivingSas(charon.tracker)
         known = KnownSessions(endings, living, revocations)
         self._lock_out = lock_out = LockOut(revocations, bank, charon, endings, writer, config.address)
-        self._marks = MovedMarks(bank)
         self._uniqueness = Uniqueness(charon, living)
         self._authentication = AuthenticationEnd(charon, self._metrics)
         self._elsewhere = SessionElsewhere(charon, bank, self._metrics)
-        self._publisher = Publisher(config, writer, bank, known, self._marks)
+        self._publisher = Publisher(config, writer, bank, known)
         self._publisher.locked_out = lock_out.soon
         charon.tracker.on_deleting = self._publisher.deleting
         self._stubs = ClientStubs(
@@ -146,7 +143,6 @@ class GatewayRole:
             self._resumed,
             confirm_timeout=config.sync.confirm_timeout,
         )
-        unconfirmed.went_on = lambda sa, old: self._publisher.moved(sa, old)
         admission = Admission(config.sync, Cookies(), unconfirmed.of_source)
         holders = AddressHolders(charon, bank, config.address)
         tag = os.urandom(TAG_OCTETS)
@@ -253,7 +249,6 @@ class GatewayRole:
             ("keys", self._bank.rotation.run()),
             ("endings", self._endings.keep()),
             ("lock-out", self._lock_out.run()),
-            ("moved-marks", self._marks.run()),
             ("elsewhere", self._elsewhere.run()),
             ("duplicates", self._duplicates.run()),
             ("authentication-end", self._authentication.run()),
@@ -301,7 +296,7 @@ class GatewayRole:
     def _resumed(self, sa: IkeSa, old: Stub) -> None:
         """A session went on here as `sa`."""
         self._hooks.resumed(sa, old)
-        self._publisher.resumed(sa, old)
+        self._publisher.publish(sa)
         self._came(sa)
 
     def _came(self, sa: IkeSa) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from bridge.bank.interface import Move
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
@@ -67,8 +68,6 @@ class Unconfirmed:
         self._by_spis: OrderedDict[bytes, Rebuilt] = OrderedDict()
         self._by_index: dict[Index, list[Rebuilt]] = {}
         self._by_source: Counter[Source] = Counter()
-        self.went_on: Callable[[IkeSa, Stub], None] = lambda _, __: None
-        """called for an SA that went between its first verified request and the answer of the bank"""
         self._confirmed: Recent[tuple[bytes, Endpoint]] = Recent(LATE_SECONDS, clock=clock)
         self._drops: set[asyncio.Task[None]] = set()
         self._verified: list[Rebuilt] = []
@@ -200,8 +199,10 @@ class Unconfirmed:
         for other in others:
             self.forget(other, Event.SUPERSEDED)
         self._endings.add(index, made.old.expires)
-        # whatever the old gateway may have written since: the session is here now
-        self._writer.submit_delete(index, expires=made.old.expires)
+        # whatever the old gateway may have written since: the session is here now. A mark asks that gateway to end it
+        new, until = self._handout.index(made.sa), max(made.old.expires, made.old.rekey_at)
+        move = Move(new, until) if new.gateway != index.gateway else None
+        self._writer.submit_delete(index, expires=made.old.expires, move=move)
         if others:
             self._later("drop", self.drop([other.sa.id for other in others], kept=True))
         # the old SA is here too: the client lost its path, not this gateway
@@ -216,7 +217,6 @@ class Unconfirmed:
             if made.state is State.CONFIRMING:
                 # its client proved the keys, and ended or rekeyed it before the bank answered
                 self._leave_old(made)
-                self.went_on(made.sa, made.old)
             self.forget(made, Event.GONE)
 
     def forget(self, made: Rebuilt, why: Event) -> None:
