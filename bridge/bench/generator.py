@@ -26,13 +26,8 @@ come as JSON, one a line, on standard input; each is answered by one line.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import random
-import select
-import socket
-import struct
 import sys
 import time
 from collections import Counter, deque
@@ -40,12 +35,14 @@ from ipaddress import IPv4Address
 from typing import Any
 
 from bridge.bank.redis_bank import RedisBank
+from bridge.bench.client_socket import ClientSocket
 from bridge.bench.ordinary import Ordinary, with_known_keys
+from bridge.bench.ordinary_clients import OrdinaryClients
 from bridge.bench.sessions import ESP_SPI, Children, Session, State, Unproven, imagine, is_answer
 from bridge.bench.standby import Standbys
 from bridge.ike.key_exchange import KeyExchange, fresh_public_value
 from bridge.ike.message import ExchangeType, MalformedMessage
-from bridge.net.packet import EXCHANGE_OFFSET, MARKER, PORT_NAT_T
+from bridge.net.packet import EXCHANGE_OFFSET
 from bridge.stub.keyring import Keyring
 from bridge.stub.stub import Index, Stub
 
@@ -59,26 +56,21 @@ PATIENCE = 30.0
 """seconds after which a session that has got no further has failed"""
 RETRANSMIT = (0.5, 1.0, 2.0, 4.0, 8.0)
 """seconds after each transmission, as RFC 7296 section 2.4 leaves to the sender"""
-BUFFER = 16 << 20
 READ_AT_ONCE = 64
 PROGRESS_SECONDS = 0.5
-ESP_SECONDS = 0.1
-"""between two packets of a client that sends ESP"""
 END_WINDOW = 256
 END_SECONDS = 0.1
 """for the answers to so many"""
-_IP_PKTINFO = 8
-_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 
 
 class Generator:
     """All clients, and the socket they share."""
 
     def __init__(self, gateway: str, port: int, bank: RedisBank) -> None:
-        self._target = (gateway, port)
+        self._gateway = gateway
+        self._port = port
         self._standbys: Standbys | None = None
         self._bank = bank
-        self._marker = MARKER if port == PORT_NAT_T else b""
         self._template: Stub | None = None
         self._made: deque[Session] = deque()
         self._last: list[Session] = []
@@ -89,13 +81,8 @@ class Generator:
         self._pending: dict[bytes, Session] = {}
         self._timers: deque[tuple[float, Session]] = deque()
         self._moved_on: list[Session] = []
-        self._ordinary: dict[bytes, Ordinary] = {}
-        self._socket = sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, BUFFER)
-        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER)
-        sock.bind(("0.0.0.0", port))  # noqa: S104 - in a network namespace of its own
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
+        self._socket = ClientSocket(port)
+        self.ordinary = OrdinaryClients(self._socket)
 
     async def template(self, gateway: str, spi: str) -> dict[str, Any]:
         """Take the stub that the bank has of a real session as the model."""
@@ -135,7 +122,7 @@ class Generator:
             if forward_secrecy:
                 session.exchange = KeyExchange(session.suite.group)
                 session.ke_value = session.exchange.public
-            session.prepare(*self._target, session.ke_value)
+            session.prepare(self._gateway, self._port, session.ke_value)
         self._last = sessions
         self._strange = self._requests = 0
         retransmitted = 0
@@ -160,7 +147,7 @@ class Generator:
             busy = self._receive(pending, unproven)
             retransmitted += self._retransmit(timers, pending, now)
             if not busy and (not waiting or len(pending) >= window or time.monotonic() < due):
-                self._poll.poll(20 if pending else max(int((due - time.monotonic()) * 1000), 0))
+                self._socket.wait(20 if pending else max(int((due - time.monotonic()) * 1000), 0))
         return {
             "sessions": len(sessions),
             "window": window,
@@ -178,10 +165,10 @@ class Generator:
 
     def stand_by(self, gateway: str, count: int, window: int) -> dict[str, Any]:
         """Have so many more sessions up at `gateway`, from where they go on later."""
-        target, self._target = self._target, (gateway, self._target[1])
+        usual, self._gateway = self._gateway, gateway
         done = self.storm(window, count, Children.NONE)
-        self._target = target
-        standbys = self._standbys = self._standbys or Standbys(gateway, self._send_to, self._go_on)
+        self._gateway = usual
+        standbys = self._standbys = self._standbys or Standbys(gateway, self._socket.send, self._go_on)
         for session in self._last:
             if session.state is State.CONFIRMED:
                 standbys.add(session, os.urandom(8), fresh_public_value(session.suite.group))
@@ -199,70 +186,18 @@ class Generator:
                     imagine(self._template, self._number, address, time.time()), owner
                 )
                 [child] = stub.children
-                self._ordinary[stub.spi_i] = Ordinary(
-                    stub.spi_i, stub.spi_r, address, child, outgoing, incoming, ESP_SPI + self._number
+                self.ordinary.add(
+                    Ordinary(stub.spi_i, stub.spi_r, address, child, outgoing, incoming, ESP_SPI + self._number)
                 )
                 stubs.append(stub)
             if not all(await self._bank.store(stubs)):
                 raise SystemExit("the bank refused stubs")
         return {"made": count}
 
-    def takeover(self, address: str, seconds: float, active: int) -> dict[str, Any]:
-        """Answer the gateway that takes the sessions of ordinary clients over. The first ones of `active` send ESP."""
-        target, clients = (address, self._target[1]), list(self._ordinary.values())
-        senders = random.sample(clients, min(active, len(clients)))
-        cpu, said, again, left = time.process_time(), 0.0, 0.0, len(clients)
-        end = time.monotonic() + seconds
-        while left and (now := time.monotonic()) < end:
-            if now >= again:
-                again = now + ESP_SECONDS
-                for client in senders:
-                    if not client.keyed:
-                        self._send(client.esp(), client.address, target, marker=b"")
-            left -= self._answer_ordinary(target, now)
-            if now >= said + PROGRESS_SECONDS:
-                said = now
-                print(json.dumps({"progress": 1 - left / len(clients)}), flush=True)
-        return {
-            "sessions": len(clients),
-            "asked": [client.asked for client in clients if client.asked],
-            "keyed": [client.keyed for client in clients if client.keyed],
-            "active": [client.keyed for client in senders if client.keyed],
-            "strange": self._strange,
-            "generator_cpu_s": time.process_time() - cpu,
-        }
-
-    def _answer_ordinary(self, target: tuple[str, int], now: float) -> int:
-        """Answer what is there, up to a limit; how many clients have new keys since."""
-        keyed = 0
-        for _ in range(READ_AT_ONCE):
-            try:
-                data = self._socket.recv(4096)
-            except BlockingIOError:
-                self._poll.poll(5)
-                return keyed
-            client = self._ordinary.get(data[len(self._marker) :][:8])
-            if client is None:
-                self._strange += 1
-                continue
-            had = client.keyed
-            try:
-                answer = client.request(data[len(self._marker) :], now)
-            except MalformedMessage:
-                self._strange += 1
-                continue
-            keyed += bool(client.keyed and not had)
-            if answer is not None:
-                self._send(answer, client.address, target)
-        return keyed
-
-    def _send_to(self, message: bytes, source: str, gateway: str) -> None:
-        self._send(message, source, (gateway, self._target[1]))
-
     def _go_on(self, session: Session, gateway: str) -> None:
         if session.state is not State.PREPARED:
             return
-        session.prepare(gateway, self._target[1], session.ke_value)
+        session.prepare(gateway, self._port, session.ke_value)
         self._pending[session.spi_i] = self._by_spi[session.spi_i] = session
         session.state = State.ASKED
         session.began = session.asked = time.monotonic()
@@ -291,7 +226,7 @@ class Generator:
                 if over == len(standbys.by_spi):
                     break
             if not busy:
-                self._poll.poll(5)
+                self._socket.wait(5)
         moved = [session for session in self._moved_on if session.state is State.CONFIRMED]
         return {
             "sessions": len(standbys.by_spi),
@@ -317,7 +252,7 @@ class Generator:
                 break
             for session in left[:END_WINDOW]:
                 self._send(session.protected, session.address)
-            self._poll.poll(RETRANSMIT[0] * 1000)
+            self._socket.wait(RETRANSMIT[0] * 1000)
             self.idle(END_SECONDS)
         for session in self._last:
             self._by_spi.pop(session.spi_i, None)
@@ -330,29 +265,18 @@ class Generator:
         self._requests = 0
         while (left := end - time.monotonic()) > 0:
             if not self._receive({}, {}):
-                self._poll.poll(left * 1000)
+                self._socket.wait(left * 1000)
         return {"gateway_requests": self._requests}
 
-    def _send(
-        self, message: bytes, source: str, target: tuple[str, int] | None = None, *, marker: bytes | None = None
-    ) -> None:
-        # struct in_pktinfo: interface, source, (unused)
-        info = struct.pack("=i4s4x", 0, socket.inet_aton(source))
-        ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, info)]
-        # what the buffer does not take is lost, as on any path; the timer sends it again
-        with contextlib.suppress(BlockingIOError):
-            self._socket.sendmsg(
-                [self._marker if marker is None else marker, message], ancillary, 0, target or self._target
-            )
+    def _send(self, message: bytes, source: str) -> None:
+        self._socket.send(message, source, self._gateway)
 
     def _receive(self, pending: dict[bytes, Session], unproven: dict[str, int]) -> bool:
         """Take in what is there, up to a limit; whether there was anything."""
         for count in range(READ_AT_ONCE):
-            try:
-                data = self._socket.recv(4096)
-            except BlockingIOError:
+            message = self._socket.receive()
+            if message is None:
                 return count > 0
-            message = data[len(self._marker) :]
             session = self._by_spi.get(message[:8])
             if session is None:
                 self._strange += 1
@@ -375,7 +299,7 @@ class Generator:
 
     def _take(self, session: Session, message: bytes, pending: dict[bytes, Session]) -> None:
         if session.state is State.ASKED and is_answer(message):
-            reply = session.answer(message, *self._target)
+            reply = session.answer(message, self._gateway, self._port)
             if session.outgoing is not None:
                 session.answered = session.asked = time.monotonic()
                 session.tries = 0
@@ -432,7 +356,7 @@ async def _serve(gateway: str, port: int, url: str, key_file: str) -> None:
         elif order == "own":
             answer = await generator.own(*given)
         elif order == "takeover":
-            answer = generator.takeover(*given)
+            answer = generator.ordinary.takeover(*given)
         elif order == "end":
             answer = generator.end()
         else:
