@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from bridge.lab import Lab, LabError
+from bridge.lab.releases import RELEASES
 from chaos.run import Chaos
 from chaos.world import World
 
@@ -24,6 +25,12 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=3, help="most disturbances in a round (default 3)")
     parser.add_argument("--keep", type=Path, default=Path("build/chaos"), help="where logs of violations go")
     parser.add_argument("--stop", action="store_true", help="end with the first violation")
+    parser.add_argument(
+        "--release",
+        choices=RELEASES,
+        help="Debian release whose strongSwan the gateways and one client run (default: this machine's); "
+        "`python -m bridge.lab.releases` installs it",
+    )
     options = parser.parse_args()
     # a shell that puts it into the background has it ignore SIGINT
     for ending in (signal.SIGINT, signal.SIGTERM):
@@ -33,11 +40,11 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:7.1f} s  {text}", flush=True)
 
-    say(f"seed {options.seed}")
+    say(f"seed {options.seed}, strongSwan of {options.release or 'this machine'}")
     with Lab() as lab:
         chaos = None
         try:
-            world = World(lab)
+            world = World(lab, release=options.release)
             world.begin()
             chaos = Chaos(world, options.seed, say, most=options.most, keep=options.keep)
             chaos.begin()

@@ -129,8 +129,11 @@ class Operation:
 class World:
     """All of it. `begin` starts it; the lab that it is made in ends it."""
 
-    def __init__(self, lab: Lab, clients: int = CLIENTS) -> None:
+    def __init__(self, lab: Lab, clients: int = CLIENTS, release: str | None = None) -> None:
+        """`release`: Debian's, whose strongSwan the gateways and the first client run; the machine's where it is
+        None."""
         self.lab = lab
+        self.release = release
         self.redis = [
             Redis(lab.add_host("bank1", "192.168.50.20/24"), None),
             Redis(lab.add_host("bank2", "192.168.50.21/24"), "192.168.50.20"),
@@ -160,7 +163,7 @@ class World:
         self._operations: list[Operation] = []
 
     def _gateway(self, number: int, secret: str, key: str, bank: str) -> Host:
-        host = self.lab.add_host(f"gw{number}", f"192.168.50.{number}/24", forward=True)
+        host = self.lab.add_host(f"gw{number}", f"192.168.50.{number}/24", forward=True, release=self.release)
         self.lab.attach(host, f"10.10.1.{number}/24", network=INSIDE)
         swanctl(host, "gateway", f'ike-clients {{ secret = "{secret}" }}')
         host.charon.settings["charon.plugins.ha.pools.clients"] = f"10.20.{number}.0/24"
@@ -177,7 +180,8 @@ class World:
     def _client(self, number: int, secret: str) -> Host:
         """Each begins at another gateway, and has them all."""
         order = [(number + step - 1) % GATEWAYS + 1 for step in range(GATEWAYS)]
-        host = client_host(self.lab, f"client{number}", f"192.168.50.{10 + number}", secret)
+        release = self.release if number == 1 else None
+        host = client_host(self.lab, f"client{number}", f"192.168.50.{10 + number}", secret, release=release)
         more = "".join(
             f"home-gw{gateway} : connections.home {{ remote_addrs = 192.168.50.{gateway} }}\n"
             for gateway in range(1, GATEWAYS + 1)
