@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from bridge.charon import reconcile
 from bridge.charon.charon import Charon
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.config import HaConfig
@@ -122,3 +123,44 @@ async def test_all_sas_are_listed_where_that_is_quick_or_charon_would_crash(
     found = await looked(vici, crashes=crashes, took=took)
     assert ("all" in vici.asked) is asked
     assert found == ["192.0.2.7"] + ["192.0.2.8"] * asked
+
+
+class Processing(BusyVici):
+    """Counts handshakes, and lists each only once it was asked often enough."""
+
+    def __init__(self, unnamed: list[tuple[int, SaInfo]], named: list[tuple[int, SaInfo]], *, count: int) -> None:
+        super().__init__(count, [], [])
+        self.later = (unnamed, named)
+
+    async def half_open(self) -> int:
+        times = self.asked.count("count")
+        self.unnamed, self.named = ([info for after, info in kind if after <= times] for kind in self.later)
+        return await super().half_open()
+
+
+async def looked_surely(vici: BusyVici) -> tuple[bool, list[str]]:
+    charon = Charon("/nowhere", HaConfig())
+    charon._reconciler._vici = cast(Any, vici)
+    return await charon._reconciler.look_surely(), sorted(charon.tracker.half_open.addresses())
+
+
+async def test_a_request_that_charon_has_yet_to_process_is_waited_for() -> None:
+    vici = Processing([(3, UNNAMED)], [], count=1)
+    assert await looked_surely(vici) == (True, ["192.0.2.7"])
+    assert vici.asked.count("count") == 4
+
+
+async def test_handshakes_of_peers_that_have_a_name_take_a_list_of_all() -> None:
+    vici = Processing([], [(0, NAMED)], count=1)
+    assert await looked_surely(vici) == (True, ["192.0.2.8"])
+    # what has just arrived is processed in less
+    assert vici.asked == ["count", "(unnamed)", "count", "(unnamed)", "all"]
+
+
+async def test_where_charon_does_not_process_what_it_has_nothing_is_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconcile, "SETTLE_SECONDS", 0.02)
+    vici = Processing([(0, UNNAMED)], [], count=2)
+    assert await looked_surely(vici) == (False, ["192.0.2.7"])
+    # unless it has counted wrongly all the time
+    monkeypatch.setattr(reconcile, "UNSETTLED_SECONDS", -1.0)
+    assert await looked_surely(vici) == (True, ["192.0.2.7"])

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from bridge.lab.daemon import wait_until
 from bridge.net import firewall, queue_rules
 from bridge.net.liveness import Liveness
 from bridge.net.queue_rules import Match
@@ -270,6 +271,65 @@ class TestMeter:
         client = host.peer.udp(family, 0)
         client.sendto(ike(IKE_SA_INIT), (host.host.address(family), 500))
         assert counting.matched() == before + 1
+
+
+MAIN_MODE, AGGRESSIVE_MODE = 2, 4
+BEGINNINGS = [
+    *FULL_HANDSHAKE,
+    pytest.param(500, ike(MAIN_MODE, flags=0, first=1), id="Main Mode of IKEv1"),
+    pytest.param(4500, MARKER + ike(AGGRESSIVE_MODE, flags=0, first=1), id="Aggressive Mode of IKEv1"),
+]
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("match", ["first", "anywhere"])
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+@pytest.mark.parametrize("family", FAMILIES)
+class TestHold:
+    """While segments of charon's change hands."""
+
+    @pytest.fixture
+    def counting(self, host: Wire, backend: firewall.Backend, match: Match) -> Iterator[Counting]:
+        counting = Counting(host, backend, match)
+        counting.set_up()
+        with inside(host.host.namespace):
+            liveness = Liveness(lambda: None, lambda: None)
+            liveness.start(cast(Any, SimpleNamespace(call_later=Mock())), firewall.Placed(backend))
+            assert liveness.hold()
+        yield counting
+        liveness.stop()
+
+    def sent(self, host: Wire, family: str, port: int, payload: bytes) -> None:
+        charon, client = host.host.udp(family, port), host.peer.udp(family, 0)
+        client.sendto(payload, charon.getsockname())
+        # no process reads the queue
+        assert charon.recv(65535) == payload
+        charon.close()
+
+    @pytest.mark.parametrize(("port", "payload"), BEGINNINGS)
+    def test_what_may_begin_a_handshake_is_for_the_queue(
+        self, host: Wire, counting: Counting, family: str, port: int, payload: bytes
+    ) -> None:
+        self.sent(host, family, port, payload)
+        assert counting.matched() == 1
+
+    @pytest.mark.parametrize(("port", "payload"), NOT_SHOWN)
+    def test_anything_else_is_not(self, host: Wire, counting: Counting, family: str, port: int, payload: bytes) -> None:
+        self.sent(host, family, port, payload)
+        assert counting.matched() == 0
+
+    def test_the_kernel_forgets_it(self, host: Wire, counting: Counting, family: str) -> None:
+        request = ike(MAIN_MODE, flags=0, first=1)
+        sent = 0
+
+        def forgotten() -> bool:
+            nonlocal sent
+            self.sent(host, family, 500, request)
+            sent += 1
+            return counting.matched() < sent
+
+        wait_until(forgotten, "a request that is not for the queue", 3 * queue_rules.HOLD_SECONDS)
+        assert sent > 1
 
 
 @pytest.mark.lab

@@ -106,6 +106,16 @@ def test_a_request_on_its_way_to_charon_is_avoided_and_where_charon_crashes_it_c
     assert not choice.blocked(1.1 + REQUEST_SECONDS)
 
 
+def test_where_requests_are_held_back_during_activations_those_on_their_way_block_none() -> None:
+    half_open = HalfOpenSas()
+    choice = SegmentChooser(2, half_open)
+    choice.crashes = True
+    choice.held_back = lambda: True
+    for segment, address in ADDRESSES.items():
+        half_open.request(bytes((segment,)), address, 1.0)
+    assert not choice.blocked(1.1)
+
+
 def test_what_vici_lists_as_connecting_replaces_what_was_known_before() -> None:
     half_open = HalfOpenSas()
     half_open.began(b"failed", "192.0.2.1", 1.0)

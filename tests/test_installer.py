@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import cast
 
 import msgspec
@@ -17,6 +18,7 @@ from bridge.charon.ha_commands import Install, add_message, update_message
 from bridge.charon.ha_message import VERSIONS, Attr, HaMessage, IkeId, MessageType
 from bridge.charon.ha_segments import SegmentChooser, landing_addresses, segment_of
 from bridge.charon.half_open import HalfOpenSas
+from bridge.charon.handshakes import Holds
 from bridge.charon.ike_sa import Condition
 from bridge.charon.installer import Installer
 from bridge.charon.socket_diag import CharonSocket
@@ -43,6 +45,7 @@ REBUILT = Install(
     local_vips=(),
     remote_vips=("10.20.1.1",),
 )
+SEGMENT_CHANGES = (MessageType.SEGMENT_TAKE, MessageType.SEGMENT_DROP)
 ANOTHER = msgspec.structs.replace(REBUILT, id=IkeId.of(b"another1", b"responds", False))
 
 
@@ -155,14 +158,60 @@ async def test_vici_is_asked_for_handshakes_before_each_activation() -> None:
     segments = SegmentChooser(16, half_open)
     order: list[str] = []
 
-    async def look() -> None:
+    @asynccontextmanager
+    async def known() -> AsyncIterator[Holds]:
         order.append(f"asked after {channel.sent[-1].name}")
         half_open.listed({b"one": landing_addresses()[segments.next(0.0)]}, 0.0)
+        yield lambda: True
 
-    installer = Installer(cast(HaChannel, channel), segments, look)
+    installer = Installer(cast(HaChannel, channel), segments, known)
     await installer.install([REBUILT])
     # all of what charon was told is done, or the SA would be one without a connection itself
     assert order == ["asked after IKE_MID_RESPONDER"]
+
+
+async def test_handshakes_are_known_and_none_begins_until_charon_has_the_sas_active() -> None:
+    channel, order = OneChannel(), []
+
+    @asynccontextmanager
+    async def known() -> AsyncIterator[Holds]:
+        order.append("held")
+        yield lambda: True
+        order.append(f"let go after {channel.sent[-1].name}")
+
+    installer = Installer(cast(HaChannel, channel), SegmentChooser(), known)
+    await installer.install([REBUILT])
+    assert order == ["held", "let go after IKE_UPDATE"]
+    assert channel.sent.index(MessageType.SEGMENT_TAKE) < channel.sent.index(MessageType.SEGMENT_DROP)
+
+
+@pytest.mark.parametrize("what", ["not held any more", "a handshake has begun"])
+async def test_where_a_handshake_may_have_begun_since_vici_was_asked_it_is_asked_again(what: str) -> None:
+    channel, half_open = OneChannel(), HalfOpenSas()
+    segments = SegmentChooser(16, half_open)
+    asked = 0
+
+    @asynccontextmanager
+    async def known() -> AsyncIterator[Holds]:
+        nonlocal asked
+        asked += 1
+        first = asked == 1
+
+        def holds() -> bool:
+            if first and what == "a handshake has begun":
+                half_open.began(b"one", landing_addresses()[segments.next(0.0)], 0.0)
+                return False
+            return not first
+
+        yield holds
+        if first:
+            assert MessageType.SEGMENT_TAKE not in channel.sent
+
+    installer = Installer(cast(HaChannel, channel), segments, known)
+    await installer.install([REBUILT])
+    assert asked == 2
+    activated = {message.first(Attr.SEGMENT) for message in channel.messages if message.type in SEGMENT_CHANGES}
+    assert not activated & segments.occupied(0.0)
 
 
 async def test_what_was_installed_in_a_charon_that_was_restarted_since_is_not_there() -> None:

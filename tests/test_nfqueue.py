@@ -21,7 +21,7 @@ from bridge.net import firewall, queue_rules
 from bridge.net.liveness import Liveness
 from bridge.net.nfqueue import READ_AT_ONCE, Interceptor, InterceptUnavailable, Packet
 from bridge.net.packet import parse_datagram, udp_datagram
-from net_support import FAMILIES, IKE_AUTH, RESPONSE, Wire, ike, inside, received, run, until, wire
+from net_support import FAMILIES, GET_STUB, IKE_AUTH, RESPONSE, Wire, ike, inside, received, run, until, wire
 
 QUEUE = 4511
 MARKER = bytes(4)
@@ -30,6 +30,8 @@ RULES = queue_rules.rules(QUEUE)
 IPV4 = ("192.0.2.2", "192.0.2.1")
 IPV6 = ("2001:db8::2", "2001:db8::1")
 REQUEST = ike(size=200)
+OTHER = ike(IKE_AUTH, size=100)
+"""which the queue does not get"""
 
 
 def ipv4(udp: bytes, *, options: bytes = b"", fragment: int = 0, protocol: int = 17, total: int | None = None) -> bytes:
@@ -436,6 +438,78 @@ class TestFailOpen:
         ):
             second.start(asyncio.get_running_loop())
         assert second.stats().waiting == 0
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("family", FAMILIES)
+class TestGate:
+    """While segments of charon's change hands."""
+
+    async def test_an_accepted_request_goes_on_once_it_is_open(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        interceptor.close_gate()
+        requests = [ike(size=200), ike(size=201)]
+        for request in requests:
+            client.sendto(request, charon.getsockname())
+        await until(lambda: len(seen.packets) == 2)
+        # decided, though they are not there yet
+        assert interceptor.stats().held == 0
+        client.sendto(OTHER, charon.getsockname())
+        assert await received(charon) == OTHER
+        interceptor.open_gate()
+        assert [await received(charon) for _ in requests] == requests
+
+    async def test_it_is_open_once_all_that_closed_it_have_opened_it(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        interceptor.close_gate()
+        interceptor.close_gate()
+        client.sendto(REQUEST, charon.getsockname())
+        await until(lambda: len(seen.packets) == 1)
+        interceptor.open_gate()
+        client.sendto(OTHER, charon.getsockname())
+        assert await received(charon) == OTHER
+        interceptor.open_gate()
+        assert await received(charon) == REQUEST
+
+    async def test_what_begins_no_handshake_does_not_wait(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        interceptor.close_gate()
+        about_an_sa = ike(GET_STUB, size=100)
+        client.sendto(about_an_sa, charon.getsockname())
+        assert await received(charon) == about_an_sa
+        interceptor.open_gate()
+
+    async def test_what_is_not_understood_waits_too(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str
+    ) -> None:
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        interceptor.close_gate()
+        long = ike(size=5000)
+        client.sendto(long, charon.getsockname())
+        await until(lambda: interceptor.stats().seen == 1)
+        client.sendto(OTHER, charon.getsockname())
+        assert await received(charon) == OTHER
+        interceptor.open_gate()
+        assert await received(charon) == long
+        assert seen.packets == []
+
+    @pytest.mark.parametrize("how", ["let_go", "stop"])
+    async def test_what_waits_goes_on_when_the_event_loop_stood_still_or_the_queue_ends(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str, how: str
+    ) -> None:
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        interceptor.close_gate()
+        client.sendto(REQUEST, charon.getsockname())
+        await until(lambda: len(seen.packets) == 1)
+        getattr(interceptor, how)()
+        assert await received(charon) == REQUEST
+        interceptor.open_gate()
 
 
 @pytest.mark.lab

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
@@ -16,11 +16,12 @@ from bridge.charon.ha_message import IkeId
 from bridge.charon.ha_reports import HaReports
 from bridge.charon.ha_rules import HaRules
 from bridge.charon.ha_segments import SegmentChooser
+from bridge.charon.handshakes import Handshakes
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.installer import Installer
 from bridge.charon.placeholders import NO_ADDRESS, Placeholders
 from bridge.charon.reconcile import Reconciler, Recover, no_recovery
-from bridge.charon.releases import crashes_on_activation, version_for
+from bridge.charon.releases import crashes_on_activation, ends_handshakes_on_activation, version_for
 from bridge.charon.sa_listener import Listener, Listeners
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
@@ -52,7 +53,9 @@ class Charon:
         )
         self.landing = SegmentChooser(ha.segments, self.tracker.half_open)
         self.vici = ViciWatch(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
-        self.installer = Installer(self.channel, self.landing, self._look, self._blocked)
+        self.handshakes = Handshakes(self._look, self._look_surely)
+        self.landing.held_back = self.handshakes.can_hold
+        self.installer = Installer(self.channel, self.landing, self.handshakes.known, self._blocked)
         self.tracker.lands_at = self.installer.lands_at
         self.spis = SpiChoice(self.tracker.child_spis)
         self.release = ""
@@ -305,10 +308,12 @@ class Charon:
         self._reconciler.sas_soon()
 
     async def _look(self) -> None:
-        try:
+        with _unknown_handshakes():
             await self._reconciler.look()
-        except ViciError as error:
-            raise ChannelError(f"cannot find out which handshakes are in progress: {error}") from error
+
+    async def _look_surely(self) -> bool:
+        with _unknown_handshakes():
+            return await self._reconciler.look_surely()
 
     def _blocked(self) -> None:
         self._reconciler.look_soon()
@@ -321,6 +326,7 @@ class Charon:
     def _connected(self, release: str) -> None:
         self.release = release
         self.landing.crashes = crashes_on_activation(release)
+        self.handshakes.ends = ends_handshakes_on_activation(release)
         self.channel.expect(version_for(release))
         # what comes from here on charon alone can have sent
         self.channel.receive()
@@ -337,3 +343,11 @@ class Charon:
 
     def _disconnected(self) -> None:
         log.warning("charon-disconnected", fix="restart strongSwan if it does not come back by itself")
+
+
+@contextlib.contextmanager
+def _unknown_handshakes() -> Iterator[None]:
+    try:
+        yield
+    except ViciError as error:
+        raise ChannelError(f"cannot find out which handshakes are in progress: {error}") from error

@@ -8,7 +8,7 @@ benchmarking, so no peer has one) that hashes to the chosen segment, and get the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Callable, Container
 from functools import lru_cache
 from ipaddress import IPv4Address, ip_address
 
@@ -109,8 +109,11 @@ class SegmentChooser:
     def __init__(self, count: int = MAX_SEGMENTS, half_open: HalfOpenSas | None = None) -> None:
         self.count = count
         self.crashes = False
-        """whether this charon crashes where another chooser's choice would only destroy a handshake: then a request on
-        its way to charon counts as a handshake too"""
+        """whether this charon crashes where others would only end a handshake: then a request on its way to charon
+        counts as a handshake too"""
+        self.held_back: Callable[[], bool] = lambda: False
+        """whether requests are held back during activations, and those that charon has are known (bridge.charon.
+        handshakes): then none is on its way"""
         self._half_open = HalfOpenSas() if half_open is None else half_open
         self._used = [float("-inf")] * (count + 1)
         self._rests_until = [float("-inf")] * (count + 1)
@@ -170,11 +173,14 @@ class SegmentChooser:
 
     def occupied(self, now: float) -> set[int]:
         """The segments that are not to be activated now: with a handshake in progress, or spared for ever."""
-        blocked = {self.spared} if self.spared is not None else set()
-        blocked |= {self.segment_of(address) for address in self._half_open.addresses()}
-        if self.crashes:
-            blocked |= {self.segment_of(address) for address in self._half_open.requested(now)}
-        return blocked
+        return self.with_handshakes(now) | ({self.spared} if self.spared is not None else set())
+
+    def with_handshakes(self, now: float) -> set[int]:
+        """The segments with a handshake in progress."""
+        found = {self.segment_of(address) for address in self._half_open.addresses()}
+        if self.crashes and not self.held_back():
+            found |= {self.segment_of(address) for address in self._half_open.requested(now)}
+        return found
 
     def _rest(self, segment: int, now: float) -> float:
         until = max(self._rests_until[segment], self._due) if self.established[segment] else now

@@ -8,7 +8,8 @@ The CHILD_SAs of an SA that is PASSIVE carry traffic: it has its peer's address 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -32,6 +33,7 @@ from bridge.charon.ha_message import (
     MessageType,
 )
 from bridge.charon.ha_segments import BLOCKED_SECONDS, LONGEST_PAUSE, SegmentChooser, landing_addresses
+from bridge.charon.handshakes import Holds
 from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
@@ -42,12 +44,14 @@ FEW = 8
 """SAs in a batch whose activation is not measured apart from their installation: that costs a client time"""
 
 
-Look = Callable[[], Awaitable[None]]
-"""asks VICI which SAs are in state CONNECTING"""
+Known = Callable[[], AbstractAsyncContextManager[Holds]]
+"""meanwhile the handshakes in progress are known (bridge.charon.handshakes)"""
 
 
-async def no_look() -> None:
-    """Look where nothing can be asked."""
+@asynccontextmanager
+async def not_known() -> AsyncIterator[Holds]:
+    """Known where nothing can be asked."""
+    yield lambda: True
 
 
 @dataclass(slots=True)
@@ -88,21 +92,21 @@ class _NoWatcher:
 class Installer:
     """Installs batches into one charon, one after the other. Raises ChannelError when charon is not there.
 
-    `look` is awaited before each activation; `blocked` is called while each segment has a handshake in progress.
+    `known` is entered for each activation; `blocked` is called while each segment has a handshake in progress.
     """
 
     def __init__(
         self,
         channel: HaChannel,
         landing: SegmentChooser,
-        look: Look = no_look,
+        known: Known = not_known,
         blocked: Callable[[], None] = lambda: None,
     ) -> None:
         self.toggle_seconds = 0.0
         """how long the last activation kept the SAs of its segment from answering, at most"""
         self._channel = channel
         self._landing = landing
-        self._look = look
+        self._known = known
         self._blocked = blocked
         self._addresses = landing_addresses(landing.count)
         self._landing_addresses = frozenset(self._addresses.values())
@@ -220,15 +224,33 @@ class Installer:
         self._look_for_charon()
         # charon has all of them before it is asked for handshakes: until then they look like some
         await self._channel.drained()
-        while True:
-            segment = await self._free_segment()
+        clock = asyncio.get_running_loop().time
+        began = looked = clock()
+        while not await self._activated_beside_handshakes():
+            self._blocked()
+            await asyncio.sleep(max(BLOCKED_SECONDS, min(LOOK_SHARE * (clock() - looked), LONGEST_PAUSE)))
+            looked = clock()
+        if looked != began:
+            log.info("activation-delayed", seconds=round(clock() - began, 3))
+
+    async def _activated_beside_handshakes(self) -> bool:
+        """Activate in a segment without a handshake in progress; whether there is one, as far as can be known. charon
+        ends handshakes that come to nothing after a while."""
+        clock = asyncio.get_running_loop().time
+        async with self._known() as holds:
+            # what charon has reported meanwhile
+            self._channel.receive()
+            segment = self._landing.to_activate(clock())
+            if segment is None:
+                return False
             async with self._sending:
-                # both may have taken long
                 self._look_for_charon()
-                if self._landing.to_activate(asyncio.get_running_loop().time()) == segment:
-                    await self.delete_left()
-                    await self._activate_in(segment)
-                    return
+                await self.delete_left()
+                # all of it may have taken long
+                if self._landing.to_activate(clock()) != segment or not holds():
+                    return False
+                await self._activate_in(segment)
+                return True
 
     async def _activate_in(self, segment: int) -> None:
         self._activating, self._landed = self._landed, {}
@@ -280,26 +302,6 @@ class Installer:
             await self._channel.drained()
         self._landing.disturbed(segment, clock(), self.toggle_seconds)
         self._landing.established.update(self._landing.segment_of(one.remote.address) for one in landed.values())
-
-    async def _free_segment(self) -> int:
-        """A segment without a handshake in progress. Waits where each has one: charon ends them after a while."""
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        waited = False
-        while True:
-            looked = clock()
-            await self._look()
-            took = clock() - looked
-            # what charon has reported meanwhile
-            self._channel.receive()
-            segment = self._landing.to_activate(clock())
-            if segment is not None:
-                if waited:
-                    log.info("activation-delayed", seconds=round(clock() - began, 3))
-                return segment
-            waited = True
-            self._blocked()
-            await asyncio.sleep(max(BLOCKED_SECONDS, min(LOOK_SHARE * took, LONGEST_PAUSE)))
 
     def _moved(self, landed: Sequence[_Landed]) -> Iterator[bytes]:
         version = self._version()

@@ -192,6 +192,7 @@ class Placeholders:
         """Have charon give out the addresses of these segments, but those that are kept."""
         chosen = sorted(self.inactive.intersection(segments) - {self._keeping})
         await self._channel.send(segment_message(self._version, MessageType.SEGMENT_DROP, each) for each in chosen)
+        await self._channel.drained()
         self.inactive.difference_update(chosen)
 
     async def reserve_again(self, addresses: Iterable[str]) -> None:

@@ -44,6 +44,12 @@ IN_FLIGHT_SECONDS = 0.5
 LEAST_LOOK_SECONDS = 0.25
 QUICK_SECONDS = 0.05
 """a list of all SAs that took less is asked for before an activation, too"""
+SETTLE_SECONDS = 0.25
+"""that charon gets to process what it has received, while requests that may begin a handshake are held back"""
+SETTLE_PAUSE_SECONDS, SETTLE_GROWTH = 0.001, 1.5
+"""between two looks whether it has"""
+UNSETTLED_SECONDS = 10.0
+"""a charon that counts more handshakes than it lists for so long counts wrongly"""
 
 UNNAMED = "(unnamed)"
 """the connection that VICI names for an SA whose peer has not said who it is"""
@@ -99,6 +105,7 @@ class Reconciler:
         self._waited = 0.0
         self._listing_took = 0.0
         """seconds that the last list of all SAs took"""
+        self._unsettled_since: float | None = None
 
     def soon(self) -> None:
         """Compare as soon as the pace allows."""
@@ -298,16 +305,48 @@ class Reconciler:
         messages report too: all SAs are listed where that is quick, for clients wait for it, and in any case where
         charon would crash.
         """
+        await self._look(all_sas=self._segments.crashes or self._listing_took < QUICK_SECONDS)
+
+    async def look_surely(self) -> bool:
+        """`look`, while charon receives no request that may begin a handshake, until it lists as many as it counts: it
+        counts a request before it processes it. Whether that came to be in SETTLE_SECONDS. Raises ViciError."""
+        began, pause, all_sas = time.monotonic(), SETTLE_PAUSE_SECONDS, False
+        while not await self._look(all_sas=all_sas):
+            now = time.monotonic()
+            if now - began > SETTLE_SECONDS:
+                return self._counts_wrongly(now)
+            await asyncio.sleep(pause)
+            # a request is processed in less; what is still missing has a name, and takes a list of all
+            pause, all_sas = pause * SETTLE_GROWTH, True
+        self._unsettled_since = None
+        return True
+
+    def _counts_wrongly(self, now: float) -> bool:
+        if self._unsettled_since is None:
+            self._unsettled_since = now
+        return now - self._unsettled_since > UNSETTLED_SECONDS
+
+    async def _look(self, *, all_sas: bool) -> bool:
+        """Whether all that charon counts were found. `all_sas`: among all SAs, if need be."""
         since, half_open = time.monotonic(), self._tracker.half_open
         count = await self._vici.half_open()
-        connecting = self._connecting(await self._vici.list_sas(UNNAMED)) if count else {}
-        if len(connecting) >= count:
-            half_open.listed(connecting, since)
-        elif self._segments.crashes or self._listing_took < QUICK_SECONDS:
-            await self._vici.each_sas(lambda infos: connecting.update(self._connecting(infos)))
+        found: dict[bytes, SaInfo] = {}
+
+        def take(infos: list[SaInfo]) -> None:
+            found.update((info.spis, info) for info in infos if info.state in HALF_OPEN_STATES)
+
+        if count:
+            take(await self._vici.list_sas(UNNAMED))
+        listed_all = len(found) >= count
+        if not listed_all and all_sas:
+            await self._vici.each_sas(take)
+            listed_all = True
+        connecting = {spis: info.remote.address for spis, info in found.items() if not self._known(spis)}
+        if listed_all:
             half_open.listed(connecting, since)
         else:
             half_open.also(connecting, since)
+        return len(found) >= count
 
     def _connecting(self, infos: Iterable[SaInfo]) -> dict[bytes, str]:
         return {

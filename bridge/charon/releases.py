@@ -22,6 +22,11 @@ def version_for(release: str) -> int | None:
     return 4 if numbers == (6, 0, 1) else 5
 
 
+def ends_handshakes_on_activation(release: str) -> bool:
+    """Whether the activation of rebuilt SAs ends handshakes in progress of their segment, in whatever way."""
+    return _numbers(release) >= CRASHES_ON_ACTIVATION
+
+
 def crashes_on_activation(release: str) -> bool:
     """Whether the activation of rebuilt SAs beside a handshake in progress crashes this release."""
     return _numbers(release) == CRASHES_ON_ACTIVATION

@@ -1,4 +1,4 @@
-"""charon's end of the HA channel, as the kernel shows it: is it there, whose is it, how much has charon left to read.
+"""charon's sockets, as the kernel shows them: are they there, whose are they, how much has charon left to read.
 
 Asked of sock_diag(7), which finds one socket by its addresses; /proc/net/udp, which shows the same, takes a walk
 through all UDP sockets of the kernel, and is read where that has no udp_diag.
@@ -134,25 +134,62 @@ class Peer:
         return b""
 
 
-def _question(far: bytes, near: bytes) -> bytes:
-    """What finds the socket that a datagram from `far` to `near` would get to."""
+class Sockets:
+    """UDP sockets that receive on loopback, in the network namespace of the process that makes this."""
+
+    def __init__(self) -> None:
+        self._diag: socket.socket | None = None
+        self._questions: dict[tuple[socket.AddressFamily, int], bytes] = {}
+
+    def close(self) -> None:
+        """Give back what is open."""
+        if self._diag is not None:
+            self._diag.close()
+            self._diag = None
+
+    def queued(self, family: socket.AddressFamily, port: int) -> int:
+        """Octets, with the kernel's overhead, that wait in the socket of a port; 0 where there is none. Raises OSError
+        where the kernel does not say."""
+        if self._diag is None:
+            self._diag = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETLINK_SOCK_DIAG)
+        question = self._questions.get((family, port))
+        if question is None:
+            loopback = ip_address("127.0.0.1" if family == socket.AF_INET else "::1").packed
+            question = self._questions[family, port] = _question(loopback, loopback, port)
+        answer = _answer(self._diag, question)
+        if answer is None:
+            return 0
+        queued, _, _ = _STATE.unpack_from(answer, _HEADER.size + _FOUND.size)
+        return int(queued)
+
+
+def _question(far: bytes, near: bytes, port: int = PORT) -> bytes:
+    """What finds the socket that a datagram from `far` to `near`, between sockets of this port, would get to."""
     family = socket.AF_INET if len(near) == 4 else socket.AF_INET6
     body = _REQUEST.pack(family, socket.IPPROTO_UDP, 1 << (_SKMEMINFO - 1), 0xFFFFFFFF)
-    body += _SOCKET.pack(PORT, PORT, far.ljust(16, b"\0"), near.ljust(16, b"\0")) + _ANY
+    body += _SOCKET.pack(port, port, far.ljust(16, b"\0"), near.ljust(16, b"\0")) + _ANY
     return _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0) + body
+
+
+def _answer(diag: socket.socket, question: bytes) -> bytes | None:
+    """What the kernel says of the socket that is found. Raises OSError where it does not answer."""
+    diag.send(question)
+    answer = diag.recv(4096)
+    kind = int.from_bytes(answer[4:6], sys.byteorder)
+    if kind != _NLMSG_ERROR:
+        return answer
+    code = -int.from_bytes(answer[_HEADER.size : _HEADER.size + 4], sys.byteorder, signed=True)
+    if code == errno.ENOENT:
+        return None
+    raise OSError(code, os.strerror(code))
 
 
 def _ask(diag: socket.socket, question: bytes, bound: bytes) -> CharonSocket | None:
     """The socket that is found and `bound` to this address. Raises OSError where the kernel does not answer."""
-    diag.send(question)
-    answer = diag.recv(4096)
-    kind = int.from_bytes(answer[4:6], sys.byteorder)
+    answer = _answer(diag, question)
+    if answer is None:
+        return None
     at = _HEADER.size
-    if kind == _NLMSG_ERROR:
-        code = -int.from_bytes(answer[at : at + 4], sys.byteorder, signed=True)
-        if code == errno.ENOENT:
-            return None
-        raise OSError(code, os.strerror(code))
     port, address, _ = _FOUND.unpack_from(answer, at)
     if port != PORT or address != bound:
         # bound to all addresses: not charon's

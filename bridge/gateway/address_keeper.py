@@ -40,6 +40,8 @@ BANK_PATIENCE: Final = 10.0
 """seconds that a charon without addresses waits for the bank: without an address no handshake of a client succeeds"""
 HANDSHAKE_PATIENCE: Final = 5.0
 """seconds that a segment with a handshake in progress is left inactive, where its activation would only end that"""
+HANDSHAKE_LOOK_SECONDS: Final = 0.5
+"""between two looks whether such handshakes are over"""
 STUB_SECONDS: Final = 60.0
 """that the stub of a session that went on elsewhere may come later than the mark of its move: two queues bring them"""
 STUB_LOOK_SECONDS: Final = 1.0
@@ -77,6 +79,7 @@ class AddressKeeper:
         self._waits_since: float | None = None
         self._compare_at = 0.0
         self._opened_at = 0.0
+        self._activate_at = 0.0
         self._released: dict[str, float] = {}
         """addresses to look at, and when"""
         if charon.landing.count >= SEGMENTS_MIN and pools():
@@ -173,9 +176,9 @@ class AddressKeeper:
         if not charon.placeholders.opened:
             await self._open()
             return
-        if charon.placeholders.inactive and self.pools:
-            await self._activate()
         now = self._clock()
+        if charon.placeholders.inactive and self.pools and now >= self._activate_at:
+            await self._activate()
         due = [address for address, when in self._released.items() if when <= now]
         if due:
             await self._look_again(due, now)
@@ -195,7 +198,7 @@ class AddressKeeper:
             await self._compare(await self._elsewhere_or_nothing())
         else:
             log.error("address-assignment-unprotected", reason="charon has one segment", fix="ha.segments: 16")
-        await self._charon.placeholders.open()
+        await self._open_keeping(self._clock())
         self._opened_at = self._clock()
         self._compare_at = self._opened_at + COMPARE_SECONDS
         await self._activate()
@@ -204,12 +207,31 @@ class AddressKeeper:
             "address-assignment-started", pools=[pool.text for pool in self.pools], kept=len(self._charon.placeholders)
         )
 
+    async def _open_keeping(self, began: float) -> None:
+        """Have the keeping segment activated, once it has no handshake in progress that this would end."""
+        charon = self._charon
+        while True:
+            async with charon.handshakes.known() as holds:
+                spared = self._to_spare(began) if charon.handshakes.ends else set()
+                if holds() and keeping_segment(charon.landing.count) not in spared:
+                    await charon.placeholders.open()
+                    return
+            await asyncio.sleep(TICK_SECONDS)
+
     async def _activate(self) -> None:
-        """Activate segments without a handshake in progress: strongSwan 6 ends those, and 6.0.1 crashes at them."""
+        """Activate segments without a handshake in progress."""
+        async with self._charon.handshakes.known() as holds:
+            spared = self._to_spare(self._opened_at)
+            if holds():
+                await self._charon.placeholders.activate(set(range(1, self._charon.landing.count + 1)) - spared)
+        self._activate_at = self._clock() + HANDSHAKE_LOOK_SECONDS
+
+    def _to_spare(self, since: float) -> set[int]:
+        """The segments with a handshake in progress: strongSwan 6 ends those, for which they are not spared for long,
+        and 6.0.1 crashes at them."""
         now, landing = self._clock(), self._charon.landing
-        wait = landing.crashes or now - self._opened_at < HANDSHAKE_PATIENCE
-        occupied = landing.occupied(now) if wait else set()
-        await self._charon.placeholders.activate(set(range(1, landing.count + 1)) - occupied)
+        wait = landing.crashes or now - since < HANDSHAKE_PATIENCE
+        return landing.with_handshakes(now) if wait else set()
 
     async def _elsewhere_or_nothing(self) -> dict[str, Stub]:
         """Raises BankUnavailable until charon has waited for long enough."""

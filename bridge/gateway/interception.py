@@ -4,8 +4,10 @@ loop stands still."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
+from bridge.charon.ike_sockets import IkeSockets
 from bridge.charon.ports import charon_ports
 from bridge.config import InterceptConfig
 from bridge.net import queue_rules
@@ -42,17 +44,53 @@ class Interception:
         self._flooded = flooded
         self._only_resumption = config.match == "first"
         self._watch: RulesWatch | None = None
+        ports = config.ports or charon_ports()
+        self._ike_sockets = IkeSockets(ports)
         if config.rules != "external":
-            rules = queue_rules.rules(config.queue, config.match, config.ports or charon_ports(), tag=tag)
+            rules = queue_rules.rules(config.queue, config.match, ports, tag=tag)
             self._watch = RulesWatch(
                 "queue", rules, config.rules, matched=queue_rules.matched, metered=queue_rules.metered
             )
         self._bypassed = 0
+        self._holds = 0
+        """activations that hold requests back"""
+        self._kernel_holds = False
         self._watching: asyncio.Task[None] | None = None
 
     def shows_first_requests(self) -> bool:
         """Whether the rules are in place that show requests on rebuilt IKE_SAs; an operator's own do not."""
         return self._watch is not None and self._watch.in_place
+
+    # bridge.charon.handshakes.Hold
+
+    def can_hold(self) -> bool:
+        """Whether the rules are in place that show what may begin a handshake, and the kernel can be told when."""
+        return self._watch is not None and self._watch.in_place and self._watch.placed.full
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[Callable[[], bool]]:
+        """No request that may begin a handshake reaches charon meanwhile, as long as what is given returns True: the
+        event loop may stand still, or the rules be removed."""
+        stalls = self._liveness.stalls
+        self._holds += 1
+        self._interceptor.close_gate()
+        try:
+            yield lambda: self._hold_on() and self._liveness.stalls == stalls
+        finally:
+            self._holds -= 1
+            self._interceptor.open_gate()
+            self._keep_what_overflows()
+
+    async def read(self) -> bool:
+        """Wait until charon has read what came before; whether it has."""
+        return await self._ike_sockets.read()
+
+    def _hold_on(self) -> bool:
+        """Have the kernel queue what may begin a handshake, for as long as it can remember; whether it does."""
+        if not self.can_hold():
+            return False
+        self._liveness.beat()
+        return self._kernel_holds
 
     async def start(self) -> None:
         """Take the queue over and set its rules, as soon as that works."""
@@ -71,12 +109,18 @@ class Interception:
         if self._watch is not None:
             self._watch.remove()
         self._interceptor.stop()
+        self._ike_sockets.close()
 
     def _beat(self) -> None:
-        flooded = self._only_resumption and self._flooded()
-        if flooded:
+        if self._only_resumption and self._flooded():
             self._liveness.flood()
-        self._interceptor.fail_open(not flooded)
+        if self._holds:
+            self._kernel_holds = self._liveness.hold()
+        self._keep_what_overflows()
+
+    def _keep_what_overflows(self) -> None:
+        flooded = self._only_resumption and self._flooded()
+        self._interceptor.fail_open(not flooded and not self._holds)
 
     def _unnoticed(self) -> None:
         if self._watch is not None:

@@ -174,6 +174,7 @@ class GatewayRole:
             lambda: self._responder.flooded,
             tag=tag,
         )
+        charon.handshakes.hold = self._interception
         self._reconciler = BankReconciler(config, bank, charon, self._publisher, known, self._elsewhere)
         self._reconciler.on_ending = self._keeper.ended
         charon.tracker.on_lost.append(self._stubs.lost.put)

@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 
 from bridge.net.firewall import Family, Placed, families
-from bridge.net.queue_rules import ALIVE, BEAT_PORT, FLOOD_PORT, FLOODED, STALL_SECONDS
+from bridge.net.queue_rules import ALIVE, BEAT_PORT, FLOOD_PORT, FLOODED, HELD, HOLD_PORT, STALL_SECONDS
 
 log = structlog.get_logger()
 
@@ -99,13 +99,23 @@ class Liveness:
     def flood(self) -> None:
         """Tell the kernel that there is a flood: it meters what is not proved to come from where it says, for a moment.
         Where it has no rules for that, nothing changes."""
+        self._note(FLOOD_PORT, FLOODED)
+
+    def hold(self) -> bool:
+        """Tell the kernel that segments change hands: it queues what may begin a handshake, for a moment. Whether it
+        took that."""
+        return self._note(HOLD_PORT, HELD)
+
+    def _note(self, port: int, lists: dict[Family, str]) -> bool:
         if self._socket is not None:
-            # refused by the rule, once it had noted it
-            with contextlib.suppress(OSError):
-                self._socket.sendto(b"", ("127.0.0.1", FLOOD_PORT))
-        for family in self._families:
-            with contextlib.suppress(OSError), open(_RECENT / FLOODED[family], "wb", buffering=0) as file:
-                file.write(_ANY[family])
+            return self._send(port)
+        try:
+            for family in self._families:
+                with open(_RECENT / lists[family], "wb", buffering=0) as file:
+                    file.write(_ANY[family])
+        except OSError:
+            return False
+        return bool(self._families)
 
     def _again_and_again(self) -> None:
         assert self._loop is not None
@@ -113,9 +123,12 @@ class Liveness:
         self.beat()
 
     def _tell_nftables(self) -> bool:
+        return self._send(BEAT_PORT)
+
+    def _send(self, port: int) -> bool:
         assert self._socket is not None
         try:
-            self._socket.sendto(b"", ("127.0.0.1", BEAT_PORT))
+            self._socket.sendto(b"", ("127.0.0.1", port))
         except PermissionError:
             # the rule dropped it, once it had noted it
             return True

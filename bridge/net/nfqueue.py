@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from bridge.net.packet import parse_datagram
+from bridge.net.packet import may_begin_handshake, parse_datagram
 
 if TYPE_CHECKING:
     from netfilterqueue import NetfilterQueue
@@ -48,10 +48,27 @@ class InterceptUnavailable(Exception):
     """Requests cannot be intercepted; the text names the cause and the fix."""
 
 
+class _Gate:
+    """What is undecided, in order of arrival; and, while it is `closed`, what goes on to charon only afterwards."""
+
+    __slots__ = ("closed", "held", "waiting")
+
+    def __init__(self) -> None:
+        self.held: dict[Packet, None] = {}
+        self.closed = 0
+        """by so many"""
+        self.waiting: list[Queued] = []
+
+    def let_go(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        for queued in waiting:
+            queued.accept()
+
+
 class Packet:
     """A held IKE request. `marker`: it came after a non-ESP marker. Decide once; later decisions do nothing."""
 
-    __slots__ = ("_held", "_queued", "dport", "dst", "ike", "marker", "sport", "src")
+    __slots__ = ("_gate", "_queued", "dport", "dst", "ike", "marker", "sport", "src")
 
     def __init__(
         self,
@@ -62,7 +79,7 @@ class Packet:
         ike: bytes,
         marker: bool,
         queued: Queued,
-        held: dict[Packet, None],
+        gate: _Gate,
     ) -> None:
         self.src = src
         self.sport = sport
@@ -71,7 +88,7 @@ class Packet:
         self.ike = ike
         self.marker = marker
         self._queued: Queued | None = queued
-        self._held = held
+        self._gate = gate
 
     def __repr__(self) -> str:
         state = "held" if self.held else "decided"
@@ -87,15 +104,18 @@ class Packet:
         queued = self._queued
         if queued is not None:
             self._queued = None
-            self._held.pop(self, None)
-            queued.accept()
+            self._gate.held.pop(self, None)
+            if self._gate.closed and may_begin_handshake(self.ike):
+                self._gate.waiting.append(queued)
+            else:
+                queued.accept()
 
     def drop(self) -> None:
         """Keep it from charon: the sidecar answers."""
         queued = self._queued
         if queued is not None:
             self._queued = None
-            self._held.pop(self, None)
+            self._gate.held.pop(self, None)
             queued.drop()
 
 
@@ -138,8 +158,7 @@ class Interceptor:
         self._fails_open = True
         self._loop: asyncio.AbstractEventLoop | None = None
         self._proc = -1
-        # in order of arrival
-        self._held: dict[Packet, None] = {}
+        self._gate = _Gate()
         self._batch: list[Packet] = []
         self._strangers: list[Queued] = []
         self._seen = 0
@@ -197,9 +216,21 @@ class Interceptor:
         if self._queue is None:
             return
         self._read(self._queue, NO_END)
-        for packet in [*self._held, *self._batch]:
+        for packet in [*self._gate.held, *self._batch]:
             packet.accept()
         self._batch = []
+        self._gate.let_go()
+
+    def close_gate(self) -> None:
+        """From here on what may begin a handshake does not go on to charon, until `open_gate`, or `let_go`, which lets
+        what waits go on. The calls are counted."""
+        self._gate.closed += 1
+
+    def open_gate(self) -> None:
+        """What waits goes on, in order, once no other has closed the gate."""
+        self._gate.closed -= 1
+        if not self._gate.closed:
+            self._gate.let_go()
 
     def stats(self) -> QueueStats:
         """Counters of this queue, the kernel's among them; those are 0 while it is not started."""
@@ -208,7 +239,7 @@ class Interceptor:
             row = _row(os.pread(self._proc, 65536, 0).decode(), self._number)
             if row is not None:
                 waiting, drops = int(row[2]), int(row[5]) + int(row[6])
-        return QueueStats(drops, waiting, len(self._held), self._seen)
+        return QueueStats(drops, waiting, len(self._gate.held), self._seen)
 
     def _arrived(self, queued: Queued) -> None:
         """Called by NetfilterQueue for each packet while it reads; the octets are gone once this returns."""
@@ -216,7 +247,7 @@ class Interceptor:
         if parsed is None:
             self._strangers.append(queued)
         else:
-            self._batch.append(Packet(*parsed, queued, self._held))
+            self._batch.append(Packet(*parsed, queued, self._gate))
         self._left -= 1
         if not self._left:
             raise _Enough
@@ -232,8 +263,12 @@ class Interceptor:
         except OSError as error:
             log.error("queue-unreadable", queue=self._number, reason=error.strerror)
         strangers, self._strangers = self._strangers, []
-        for queued in strangers:
-            queued.accept()
+        if self._gate.closed:
+            # charon may understand what was too long for this program
+            self._gate.waiting += strangers
+        else:
+            for queued in strangers:
+                queued.accept()
         self._seen += len(self._batch) + len(strangers)
 
     def _readable(self) -> None:
@@ -250,7 +285,7 @@ class Interceptor:
             for packet in batch:
                 packet.accept()
             return
-        self._held.update((packet, None) for packet in batch if packet.held)
+        self._gate.held.update((packet, None) for packet in batch if packet.held)
 
 
 def _open() -> NetfilterQueue:

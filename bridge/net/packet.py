@@ -18,6 +18,8 @@ EXCHANGES = (34, 240)
 """IKE_SA_INIT, and the exchange that hands a client its stub (docs/protocol.md): all that a gateway's sidecar reads"""
 ANSWERED = (*EXCHANGES, 37)
 """what a client's sidecar reads the answers of: INFORMATIONAL, which confirms a rebuilt SA, among them"""
+BEGINNINGS = (34, 2, 4)
+"""what may have charon begin a handshake: IKE_SA_INIT, and Main and Aggressive Mode of IKEv1 (RFC 2408 section 3.1)"""
 FLAG_RESPONSE = 0x20
 IKE_HEADER = 28
 EXCHANGE_OFFSET = 18
@@ -47,6 +49,11 @@ class Datagram(NamedTuple):
     dport: int
     ike: bytes
     marker: bool
+
+
+def may_begin_handshake(ike: bytes) -> bool:
+    """Whether an IKE message may be a request that charon makes an IKE_SA of."""
+    return ike[EXCHANGE_OFFSET] in BEGINNINGS and not ike[EXCHANGE_OFFSET + 1] & FLAG_RESPONSE
 
 
 def has_marker(client: int, gateway: int) -> bool:

@@ -23,6 +23,10 @@ attacker could forge the address of a client, and have its requests dropped. The
 after it was last told of it. A kernel that cannot meter queues all of them; so do the rules for `anywhere`, but for
 the last two kinds.
 
+While the sidecar says that segments of charon's ha plugin change hands, all that may begin a handshake is queued: from
+strongSwan 6.0.1 on an activation ends handshakes in progress, or crashes charon. The kernel forgets it HOLD_SECONDS
+after it was last told of it. A kernel that has no xt_recent cannot be told.
+
 IPv4 puts fragments together before its input rules, IPv6 after them, so that a fragmented request would never be whole
 there. One more rule, which matches nothing, has the kernel do it first, as connection tracking does, but without
 that: only the match for sockets and TPROXY ask for it. Where the kernel has neither, such requests go to charon.
@@ -36,7 +40,15 @@ from typing import Literal
 
 from bridge.ike.message import ExchangeType, NotifyType, PayloadType
 from bridge.net.firewall import Family, Jump, Rules, View, listing
-from bridge.net.packet import EXCHANGE_OFFSET, FLAG_RESPONSE, IKE_HEADER, PORT_IKE, PORT_NAT_T, UDP_HEADER
+from bridge.net.packet import (
+    BEGINNINGS,
+    EXCHANGE_OFFSET,
+    FLAG_RESPONSE,
+    IKE_HEADER,
+    PORT_IKE,
+    PORT_NAT_T,
+    UDP_HEADER,
+)
 
 Match = Literal["first", "anywhere"]
 
@@ -47,10 +59,14 @@ METER_CHAIN, COOKIE_CHAIN, SA_CHAIN = "ike-sa-sync-meter", "ike-sa-sync-meter-2"
 """of requests without a cookie, with one, and of messages of exchange type 240"""
 TAGGED_CHAIN = "ike-sa-sync-meter-4"
 """of requests of rebuilt IKE_SAs"""
+HOLD_CHAIN = "ike-sa-sync-hold"
+"""of what may begin a handshake"""
 ALIVE: dict[Family, str] = {"ip": "ike-sa-sync", "ip6": "ike-sa-sync-6"}
 """the lists of xt_recent, with iptables: a list has one mask, that of the first rule that names it"""
 FLOODED: dict[Family, str] = {"ip": "ike-sa-sync-flood", "ip6": "ike-sa-sync-flood-6"}
 """the same while there is a flood"""
+HELD: dict[Family, str] = {"ip": "ike-sa-sync-hold", "ip6": "ike-sa-sync-hold-6"}
+"""the same while segments change hands"""
 STALL_SECONDS = 1
 """an event loop that stood still for so long gets no packets"""
 BEAT_PORT = 9
@@ -59,6 +75,9 @@ BEAT_PORT = 9
 FLOOD_PORT = 10
 """the same, while there is a flood"""
 FLOOD_SECONDS = 2
+HOLD_PORT = 11
+"""the same, while segments change hands"""
+HOLD_SECONDS = 1
 FLOOD_RATE = 25_000
 """requests without a cookie a second, about what the sidecar can answer with a cookie on one core"""
 STRAYS_RATE = 10_000
@@ -89,6 +108,7 @@ _STUB = _word(PayloadType.NONCE, ExchangeType.STUB)
 _SYNC_FIRST = _word(PayloadType.SYNC, ExchangeType.IKE_SA_INIT)
 _COOKIE_FIRST = _word(PayloadType.NOTIFY, ExchangeType.IKE_SA_INIT)
 _ANYWHERE = (_word(0, ExchangeType.IKE_SA_INIT), _word(0, ExchangeType.STUB))
+_BEGINNINGS = tuple(_word(0, exchange) for exchange in BEGINNINGS)
 _TAGGED = (_word(0, ExchangeType.CREATE_CHILD_SA), _word(0, ExchangeType.INFORMATIONAL))
 
 
@@ -109,7 +129,7 @@ def rules(
     proportion of all else."""
     return Rules(
         name=NAME,
-        chains=(NAME, METER_CHAIN, COOKIE_CHAIN, SA_CHAIN, TAGGED_CHAIN, QUEUE_CHAIN),
+        chains=(NAME, METER_CHAIN, COOKIE_CHAIN, SA_CHAIN, TAGGED_CHAIN, HOLD_CHAIN, QUEUE_CHAIN),
         nftables=nftables_text(queue, match, ports, tag),
         iptables=lambda family, full: iptables_text(queue, match, family, full, ports, tag),
         jumps=(Jump("INPUT", "-p udp", NAME),),
@@ -168,12 +188,15 @@ def nftables_text(queue: int, match: Match, ports: Sequence[int] = PORTS, tag: b
             )
         if match == "anywhere":
             lines.append(f"{before} {head} & {_EXCHANGE_MASK:#x} {{ {', '.join(_ANYWHERE)} }} goto held")
-            continue
-        lines.append(f"{before} {head} & {_MASK:#x} {_STUB} goto about_sa")
-        lines.append(f"{before} {head} & {_MASK:#x} {_SYNC_FIRST} goto unproved")
+        else:
+            lines.append(f"{before} {head} & {_MASK:#x} {_STUB} goto about_sa")
+            lines.append(f"{before} {head} & {_MASK:#x} {_SYNC_FIRST} goto unproved")
+            lines.append(
+                f"{before} {head} & {_MASK:#x} {_COOKIE_FIRST} {at(payload, 1)} {int(PayloadType.SYNC)} "
+                f"{at(payload + _NOTIFY_TYPE, 2)} {int(NotifyType.COOKIE)} goto with_cookie"
+            )
         lines.append(
-            f"{before} {head} & {_MASK:#x} {_COOKIE_FIRST} {at(payload, 1)} {int(PayloadType.SYNC)} "
-            f"{at(payload + _NOTIFY_TYPE, 2)} {int(NotifyType.COOKIE)} goto with_cookie"
+            f"{before} {head} & {_EXCHANGE_MASK:#x} {{ {', '.join(_BEGINNINGS)} }} meta l4proto @activating goto held"
         )
     matches = "\n        ".join(lines)
     return f"""\
@@ -186,10 +209,14 @@ table inet {NAME} {{
     set flooded {{
         type inet_proto; size 128; flags dynamic,timeout; timeout {FLOOD_SECONDS}s;
     }}
+    set activating {{
+        type inet_proto; size 128; flags dynamic,timeout; timeout {HOLD_SECONDS}s;
+    }}
     chain beat {{
         type filter hook output priority raw; policy accept;
         ip daddr 127.0.0.1 udp dport {BEAT_PORT} meta skuid 0 update @alive {{ meta l4proto }} drop
         ip daddr 127.0.0.1 udp dport {FLOOD_PORT} meta skuid 0 update @flooded {{ meta l4proto }} drop
+        ip daddr 127.0.0.1 udp dport {HOLD_PORT} meta skuid 0 update @activating {{ meta l4proto }} drop
     }}
     chain held {{
         counter meta l4proto @alive queue num {queue} bypass
@@ -270,11 +297,15 @@ def iptables_text(
                 f"&&{head}&{_EXCHANGE_MASK:#x}={','.join(_TAGGED)}&&{at(_MESSAGE_ID + shift)}&{_ID_MASK:#x}=0"
             )
             tests.append((tagged, TAGGED_CHAIN))
+        if full:
+            tests.append((f"{head}&{_EXCHANGE_MASK:#x}={','.join(_BEGINNINGS)}", HOLD_CHAIN))
         lines += [
             f'-A {NAME} -p udp --dport {port} -m u32 --u32 "{udp_follows}{marker}{test}" -g {chain}'
             for test, chain in tests
         ]
     lines += [f"-A {chain} -g {QUEUE_CHAIN}" for chain in (METER_CHAIN, COOKIE_CHAIN, SA_CHAIN, TAGGED_CHAIN)]
+    if full:
+        lines.append(f"-A {HOLD_CHAIN} {' '.join(_recent(family, HELD, HOLD_SECONDS))} -g {QUEUE_CHAIN}")
     recent = " ".join(_recent(family, ALIVE, STALL_SECONDS)) + " " if full else ""
     lines.append(f"-A {QUEUE_CHAIN} {recent}-j NFQUEUE --queue-num {queue} --queue-bypass")
     return "\n".join(lines) + "\n"

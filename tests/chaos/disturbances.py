@@ -220,6 +220,8 @@ def restart_charon(world: World, random: Random) -> Plan:
             if not host.sidecars[0].running:
                 # the next one cannot know whether these sessions ended, or their charon crashed
                 world.leaves_stubs(host)
+            # as systemd does, or one that hangs would not end
+            signalled(host.charon, signal.SIGCONT)
             host.charon.stop()
             host.charon.forget()
         world.start_strongswans(host)

@@ -1,0 +1,77 @@
+"""No handshake begins while a segment changes hands (bridge.charon.handshakes): in what order that is seen to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from bridge.charon.handshakes import Handshakes, Holds
+
+
+class Recorder:
+    """Holds requests back, and asks charon; notes what is done, in order."""
+
+    def __init__(self, *, able: bool = True, read: bool = True, sure: bool = True) -> None:
+        self.done: list[str] = []
+        self.held = False
+        self.able, self.was_read, self.sure = able, read, sure
+
+    def can_hold(self) -> bool:
+        return self.able
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[Holds]:
+        self.held = True
+        self.done.append("held back")
+        yield lambda: self.held
+        self.done.append("let go")
+
+    async def read(self) -> bool:
+        self.done.append("read")
+        return self.was_read
+
+    async def look(self) -> None:
+        self.done.append("looked")
+
+    async def look_surely(self) -> bool:
+        self.done.append("looked surely")
+        return self.sure
+
+    def handshakes(self, *, ends: bool = True) -> Handshakes:
+        made = Handshakes(self.look, self.look_surely)
+        made.hold, made.ends = self, ends
+        return made
+
+
+async def test_charon_is_asked_once_requests_are_held_back_and_it_has_read_what_came_before() -> None:
+    recorder = Recorder()
+    async with recorder.handshakes().known() as holds:
+        assert holds()
+        recorder.done.append("activated")
+    assert recorder.done == ["held back", "read", "looked surely", "activated", "let go"]
+
+
+@pytest.mark.parametrize(("able", "ends"), [(False, True), (True, False)])
+async def test_where_nothing_can_or_need_be_held_back_charon_is_asked_alone(able: bool, ends: bool) -> None:
+    recorder = Recorder(able=able)
+    handshakes = recorder.handshakes(ends=ends)
+    assert not handshakes.can_hold()
+    async with handshakes.known() as holds:
+        assert holds()
+    assert recorder.done == ["looked"]
+
+
+@pytest.mark.parametrize(("read", "sure"), [(False, True), (True, False)])
+async def test_nothing_is_activated_where_charon_has_not_processed_what_it_received(read: bool, sure: bool) -> None:
+    async with Recorder(read=read, sure=sure).handshakes().known() as holds:
+        assert not holds()
+
+
+async def test_nothing_is_activated_once_requests_may_have_passed() -> None:
+    recorder = Recorder()
+    async with recorder.handshakes().known() as holds:
+        recorder.held = False
+        assert not holds()
+    assert recorder.done[-1] == "let go"
