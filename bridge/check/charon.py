@@ -94,8 +94,8 @@ def _release(release: str) -> Finding:
         return warn(
             "charon",
             f"strongSwan {release}: its ha plugin crashes when rebuilt SAs are activated beside a handshake in progress"
-            " in the same HA segment; resumptions wait for a segment that has none, and a gateway's sidecar holds requests "
-            "back meanwhile, but not what strongSwan initiates itself",
+            " in the same HA segment; resumptions wait for a segment that has none, and a gateway's sidecar holds"
+            " requests back meanwhile, but not what strongSwan initiates itself",
             "install strongSwan 6.0.2 or later, where this is fixed",
         )
     return ok("charon", f"strongSwan {release}, ha message version {version}")
