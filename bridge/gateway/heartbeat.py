@@ -108,11 +108,13 @@ class Heartbeat:
         metrics.gauge("bank_writable", "1 while the bank takes writes", lambda: float(self.bank_writable))
 
     async def close(self) -> None:
-        """End. The heartbeat stays for RESTART_SECONDS where charon goes on: that this sidecar ends is no failure of
-        its gateway, unless it does not come back."""
+        """End, once. The heartbeat stays for RESTART_SECONDS where charon goes on: that this sidecar ends is no failure
+        of its gateway, unless it does not come back."""
+        task, self._task = self._task, None
+        if task is None:
+            return
         await self._pulse.close()
-        if self._task is not None:
-            await end(self._task)
+        await end(task)
         address = self.own_address
         if self.bank_writable and address is not None and self._there():
             with contextlib.suppress(BankUnavailable):

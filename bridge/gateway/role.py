@@ -265,6 +265,8 @@ class GatewayRole:
         # until then no handshake of a client gets an address
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._keeper.settled.wait(), ADDRESSES_SECONDS)
+        # before all else ends: that takes longer on a busy machine than others wait for a heartbeat
+        stack.push_async_callback(self._bank.heartbeat.close)
 
     # charon's news (bridge.charon.sa_tracker.Listener)
 
