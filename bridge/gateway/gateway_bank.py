@@ -20,6 +20,7 @@ from bridge.gateway.bank_events import BankEvents
 from bridge.gateway.event_watch import EventWatch
 from bridge.gateway.heartbeat import Heartbeat
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.uplink import Uplink
 from bridge.stub import bank_keys
 from bridge.stub.keyring import Keyring
 
@@ -42,7 +43,15 @@ class GatewayBank:
         near = self._replicas.near if self._replicas is not None and config.bank.mode == "distributed" else None
         self.prefetch = Prefetch(stubs, limit=config.bank.cache, near=near, patience=config.bank.get_timeout / 2)
         self.writer = WriteQueue(stubs, limit=config.bank.pending)
-        self.heartbeat = Heartbeat(stubs, charon, config.address, counts, config.failover.detect, self._written)
+        self.heartbeat = Heartbeat(
+            stubs,
+            charon,
+            config.address,
+            counts,
+            config.failover.detect,
+            self._written,
+            cut_off=Uplink(charon.tracker).look,
+        )
         self.rotation = KeyRotation(
             stubs,
             keyring,

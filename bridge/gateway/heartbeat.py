@@ -42,10 +42,11 @@ class BankState(StrEnum):
 
 
 class Heartbeat:
-    """Keeps `ike:gateway:<address>` alive, `detect` s each time, and takes it away when charon goes. `address` is this
-    gateway's in the index; None stands for the local address of the first SA that is up. `written` gets each
-    attempt: whether it was written, the seconds that the bank took for that, and the other gateways whose heartbeats
-    are in the bank (None where that is not known)."""
+    """Keeps `ike:gateway:<address>` alive, `detect` s each time, and takes it away when charon goes, or the way to
+    its clients. `address` is this gateway's in the index; None stands for the local address of the first SA that is up.
+    `written` gets each attempt: whether it was written, the seconds that the bank took for that, and the other gateways
+    whose heartbeats are in the bank (None where that is not known). `cut_off` gives, at a time of `clock`, whether no
+    client can be sent to."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Heartbeat:
         detect: float,
         written: Callable[[bool, float, Collection[str] | None], Awaitable[None]],
         *,
+        cut_off: Callable[[float], bool] = lambda _: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bank = bank
@@ -67,8 +69,9 @@ class Heartbeat:
         self._detect = detect
         self._written = written
         self._served = False
-        """charon is there, and its IKE_SAs are known"""
+        """charon is there, its IKE_SAs are known, and its clients can be sent to"""
         self._pulse = CharonPulse(charon.vici, detect)
+        self._cut_off = cut_off
         self._clock = clock
         self._state: BankState | None = None
         self._refused_at: float | None = None
@@ -199,12 +202,12 @@ class Heartbeat:
             log.info("bank-writable", component="heartbeat")
 
     async def _pause(self, until: float) -> None:
-        """Until the next heartbeat is due, or charon has gone."""
+        """Until the next heartbeat is due, or charon or the way to its clients has gone."""
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, CHARON_SECONDS))
             if self._served and not self._there():
                 self._served = False
-                if not self._pulse.hangs:
+                if self.charon_alive is False:
                     log.warning("charon-ended", effect="the other gateways are notified")
                 with contextlib.suppress(BankUnavailable):
                     if (address := self.own_address) is not None:
@@ -212,7 +215,7 @@ class Heartbeat:
                 return
 
     def _there(self) -> bool:
-        return self.charon_alive is True
+        return self.charon_alive is True and not self._cut_off(self._clock())
 
     @property
     def own_address(self) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from enum import StrEnum
 from typing import Final
 
-SAID_ITSELF: Final = "it says so itself: its charon is gone, or it was shut down"
+SAID_ITSELF: Final = "it says so itself: its charon or its uplink is gone, or it was shut down"
 """the reason of a failure after which the gateway has lost its sessions, also if it is back at once"""
 CALM: Final = 2.0
 """how many times `detect` the bank has to have worked"""
@@ -38,7 +38,7 @@ class Sign(StrEnum):
     EXPIRED_CALM = "expired-calm"
     """expired, and the bank was calm"""
     DELETED = "deleted"
-    """the gateway itself has said that it cannot serve: its charon is gone, or it was shut down"""
+    """the gateway itself has said that it cannot serve: its charon or its uplink is gone, or it was shut down"""
 
 
 TRANSITIONS: Final[dict[tuple[PeerState, Sign], PeerState]] = {

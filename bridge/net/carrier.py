@@ -1,0 +1,68 @@
+"""Whether the kernel could send packets at all: a route, and an interface that has a carrier (rtnetlink)."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import socket
+import struct
+from typing import Final
+
+# linux/netlink.h, linux/rtnetlink.h, linux/if.h
+_NLMSG_ERROR, _NLM_F_REQUEST = 2, 1
+_RTM_GETROUTE: Final = 26
+_RTA_DST, _RTA_SRC, _RTA_OIF = 1, 2, 4
+_HEADER: Final = struct.Struct("=IHHII")
+_ROUTE: Final = struct.Struct("=BBBBBBBBI")
+"""struct rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type, flags"""
+_ATTRIBUTE: Final = struct.Struct("=HH")
+_NUMBER: Final = struct.Struct("=i")
+_REQUEST: Final = struct.Struct("16sH22x")
+"""struct ifreq with flags"""
+_SIOCGIFFLAGS: Final = 0x8913
+_SENDS: Final = 0x1 | 0x40
+"""IFF_UP, IFF_RUNNING"""
+_NO_ROUTE: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN})
+_RECEIVE: Final = 1 << 16
+
+
+def reaches(local: str, remote: str) -> bool:
+    """Whether packets from `local`, an address of this host, to `remote` have a route out of an interface with a
+    carrier, in the network namespace of the caller. True also where the kernel does not say. Never raises."""
+    try:
+        interface = _interface_to(local, remote)
+        return interface is None or _has_carrier(interface)
+    except OSError as error:
+        return error.errno not in _NO_ROUTE
+
+
+def _interface_to(local: str, remote: str) -> int | None:
+    """The index of the interface that the kernel sends by. Raises OSError where it has no route."""
+    family = socket.AF_INET6 if ":" in remote else socket.AF_INET
+    source, target = socket.inet_pton(family, local), socket.inet_pton(family, remote)
+    bits = 8 * len(target)
+    body = _ROUTE.pack(family, bits, bits, 0, 0, 0, 0, 0, 0) + _packed(_RTA_DST, target) + _packed(_RTA_SRC, source)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        sock.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETROUTE, _NLM_F_REQUEST, 1, 0) + body)
+        answer = sock.recv(_RECEIVE)
+    _, kind, *_ = _HEADER.unpack_from(answer)
+    if kind == _NLMSG_ERROR:
+        raise OSError(-_NUMBER.unpack_from(answer, _HEADER.size)[0], "the kernel has no route")
+    offset = _HEADER.size + _ROUTE.size
+    while offset + _ATTRIBUTE.size <= len(answer):
+        length, kind = _ATTRIBUTE.unpack_from(answer, offset)
+        if kind == _RTA_OIF:
+            return int(_NUMBER.unpack_from(answer, offset + _ATTRIBUTE.size)[0])
+        offset += max((length + 3) & ~3, _ATTRIBUTE.size)
+    return None
+
+
+def _packed(kind: int, value: bytes) -> bytes:
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value
+
+
+def _has_carrier(interface: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = _REQUEST.pack(socket.if_indextoname(interface).encode(), 0)
+        flags = int(_REQUEST.unpack(fcntl.ioctl(sock, _SIOCGIFFLAGS, request))[1])
+    return flags & _SENDS == _SENDS

@@ -1,0 +1,156 @@
+"""A gateway that cannot send to its clients any more, while it still reaches the bank, says so itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from bank_support import stub_of
+from bridge.charon.ike_sa import sa_of
+from bridge.gateway.uplink import GONE_SECONDS, LOOK_SECONDS, SAMPLE, SAMPLE_SECONDS, Uplink
+from bridge.lab import Lab, Topology, space
+from bridge.lab.daemon import SLOWNESS, wait_until
+from bridge.lab.demo import Ping
+from bridge.lab.topology import SITE, standard
+from bridge.net.carrier import reaches
+from bridge.stub.bank_keys import heartbeat_key
+from failover_support import connect, established, fresh, last_move
+from test_sa_tracker import tracker
+
+
+class Kernel:
+    """What it says of the ways to clients, and the uplink of a gateway with so many sessions."""
+
+    def __init__(self, sessions: int) -> None:
+        known, _, self._clock = tracker()
+        for number in range(1, sessions + 1):
+            sa = sa_of(stub_of(number.to_bytes(8)))
+            known.sas[sa.id.spis] = sa
+        self.known = known
+        self.sends = True
+        self.asked = 0
+        self.uplink = Uplink(known, self._reaches)
+        self.now = 1000.0
+
+    def _reaches(self, local: str, remote: str) -> bool:
+        self.asked += 1
+        return self.sends
+
+    def passes(self, seconds: float) -> bool:
+        """Whether it is gone after that, looked at as often as a gateway does."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now += LOOK_SECONDS / 4
+            self.uplink.look(self.now)
+        return self.uplink.gone
+
+
+def test_an_uplink_over_which_no_client_can_be_sent_to_is_gone_and_comes_back() -> None:
+    kernel = Kernel(3)
+    assert not kernel.passes(1.0)
+    kernel.sends = False
+    with structlog.testing.capture_logs() as events:
+        assert not kernel.passes(GONE_SECONDS / 2)
+        assert kernel.passes(GONE_SECONDS + LOOK_SECONDS)
+        # whatever becomes of its sessions
+        kernel.known.sas.clear()
+        assert kernel.passes(2 * SAMPLE_SECONDS)
+        kernel.sends = True
+        assert not kernel.passes(2 * LOOK_SECONDS)
+    assert [event["event"] for event in events] == ["uplink-lost", "uplink-back"]
+
+
+def test_an_interface_that_is_away_for_a_moment_is_no_loss() -> None:
+    kernel = Kernel(3)
+    kernel.passes(1.0)
+    for _ in range(10):
+        kernel.sends = not kernel.sends
+        assert not kernel.passes(GONE_SECONDS / 2)
+
+
+def test_a_gateway_without_sessions_has_not_lost_its_uplink() -> None:
+    kernel = Kernel(0)
+    kernel.sends = False
+    assert not kernel.passes(10.0)
+
+
+def test_ways_that_the_kernel_never_knew_say_nothing() -> None:
+    """charon's packets may be routed by a mark."""
+    kernel = Kernel(3)
+    kernel.sends = False
+    assert not kernel.passes(10.0)
+
+
+def test_a_gateway_with_many_sessions_looks_at_some_of_them() -> None:
+    kernel = Kernel(5000)
+    kernel.uplink.look(kernel.now)
+    assert kernel.asked <= SAMPLE + 1
+    kernel.sends = False
+    kernel.passes(1.0)
+    kernel.asked = 0
+    kernel.passes(1.0)
+    assert kernel.asked <= SAMPLE * (1.0 / LOOK_SECONDS + 1)
+
+
+def test_the_kernel_says_what_this_host_reaches() -> None:
+    assert reaches("127.0.0.1", "127.0.0.1")
+    assert reaches("::1", "::1")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Topology]:
+    """The standard lab, where gw1 reaches the bank by another interface than its clients."""
+    with Lab() as lab:
+        topology = standard(lab, start=False)
+        for sidecar in topology.gateways.values():
+            sidecar.config["failover"] = {"detect": 1.0 * SLOWNESS}
+        bank = topology.bank.host
+        lab.add_network("inner")
+        lab.attach(bank, "10.98.0.20/24", network="inner")
+        interface = lab.attach(topology.gw1, "10.98.0.1/24", network="inner")
+        topology.gw1.run(
+            *("ip", "route", "add", f"{bank.address}/32", "via", "10.98.0.20", "dev", interface, "src", "10.98.0.1")
+        )
+        topology.client.configure("connections { home { dpd_delay = 30s } }\n", "dpd.conf")
+        topology.start()
+        yield topology
+
+
+def without_carrier(topology: Topology, there: bool) -> None:
+    """The cable is pulled, or is in again."""
+    port = f"{topology.gw1.name}-eth0"
+    space.command("ip", "-n", topology.lab.switch, "link", "set", port, "up" if there else "down")
+
+
+def set_down(topology: Topology, there: bool) -> None:
+    """An operator's mistake."""
+    topology.gw1.run("ip", "link", "set", "eth0", "up" if there else "down")
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("change", [without_carrier, set_down])
+def test_the_clients_of_a_gateway_that_loses_its_uplink_alone_go_on_elsewhere(lab: Topology, change: object) -> None:
+    assert callable(change)
+    fresh(lab)
+    sign = heartbeat_key(lab.gw1.address)
+    wait_until(lambda: lab.bank.cli("EXISTS", sign) == "1", "the heartbeat")
+    connect(lab)
+    ping = Ping(lab.client, SITE)
+    wait_until(lambda: ping.answers() >= 10, "traffic")
+    # longer than between two choices of clients that are looked at
+    wait_until(lambda: ping.answers() >= 10 + SAMPLE_SECONDS / 0.05, "traffic for a while")
+    change(lab, False)
+    try:
+        there = [lab.gw2.address]
+        wait_until(lambda: [sa["remote-host"] for sa in established(lab.client)] == there, "the session elsewhere")
+        at = ping.answers()
+        wait_until(lambda: ping.answers() >= at + 10, "traffic at the other gateway")
+        assert last_move(lab)["result"] == "resumed"
+        assert "event=uplink-lost" in lab.gateways["gw1"].text()
+        assert lab.bank.cli("EXISTS", sign) == "0"
+    finally:
+        ping.stop()
+        change(lab, True)
+    wait_until(lambda: lab.bank.cli("EXISTS", sign) == "1", "the heartbeat again")
