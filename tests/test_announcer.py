@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bank_support import stub_of as bank_stub
+from bridge.gateway.announced_failure import HEAD_START
 from bridge.gateway.announcer import ATTEMPTS, CONCURRING, PAUSE_SECONDS, TRIAL, TRIAL_SECONDS, TURN_SECONDS, Announcer
 from bridge.gateway.other_gateways import order
 from bridge.gateway.pace import WINDOW_START
@@ -303,6 +304,48 @@ def test_a_gateway_that_goes_changes_no_order_among_the_others(gateways: set[str
     whole = order(Index(DEAD, spi), gateways)
     for gone in gateways:
         assert order(Index(DEAD, spi), gateways - {gone}) == [gateway for gateway in whole if gateway != gone]
+
+
+def some_first(first: int, sessions: int) -> Network:
+    """The stubs of so many sessions, of which the last ones had traffic."""
+    net = Network(0)
+    net.announcer.begin(DEAD, net.now)
+    stubs = [(stub_of(number), (HERE,)) for number in range(sessions)]
+    net.announcer.add(DEAD, stubs[sessions - first :], complete=False)
+    net.tick()
+    net.announcer.add(DEAD, stubs, complete=True)
+    net.tick()
+    return net
+
+
+def test_sessions_that_were_known_before_the_others_are_announced_before_them() -> None:
+    net = some_first(TRIAL + 4, 100)
+    net.tick(TRIAL_SECONDS)
+    net.tick(HEAD_START)
+    assert net.sent[: TRIAL + 4] == list(range(100 - TRIAL - 4, 100))
+    assert sorted(set(net.sent)) == list(range(100))
+
+
+def test_the_others_follow_once_those_with_traffic_are_here() -> None:
+    net = some_first(2, 50)
+    assert net.sent == [48, 49]
+    net.tick(TRIAL_SECONDS)
+    for number in (48, 49):
+        net.report(number, MoveStatus.MOVING)
+        assert len(net.sent) == 2
+        net.announcer.over(index_of(number), net.now)
+        net.tick()
+    net.tick(TRIAL_SECONDS + 0.01)
+    assert sorted(net.sent) == list(range(50))
+
+
+def test_the_others_do_not_wait_for_clients_with_traffic_that_do_not_answer() -> None:
+    net = some_first(2, 50)
+    net.tick(HEAD_START - 0.01)
+    assert net.sent == [48, 49]
+    net.tick(0.02)
+    net.tick(TRIAL_SECONDS + 0.01)
+    assert sorted(set(net.sent)) == list(range(50))
 
 
 @pytest.mark.parametrize("status", [MoveStatus.ASKED, MoveStatus.GONE, MoveStatus.PROBE, MoveStatus.HERE])

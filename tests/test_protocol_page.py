@@ -11,7 +11,7 @@ import pytest
 from bridge.bank import interface
 from bridge.client import gateway_probe, ike_transport, move_handler, race, stub_keeper, sync_request
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.gateway import admission, announcer, client_stubs, drain, rebuild
+from bridge.gateway import admission, announced_failure, announcer, client_stubs, drain, rebuild
 from bridge.ike import cookie, keys
 from bridge.ike.transforms import Suite
 from bridge.stub import child_sa
@@ -112,6 +112,7 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "and is written so many times in that time": interface.BEATS,
     "each Announcement waits for a report": announcer.ATTEMPTS,
     "sessions that are announced first": announcer.TRIAL,
+    "those with traffic have before the others at most": announced_failure.HEAD_START,
     "and the rest after": announcer.TRIAL_SECONDS,
     "the next gateway's turn to announce a session comes after": announcer.TURN_SECONDS,
     "a client that is coming is waited for": announcer.ARRIVE_SECONDS,

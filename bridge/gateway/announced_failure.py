@@ -7,11 +7,16 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from bridge.bank.failover_progress import RUNNING, FailoverProgress
 from bridge.gateway.pace import Pace
 from bridge.ike.stub_exchange import StubMessage
 from bridge.stub.stub import Index, Stub
+
+HEAD_START: Final = 0.6
+"""seconds that sessions with traffic have at most before the others are announced: their clients ask their gateway for
+0.3 s, and then shall not wait for others at this one"""
 
 
 class AnnouncementState(StrEnum):
@@ -57,6 +62,8 @@ class Failure:
     """of these, those that this gateway may announce"""
     known: set[Index] = field(default_factory=set)
     """those of the stubs, as long as more may follow"""
+    first: set[Index] = field(default_factory=set)
+    """those that were known before the others: they had traffic"""
     complete: bool = False
     """whether all stubs of the gateway are known"""
     waiting: deque[Announced] = field(default_factory=deque)
@@ -84,6 +91,12 @@ class Failure:
     def queue(self, sessions: Iterable[Announced]) -> None:
         """Have sessions wait behind those that wait, each until its turn."""
         self.waiting = deque(sorted((*self.waiting, *sessions), key=lambda one: one.turn))
+
+    def waits_for_first(self, announced: Announced, now: float) -> bool:
+        """Whether a session lets those that had traffic go on before it is announced."""
+        if now >= self.began + HEAD_START or announced.stub.index in self.first:
+            return False
+        return any(index in self.under_way for index in self.first)
 
     def occupy(self, announced: Announced, in_window: bool) -> None:
         """A session takes a place in the window, or gives it up."""

@@ -99,7 +99,8 @@ class Announcer:
 
     def add(self, gateway: str, stubs: Iterable[tuple[Stub, Iterable[str]]], *, complete: bool) -> None:
         """Stubs of `gateway`, each with the gateways that could announce and resume it. They wait behind those that
-        wait; those that are known may be among them. `complete`: there are no others."""
+        wait; those that are known may be among them. `complete`: there are no others; what comes before that had
+        traffic, and its clients get a head start."""
         failure = self._failures.get(gateway)
         if failure is None or failure.ended is not None:
             return
@@ -113,6 +114,8 @@ class Announcer:
             turns = order(stub.index, able)
             if self._address in turns:
                 waiting.append(Announced(stub, failure.began + turns.index(self._address) * TURN_SECONDS))
+                if not complete:
+                    failure.first.add(stub.index)
         failure.sessions += len(waiting)
         failure.queue(waiting)
         if complete:
@@ -191,7 +194,7 @@ class Announcer:
                     return
             elif now < failure.trial_until:
                 return
-            if self._allowance < 1:
+            if self._allowance < 1 or failure.waits_for_first(failure.waiting[0], now):
                 return
             announced = failure.waiting.popleft()
             if announced.stub.index in failure.outside:
@@ -306,6 +309,7 @@ class Announcer:
         failure.ended = now
         failure.outside.clear()
         failure.known.clear()
+        failure.first.clear()
         log.info(
             "announced",
             gateway=failure.gateway,
