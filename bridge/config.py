@@ -262,8 +262,9 @@ class AnnounceConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """How announcements of a gateway's failure reach a client."""
 
     keepalive: Keepalive = "auto"
-    """whether to send the other gateways a NAT-keepalive every 20 s; auto: behind a NAT, and over IPv6, where
-    most networks have a stateful filter"""
+    """whether to send the other gateways a NAT-keepalive every 20 s, so that a NAT or a stateful filter lets their
+    announcements in; auto: to all but those on the client's own IPv4 network, unless there is a NAT; always: also to
+    these, for a client whose own packet filter is stateful"""
     probe_interval: Seconds = 0.1
     """time between the three messages by which the client asks its gateway whether it lives; a client whose messages
     take longer than three of these for a round trip (satellite) would leave a living gateway on a false alarm"""

@@ -16,6 +16,7 @@ from bridge.lab import Lab, Topology
 from bridge.lab.charon import render
 from bridge.lab.daemon import SLOWNESS, wait_until
 from bridge.lab.demo import Ping
+from bridge.lab.host import Host
 from bridge.lab.topology import CHOICES, SITE, client_config, client_host, standard
 from failover_support import connect, established, fresh, last_move, status, stub_key, the_sa
 
@@ -33,32 +34,50 @@ def announced() -> Iterator[Topology]:
             key: value for key, value in topology.client.charon.settings.items() if "retransmit" not in key
         }
         topology.client.configure("connections { home { dpd_delay = 30s } }\n", "dpd.conf")
-        _behind_a_nat(topology)
+        others = [_behind_a_nat(topology), _behind_a_stateful_filter(topology)]
         topology.start()
-        inner = topology.lab.hosts["inner"]
-        inner.sidecars[0].start(wait=False)
-        inner.charon.start()
-        inner.sidecars[0].wait_ready()
+        for host in others:
+            host.sidecars[0].start(wait=False)
+            host.charon.start()
+            host.sidecars[0].wait_ready()
         yield topology
 
 
-def _behind_a_nat(topology: Topology) -> None:
+def _behind_a_nat(topology: Topology) -> Host:
     """A second client, behind a router that translates and lets in only what was sent to before."""
-    lab = topology.lab
-    router = lab.add_host("nat", "192.168.50.31/24", forward=True)
-    lab.add_network("in-nat")
-    lab.attach(router, "10.99.0.1/24", network="in-nat")
+    router, inner = _behind_a_router(topology, "nat", "192.168.50.31", "10.99.0")
     router.run("iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
-    inner = client_host(lab, "inner", "10.99.0.10", topology.secret, network="in-nat")
-    inner.run("ip", "route", "add", "default", "via", "10.99.0.1")
+    return inner
+
+
+def _behind_a_stateful_filter(topology: Topology) -> Host:
+    """A third one, behind a router that lets in only what was sent to before, and leaves addresses as they are."""
+    router, inner = _behind_a_router(topology, "filter", "192.168.50.32", "10.97.0")
+    for gateway in (topology.gw1, topology.gw2):
+        gateway.run("ip", "route", "add", "10.97.0.0/24", "via", "192.168.50.32")
+    known = ("-m", "conntrack", "--ctstate", "ESTABLISHED,RELATED")
+    for rule in (("-i", "eth1"), ("-i", "eth0", *known)):
+        router.run("iptables", "-A", "FORWARD", *rule, "-j", "ACCEPT")
+    router.run("iptables", "-A", "FORWARD", "-j", "DROP")
+    return inner
+
+
+def _behind_a_router(topology: Topology, name: str, outside: str, network: str) -> tuple[Host, Host]:
+    lab = topology.lab
+    router = lab.add_host(name, f"{outside}/24", forward=True)
+    lab.add_network(f"in-{name}")
+    lab.attach(router, f"{network}.1/24", network=f"in-{name}")
+    inner = client_host(lab, f"of-{name}", f"{network}.10", topology.secret, network=f"in-{name}")
+    inner.run("ip", "route", "add", "default", "via", f"{network}.1")
     inner.configure("connections { home { dpd_delay = 30s } }\n", "dpd.conf")
     inner.sidecar("client", client_config(CHOICES))
+    return router, inner
 
 
-@pytest.fixture
-def inner(announced: Topology) -> Topology:
-    """The lab seen from the client behind the NAT."""
-    host = announced.lab.hosts["inner"]
+@pytest.fixture(params=["of-nat", "of-filter"])
+def inner(announced: Topology, request: pytest.FixtureRequest) -> Topology:
+    """The lab seen from a client behind a NAT, or a stateful filter."""
+    host = announced.lab.hosts[request.param]
     view = dataclasses.replace(announced, client=host, agent=host.sidecars[0])
     begin(view)
     return view
@@ -274,7 +293,7 @@ def test_a_charon_that_is_restarted_at_once_has_lost_its_sessions_and_says_so(an
     wait_until(lambda: last_move(announced).get("result") == "resumed", "the outcome")
 
 
-def test_an_announcement_reaches_a_client_behind_a_nat(inner: Topology) -> None:
+def test_an_announcement_reaches_a_client_behind_a_nat_or_a_stateful_filter(inner: Topology) -> None:
     connect(inner)
     # the first keepalive follows the session within a second
     settled = time.monotonic() + 2 * SLOWNESS

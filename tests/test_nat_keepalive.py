@@ -42,12 +42,26 @@ BEHIND = int(Condition.NAT_ANY | Condition.NAT_HERE)
 
 
 @pytest.mark.parametrize(
-    ("policy", "conditions", "sent"),
-    [("auto", BEHIND, True), ("auto", 0, False), ("always", 0, True), ("off", BEHIND, False)],
+    ("policy", "conditions", "routed", "sent"),
+    [
+        ("auto", BEHIND, False, True),
+        ("auto", 0, True, True),
+        ("auto", 0, False, False),
+        ("always", 0, False, True),
+        ("off", BEHIND, True, False),
+    ],
 )
-async def test_keepalives_are_sent_where_a_nat_is_or_always(policy: Keepalive, conditions: int, sent: bool) -> None:
+async def test_keepalives_are_sent_where_a_nat_or_a_filter_may_be(
+    policy: Keepalive, conditions: int, routed: bool, sent: bool
+) -> None:
     wire = Wire()
-    keepalive = NatKeepalive(wire, policy, lambda: [an_sa(conditions)], lambda _: {HERE, OTHER, OTHER6})
+    keepalive = NatKeepalive(
+        wire,
+        policy,
+        lambda: [an_sa(conditions)],
+        lambda _: {HERE, OTHER, OTHER6},
+        through_router=lambda local, remote: routed,
+    )
     task = spawn("keepalive", keepalive.run())
     await asyncio.sleep(0)
     await end(task)

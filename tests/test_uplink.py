@@ -14,7 +14,7 @@ from bridge.lab import Lab, Topology, space
 from bridge.lab.daemon import SLOWNESS, wait_until
 from bridge.lab.demo import Ping
 from bridge.lab.topology import SITE, standard
-from bridge.net.carrier import reaches
+from bridge.net.route import reaches, through_router
 from bridge.stub.bank_keys import heartbeat_key
 from failover_support import connect, established, fresh, last_move
 from test_sa_tracker import tracker
@@ -97,6 +97,7 @@ def test_a_gateway_with_many_sessions_looks_at_some_of_them() -> None:
 def test_the_kernel_says_what_this_host_reaches() -> None:
     assert reaches("127.0.0.1", "127.0.0.1")
     assert reaches("::1", "::1")
+    assert not through_router("127.0.0.1", "127.0.0.1")
 
 
 @pytest.fixture(scope="module")

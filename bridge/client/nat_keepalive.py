@@ -1,6 +1,11 @@
 """A NAT or stateful filter in front of the client lets another gateway's announcement in: the client sends each other
 gateway of its session's VPN a NAT-keepalive now and then (RFC 3948 section 2.3: one octet 0xFF), from the port of its
-SA. A NAT that maps the port for each gateway separately does not let it in: DPD decides then."""
+SA. A NAT that maps the port for each gateway separately does not let it in: DPD decides then.
+
+Whether there is such a filter is not tried out: a packet that one gateway sends unasked gets through a filter too that
+still remembers a packet to it, from before a failover, and an announcement later would not. A keepalive too many costs
+one octet, one too few the clients' traffic until DPD. So they are left out only where nothing can be in the way.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ import structlog
 from bridge.charon.ike_sa import Condition, IkeSa
 from bridge.config import Keepalive
 from bridge.net.interface import Sender
+from bridge.net.route import through_router
 
 log = structlog.get_logger()
 
@@ -25,7 +31,8 @@ KEEPALIVE: Final = b"\xff"
 
 
 class NatKeepalive:
-    """`run` is a task. `sas` gives the sessions' SAs, `targets` the addresses that a session may go to."""
+    """`run` is a task. `sas` gives the sessions' SAs, `targets` the addresses that a session may go to.
+    `through_router`: whether packets from one address to another one go to a router."""
 
     def __init__(
         self,
@@ -34,12 +41,14 @@ class NatKeepalive:
         sas: Callable[[], Sequence[IkeSa]],
         targets: Callable[[IkeSa], Collection[str] | None],
         *,
+        through_router: Callable[[str, str], bool] = through_router,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sender = sender
         self._policy = policy
         self._sas = sas
         self._targets = targets
+        self._through_router = through_router
         self._clock = clock
         self._logged = ""
 
@@ -49,7 +58,7 @@ class NatKeepalive:
         while self._policy != "off":
             now, before, due = self._clock(), due, {}
             for sa in self._sas():
-                if sa.up and (self._policy == "always" or _filtered(sa)):
+                if sa.up:
                     due[sa.id.spis] = before.get(sa.id.spis, now)
                     if now >= due[sa.id.spis]:
                         due[sa.id.spis] = now + KEEPALIVE_SECONDS
@@ -64,6 +73,8 @@ class NatKeepalive:
         for target in sorted(self._targets(sa) or ()):
             if target == remote.address or (":" in target) != (":" in local.address):
                 continue
+            if self._policy == "auto" and not self._may_be_filtered(sa, target):
+                continue
             try:
                 self._sender.send(local.address, local.port, target, remote.port, KEEPALIVE, False)
             except OSError as error:
@@ -71,8 +82,9 @@ class NatKeepalive:
                     log.info("keepalive-not-sent", gateway=target, reason=error.strerror)
                 self._logged = str(error)
 
-
-def _filtered(sa: IkeSa) -> bool:
-    """Whether something in front of the client lets in only what was sent to before: a NAT, or, as routers of IPv6
-    networks do by default (RFC 6092), a stateful filter."""
-    return sa.has(Condition.NAT_HERE) or (sa.local is not None and ":" in sa.local.address)
+    def _may_be_filtered(self, sa: IkeSa, target: str) -> bool:
+        """Whether something in front of the client may let in only what was sent to before: a NAT, a stateful filter of
+        a router, or, as IPv6 networks have by default (RFC 6092), one on the way to the same network."""
+        assert sa.local is not None
+        local = sa.local.address
+        return sa.has(Condition.NAT_HERE) or ":" in local or self._through_router(local, target)

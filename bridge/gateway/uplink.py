@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from bridge.charon.sa_tracker import SaTracker
-from bridge.net.carrier import reaches
+from bridge.net.route import reaches
 
 log = structlog.get_logger()
 

@@ -1,4 +1,4 @@
-"""Whether the kernel could send packets at all: a route, and an interface that has a carrier (rtnetlink)."""
+"""How the kernel would send packets from here to there: by which interface, and through a router or not (rtnetlink)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 # linux/netlink.h, linux/rtnetlink.h, linux/if.h
 _NLMSG_ERROR, _NLM_F_REQUEST = 2, 1
 _RTM_GETROUTE: Final = 26
-_RTA_DST, _RTA_SRC, _RTA_OIF = 1, 2, 4
+_RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_VIA = 1, 2, 4, 5, 18
 _HEADER: Final = struct.Struct("=IHHII")
 _ROUTE: Final = struct.Struct("=BBBBBBBBI")
 """struct rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type, flags"""
@@ -30,14 +30,24 @@ def reaches(local: str, remote: str) -> bool:
     """Whether packets from `local`, an address of this host, to `remote` have a route out of an interface with a
     carrier, in the network namespace of the caller. True also where the kernel does not say. Never raises."""
     try:
-        interface = _interface_to(local, remote)
-        return interface is None or _has_carrier(interface)
+        interface = _route(local, remote).get(_RTA_OIF)
+        return interface is None or _has_carrier(_NUMBER.unpack(interface)[0])
     except OSError as error:
         return error.errno not in _NO_ROUTE
 
 
-def _interface_to(local: str, remote: str) -> int | None:
-    """The index of the interface that the kernel sends by. Raises OSError where it has no route."""
+def through_router(local: str, remote: str) -> bool:
+    """Whether packets from `local`, an address of this host, to `remote` go to a router first: the two are not on one
+    network. True also where the kernel does not say. Never raises."""
+    try:
+        route = _route(local, remote)
+    except OSError:
+        return True
+    return _RTA_GATEWAY in route or _RTA_VIA in route
+
+
+def _route(local: str, remote: str) -> dict[int, bytes]:
+    """The attributes of the kernel's route. Raises OSError where it has none."""
     family = socket.AF_INET6 if ":" in remote else socket.AF_INET
     source, target = socket.inet_pton(family, local), socket.inet_pton(family, remote)
     bits = 8 * len(target)
@@ -48,13 +58,13 @@ def _interface_to(local: str, remote: str) -> int | None:
     _, kind, *_ = _HEADER.unpack_from(answer)
     if kind == _NLMSG_ERROR:
         raise OSError(-_NUMBER.unpack_from(answer, _HEADER.size)[0], "the kernel has no route")
+    found: dict[int, bytes] = {}
     offset = _HEADER.size + _ROUTE.size
     while offset + _ATTRIBUTE.size <= len(answer):
         length, kind = _ATTRIBUTE.unpack_from(answer, offset)
-        if kind == _RTA_OIF:
-            return int(_NUMBER.unpack_from(answer, offset + _ATTRIBUTE.size)[0])
+        found[kind] = answer[offset + _ATTRIBUTE.size : offset + length]
         offset += max((length + 3) & ~3, _ATTRIBUTE.size)
-    return None
+    return found
 
 
 def _packed(kind: int, value: bytes) -> bytes:
