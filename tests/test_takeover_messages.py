@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
 
 from bridge.charon.ha_message import IkeId
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo
-from bridge.gateway.takeover_rekeys import ANSWER_SECONDS, TakeoverRekeys
+from bridge.gateway.takeover_rekeys import ANSWER_SECONDS, REFUSAL_SECONDS, TakeoverRekeys
 from bridge.gateway.takeover_requests import TakeoverRequests
-from bridge.gateway.takeover_session import CHILD_LOST, SILENT, Session, session_of
+from bridge.gateway.takeover_session import CHILD_LOST, REFUSES_KEYS, SILENT, Session, session_of
 from bridge.gateway.takeover_state import Event, State
 from bridge.ike.encrypted_payload import Protection, protect
 from bridge.ike.transforms import Suite
@@ -36,9 +36,11 @@ class Charon:
         self.ids: list[tuple[str, int]] = []
         self.rekeyed: list[str] = []
         self.refusal = ""
+        self.open: set[str] = {"CHILD_REKEY"}
+        """what it awaits an answer for"""
         self.repeated: list[bytes] = []
         self.channel = SimpleNamespace(receive=lambda: None, drained=self._nothing)
-        self.vici = SimpleNamespace(rekey_children=self._rekey)
+        self.vici = SimpleNamespace(rekey_children=self._rekey, tasks=self._tasks)
         self.installer = SimpleNamespace(set_next_id=self._set)
 
     async def _nothing(self) -> None:
@@ -47,6 +49,9 @@ class Charon:
     async def _rekey(self, wanted: Sequence[tuple[str, str]]) -> list[str]:
         self.rekeyed += [child for _, child in wanted]
         return [self.refusal] * len(wanted)
+
+    async def _tasks(self, unique_ids: Sequence[str]) -> list[set[str]]:
+        return [self.open] * len(unique_ids)
 
     async def _set(self, _: object, number: int, *, own: bool) -> None:
         self.ids.append(("own" if own else "client", number))
@@ -173,6 +178,12 @@ class Rekeys:
         self.rekeys._asked[self.session.sa.id.spis] = self.session
         await self.rekeys._ask([self.session])
 
+    async def refused(self) -> None:
+        """charon has sent its request, and awaits no answer any more; no CHILD_SA came."""
+        self.rekeys.sent(self.session.sa.id.spis)
+        self.charon.open = set()
+        await self.wait()
+
     async def wait(self) -> None:
         self.clock.now += ANSWER_SECONDS
         await self.rekeys._look_after()
@@ -205,6 +216,67 @@ async def test_where_charon_refuses_the_command_no_other_message_id_is_tried() -
     await rekeys.wait()
     await rekeys.wait()
     assert [one for one, _ in rekeys.charon.ids] == ["own"]
+
+
+async def test_a_client_that_refuses_new_keys_is_asked_again_under_no_other_message_id() -> None:
+    rekeys = Rekeys(session())
+    await rekeys.asked()
+    for _ in range(10):
+        await rekeys.refused()
+    assert (rekeys.charon.rekeyed, rekeys.charon.ids, rekeys.done) == (["net"] * 11, [], [])
+    # its IKE_SA may be rekeyed: it answers, whatever happens next
+    rekeys.rekeys.sent(rekeys.session.sa.id.spis)
+    rekeys.charon.open = {"CHILD_REKEY"}
+    await rekeys.wait()
+    assert (rekeys.charon.ids, rekeys.done) == ([], [(State.LEFT, SILENT)])
+
+
+async def test_a_client_that_refuses_new_keys_for_long_has_to_connect_again() -> None:
+    rekeys = Rekeys(session())
+    await rekeys.asked()
+    for _ in range(int(REFUSAL_SECONDS / ANSWER_SECONDS) + 1):
+        await rekeys.refused()
+    assert rekeys.done == [(State.LEFT, REFUSES_KEYS)]
+
+
+async def test_an_ike_sa_that_was_rekeyed_gets_no_message_id_of_the_one_before() -> None:
+    """Also after its client was silent for a while."""
+    one = session()
+    one.follow(one.sa)
+    rekeys = Rekeys(one)
+    for _ in range(2):
+        await rekeys.asked()
+        rekeys.rekeys.sent(one.sa.id.spis)
+        await rekeys.wait()
+        assert (rekeys.charon.ids, rekeys.done.pop()) == ([], (State.LEFT, SILENT))
+        one.on(Event.HEARD)
+
+
+async def test_where_charon_is_slow_to_send_its_request_that_is_no_refusal() -> None:
+    rekeys = Rekeys(session())
+    await rekeys.asked()
+    rekeys.charon.open = set()
+    await rekeys.wait()
+    assert [one for one, _ in rekeys.charon.ids] == ["own"]
+
+
+async def test_where_charon_sent_its_request_again_meanwhile_the_client_has_its_second() -> None:
+    rekeys = Rekeys(session())
+    await rekeys.asked()
+    await rekeys.refused()
+    spis = rekeys.session.sa.id.spis
+    rekeys.rekeys.sent(spis)
+    rekeys.charon.open = {"CHILD_REKEY"}
+    # while VICI lists the tasks, charon begins by itself
+    tasks = rekeys.charon.vici.tasks
+
+    async def slow(unique_ids: Sequence[str]) -> list[set[str]]:
+        rekeys.rekeys.sent(spis)
+        return cast(list[set[str]], await tasks(unique_ids))
+
+    rekeys.charon.vici.tasks = slow
+    await rekeys.wait()
+    assert (rekeys.charon.ids, rekeys.done) == ([], [])
 
 
 async def test_a_message_id_below_the_first_is_not_tried() -> None:

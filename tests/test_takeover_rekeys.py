@@ -29,6 +29,8 @@ from takeover_support import (
 pytestmark = pytest.mark.lab
 
 PATIENT = {"charon.retransmit_timeout": 0.5, "charon.retransmit_base": 1.0, "charon.retransmit_tries": 40}
+REQUEST = "generating CREATE_CHILD_SA request"
+REFUSAL = "N(TEMP_FAIL)"
 ANSWER = "generating CREATE_CHILD_SA response"
 DELETE = "sending DELETE for IKE_SA"
 CREATE_CHILD_SA, INFORMATIONAL = 36, 37
@@ -46,9 +48,10 @@ def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
         yield topology
 
 
-def lose(host: Host, exchange: int) -> None:
-    """Lose what a host sends of an exchange, by the exchange type behind the UDP header and the non-ESP marker."""
-    rule = f"udp sport 4500 @th,64,32 0 @th,240,8 {exchange} drop"
+def lose(host: Host, exchange: int, *, requests_only: bool = False) -> None:
+    """Lose what a host sends of an exchange, by the exchange type behind the UDP header and the non-ESP marker. The
+    flags follow; the third of them is that of a response."""
+    rule = f"udp sport 4500 @th,64,32 0 @th,240,8 {exchange} {'@th,250,1 0' if requests_only else ''} drop"
     host.run("nft", f"table inet lost {{ chain output {{ type filter hook output priority raw; {rule}; }}; }}")
 
 
@@ -112,6 +115,37 @@ def test_a_request_to_rekey_the_ike_sa_is_not_processed_any_more(topology: Topol
     wait_until(lambda: "takeover-rekeyed" in topology.gateways["gw2"].text(), "new keys")
     rekeyed_child(client, lambda: rekey(client, child="net"))
     assert answered(topology, client)
+
+
+LONG: tuple[dict[str, Any], dict[str, str]] = (PATIENT | {"charon.retransmit_tries": 400}, {})
+
+
+@pytest.mark.parametrize("topology", [LONG], indirect=True)
+@pytest.mark.parametrize("done", [True, False], ids=["done later", "never done"])
+def test_a_client_that_is_rekeying_the_ike_sa_refuses_new_keys_until_it_is_done(topology: Topology, done: bool) -> None:
+    """TEMPORARY_FAILURE (RFC 7296 section 2.25): it is asked again, under the message IDs that follow."""
+    client, gw1, gw2 = topology.client, topology.gw1, topology.gw2
+    before = connect(topology)
+    lose(client, CREATE_CHILD_SA, requests_only=True)
+    rekey(client, ike="home")
+    wait_log(client, REQUEST)
+    move(topology, gw1, gw2, "--timeout", "0.5")
+    # more often than there are message IDs to try
+    wait_until(lambda: client.charon.text().count(REFUSAL) >= 5, "five refusals")
+    if done:
+        lose_nothing(client)
+        wait_until(lambda: answered(topology, client, 1), "traffic")
+        wait_until(lambda: "takeover-rekeyed" in topology.gateways["gw2"].text(), "new keys")
+        rekeyed_child(client, lambda: rekey(client, child="net"))
+        rekeyed_child(client, lambda: rekey(gw2, child="net"))
+        [after] = established(client)
+        assert spis(after) != spis(before)
+    else:
+        wait_until(lambda: established(gw2) == [], "the end of the session", 60)
+        lose_nothing(client)
+        topology.connect()
+    assert answered(topology, client)
+    assert "takeover-message-id-tried" not in topology.gateways["gw2"].text()
 
 
 @pytest.mark.parametrize("asking", ["client", "gateway"])

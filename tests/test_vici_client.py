@@ -201,6 +201,21 @@ async def test_all_ike_sas_are_listed_and_one_that_cannot_be_read_is_left_out(ch
     assert [info.remote.address for info in await ViciClient(charon.path).list_sas()] == ["192.0.2.7"] * 2
 
 
+async def test_the_tasks_of_ike_sas_are_asked_for_over_one_connection(charon: Charon) -> None:
+    busy = {"home": SA | {"tasks-active": [b"CHILD_REKEY"], "tasks-queued": [b"IKE_DPD"], "tasks-passive": [b"X"]}}
+    charon.answers["list-sas"] = [event("list-sa", busy), answer({})]
+    assert await ViciClient(charon.path).tasks(["1", "2"]) == [{"CHILD_REKEY", "IKE_DPD"}] * 2
+    assert len(charon.writers) == 1
+    charon.answers["list-sas"] = [event("list-sa", LISTED), answer({})]
+    assert await ViciClient(charon.path).tasks(["1"]) == [set()]
+
+
+async def test_tasks_that_charon_would_not_send_are_an_error(charon: Charon) -> None:
+    charon.answers["list-sas"] = [event("list-sa", {"home": b"a value"}), answer({})]
+    with pytest.raises(ViciError, match="tasks"):
+        await ViciClient(charon.path).tasks(["1"])
+
+
 async def test_a_list_that_ends_half_way_is_an_error_and_not_taken_for_all_there_is(charon: Charon) -> None:
     charon.answers["list-sas"] = [event("list-sa", LISTED), bytes([Packet.CMD_UNKNOWN])]
     with pytest.raises(ViciError):

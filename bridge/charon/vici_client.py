@@ -26,6 +26,7 @@ from bridge.charon.vici_types import (
     parse_connection,
     parse_guard,
     parse_ike_sa,
+    parse_tasks,
 )
 from bridge.ike.address import Pool
 
@@ -137,6 +138,19 @@ class ViciClient:
         """The IKE_SA with this unique ID."""
         async with aclosing(self._listed(unique_id=unique_id)) as listed:
             return await anext(listed, None)
+
+    async def tasks(self, unique_ids: Sequence[str]) -> list[frozenset[str]]:
+        """What charon has begun or queued at each of the IKE_SAs with these unique IDs; nothing where there is no such
+        IKE_SA. Over one connection. Raises ViciError."""
+        found = []
+        async with self._session("list-sas") as session:
+            for unique_id in unique_ids:
+                names: frozenset[str] = frozenset()
+                async with aclosing(session.stream("list-sas", "list-sa", {"ike-id": unique_id})) as entries:
+                    async for entry in entries:
+                        names = names.union(*map(parse_tasks, entry.values()))
+                found.append(names)
+        return found
 
     async def list_connections(self) -> dict[str, ConnectionInfo]:
         """All configured connections by name."""

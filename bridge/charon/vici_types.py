@@ -226,6 +226,15 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
         raise ViciError(f"an IKE_SA of connection {connection!r} could not be read from VICI: {error}") from error
 
 
+def parse_tasks(section: Section) -> frozenset[str]:
+    """The tasks of an IKE_SA section of list-sas that charon has begun or queued. Raises ViciError on what charon would
+    not send."""
+    try:
+        return frozenset(as_text(name) for key in ("tasks-active", "tasks-queued") for name in section.get(key, ()))
+    except _NOT_AS_EXPECTED as error:
+        raise ViciError(f"tasks could not be read from VICI: {error}") from error
+
+
 def _selectors(section: Section, side: str) -> tuple[str, ...]:
     return tuple(as_text(value) for value in section.get(side, ()))
 

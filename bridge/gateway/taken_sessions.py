@@ -138,7 +138,7 @@ class TakenSessions:
             reason = reasons.NOT_ANSWERED
         if reason:
             log.warning("takeover-incomplete", reason=reason, **session.sa.id.logged)
-        if reason == reasons.CHILD_LOST:
+        if reason in (reasons.CHILD_LOST, reasons.REFUSES_KEYS):
             spawn("takeover-end", self._end(session))
         elif reason == reasons.NOT_ANSWERED:
             # a DELETE would not be accepted either, and answers to its liveness checks hide that its traffic is lost
@@ -191,8 +191,7 @@ class TakenSessions:
         if sa.up and (session := self._heirs.pop(sa.id.spis, None)) is not None:
             session.follow(sa)
             self._sessions[sa.id.spis] = session
-            # a new IKE_SA: its message IDs are known
-            self._rekeys.put(session, offsets=())
+            self._rekeys.put(session)
             self._listening.set()
             return
         self._rekeys.changed(sa)

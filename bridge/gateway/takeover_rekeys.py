@@ -8,6 +8,9 @@ The message ID of the gateway's request comes from the stub, which may be a mome
 sent. A client ignores a request under another ID than it expects; so the request goes out again under the next ones,
 and then under the one before. The one before comes last: a client that has answered it already would answer again, and
 charon ends an IKE_SA whose answer is of another exchange.
+
+A client that is rekeying the IKE_SA by itself answers TEMPORARY_FAILURE (RFC 7296 section 2.25). charon reports neither
+that nor any other refusal, but then it awaits no answer any more: VICI shows that. Such a client is asked again.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import HaError
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ViciError
-from bridge.gateway.takeover_session import CHILD_LOST, SILENT, Session
+from bridge.gateway.takeover_session import CHILD_LOST, REFUSES_KEYS, SILENT, Session
 from bridge.gateway.takeover_state import Event, State
 from bridge.stub.child_sa import wire_spi
 
@@ -38,6 +41,8 @@ FIRST_SETTABLE: Final = 1
 """charon ignores the message that sets 0"""
 ANSWER_SECONDS: Final = 1.0
 """that a client has for each; it is asked once a second where charon's own retransmission comes later"""
+REFUSAL_SECONDS: Final = 30.0
+"""that a client may refuse new keys: as long as it may take to rekey the IKE_SA by itself"""
 OUTSTANDING: Final = 128
 """sessions whose clients have yet to answer, at most: what waits longer than their retransmissions costs more"""
 AT_A_TIME: Final = 16
@@ -76,7 +81,7 @@ class TakeoverRekeys:
         """One that charon has now; those without CHILD_SAs are ready. `offsets` from the stub's message ID are tried
         where its client does not answer."""
         self._left.pop(session.sa.id.spis, None)
-        session.offsets, session.tried = list(offsets), False
+        session.offsets, session.tried = [] if session.id_known else list(offsets), False
         self._waiting[session.sa.id.spis] = session
         if session.request is not None:
             self._waiting.move_to_end(session.sa.id.spis, last=False)
@@ -99,7 +104,7 @@ class TakeoverRekeys:
         """charon sent a request on an SA."""
         session = self._asked.get(spis)
         if session is not None:
-            session.waits_since = self._clock()
+            session.waits_since, session.sent = self._clock(), True
 
     def changed(self, sa: IkeSa) -> None:
         """CHILD_SAs of an SA came or went."""
@@ -158,7 +163,7 @@ class TakeoverRekeys:
         for session in group:
             self._no_longer_waits(session.sa.id.spis)
             self._asked[session.sa.id.spis] = session
-            session.waits_since = now
+            session.waits_since, session.sent = now, False
         segment = self._charon.landing.segment_of(group[0].stub.remote.address)
         log.info("takeover-rekeys-segment", segment=segment, sessions=len(group))
         try:
@@ -170,6 +175,7 @@ class TakeoverRekeys:
     async def _ask(self, sessions: Sequence[Session]) -> None:
         wanted = [(session, name) for session in sessions for name in dict.fromkeys(session.left)]
         for session in sessions:
+            session.sent = False
             if not session.left:
                 self._look(session)
         if not wanted:
@@ -187,18 +193,49 @@ class TakeoverRekeys:
             session.waits_since = session.waits_since or self._clock()
 
     async def _look_after(self) -> None:
-        now = self._clock()
-        late = [
-            session
-            for session in self._asked.values()
-            if session.waits_since is not None and now - session.waits_since >= ANSWER_SECONDS
-        ]
+        late = [session for session in self._asked.values() if self._late(session)]
         if late:
             # what charon has said meanwhile
             self._charon.channel.receive()
+        refusing = await self._refusing([session for session in late if session.sent])
         for session in late:
-            if self._asked.get(session.sa.id.spis) is session and session.waits_since is not None:
+            if self._asked.get(session.sa.id.spis) is not session or not self._late(session):
+                continue
+            if session in refusing or (session.refuses_since is not None and not session.sent):
+                await self._ask_again(session)
+            else:
                 await self._try_next(session)
+
+    def _late(self, session: Session) -> bool:
+        return session.waits_since is not None and self._clock() - session.waits_since >= ANSWER_SECONDS
+
+    async def _refusing(self, sessions: Sequence[Session]) -> list[Session]:
+        """Those whose clients have answered charon's request without new keys."""
+        if not sessions:
+            return []
+        try:
+            tasks = await self._charon.vici.tasks([session.unique_id for session in sessions])
+        except ViciError as error:
+            log.warning("takeover-tasks-not-listed", reason=str(error))
+            return []
+        # the new keys may have come while it answered
+        self._charon.channel.receive()
+        return [session for session, open_tasks in zip(sessions, tasks, strict=True) if not open_tasks and session.left]
+
+    async def _ask_again(self, session: Session) -> None:
+        """Its client is busy with the IKE_SA itself, or wants no new keys at all."""
+        now = self._clock()
+        session.waits_since, session.offsets, session.tried, session.id_known = now, [], False, True
+        if session.refuses_since is None:
+            session.refuses_since = now
+            log.info("takeover-rekey-not-accepted", children=session.left, **session.sa.id.logged)
+        if now - session.refuses_since < REFUSAL_SECONDS:
+            await self._ask([session])
+            return
+        self._asked.pop(session.sa.id.spis, None)
+        session.on(Event.SILENT)
+        self._left[session.sa.id.spis] = session
+        self._done(session, REFUSES_KEYS)
 
     async def _try_next(self, session: Session) -> None:
         derivation = session.stub.derivation

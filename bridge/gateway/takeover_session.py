@@ -46,6 +46,7 @@ CHANGED: Final = "its stub was changed or taken over by another gateway meanwhil
 NOT_KEPT: Final = "charon did not keep it: see its log"
 SILENT: Final = "its client answers no request: left to the client"
 NOT_ANSWERED: Final = "its client sends requests and answers none: removed, so that the client connects again"
+REFUSES_KEYS: Final = "its client refuses new keys: ended, so that the client connects again"
 CHILD_LOST: Final = "its client has another CHILD_SA than its stub: ended, so that the client connects again"
 UNFIT: Final = "it does not fit the format of charon's ha plugin"
 
@@ -72,6 +73,12 @@ class Session:
     """message IDs still to be tried, from the stub's on"""
     refused: bool = False
     """charon did not take the last command to rekey"""
+    sent: bool = False
+    """charon has sent a request since it was asked last"""
+    id_known: bool = False
+    """the message ID of its next request is right: the client has answered, or the IKE_SA was rekeyed"""
+    refuses_since: float | None = None
+    """when its client first answered without new keys"""
     heard: bool = False
     """its client sent something after it was left alone"""
     tried: bool = False
@@ -84,6 +91,8 @@ class Session:
     def follow(self, heir: IkeSa) -> None:
         """Its client has rekeyed the IKE_SA: the CHILD_SAs without new keys are at `heir`."""
         self.sa, self.unique_id, self.waits_since, self.request = heir, heir.unique_id, None, None
+        # those of a new IKE_SA begin at 0
+        self.id_known = True
         if heir.derivation is not None:
             heir.derivation = replace(heir.derivation, unkeyed=True)
 
