@@ -11,18 +11,19 @@ from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import SITE
 from failover_support import connect, fresh, resume
+from releases_support import RELEASED, on_all
 
 pytestmark = pytest.mark.lab
 
-SCRIPT = "/etc/ike-sa-sync/updown"
+SCRIPT = "/etc/swanctl/updown"  # which another release's charon has too
 CALLS = "/run/updown"
 
 
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
+@pytest.fixture(scope="module", params=RELEASED)
+def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
     """The standard lab, whose gateways have an updown script."""
     with Lab() as lab:
-        built = standard(lab, start=False)
+        built = standard(lab, start=False, releases=on_all(request.param))
         built.agent.config["resume_on_down"] = False
         for host in (built.gw1, built.gw2):
             host.write(SCRIPT, f'#!/bin/sh\necho "$PLUTO_VERB $PLUTO_PEER_CLIENT" >>{CALLS}\n', mode=0o755)

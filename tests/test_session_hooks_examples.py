@@ -17,6 +17,7 @@ from bridge.lab.topology import SERVER
 from bridge.service import shipped_files
 from failover_support import connect, established, fresh, resume, spis, status, the_sa
 from radius_support import SECRET, Radius
+from releases_support import RELEASED, on_all
 
 pytestmark = pytest.mark.lab
 
@@ -54,12 +55,12 @@ def connection(name: str, settings: dict[str, str]) -> str:
     return render({f"connections.{name}.{key}": value for key, value in settings.items()}) + "\n"
 
 
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
+@pytest.fixture(scope="module", params=RELEASED)
+def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
     """The standard lab. Users are authenticated, and get their addresses, by one FreeRADIUS on the bank's host, which
     has the accounts too; the gateways forward packets of clients whose session they have."""
     with Lab() as lab:
-        built = standard(lab, start=False)
+        built = standard(lab, start=False, releases=on_all(request.param))
         built.agent.config["resume_on_down"] = False
         certify(
             "ecdsa",

@@ -16,6 +16,7 @@ from bridge.stub.stub import Stub
 from failover_support import connect, established, fresh, resume, spis, the_sa
 from probe_support import stub_of_key
 from radius_support import Radius
+from releases_support import RELEASED, on_all
 
 pytestmark = pytest.mark.lab
 
@@ -44,11 +45,11 @@ CLIENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
+@pytest.fixture(scope="module", params=RELEASED)
+def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
     """The standard lab, its clients authenticated by a FreeRADIUS on each gateway, which have no policy."""
     with Lab() as lab:
-        built = standard(lab, start=False)
+        built = standard(lab, start=False, releases=on_all(request.param))
         built.agent.config["resume_on_down"] = False
         hosts = dict.fromkeys((built.gw1, built.gw2), ("CN=vpn.example.org", "vpn.example.org"))
         certify("ecdsa", hosts | {built.client: ("CN=client.example.org", "client.example.org")})

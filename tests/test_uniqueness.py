@@ -12,15 +12,16 @@ from bridge.lab.host import Host
 from bridge.lab.space import LabError
 from bridge.lab.topology import SITE, client_host
 from failover_support import connect, counter, established, fresh, resume, spis, the_sa
+from releases_support import RELEASED, on_all
 
 pytestmark = pytest.mark.lab
 
 
-@pytest.fixture(scope="module")
-def lab_hosts() -> Iterator[tuple[Topology, Host]]:
+@pytest.fixture(scope="module", params=RELEASED)
+def lab_hosts(request: pytest.FixtureRequest) -> Iterator[tuple[Topology, Host]]:
     """The standard lab, and a second host of the same user, without a sidecar."""
     with Lab() as lab:
-        built = standard(lab, start=False)
+        built = standard(lab, start=False, releases=on_all(request.param))
         built.agent.config["resume_on_down"] = False
         second = client_host(lab, "second", "192.168.50.11", built.secret)
         # they do not say INITIAL_CONTACT, which would replace the other IKE_SA whatever the policy
