@@ -303,6 +303,27 @@ def test_in_a_crowd_the_activation_comes_first(gateway: Activating) -> None:
     assert gateway.installer.activations[-1] == activation.CROWD + 1
 
 
+def test_the_first_requests_of_a_crowd_do_not_come_here(loop: FakeTime) -> None:
+    tag = b"\x1f\x2e"
+    gateway = Activating(loop, tag=tag)
+    loop.run(gateway.start())
+    gateway.knows()
+    loop.pass_time(1.0)
+    crowd = [gateway.client(SOURCES[number % 2]) for number in range(activation.CROWD)]
+    assert all(client.resume(0.005) for client in crowd)
+    last = gateway.client()
+    assert last.resume()
+    assert {client.spi_r.endswith(tag) for client in crowd} == {True}
+    assert not last.spi_r.endswith(tag)
+    charon_verifies(gateway, last)
+    loop.pass_time(1.0)
+    assert last.stub in gateway.resumed
+    alone = gateway.client()
+    assert alone.resume()
+    assert alone.spi_r.endswith(tag)
+    loop.run(gateway.close())
+
+
 @pytest.mark.parametrize("why", ["it is late", "each segment has a handshake"])
 def test_while_activations_do_not_come_no_client_is_told_that_it_is_resumed(
     gateway: Activating, monkeypatch: pytest.MonkeyPatch, why: str

@@ -9,7 +9,8 @@ Any other authentic request makes the activation due and is held until it is ove
 confirms by that.
 
 In a crowd many share one activation anyway, and charon's confirmation costs less than one here: then the activation
-comes before the answers, as it does where one is late, or the bank does not take what a confirmation changes.
+comes before the answers, as it does where one is late, or the bank does not take what a confirmation changes. Those of
+a crowd are rebuilt without the tag, so that their requests go to charon directly.
 
 The first IKE_SA of each kind (suite, connection, forward secrecy) after charon's start is activated before its client
 is answered, and confirmed by charon: were charon to derive other keys than this program, that would show here.
@@ -133,6 +134,10 @@ class Activation:
         """How many are not active yet."""
         return len(self._entries) - len(self._active)
 
+    def is_crowded(self, others: int) -> bool:
+        """Whether one more will be activated before its client is answered, where `others` are being installed."""
+        return len(self._passive) + others >= CROWD
+
     def can_confirm(self, made: Rebuilt) -> bool:
         """Whether the first request on an IKE_SA that was just installed can be answered here."""
         installed_in = self._charon.installer.where
@@ -140,7 +145,8 @@ class Activation:
             self._proven.clear()
             self._proven_in = installed_in
         return (
-            len(self._passive) < CROWD
+            made.tagged
+            and not self.is_crowded(0)
             and _kind(made) in self._proven
             and possible(made.install.suite)
             and self._able()

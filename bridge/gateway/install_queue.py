@@ -67,6 +67,12 @@ class InstallQueue:
         self._took = 0.0
         """seconds that their installation took"""
         self._working = False
+        self._landing = 0
+
+    @property
+    def installing(self) -> int:
+        """How many charon does not have yet."""
+        return len(self._prepared) + self._landing
 
     @property
     def busy(self) -> bool:
@@ -96,12 +102,14 @@ class InstallQueue:
                     await self._added.wait()
             batch, self._prepared = self._prepared[:INSTALL_BATCH], self._prepared[INSTALL_BATCH:]
             self._working = True
+            self._landing = len(batch)
             try:
                 await self._land(batch)
+                self._landing = 0
                 if self._landed and self._enough() and installer.wait() == 0:
                     await self._activate()
             finally:
-                self._working = False
+                self._working, self._landing = False, 0
             if not self._prepared:
                 self._added.clear()
 

@@ -86,10 +86,17 @@ class Decision:
         self._wall = wall
 
     def of(
-        self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub, moved_away: AbstractSet[bytes] = NONE
+        self,
+        packet: Packet,
+        request: SyncRequest,
+        digest: bytes,
+        stub: Stub,
+        moved_away: AbstractSet[bytes] = NONE,
+        *,
+        tagged: bool = True,
     ) -> Rebuilt | Refusal:
         """Rules 1 and 7: a proven request and the sealed stub alone decide. `digest` is the request's. SAs that
-        `moved_away` (both SPIs) hold no address."""
+        `moved_away` (both SPIs) hold no address. `tagged`: its client's first requests are to come here."""
         if stub.index in self._endings:
             # while the stubs of this batch were fetched
             return Refusal.NO_STUB
@@ -123,7 +130,9 @@ class Decision:
         if self._admission.full(packet.src):
             return Refusal.SOURCE_UNCONFIRMED
         exchanged = self._exchange(request, stub.suite.group)
-        return exchanged if isinstance(exchanged, Refusal) else self._rebuild(packet, request, digest, stub, exchanged)
+        if isinstance(exchanged, Refusal):
+            return exchanged
+        return self._rebuild(packet, request, digest, stub, exchanged, tagged=tagged)
 
     def _exchange(self, request: SyncRequest, group: int) -> _Exchanged | Refusal:
         """With forward secrecy, this gateway's half of the exchange; nothing without."""
@@ -137,9 +146,10 @@ class Decision:
             return Refusal.PUBLIC_VALUE_WRONG
 
     def _rebuild(
-        self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub, exchanged: _Exchanged
+        self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub, exchanged: _Exchanged, *, tagged: bool
     ) -> Rebuilt:
-        ike_id = IkeId.of(request.spi_i, self._random(SPI_OCTETS - len(self._tag)) + self._tag, False)
+        tag = self._tag if tagged else b""
+        ike_id = IkeId.of(request.spi_i, self._random(SPI_OCTETS - len(tag)) + tag, False)
         nonce = self._random(NONCE_OCTETS)
         suite = stub.suite
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
@@ -231,6 +241,7 @@ class Decision:
             install,
             resumption,
             tuple(known[spis].id for spis in leftovers if spis in known),
+            tagged,
         )
 
     def _authenticated_until(self, stub: Stub, now: int) -> int:

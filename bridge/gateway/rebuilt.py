@@ -26,6 +26,8 @@ class Rebuilt:
     """what all its keys come from"""
     leftovers: tuple[IkeId, ...] = ()
     """SAs here of the same session from before it was at another gateway: they go when this one is confirmed"""
+    tagged: bool = True
+    """its client's first requests come to this program, not to charon"""
     state: State = REBUILT.first
     deadline: float = field(default=0.0)
 

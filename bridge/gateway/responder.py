@@ -316,7 +316,8 @@ class Responder:
         # what the interceptor let go when it ended is charon's to answer
         if not packet.held or self._too_late(packet, request):
             return None
-        return self._decision.of(packet, request, digest, stub, moved_away)
+        tagged = not self.activation.is_crowded(self._batches.installing)
+        return self._decision.of(packet, request, digest, stub, moved_away, tagged=tagged)
 
     def _carry_out(self, waiting: Waiting, stub: Stub | Missing, made: Rebuilt | Refusal | None) -> None:
         packet, request, _ = waiting
