@@ -122,6 +122,19 @@ def test_it_is_free_when_its_session_is_known_to_have_ended() -> None:
     run(test)
 
 
+def test_an_end_in_the_bank_has_the_address_looked_at_at_the_next_step() -> None:
+    async def test(gateway: Gateway) -> None:
+        await gateway.ends()
+        await gateway.passes(0.1)
+        gateway.over.add(ELSEWHERE)
+        for tag in ("192.0.2.77/00", ELSEWHERE.tag):
+            gateway.keeper.ended(tag)
+        await gateway.passes(0.01)
+        assert gateway.placeholders.addresses == set()
+
+    run(test)
+
+
 def test_it_is_free_when_no_stub_has_come() -> None:
     async def test(gateway: Gateway) -> None:
         await gateway.ends()

@@ -82,6 +82,8 @@ class AddressKeeper:
         self._activate_at = 0.0
         self._released: dict[str, float] = {}
         """addresses to look at, and when"""
+        self._ended_tags: set[str] = set()
+        """of indexes whose sessions ended since the last step"""
         if charon.landing.count >= SEGMENTS_MIN and pools():
             charon.landing.spared = keeping_segment(charon.landing.count)
 
@@ -150,9 +152,9 @@ class AddressKeeper:
             self._moved.update(dict.fromkeys(addresses, self._clock() + STUB_SECONDS))
 
     def ended(self, tag: str) -> None:
-        """Sessions ended in the bank whose indexes have this tag."""
-        now = self._clock()
-        self._released.update({address: now for address, index in self._sessions.items() if index.tag == tag})
+        """Sessions ended in the bank whose indexes have this tag. In a storm these are many: the placeholders are gone
+        through once for all of them."""
+        self._ended_tags.add(tag)
 
     def _ours(self, address: str) -> bool:
         return any(pool.has(address) for pool in self.pools)
@@ -179,6 +181,9 @@ class AddressKeeper:
         now = self._clock()
         if charon.placeholders.inactive and self.pools and now >= self._activate_at:
             await self._activate()
+        if self._ended_tags:
+            tags, self._ended_tags = self._ended_tags, set()
+            self._released.update({address: now for address, index in self._sessions.items() if index.tag in tags})
         due = [address for address, when in self._released.items() if when <= now]
         if due:
             await self._look_again(due, now)
