@@ -23,6 +23,9 @@ LIMIT: Final = 200_000
 """changes kept while the bank is away"""
 DELAY: Final = 0.005
 """seconds that a change waits for others to travel with"""
+MANY: Final = 64
+"""changes in a bundle after which the next waits LONGER times as long: in a storm each bucket then has several"""
+LONGER: Final = 4
 BUNDLE: Final = 4096
 """changes in one bundle at most: enough that each bucket has several"""
 PROBE: Final = 16
@@ -154,10 +157,11 @@ class WriteQueue:
 
     async def _write(self) -> None:
         pause = BACK_OFF_MIN
-        away = stuck = False
+        away = stuck = many = False
         while True:
             await self._news.wait()
-            await asyncio.sleep(self._delay)
+            await asyncio.sleep(self._delay * LONGER if many else self._delay)
+            many = len(self._waiting) >= MANY
             while self._waiting:
                 # while nothing gets through, a few changes show as well as many whether the bank takes them again
                 size = min(PROBE, self._bundle) if stuck else self._bundle
