@@ -20,6 +20,7 @@ from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.rebuilt_state import Event
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.net.interface import Packet
+from bridge.service.log import writes
 
 log = structlog.get_logger()
 
@@ -218,6 +219,8 @@ class InstallQueue:
             self._unconfirmed.installed(made)
             packet.drop()
             self._answer(packet, made.response)
+        # an event that is not written costs 10 us as well
+        for packet, made in rebuilt if writes("debug") else ():
             log.debug(
                 "sa-rebuilt",
                 peer=packet.src,

@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from ipaddress import ip_address
 from typing import Final
 
 import structlog
 
 from bridge.charon.ike_sa import IkeSa
+from bridge.ike.address import packed
 from bridge.net.neighbour import Connected, Neighbour, connected_networks
 from bridge.service.metrics import Metrics
 from bridge.service.tasks import end, spawn
@@ -27,6 +27,9 @@ ANNOUNCE_AFTER: Final = (0.0, 1.0, 2.0)
 """seconds, each after the one before, after which an address is announced: one announcement may be lost"""
 NETWORKS_SECONDS: Final = 1.0
 """that the list of the host's networks is used for; reading it takes longer than everything else here"""
+
+_Range = tuple[str, bytes, bytes]
+"""an interface, and the first and the last address of a network that it is in"""
 
 
 class ReturnPath:
@@ -44,7 +47,7 @@ class ReturnPath:
         self._networks = networks
         self._neighbour = neighbour
         self._clock = clock
-        self._connected: list[Connected] = []
+        self._connected: list[_Range] = []
         self._read_at: float | None = None
         self._neighbours: dict[str, Neighbour] = {}
         self._announced: dict[str, tuple[str, set[bytes]]] = {}
@@ -82,11 +85,15 @@ class ReturnPath:
             if (interface := _interface(address, self._now())) is not None:
                 self._take_up(spis, address, interface)
 
-    def _now(self) -> list[Connected]:
+    def _now(self) -> list[_Range]:
         """The networks of this host."""
         now = self._clock()
         if self._read_at is None or now - self._read_at >= NETWORKS_SECONDS:
-            self._connected, self._read_at = self._networks(), now
+            self._read_at = now
+            self._connected = [
+                (name, network.network_address.packed, network.broadcast_address.packed)
+                for name, network in self._networks()
+            ]
         return self._connected
 
     def gone(self, spis: bytes) -> None:
@@ -136,7 +143,8 @@ class ReturnPath:
             log.debug("neighbour-request-not-answered", interface=interface, reason=str(error))
 
 
-def _interface(address: str, networks: Sequence[Connected]) -> str | None:
+def _interface(address: str, networks: Sequence[_Range]) -> str | None:
     """The interface whose network an address is in."""
-    parsed = ip_address(address)
-    return next((name for name, network in networks if parsed in network), None)
+    octets = packed(address)
+    size = len(octets)
+    return next((name for name, first, last in networks if len(first) == size and first <= octets <= last), None)

@@ -47,6 +47,11 @@ def level() -> LogLevel:
     return _threshold
 
 
+def writes(name: LogLevel) -> bool:
+    """Whether events of this level are written now."""
+    return _NUMBERS[name] >= _NUMBERS[_threshold]
+
+
 def set_level(name: str) -> None:
     """From now on write events of level `name` and above. Raises LevelError."""
     global _threshold
