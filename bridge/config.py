@@ -202,6 +202,9 @@ class GatewayConfig(Struct, forbid_unknown_fields=True, frozen=True):
     hooks: HooksConfig = field(default_factory=HooksConfig)
     takeover: TakeoverConfig = field(default_factory=TakeoverConfig)
     intercept: InterceptConfig = field(default_factory=InterceptConfig)
+    guard: Literal["check", "external"] = "check"
+    """whether `check` looks for what stops packets to clients while their sessions are not here: docs/security.md.
+    external: other means, a packet filter for instance, do it"""
     state: str | None = "/var/lib/ike-sa-sync"
     """folder where the gateway records, across restarts, which sessions ended or were resumed elsewhere; none: in
     memory"""

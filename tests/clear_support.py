@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 import socket
 import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple, Self
 
 from bridge.lab.daemon import SLOWNESS
@@ -19,6 +21,7 @@ from net_support import inside
 
 INNER = tuple(ipaddress.ip_network(text) for text in ("10.10.0.0/16", "10.20.0.0/16", "fd10:10::/32", "fd20::/32"))
 """the networks behind the gateways, and the clients' virtual IPs"""
+GUARD_UNIT = Path(__file__).parents[1] / "systemd/ike-sa-sync-guard.service"
 INTERVAL = 0.003 * min(SLOWNESS, 3)
 """seconds between two packets of a socket"""
 PORT = 9
@@ -119,6 +122,13 @@ def _parsed(protocol: int, octets: bytes) -> Seen | None:
         source, target = (socket.inet_ntop(socket.AF_INET6, octets[at : at + 16]) for at in (8, 24))
         return Seen(source, target, octets[6])
     return None
+
+
+def guard_unit(host: Host, action: str) -> None:
+    """Run what ike-sa-sync-guard.service does when it starts (ExecStart) or stops (ExecStop)."""
+    [command] = re.findall(rf'^{action}=/bin/sh -c "(.*)"$', GUARD_UNIT.read_text(), re.MULTILINE)
+    assert not set(command) & set("$%\\"), "systemd reads these itself"
+    host.run("sh", "-c", command)
 
 
 @contextlib.contextmanager

@@ -25,9 +25,12 @@ from bridge.lab.daemon import Daemon, wait_until
 from bridge.lab.host import Host
 from bridge.lab.sidecar import program
 from bridge.lab.topology import SITE, client_host, swanctl
+from clear_support import guard_unit
 
 ROOT = Path(__file__).parents[1]
 PLAYBOOK = Path(os.environ.get("IKE_SA_SYNC_ANSIBLE", "ansible-playbook"))
+
+GUARD = "ike-sa-sync-guard"
 
 pytestmark = [
     pytest.mark.lab,
@@ -65,6 +68,25 @@ class Unchanged(Charon):
             drop_in.unlink()
         else:
             drop_in.write_text(before)
+
+
+class Guard(Daemon):
+    """The routes of ike-sa-sync-guard.service."""
+
+    @property
+    def running(self) -> bool:
+        return self.routes() != []
+
+    def spawn(self, *_: str) -> None:
+        guard_unit(self.host, "ExecStart")
+
+    def stop(self) -> None:
+        guard_unit(self.host, "ExecStop")
+
+    def routes(self) -> list[str]:
+        """The networks that lead nowhere."""
+        lines = self.host.run("ip", "route").stdout.splitlines()
+        return [line.split()[1] for line in lines if line.startswith("blackhole")]
 
 
 class Unit:
@@ -171,7 +193,8 @@ class Installation:
             return Systemd(host, {"redis-server": Unit(Daemon(host, "redis"), "redis-server", "/etc/redis/redis.conf")})
         host.charon = Unchanged(host)
         sidecar = Unit(Daemon(host, "sidecar"), *program(), "run")
-        return Systemd(host, {"ike-sa-sync": sidecar, "strongswan": Unit(host.charon)})
+        units = {"ike-sa-sync": sidecar, "strongswan": Unit(host.charon), GUARD: Unit(Guard(host, "guard"))}
+        return Systemd(host, units)
 
     def _inventory(self) -> None:
         example = yaml.safe_load((ROOT / "ansible/inventory.example.yml").read_text())
@@ -230,6 +253,10 @@ def test_the_playbook_sets_up_bank_gateways_and_client(installation: Installatio
         systemd = installation.systemd[name]
         # the sidecar holds its address before charon sends keys there
         assert systemd.asked.index("start ike-sa-sync") < systemd.asked.index("restart strongswan")
+        guard = systemd.units[GUARD]
+        assert isinstance(guard.daemon, Guard)
+        assert guard.daemon.routes() == ["10.10.0.0/16" if name == "client" else "10.20.0.0/16"]
+        assert guard.enabled
     gw1, gw2, client = (installation.hosts[name] for name in ("gw1", "gw2", "client"))
     assert (gw1.etc / "ike-sa-sync/bank.key").read_text() == (gw2.etc / "ike-sa-sync/bank.key").read_text()
     for path in ("gateway.yaml", "bank.key"):

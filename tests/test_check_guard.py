@@ -13,8 +13,9 @@ from bridge.charon.vici_types import ChildConfig, ConnectionInfo, GuardInfo
 from bridge.charon.vpns import Vpn
 from bridge.check.charon import CharonAnswer
 from bridge.check.finding import Finding
-from bridge.check.guard import guard
+from bridge.check.guard import gateway_guard, guard
 from bridge.config import GatewayEntry
+from bridge.ike.address import Pool
 
 VPN = Vpn("default", (GatewayEntry(address="192.0.2.1", connection="home"),), True)
 DEFAULT = {"dst": "default", "gateway": "198.51.100.1"}
@@ -104,3 +105,30 @@ def test_a_vpn_for_everything_and_one_without_networks_are_not_looked_at() -> No
     assert said([child("0.0.0.0/0", "::/0")], [DEFAULT], [DEFAULT6]) == ""
     assert said([child("dynamic")], [DEFAULT]) == ""
     assert said([child("10.10.0.0/16[tcp/443]")], [DEFAULT]) == "warn"
+
+
+@pytest.mark.parametrize(
+    ("routes", "grade"),
+    [
+        ([], "ok"),
+        ([DEFAULT], "warn"),
+        ([DEFAULT, {"type": "blackhole", "dst": "10.20.0.0/16", "metric": 4294967295}], "ok"),
+        ([DEFAULT, {"type": "blackhole", "dst": "10.20.2.0/24", "metric": 4294967295}], "warn"),
+        # a router inside, a connected network
+        ([DEFAULT, {"dst": "10.0.0.0/8", "gateway": "10.10.1.10"}], "ok"),
+        ([DEFAULT, {"dst": "10.20.1.0/24", "dev": "eth1"}], "ok"),
+        ([DEFAULT, {"type": "unreachable", "dst": "default"}], "warn"),
+        ([DEFAULT | {"metric": 100}, {"type": "unreachable", "dst": "default"}], "ok"),
+    ],
+)
+def test_a_default_route_at_a_gateway_needs_a_guard_for_its_pools(routes: list[dict[str, Any]], grade: str) -> None:
+    [finding] = gateway_guard([Pool("clients", "10.20.1.1", 254)], lambda family: routes if family == "-4" else [])
+    assert str(finding.grade) == grade
+    assert (finding.fix is not None) == (grade == "warn")
+
+
+def test_a_gateways_pools_of_both_families_are_looked_at_and_named() -> None:
+    pools = [Pool("four", "10.20.1.1", 254), Pool("six", "fd20::1", 100)]
+    [finding] = gateway_guard(pools, lambda family: [DEFAULT] if family == "-4" else [DEFAULT6])
+    assert "four (10.20.1.1-10.20.1.254), six (fd20::1-fd20::64)" in finding.text
+    assert gateway_guard([], lambda family: [DEFAULT]) == []

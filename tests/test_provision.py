@@ -118,6 +118,21 @@ def test_a_second_provisioning_restarts_nothing_and_a_new_password_does(tmp_path
     assert "restart redis-server" in third
 
 
+def test_a_guard_is_put_up_once_and_restarts_nothing_else(tmp_path: Path) -> None:
+    script = """
+        mkdir "$WORK/upper" "$WORK/work"
+        mount -t overlay overlay -o "lowerdir=/etc,upperdir=$WORK/upper,workdir=$WORK/work" /etc
+        touch "$STATE/charon"
+        guard 10.20.0.0/16 10.20.1.0/24
+        guard 10.20.0.0/16 10.20.1.0/24
+        restart_changed charon
+    """
+    inside(tmp_path, SOURCED + script)
+    assert (tmp_path / "upper/ike-sa-sync/guard").read_text().splitlines() == ["10.20.0.0/16", "10.20.1.0/24"]
+    restarted = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("restart")]
+    assert restarted == ["restart ike-sa-sync-guard"]
+
+
 SOURCED = '. "$PROVISION/common"\n'
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bridge.charon.vpns import vpns_of
 from bridge.check import bank, charon, connections, host
 from bridge.check.finding import Finding, Grade
-from bridge.check.guard import guard
+from bridge.check.guard import gateway_guard, guard
 from bridge.check.return_path import return_path
 from bridge.check.takeover import takeover
 from bridge.config import ClientConfig, GatewayConfig
@@ -31,7 +31,10 @@ async def run_checks(config: GatewayConfig | ClientConfig) -> list[Finding]:
         findings += host.queue(config, pid) + await host.match(config) + host.key_file(config) + host.hooks(config)
         findings += await bank.bank(config, running)
         if running is not None:
-            findings += return_path(config, await bank.own_pools(config))
+            pools = await bank.own_pools(config)
+            findings += return_path(config, pools)
+            if config.guard == "check":
+                findings += gateway_guard(pools)
     elif running is not None:
         loaded = running.connections
         for vpn in vpns_of(config, lambda: loaded):

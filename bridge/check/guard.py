@@ -1,5 +1,6 @@
-"""Whether packets of a client to the networks behind its gateways can leave in the clear while it has no CHILD_SA for
-them: a route leads there, and nothing of lower priority than the CHILD_SA's policy stops them (docs/security.md).
+"""Whether packets can leave in the clear while there is no CHILD_SA for them: those of a client to the networks behind
+its gateways, and those that a gateway forwards to the virtual IPs of clients. A route leads there, and nothing of lower
+priority than the CHILD_SA's policy stops them (docs/security.md).
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ import json
 import subprocess
 from collections.abc import Callable, Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from bridge.charon.vici_types import ChildConfig, GuardInfo
 from bridge.charon.vpns import Vpn
 from bridge.check.charon import CharonAnswer
 from bridge.check.finding import Finding, ok, warn
+from bridge.ike.address import Pool
 
 Network = IPv4Network | IPv6Network
 Route = dict[str, Any]
@@ -25,6 +27,7 @@ _ANY: Final = "dynamic"
 _EVERYTHING: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 REJECTING: Final = ("blackhole", "unreachable", "prohibit")
 """types of routes that lead nowhere"""
+UNIT: Final = "in /etc/ike-sa-sync/guard, and systemctl enable --now ike-sa-sync-guard (docs/security.md)"
 
 
 def main_table(family: str) -> list[Route]:
@@ -53,21 +56,36 @@ def guard(vpn: Vpn, charon: CharonAnswer, table: Callable[[str], list[Route]] = 
         return []
     userspace = USERSPACE in charon.plugins
     guards = [] if userspace else charon.guards
-    routes = {4: table("-4"), 6: table("-6")}
+    ways = {4: _ways(table("-4"), 4), 6: _ways(table("-6"), 6)}
     open_ones = sorted(
         str(network)
         for network, child in wanted.items()
-        if not _stopped(network, child, guards) and _routed(network, routes[network.version])
+        if not _stopped(network, child, guards) and _routed(network, ways[network.version])
     )
     if not open_ones:
         return [ok("guard", f"VPN {vpn.name}: no packet leaves in the clear while there is no CHILD_SA")]
     text = f"VPN {vpn.name}: packets to {', '.join(open_ones)} leave in the clear while there is no CHILD_SA"
-    fix = f"ip route add blackhole {open_ones[0]} metric 4294967295, at each start"
+    fix = f"{', '.join(open_ones)} {UNIT}"
     if userspace:
-        fix += f" ({USERSPACE} is loaded: a child with `mode = drop` has no effect)"
+        fix += f"; {USERSPACE} is loaded: a child with `mode = drop` has no effect"
     else:
-        fix += "; or a child with `mode = drop` and `start_action = trap` (docs/security.md)"
+        fix += "; or, while charon runs, a child with `mode = drop` and `start_action = trap`"
     return [warn("guard", text, fix)]
+
+
+def gateway_guard(pools: Iterable[Pool], table: Callable[[str], list[Route]] = main_table) -> list[Finding]:
+    """One finding for a gateway with pools: whether packets to a client without a CHILD_SA here follow the default
+    route. More specific routes, to a router inside or of a connected network, are the operator's choice."""
+    every = list(pools)
+    if not every:
+        return []
+    ways = {4: _ways(table("-4"), 4), 6: _ways(table("-6"), 6)}
+    open_ones = [pool for pool in every if _by_default(ip_network(pool.base), ways)]
+    if not open_ones:
+        return [ok("guard", "no packet to a client leaves in the clear while its session is not here")]
+    names = ", ".join(f"{pool.name} ({pool.text})" for pool in open_ones)
+    text = f"packets to clients of {names} leave in the clear by the default route while their session is not here"
+    return [warn("guard", text, f"the pools of all gateways {UNIT}")]
 
 
 def _networks(selectors: Iterable[str]) -> Iterable[Network]:
@@ -101,21 +119,40 @@ def _within(one: Network, others: Iterable[Network]) -> bool:
     return any(one.version == other.version and one.subnet_of(other) for other in others)  # type: ignore[arg-type]
 
 
-def _routed(network: Network, routes: Iterable[Route]) -> bool:
-    """Whether a packet to the network has a way: the most specific of the routes for all of it, or one for a part."""
-    found: list[tuple[int, int, bool]] = []
+class _Way(NamedTuple):
+    """A route. Of several that lead to one network the greatest counts."""
+
+    length: int
+    preference: int
+    """of two routes with one length the one with the smaller metric counts"""
+    open: bool
+    """whether it leads somewhere"""
+    to: Network
+
+
+def _ways(routes: Iterable[Route], version: int) -> list[_Way]:
+    found = []
     for route in routes:
-        open_route = route.get("type", "unicast") not in REJECTING
-        text = "::/0" if network.version == 6 else "0.0.0.0/0"
         try:
-            to = ip_network(text if route["dst"] == "default" else route["dst"])
+            to = _EVERYTHING[version] if route["dst"] == "default" else ip_network(route["dst"])
         except ValueError:
             continue
-        if to.version != network.version:
-            continue
-        if network.subnet_of(to):  # type: ignore[arg-type]
-            # of two with one length the smaller metric counts
-            found.append((to.prefixlen, -int(route.get("metric", 0)), open_route))
-        elif open_route and to.subnet_of(network):  # type: ignore[arg-type]
-            return True
-    return max(found)[2] if found else False
+        is_open = route.get("type", "unicast") not in REJECTING
+        found.append(_Way(to.prefixlen, -int(route.get("metric", 0)), is_open, to))
+    return found
+
+
+def _best(network: Network, ways: Iterable[_Way]) -> _Way | None:
+    """The route that packets to all of a network take, but for more specific ones."""
+    return max((way for way in ways if _within(network, [way.to])), key=lambda way: way[:3], default=None)
+
+
+def _routed(network: Network, ways: list[_Way]) -> bool:
+    """Whether a packet to the network has a way: the most specific of the routes for all of it, or one for a part."""
+    best = _best(network, ways)
+    return (best is not None and best.open) or any(way.open and _within(way.to, [network]) for way in ways)
+
+
+def _by_default(network: Network, ways: dict[int, list[_Way]]) -> bool:
+    best = _best(network, ways[network.version])
+    return best is not None and best.open and not best.length
