@@ -145,6 +145,23 @@ def test_a_session_rekeyed_before_the_failure_is_resumed(topology: Topology) -> 
     assert topology.client.ping(SITE) == 3
 
 
+def test_a_session_whose_client_did_not_receive_the_answer_to_its_rekey_is_resumed(topology: Topology) -> None:
+    """The gateway has the new IKE_SA, its client the old one alone."""
+    first = connect(topology)
+    # behind IP and UDP header and non-ESP marker, the exchange type is in octet 18
+    answers = ("OUTPUT", "-p", "udp", "--sport", "4500", "-m", "u32", "--u32", "0>>22&0x3C@28>>8&0xFF=36", "-j", "DROP")
+    topology.gw1.run("iptables", "-I", *answers)
+    try:
+        topology.client.swanctl("--rekey", "--ike", "home")
+        wait_until(lambda: len(topology.bank.stubs()) == 2, "the stubs of both IKE_SAs")
+        topology.kill_gateway(topology.gw1)
+        assert resume(topology)["result"] == "resumed"
+    finally:
+        topology.gw1.run("iptables", "-D", *answers)
+    assert spis(the_sa(topology.client)) != spis(first)
+    assert topology.client.ping(SITE) == 3
+
+
 def test_a_session_that_the_gateway_initiated_its_rekey_of_is_resumed(topology: Topology) -> None:
     first = connect(topology)
     topology.gw1.swanctl("--rekey", "--ike", "gw")

@@ -118,12 +118,14 @@ def test_where_each_segment_has_a_handshake_in_progress_the_activation_waits_for
     connect(topology)
     begin_handshakes(topology, MAX_SEGMENTS)
     topology.kill_gateway(topology.gw1)
+    waited = topology.gateways["gw2"].text().count("activation-delayed")
     outcome = resume(topology)
     assert topology.gw2.charon.running
+    # once it is known that no activation comes, the answer waits for one
     assert outcome["result"] == "resumed"
-    assert [sa["state"] for sa in topology.gw2.charon.sas() if sa["responder-spi"] == outcome["spi_r"]] == ["PASSIVE"]
     assert topology.client.ping(SITE) == 3
     # charon gave up by itself what it gave up
     assert "destroying incomplete IKE_SA" not in topology.gw2.charon.text()
     assert the_sa(topology.gw2)["responder-spi"] == outcome["spi_r"]
+    assert topology.gateways["gw2"].text().count("activation-delayed") == waited + 1
     assert topology.client.ping(SITE) == 3

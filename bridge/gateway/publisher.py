@@ -45,6 +45,10 @@ class Publisher:
         self.locked_out: Callable[[], None] = lambda: None
         """called for an SA of an identity that is locked out"""
         self._wall = wall
+        self._unanswered: dict[bytes, IkeSa] = {}
+        """SAs that their clients rekeyed, by both SPIs of the new one, while that may not be known to the client"""
+        self._heirs: dict[bytes, bytes] = {}
+        """both SPIs of those new ones, by those of the old ones"""
 
     @property
     def own_addresses(self) -> set[str]:
@@ -89,7 +93,28 @@ class Publisher:
     def withdraw(self, sa: IkeSa) -> None:
         """Delete the stub of an SA that ended."""
         self._living.take_out(sa)
+        self.answered(sa.id.spis)
         self._take_back(sa)
+
+    def rekeyed(self, old: IkeSa, heir: bytes) -> None:
+        """A client has rekeyed an SA, to the one with these SPIs. Until a request shows that it has the answer, it may
+        come back with the old one: that stub stays."""
+        self._living.take_out(old)
+        self._unanswered[heir] = old
+        self._heirs[old.id.spis] = heir
+
+    def answered(self, spis: bytes) -> None:
+        """A request of a client verified on an SA (both SPIs), or the SA ended. If it comes of a rekey, or was rekeyed,
+        the old SA has served its time: the client deletes it once it has the answer."""
+        old = self._unanswered.pop(self._heirs.get(spis, spis), None)
+        if old is not None:
+            del self._heirs[old.id.spis]
+            self._take_back(old)
+
+    def lost(self) -> None:
+        """charon is gone with all its SAs; their stubs stay, since clients resume from them."""
+        self._unanswered.clear()
+        self._heirs.clear()
 
     def _take_back(self, sa: IkeSa) -> None:
         if (sa.resumable or sa.published_at) and sa.local is not None:

@@ -178,6 +178,7 @@ class GatewayRole:
         self._reconciler = BankReconciler(config, bank, charon, self._publisher, known, self._elsewhere)
         self._reconciler.on_ending = self._keeper.ended
         charon.tracker.on_lost.append(self._stubs.lost.put)
+        charon.tracker.on_lost.append(lambda _: self._publisher.lost())
         self._postings: Postings | None = None
         if config.address is not None:
             self._postings = Postings(config.address, bank, charon, self._publisher, failover, self._metrics)
@@ -326,12 +327,17 @@ class GatewayRole:
         if self._shared is not None:
             self._shared.sessions.gone(sa)
         if sa.up:
-            self._publisher.withdraw(sa)
+            heir = self._charon.tracker.heir(sa)
+            if heir is not None and not self._charon.tracker.sas[heir].id.initiator:
+                self._publisher.rekeyed(sa, heir)
+            else:
+                self._publisher.withdraw(sa)
 
     def verified(self, ike_id: IkeId) -> None:
         """A request of a client's verified."""
         self._responder.unconfirmed.verified(ike_id)
         self._responder.activation.verified(ike_id.spis)
+        self._publisher.answered(ike_id.spis)
         if self._shared is not None:
             self._shared.sessions.verified(ike_id)
 
