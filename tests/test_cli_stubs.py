@@ -7,12 +7,14 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from bank_support import GATEWAY, RedisServer, stub_of
 from bridge.bank.redis_bank import RedisBank
 from bridge.lab.sidecar import program
 from bridge.stub.keyring import Keyring, generate
+from bridge.stub.types import Identity
 
 pytestmark = pytest.mark.redis
 
@@ -60,6 +62,16 @@ async def test_a_stub_is_listed_shown_and_deleted(operator: Operator) -> None:
     deleted = operator.stubs("delete", GATEWAY, spi)
     assert (deleted.returncode, deleted.stdout) == (0, f"deleted {stub.index.key}\n")
     assert operator.stubs("list").stdout.endswith("0 stubs\n")
+    await operator.bank.close()
+
+
+async def test_the_eap_identity_is_listed_shown_and_found(operator: Operator) -> None:
+    by_eap = msgspec.structs.replace(stub_of(), eap_id=Identity(3, b"alice@example"))
+    await operator.bank.store([by_eap, stub_of()])
+    [row] = json.loads(operator.stubs("list", "--identity", "alice@*", "--json").stdout)
+    assert (row["spi"], row["eap_id"]) == (by_eap.spi_r.hex(), "alice@example")
+    assert "alice@example" in operator.stubs("list").stdout
+    assert "alice@example" in operator.stubs("show", GATEWAY, by_eap.spi_r.hex()).stdout
     await operator.bank.close()
 
 
