@@ -15,9 +15,10 @@ from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_tracker import SaTracker
+from bridge.charon.vici_types import ConnectionInfo, Unique
 from bridge.gateway.addresses import AddressHolders
 from bridge.stub.stub import Index, Stub
-from bridge.stub.types import Identity
+from bridge.stub.types import Endpoint, Identity
 
 HERE = "192.0.2.2"
 
@@ -41,11 +42,13 @@ class EndsBank:
         return [index in self.over for index in indexes]
 
 
-def holders(*sas: IkeSa, bank: EndsBank | None = None) -> AddressHolders:
+def holders(*sas: IkeSa, bank: EndsBank | None = None, unique: Unique = Unique.NO) -> AddressHolders:
     tracker = SaTracker(Ignorant(), wall=lambda: 0.0, clock=lambda: 0.0)
     for sa in sas:
         tracker.adopt(sa)
-    return AddressHolders(cast(Charon, SimpleNamespace(tracker=tracker)), cast(StubBank, bank or EndsBank()), HERE)
+    connection = ConnectionInfo("home", 14400, 0, (), unique=unique)
+    charon = SimpleNamespace(tracker=tracker, connection=lambda _: connection)
+    return AddressHolders(cast(Charon, charon), cast(StubBank, bank or EndsBank()), HERE)
 
 
 def session(*vips: str, gateway: str = HERE) -> Stub:
@@ -85,6 +88,16 @@ def test_an_older_sa_of_the_same_peer_holds_no_address_of_its_newer_one() -> Non
     assert not found.of_others(stub)
     # it is ended once the client has confirmed
     assert found.beside(stub) == {old.spi_i + old.spi_r}
+
+
+@pytest.mark.parametrize("remote", [Endpoint("198.51.100.77", 4500), Endpoint(stub_of().remote.address, 1)])
+def test_an_older_sa_of_another_device_of_the_same_user_holds_its_address(remote: Endpoint) -> None:
+    """Also of one behind the same NAT. Not where a connection has one session of a user, the newest."""
+    stub = session("10.20.0.7", gateway=GATEWAY)
+    old = msgspec.structs.replace(session("10.20.0.7"), established=stub.established - 60, remote=remote)
+    assert holders(sa_of(old)).of_others(stub) == {old.spi_i + old.spi_r}
+    assert holders(sa_of(old), unique=Unique.KEEP).of_others(stub) == {old.spi_i + old.spi_r}
+    assert not holders(sa_of(old), unique=Unique.REPLACE).of_others(stub)
 
 
 @pytest.mark.parametrize(

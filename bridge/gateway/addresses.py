@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.vici_types import Unique
 from bridge.stub.stub import Index, Stub
 
 
@@ -30,13 +31,14 @@ class AddressHolders:
         return holders
 
     def of_others(self, stub: Stub) -> set[bytes]:
-        """Those of another session, as far as is known here: not the SA that the stub's was rebuilt from, and not an
-        older one of the same peer, which has set up another since, at a gateway that gave it the same address."""
+        """Those of another session, as far as is known here: not the SA that the stub's was rebuilt from, and not what
+        its client left behind when it set up another one, at a gateway that gave it the same address."""
+        replaces = self._replaces(stub)
         return {
             spis
             for spis in self.beside(stub)
             if (stub.predecessor is None or self._index(spis) != stub.predecessor)
-            and not _is_older(self._charon.tracker.sas.get(spis), stub)
+            and not _is_left_behind(self._charon.tracker.sas.get(spis), stub, replaces=replaces)
         }
 
     async def moved_away(self, stubs: Sequence[Stub]) -> set[bytes]:
@@ -55,17 +57,23 @@ class AddressHolders:
             return set()
         return {spis for (spis, _), over in zip(found, ended, strict=True) if over}
 
+    def _replaces(self, stub: Stub) -> bool:
+        """Whether a newer session of a peer ends the older one here, whichever host it is of."""
+        connection = self._charon.connection(stub.connection)
+        return connection is not None and connection.unique is Unique.REPLACE
+
     def _index(self, spis: bytes) -> Index | None:
         sa = self._charon.tracker.sas.get(spis)
         return None if sa is None or sa.local is None else sa.published or sa.index_here(self._address)
 
 
-def _is_older(sa: IkeSa | None, stub: Stub) -> bool:
-    """Whether an SA is of the stub's peer, and was set up before the stub's was. A younger one may be another device of
-    the same user."""
+def _is_left_behind(sa: IkeSa | None, stub: Stub, *, replaces: bool) -> bool:
+    """Whether an SA is of the stub's client, and was set up before the stub's was. A younger one, or one of another
+    host, may be another device of the same user: it keeps its address."""
     return (
         sa is not None
         and sa.remote_id is not None
         and (sa.remote_id, sa.eap_id, sa.connection) == (stub.remote_id, stub.eap_id, stub.connection)
         and 0 < sa.established < stub.established
+        and (replaces or sa.remote == stub.remote)
     )
