@@ -98,6 +98,26 @@ def test_three_child_sas() -> None:
             assert answered(topology, topology.client, target=target)
 
 
+def test_a_child_sa_that_was_not_stored_any_more_is_set_up_again_when_the_client_rekeys_it() -> None:
+    """The others continue; the new gateway answers CHILD_SA_NOT_FOUND."""
+    gateway, client = ({f"children.one.{side}": "10.10.31.0/24"} for side in ("local_ts", "remote_ts"))
+    with sharing(gateway=gateway, client=client) as topology:
+        for host in (topology.gw1, topology.gw2):
+            host.run("ip", "address", "add", "10.10.31.1/32", "dev", "lo")
+        connect(topology)
+        topology.gateways["gw1"].kill()
+        topology.client.charon.initiate("one", "home")
+        before = child_spis(topology)
+        assert move(topology, topology.gw1, topology.gw2)["taken"] == 1
+        wait_until(lambda: len(before & child_spis(topology)) == 1, "new keys of the other one")
+        assert answered(topology, topology.client)
+        rekey(topology.client, child="one")
+        wait_until(lambda: not before & child_spis(topology), "the end of the old CHILD_SA")
+        wait_until(lambda: sorted(name for name, _ in child_spis(topology)) == ["net", "one"], "each of them once")
+        for target in (SITE, "10.10.31.1"):
+            assert answered(topology, topology.client, target=target)
+
+
 def child_spis(topology: Topology) -> set[tuple[str, str]]:
     """Names and inbound SPIs of the client's installed CHILD_SAs."""
     [sa] = established(topology.client)
