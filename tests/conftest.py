@@ -16,6 +16,7 @@ from bank_support import RedisServer, keyring
 from bridge.bank.redis_bank import RedisBank
 from bridge.lab import Lab, Topology, standard, valkey
 from bridge.stub.keyring import Keyring
+from releases_support import RELEASED
 from role_support import FakeTime
 
 # how long drawing and running an example takes says how busy the machine is
@@ -92,6 +93,14 @@ def loop() -> Iterator[FakeTime]:
     loop = FakeTime()
     yield loop
     loop.end()
+
+
+@pytest.fixture(scope="module", params=RELEASED)
+def each_release(request: pytest.FixtureRequest) -> str | None:
+    """The Debian release whose strongSwan a lab is to have: the machine's own (None), and with `-m releases` each other
+    one."""
+    release: str | None = request.param
+    return release
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,15 @@ Outcome = dict[str, Any]
 
 @contextmanager
 def sharing(
-    *, gateway: dict[str, Any] | None = None, client: dict[str, Any] | None = None, **options: Any
+    release: str | None = None,
+    *,
+    gateway: dict[str, Any] | None = None,
+    client: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Iterator[Topology]:
     """The standard lab, up, with SHARED at gw1: `gateway` and `client` are settings of their swanctl connection, and
-    the client has no sidecar."""
-    with Lab() as lab:
+    the client has no sidecar. `release`: of all hosts."""
+    with Lab(release=release) as lab:
         topology = shared_topology(lab, gateway=gateway, client=client, **options)
         start(topology, topology.gw1)
         yield topology

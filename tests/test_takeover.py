@@ -15,8 +15,8 @@ pytestmark = pytest.mark.lab
 
 
 @pytest.fixture
-def topology() -> Iterator[Topology]:
-    with sharing() as topology:
+def topology(each_release: str | None) -> Iterator[Topology]:
+    with sharing(each_release) as topology:
         yield topology
 
 

@@ -60,8 +60,8 @@ def taken_over(topology: Topology) -> None:
 
 
 @pytest.mark.parametrize("proposal", [CBC, AEAD])
-def test_aead_and_cbc_with_pfs_after_rekeying_the_ike_sa(proposal: str) -> None:
-    with sharing(**settings(proposals=proposal, children__net__esp_proposals=PFS)) as topology:
+def test_aead_and_cbc_with_pfs_after_rekeying_the_ike_sa(each_release: str | None, proposal: str) -> None:
+    with sharing(each_release, **settings(proposals=proposal, children__net__esp_proposals=PFS)) as topology:
         connect(topology)
         for host, name in ((topology.client, "home"), (topology.gw1, "gw")):
             [before] = established(topology.client)
@@ -72,13 +72,13 @@ def test_aead_and_cbc_with_pfs_after_rekeying_the_ike_sa(proposal: str) -> None:
         taken_over(topology)
 
 
-def test_three_child_sas() -> None:
+def test_three_child_sas(each_release: str | None) -> None:
     """Each of them carries traffic. charon's ESP in user space sets up no CHILD_SA whose network its host has no
     address in."""
     networks = {"one": "10.10.31.", "two": "10.10.32."}
     gateway = {f"children.{name}.local_ts": f"{network}0/24" for name, network in networks.items()}
     client = {f"children.{name}.remote_ts": f"{network}0/24" for name, network in networks.items()}
-    with sharing(gateway=gateway, client=client) as topology:
+    with sharing(each_release, gateway=gateway, client=client) as topology:
         for host in (topology.gw1, topology.gw2):
             for network in networks.values():
                 host.run("ip", "address", "add", f"{network}1/32", "dev", "lo")
@@ -98,10 +98,12 @@ def test_three_child_sas() -> None:
             assert answered(topology, topology.client, target=target)
 
 
-def test_a_child_sa_that_was_not_stored_any_more_is_set_up_again_when_the_client_rekeys_it() -> None:
+def test_a_child_sa_that_was_not_stored_is_set_up_again_when_the_client_rekeys_it(
+    each_release: str | None,
+) -> None:
     """The others continue; the new gateway answers CHILD_SA_NOT_FOUND."""
     gateway, client = ({f"children.one.{side}": "10.10.31.0/24"} for side in ("local_ts", "remote_ts"))
-    with sharing(gateway=gateway, client=client) as topology:
+    with sharing(each_release, gateway=gateway, client=client) as topology:
         for host in (topology.gw1, topology.gw2):
             host.run("ip", "address", "add", "10.10.31.1/32", "dev", "lo")
         connect(topology)
@@ -125,11 +127,11 @@ def child_spis(topology: Topology) -> set[tuple[str, str]]:
     return {(child["name"], child["spi-in"]) for child in installed}
 
 
-def test_eap_with_a_virtual_ip() -> None:
+def test_eap_with_a_virtual_ip(each_release: str | None) -> None:
     """The gateway shows a certificate, the client logs in by EAP: its address and its EAP identity stay."""
     gateway = {"local.auth": "pubkey", "local.certs": "ecdsa.pem", "remote.auth": "eap-md5", "remote.eap_id": "%any"}
     client = {"remote.auth": "pubkey", "remote.id": NAME, "local.auth": "eap-md5", "local.eap_id": "someone"}
-    with Lab() as lab:
+    with Lab(release=each_release) as lab:
         topology = shared_topology(lab, gateway=gateway, client=client)
         hosts = dict.fromkeys((topology.gw1, topology.gw2), (f"CN={NAME}", NAME))
         certify("ecdsa", hosts | {topology.client: ("CN=client.example.org", "client.example.org")})
@@ -145,8 +147,8 @@ def test_eap_with_a_virtual_ip() -> None:
         assert (after["remote-eap-id"], after["remote-vips"]) == ("someone", ["10.20.1.1"])
 
 
-def test_a_client_behind_a_nat_that_rewrites_its_port() -> None:
-    with Lab() as lab:
+def test_a_client_behind_a_nat_that_rewrites_its_port(each_release: str | None) -> None:
+    with Lab(release=each_release) as lab:
         topology = shared_topology(lab)
         inner = behind_a_nat(topology)
         start(topology, topology.gw1)
@@ -174,8 +176,8 @@ def behind_a_nat(topology: Topology) -> Host:
     return inner
 
 
-def test_ipv6() -> None:
-    with sharing(client={"remote_addrs": SHARED6}) as topology:
+def test_ipv6(each_release: str | None) -> None:
+    with sharing(each_release, client={"remote_addrs": SHARED6}) as topology:
         connect(topology, address=SHARED6)
         [before] = established(topology.client)
         die(topology, topology.gw1)

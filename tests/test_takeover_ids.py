@@ -34,8 +34,8 @@ asyncio.run(alter(*sys.argv[1:4], *map(int, sys.argv[4:])))
 
 
 @pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    with sharing() as topology:
+def topology(each_release: str | None) -> Iterator[Topology]:
+    with sharing(each_release) as topology:
         connect(topology)
         yield topology
 
@@ -74,8 +74,8 @@ def test_the_clients_message_id_is_learned_from_its_request(topology: Topology, 
     assert spis(after) == spis(before)
 
 
-def test_both_are_found_over_ipv6_too() -> None:
-    with sharing(client={"remote_addrs": SHARED6}) as topology:
+def test_both_are_found_over_ipv6_too(each_release: str | None) -> None:
+    with sharing(each_release, client={"remote_addrs": SHARED6}) as topology:
         connect(topology, address=SHARED6)
         [before] = established(topology.client)
         new = handed_over(topology, -1, 1, SHARED6)

@@ -36,8 +36,8 @@ PIDS = {"pid": "keepalived.pid", "vrrp_pid": "vrrp.pid"}
 
 
 @pytest.fixture
-def topology() -> Iterator[Topology]:
-    with Lab() as lab:
+def topology(each_release: str | None) -> Iterator[Topology]:
+    with Lab(release=each_release) as lab:
         topology = shared_topology(lab, trigger="netlink")
         start(topology)
         yield topology

@@ -31,8 +31,8 @@ FIRST = 110
 
 
 @pytest.fixture
-def topology() -> Iterator[Topology]:
-    with Lab() as lab:
+def topology(each_release: str | None) -> Iterator[Topology]:
+    with Lab(release=each_release) as lab:
         topology = shared_topology(lab)
         third_gateway(topology)
         for number in range(CLIENTS):

@@ -31,8 +31,8 @@ pytestmark = pytest.mark.lab
 
 
 @pytest.fixture
-def topology() -> Iterator[Topology]:
-    with sharing() as topology:
+def topology(each_release: str | None) -> Iterator[Topology]:
+    with sharing(each_release) as topology:
         yield topology
 
 
@@ -119,9 +119,9 @@ def test_after_a_split_brain_the_gateway_that_kept_the_address_has_the_sessions(
     assert [spis(sa) for sa in established(kept)] == [spis(before)]
 
 
-def test_an_address_of_a_session_that_was_given_up_is_given_to_no_other_client() -> None:
+def test_an_address_of_a_session_that_was_given_up_is_given_to_no_other_client(each_release: str | None) -> None:
     """Also while the bank is away, which knows where the session is."""
-    with Lab() as lab:
+    with Lab(release=each_release) as lab:
         topology = shared_topology(lab, ha_pools=True)
         other = client_host(lab, "other", "192.168.50.40", topology.secret)
         start(topology, topology.gw1)

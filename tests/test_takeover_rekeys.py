@@ -38,10 +38,10 @@ CREATE_CHILD_SA, INFORMATIONAL = 36, 37
 
 
 @pytest.fixture
-def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
+def topology(request: pytest.FixtureRequest, each_release: str | None) -> Iterator[Topology]:
     """A client that sends its requests again for 20 s, or with its own settings: of charon and of its connection."""
     settings, client = getattr(request, "param", (PATIENT, {}))
-    with Lab() as lab:
+    with Lab(release=each_release) as lab:
         topology = shared_topology(lab, client=client)
         topology.client.charon.settings.update(settings)
         start(topology, topology.gw1)

@@ -33,11 +33,13 @@ class Lab:
     process of its own then removes the lab. With `keep`, it stays until `ike-sa-sync lab clean`.
     """
 
-    def __init__(self, prefix: str | None = None, *, keep: bool = False) -> None:
+    def __init__(self, prefix: str | None = None, *, keep: bool = False, release: str | None = None) -> None:
         self.name = prefix or f"iss{secrets.token_hex(3)}"
         if not NAME.fullmatch(self.name):
             raise LabError(f"a lab's name is 1 to 16 letters and digits, unlike {self.name!r}")
         self.keep = keep
+        self.release = release
+        """the Debian release of its hosts' strongSwan; None: the machine's own"""
         self.hosts: dict[str, Host] = {}
         self.networks: list[str] = []
         self.esp = esp.Esp.KERNEL
@@ -124,8 +126,9 @@ class Lab:
     ) -> Host:
         """A host on a network, with `addresses` (with prefix length) on eth0 and `local` ones on lo.
 
-        `forward` makes it a router. Its strongSwan is that of the Debian `release`, or the machine's own.
+        `forward` makes it a router. Its strongSwan is that of the Debian `release`, or the lab's.
         """
+        release = release or self.release
         host = Host(name, self.name, self.esp, releases.root(release) if release else Path("/"))
         host.boot()
         self.hosts[name] = host
