@@ -38,10 +38,29 @@ def bench() -> None:
     """Benchmarks: resumptions beside handshakes, storms, growth, as root in a lab of their own; and the bank."""
 
 
+def _lines() -> Report:
+    """Progress where no terminal shows a bar: a line for each step, and for each tenth of it."""
+    began, shown = time.monotonic(), ("", -1)
+
+    def report(what: str, share: float) -> None:
+        nonlocal shown
+        tenth = int(share * 10)
+        if (what, tenth) != shown:
+            shown = what, tenth
+            done = f" {10 * tenth} %" if tenth else ""
+            click.echo(f"{time.monotonic() - began:6.1f} s  {what}{done}", err=True)
+
+    return report
+
+
 @contextmanager
 def _progress() -> Iterator[Report]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines()
+        return
+    with Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task("the lab starts", total=1.0)
         yield lambda what, share: shown.update(task, description=what, completed=share)
 
@@ -180,41 +199,70 @@ def flood(rate: int, seconds: float, moves: int, plot: str | None, as_json: bool
     _publish(_measure_flood(rate, seconds, moves), plot, as_json)
 
 
-def _measure_outage(sessions: int, clients: int) -> dict[str, Any]:
-    """Each failure in a lab of its own."""
+KINDS = {kind: (kind, outage.DETECT) for kind in outage.FAILURES} | {
+    f"detect {outage.SHORT_DETECT} s": (next(iter(outage.FAILURES)), outage.SHORT_DETECT)
+}
+"""what `bench outage` measures beside false alarms: a failure and `failover.detect`"""
+
+
+def _measure_outage(
+    sessions: int, clients: int, only: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Each failure in a lab of its own: the machine, failures and false alarms. `only`: of these kinds."""
     failures: list[dict[str, Any]] = []
-    runs = [(kind, outage.DETECT) for kind in outage.FAILURES] + [(next(iter(outage.FAILURES)), outage.SHORT_DETECT)]
+    alarms: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
     try:
         with _progress() as told:
-            for kind, detect in runs:
-                told("the lab starts", 0.0)
+            for name in only or (*KINDS, outage.ALARMS):
+                told(f"{name}: the lab starts", 0.0)
+                kind, detect = KINDS.get(name, ("", outage.DETECT))
                 with rig(clients, detect) as built:
                     built.take_model()
                     about = about or lab_machine(built.target)
-                    failures.append(outage.failure(built, kind, sessions, told) | {"detect": detect})
-                    click.echo(outage.line(failures[-1]), err=True)
-            told("the lab starts", 0.0)
-            with rig(clients, outage.DETECT) as built:
-                built.take_model()
-                alarms = outage.false_alarms(built, sessions, told)
+                    if kind:
+                        failures.append(outage.failure(built, kind, sessions, told) | {"detect": detect})
+                        click.echo(outage.line(failures[-1]), err=True)
+                    else:
+                        alarms = outage.false_alarms(built, sessions, told)
+                        click.echo("\n".join(map(outage.alarm_line, alarms)), err=True)
     except LabError as error:
         raise click.ClickException(str(error)) from None
+    return about, failures, alarms
+
+
+def _whole_outage(sessions: int, clients: int) -> dict[str, Any]:
+    about, failures, alarms = _measure_outage(sessions, clients)
     return _published("outage", about, {"failures": failures[:-1], "short": failures[-1], "false alarms": alarms})
 
 
 @bench.command("outage")
 @click.option("--sessions", default=10_000, show_default=True, help="Sessions of the load generator at the gateway.")
 @click.option("--clients", default=CLIENTS, show_default=True, help="Real clients beside them, each with traffic.")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice([*KINDS, outage.ALARMS]),
+    metavar="KIND",
+    help=f"Measure this alone, for no report; may be given several times: {', '.join([*KINDS, outage.ALARMS])}.",
+)
 @_plot
 @_json
-def measure_outage(sessions: int, clients: int, plot: str | None, as_json: bool) -> None:
+def measure_outage(sessions: int, clients: int, only: tuple[str, ...], plot: str | None, as_json: bool) -> None:
     """How long clients are without traffic: their gateway is killed, cut off, stopped, or only seems to fail."""
-    measured = _measure_outage(sessions, clients)
-    _publish(measured, plot, as_json)
-    result = measured["result"]
-    left = sum(row["failures"] for row in [*result["failures"], result["short"]])
-    moved = sum(row["moved"] for row in result["false alarms"])
+    if only and plot:
+        raise click.UsageError("'--plot' shows all kinds, and '--only' measures some.")
+    if only:
+        _, failures, alarms = _measure_outage(sessions, clients, only)
+        if as_json:
+            click.echo(json.dumps({"failures": failures, "false alarms": alarms}))
+    else:
+        measured = _whole_outage(sessions, clients)
+        _publish(measured, plot, as_json)
+        result = measured["result"]
+        failures, alarms = [*result["failures"], result["short"]], result["false alarms"]
+    left = sum(row["failures"] for row in failures)
+    moved = sum(row["moved"] for row in alarms)
     if left or moved:
         raise click.ClickException(f"{left} sessions were not resumed, {moved} moved on a false alarm")
 
@@ -244,7 +292,7 @@ SHORT: dict[str, Callable[[], dict[str, Any]]] = {
     "growth": lambda: _measure("growth", lambda r, progress: fill(r, [1000, 10_000], 1000, WINDOW, progress)),
     "bank": lambda: _measure_bank([20_000]),
     "flood": lambda: _measure_flood(20_000, 8.0, 8),
-    "outage": lambda: _measure_outage(1000, 8),
+    "outage": lambda: _whole_outage(1000, 8),
     "takeover": lambda: _measure_takeover(1000),
 }
 """what `make bench` does"""

@@ -46,6 +46,9 @@ RESTART_SECONDS = 0.1
 DETECT: Final = 1.0
 SHORT_DETECT: Final = 0.3
 
+NOT_SERVED: Final = ("refusals_total", "nfqueue_bypassed", "nfqueue_drops", "nfqueue_metered", "event_loop_stalls")
+"""of the other gateway's counters: requests that were not served, and why"""
+
 Progress = Callable[[str, float], None]
 
 
@@ -74,12 +77,13 @@ def _stopped(topology: Topology) -> None:
     topology.gw1.charon.stop()
 
 
+STOPPED: Final = "systemctl stop"
 FAILURES: Final[Mapping[str, Callable[[Topology], None]]] = {
     "charon and sidecar killed": _killed,
     "charon killed": _charon_killed,
     "charon killed and restarted": _charon_restarted,
     "power off": _powered_off,
-    "systemctl stop": _stopped,
+    STOPPED: _stopped,
 }
 
 
@@ -103,6 +107,10 @@ FALSE_ALARMS: Final[Mapping[str, Callable[[Topology], None]]] = {
     f"gateway cut off from the bank for {CUT_SECONDS:.0f} s": _cut_from_the_bank,
     f"Redis stalls for {STALLED_SECONDS:.0f} s": lambda topology: _bank_stopped(topology, STALLED_SECONDS),
 }
+
+
+ALARMS: Final = "false alarms"
+"""all of them, beside the failures"""
 
 
 def fill(rig: Rig, sessions: int) -> None:
@@ -146,11 +154,12 @@ def failure(rig: Rig, kind: str, sessions: int, told: Progress) -> dict[str, Any
         finally:
             over.set()
             visitor.join()
+    told(f"{kind}: clients with traffic again", 1.0)
     clients = rig.clients.after(wall)
     used = meter.read()
     counted = {name: value - before.get(name, 0.0) for name, value in _counters(rig).items()}
     moved = len(outcome["confirmed"])
-    since = outcome["asked"] if kind == "systemctl stop" else [began] * moved
+    since = outcome["asked"] if kind == STOPPED else [began] * moved
     silences = [(there - gone) * 1000 for there, gone in zip(outcome["confirmed"], since, strict=True)]
     requests = max(counted["requests_total"], 1.0)
     return {
@@ -174,7 +183,9 @@ def failure(rig: Rig, kind: str, sessions: int, told: Progress) -> dict[str, Any
         "sent_twice": outcome["retransmitted"],
         "sent_twice_percent": round(100 * outcome["retransmitted"] / requests, 2),
         "unproven": outcome["unproven"],
+        "not_served": {name: value for name, value in counted.items() if value and name.startswith(NOT_SERVED)},
         "failover": _failover(rig),
+        "drain": rig.topology.gateways["gw1"].ask("drained") if kind == STOPPED else None,
         "cpu_s": {name: round(each["cpu_s"], 2) for name, each in used.items()}
         | {"load generator": round(outcome["generator_cpu_s"], 2)},
         "rss_mb": {name: round(each["rss_mb"], 1) for name, each in used.items()},
@@ -341,8 +352,14 @@ def line(row: Mapping[str, Any]) -> str:
     return (
         f"{_named(row)}: {clients['moved']} of {clients['clients']} clients after {clients['silence_ms']['p50']} ms "
         f"(median), {row['moved']} of {row['sessions']} sessions after {silence['p50']:.0f} ms (99 %: "
-        f"{silence['p99']:.0f} ms)"
+        f"{silence['p99']:.0f} ms), the last after {row['seconds']} s; {row['sent_twice_percent']} % of requests sent "
+        "twice"
     )
+
+
+def alarm_line(row: Mapping[str, Any]) -> str:
+    """One false alarm in short."""
+    return f"{row['what']}: {row['moved']} sessions moved, longest silence {row['silence_ms']} ms"
 
 
 def _named(row: Mapping[str, Any]) -> str:

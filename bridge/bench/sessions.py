@@ -20,7 +20,7 @@ from bridge.ike.encrypted_payload import Protection, protect, unprotect
 from bridge.ike.key_exchange import KeyExchange
 from bridge.ike.keys import NONCE_OCTETS, Resumption
 from bridge.ike.message import ExchangeType, Flag, PayloadType, parse_header
-from bridge.ike.resumption_answer import CookieChallenge, SyncResponse, parse_response, verify_response
+from bridge.ike.resumption_answer import CookieChallenge, SyncRefusal, SyncResponse, parse_response, verify_response
 from bridge.ike.resumption_request import build_request
 from bridge.ike.stub_exchange import StubSa
 from bridge.ike.transforms import Suite
@@ -159,8 +159,11 @@ class Session:
             self.cookie = response.cookie
             # all else as it was (RFC 7296 section 2.6)
             return self.prepare(gateway, port, self.ke_value)
+        if isinstance(response, SyncRefusal):
+            raise Unproven(f"refused: {response.reason}")
         if not isinstance(response, SyncResponse):
-            raise Unproven("ordinary")
+            error = response.error
+            raise Unproven("a normal response of charon" if error is None else f"error {error}, without a proof")
         if not verify_response(response, self.request, self.suite.prf, self.sk_d):
             raise Unproven("PROOF wrong")
         assert response.sync is not None
