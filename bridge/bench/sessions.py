@@ -19,7 +19,7 @@ from bridge.bench import child
 from bridge.ike.encrypted_payload import Protection, protect, unprotect
 from bridge.ike.key_exchange import KeyExchange
 from bridge.ike.keys import NONCE_OCTETS, Resumption
-from bridge.ike.message import ExchangeType, Flag, PayloadType, parse_header
+from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, parse_header
 from bridge.ike.resumption_answer import CookieChallenge, SyncRefusal, SyncResponse, parse_response, verify_response
 from bridge.ike.resumption_request import build_request
 from bridge.ike.stub_exchange import StubSa
@@ -162,8 +162,8 @@ class Session:
         if isinstance(response, SyncRefusal):
             raise Unproven(f"refused: {response.reason}")
         if not isinstance(response, SyncResponse):
-            error = response.error
-            raise Unproven("a normal response of charon" if error is None else f"error {error}, without a proof")
+            told = response.error == NotifyType.RESUMPTION_REFUSED
+            raise Unproven("refused, without a proof" if told else "an answer of charon")
         if not verify_response(response, self.request, self.suite.prf, self.sk_d):
             raise Unproven("PROOF wrong")
         assert response.sync is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from bridge.charon.installer import Installer
 from bridge.charon.placeholders import NO_ADDRESS, Placeholders
 from bridge.charon.reconcile import Reconciler, Recover, no_recovery
 from bridge.charon.releases import crashes_on_activation, ends_handshakes_on_activation, version_for
+from bridge.charon.sa_ends import SaEnds
 from bridge.charon.sa_listener import Listener, Listeners
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
@@ -36,8 +36,6 @@ INSTALL_TRIES = 3
 ACTIVATE_SECONDS = 5.0
 """that an IKE_SA which is to be ended has until it is active"""
 ACTIVATE_POLL = 0.05
-ENDING_AT_ONCE = 4
-"""IKE_SAs that charon is asked to end at a time: other questions have to be answered meanwhile"""
 
 
 class Charon:
@@ -72,7 +70,7 @@ class Charon:
             Path(swanctl) if swanctl is not None else None,
         )
         self.reports.on_own_request = self._reconciler.own_request
-        self._ending = asyncio.Semaphore(ENDING_AT_ONCE)
+        self._ends = SaEnds(self.tracker, self.vici, lambda: self.alive() is True)
         self._not_taken: set[tuple[str, str]] = set()
         """CHILD_SAs that charon did not install over the HA channel: they come up by CREATE_CHILD_SA"""
         self.tracker.granted.not_taken = self._child_not_taken
@@ -97,6 +95,7 @@ class Charon:
     async def pause(self) -> None:
         """Pass on nothing more. What the HA channel brings from here on the kernel keeps for the next process."""
         await end(*self._tasks)
+        await self._ends.close()
         await self.vici.close()
         self.channel.pause()
 
@@ -167,27 +166,11 @@ class Charon:
         DELETE, updown scripts and accounting see the end, and virtual IPs are released. Raises ViciError."""
         if why_not := await self._not_active(spis):
             raise ViciError(why_not)
-        found: dict[bytes, str] = {}
-        for one in spis:
-            sa = self.tracker.sas.get(one)
-            info = await self.vici.sa_by_id(sa.unique_id) if sa is not None and sa.unique_id else None
-            if info is not None and info.spis == one:
-                found[one] = info.unique_id
-        # to look for the others is to walk all
-        others = set(spis) - found.keys()
-
-        def take(infos: list[SaInfo]) -> None:
-            found.update((info.spis, info.unique_id) for info in infos if info.spis in others)
-
-        if others:
-            await self.vici.each_sas(take)
-        ended = 0
-        for unique_id in found.values():
-            # one that has ended meanwhile
-            with contextlib.suppress(ViciError):
-                await self.vici.end_sa(unique_id)
-                ended += 1
-        return ended
+        results = await asyncio.gather(*(self._ends.end(one) for one in spis), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return sum(result is True for result in results)
 
     async def _not_active(self, spis: Collection[bytes]) -> str:
         """charon sends no DELETE for an SA that is PASSIVE: have these activated, at the pace of all activations. Why
@@ -221,19 +204,16 @@ class Charon:
         neither its peer nor another process receives an event. The listeners are called. Raises ChannelError
         where neither way is open.
         """
-        # others can be ended meanwhile
-        why_not = await self._not_active({sa.id.spis})
-        async with self._ending:
+        if self.tracker.sas.get(sa.id.spis) is not sa:
+            return
+        try:
+            if not await self.end({sa.id.spis}):
+                raise ViciError("charon did not end it")
+        except ViciError as error:
             if self.tracker.sas.get(sa.id.spis) is not sa:
                 return
-            try:
-                if why_not:
-                    raise ViciError(why_not)
-                if not await self.end({sa.id.spis}):
-                    raise ViciError("charon did not end it")
-            except ViciError as error:
-                log.warning("sa-removed-without-events", reason=str(error), connection=sa.connection, **sa.id.logged)
-                await self.installer.delete([sa.id])
+            log.warning("sa-removed-without-events", reason=str(error), connection=sa.connection, **sa.id.logged)
+            await self.installer.delete([sa.id])
         self.tracker.end(sa.id)
 
     def _child_not_taken(self, sa: IkeSa, names: tuple[str, ...]) -> None:

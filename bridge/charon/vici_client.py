@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Final
 
@@ -114,9 +114,9 @@ class ViciClient:
         take(infos)
         return slept
 
-    async def _listed(self, connection: str | None = None, *, unique_id: str | None = None) -> AsyncGenerator[SaInfo]:
-        """The answer to list-sas, of one connection or one IKE_SA if given; what cannot be read is left out."""
-        message = {"ike": connection} if connection else {"ike-id": unique_id} if unique_id else {}
+    async def _listed(self, connection: str | None = None) -> AsyncGenerator[SaInfo]:
+        """The answer to list-sas, of one connection if given; what cannot be read is left out."""
+        message = {"ike": connection} if connection else {}
         async with (
             self._session("list-sas") as session,
             aclosing(session.stream("list-sas", "list-sa", message)) as entries,
@@ -133,11 +133,6 @@ class ViciClient:
     async def find_sa(self, connection: str, spis: bytes) -> SaInfo | None:
         """The IKE_SA of a connection that has these SPIs (16 octets)."""
         return next((info for info in await self.list_sas(connection) if info.spis == spis), None)
-
-    async def sa_by_id(self, unique_id: str) -> SaInfo | None:
-        """The IKE_SA with this unique ID."""
-        async with aclosing(self._listed(unique_id=unique_id)) as listed:
-            return await anext(listed, None)
 
     async def tasks(self, unique_ids: Sequence[str]) -> list[frozenset[str]]:
         """What charon has begun or queued at each of the IKE_SAs with these unique IDs; nothing where there is no such
@@ -211,10 +206,33 @@ class ViciClient:
     async def end_sa(self, unique_id: str, patience: float | None = None) -> None:
         """End the IKE_SA with this unique ID. charon sends its peer a DELETE, and waits up to `patience` seconds for
         the answer; not at all without. Raises ViciError, also when there is none."""
-        timeout = -1 if patience is None else int(patience * 1000)
-        message = {"ike-id": unique_id, "force": "yes", "timeout": str(timeout), "loglevel": "-1"}
         async with self._session(f"terminate #{unique_id}") as session:
-            await session.request("terminate", message)
+            await session.request("terminate", _terminate(unique_id, patience))
+
+    @asynccontextmanager
+    async def ending(self, same: Callable[[], bool]) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
+        """A connection over which IKE_SAs are ended as by `end_sa`, without waiting for their peers: a function that
+        takes a unique ID and gives the reason why charon refused, "" if it did not. `same()` returns whether the charon
+        runs that gave these IDs. Raises ViciError, also inside, where it does not or does not answer."""
+        async with self._session("terminate") as session:
+            # this connection is to it, if it still runs now
+            if not same():
+                raise ViciError("terminate: charon was restarted")
+
+            async def end_sa(unique_id: str) -> str:
+                try:
+                    await session.request("terminate", _terminate(unique_id, None))
+                except CommandException as error:
+                    return str(error)
+                return ""
+
+            yield end_sa
+
+
+def _terminate(unique_id: str, patience: float | None) -> dict[str, str]:
+    """With -1 charon answers once it has sent its DELETE and raised its events."""
+    timeout = -1 if patience is None else int(patience * 1000)
+    return {"ike-id": unique_id, "force": "yes", "timeout": str(timeout), "loglevel": "-1"}
 
 
 @contextmanager
