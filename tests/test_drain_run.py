@@ -1,5 +1,5 @@
-"""A drain, from its first Move to its end (bridge.gateway.drain), without root and without a lab: the clients, the bank
-and the clock are made up. With real hosts: test_drain."""
+"""A drain, from its first Move to its end (bridge.gateway.drain_run), without root and without a lab: the clients, the
+bank and the clock are made up. With real hosts: test_drain."""
 
 from __future__ import annotations
 
@@ -24,13 +24,23 @@ HERE, THERE, THIRD = "192.0.2.1", "192.0.2.2", "192.0.2.3"
 
 
 class Elsewhere:
-    """Ends IKE_SAs whose session went on elsewhere."""
+    """Ends IKE_SAs whose session went on elsewhere, one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: FakeTime) -> None:
+        self._loop = loop
+        self._free_at = 0.0
+        self.seconds = 0.0
+        """that charon takes for one"""
+        self.fails = False
         self.ended: list[IkeSa] = []
 
-    async def end(self, sa: IkeSa, new: Index | None) -> None:
-        self.ended.append(sa)
+    def end(self, sa: IkeSa, new: Index | None, ended: Callable[[bool], None]) -> None:
+        def done() -> None:
+            self.ended.append(sa)
+            ended(not self.fails)
+
+        self._free_at = max(self._free_at, self._loop.time()) + self.seconds
+        self._loop.call_at(self._free_at, done)
 
 
 class Scene:
@@ -39,20 +49,25 @@ class Scene:
     def __init__(self, loop: FakeTime, clients: int) -> None:
         self.loop = loop
         self.charon, _, _ = fake_charon("home")
-        self.bank, self.wire, self.elsewhere = FakeBank(), Wire(), Elsewhere()
+        self.bank, self.wire, self.elsewhere = FakeBank(), Wire(), Elsewhere(loop)
         self.bank.alive = {HERE, THERE}
+        self.use(self.wire)
+        self.sas = [sa_of(stub_of(number.to_bytes(8))) for number in range(1, clients + 1)]
+        for sa in self.sas:
+            self.charon.tracker.adopt(sa)
+
+    def use(self, wire: Wire) -> None:
+        """Send over this."""
+        self.wire = wire
         self.drain = Drain(
             self.charon,
             self.bank.as_bank(),
-            self.wire,
+            wire,
             HERE,
             cast(SessionElsewhere, self.elsewhere),
-            clock=loop.time,
+            clock=self.loop.time,
             wall=lambda: 1_800_000_000.0,
         )
-        self.sas = [sa_of(stub_of(bytes([number]) * 8)) for number in range(1, clients + 1)]
-        for sa in self.sas:
-            self.charon.tracker.adopt(sa)
 
     def begin(self, share: float = 1.0) -> dict[str, Any]:
         return self.loop.run(self.drain.start({"to": THERE, "share": share, "rate": 1000.0}))
@@ -215,6 +230,132 @@ def test_a_target_that_could_resume_nothing_is_refused(
     change(scene)
     assert reason in scene.begin()["error"]
     assert scene.wire.sent == []
+
+
+class Clients(Wire):
+    """The clients of a scene, all with a sidecar: they follow their first Move. A target finishes one resumption after
+    the other, `seconds` (by target, a hundredth by default) each."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._scene = scene
+        self._by_spis = {sa.id.spis: sa for sa in scene.sas}
+        self._free_at: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self.waited: list[float] = []
+        """of each, from its request until it was resumed"""
+        self.asked_at: dict[bytes, float] = {}
+
+    def send(self, src: str, sport: int, dst: str, dport: int, payload: bytes, marker: bool) -> None:
+        super().send(src, sport, dst, dport, payload, marker)
+        message, now = parse_stub_message(payload), self._scene.loop.time()
+        assert message.move is not None
+        if message.spis in self.asked_at:
+            return
+        self.asked_at[message.spis] = now
+        sa, target = self._by_spis[message.spis], message.move.target
+        assert sa.published is not None
+        report = build_moving(stub_sa(sa, sa.published), message, MoveStatus.MOVING, b"n" * 32)
+        self._scene.loop.call_later(0.005, lambda: self._scene.drain.moving(parse_stub_message(report)))
+        at = self._free_at[target] = max(self._free_at.get(target, 0.0), now) + self.seconds.get(target, 0.001)
+        self.waited.append(at - now)
+        self._scene.loop.call_at(at, self._scene.arrives, sa)
+
+
+RETRANSMIT_SECONDS = 0.4
+"""a client sends its request again then (`resume.retransmit`)"""
+
+
+def with_clients(loop: FakeTime, clients: int) -> tuple[Scene, Clients]:
+    scene = Scene(loop, clients)
+    wire = Clients(scene)
+    scene.use(wire)
+    return scene, wire
+
+
+def test_ends_that_are_slow_keep_no_client_waiting(loop: FakeTime) -> None:
+    """As charon took 0.33 s for each of 3,000: 12 a second moved."""
+    scene, wire = with_clients(loop, 1000)
+    scene.elsewhere.seconds = 0.33
+    scene.begin()
+    loop.pass_time(5.0)
+    assert len(wire.asked_at) == 1000
+    told = scene.told()
+    # what charon was not asked to end yet has not moved yet
+    assert told["moved"] == len(scene.elsewhere.ended) < 20
+    assert (told["state"], told["under_way"], told["moved"] + told["ending"]) == ("running", 0, 1000)
+    loop.pass_time(330.0)
+    told = scene.told()
+    assert (told["state"], told["moved"], told["ending"], told["failed"]) == ("done", 1000, 0, 0)
+
+
+def test_an_end_that_fails_is_told(loop: FakeTime) -> None:
+    scene, _ = with_clients(loop, 3)
+    scene.elsewhere.fails = True
+    scene.begin()
+    loop.pass_time(1.0)
+    told = scene.told()
+    assert (told["state"], told["moved"]) == ("done", 3)
+    [outcome] = told["outcomes"]
+    assert outcome["result"] == "moved"
+    assert "still here" in outcome["reason"]
+
+
+@pytest.mark.parametrize("seconds", [0.0007, 0.002, 0.01])
+def test_a_target_gets_as_many_as_it_finishes(loop: FakeTime, seconds: float) -> None:
+    scene, wire = with_clients(loop, 1000)
+    wire.seconds[THERE] = seconds
+    began = loop.time()
+    scene.begin()
+    while scene.told()["state"] == "running":
+        loop.pass_time(0.05)
+    took = loop.time() - began
+    assert scene.told()["moved"] == 1000
+    late = sum(waited > RETRANSMIT_SECONDS for waited in wire.waited)
+    assert late <= 0.05 * len(wire.waited), f"{late} of {len(wire.waited)} send their request again"
+    # it hardly ever has nothing to do
+    assert took < max(1000 * seconds * 1.5, 3.0)
+
+
+def test_a_slow_target_does_not_hold_up_another(loop: FakeTime) -> None:
+    scene, wire = with_clients(loop, 600)
+    scene.bank.alive.add(THIRD)
+    wire.seconds[THIRD] = 1.0
+    loop.run(scene.drain.start({"to": ANY, "share": 1.0, "rate": 1000.0}))
+    loop.pass_time(5.0)
+    to_third = scene.told()["under_way"]
+    assert 0 < to_third < 100
+    # all of the other half
+    assert 200 < scene.told()["moved"] < 400
+    moves = [parse_stub_message(octets) for _, octets in wire.sent]
+    there = {message.spis for message in moves if message.move is not None and message.move.target == THERE}
+    assert scene.told()["moved"] >= len(there)
+
+
+def test_a_bank_that_is_slow_keeps_no_client_waiting(loop: FakeTime) -> None:
+    scene = Scene(loop, 16)
+    scene.bank.seconds = 0.5
+    loop.run(scene.drain.start({"to": THERE, "share": 1.0, "rate": 1000.0}))
+    loop.pass_time(0.2)
+    assert sum(bool(scene.moves(sa)) for sa in scene.sas) == 8
+    # they do not answer, and give up their places; the first are asked again
+    loop.pass_time(0.6)
+    assert all(scene.moves(sa) for sa in scene.sas)
+    assert sum(len(scene.moves(sa)) == 2 for sa in scene.sas) == 8
+
+
+def test_clients_without_a_sidecar_keep_no_other_waiting(loop: FakeTime) -> None:
+    scene = Scene(loop, 1000)
+    scene.begin()
+    loop.pass_time(10.0)
+    assert (scene.told()["state"], scene.told()["left"]) == ("done", 1000)
+
+
+def test_the_rate_is_not_exceeded(loop: FakeTime) -> None:
+    scene, wire = with_clients(loop, 100)
+    loop.run(scene.drain.start({"to": THERE, "share": 1.0, "rate": 10.0}))
+    loop.pass_time(5.0)
+    assert 50 <= len(wire.asked_at) <= 52
 
 
 def evening(scene: Scene, **sessions: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from bridge.bank import interface
 from bridge.client import gateway_probe, ike_transport, move_handler, race, stub_keeper, sync_request
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.gateway import admission, announced_failure, announcer, client_stubs, drain, rebuild
+from bridge.gateway import admission, announced_failure, announcer, client_stubs, drain_run, rebuild
 from bridge.ike import cookie, keys
 from bridge.ike.transforms import Suite
 from bridge.stub import child_sa
@@ -107,8 +107,8 @@ FIXED: dict[str, float | tuple[float, ...]] = {
     "the client waits after a change before it asks with GET Stub": stub_keeper.SETTLE_SECONDS,
     "then sends it again after": stub_keeper.RETRANSMIT_SECONDS,
     "and asks a gateway that did not answer again after at least": stub_keeper.RETRY_MIN,
-    "a gateway sends Move again after": drain.ASK_SECONDS,
-    "and gives a moving client up after": drain.MOVE_SECONDS,
+    "a gateway sends Move again after": drain_run.ASK_SECONDS,
+    "and gives a moving client up after": drain_run.MOVE_SECONDS,
     "and is written so many times in that time": interface.BEATS,
     "each Announcement waits for a report": announcer.ATTEMPTS,
     "sessions that are announced first": announcer.TRIAL,

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
@@ -15,6 +17,8 @@ from bank_support import stub_of
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.sa_ends import SaEnds
+from bridge.charon.vici_client import ViciClient
 from bridge.charon.vici_types import ChildInfo, SaInfo, ViciError
 from bridge.charon.vpns import vpns_of
 from bridge.client.sessions import Session, Sessions
@@ -45,6 +49,7 @@ class Client:
         self.loop = loop
         self.charon, self.installer, self.channel = fake_charon("gw1", "gw2")
         self.charon.vici = self  # type: ignore[assignment]
+        self.charon.ends = SaEnds(self.charon.tracker, cast(ViciClient, self), lambda: True)
         self.charon.reconcile_soon = lambda: None  # type: ignore[method-assign]
         tracker = self.charon.tracker
         self.sessions = Sessions(
@@ -88,11 +93,16 @@ class Client:
     async def list_sas(self, connection: str) -> list[SaInfo]:
         return [info for info in self.listed if info.connection == connection]
 
-    async def sa_by_id(self, unique_id: str) -> SaInfo | None:
-        return next((info for info in self.listed if info.unique_id == unique_id), None)
-
     async def end_sa(self, unique_id: str, seconds: float | None = None) -> None:
         self.ended.append(unique_id)
+
+    @asynccontextmanager
+    async def ending(self, same: Callable[[], bool]) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
+        async def end_sa(unique_id: str) -> str:
+            self.ended.append(unique_id)
+            return ""
+
+        yield end_sa
 
     # what the gateway answers
 

@@ -248,6 +248,33 @@ async def test_who_takes_a_long_list_in_parts_gets_its_own_error_and_no_further_
     assert len(taken) == 1
 
 
+async def test_why_an_ike_sa_was_not_ended_is_said_and_the_next_is_ended_over_the_same_connection(
+    charon: Charon,
+) -> None:
+    async with ViciClient(charon.path).ending(lambda: True) as end_sa:
+        charon.answers["terminate"] = [answer({"success": b"no", "errmsg": b"no matching SAs"})]
+        assert await end_sa("7") == "no matching SAs"
+        charon.answers["terminate"] = [answer({"success": b"yes"})]
+        assert await end_sa("8") == ""
+    assert len(charon.writers) == 1
+
+
+async def test_over_a_connection_to_another_charon_nothing_is_ended(charon: Charon) -> None:
+    with pytest.raises(ViciError, match="restarted"):
+        async with ViciClient(charon.path).ending(lambda: False):
+            pass
+
+
+async def test_a_charon_that_goes_while_it_is_to_end_an_ike_sa_is_an_error_like_any_other(charon: Charon) -> None:
+    async def end() -> None:
+        async with ViciClient(charon.path).ending(lambda: True) as end_sa:
+            charon.hang_up()
+            await end_sa("7")
+
+    with pytest.raises(ViciError):
+        await end()
+
+
 class Heard:
     """What a ViciWatch passes on."""
 

@@ -70,7 +70,7 @@ class Charon:
             Path(swanctl) if swanctl is not None else None,
         )
         self.reports.on_own_request = self._reconciler.own_request
-        self._ends = SaEnds(self.tracker, self.vici, lambda: self.alive() is True)
+        self.ends = SaEnds(self.tracker, self.vici, lambda: self.alive() is True)
         self._not_taken: set[tuple[str, str]] = set()
         """CHILD_SAs that charon did not install over the HA channel: they come up by CREATE_CHILD_SA"""
         self.tracker.granted.not_taken = self._child_not_taken
@@ -95,7 +95,7 @@ class Charon:
     async def pause(self) -> None:
         """Pass on nothing more. What the HA channel brings from here on the kernel keeps for the next process."""
         await end(*self._tasks)
-        await self._ends.close()
+        await self.ends.close()
         await self.vici.close()
         self.channel.pause()
 
@@ -166,7 +166,7 @@ class Charon:
         DELETE, updown scripts and accounting see the end, and virtual IPs are released. Raises ViciError."""
         if why_not := await self._not_active(spis):
             raise ViciError(why_not)
-        results = await asyncio.gather(*(self._ends.end(one) for one in spis), return_exceptions=True)
+        results = await asyncio.gather(*(self.ends.end(one) for one in spis), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result

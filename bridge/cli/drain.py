@@ -23,8 +23,8 @@ LAST_SECONDS = 1.0
 YIELD_SECONDS = 10.0
 """that it has to give the sessions at one shared address up"""
 INTERRUPTED = 130
-ON_STOP_RATE = 500.0
-"""moves begun a second, at least, where strongSwan waits for them"""
+SETTLE_SECONDS = 3.0
+"""before the end of drain.timeout no more clients are asked, so that those that move arrive; half of a short one"""
 
 
 def _target(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -63,7 +63,7 @@ def _target(context: click.Context, parameter: click.Parameter, value: str | Non
     type=click.FloatRange(0, min_open=True),
     default=RATE,
     show_default=True,
-    help="The most moves begun a second.",
+    help="The most moves begun a second; fewer where the targets are slower.",
 )
 @options.json_option
 @click.pass_context
@@ -124,7 +124,7 @@ def _on_stop(path: str | None, rate: float) -> None:
         "command": "drain",
         "to": ANY,
         "share": 1.0,
-        "rate": max(rate, ON_STOP_RATE),
+        "rate": rate,
         "shared": False,
         "instead": True,
     }
@@ -148,9 +148,13 @@ def _on_stop(path: str | None, rate: float) -> None:
 
 async def _bounded(socket: str, request: control.Answer, seconds: float) -> control.Answer:
     """Drain for so many seconds at most. Raises TimeoutError where the sidecar then says nothing either."""
+    settle = min(SETTLE_SECONDS, seconds / 2)
     try:
-        async with asyncio.timeout(seconds):
-            return await _drain(socket, request, False)
+        return await _within(seconds - settle, _drain(socket, request, False))
+    except TimeoutError:
+        pass
+    try:
+        return await _within(settle, control.call(socket, {"command": "drain-stop"}))
     except TimeoutError:
         return await _within(LAST_SECONDS, control.call(socket, {"command": "drained"}))
 
@@ -179,7 +183,10 @@ async def _drain(socket: str, request: control.Answer, show: bool) -> control.An
         while answer["state"] == "running":
             await asyncio.sleep(POLL_SECONDS)
             answer = await control.call(socket, {"command": "drained"})
-            rest = f"{answer['under_way']} under way, {answer['left']} left alone, {answer['failed']} failed"
+            rest = (
+                f"{answer['under_way']} under way, {answer['left']} left alone, {answer['failed']} failed, "
+                f"{answer['ending']} being ended here"
+            )
             progress.update(task, completed=answer["moved"], rest=rest)
     return answer
 

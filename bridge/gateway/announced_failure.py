@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Final
 
 from bridge.bank.failover_progress import RUNNING, FailoverProgress
-from bridge.gateway.pace import Pace
+from bridge.gateway.pace import Window
 from bridge.ike.stub_exchange import StubMessage
 from bridge.stub.stub import Index, Stub
 
@@ -39,7 +39,6 @@ class Announced:
     again: float = 0.0
     coming: float | None = None
     """when its client reported that it comes"""
-    in_window: bool = False
     octets: bytes = field(default=b"", repr=False)
     message: StubMessage | None = field(default=None, repr=False)
 
@@ -70,8 +69,6 @@ class Failure:
     under_way: OrderedDict[Index, Announced] = field(default_factory=OrderedDict)
     counts: Counter[str] = field(default_factory=Counter)
     trial_until: float | None = None
-    in_window: int = 0
-    """sessions under way, but for those whose clients have not answered the first announcement: they are no work"""
     back: bool = False
     """whether it has a heartbeat again"""
     daemon: int = 0
@@ -82,7 +79,7 @@ class Failure:
     paused: str = ""
     """why"""
     contradicted: bool = False
-    pace: Pace = field(default_factory=Pace)
+    window: Window = field(default_factory=Window)
     stopped: str = ""
     ended: float | None = None
     outside: set[Index] = field(default_factory=set)
@@ -97,11 +94,6 @@ class Failure:
         if now >= self.began + HEAD_START or announced.stub.index in self.first:
             return False
         return any(index in self.under_way for index in self.first)
-
-    def occupy(self, announced: Announced, in_window: bool) -> None:
-        """A session takes a place in the window, or gives it up."""
-        self.in_window += in_window - announced.in_window
-        announced.in_window = in_window
 
     def progress(self, now: float) -> FailoverProgress:
         """How far it is."""

@@ -157,7 +157,7 @@ class Announcer:
                 failure.outside.add(index)
                 failure.counts["elsewhere"] += 1
             return
-        failure.pace.resumed(now - announced.coming if announced.coming is not None else None)
+        failure.window.pace.resumed(now - announced.coming if announced.coming is not None else None)
         # the bank reports the end of its stub more than once
         failure.outside.add(index)
         self._settle(failure, announced, "resumed")
@@ -187,7 +187,7 @@ class Announcer:
                     self._finish(failure, now)
 
     def _announce(self, failure: Failure, now: float) -> None:
-        while failure.waiting and failure.waiting[0].turn <= now and failure.in_window < failure.pace.window:
+        while failure.waiting and failure.waiting[0].turn <= now and failure.window.has_room:
             if failure.trial_until is None:
                 if len(failure.under_way) >= TRIAL:
                     failure.trial_until = now + failure.trial_seconds
@@ -205,7 +205,7 @@ class Announcer:
             announced.message = parse_stub_message(announced.octets)
             announced.state = AnnouncementState.ANNOUNCED
             failure.under_way[stub.index] = announced
-            failure.occupy(announced, True)
+            failure.window.enter(announced)
             self._by_spis[announced.spis] = failure, announced
             failure.counts["announced"] += 1
             self.totals["announced"] += 1
@@ -220,15 +220,12 @@ class Announcer:
             elif announced.sent < len(ATTEMPTS):
                 if self._allowance < 1:
                     break
-                if announced.in_window:
-                    # one that does not answer keeps no other waiting
-                    failure.occupy(announced, False)
-                    failure.pace.resumed(None)
+                failure.window.unanswered(announced)
                 self._transmit(announced, now)
             else:
                 self._settle(failure, announced, "silent")
         if late:
-            failure.pace.late()
+            failure.window.pace.late()
 
     def _transmit(self, announced: Announced, now: float) -> None:
         self._allowance -= 1
@@ -251,7 +248,7 @@ class Announcer:
             if announced.state is AnnouncementState.ANNOUNCED:
                 announced.state, announced.again = AnnouncementState.COMING, now + ARRIVE_SECONDS
                 announced.coming = now
-                failure.occupy(announced, True)
+                failure.window.enter(announced)
         elif status is MoveStatus.GATEWAY_LIVES:
             self._wait(failure, announced, now)
             self._contradicted(
@@ -303,7 +300,7 @@ class Announcer:
     def _remove(self, failure: Failure, announced: Announced) -> None:
         failure.under_way.pop(announced.stub.index, None)
         self._by_spis.pop(announced.spis, None)
-        failure.occupy(announced, False)
+        failure.window.leave(announced)
 
     def _finish(self, failure: Failure, now: float) -> None:
         failure.ended = now

@@ -1,6 +1,6 @@
 """The states of one client that a drain asks to move, and how each ends.
 
-Everything that affects transitions is in this file; what the draining itself does is in bridge.gateway.drain.
+Everything that affects transitions is in this file; what the draining itself does is in bridge.gateway.drain_run.
 ARCHITECTURE.md shows the table, and a test compares them.
 """
 
@@ -19,6 +19,8 @@ class State(StrEnum):
     MOVING = "moving"
     """its sidecar reports that it resumes at the target"""
     NEXT = "asked for the next target"
+    ENDING = "being ended here"
+    """it went on, and charon is asked to end its IKE_SA here"""
     MOVED = "moved"
     LEFT = "left alone"
     FAILED = "failed"
@@ -32,6 +34,8 @@ class Event(StrEnum):
     REFUSED = "Moving: REFUSED"
     ANOTHER = "Moving: not there, and a target is left"
     WENT_ON = "the bank says that it went on"
+    ENDED = "charon ended its IKE_SA"
+    NOT_ENDED = "charon was not reached"
     VANISHED = "charon does not have it any more"
     UNANSWERED = "no answer to the last Move"
     OVERDUE = "MOVE_SECONDS"
@@ -53,11 +57,15 @@ DRAIN: Final = Transitions(
             Event.NO_ANSWER: State.FAILED,
             Event.REFUSED: State.FAILED,
             Event.ANOTHER: State.NEXT,
-            Event.WENT_ON: State.MOVED,
+            Event.WENT_ON: State.ENDING,
             Event.VANISHED: State.LEFT,
             Event.OVERDUE: State.FAILED,
         }.items()
         for state in _UNDER_WAY
+    }
+    | {
+        (State.ENDING, Event.ENDED): State.MOVED,
+        (State.ENDING, Event.NOT_ENDED): State.MOVED,
     },
 )
 
@@ -78,7 +86,8 @@ REASONS: Final = {
     Event.BUSY: "the client was moving already",
     Event.NO_ANSWER: "the target did not answer the client",
     Event.REFUSED: "the target did not resume the session",
-    Event.WENT_ON: "",
+    Event.ENDED: "",
+    Event.NOT_ENDED: "its IKE_SA is still here: charon was not reached, and the comparison with the bank tries again",
     Event.VANISHED: "the session ended, or was rekeyed",
     Event.UNANSWERED: "no sidecar at the client answered",
     Event.OVERDUE: "the client did not arrive",

@@ -51,6 +51,10 @@ class GatewayMetrics(Metrics):
         self.moved_away = self.counter(
             "moved_away", "IKE_SAs ended here because their session went on at another gateway"
         )
+        self.moved_away_failures = self.counter(
+            "moved_away_failures",
+            "attempts to end such an IKE_SA that failed: charon was reached neither over VICI nor over the HA channel",
+        )
         self.duplicates = self.counter(
             "duplicate_addresses", "handshakes that were given a virtual IP which another peer's session has"
         )

@@ -1,6 +1,7 @@
-"""How many sessions of a failed gateway are announced at a time. No I/O.
+"""How many clients are asked at a time to come to a gateway, by its announcements or by the drain of another one. No
+I/O.
 
-A gateway that resumes sessions has a queue of them: more announcements than it finishes make that queue longer, not the
+A gateway that resumes sessions has a queue of them: more clients than it finishes make that queue longer, not the
 gateway faster, and a client that waits for its answer sends its request again, which is work too. So the window of
 sessions under way follows the time that a client needs from its report, when it sends its request, until it is resumed.
 The shortest such time is that without a queue; what it takes longer is the queue.
@@ -8,12 +9,13 @@ The shortest such time is that without a queue; what it takes longer is the queu
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Final
 
 WINDOW_MIN: Final = 64
 WINDOW_START: Final = 128
 WINDOW_MAX: Final = 4096
-"""sessions announced and not resumed yet"""
+"""sessions asked and not resumed yet"""
 QUEUE_SECONDS: Final = 0.25
 """that a session should wait in the queue: a client sends its request again after 0.4 s (`resume.retransmit`)"""
 FIRST_QUEUE: Final = 0.3
@@ -25,10 +27,11 @@ SMOOTHING: Final = 1 / 16
 
 
 class Pace:
-    """The window of one failure."""
+    """The size of the window for one gateway: `start` at first, never less than `least`."""
 
-    def __init__(self) -> None:
-        self.window: float = WINDOW_START
+    def __init__(self, start: int = WINDOW_START, least: int = WINDOW_MIN) -> None:
+        self.window: float = start
+        self._least = least
         self._smoothed: float | None = None
         self._shortest = 0.0
         self._beginning = True
@@ -45,9 +48,40 @@ class Pace:
         else:
             self._beginning = False
             change = STEP * max(-1.0, 1.0 - queue / QUEUE_SECONDS)
-        self.window = min(max(self.window + change, WINDOW_MIN), WINDOW_MAX)
+        self.window = min(max(self.window + change, self._least), WINDOW_MAX)
 
     def late(self) -> None:
         """Clients that reported that they come have not arrived."""
         self._beginning = False
-        self.window = max(self.window / 2, WINDOW_MIN)
+        self.window = max(self.window / 2, self._least)
+
+
+class Window:
+    """The sessions under way to one gateway, but for those whose clients have not answered the first message: they are
+    no work for it, and keep no other waiting."""
+
+    def __init__(self, pace: Pace | None = None) -> None:
+        self.pace = pace if pace is not None else Pace()
+        self._inside: set[Hashable] = set()
+
+    def __contains__(self, session: Hashable) -> bool:
+        return session in self._inside
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may be asked."""
+        return len(self._inside) < self.pace.window
+
+    def enter(self, session: Hashable) -> None:
+        """It is asked, or its client has answered."""
+        self._inside.add(session)
+
+    def leave(self, session: Hashable) -> None:
+        """It is settled, however it was."""
+        self._inside.discard(session)
+
+    def unanswered(self, session: Hashable) -> None:
+        """Its client has not answered the first message."""
+        if session in self._inside:
+            self._inside.discard(session)
+            self.pace.resumed(None)

@@ -20,6 +20,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ike_sa import IkeSa
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.service.tasks import end, spawn
 from bridge.stub import bank_keys
 from bridge.stub.stub import Index
 
@@ -29,6 +30,9 @@ SUSPECTED_MAX: Final = 200_000
 """indexes that wait to be looked up; the comparison with the bank finds those beyond"""
 PACE: Final = 20
 """a look at all SAs that took t seconds is followed by a pause of this many t"""
+
+Ended = Callable[[bool], None]
+"""called with whether charon does not have an SA any more"""
 
 
 async def _nothing(_: IkeSa, __: Index | None) -> None:
@@ -48,7 +52,10 @@ class SessionElsewhere:
         self.before_end: Callable[[IkeSa, Index | None], Awaitable[None]] = _nothing
         """called with an SA and what its session goes on as, before the SA is ended"""
         self._suspected: set[Index] = set()
-        self._ending: set[bytes] = set()
+        self._ending: dict[bytes, list[Ended]] = {}
+        """what waits for the end of an SA, by both SPIs"""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
         self._wake = asyncio.Event()
 
     def on_event(self, event: Event) -> None:
@@ -71,7 +78,15 @@ class SessionElsewhere:
             self._wake.set()
 
     async def run(self) -> None:
-        """Look up what is suspected, and end what went on elsewhere."""
+        """Look up what is suspected, and end what went on elsewhere; until it is cancelled, and no end is begun after
+        that."""
+        try:
+            await self._run()
+        finally:
+            self._stopped = True
+            await end(*self._tasks)
+
+    async def _run(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -83,8 +98,9 @@ class SessionElsewhere:
             except BankUnavailable as error:
                 log.info(error.event, component="moves", reason=str(error))
                 moved = []
-            ends = [self.end(sa, new) for (_, sa), new in zip(found, moved, strict=False) if new is not None]
-            await asyncio.gather(*ends)
+            for (_, sa), new in zip(found, moved, strict=False):
+                if new is not None:
+                    self.end(sa, new)
             await asyncio.sleep(took * PACE)
 
     def _found(self) -> list[tuple[Index, IkeSa]]:
@@ -94,24 +110,47 @@ class SessionElsewhere:
         return [
             (index, sa)
             for sa in self._charon.tracker.established()
-            if sa.local_spi in spis and (index := sa.published) is not None and index in suspected
+            if sa.local_spi in spis
+            and (index := sa.published) is not None
+            and index in suspected
+            and sa.id.spis not in self._ending
         ]
 
-    async def end(self, sa: IkeSa, new: Index | None) -> None:
-        """End an SA whose session goes on as `new`, if that is known."""
+    def end(self, sa: IkeSa, new: Index | None, ended: Ended | None = None) -> None:
+        """Begin to end an SA whose session goes on as `new`, if that is known; `ended` is called once charon was asked,
+        or could not be."""
         spis = sa.id.spis
-        if spis in self._ending or self._charon.tracker.sas.get(spis) is not sa:
+        waiting = [ended] if ended is not None else []
+        if self._stopped:
             return
-        self._ending.add(spis)
+        if spis in self._ending:
+            self._ending[spis] += waiting
+            return
+        self._ending[spis] = waiting
+        task = spawn("end-moved-away", self._end(sa, new))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end(self, sa: IkeSa, new: Index | None) -> None:
+        done = False
+        try:
+            done = await self._end_here(sa, new)
+        finally:
+            for ended in self._ending.pop(sa.id.spis):
+                ended(done)
+
+    async def _end_here(self, sa: IkeSa, new: Index | None) -> bool:
+        """Whether charon does not have it any more."""
+        if self._charon.tracker.sas.get(sa.id.spis) is not sa:
+            return True
         try:
             await self.before_end(sa, new)
             await self._charon.end_surely(sa)
         except ChannelError as error:
             # the next comparison finds it again
             log.warning("old-sa-not-removed", reason=str(error), **sa.id.logged)
-            return
-        finally:
-            self._ending.discard(spis)
+            self._metrics.moved_away_failures.inc()
+            return False
         self._metrics.moved_away.inc()
         log.info(
             "session-moved-away",
@@ -120,3 +159,4 @@ class SessionElsewhere:
             to=new.gateway if new is not None else "",
             **sa.id.logged,
         )
+        return True
