@@ -301,7 +301,7 @@ def test_an_end_that_fails_is_told(loop: FakeTime) -> None:
     assert "still here" in outcome["reason"]
 
 
-@pytest.mark.parametrize("seconds", [0.0007, 0.002, 0.01])
+@pytest.mark.parametrize("seconds", [0.0007, 0.002, 0.01, 0.02])
 def test_a_target_gets_as_many_as_it_finishes(loop: FakeTime, seconds: float) -> None:
     scene, wire = with_clients(loop, 1000)
     wire.seconds[THERE] = seconds

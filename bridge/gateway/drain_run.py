@@ -40,6 +40,9 @@ WINDOW_START: Final = 8
 WINDOW_LEAST: Final = 4
 """clients under way to one gateway: fewer than in an outage, for their own gateway lives and none of them waits. As
 each that arrives makes room for one more than before, a gateway that is quick has hundreds within a second"""
+QUEUE_SECONDS: Final = 0.15
+"""that a session should wait at its target: less than in an outage too, and more than a tick, so that the target always
+has some"""
 FAILURES_SHOWN: Final = 50
 BUNDLE: Final = 512
 """sessions that the bank is asked about at a time"""
@@ -70,7 +73,7 @@ class _Lane:
     """The sessions for one gateway."""
 
     waiting: deque[Candidate] = field(default_factory=deque)
-    window: Window = field(default_factory=lambda: Window(Pace(WINDOW_START, WINDOW_LEAST)))
+    window: Window = field(default_factory=lambda: Window(Pace(WINDOW_START, WINDOW_LEAST, QUEUE_SECONDS)))
     late: bool = False
     """whether a client that moves has not arrived, since the last tick"""
 

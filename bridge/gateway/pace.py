@@ -27,11 +27,13 @@ SMOOTHING: Final = 1 / 16
 
 
 class Pace:
-    """The size of the window for one gateway: `start` at first, never less than `least`."""
+    """The size of the window for one gateway: `start` at first, `least` at least. `queue`: the seconds that a session
+    should wait there."""
 
-    def __init__(self, start: int = WINDOW_START, least: int = WINDOW_MIN) -> None:
+    def __init__(self, start: int = WINDOW_START, least: int = WINDOW_MIN, queue: float = QUEUE_SECONDS) -> None:
         self.window: float = start
         self._least = least
+        self._queue = queue
         self._smoothed: float | None = None
         self._shortest = 0.0
         self._beginning = True
@@ -43,11 +45,11 @@ class Pace:
             self._smoothed = before + SMOOTHING * (seconds - before)
             self._shortest = min(self._shortest or self._smoothed, self._smoothed)
         queue = (self._smoothed or 0.0) - self._shortest
-        if self._beginning and queue < FIRST_QUEUE * QUEUE_SECONDS:
+        if self._beginning and queue < FIRST_QUEUE * self._queue:
             change = 1.0
         else:
             self._beginning = False
-            change = STEP * max(-1.0, 1.0 - queue / QUEUE_SECONDS)
+            change = STEP * max(-1.0, 1.0 - queue / self._queue)
         self.window = min(max(self.window + change, self._least), WINDOW_MAX)
 
     def late(self) -> None:
