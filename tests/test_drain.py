@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from bridge.charon.ike_sa import sa_of, stub_sa
 from bridge.ike.stub_exchange import build_move, move_message_id
 from bridge.lab import Lab, Topology, standard
+from bridge.lab.bank import PORT as BANK_PORT
 from bridge.lab.daemon import wait_until
 from bridge.lab.demo import Ping
 from bridge.lab.host import Host
@@ -104,6 +106,30 @@ def lost(ping: Ping) -> int:
     return answered[-1] - answered[0] + 1 - len(answered)
 
 
+@contextmanager
+def spoilt(topology: Topology, *keys: str) -> Iterator[None]:
+    """Stubs that do not open. A comparison with the bank, which comes every 30 s, puts them right; so they are spoilt
+    again and again."""
+    spoiling = [
+        topology.bank.host.popen(
+            *("redis-cli", "-p", str(BANK_PORT), "-r", "-1", "-i", "0.02", "HSET", key, "sealed", "spoilt"),
+            stdout=subprocess.DEVNULL,
+        )
+        for key in keys
+    ]
+    try:
+        for key in keys:
+            wait_until(
+                lambda key=key: topology.bank.cli("HGET", key, "sealed") == "spoilt",  # type: ignore[misc]
+                "the spoilt stub",
+            )
+        yield
+    finally:
+        for process in spoiling:
+            process.terminate()
+            process.wait()
+
+
 def test_clients_move_with_their_traffic_and_one_without_a_sidecar_is_left_alone(clients: Clients) -> None:
     topology = clients.topology
     clients.connect()
@@ -144,10 +170,8 @@ def test_a_session_that_the_target_does_not_resume_stays_where_it_is(clients: Cl
     topology = clients.topology
     clients.connect()
     before = {host.name: spis(the_sa(host)) for host in clients.all}
-    # what somebody spoilt does not open
-    for key in topology.bank.stubs():
-        topology.bank.cli("HSET", key, "sealed", "spoilt")
-    done = drain(topology, "--to", topology.gw2.address, code=1)
+    with spoilt(topology, *topology.bank.stubs()):
+        done = drain(topology, "--to", topology.gw2.address, code=1)
     assert (done["moved"], done["left"], done["failed"]) == (0, 1, 3)
     assert {row["reason"] for row in done["failures"]} == {"the target did not resume the session"}
     assert {host.name: spis(the_sa(host)) for host in clients.all} == before
@@ -168,14 +192,13 @@ def test_some_clients_move_and_the_others_stay_each_with_its_reason(clients: Cli
         clients.connect()
         facts = f"ike:facts:{gw2.address}"
         wait_until(lambda: '"gw"' in topology.bank.cli("GET", facts), "what gw2 says of itself", timeout=90)
-        spoilt = stub_key(gw1.address, the_sa(second)["responder-spi"])
+        stub_of_second = stub_key(gw1.address, the_sa(second)["responder-spi"])
         before = {host.name: spis(the_sa(host)) for host in clients.all}
         pings = {host.name: Ping(host, SITE) for host in clients.all}
         wait_until(lambda: all(ping.answers() >= 20 for ping in pings.values()), "traffic")
 
-        # late: the comparison with the bank puts a spoilt stub right
-        topology.bank.cli("HSET", spoilt, "sealed", "spoilt")
-        done = topology.gateways["gw1"].command("drain", "--json", "--to", gw2.address, check=False, timeout=120)
+        with spoilt(topology, stub_of_second):
+            done = topology.gateways["gw1"].command("drain", "--json", "--to", gw2.address, check=False, timeout=120)
         seen = {name: ping.answers() for name, ping in pings.items()}
         wait_until(lambda: all(ping.answers() >= seen[name] + 20 for name, ping in pings.items()), "traffic goes on")
         losses = {name: lost(ping) for name, ping in pings.items()}
@@ -208,8 +231,8 @@ def test_some_clients_move_and_the_others_stay_each_with_its_reason(clients: Cli
 
         # those that the target could not serve move when it can, and in a terminal that is seen
         third.run("iptables", "-D", *dropped)
-        topology.bank.cli("HSET", spoilt, "sealed", "spoilt")
-        again = topology.gateways["gw1"].in_terminal("drain", "--to", gw2.address)
+        with spoilt(topology, stub_of_second):
+            again = topology.gateways["gw1"].in_terminal("drain", "--to", gw2.address)
         assert again.returncode == 1
         assert f"moved to {gw2.address}" in again.stdout
         assert "under way, 1 left alone" in again.stdout

@@ -183,10 +183,8 @@ async def _drain(socket: str, request: control.Answer, show: bool) -> control.An
         while answer["state"] == "running":
             await asyncio.sleep(POLL_SECONDS)
             answer = await control.call(socket, {"command": "drained"})
-            rest = (
-                f"{answer['under_way']} under way, {answer['left']} left alone, {answer['failed']} failed, "
-                f"{answer['ending']} being ended here"
-            )
+            under_way = answer["under_way"] + answer["ending"]
+            rest = f"{under_way} under way, {answer['left']} left alone, {answer['failed']} failed"
             progress.update(task, completed=answer["moved"], rest=rest)
     return answer
 
