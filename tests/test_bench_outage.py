@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+from unittest.mock import Mock
 
 import pytest
+from click.testing import CliRunner
 
 from bank_support import stub_of
 from bridge.bank.recent_traffic import decode
+from bridge.bench import cli, outage
 from bridge.bench.aims import aims
-from bridge.bench.outage import DETECT, FAILURES, PATIENCE, failure, fill, in_failures, section
+from bridge.bench.cli import bench
+from bridge.bench.outage import DETECT, FAILURES, PATIENCE, STOPPED, failure, fill, in_failures, section
 from bridge.bench.rig import rig
 from bridge.bench.sessions import Session
 from bridge.bench.standby import PROBE_SECONDS, PROBES, Standby, Standbys
@@ -129,6 +137,64 @@ def test_what_is_not_proved_is_nothing() -> None:
     scene.gets(build_move(foreign, OTHER, ID))
     scene.passes(1.0)
     assert (scene.said, scene.moved) == ([], [])
+
+
+def made_up(kind: str, sessions: int, moved: int) -> dict[str, Any]:
+    """The figures of a failure, as far as a command line needs them."""
+    return {
+        "kind": kind,
+        "sessions": sessions,
+        "moved": moved,
+        "failures": sessions - moved,
+        "seconds": 1.5,
+        "clients": {"clients": 2, "moved": 2, "silence_ms": {"p50": 100}},
+        "silence_ms": {"p50": 10, "p99": 20},
+        "sent_twice_percent": 0.5,
+    }
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is measured, without a lab: of 100 sessions 99 move."""
+    kinds: list[str] = []
+
+    @contextmanager
+    def no_lab(clients: int, detect: float) -> Iterator[Mock]:
+        yield Mock()
+
+    def fail(built: Mock, kind: str, sessions: int, told: Callable[[str, float], None]) -> dict[str, Any]:
+        kinds.append(kind)
+        for share in (0.0, 0.01, 0.5, 1.0):
+            told(kind, share)
+        return made_up(kind, sessions, sessions - 1)
+
+    monkeypatch.setattr(cli, "rig", no_lab)
+    monkeypatch.setattr(cli, "lab_machine", lambda target: {})
+    monkeypatch.setattr(outage, "failure", fail)
+    return kinds
+
+
+def test_one_kind_of_failure_is_measured_alone_and_its_progress_shown(measured: list[str]) -> None:
+    done = CliRunner().invoke(bench, ["outage", "--only", STOPPED, "--sessions", "100", "--json"])
+    assert measured == [STOPPED]
+    [row] = json.loads(done.stdout)["failures"]
+    assert (row["kind"], row["moved"], row["detect"]) == (STOPPED, 99, DETECT)
+    assert [line.split("s  ")[1] for line in done.stderr.splitlines()[:4]] == [
+        f"{STOPPED}: the lab starts",
+        STOPPED,
+        f"{STOPPED} 50 %",
+        f"{STOPPED} 100 %",
+    ]
+    assert "99 of 100 sessions" in done.stderr
+    assert (done.exit_code, "1 sessions were not resumed" in done.stderr) == (1, True)
+
+
+def test_a_kind_that_there_is_not_and_a_plot_of_one_kind_are_refused(measured: list[str], tmp_path: Path) -> None:
+    refused = CliRunner().invoke(bench, ["outage", "--only", "fire"])
+    assert (refused.exit_code, "systemctl stop" in refused.stderr) == (2, True)
+    refused = CliRunner().invoke(bench, ["outage", "--only", STOPPED, "--plot", str(tmp_path / "outage.svg")])
+    assert refused.exit_code == 2
+    assert measured == []
 
 
 @pytest.mark.lab
