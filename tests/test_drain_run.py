@@ -13,7 +13,7 @@ import pytest
 
 from bank_support import stub_of
 from bridge.charon.ike_sa import IkeSa, sa_of, stub_sa
-from bridge.cli.drain import _bounded
+from bridge.cli.drain import _bounded, _print
 from bridge.gateway.drain import ANY, Drain
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.ike.stub_exchange import MoveStatus, StubMessage, build_moving, parse_stub_message
@@ -289,6 +289,17 @@ def test_ends_that_are_slow_keep_no_client_waiting(loop: FakeTime) -> None:
     assert (told["state"], told["moved"], told["ending"], told["failed"]) == ("done", 1000, 0, 0)
 
 
+def test_what_moved_and_is_not_ended_yet_is_shown(loop: FakeTime, capsys: pytest.CaptureFixture[str]) -> None:
+    scene, _ = with_clients(loop, 3)
+    scene.elsewhere.seconds = 1.5
+    scene.begin()
+    loop.pass_time(2.0)
+    _print(scene.told())
+    shown = capsys.readouterr().out
+    assert "1 of 3 sessions wanted moved" in shown
+    assert "2 more sessions moved, and charon has yet to end them here" in shown
+
+
 def test_an_end_that_fails_is_told(loop: FakeTime) -> None:
     scene, _ = with_clients(loop, 3)
     scene.elsewhere.fails = True
@@ -301,7 +312,7 @@ def test_an_end_that_fails_is_told(loop: FakeTime) -> None:
     assert "still here" in outcome["reason"]
 
 
-@pytest.mark.parametrize("seconds", [0.0007, 0.002, 0.01, 0.02])
+@pytest.mark.parametrize("seconds", [0.0007, 0.002, 0.01])
 def test_a_target_gets_as_many_as_it_finishes(loop: FakeTime, seconds: float) -> None:
     scene, wire = with_clients(loop, 1000)
     wire.seconds[THERE] = seconds
@@ -333,15 +344,15 @@ def test_a_slow_target_does_not_hold_up_another(loop: FakeTime) -> None:
 
 
 def test_a_bank_that_is_slow_keeps_no_client_waiting(loop: FakeTime) -> None:
-    scene = Scene(loop, 16)
+    scene = Scene(loop, 32)
     scene.bank.seconds = 0.5
     loop.run(scene.drain.start({"to": THERE, "share": 1.0, "rate": 1000.0}))
     loop.pass_time(0.2)
-    assert sum(bool(scene.moves(sa)) for sa in scene.sas) == 8
+    assert sum(bool(scene.moves(sa)) for sa in scene.sas) == 16
     # they do not answer, and give up their places; the first are asked again
     loop.pass_time(0.6)
     assert all(scene.moves(sa) for sa in scene.sas)
-    assert sum(len(scene.moves(sa)) == 2 for sa in scene.sas) == 8
+    assert sum(len(scene.moves(sa)) == 2 for sa in scene.sas) == 16
 
 
 def test_clients_without_a_sidecar_keep_no_other_waiting(loop: FakeTime) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 
-from bridge.gateway.pace import QUEUE_SECONDS, WINDOW_MAX, WINDOW_MIN, WINDOW_START, Pace
+from bridge.gateway.pace import QUEUE_SECONDS, WINDOW_MAX, WINDOW_MIN, WINDOW_START, Pace, Window
 
 PROBING_SECONDS = 0.3
 """between an announcement and its report"""
@@ -64,3 +64,37 @@ def test_sessions_whose_clients_did_not_report_tell_nothing_about_the_queue() ->
     pace.resumed(0.05)
     pace.resumed(None)
     assert pace.window == WINDOW_START + 2
+
+
+def test_what_is_quick_enough_is_no_queue_although_it_was_quicker_once() -> None:
+    """As on a machine that has become busy: a few sessions at a time would be no less slow."""
+    pace, other = Pace(16, 16, quick=0.3), Pace(16, 16)
+    for one in (pace, other):
+        one.resumed(0.01)
+        for _ in range(100):
+            one.resumed(0.3)
+    assert pace.window > 2 * other.window
+    for _ in range(1000):
+        pace.resumed(1.0)
+    assert pace.window == 16
+
+
+def test_a_session_is_in_the_window_until_its_client_does_not_answer() -> None:
+    window = Window(Pace(2, 2))
+    sessions = [object(), object()]
+    for session in sessions:
+        assert window.has_room
+        window.enter(session)
+    assert not window.has_room
+    window.unanswered(sessions[0])
+    assert window.has_room
+    assert sessions[0] not in window
+    # its client answers after all
+    window.enter(sessions[0])
+    assert sessions[0] in window
+    for session in sessions:
+        window.leave(session)
+    # one that is out makes no further room
+    before = window.pace.window
+    window.unanswered(sessions[0])
+    assert window.pace.window == before

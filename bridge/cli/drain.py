@@ -207,3 +207,5 @@ def _print(done: control.Answer) -> None:
         f"{done['state']}: {done['moved']} of {output.count(done['wanted'], 'session')} wanted moved to {done['to']} "
         f"in {done['seconds']:.1f} s; this gateway had {done['sessions']:,}"
     )
+    if done["ending"]:
+        click.echo(f"{output.count(done['ending'], 'more session')} moved, and charon has yet to end them here")

@@ -36,13 +36,14 @@ REMIND_SECONDS: Final = 1.0
 """between two questions to a client that moves: its report may have been lost"""
 MOVE_SECONDS: Final = 30.0
 """how long a move may take"""
-WINDOW_START: Final = 8
-WINDOW_LEAST: Final = 4
-"""clients under way to one gateway: fewer than in an outage, for their own gateway lives and none of them waits. As
-each that arrives makes room for one more than before, a gateway that is quick has hundreds within a second"""
-QUEUE_SECONDS: Final = 0.15
+WINDOW: Final = 16
+"""clients under way to one gateway at first, and at least: fewer than in an outage, for their own gateway lives and
+none of them waits. As each that arrives makes room for one more than before, a quick gateway soon has hundreds"""
+QUEUE_SECONDS: Final = 0.1
 """that a session should wait at its target: less than in an outage too, and more than a tick, so that the target always
 has some"""
+QUICK_SECONDS: Final = 0.1
+"""a resumption that takes no longer has met a busy machine, or the wait for a tick, and no queue"""
 FAILURES_SHOWN: Final = 50
 BUNDLE: Final = 512
 """sessions that the bank is asked about at a time"""
@@ -73,7 +74,7 @@ class _Lane:
     """The sessions for one gateway."""
 
     waiting: deque[Candidate] = field(default_factory=deque)
-    window: Window = field(default_factory=lambda: Window(Pace(WINDOW_START, WINDOW_LEAST, QUEUE_SECONDS)))
+    window: Window = field(default_factory=lambda: Window(Pace(WINDOW, WINDOW, QUEUE_SECONDS, QUICK_SECONDS)))
     late: bool = False
     """whether a client that moves has not arrived, since the last tick"""
 

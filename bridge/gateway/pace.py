@@ -28,12 +28,15 @@ SMOOTHING: Final = 1 / 16
 
 class Pace:
     """The size of the window for one gateway: `start` at first, `least` at least. `queue`: the seconds that a session
-    should wait there."""
+    should wait there; one that took `quick` seconds or less has not waited, whatever the shortest time was."""
 
-    def __init__(self, start: int = WINDOW_START, least: int = WINDOW_MIN, queue: float = QUEUE_SECONDS) -> None:
+    def __init__(
+        self, start: int = WINDOW_START, least: int = WINDOW_MIN, queue: float = QUEUE_SECONDS, quick: float = 0.0
+    ) -> None:
         self.window: float = start
         self._least = least
         self._queue = queue
+        self._quick = quick
         self._smoothed: float | None = None
         self._shortest = 0.0
         self._beginning = True
@@ -44,7 +47,7 @@ class Pace:
             before = self._smoothed if self._smoothed is not None else seconds
             self._smoothed = before + SMOOTHING * (seconds - before)
             self._shortest = min(self._shortest or self._smoothed, self._smoothed)
-        queue = (self._smoothed or 0.0) - self._shortest
+        queue = (self._smoothed or 0.0) - max(self._shortest, self._quick)
         if self._beginning and queue < FIRST_QUEUE * self._queue:
             change = 1.0
         else:
