@@ -75,12 +75,14 @@ def _behind_a_router(topology: Topology, name: str, outside: str, network: str) 
 
 
 @pytest.fixture(params=["of-nat", "of-filter"])
-def inner(announced: Topology, request: pytest.FixtureRequest) -> Topology:
+def inner(announced: Topology, request: pytest.FixtureRequest) -> Iterator[Topology]:
     """The lab seen from a client behind a NAT, or a stateful filter."""
     host = announced.lab.hosts[request.param]
     view = dataclasses.replace(announced, client=host, agent=host.sidecars[0])
     begin(view)
-    return view
+    yield view
+    for sa in host.charon.sas():
+        host.swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", "--timeout", "1", check=False)
 
 
 @pytest.fixture(autouse=True)
