@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -24,6 +25,8 @@ from bridge.bank.replicated import ReplicatedBank
 from bridge.charon.ike_sa import sa_of
 from bridge.charon.vici_types import ChildInfo, SaInfo, parse_ike_sa
 from bridge.config import FailoverConfig
+from bridge.gateway.announced_failure import HEAD_START
+from bridge.gateway.announcer import TRIAL, TRIAL_SECONDS
 from bridge.gateway.failover import Failover
 from bridge.gateway.other_gateways import order
 from bridge.gateway.traffic_times import LATELY_SECONDS, TrafficTimes
@@ -32,7 +35,7 @@ from bridge.stub import bank_keys
 from bridge.stub.stub import Index, Stub
 from role_support import Wire, fake_charon
 from test_bank_servers import cluster_url, three_primaries
-from test_sa_tracker import tracker
+from test_sa_tracker import Clock, tracker
 
 DEAD, HERE, LIVING = "192.0.2.1", "192.0.2.2", "192.0.2.3"
 
@@ -141,13 +144,13 @@ def test_a_session_without_a_stub_is_not_named() -> None:
 class Survivor:
     """The gateway HERE, with its real bank."""
 
-    def __init__(self, bank: StubBank) -> None:
+    def __init__(self, bank: StubBank, clock: Callable[[], float] = time.monotonic) -> None:
         self.bank = bank
         self.wire = Wire()
         self.prefetch = Prefetch(bank)
         charon, _, _ = fake_charon("home")
         self.failover = Failover(
-            FailoverConfig(rate=100_000), HERE, bank, self.prefetch, charon, self.wire, lambda index: False
+            FailoverConfig(rate=100_000), HERE, bank, self.prefetch, charon, self.wire, lambda index: False, clock=clock
         )
 
     async def sees_fail(self, gateway: str) -> None:
@@ -244,6 +247,28 @@ async def test_the_sessions_with_traffic_are_announced_before_hundreds_of_idle_o
     announced = await survivor.has_announced(len(stubs))
     assert announced[: len(busy)] == [stub.spi_r for stub in busy]
     assert sorted(announced) == sorted(stub.spi_r for stub in stubs)
+    await survivor.close()
+
+
+@pytest.mark.redis
+async def test_clients_with_traffic_do_not_wait_for_the_download_of_all_stubs(places: Places) -> None:
+    of_dead, of_here = await places.open("one")
+    stubs = stubs_of(30)
+    await of_dead.store(stubs)
+    await of_dead.post(bank_keys.TRAFFIC_KIND, DEAD, encode(stub.index for stub in stubs[:3]), TTL)
+    clock = Clock()
+    survivor = Survivor(of_here, clock)
+    survivor.failover.start()
+    clock.now = 1.0
+    await survivor.sees_fail(DEAD)
+    await survivor.has_announced(3)
+    assert survivor.prefetch.progress == {}
+    # they do not come
+    clock.now += HEAD_START
+    await survivor.has_announced(TRIAL)
+    clock.now += TRIAL_SECONDS
+    await survivor.has_announced(30)
+    assert survivor.prefetch.progress[DEAD].stubs == 30
     await survivor.close()
 
 

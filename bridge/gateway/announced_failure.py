@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Final
 
 from bridge.bank.failover_progress import RUNNING, FailoverProgress
@@ -91,9 +92,14 @@ class Failure:
 
     def waits_for_first(self, announced: Announced, now: float) -> bool:
         """Whether a session lets those that had traffic go on before it is announced."""
-        if now >= self.began + HEAD_START or announced.stub.index in self.first:
-            return False
-        return any(index in self.under_way for index in self.first)
+        return announced.stub.index not in self.first and self.first_under_way(now)
+
+    def first_under_way(self, now: float) -> bool:
+        """Whether sessions that had traffic have not gone on yet, within their head start."""
+        return now < self.began + HEAD_START and (
+            any(index in self.under_way for index in self.first)
+            or any(one.turn <= now and one.stub.index in self.first for one in islice(self.waiting, 1))
+        )
 
     def progress(self, now: float) -> FailoverProgress:
         """How far it is."""

@@ -166,6 +166,11 @@ class Announcer:
         """The sessions that were announced and are not settled."""
         return [index for failure in self._failures.values() for index in failure.under_way]
 
+    def first_under_way(self, gateway: str, now: float) -> bool:
+        """Whether sessions of `gateway` that had traffic have not gone on yet, within their head start."""
+        failure = self._failures.get(gateway)
+        return failure is not None and failure.ended is None and failure.first_under_way(now)
+
     def expects(self, spis: bytes) -> bool:
         """Whether a report about the SA with these SPIs may come."""
         return spis in self._by_spis

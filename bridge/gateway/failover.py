@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Final
 
@@ -216,9 +216,11 @@ class Failover:
 
     def _failed(self, gateway: str, reason: str) -> None:
         log.warning("gateway-failed", gateway=gateway, reason=reason)
-        self._prefetch.fetch(gateway)
-        if self._config.announce and self._address is not None and gateway not in self._fetching:
-            task = self._fetching[gateway] = spawn(f"announce {gateway}", self._prepare(gateway, reason == SAID_ITSELF))
+        lost, announces = reason == SAID_ITSELF, self._config.announce and self._address is not None
+        if not (lost and announces):
+            self._prefetch.fetch(gateway)
+        if announces and gateway not in self._fetching:
+            task = self._fetching[gateway] = spawn(f"announce {gateway}", self._prepare(gateway, lost))
             task.add_done_callback(lambda _: self._fetching.pop(gateway, None))
 
     def _back(self, gateway: str) -> None:
@@ -234,12 +236,15 @@ class Failover:
         while True:
             try:
                 async with self._downloading:
-                    addresses = await self._fetch_all(gateway)
+                    addresses = await self._addresses_of(gateway)
                     turns = await self._turns(gateway)
                     if not begun:
                         begun = await self._begin(gateway, lost, addresses, turns)
-                    for address in addresses:
-                        await self._prefetch.fetched(address)
+                    if lost:
+                        # those clients come immediately, and would wait while stubs are read and decoded; clients that
+                        # ask a dead gateway in vain come later
+                        await self._first_gone_on(gateway)
+                    await self._fetch_all(addresses)
                     stubs = [stub for address in addresses async for page in self._stubs(address) for stub in page]
             except BankUnavailable as error:
                 log.info(error.event, component="announcements", gateway=gateway, reason=str(error))
@@ -248,6 +253,14 @@ class Failover:
             break
         if begun or self._open(gateway, lost):
             self._announcer.add(gateway, [(stub, turns(stub)) for stub in stubs], complete=True)
+        if self.watch.state(gateway) is not PeerState.FAILED:
+            # what was fetched since it is back
+            for address in addresses:
+                self._prefetch.drop(address)
+
+    async def _first_gone_on(self, gateway: str) -> None:
+        while self._announcer.first_under_way(gateway, self._clock()):  # noqa: ASYNC110 - the clock ends it too
+            await asyncio.sleep(TICK_SECONDS)
 
     async def _begin(self, gateway: str, lost: bool, addresses: Collection[str], turns: Turns) -> bool:
         """Begin with the sessions that had traffic last, as far as `gateway` has posted which these are; whether there
@@ -276,17 +289,21 @@ class Failover:
             self._wake.set()
         return failed or lost
 
-    async def _fetch_all(self, gateway: str) -> list[str]:
-        """Begin to fetch the stubs of a gateway, those under its other addresses too. All its addresses. Raises
-        BankUnavailable."""
+    async def _addresses_of(self, gateway: str) -> list[str]:
+        """All under which stubs of a gateway may be. Raises BankUnavailable."""
         facts = gateway_facts.decode(await self._bank.posted(bank_keys.FACTS_KIND, gateway) or b"")
         signs = await self._bank.gateways()
         # what a gateway posts is cleartext: no gateway makes another one fail by it
         aliases = [one for one in (facts.addresses if facts else ()) if one not in signs]
         self._aliases[gateway] = aliases
-        for address in aliases:
-            self._prefetch.fetch(address)
         return [gateway, *aliases]
+
+    async def _fetch_all(self, addresses: Iterable[str]) -> None:
+        """Have all stubs under these addresses here."""
+        for address in addresses:
+            self._prefetch.fetch(address)
+        for address in addresses:
+            await self._prefetch.fetched(address)
 
     def _source(self, stub: Stub) -> str:
         """This gateway's address of the family of a stub's client; empty where it has none."""
