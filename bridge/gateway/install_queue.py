@@ -219,7 +219,7 @@ class InstallQueue:
             self._unconfirmed.installed(made)
             packet.drop()
             self._answer(packet, made.response)
-        # an event that is not written costs 10 us as well
+        # an event that is not written takes time as well
         for packet, made in rebuilt if writes("debug") else ():
             log.debug(
                 "sa-rebuilt",
