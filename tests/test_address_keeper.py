@@ -13,11 +13,15 @@ import pytest
 from bridge.bank.interface import BankUnavailable
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import HaChannel
+from bridge.charon.ha_segments import SegmentChooser, keeping_segment, landing_addresses
+from bridge.charon.half_open import HalfOpenSas
+from bridge.charon.handshakes import Handshakes
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.placeholders import HaPool, Placeholders
 from bridge.charon.virtual_ips import VirtualIps
+from bridge.gateway import address_keeper
 from bridge.gateway.address_book import AddressBook, Holder
-from bridge.gateway.address_keeper import STUB_SECONDS, AddressKeeper
+from bridge.gateway.address_keeper import HANDSHAKE_PATIENCE, STUB_SECONDS, AddressKeeper
 from bridge.stub.stub import Index, Stub
 from role_support import ike_sa
 
@@ -170,3 +174,58 @@ def test_sessions_that_move_away_get_no_more_placeholders_than_there_may_be() ->
         assert gateway.placeholders.addresses == {ANOTHER}
 
     run(test, limit=1)
+
+
+class Opening:
+    """A charon with a handshake in progress in the keeping segment; notes when that was activated."""
+
+    def __init__(self, *, ends: bool, crashes: bool) -> None:
+        self.half_open = HalfOpenSas()
+        self.landing = SegmentChooser(16, self.half_open)
+        self.landing.crashes = crashes
+        self.half_open.began(b"one", landing_addresses()[keeping_segment()], 0.0)
+        self.handshakes = Handshakes(self.look, self.look_surely)
+        self.handshakes.ends = ends
+        self.placeholders = self
+        self.looked = 0
+        self.over_after = 0
+        """looks until that handshake is over"""
+        self.opened_after: int | None = None
+        self.now = 0.0
+
+    async def look(self) -> None:
+        self.looked += 1
+        self.now += 1.0
+        if self.looked == self.over_after:
+            self.half_open.ended(b"one")
+
+    async def look_surely(self) -> bool:
+        raise AssertionError("nothing is held back here")
+
+    async def open(self) -> None:
+        self.opened_after = self.looked
+
+
+async def opened_after(monkeypatch: pytest.MonkeyPatch, opening: Opening) -> int | None:
+    """How many looks the activation of the keeping segment took; each takes a second."""
+    monkeypatch.setattr(address_keeper, "TICK_SECONDS", 0.0)
+    charon, pools = cast(Charon, opening), list[HaPool]
+    keeper = AddressKeeper(charon, cast(AddressBook, None), limit=1, pools=pools, clock=lambda: opening.now)
+    await keeper._open_keeping(0.0)
+    return opening.opened_after
+
+
+async def test_the_first_activation_waits_for_the_end_of_a_handshake_that_would_crash_charon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opening = Opening(ends=True, crashes=True)
+    opening.over_after = 25
+    assert await opened_after(monkeypatch, opening) == 25
+
+
+async def test_where_it_would_only_end_that_it_waits_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert await opened_after(monkeypatch, Opening(ends=True, crashes=False)) == HANDSHAKE_PATIENCE
+
+
+async def test_where_it_ends_none_it_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert await opened_after(monkeypatch, Opening(ends=False, crashes=False)) == 1
