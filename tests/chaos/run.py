@@ -22,6 +22,8 @@ SETTLE_SECONDS = 60.0
 clients notice a dead gateway after 4 s and go on trying for up to 10 s between attempts; a gateway that comes back ends
 what went on elsewhere once the bank has told it"""
 LOOK_SECONDS = 0.5
+USER_SECONDS = 3.0
+"""that a client is without an IKE_SA before its user connects again: its sidecar may be about to do so"""
 LET_IN = 0.5
 """how probably a client that is locked out is let in again in a round"""
 Say = Callable[[str], None]
@@ -79,6 +81,8 @@ class Chaos:
         self.memory = Memory()
         self._logged: dict[str, int] = {}
         self._attacker = Attacker(world)
+        self._without: dict[str, float] = {}
+        """since when clients have no IKE_SA"""
         self.report = Report(seed)
 
     def begin(self) -> None:
@@ -158,6 +162,10 @@ class Chaos:
         world = self._world
         for host in world.clients:
             if host.name in world.revoked or world.sas_or_none(host):
+                self._without.pop(host.name, None)
+                continue
+            now = time.monotonic()
+            if now - self._without.setdefault(host.name, now) < USER_SECONDS:
                 continue
             why = world.excused.get(host.name)
             if why is None and invariants.ended_by_gateway(host, self._logged.get(host.name, 0)):
