@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bank_support import GATEWAY, keyring
+from bridge.bank.key_file import KeyFile
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.keyspace import Event
 from bridge.bank.prefetch import Prefetch
@@ -45,7 +46,7 @@ class Followers:
             gateway.reconciler,
             SessionElsewhere(charon, bank, GatewayMetrics()),
             LockOut(gateway.known.revocations, bank, charon, gateway.endings, gateway.writer, GATEWAY),
-            KeyRotation(bank, keyring(), "/nonexistent", GATEWAY),
+            KeyRotation(bank, KeyFile(keyring(), "/nonexistent"), GATEWAY),
         ).follow(self.events)
 
     def event(self, key: str, what: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from bank_support import GATEWAY, RedisServer, ending, keyring, stub_of
+from bridge.bank.key_file import KeyFile
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.prefetch import Prefetch
 from bridge.bank.redis_bank import RedisBank
@@ -79,7 +80,7 @@ class Gateway:
         self.publisher = Publisher(config, self.writer, self.bank, known)
         lock_out = LockOut(revocations, self.bank, charon, self.endings, self.writer, GATEWAY)
         self.publisher.locked_out = lock_out.soon
-        rotation = KeyRotation(self.bank, RING, "/nonexistent", GATEWAY)
+        rotation = KeyRotation(self.bank, KeyFile(RING, "/nonexistent"), GATEWAY)
         self.failover = Failover(
             FailoverConfig(detect=detect),
             GATEWAY,

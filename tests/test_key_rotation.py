@@ -14,7 +14,8 @@ import pytest
 import structlog
 
 from bank_support import PATIENCE, RedisServer, stub_of
-from bridge.bank.key_rotation import KeyRotation
+from bridge.bank.key_file import KeyFile
+from bridge.bank.key_rotation import KeyRotation, Pace
 from bridge.bank.redis_bank import RedisBank
 from bridge.service.tasks import end
 from bridge.stub.keyring import Keyring, generate
@@ -39,12 +40,10 @@ class Sidecar:
         """seconds that its clock is ahead of this one"""
         self.rotation = KeyRotation(
             self.bank,
-            self.ring,
-            file,
+            KeyFile(self.ring, file),
             address,
             shared=(SHARED,),
-            settle=SETTLE,
-            look=LOOK,
+            pace=Pace(settle=SETTLE, look=LOOK),
             wall=lambda: time.time() + self.later,
         )
         self.beating = True
@@ -240,7 +239,7 @@ async def test_a_phantom_gateway_does_not_keep_a_new_key_from_use_without_a_repo
     pair: tuple[Sidecar, Sidecar], server: RedisServer
 ) -> None:
     one, two = pair
-    one.rotation._patience = SETTLE
+    one.rotation._pace = one.rotation._pace._replace(patience=SETTLE)
     server.client.set("ike:gateway:198.51.100.66", "1 ")
     server.client.zadd("ike:gateways", {"198.51.100.66": time.time()})
     with structlog.testing.capture_logs() as events:

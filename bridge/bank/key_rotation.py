@@ -14,14 +14,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 
 from bridge.bank.interface import BankUnavailable, BankUnwritable, StubBank
+from bridge.bank.key_file import KeyFile
 from bridge.bank.seal_volume import POST_SECONDS, SealVolume
-from bridge.stub.keyring import Keyring, SealError
 
 log = structlog.get_logger()
 
@@ -34,45 +33,48 @@ LOOK_SECONDS: Final = 2.0
 """between two looks at the key file, and at which keys the other gateways have"""
 
 
+class Pace(NamedTuple):
+    """Seconds."""
+
+    settle: float = SETTLE_SECONDS
+    patience: float = WAIT_SECONDS
+    look: float = LOOK_SECONDS
+
+
+PACE: Final = Pace()
+
+
 class KeyRotation:
-    """Keeps `keyring` as `key_file` has it, and chooses what seals. `address` is this gateway's in the index,
+    """Keeps the keyring as its file has it, and chooses what seals. `address` is this gateway's in the index,
     `shared` are those that it shares with others, whose stubs each of them seals again.
 
-    `settle` in seconds: how long all gateways have to be seen with a key before it seals. `doubtful` says that
-    heartbeats may be missing since the bank did not take them: then a gateway that is not seen may be alive, and no key
-    is chosen.
+    `doubtful` says that heartbeats may be missing since the bank did not take them: then a gateway that is not seen may
+    be alive, and no key is chosen.
     """
 
     def __init__(
         self,
         bank: StubBank,
-        keyring: Keyring,
-        key_file: str | Path,
+        keys: KeyFile,
         address: str | None,
         *,
         shared: Collection[str] = (),
-        settle: float = SETTLE_SECONDS,
-        patience: float = WAIT_SECONDS,
-        look: float = LOOK_SECONDS,
+        pace: Pace = PACE,
         wall: Callable[[], float] = time.time,
         doubtful: Callable[[], bool] = lambda: False,
     ) -> None:
         self._bank = bank
-        self._keyring = keyring
-        self._file = Path(key_file)
+        self._file = keys
+        self._keyring = keyring = keys.keyring
         self._address = address
         self._shared = frozenset(shared)
-        self._settle = settle
-        self._patience = patience
-        self._look = look
+        self._pace = pace
         self._wall = wall
-        self._unkept = False
         self._doubtful = doubtful
         self._volume = SealVolume(bank, keyring, address)
         self._volume_at = 0.0
         self._waiting_since: float | None = None
         self._waits_for: tuple[str, ...] = ()
-        self._stamp = self._stamp_of_file()
         self._candidate: tuple[bytes, float] | None = None
         """the key that would seal, and since when it has been so"""
         self._resealed: set[str] = set()
@@ -97,7 +99,7 @@ class KeyRotation:
         """Until it is cancelled."""
         first = True
         while True:
-            self._reload()
+            self._file.reload()
             if self._keyring.advance(self._wall()):
                 log.info("keys-of-epochs", keys=[key_id.hex() for key_id in self._keyring.ids])
             try:
@@ -120,10 +122,10 @@ class KeyRotation:
                         log.info("stubs-resealed", gateway=gateway, stubs=count, key=self._keyring.sealing.hex())
                     self._resealed.add(gateway)
                 self._resealed &= todo
-                await self._keep_file()
+                await self._file.keep()
             except BankUnavailable:
                 self._candidate = None
-            await asyncio.sleep(self._look)
+            await asyncio.sleep(self._pace.look)
 
     def _choose(self, everywhere: frozenset[bytes], *, immediately: bool) -> None:
         """Let the first key of the file that is `everywhere` seal, if that has been so for long enough."""
@@ -131,26 +133,9 @@ class KeyRotation:
         now = time.monotonic()
         if self._candidate is None or self._candidate[0] != chosen:
             self._candidate = (chosen, now)
-        if (immediately or now - self._candidate[1] >= self._settle) and self._keyring.prefer((chosen,)):
+        if (immediately or now - self._candidate[1] >= self._pace.settle) and self._keyring.prefer((chosen,)):
             log.info("key-in-use", key=chosen.hex())
             self._resealed.clear()
-
-    async def _keep_file(self) -> None:
-        """Everything is sealed with the key that seals now: the one before it has done its duty."""
-        try:
-            if await asyncio.to_thread(self._keyring.keep, self._file):
-                self._stamp = self._stamp_of_file()
-                log.info("key-file-rewritten", file=str(self._file), key=self._keyring.sealing.hex())
-        except (SealError, OSError) as error:
-            if not self._unkept:
-                log.error(
-                    "key-file-not-rewritten",
-                    reason=str(error),
-                    fix="let the sidecar write to its folder; until then the file opens what expired in earlier epochs",
-                )
-            self._unkept = True
-        else:
-            self._unkept = False
 
     @property
     def seals(self) -> int:
@@ -174,7 +159,7 @@ class KeyRotation:
             return
         if self._waiting_since is None:
             self._waiting_since = now
-        if lacking != self._waits_for and now - self._waiting_since >= self._patience:
+        if lacking != self._waits_for and now - self._waiting_since >= self._pace.patience:
             self._waits_for = lacking
             log.warning(
                 "key-waits-for-gateways",
@@ -183,22 +168,3 @@ class KeyRotation:
                 count=len(lacking),
                 fix="copy the key file to them; delete ike:gateway:ADDRESS in the bank where ADDRESS is no gateway",
             )
-
-    def _reload(self) -> None:
-        stamp = self._stamp_of_file()
-        if stamp in (None, self._stamp):
-            return
-        try:
-            self._keyring.replace(Keyring.load(self._file))
-        except (SealError, OSError) as error:
-            log.warning("keys-not-reloaded", reason=str(error), effect="the keys in memory stay in use")
-        else:
-            log.info("keys-reloaded", keys=[key_id.hex() for key_id in self._keyring.ids])
-        self._stamp = stamp
-
-    def _stamp_of_file(self) -> tuple[int, ...] | None:
-        try:
-            stat = self._file.stat()
-        except OSError:
-            return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino

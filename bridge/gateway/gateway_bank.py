@@ -9,6 +9,7 @@ from typing import Any
 
 from bridge.bank import bank_url
 from bridge.bank.interface import StubBank
+from bridge.bank.key_file import KeyFile
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.prefetch import Prefetch
 from bridge.bank.replicated import ReplicatedBank
@@ -54,8 +55,7 @@ class GatewayBank:
         )
         self.rotation = KeyRotation(
             stubs,
-            keyring,
-            config.bank.key_file,
+            KeyFile(keyring, config.bank.key_file),
             config.address,
             shared=config.takeover.addresses,
             doubtful=lambda: self.heartbeat.doubtful,
