@@ -52,9 +52,9 @@ class Gateway:
             self.wire,
             GATEWAY,
             GatewayMetrics(),
-            alive=lambda: self.alive,
             clock=lambda: self.now,
         )
+        self.stubs.alive = lambda: self.alive
         self.tracker.on_lost.append(self.stubs.lost.put)
 
     def probe(self, sk_d: bytes | None = None, src: str = "") -> list[tuple[StubMessage, StubMessage]]:

@@ -63,9 +63,7 @@ class Gateway:
         self.resumed: list[Stub] = []
         self.requests: list[Request] = []
         ring, bank, endings = keyring(), self.bank.as_bank(), Endings()
-        stubs = ClientStubs(
-            "off", ring, self.charon.tracker, self.wire, HERE, self.metrics, lambda: (), clock=loop.time
-        )
+        stubs = ClientStubs("off", ring, self.charon.tracker, self.wire, HERE, self.metrics, clock=loop.time)
         self.writer = WriteQueue(bank)
         known = KnownSessions(endings, LivingSas(self.charon.tracker), Revocations(bank, ring))
         lookup = StubLookup(
@@ -86,10 +84,10 @@ class Gateway:
             stubs,
             self.writer,
             self.metrics,
-            lambda sa, stub: self.resumed.append(stub),
             confirm_timeout=config.confirm_timeout,
             clock=loop.time,
         )
+        unconfirmed.on_resumed = lambda sa, stub: self.resumed.append(stub)
         admission = Admission(config, Cookies(), unconfirmed.of_source)
         holders = AddressHolders(self.charon, bank, HERE)
         self.responder = Responder(
@@ -97,15 +95,12 @@ class Gateway:
             lookup,
             admission,
             Decision(self.charon, known, stubs, unconfirmed, admission, holders, config, tag),
-            unconfirmed,
-            holders,
             self.wire,
             config,
             self.metrics,
-            lambda packet: None,
-            able,
             clock=loop.time,
         )
+        self.responder.able = able
 
     async def start(self) -> None:
         self.responder.start()

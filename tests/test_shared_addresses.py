@@ -56,7 +56,7 @@ async def host(ring: Keyring, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     config = GatewayConfig(address="192.0.2.1", takeover=TakeoverConfig((SHARED, OTHER)))
     bank = RedisBank("redis://127.0.0.1:1", ring)
     parts: list[Any] = [SimpleNamespace(tracker=SimpleNamespace()), bank, None, None, SimpleNamespace(endings=None)]
-    parts += [lambda *_: None] * 3
+    parts.append(SimpleNamespace(taken_over=None, before_drop=None, dropped=None))
     shared = SharedAddresses(config, *parts)
     made = Host(shared)
     tasks = [asyncio.ensure_future(shared._follow(address)) for address in (SHARED, OTHER)]

@@ -49,8 +49,7 @@ ANSWERS_A_SECOND: Final = 2000
 
 class ClientStubs:
     """Seals stubs for their clients, opens what clients present, and answers GET Stub. `address` is this gateway's in
-    the index, or None for the local address of each SA; `gateways` gives the addresses of the other gateways that
-    clients receive; `alive` says whether charon runs, None while it does not answer."""
+    the index, or None for the local address of each SA."""
 
     def __init__(
         self,
@@ -60,10 +59,7 @@ class ClientStubs:
         sender: Sender,
         address: str | None,
         metrics: GatewayMetrics,
-        gateways: Callable[[], Sequence[str]] = tuple,
         *,
-        expected: Callable[[bytes], bool] = lambda _: False,
-        alive: Callable[[], bool | None] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -73,14 +69,17 @@ class ClientStubs:
         self._sender = sender
         self._address = address
         self._metrics = metrics
-        self.gateways = gateways
+        self.gateways: Callable[[], Sequence[str]] = tuple
+        """the addresses of the other gateways, which clients receive"""
+        self.expected: Callable[[bytes], bool] = lambda _: False
+        """whether a client may send messages about an SA, by both SPIs, that is not here"""
+        self.alive: Callable[[], bool | None] = lambda: True
+        """whether charon runs; None while it does not answer"""
         self._clock = clock
         self._wall = wall
         self._rate = Rate(ANSWERS_A_SECOND)
         self._answered: Recent[bytes] = Recent(ANSWER_SECONDS, clock=clock)
         """the SAs, by both SPIs, whose clients got an answer to GET Stub"""
-        self._expected = expected
-        self._alive = alive
         self.lost = LostSas()
         self._probed_lately: Recent[bytes] = Recent(PROBED_SECONDS, clock=clock)
 
@@ -129,13 +128,13 @@ class ClientStubs:
     def concerns(self, packet: Packet) -> bool:
         """Whether a message is about an SA that is here or expected. A flood of others shall cost no more than this."""
         spis = packet.ike[:SPIS_OCTETS]
-        return spis in self._tracker.sas or self.lost.get(spis) is not None or self._expected(spis)
+        return spis in self._tracker.sas or self.lost.get(spis) is not None or self.expected(spis)
 
     def received(self, packet: Packet) -> StubMessage | None:
         """Take in a message of exchange type 240. Answers GET Stub and Probe; gives a Moving, which is not proved
         yet."""
         spis = packet.ike[:SPIS_OCTETS]
-        expected = self._expected(spis)
+        expected = self.expected(spis)
         lost = self.lost.get(spis) if spis not in self._tracker.sas else None
         try:
             message = parse_stub_message(packet.ike)
@@ -151,7 +150,7 @@ class ClientStubs:
         if message.sync.from_gateway or sa is None or not sa.up or not sa.resumable:
             return None
         if message.move is not None and message.move.status is MoveStatus.PROBE:
-            self._probed(packet, message, sa, self._alive() if lost is None else False)
+            self._probed(packet, message, sa, self.alive() if lost is None else False)
             return None
         if lost is not None:
             return None

@@ -76,9 +76,9 @@ class Decision:
         self._uniqueness = Uniqueness(charon, known.living)
         self._revocations = known.revocations
         self._handout = handout
-        self._unconfirmed = unconfirmed
+        self.unconfirmed = unconfirmed
         self._admission = admission
-        self._holders = holders
+        self.holders = holders
         self._sync = sync
         self._tag = tag
         self._children = children_policy(sync.children_in_exchange, sync.children_at_once)
@@ -117,14 +117,14 @@ class Decision:
             return Refusal.NONCE_SHORT
         if self._charon.connection(stub.connection) is None:
             return Refusal.CONNECTION_MISSING
-        if self._holders.of_others(stub) - self._unconfirmed.made_from(stub.index) - moved_away:
+        if self.holders.of_others(stub) - self.unconfirmed.made_from(stub.index) - moved_away:
             return Refusal.ADDRESS_TAKEN
-        own = self._unconfirmed.made_from(stub.index) | moved_away | self._holders.beside(stub)
+        own = self.unconfirmed.made_from(stub.index) | moved_away | self.holders.beside(stub)
         if self._uniqueness.forbids(stub, Endpoint(packet.src, packet.sport), own):
             return Refusal.NOT_UNIQUE
         if (
-            len(self._unconfirmed) >= self._sync.max_unconfirmed
-            or self._unconfirmed.attempts(stub.index) >= ATTEMPTS_PER_STUB
+            len(self.unconfirmed) >= self._sync.max_unconfirmed
+            or self.unconfirmed.attempts(stub.index) >= ATTEMPTS_PER_STUB
         ):
             return Refusal.TOO_MANY_UNCONFIRMED
         if self._admission.full(packet.src):
@@ -163,12 +163,12 @@ class Decision:
         # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
         # that is here from it, or that went on here since; and those of two attempts would share policies, which go
         # with the first that ends. Then they come up by CREATE_CHILD_SA, under keys that a replay has not.
-        leftovers = self._holders.beside(stub) - self._unconfirmed.made_from(stub.index)
+        leftovers = self.holders.beside(stub) - self.unconfirmed.made_from(stub.index)
         alone = (
             self._children != "never"
             and not self._living.clashes(stub)
             and not leftovers
-            and not self._unconfirmed.attempts(stub.index)
+            and not self.unconfirmed.attempts(stub.index)
         )
         granted = grant(
             stub.children,

@@ -22,7 +22,6 @@ import structlog
 from bridge.charon.charon import Charon
 from bridge.config import SyncConfig
 from bridge.gateway.activation import Activation
-from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission, Demand, Verdict
 from bridge.gateway.install_queue import InstallQueue
 from bridge.gateway.metrics import GatewayMetrics
@@ -34,7 +33,6 @@ from bridge.gateway.recent import Recent
 from bridge.gateway.refusal import Refusal, notification
 from bridge.gateway.strays import Strays
 from bridge.gateway.stub_lookup import Missing, StubLookup
-from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.client_requests import ESTABLISHED
 from bridge.ike.cookie import glance
 from bridge.ike.message import ExchangeType, MalformedMessage
@@ -66,8 +64,7 @@ def _digest(packet: Packet) -> bytes:
 
 class Responder:
     """Answers IKE_SA_SYNC on one gateway. `packets` takes intercepted batches; what charon says of rebuilt SAs goes to
-    `unconfirmed` and `activation`, messages of exchange type 240 to `stub_message`; `able` returns whether
-    first requests on rebuilt SAs are among the packets, and the bank takes what they confirm."""
+    `unconfirmed` and `activation`."""
 
     def __init__(
         self,
@@ -75,13 +72,9 @@ class Responder:
         lookup: StubLookup,
         admission: Admission,
         decision: Decision,
-        unconfirmed: Unconfirmed,
-        holders: AddressHolders,
         sender: Sender,
         sync: SyncConfig,
         metrics: GatewayMetrics,
-        stub_message: Callable[[Packet], None],
-        able: Callable[[], bool] = lambda: False,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -89,15 +82,19 @@ class Responder:
         self._lookup = lookup
         self._admission = admission
         self._decision = decision
-        self.unconfirmed = unconfirmed
-        self._holders = holders
+        self.unconfirmed = decision.unconfirmed
         self._sender = sender
         self._metrics = metrics
         metrics.expect(Refusal, Demand)
-        self._stub_message = stub_message
+        self.on_stub_message: Callable[[Packet], None] = lambda _: None
+        """called with messages of exchange type 240"""
+        self.able: Callable[[], bool] = lambda: False
+        """whether first requests on rebuilt SAs are among the packets, and the bank takes what they confirm"""
         self._clock = clock
         self.strays = Strays(metrics, clock=clock)
-        self.activation = Activation(charon, metrics, self.strays, self._answer, able, self._coming, clock=clock)
+        self.activation = Activation(
+            charon, metrics, self.strays, self._answer, lambda: self.able(), self._coming, clock=clock
+        )
         self._batches = InstallQueue(
             charon,
             self.unconfirmed,
@@ -184,7 +181,7 @@ class Responder:
                 self.activation.packet(packet)
                 continue
             if exchange == ExchangeType.STUB:
-                self._stub_message(packet)
+                self.on_stub_message(packet)
                 continue
             try:
                 seen = glance(packet.ike)
@@ -306,7 +303,7 @@ class Responder:
                 self._carry_out(waiting, stub, made)
         if doubtful:
             # rare: what holds the address may be what is left of the same session
-            moved_away = await self._holders.moved_away([stub for _, stub in doubtful])
+            moved_away = await self._decision.holders.moved_away([stub for _, stub in doubtful])
             for waiting, stub in doubtful:
                 self._carry_out(waiting, stub, self._decide(waiting, stub, moved_away))
 

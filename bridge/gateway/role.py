@@ -39,6 +39,7 @@ from bridge.gateway.interception import Interception
 from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.moving_sessions import MovingSessions
 from bridge.gateway.postings import Postings
 from bridge.gateway.previous_gateways import PreviousGateways
 from bridge.gateway.publisher import Publisher
@@ -61,7 +62,7 @@ from bridge.service.process import log_level, raw_udp, serve_metrics
 from bridge.service.tasks import end, spawn
 from bridge.stub import bank_keys
 from bridge.stub.keyring import Keyring, SealError
-from bridge.stub.stub import Index, Stub
+from bridge.stub.stub import Stub
 
 ADDRESSES_SECONDS: Final = 5.0
 """that the start waits for charon to give out addresses: there may be no connection loaded yet"""
@@ -103,7 +104,7 @@ class GatewayRole:
         )
         around.on_heartbeat = failover.own_heartbeat
         self._revocations = revocations = Revocations(bank, keyring, config.state)
-        self._living = living = LivingSas(charon.tracker)
+        living = LivingSas(charon.tracker)
         known = KnownSessions(endings, living, revocations)
         self._lock_out = lock_out = LockOut(revocations, bank, charon, endings, writer, config.address)
         self._uniqueness = Uniqueness(charon, living)
@@ -119,10 +120,11 @@ class GatewayRole:
             sender,
             config.address,
             self._metrics,
-            lambda: self._others() if config.sync.tell_gateways else (),
-            expected=failover.expects,
-            alive=lambda: heartbeat.charon_alive,
         )
+        if config.sync.tell_gateways:
+            self._stubs.gateways = self._others
+        self._stubs.expected = failover.expects
+        self._stubs.alive = lambda: heartbeat.charon_alive
         lookup = StubLookup(
             prefetch,
             bank,
@@ -140,9 +142,9 @@ class GatewayRole:
             self._stubs,
             writer,
             self._metrics,
-            self._resumed,
             confirm_timeout=config.sync.confirm_timeout,
         )
+        unconfirmed.on_resumed = self._resumed
         admission = Admission(config.sync, Cookies(), unconfirmed.of_source)
         holders = AddressHolders(charon, bank, config.address)
         tag = os.urandom(TAG_OCTETS)
@@ -152,21 +154,28 @@ class GatewayRole:
             lookup,
             admission,
             decision,
-            unconfirmed,
-            holders,
             sender,
             config.sync,
             self._metrics,
-            self._stub_message,
-            lambda: self._interception.shows_first_requests() and heartbeat.bank_writable,
         )
+        self._responder.on_stub_message = self._stub_message
+        self._responder.able = lambda: self._interception.shows_first_requests() and heartbeat.bank_writable
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
         self._keeper = AddressKeeper(charon, AddressBook(bank), limit=config.ha.placeholders)
         self._return_path = ReturnPath(enabled=config.network.return_path in (None, "announced"))
         previous = PreviousGateways(failover.has_failed, failover.beats, detect=config.failover.detect)
         self._hooks = SessionHooks(config.hooks, charon.tracker, self._metrics, config.address, previous, config.state)
         self._duplicates.before_end = self._keeper.keep
-        self._elsewhere.before_end = self._moving_away
+        self._moving = MovingSessions(
+            self._hooks,
+            living,
+            self._uniqueness,
+            self._authentication,
+            self._duplicates,
+            self._keeper,
+            self._return_path,
+        )
+        self._elsewhere.before_end = self._moving.moving_away
         self._interception = Interception(
             config.intercept,
             self._responder.packets,
@@ -194,9 +203,7 @@ class GatewayRole:
                 self._publisher,
                 writer,
                 Barriers(charon, endings, living, revocations),
-                self._taken_over,
-                self._dropped,
-                self._keeper.keep,
+                self._moving,
             )
             taking = [bank_keys.posted_key(bank_keys.TAKEOVER_KIND, one) for one in sorted(config.takeover.addresses)]
             looks = self._shared.look_soon
@@ -281,49 +288,17 @@ class GatewayRole:
         if self._shared is not None:
             self._shared.sessions.changed(sa)
 
-    def _taken_over(self, sa: IkeSa, old: Stub) -> None:
-        """A session came here as it is, from another gateway with the same address."""
-        self._hooks.taken_over(sa, old)
-        self._living.put(sa)
-        self._came(sa)
-
-    def _dropped(self, sa: IkeSa) -> None:
-        """An SA went in silence: its session goes on at another gateway with the same address."""
-        self._hooks.moving_away(sa, None)
-        self._hooks.gone(sa)
-        self._living.take_out(sa)
-        self._duplicates.gone(sa.id.spis)
-        self._authentication.forget(sa)
-        self._keeper.gone(sa)
-        self._return_path.gone(sa.id.spis)
-
     def _resumed(self, sa: IkeSa, old: Stub) -> None:
         """A session went on here as `sa`."""
         self._hooks.resumed(sa, old)
         self._publisher.publish(sa)
-        self._came(sa)
-
-    def _came(self, sa: IkeSa) -> None:
-        """A session came here from another gateway, either way."""
-        self._uniqueness.resumed(sa)
-        self._authentication.watch(sa)
-        self._return_path.changed(sa)
-        self._keeper.taken(sa)
-
-    async def _moving_away(self, sa: IkeSa, new: Index | None) -> None:
-        """A session of this gateway went on elsewhere, and is about to be ended here."""
-        self._hooks.moving_away(sa, new.gateway if new is not None else None)
-        await self._keeper.keep(sa, new)
+        self._moving.came(sa)
 
     def gone(self, sa: IkeSa) -> None:
         """An SA of this gateway ended."""
-        self._hooks.gone(sa)
         self._responder.unconfirmed.gone(sa)
         self._responder.activation.gone(sa.id.spis)
-        self._duplicates.gone(sa.id.spis)
-        self._authentication.forget(sa)
-        self._keeper.gone(sa)
-        self._return_path.gone(sa.id.spis)
+        self._moving.gone(sa)
         if self._shared is not None:
             self._shared.sessions.gone(sa)
         if sa.up:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from bridge.charon.vici_types import SaInfo
 from bridge.config import GatewayConfig
 from bridge.gateway.fence import Fence
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.gateway.moving_sessions import MovingSessions
 from bridge.gateway.publisher import Publisher
 from bridge.gateway.session_owner import SessionOwner
 from bridge.gateway.taken_sessions import TakenSessions
@@ -35,7 +36,6 @@ from bridge.net.shared_requests import SharedRequests
 from bridge.service.control import Command
 from bridge.service.process import StartError
 from bridge.service.tasks import end, spawn
-from bridge.stub.stub import Stub
 
 log = structlog.get_logger()
 
@@ -44,7 +44,7 @@ LOOK_SECONDS: Final = 5.0
 
 
 class SharedAddresses:
-    """Of a gateway whose configuration has takeover.addresses. `came` and `went` as of Takeover."""
+    """Of a gateway whose configuration has takeover.addresses. `moving` gets the sessions that come and go."""
 
     def __init__(
         self,
@@ -54,9 +54,7 @@ class SharedAddresses:
         publisher: Publisher,
         writer: WriteQueue,
         barriers: Barriers,
-        came: Callable[[IkeSa, Stub], None],
-        went: Callable[[IkeSa], None],
-        before_drop: Callable[[IkeSa], Awaitable[None]],
+        moving: MovingSessions,
     ) -> None:
         """Raises StartError."""
         if not isinstance(bank, RedisBank):
@@ -66,18 +64,18 @@ class SharedAddresses:
         except OSError as error:
             raise StartError(f"raw sockets: {error}") from error
         self._netlink = config.takeover.trigger == "netlink"
-        self._went = went
+        self._moving = moving
         self.fence = Fence(config.intercept)
         self.owner = SessionOwner(config.address or "", charon, bank, publisher, writer, barriers.endings)
         ports = config.intercept.ports or charon_ports()
         self.sessions = TakenSessions(charon, self._again, SharedEsp(ports))
-        self.taker = SessionTaker(charon, bank, self.owner, self.sessions, barriers, came)
+        self.taker = SessionTaker(charon, bank, self.owner, self.sessions, barriers, moving.taken_over)
         self.takeover = Takeover(config.takeover.addresses, charon, self.owner, self.taker, self.sessions, self.fence)
         charon.tracker.shared = frozenset(config.takeover.addresses)
         charon.tracker.owner = self.owner.address
         charon.tracker.on_message_id = self._own_request
         self.owner.dropped = self._dropped
-        self.owner.before_drop = before_drop
+        self.owner.before_drop = moving.before_drop
         self.owner.lost_at = self._lost_at
         self._requests = SharedRequests(config.takeover.addresses, ports, self.sessions.heard)
         self._watch = AddressWatch(self._changed, self._look_now)
@@ -180,7 +178,7 @@ class SharedAddresses:
 
     def _dropped(self, sa: IkeSa) -> None:
         self.sessions.forget(sa.id.spis)
-        self._went(sa)
+        self._moving.dropped(sa)
 
     def recovered(self, sas: Sequence[IkeSa], infos: Sequence[SaInfo]) -> None:
         """IKE_SAs of this gateway that the sidecar knows again after a restart, and what VICI listed of them."""

@@ -50,7 +50,6 @@ class Unconfirmed:
         handout: ClientStubs,
         writer: WriteQueue,
         metrics: GatewayMetrics,
-        resumed: Callable[[IkeSa, Stub], None],
         *,
         confirm_timeout: float,
         clock: Callable[[], float] = time.monotonic,
@@ -61,7 +60,8 @@ class Unconfirmed:
         self._handout = handout
         self._writer = writer
         self._metrics = metrics
-        self._resumed = resumed
+        self.on_resumed: Callable[[IkeSa, Stub], None] = lambda sa, old: None
+        """called with a confirmed SA and the stub that it was made from"""
         self._confirm_timeout = confirm_timeout
         self._clock = clock
         self._by_digest: dict[bytes, Rebuilt] = {}
@@ -178,7 +178,7 @@ class Unconfirmed:
         self._confirmed.add((sa.id.spi_i, made.install.remote))
         self._charon.tracker.has_come_up(sa)
         self._metrics.resumed.inc()
-        self._resumed(sa, made.old)
+        self.on_resumed(sa, made.old)
         if not self._charon.installer.is_passive(sa.id.spis):
             # of one that is, VICI has little to say
             self._charon.sas_soon()
