@@ -14,7 +14,8 @@ from bridge.config import ClientConfig, GatewayConfig
 from bridge.gateway import admission, announced_failure, announcer, client_stubs, drain_run, rebuild
 from bridge.ike import cookie, keys
 from bridge.ike.transforms import Suite
-from bridge.stub import child_sa
+from bridge.stub import bank_keys, child_sa
+from bridge.stub.readable import READABLE
 from docs_support import DOCS, missing_tests
 
 PAGE = DOCS / "protocol.md"
@@ -84,6 +85,21 @@ def test_the_proposal_is_laid_out_as_its_figure_shows() -> None:
         octets += b"".join(value.to_bytes(width) for value, width in zip(values, widths, strict=True))
     proposal = Suite(12, 128, 12, 5, 31).proposal()
     assert octets == bytes((34, 0)) + (4 + len(proposal)).to_bytes(2) + proposal
+
+
+def test_every_kind_of_key_in_the_bank_is_on_the_page() -> None:
+    names = {name: value for name, value in vars(bank_keys).items() if name.isupper() and isinstance(value, str)}
+    keys = {value for value in names.values() if value.startswith("ike:")}
+    keys |= {f"ike:{value}:" for name, value in names.items() if name.endswith("_KIND") and ":" not in value}
+    rows = re.findall(r"^\| `(ike:[^`]+)` \|", PAGE.read_text(), re.MULTILINE)
+    assert {key for key in keys if not any(row.startswith(key) for row in rows)} == set()
+
+
+def test_the_readable_fields_of_a_stub_are_on_the_page() -> None:
+    said = re.findall(
+        r"`(\w+)`", PAGE.read_text().partition("The cleartext fields of a stub are texts: ")[2].partition(". ")[0]
+    )
+    assert said == list(READABLE)
 
 
 def seconds(text: str) -> list[float]:
