@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bridge.charon.ha_codec import decode
 from bridge.charon.ha_commands import child_message
 from bridge.charon.ha_message import VERSIONS, Attr, IkeId, MessageType
-from bridge.ike.keys import child_keymat
+from bridge.ike.keys import prf_plus
 from bridge.ike.transforms import Prf
 from bridge.stub.child_sa import (
     AT_ONCE,
@@ -130,7 +130,7 @@ def test_the_nonces_of_its_keys_end_in_its_spis_in_network_order() -> None:
 def test_no_two_child_sas_of_an_ike_sa_share_keys() -> None:
     family = [changed(spi_in=number, spi_out=number) for number in range(AT_ONCE)]
     client, _ = both_sides(family, [seen_by_the_gateway(child) for child in family])
-    keys = {child_keymat(Prf.HMAC_SHA2_256, bytes(32), new.nonce_i, new.nonce_r, 40) for new in client}
+    keys = {prf_plus(Prf.HMAC_SHA2_256, bytes(32), new.nonce_i + new.nonce_r, 40) for new in client}
     assert len(keys) == AT_ONCE
 
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from bridge.ike.keys import (
     IkeKeys,
-    child_keymat,
     derive_keys,
     derive_sk_d,
     prf,
@@ -156,12 +155,6 @@ def test_key_lengths_follow_the_algorithms(encr: int, bits: int, integ: int, len
     suite = Suite(encr=encr, encr_len=bits, integ=integ, prf=Prf.HMAC_SHA2_256, group=Group.ECP_256)
     keys = derive_keys(suite, b"seed", b"Ni", b"Nr", bytes(8), bytes(8))
     assert (len(keys.sk_ai), len(keys.sk_ei)) == (len(keys.sk_ar), len(keys.sk_er)) == lengths
-
-
-def test_keymat_of_a_child_has_the_shared_secret_only_with_pfs() -> None:
-    p = Prf.HMAC_SHA2_256
-    assert child_keymat(p, b"SK_d", b"Ni", b"Nr", 40) == prf_plus(p, b"SK_d", b"NiNr", 40)
-    assert child_keymat(p, b"SK_d", b"Ni", b"Nr", 40, b"g") == prf_plus(p, b"SK_d", b"gNiNr", 40)
 
 
 def test_keys_do_not_show() -> None:

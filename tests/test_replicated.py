@@ -199,7 +199,7 @@ async def test_a_peer_that_hangs_is_waited_for_once_and_for_a_bounded_time(
     bank_of: Open, servers: dict[str, RedisServer]
 ) -> None:
     bank, stub = await bank_of(TWO), stub_of()
-    await until(lambda: bank.caught_up)
+    await until(lambda: bank._catch_up.done)
     await (await bank_of(ONE, copies=0)).store([stub])
     servers[THREE].freeze()
     assert await bank.get([stub.index]) == [stub]
@@ -284,7 +284,7 @@ async def test_a_return_is_reported_so_that_what_a_bank_lost_can_be_put_back(
     bank_of: Open, servers: dict[str, RedisServer]
 ) -> None:
     bank = await bank_of(ONE)
-    await until(lambda: bank.caught_up)
+    await until(lambda: bank._catch_up.done)
     told = asyncio.Event()
     bank.on_return = told.set
     servers[THREE].kill()
@@ -318,9 +318,9 @@ async def test_a_replay_at_a_bank_that_missed_the_end_finds_no_stub(
 ) -> None:
     stub = await moved_while_two_was_away(bank_of, servers)
     bank = await bank_of(TWO)
-    assert not bank.caught_up
+    assert not bank._catch_up.done
     assert await bank.get([stub.index]) == [None]
-    await until(lambda: bank.caught_up)
+    await until(lambda: bank._catch_up.done)
     assert not holds(servers[TWO], stub)
     # from here on it needs nobody for that
     for name in (ONE, THREE):

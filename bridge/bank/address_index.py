@@ -122,8 +122,3 @@ def _entries(stub: Stub) -> Iterator[tuple[str, bytes]]:
         with contextlib.suppress(ValueError):
             member = bank_keys.address_member(address, stub.index.gateway, stub.index.spi)
             yield bank_keys.addresses_key(address), member
-
-
-def _behind(octet: int) -> bytes:
-    """The end of a range of members: behind all that begin with `octet`."""
-    return b"(%c" % (octet + 1) if octet < LAST else b"+"

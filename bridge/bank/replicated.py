@@ -103,11 +103,6 @@ class ReplicatedBank:
         """Changes that one bank has and another one has yet to get."""
         return sum(tier.pending for tier in self._banks.all)
 
-    @property
-    def caught_up(self) -> bool:
-        """Whether the near bank knows every end that a bank within reach knows."""
-        return self._catch_up.done
-
     def status(self) -> list[dict[str, Any]]:
         """For `ike-sa-sync status`: each bank."""
         return [tier.status() for tier in self._banks.all]

@@ -176,8 +176,3 @@ class Resumption(NamedTuple):
     def sk_d(self) -> bytes:
         """SK_d alone, which is less work. Raises UnsupportedSuite."""
         return derive_sk_d(self.suite, self._skeyseed(), self.nonce_i, self.nonce_r, self.spi_i, self.spi_r)
-
-
-def child_keymat(algorithm: int, sk_d: bytes, ni: bytes, nr: bytes, length: int, g_ir: bytes = b"") -> bytes:
-    """KEYMAT = prf+(SK_d, g^ir | Ni | Nr), g^ir with PFS only (RFC 7296 section 2.17)."""
-    return prf_plus(algorithm, sk_d, g_ir + ni + nr, length)

@@ -121,4 +121,5 @@ class Stub(Struct, frozen=True, gc=False):
         return f"Stub({self.index}, revision={self.revision}, connection={self.connection!r})"
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
+        # msgspec's own would show the keys
         return [("index", str(self.index)), ("revision", self.revision), ("connection", self.connection)]
