@@ -66,3 +66,35 @@ async def test_a_bank_that_does_not_answer_knows_of_no_end_of_any_of_them() -> N
     bank.failure = None
     assert await lookup.ended((FIRST,)) == {FIRST}
     assert await lookup_in(bank, reachable=False).ended((FIRST,)) == set()
+
+
+class Marks:
+    """Of locked-out identities, which cannot be read because of a mistake, or of the bank."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure = failure
+
+    async def look(self) -> None:
+        raise self.failure
+
+
+async def looked_up_with(failure: Exception) -> None:
+    unused: Any = None
+    marks: Any = Marks(failure)
+    known = KnownSessions(Endings(), unused, marks)
+    lookup = StubLookup(unused, unused, unused, known, GatewayMetrics(), reachable=lambda: True, timeout=1.0)
+
+    async def nothing(*_: Any) -> None:
+        pass
+
+    lookup._ask = nothing  # type: ignore[assignment, method-assign]
+    await lookup.find([])
+
+
+async def test_a_mistake_in_the_look_at_lock_outs_does_not_end_unseen() -> None:
+    with pytest.raises(ZeroDivisionError):
+        await looked_up_with(ZeroDivisionError())
+
+
+async def test_a_bank_that_does_not_give_the_lock_outs_ends_no_look_up() -> None:
+    await looked_up_with(BankUnavailable("away"))

@@ -119,6 +119,8 @@ class StubLookup:
             await asyncio.wait({marks}, timeout=MARKS_SECONDS)
         finally:
             await end(marks)
+        if not marks.cancelled() and (error := marks.exception()) and not isinstance(error, BankUnavailable):
+            raise error
 
     async def _ask(
         self,
