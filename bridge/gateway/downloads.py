@@ -1,4 +1,4 @@
-"""`ike-sa-sync fetch`: an operator has all gateways download the stubs of one, which is going to be away."""
+"""`ike-sa-sync stubs download`: an operator has all gateways download the stubs of one, which is going to be away."""
 
 from __future__ import annotations
 
