@@ -1,8 +1,10 @@
-"""The guarantees of docs/bank.md have tests (tests/test_docs.py looks whether they exist)."""
+"""The guarantees of docs/bank.md and the commands of docs/deployment.md have tests (tests/test_docs.py looks whether
+those that a page names exist)."""
 
 from pathlib import Path
 
-from docs_support import DOCS, missing_tests, named_tests
+import deployment_page
+from docs_support import DOCS, TESTS, missing_tests, named_tests
 
 
 def test_every_guarantee_of_the_bank_has_its_test() -> None:
@@ -10,6 +12,12 @@ def test_every_guarantee_of_the_bank_has_its_test() -> None:
     rows = [line for line in text.splitlines() if line.startswith("|") and line.endswith("` |")]
     assert len(rows) > 20
     assert len(named_tests(DOCS / "bank.md")) > len(rows)
+
+
+def test_every_block_of_commands_of_the_deployment_guide_is_run_by_a_test() -> None:
+    runs = "".join((TESTS / file).read_text() for file in ("test_vm_deployment.py", "test_dist.py"))
+    blocks = deployment_page.blocks((DOCS / "deployment.md").read_text())
+    assert [name for name in blocks if f'"{name}"' not in runs] == []
 
 
 def test_a_test_that_does_not_exist_is_found_missing(tmp_path: Path) -> None:
