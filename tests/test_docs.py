@@ -19,8 +19,11 @@ import pytest
 import yaml
 
 import deployment_page
-from bridge.config import ClientConfig, GatewayConfig
+from bridge.charon import ha_message
+from bridge.config import ClientConfig, GatewayConfig, HaConfig, InterceptConfig
 from bridge.lab import space
+from bridge.net import owner_rules, queue_rules
+from bridge.net.firewall import Family
 from bridge.service.config_file import load
 from docs_support import missing_tests, names_in
 from test_man import builder
@@ -101,6 +104,37 @@ def test_every_block_of_the_deployment_guide_is_run_by_a_test() -> None:
     }
     assert set(blocks) - run == set()
     assert run - set(blocks) == set()
+
+
+def test_rules_of_your_own_are_those_that_the_sidecar_sets() -> None:
+    block = deployment_page.blocks((ROOT / deployment_page.PAGE).read_text())["Rules of your own 1"]
+    shown = "".join(f'{tool}() {{ echo {tool} "$(printf "\'%s\' " "$@")"; }}\n' for tool in IPTABLES.values())
+    told = subprocess.run(["sh", "-euc", shown + block], capture_output=True, text=True, check=True).stdout
+    said = {tuple(shlex.split(line)) for line in told.splitlines()}
+    verdict = ("-j", "NFQUEUE", "--queue-num", str(InterceptConfig().queue), "--queue-bypass")
+    queued = {
+        (tool, "-t", "security", "-A", "INPUT", *words[2:-2], *verdict)
+        for family, tool in IPTABLES.items()
+        for words in rules_of(queue_rules.iptables_text(0, "first", family, False))
+        if "--u32" in words
+    }
+    chains = {owner_rules.NAME: "OUTPUT", owner_rules.INPUT_CHAIN: "INPUT"}
+    ha = HaConfig()
+    owned = {
+        (tool, "-t", "security", "-A", chains[words[1]], *words[2:])
+        for family, tool in IPTABLES.items()
+        for words in rules_of(owner_rules.rules((ha.charon, ha.listen), ha_message.PORT).iptables(family, False))
+    }
+    assert len(queued) == 12
+    assert said == queued | owned
+
+
+IPTABLES: dict[Family, str] = {"ip": "iptables", "ip6": "ip6tables"}
+
+
+def rules_of(text: str) -> Iterator[list[str]]:
+    """The words of each rule that iptables-restore reads."""
+    return map(shlex.split, text.splitlines())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
