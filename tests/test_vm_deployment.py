@@ -5,6 +5,7 @@ The tests are one story, from hosts that have strongSwan only to hosts that have
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ GUIDE = (
 )
 TEXT = GUIDE.read_text()
 BLOCKS = deployment_page.blocks(TEXT)
+ANSWERS = "/etc/apt/apt.conf.d/90yes"
 IN_MEMORY = "/etc/swanctl/conf.d/pool.conf"
 SERVICE = "ike-sa-sync"
 
@@ -93,15 +95,15 @@ def remove(machines: Machines) -> None:
 
 
 @pytest.fixture(scope="module")
-def hosts(machines: Machines) -> Machines:
+def hosts(provisioned: Machines) -> Iterator[Machines]:
     """Gateways and a client that run strongSwan, and a Redis."""
-    for machine in machines.values():
-        if not machine.leader():
-            machine.power_on()
+    for machine in provisioned.values():
         # an operator answers apt's question
-        machine.run("sh", "-c", "echo 'APT::Get::Assume-Yes yes;' >/etc/apt/apt.conf.d/90yes")
-    remove(machines)
-    return machines
+        write(machine, ANSWERS, "APT::Get::Assume-Yes yes;\n")
+    remove(provisioned)
+    yield provisioned
+    for machine in provisioned.values():
+        machine.run("rm", ANSWERS)
 
 
 def test_hosts_without_sidecars_connect(hosts: Machines) -> None:
@@ -119,7 +121,7 @@ def test_the_package_touches_nothing_that_runs(hosts: Machines) -> None:
         assert commands.pop(0) == "make deb"
         machine.run("sh", "-euc", "\n".join(["cd /root", *commands]))
         assert machine.main_pid("strongswan") == before
-        assert machine.run("systemctl", "is-enabled", SERVICE, check=False).strip() == "disabled"
+        assert not machine.is_enabled(SERVICE)
         assert machine.main_pid(SERVICE) == "0"
     assert hosts["client"].ping(SITE)
 

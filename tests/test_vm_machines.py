@@ -29,8 +29,9 @@ pytestmark = pytest.mark.vm
 
 
 @pytest.fixture(autouse=True)
-def _connected(machines: Machines) -> None:
+def _connected(provisioned: Machines) -> None:
     """Before each test: everything runs, and the client has one session, at gw1."""
+    machines = provisioned
     gw1, gw2, client = machines["gw1"], machines["gw2"], machines["client"]
     for gateway in (gw1, gw2):
         if not gateway.leader():

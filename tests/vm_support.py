@@ -156,6 +156,10 @@ class Machine:
         log.info("%s is provisioned: %s", self.name, script)
         return self.run(str(PROVISION / script), *arguments)
 
+    def is_enabled(self, unit: str) -> bool:
+        """Whether a unit that exists starts at boot."""
+        return self.run("systemctl", "is-enabled", unit, check=False).strip() == "enabled"
+
     def power_off(self) -> None:
         """Every process gone at once. Harmless where it is off."""
         if not self.leader():
