@@ -120,7 +120,7 @@ def spoilt(topology: Topology, *keys: str) -> Iterator[None]:
     try:
         for key in keys:
             wait_until(
-                lambda key=key: topology.bank.cli("HGET", key, "sealed") == "spoilt",  # type: ignore[misc]
+                lambda key=key: topology.bank.cli("HSTRLEN", key, "sealed") == str(len("spoilt")),  # type: ignore[misc]
                 "the spoilt stub",
             )
         yield
