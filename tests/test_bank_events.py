@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -22,6 +23,7 @@ from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.peer_watch import PeerState
 from bridge.gateway.revocation import LockOut
 from bridge.gateway.session_elsewhere import SessionElsewhere
+from bridge.gateway.shared_addresses import SharedAddresses
 from bridge.stub import bank_keys
 from role_support import FakeTime, Wire
 from test_bank_comparison import OTHER, SOON, Gateway, loop
@@ -40,14 +42,20 @@ class Followers:
         self.failover = Failover(FailoverConfig(), GATEWAY, bank, self.prefetch, charon, Wire(), lambda index: False)
         self.events = BankEvents("redis://127.0.0.1:1")
         self.downloads = Downloads(bank, self.prefetch, GATEWAY, self.events)
-        BankFollowers(
+        self.looks = 0
+        self.followers = BankFollowers(
             self.prefetch,
             self.failover,
             gateway.reconciler,
             SessionElsewhere(charon, bank, GatewayMetrics()),
             LockOut(gateway.known.revocations, bank, charon, gateway.endings, gateway.writer, GATEWAY),
             KeyRotation(bank, KeyFile(keyring(), "/nonexistent"), GATEWAY),
-        ).follow(self.events)
+            cast(SharedAddresses, SimpleNamespace(look_soon=self._look)),
+        )
+        self.followers.follow(self.events)
+
+    def _look(self) -> None:
+        self.looks += 1
 
     def event(self, key: str, what: str) -> None:
         async def happens() -> None:
@@ -152,3 +160,10 @@ def test_of_more_gateways_than_there_can_be_the_latest_are_known(followers: Foll
     assert not followers.failover.has_failed("198.18.0.1")
     followers.event(f"{bank_keys.HEARTBEAT}{OTHER}", "del")
     assert followers.failover.has_failed(OTHER)
+
+
+def test_where_the_bank_was_away_a_gateway_looks_whether_another_one_has_taken_its_sessions(
+    followers: Followers,
+) -> None:
+    followers.followers.returned()
+    assert followers.looks == 1

@@ -114,7 +114,7 @@ def test_after_a_split_brain_the_gateway_that_kept_the_address_has_the_sessions(
         kept.run("iptables", "-D", chain, "-p", "tcp", "-j", "DROP")
     # what it writes is refused: the session has a newer epoch
     forget_neighbours(topology.client, kept)
-    wait_until(lambda: "sessions-taken-back" in topology.gateways["gw1"].text(), "the session to be taken back", 60)
+    wait_until(lambda: "sessions-taken-back" in topology.gateways["gw1"].text(), "the session to be taken back")
     wait_until(lambda: answered(topology, topology.client, 1), "traffic", 30)
     assert [spis(sa) for sa in established(kept)] == [spis(before)]
 

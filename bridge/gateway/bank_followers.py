@@ -12,6 +12,7 @@ from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.failover import Failover
 from bridge.gateway.revocation import LockOut
 from bridge.gateway.session_elsewhere import SessionElsewhere
+from bridge.gateway.shared_addresses import SharedAddresses
 from bridge.stub import bank_keys
 
 
@@ -25,6 +26,8 @@ class BankFollowers:
     elsewhere: SessionElsewhere
     lock_out: LockOut
     rotation: KeyRotation
+    shared: SharedAddresses | None = None
+    """where gateways share addresses"""
 
     def follow(self, events: BankEvents) -> None:
         """Before `events` begin: have each get what it follows."""
@@ -54,3 +57,6 @@ class BankFollowers:
         self.reconciler.returned()
         self.lock_out.soon()
         self.rotation.returned()
+        if self.shared is not None:
+            # another gateway may have taken sessions meanwhile, and its word of it is not repeated
+            self.shared.look_soon()

@@ -192,8 +192,6 @@ class GatewayRole:
         if config.address is not None:
             self._postings = Postings(config.address, bank, charon, self._publisher, failover, self._metrics)
         self._downloads = Downloads(bank, prefetch, config.address, events)
-        followers = BankFollowers(prefetch, failover, self._reconciler, self._elsewhere, lock_out, around.rotation)
-        followers.follow(events)
         self._shared: SharedAddresses | None = None
         if config.takeover.addresses:
             self._shared = SharedAddresses(
@@ -208,6 +206,10 @@ class GatewayRole:
             taking = [bank_keys.posted_key(bank_keys.TAKEOVER_KIND, one) for one in sorted(config.takeover.addresses)]
             looks = self._shared.look_soon
             events.follow(bank_keys.TAKEOVER, lambda _: looks(), *taking)
+        followers = BankFollowers(
+            prefetch, failover, self._reconciler, self._elsewhere, lock_out, around.rotation, self._shared
+        )
+        followers.follow(events)
         bank.on_return = followers.returned
         self._gauges()
 
