@@ -105,6 +105,13 @@ def resume(topology: Topology, *arguments: str) -> Outcome:
     return outcome
 
 
+def resume_now(topology: Topology, to: Host | None = None) -> Outcome:
+    """The same without a process that has to start first: while it does, a bank that was emptied is filled again, and
+    a gateway that stands still lets its requests go."""
+    outcome: Outcome = topology.agent.ask("resume", connection=None, vpn=None, to=to and to.address)
+    return outcome
+
+
 @contextlib.contextmanager
 def agent_with(topology: Topology, **options: Any) -> Iterator[None]:
     """The client's sidecar with other options, and as it was afterwards."""

@@ -22,6 +22,7 @@ from failover_support import (
     established,
     fresh,
     resume,
+    resume_now,
     spis,
     status,
     stub_key,
@@ -365,7 +366,7 @@ def test_a_gateway_that_was_frozen_finds_no_stub_of_a_session_that_went_on_elsew
     wait_until(lambda: established(topology.client) != [], "the session, known")
     os.kill(topology.gateways["gw2"].pid, signal.SIGSTOP)
     try:
-        outcome = resume(topology)
+        outcome = resume_now(topology)
         assert (outcome["result"], outcome["gateway"]) == ("resumed", topology.gw1.address)
     finally:
         os.kill(topology.gateways["gw2"].pid, signal.SIGCONT)

@@ -9,7 +9,7 @@ from bridge.ike.resumption_answer import OrdinaryResponse, SyncRefusal, parse_re
 from bridge.lab import Topology
 from bridge.lab.topology import SITE
 from bridge.stub.stub import Stub
-from failover_support import connect, counter, fresh, resume
+from failover_support import connect, counter, fresh, resume, resume_now
 from probe_support import configured, rebuilt, request, send, the_stub
 
 pytestmark = pytest.mark.lab
@@ -51,7 +51,7 @@ def test_a_client_that_falls_back_leaves_none_either(topology: Topology) -> None
     for _ in range(2):
         connect(topology)
         topology.bank.cli("FLUSHALL")
-        outcome = resume(topology, "--to", topology.gw2.address)
+        outcome = resume_now(topology, topology.gw2)
         assert (outcome["result"], outcome["reason"]) == ("fallback", "refused")
         assert topology.client.ping(SITE, count=1) == 1
         assert half_open(topology) == before
