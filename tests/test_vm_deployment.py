@@ -214,6 +214,7 @@ def test_an_update_restarts_the_sidecar_only(hosts: Machines) -> None:
         wait_until(lambda machine=machine: reachable(machine, role(machine)), "charon, reached", PATIENCE)  # type: ignore[misc]
         assert session(hosts["client"]) == before[2]
         assert hosts["client"].ping(SITE)
+    wait_until(lambda: len(hosts["client"].status("client")["sas"]) == 1, "its IKE_SA, known again", PATIENCE)
     other = hosts["gw1"] if at(hosts["client"], hosts["gw2"]) else hosts["gw2"]
     assert hosts["client"].resume("--to", other.address)["result"] == "resumed"
 
