@@ -112,6 +112,24 @@ def resume_now(topology: Topology, to: Host | None = None) -> Outcome:
     return outcome
 
 
+def rekeyed(host: Host, first: dict[str, Any]) -> bool:
+    """Whether a host's only IKE_SA is another one than `first`; for a moment of a rekeying none is established."""
+    now = [spis(sa) for sa in established(host)]
+    return len(now) == 1 and now != [spis(first)]
+
+
+@contextlib.contextmanager
+def rekeys_unanswered(host: Host) -> Iterator[None]:
+    """What a host sends of CREATE_CHILD_SA exchanges is lost."""
+    # behind IP and UDP header and non-ESP marker, the exchange type is in octet 18
+    sent = ("OUTPUT", "-p", "udp", "--sport", "4500", "-m", "u32", "--u32", "0>>22&0x3C@28>>8&0xFF=36", "-j", "DROP")
+    host.run("iptables", "-I", *sent)
+    try:
+        yield
+    finally:
+        host.run("iptables", "-D", *sent)
+
+
 @contextlib.contextmanager
 def agent_with(topology: Topology, **options: Any) -> Iterator[None]:
     """The client's sidecar with other options, and as it was afterwards."""

@@ -42,13 +42,13 @@ class EndsBank:
         return [index in self.over for index in indexes]
 
 
-def holders(*sas: IkeSa, bank: EndsBank | None = None, unique: Unique = Unique.NO) -> AddressHolders:
+def holders(*sas: IkeSa, bank: EndsBank | None = None, unique: Unique = Unique.NO, **more: Any) -> AddressHolders:
     tracker = SaTracker(Ignorant(), wall=lambda: 0.0, clock=lambda: 0.0)
     for sa in sas:
         tracker.adopt(sa)
     connection = ConnectionInfo("home", 14400, 0, (), unique=unique)
     charon = SimpleNamespace(tracker=tracker, connection=lambda _: connection)
-    return AddressHolders(cast(Charon, charon), cast(StubBank, bank or EndsBank()), HERE)
+    return AddressHolders(cast(Charon, charon), cast(StubBank, bank or EndsBank()), HERE, **more)
 
 
 def session(*vips: str, gateway: str = HERE) -> Stub:
@@ -78,6 +78,19 @@ def test_the_sa_that_the_stubs_was_rebuilt_from_is_of_its_session_but_is_to_go()
     found = holders(sa_of(before))
     assert not found.of_others(stub)
     assert found.beside(stub) == {before.spi_i + before.spi_r}
+
+
+def test_what_a_client_rekeyed_it_to_is_of_its_session_but_is_to_go() -> None:
+    """The client lacks the answer, and resumes from what it has."""
+    stub = session("10.20.0.7")
+    rekeyed = sa_of(session("10.20.0.7"))
+    rekeyed.established = stub.established + 60
+    assert holders(rekeyed).of_others(stub) == {rekeyed.id.spis}
+    found = holders(rekeyed, heir={stub.spi_i + stub.spi_r: rekeyed.id.spis}.get)
+    assert not found.of_others(stub)
+    assert found.beside(stub) == {rekeyed.id.spis}
+    # without an address too
+    assert found.beside(msgspec.structs.replace(stub, remote_vips=())) == {rekeyed.id.spis}
 
 
 def test_an_older_sa_of_the_same_peer_holds_no_address_of_its_newer_one() -> None:

@@ -6,6 +6,8 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import ConnectionInfo, SaInfo
@@ -30,7 +32,11 @@ class Client:
             name: VpnConfig(tuple(GatewayEntry(f"192.0.2.{n}", one) for n, one in enumerate(names, 1)))
             for name, names in NAMES.items()
         }
-        charon = SimpleNamespace(tracker=SimpleNamespace(connections=connections))
+        self.sas: dict[bytes, IkeSa] = {}
+        self.heirs: dict[bytes, bytes] = {}
+        """SPIs of what an IKE_SA is being rekeyed to, by its own"""
+        tracker = SimpleNamespace(connections=connections, sas=self.sas, heir=lambda old: self.heirs.get(old.id.spis))
+        charon = SimpleNamespace(tracker=tracker)
         self.sessions = Sessions(
             cast(Any, charon), ConfiguredVpns(ClientConfig(vpns=vpns)), clock=lambda: self.now, wall=lambda: self.now
         )
@@ -40,6 +46,17 @@ class Client:
         sa = ike_sa(connection, local=local, child=child, **more)
         self.sessions.changed(sa)
         return sa
+
+    def rekeyed(self, old: IkeSa, *, by_gateway: bool) -> IkeSa:
+        """One of the sides rekeys an IKE_SA; charon reports the end of the old one first."""
+        new = ike_sa(old.connection)
+        new.id = IkeId.of(new.id.spi_i, new.id.spi_r, not by_gateway)
+        self.sas[new.id.spis] = new
+        self.heirs[old.id.spis] = new.id.spis
+        self.sessions.gone(old)
+        del self.heirs[old.id.spis]
+        self.sessions.changed(new)
+        return new
 
     def of(self, sa: IkeSa) -> Session | None:
         return self.sessions.of(sa.id.spis)
@@ -225,3 +242,58 @@ def test_a_session_stays_one_when_its_learned_vpn_gets_another_name() -> None:
     loaded = {"first": loaded["home"]._replace(name="first"), **loaded}
     assert sessions.changed(new) is session
     assert session.vpn == "first"
+
+
+def test_what_a_gateway_rekeyed_is_kept_while_the_gateway_may_lack_the_answer() -> None:
+    client = Client()
+    old = client.comes_up("home")
+    new = client.rekeyed(old, by_gateway=True)
+    [session] = client.sessions
+    assert (session.last, session.previous) == (new, old)
+    # another gateway may announce the end of this one by the stub that there is
+    assert client.sessions.sa(old.id.spis) is old
+    # charon gives up: it knows no more of the answer
+    client.sessions.gone(new)
+    assert (session.up, session.last, session.previous) == (False, new, old)
+    assert client.sessions.previous() == {old.id.spis}
+
+
+@pytest.mark.parametrize("on_old", [True, False])
+def test_a_request_of_the_gateway_on_either_shows_that_it_has_the_answer(on_old: bool) -> None:
+    """On the old one it is the DELETE."""
+    client = Client()
+    old = client.comes_up("home")
+    new = client.rekeyed(old, by_gateway=True)
+    client.sessions.verified(ike_sa("home").id.spis)
+    [session] = client.sessions
+    assert session.previous is old
+    client.sessions.verified((old if on_old else new).id.spis)
+    assert session.previous is None
+    assert client.sessions.sa(old.id.spis) is None
+
+
+def test_the_end_of_what_was_rekeyed_ends_no_session() -> None:
+    client = Client()
+    old = client.comes_up("home")
+    new = client.rekeyed(old, by_gateway=True)
+    client.sessions.gone(new)
+    assert client.sessions.ended(info_of(old)) is None
+    [session] = client.sessions
+    assert (session.last, session.previous) == (new, None)
+
+
+def test_what_the_client_itself_rekeyed_is_not_kept_nor_what_was_before_it() -> None:
+    client = Client()
+    first = client.comes_up("home")
+    second = client.rekeyed(first, by_gateway=True)
+    client.rekeyed(second, by_gateway=False)
+    [session] = client.sessions
+    assert session.previous is None
+
+
+def test_of_a_session_that_went_on_nothing_from_before_is_kept() -> None:
+    client = Client()
+    client.rekeyed(client.comes_up("home"), by_gateway=True)
+    [session] = client.sessions
+    client.sessions.moved(session, ike_sa("home-gw2"))
+    assert session.previous is None

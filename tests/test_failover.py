@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any
 
 import pytest
 
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.demo import Ping
-from bridge.lab.host import Host
 from bridge.lab.topology import SITE
 from failover_support import (
     agent_with,
@@ -21,6 +19,8 @@ from failover_support import (
     failed_over,
     fresh,
     last_move,
+    rekeyed,
+    rekeys_unanswered,
     resume,
     spis,
     status,
@@ -128,12 +128,6 @@ def test_a_resumed_session_is_resumable(topology: Topology) -> None:
     assert topology.client.ping(SITE) == 3
 
 
-def rekeyed(host: Host, first: dict[str, Any]) -> bool:
-    """Whether a host's only IKE_SA is another one than `first`; for a moment of a rekeying none is established."""
-    now = [spis(sa) for sa in established(host)]
-    return len(now) == 1 and now != [spis(first)]
-
-
 def test_a_session_rekeyed_before_the_failure_is_resumed(topology: Topology) -> None:
     first = connect(topology)
     topology.client.swanctl("--rekey", "--ike", "home")
@@ -148,17 +142,43 @@ def test_a_session_rekeyed_before_the_failure_is_resumed(topology: Topology) -> 
 def test_a_session_whose_client_did_not_receive_the_answer_to_its_rekey_is_resumed(topology: Topology) -> None:
     """The gateway has the new IKE_SA, its client the old one alone."""
     first = connect(topology)
-    # behind IP and UDP header and non-ESP marker, the exchange type is in octet 18
-    answers = ("OUTPUT", "-p", "udp", "--sport", "4500", "-m", "u32", "--u32", "0>>22&0x3C@28>>8&0xFF=36", "-j", "DROP")
-    topology.gw1.run("iptables", "-I", *answers)
-    try:
+    with rekeys_unanswered(topology.gw1):
         topology.client.swanctl("--rekey", "--ike", "home")
         wait_until(lambda: len(topology.bank.stubs()) == 2, "the stubs of both IKE_SAs")
         topology.kill_gateway(topology.gw1)
         assert resume(topology)["result"] == "resumed"
-    finally:
-        topology.gw1.run("iptables", "-D", *answers)
     assert spis(the_sa(topology.client)) != spis(first)
+    assert topology.client.ping(SITE) == 3
+
+
+def test_a_session_that_went_on_from_before_its_rekey_is_ended_where_it_was(topology: Topology) -> None:
+    """Its client did not receive the answer, and its gateway lives, which has both IKE_SAs."""
+    connect(topology)
+    with rekeys_unanswered(topology.gw1):
+        topology.client.swanctl("--rekey", "--ike", "home")
+        wait_until(lambda: len(topology.bank.stubs()) == 2, "the stubs of both IKE_SAs")
+        assert resume(topology, "--to", topology.gw2.address)["result"] == "resumed"
+        wait_until(lambda: not established(topology.gw1), "the end of the new one at the old gateway")
+    now = spis(the_sa(topology.client))
+    wait_until(lambda: topology.bank.stubs() == [stub_key(topology.gw2.address, now[1])], "its stub alone")
+    assert topology.client.ping(SITE) == 3
+
+
+def test_a_session_whose_gateway_did_not_receive_the_answer_to_its_rekey_is_resumed(topology: Topology) -> None:
+    """The client has the new IKE_SA, and a stub there is of the old one alone."""
+    first = connect(topology)
+    with rekeys_unanswered(topology.client):
+        topology.gw1.swanctl("--rekey", "--ike", "gw", check=False)
+        wait_until(lambda: rekeyed(topology.client, first), "the rekeyed IKE_SA")
+        topology.kill_gateway(topology.gw1)
+    new = spis(the_sa(topology.client))
+    outcome = resume(topology)
+    assert outcome["result"] == "resumed"
+    assert outcome["children"] == ["net"]
+    assert spis(the_sa(topology.client)) == spis(the_sa(topology.gw2)) == (outcome["spi_i"], outcome["spi_r"])
+    # neither the IKE_SA that was rekeyed nor the one that came of it is left
+    assert len(topology.client.charon.sas()) == 1
+    assert (outcome["spi_i"], outcome["spi_r"]) not in (spis(first), new)
     assert topology.client.ping(SITE) == 3
 
 

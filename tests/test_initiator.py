@@ -47,6 +47,12 @@ class Client:
         self.handshakes: dict[str, Exception | None] = {}
         self.switches: dict[str, Exception | None] = {}
         self.asked: list[str] = []
+        self.asked_for: list[bytes] = []
+        """both SPIs of what each was asked to resume"""
+        self.without_stub: set[bytes] = set()
+        """both SPIs of those that no gateway has a stub of"""
+        self.origins: list[bytes] = []
+        """both SPIs of what was resumed"""
         self.tried: list[str] = []
         for one, name, fake in (
             (self.initiator._requester, "ask", self.ask),
@@ -58,8 +64,11 @@ class Client:
 
     async def ask(self, sa: IkeSa, gateway: Target) -> Answer:
         self.asked.append(gateway.address)
+        self.asked_for.append(sa.id.spis)
         await asyncio.sleep(0.01)
         failure = self.answers.get(gateway.address)
+        if sa.id.spis in self.without_stub:
+            failure = RefusedError(None)
         if isinstance(failure, NoAnswerError):
             await asyncio.sleep(3.0)
         if failure is not None:
@@ -69,8 +78,17 @@ class Client:
         return Answer(ike_id, b"i" * 32, b"r" * 32, LOCAL, remote, False, False, 0.01, None, None, ())
 
     async def resume(
-        self, session: Session, old: IkeSa, gateway: Target, answer: Answer, confirmed_by: Any, *, stay: bool
+        self,
+        session: Session,
+        old: IkeSa,
+        gateway: Target,
+        answer: Answer,
+        confirmed_by: Any,
+        *,
+        stay: bool,
+        origin: IkeSa,
     ) -> tuple[IkeSa, list[str], float]:
+        self.origins.append(origin.id.spis)
         await asyncio.sleep(0.01)
         failure = self.switches.get(gateway.address)
         if failure is not None:
@@ -98,6 +116,19 @@ class Client:
         self.charon.tracker.adopt(sa)
         self.initiator.changed(sa)
         return sa
+
+    def rekeyed(self, old: IkeSa) -> IkeSa:
+        """The gateway rekeys an IKE_SA; whether it has the answer is not known."""
+        tracker = self.charon.tracker
+        new = ike_sa(old.connection, ONE)
+        new.id = IkeId.of(new.id.spi_i, new.id.spi_r, False)
+        tracker.sas[new.id.spis] = new
+        tracker.notes.rekeyed_from[new.id.spis] = old
+        tracker.forget(old.id)
+        self.initiator.gone(old)
+        del tracker.notes.rekeyed_from[new.id.spis]
+        self.initiator.changed(new)
+        return new
 
     def lose(self, sa: IkeSa, state: str = "CONNECTING") -> None:
         """Its gateway does not answer any more."""
@@ -152,6 +183,57 @@ def test_after_a_refusal_no_other_gateway_is_asked_and_its_handshake_is_tried_fi
     assert client.asked == [TWO]
     assert client.tried == ["gw2", "gw3", "gw1"]
     assert (outcome.result, outcome.connection, outcome.reason) == (Result.FALLBACK, "gw1", "refused")
+
+
+async def rekeyed(client: Client, *, lost: bool = False) -> tuple[IkeSa, IkeSa]:
+    """A session whose gateway has rekeyed its IKE_SA: both of them."""
+    old = client.up()
+    new = client.rekeyed(old)
+    if lost:
+        client.lose(new)
+    return old, new
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_without_a_stub_of_the_rekeyed_ike_sa_the_previous_one_is_resumed(client: Client, lost: bool) -> None:
+    old, new = client.run(rekeyed(client, lost=lost))
+    client.without_stub = {new.id.spis}
+    outcome = client.run(moved(client))
+    assert (outcome.result, outcome.gateway, outcome.reason) == (Result.RESUMED, TWO, None)
+    assert client.asked_for == [new.id.spis, old.id.spis]
+    assert client.origins == [old.id.spis]
+
+
+def test_the_previous_ike_sa_is_tried_once(client: Client) -> None:
+    old, new = client.run(rekeyed(client))
+    client.without_stub = {old.id.spis, new.id.spis}
+    outcome = client.run(moved(client))
+    assert (outcome.result, outcome.reason) == (Result.FALLBACK, "refused")
+    assert client.asked_for == [new.id.spis, old.id.spis]
+
+
+def test_where_the_stub_of_the_rekeyed_ike_sa_is_the_previous_one_is_not_tried(client: Client) -> None:
+    """A gateway that proves its reason has the stub."""
+    _, new = client.run(rekeyed(client))
+    client.answers = {TWO: RefusedError("connection-missing")}
+    assert client.run(moved(client)).result is Result.FALLBACK
+    assert client.asked_for == [new.id.spis]
+
+
+def test_where_no_gateway_answers_the_previous_ike_sa_is_not_tried_either(client: Client) -> None:
+    _, new = client.run(rekeyed(client))
+    client.answers = dict.fromkeys((ONE, TWO, THREE), NoAnswerError())
+    assert client.run(moved(client)).result is Result.FALLBACK
+    assert set(client.asked_for) == {new.id.spis}
+
+
+@pytest.mark.parametrize("on_old", [True, False])
+def test_an_ike_sa_whose_rekey_the_gateway_completed_is_never_tried(client: Client, on_old: bool) -> None:
+    old, new = client.run(rekeyed(client))
+    client.initiator.verified((old if on_old else new).id)
+    client.without_stub = {new.id.spis}
+    assert client.run(moved(client)).result is Result.FALLBACK
+    assert client.asked_for == [new.id.spis]
 
 
 def test_where_no_gateway_answers_there_is_a_handshake_and_where_none_takes_it_the_attempt_failed(

@@ -11,7 +11,18 @@ from bridge.client.session_file import Session, load
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE
-from failover_support import agent_with, connect, counter, established, fresh, resume, spis, the_sa
+from failover_support import (
+    agent_with,
+    connect,
+    counter,
+    established,
+    fresh,
+    rekeyed,
+    rekeys_unanswered,
+    resume,
+    spis,
+    the_sa,
+)
 from probe_support import configured
 
 pytestmark = pytest.mark.lab
@@ -142,6 +153,21 @@ def test_a_rekeyed_session_is_held_again(topology: Topology) -> None:
         ),
         "the stub of the rekeyed IKE_SA",
     )
+
+
+def test_where_the_gateway_lacks_the_answer_to_its_rekey_the_stub_of_before_is_held(topology: Topology) -> None:
+    hold(topology)
+    first = the_sa(topology.client)
+    with rekeys_unanswered(topology.client):
+        topology.gw1.swanctl("--rekey", "--ike", "gw", check=False)
+        wait_until(lambda: rekeyed(topology.client, first), "the rekeyed IKE_SA")
+        topology.kill_gateway(topology.gw1)
+    wait_until(
+        lambda: [s.sealed for s in kept(topology)] == [None], "the rekeyed one alone in the file, without a stub"
+    )
+    topology.bank.cli("FLUSHALL")
+    assert resume(topology)["result"] == "resumed"
+    assert topology.client.ping(SITE) == 3
 
 
 def test_the_file_is_the_owners_alone(topology: Topology) -> None:

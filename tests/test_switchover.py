@@ -26,6 +26,7 @@ from bridge.client.switchover import Switchover
 from bridge.client.sync_request import Answer, Target
 from bridge.config import ClientConfig, GatewayEntry, ResumeConfig
 from bridge.ike.key_confirmation import Confirmation
+from bridge.ike.keys import Resumption
 from bridge.stub.child_sa import NewChild
 from bridge.stub.types import Endpoint
 from role_support import LOCAL, FakeTime, fake_charon
@@ -134,8 +135,14 @@ class Client:
         await asyncio.sleep(self.seconds)
         return self.gateway_confirms
 
-    def resume(self, answer: Answer, *, stay: bool = False) -> tuple[IkeSa, list[str], float]:
-        return self.loop.run(self.switchover.resume(self.session, self.old, THERE, answer, self.confirm, stay=stay))
+    def resume(
+        self, answer: Answer, *, stay: bool = False, origin: IkeSa | None = None
+    ) -> tuple[IkeSa, list[str], float]:
+        return self.loop.run(
+            self.switchover.resume(
+                self.session, self.old, THERE, answer, self.confirm, stay=stay, origin=origin or self.old
+            )
+        )
 
     def loses_old(self) -> None:
         """charon ended the IKE_SA."""
@@ -209,6 +216,35 @@ def test_the_end_of_the_old_sa_is_no_news_while_its_session_moves(client: Client
     assert not client.sessions.is_own(client.old.id.spis)
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_is_resumed_from_before_a_rekey_has_keys_of_that_and_takes_the_place_of_both(
+    client: Client, lost: bool
+) -> None:
+    origin = ike_sa("gw1", OLD)
+    client.session.previous = origin
+    if lost:
+        client.loses_old()
+    answer = client.answer()
+    new, names, _ = client.resume(answer, origin=origin)
+    ids = (answer.ike_id.spi_i, answer.ike_id.spi_r)
+    assert new.sk_d == Resumption(origin.suite, origin.sk_d, answer.nonce_i, answer.nonce_r, *ids).sk_d()
+    assert client.installer.installed[new.id.spis].sk_d_old == origin.sk_d
+    assert names == ["net"]
+    assert list(client.session.sas) == [new.id.spis]
+    assert client.session.previous is None
+    # charon keeps what was rekeyed until the DELETE of its gateway
+    assert {client.old.id, origin.id} == set(client.installer.deleted)
+
+
+def test_a_failure_leaves_what_was_before_a_rekey_resumable(client: Client) -> None:
+    origin = client.session.previous = ike_sa("gw1", OLD)
+    client.gateway_confirms = False
+    with pytest.raises(ViciError):
+        client.resume(client.answer(), origin=origin)
+    assert client.session.previous is origin
+    assert client.session.last is client.old
+
+
 def test_child_sas_by_create_child_sa_are_up_before_the_old_ones_go(client: Client) -> None:
     _, names, _ = client.resume(client.answer(children=False))
     assert names == ["net"]
@@ -220,7 +256,9 @@ def test_with_one_connection_for_both_the_old_sa_goes_first(client: Client) -> N
     """charon would send CREATE_CHILD_SA on the old SA."""
     here = Target(NEW, "gw1")
     answer = client.answer(children=False)
-    client.loop.run(client.switchover.resume(client.session, client.old, here, answer, client.confirm, stay=True))
+    client.loop.run(
+        client.switchover.resume(client.session, client.old, here, answer, client.confirm, stay=True, origin=client.old)
+    )
     assert client.initiated == [("gw1", "net")]
     assert client.had_old_at_initiate == [False]
 

@@ -64,6 +64,8 @@ class Attempt:
         self._vpn = vpn
         self._session = session
         self._sa: IkeSa | None = None
+        self._origin: IkeSa | None = None
+        """what is asked for: `_sa`, or the IKE_SA that was rekeyed to it"""
         self._to = to
         self._stay = stay
         self._restored = restored
@@ -104,7 +106,7 @@ class Attempt:
     async def _choose(self) -> Event:
         candidates = self._means.candidates
         await candidates.resolve(self._vpn)
-        self._sa = self._session.last if self._session is not None else None
+        self._sa = self._origin = self._session.last if self._session is not None else None
         children = [child.name for child in self._sa.children] if self._sa is not None else []
         await self._means.charon.know_connections((gateway.connection, children) for gateway in self._vpn.gateways)
         self._gateways = list(candidates.of(self._vpn, self._session, self._to, restored=self._restored))
@@ -129,7 +131,7 @@ class Attempt:
         first = [one for one in self._gateways if one not in last]
         for some in filter(None, (first, last)):
             try:
-                self._proven = await self._first_answer(session, sa, some)
+                self._proven = await self._first_answer(session, self._asked_for, some)
             except NoAnswerError:
                 continue
             except RefusedByError as refused:
@@ -139,9 +141,13 @@ class Attempt:
                     gateway=refused.gateway.address,
                     connection=sa.connection,
                     reason=refused.why or refused.reason,
-                    **sa.id.logged,
+                    **self._asked_for.id.logged,
                 )
                 self._not_resumed_by(refused.gateway, refused.reason)
+                if refused.why is None and self._origin is sa and session.previous is not None:
+                    # a gateway without a stub proves nothing, and one that proves a reason has the stub
+                    self._origin = session.previous
+                    return Event.REKEYED
                 return Event.REFUSED
             return Event.PROVEN
         self._reason = "no-answer"
@@ -169,6 +175,12 @@ class Attempt:
         assert self._sa is not None
         return self._session, self._sa
 
+    @property
+    def _asked_for(self) -> IkeSa:
+        """The IKE_SA whose stub gateways are asked to resume from."""
+        assert self._origin is not None
+        return self._origin
+
     def _not_resumed_by(self, gateway: Target, reason: str) -> None:
         """It is there, so a handshake is tried with it first."""
         self._reason = reason
@@ -182,7 +194,7 @@ class Attempt:
             return self._ends(Event.SET_UP, self._set_up(session.last, "set-up-by-charon"))
         try:
             new, names, up = await self._means.switchover.resume(
-                session, sa, gateway, answer, self._means.requester.confirm, stay=self._stay
+                session, sa, gateway, answer, self._means.requester.confirm, stay=self._stay, origin=self._asked_for
             )
         except (ViciError, ChannelError, HaError) as error:
             log.warning(

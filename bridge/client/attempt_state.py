@@ -15,7 +15,8 @@ class State(StrEnum):
     CHOOSING = "choosing"
     """which gateways the session may go to, and whether it can be resumed"""
     ASKING = "asking"
-    """gateways are asked, one after the other and then beside each other"""
+    """gateways are asked, one after the other and then beside each other, to resume its IKE_SA; then, perhaps, the one
+    that its gateway rekeyed to it"""
     SWITCHING = "switching"
     """the rebuilt IKE_SA is installed in place of the old one, and its CHILD_SAs come up"""
     DECLINED = "declined"
@@ -32,6 +33,7 @@ class Event(StrEnum):
     NOT_RESUMABLE = "it cannot be resumed"
     PROVEN = "proven answer"
     REFUSED = "refused"
+    REKEYED = "refused, and there is its previous IKE_SA"
     NO_ANSWER = "no gateway answers"
     WORKS = "its CHILD_SAs are up"
     UNUSABLE = "charon cannot use it"
@@ -50,6 +52,7 @@ ATTEMPT = Transitions(
         (State.CHOOSING, Event.NOT_RESUMABLE): State.DECLINED,
         (State.ASKING, Event.PROVEN): State.SWITCHING,
         (State.ASKING, Event.REFUSED): State.DECLINED,
+        (State.ASKING, Event.REKEYED): State.ASKING,
         (State.ASKING, Event.NO_ANSWER): State.DECLINED,
         (State.SWITCHING, Event.WORKS): State.RESUMED,
         (State.SWITCHING, Event.SET_UP): State.FALLBACK,

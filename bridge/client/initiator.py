@@ -77,6 +77,7 @@ class Initiator:
         self.keeper = StubKeeper(
             config.held, charon.tracker, sender, self._sessions.resumable_sas, self._named, random=random, wall=wall
         )
+        self.keeper.kept = self._sessions.previous
         self._switchover = Switchover(charon, self._sessions, config.resume, random=random, clock=clock, wall=wall)
         self._transport = IkeTransport(sender)
         self._requester = SyncRequester(
@@ -212,7 +213,8 @@ class Initiator:
         self.keeper.save_soon()
 
     def verified(self, ike_id: IkeId) -> None:
-        """Nothing to do: the client's own request confirms."""
+        """A request of a gateway verified."""
+        self._sessions.verified(ike_id.spis)
 
     def down(self, info: SaInfo) -> None:
         """VICI says an IKE_SA went down. In state DELETING one of the sides wanted that; else the gateway is dead."""

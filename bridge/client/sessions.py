@@ -39,6 +39,13 @@ class Session:
     """until when `last` can be resumed once it is lost, in clock seconds"""
     received: bool = False
     """whether packets came through any of its CHILD_SAs"""
+    previous: IkeSa | None = None
+    """what its gateway rekeyed to `last`, while that gateway may lack the answer: then there is a stub of it alone"""
+
+    @property
+    def resumable_spis(self) -> tuple[bytes, ...]:
+        """Both SPIs of `last` and `previous`."""
+        return tuple([sa.id.spis for sa in (self.last, self.previous) if sa is not None])
 
     @property
     def up(self) -> bool:
@@ -87,20 +94,28 @@ class Sessions:
         """The IKE_SAs that could be resumed now, or once their VPN is known."""
         return [*self.unplaced, *(session.last for session in self if session.last.resumable)]
 
+    def previous(self) -> set[bytes]:
+        """Those, by both SPIs, that may be resumed in place of what their gateways rekeyed them to."""
+        return {session.previous.id.spis for session in self if session.previous is not None}
+
     def has(self, session: Session) -> bool:
         """Whether a session is still there, up or lost."""
         return session in self._sessions and (session.up or self._resumable(session))
 
     def of(self, spis: bytes) -> Session | None:
-        """The session that an IKE_SA belongs to, or was the last one of."""
-        return next((one for one in self._sessions if spis in one.sas or one.last.id.spis == spis), None)
+        """The session that an IKE_SA belongs to, or was the last or the previous one of."""
+        return next((one for one in self._sessions if spis in one.sas or spis in one.resumable_spis), None)
 
     def sa(self, spis: bytes) -> IkeSa | None:
-        """An IKE_SA of a session, by both SPIs: one that is up, or the last one of a session that was lost."""
+        """An IKE_SA of a session, by both SPIs: one that is up, the last one of a session that was lost, or the
+        previous one."""
         session = self.of(spis)
         if session is None:
             return None
-        return session.sas.get(spis, session.last if session.last.id.spis == spis else None)
+        return next(
+            (one for one in (session.last, session.previous) if one is not None and one.id.spis == spis),
+            session.sas.get(spis),
+        )
 
     def chosen(self, vpn: str | None, connection: str | None) -> Session | None:
         """The session that an operator means: one that was lost rather than one that is up, in the order of the
@@ -143,7 +158,7 @@ class Sessions:
             if other is not session:
                 other.sas.pop(sa.id.spis, None)
         self._sessions = [one for one in self._sessions if one.up or one is session or one.last is not sa]
-        session.last, session.sas = sa, {sa.id.spis: sa}
+        session.last, session.sas, session.previous = sa, {sa.id.spis: sa}, None
         if session not in self._sessions:
             self._sessions.append(session)
 
@@ -248,6 +263,10 @@ class Sessions:
         session = self.of(spis)
         if session is None or self.is_own(spis) or session.sas.pop(spis, None) is None:
             return
+        heir = self._charon.tracker.heir(sa)
+        if heir is not None:
+            # the answer to its own rekey this host has; that the gateway has this one, nothing shows yet
+            session.previous = sa if sa.resumable and not self._charon.tracker.sas[heir].id.initiator else None
         if session.up:
             session.last = next(reversed(session.sas.values()))
         elif spis in self._ended or not sa.resumable:
@@ -255,12 +274,22 @@ class Sessions:
         else:
             self.lose(session, sa)
 
+    def verified(self, spis: bytes) -> None:
+        """A request of a gateway verified on an IKE_SA: if that was rekeyed, or comes of a rekey, its gateway has the
+        answer."""
+        for session in self._sessions:
+            if session.previous is not None and (spis in session.sas or session.previous.id.spis == spis):
+                session.previous = None
+
     def ended(self, info: SaInfo) -> Session | None:
         """One of the sides ended an IKE_SA: nothing to resume, unless its session has another one. The session that
         went with it."""
         self._ended.append(info.spis)
         session = self.of(info.spis)
         if session is None:
+            return None
+        if session.previous is not None and session.previous.id.spis == info.spis:
+            session.previous = None
             return None
         session.sas.pop(info.spis, None)
         if session.up:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -80,6 +80,8 @@ class StubKeeper:
         self._sender = sender
         self._sessions = sessions
         self._named = named
+        self.kept: Callable[[], Set[bytes]] = frozenset
+        """gives more of them, by both SPIs, that may be resumed while this process runs"""
         self._random = random
         self._wall = wall
         self._held: dict[bytes, _Holding] = {}
@@ -214,7 +216,7 @@ class StubKeeper:
             await asyncio.sleep(SAVE_SECONDS)
             self._dirty.clear()
             sessions = [sa for sa in self._sessions() if sa.local is not None and sa.local_id is not None]
-            self._prune({sa.id.spis for sa in sessions})
+            self._prune({sa.id.spis for sa in sessions} | self.kept())
             if self._file is None:
                 continue
             try:

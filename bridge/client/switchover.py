@@ -78,10 +78,19 @@ class Switchover:
         )
 
     async def resume(
-        self, session: Session, old: IkeSa, gateway: Target, answer: Answer, confirmed_by: Confirm, *, stay: bool
+        self,
+        session: Session,
+        old: IkeSa,
+        gateway: Target,
+        answer: Answer,
+        confirmed_by: Confirm,
+        *,
+        stay: bool,
+        origin: IkeSa,
     ) -> tuple[IkeSa, list[str], float]:
         """The new SA in place of `old`, the names of its CHILD_SAs that are up, and since when (clock seconds). With
-        `stay` the old SA is there until all of that has succeeded.
+        `stay` the old SA is there until all of that has succeeded. It is resumed from `origin`: `old`, or what the
+        gateway rekeyed to it, which goes too.
 
         Raises ViciError, ChannelError or HaError; what could be resumed before still can.
         """
@@ -90,7 +99,9 @@ class Switchover:
         # the end of the old one is no news either: its gateway may learn of the new one first
         with self._sessions.owning(answer.ike_id.spis), self._sessions.owning(old.id.spis):
             try:
-                new, names, up = await self._switched(old, gateway, answer, confirmed_by, stay)
+                new, names, up = await self._switched(old, origin, gateway, answer, confirmed_by, stay)
+                if origin is not old:
+                    await self._remove(origin.id)
             except (ViciError, ChannelError, HaError):
                 # the new SA never worked: the old stub stays what can be resumed (rule 6)
                 await self._remove(answer.ike_id)
@@ -102,18 +113,18 @@ class Switchover:
         return new, names, up
 
     async def _switched(
-        self, old: IkeSa, gateway: Target, answer: Answer, confirmed_by: Confirm, stay: bool
+        self, old: IkeSa, origin: IkeSa, gateway: Target, answer: Answer, confirmed_by: Confirm, stay: bool
     ) -> tuple[IkeSa, list[str], float]:
         wanted = self._children_of(old, gateway)
         at_once = {made.child.name for made in answer.children}
         left = [name for name in wanted if name not in at_once]
         spi_i, spi_r = answer.ike_id.spi_i, answer.ike_id.spi_r
-        resumption = Resumption(old.suite, old.sk_d, answer.nonce_i, answer.nonce_r, spi_i, spi_r, answer.g_ir)
+        resumption = Resumption(origin.suite, origin.sk_d, answer.nonce_i, answer.nonce_r, spi_i, spi_r, answer.g_ir)
         # without a CREATE_CHILD_SA to come, nothing else would show that both sides have the keys; where no messages of
         # this suite can be made here, charon's own liveness check has to do
         confirmation: Confirmation | None = None
-        if (at_once or not left) and key_confirmation.possible(old.suite):
-            confirmation = Confirmation(old.suite, resumption.keys(), spi_i, spi_r, random=self._random)
+        if (at_once or not left) and key_confirmation.possible(origin.suite):
+            confirmation = Confirmation(origin.suite, resumption.keys(), spi_i, spi_r, random=self._random)
         # charon has removed the old SA: there is nothing that its gateway could end too early
         lost = not stay and old.id.spis not in self._charon.tracker.sas
         confirmed: asyncio.Future[bool] | None = None
@@ -122,11 +133,11 @@ class Switchover:
             confirmed = asyncio.ensure_future(confirmed_by(confirmation, answer))
             await asyncio.sleep(0)
         try:
-            new = self._rebuilt(old, gateway, answer, resumption.sk_d())
+            new = self._rebuilt(origin, gateway, answer, resumption.sk_d())
             # with one connection for both, charon would make the CHILD_SAs that are left on the old SA
             shared = old.connection == gateway.connection
             replaces = None if stay or (left and not shared) else old
-            listed, up = await self._install(new, old, answer, replaces, confirming=confirmation is not None)
+            listed, up = await self._install(new, origin, answer, replaces, confirming=confirmation is not None)
             if confirmation is not None and confirmed is None:
                 # only now: the old gateway ends its SA once it learns that the session went on here, and then the
                 # CHILD_SAs of the new one have to be there
@@ -156,7 +167,7 @@ class Switchover:
     async def _install(
         self,
         new: IkeSa,
-        old: IkeSa,
+        origin: IkeSa,
         answer: Answer,
         replaces: IkeSa | None,
         *,
@@ -166,7 +177,7 @@ class Switchover:
         then, and when that was done (clock seconds)."""
         install = Install.of(
             new,
-            sk_d_old=old.sk_d,
+            sk_d_old=origin.sk_d,
             nonce_i=answer.nonce_i,
             nonce_r=answer.nonce_r,
             g_ir=answer.g_ir,

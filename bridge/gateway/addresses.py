@@ -7,7 +7,7 @@ servers answer to one client goes, decrypted, to the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
@@ -17,27 +17,40 @@ from bridge.stub.stub import Index, Stub
 
 
 class AddressHolders:
-    """Finds which IKE_SAs of this charon have an address of a stub's. `address` is this gateway's in the index."""
+    """Finds which IKE_SAs of this charon have an address of a stub's. `address` is this gateway's in the index. `heir`
+    gives both SPIs of what a client has rekeyed an SA (both SPIs) to, while it may lack the answer."""
 
-    def __init__(self, charon: Charon, bank: StubBank, address: str | None) -> None:
+    def __init__(
+        self,
+        charon: Charon,
+        bank: StubBank,
+        address: str | None,
+        *,
+        heir: Callable[[bytes], bytes | None] = lambda _: None,
+    ) -> None:
         self._charon = charon
         self._bank = bank
         self._address = address
+        self._heir = heir
 
     def beside(self, stub: Stub) -> set[bytes]:
-        """The SAs here, by both SPIs, that have an address of the stub's, but for the SA that the stub describes."""
+        """The SAs here, by both SPIs, that have an address of the stub's, and what its SA was rekeyed to; but not the
+        SA that the stub describes."""
+        spis = stub.spi_i + stub.spi_r
         holders = self._charon.tracker.virtual_ips.holders(stub.remote_vips)
-        holders.discard(stub.spi_i + stub.spi_r)
-        return holders
+        holders.discard(spis)
+        heir = self._heir(spis)
+        return holders if heir is None else holders | {heir}
 
     def of_others(self, stub: Stub) -> set[bytes]:
-        """Those of another session, as far as is known here: not the SA that the stub's was rebuilt from, and not what
-        its client left behind when it set up another one, at a gateway that gave it the same address."""
-        replaces = self._replaces(stub)
+        """Those of another session, as far as is known here: not the SA that the stub's was rebuilt from or rekeyed to,
+        and not what its client left behind when it set up another one, at a gateway that gave it the same address."""
+        replaces, heir = self._replaces(stub), self._heir(stub.spi_i + stub.spi_r)
         return {
             spis
             for spis in self.beside(stub)
-            if (stub.predecessor is None or self._index(spis) != stub.predecessor)
+            if spis != heir
+            and (stub.predecessor is None or self._index(spis) != stub.predecessor)
             and not _is_left_behind(self._charon.tracker.sas.get(spis), stub, replaces=replaces)
         }
 

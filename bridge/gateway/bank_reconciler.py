@@ -108,6 +108,7 @@ class BankReconciler:
                 # ends before stubs: no request shall find a stub whose end is known here
                 await self._assert_endings()
                 await self._refill()
+                self._elsewhere.suspect_rekeyed()
                 await self._living.forget_ended()
                 swept = swept or await self._sweep()
             except (BankUnavailable, ViciError) as error:

@@ -4,7 +4,7 @@ section 3.4), and back at start, so that charon need not be asked for what the b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import structlog
 
@@ -102,6 +102,14 @@ class Publisher:
         self._living.take_out(old)
         self._unanswered[heir] = old
         self._heirs[old.id.spis] = heir
+
+    def heir(self, spis: bytes) -> bytes | None:
+        """Both SPIs of what a client has rekeyed this SA to, while its stub stays."""
+        return self._heirs.get(spis)
+
+    def unanswered(self) -> Iterator[tuple[Index, bytes]]:
+        """The stubs that stay after a rekey, by index, each with both SPIs of the new SA."""
+        return ((old.published, heir) for heir, old in self._unanswered.items() if old.published is not None)
 
     def answered(self, spis: bytes) -> None:
         """A request of a client verified on an SA (both SPIs), or the SA ended. If it comes of a rekey, or was rekeyed,

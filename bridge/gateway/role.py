@@ -109,8 +109,8 @@ class GatewayRole:
         self._lock_out = lock_out = LockOut(revocations, bank, charon, endings, writer, config.address)
         self._uniqueness = Uniqueness(charon, living)
         self._authentication = AuthenticationEnd(charon, self._metrics)
-        self._elsewhere = SessionElsewhere(charon, bank, self._metrics)
         self._publisher = Publisher(config, writer, bank, known)
+        self._elsewhere = SessionElsewhere(charon, bank, self._metrics, rekeyed=self._publisher.unanswered)
         self._publisher.locked_out = lock_out.soon
         charon.tracker.on_deleting = self._publisher.deleting
         self._stubs = ClientStubs(
@@ -146,7 +146,7 @@ class GatewayRole:
         )
         unconfirmed.on_resumed = self._resumed
         admission = Admission(config.sync, Cookies(), unconfirmed.of_source)
-        holders = AddressHolders(charon, bank, config.address)
+        holders = AddressHolders(charon, bank, config.address, heir=self._publisher.heir)
         tag = os.urandom(TAG_OCTETS)
         decision = Decision(charon, known, self._stubs, unconfirmed, admission, holders, config.sync, tag)
         self._responder = Responder(

@@ -40,10 +40,17 @@ async def _nothing(_: IkeSa, __: Index | None) -> None:
 
 
 class SessionElsewhere:
-    """Ends what went on elsewhere; `run` is a task."""
+    """Ends what went on elsewhere; `run` is a task. `rekeyed` gives the indexes that clients may still resume from after
+    a rekey, each with both SPIs of the new SA."""
 
     def __init__(
-        self, charon: Charon, bank: StubBank, metrics: GatewayMetrics, *, clock: Callable[[], float] = time.monotonic
+        self,
+        charon: Charon,
+        bank: StubBank,
+        metrics: GatewayMetrics,
+        *,
+        rekeyed: Callable[[], Iterable[tuple[Index, bytes]]] = tuple,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._charon = charon
         self._bank = bank
@@ -51,6 +58,7 @@ class SessionElsewhere:
         self._clock = clock
         self.before_end: Callable[[IkeSa, Index | None], Awaitable[None]] = _nothing
         """called with an SA and what its session goes on as, before the SA is ended"""
+        self._rekeyed = rekeyed
         self._suspected: set[Index] = set()
         self._ending: dict[bytes, list[Ended]] = {}
         """what waits for the end of an SA, by both SPIs"""
@@ -71,6 +79,11 @@ class SessionElsewhere:
         for sa in sas:
             if sa.published is not None:
                 self._suspect(sa.published)
+
+    def suspect_rekeyed(self) -> None:
+        """Look whether a client went on elsewhere from what it had before a rekey."""
+        for index, _ in self._rekeyed():
+            self._suspect(index)
 
     def _suspect(self, index: Index) -> None:
         if len(self._suspected) < SUSPECTED_MAX:
@@ -104,16 +117,21 @@ class SessionElsewhere:
             await asyncio.sleep(took * PACE)
 
     def _found(self) -> list[tuple[Index, IkeSa]]:
-        """The SAs of this gateway that are suspected now."""
+        """The SAs of this gateway that are suspected now, each with the index that is: its own, or that of the SA which
+        was rekeyed to it."""
         suspected, self._suspected = self._suspected, set()
         spis = {index.spi for index in suspected}
-        return [
+        found = [
             (index, sa)
             for sa in self._charon.tracker.established()
             if sa.local_spi in spis
             and (index := sa.published) is not None
             and index in suspected
             and sa.id.spis not in self._ending
+        ]
+        heirs = [(index, self._charon.tracker.sas.get(heir)) for index, heir in self._rekeyed() if index in suspected]
+        return found + [
+            (index, sa) for index, sa in heirs if sa is not None and sa.up and sa.id.spis not in self._ending
         ]
 
     def end(self, sa: IkeSa, new: Index | None, ended: Ended | None = None) -> None:
