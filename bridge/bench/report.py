@@ -90,6 +90,17 @@ def _one_by_one(result: dict[str, Any]) -> str:
     return f"Such clients one by one, ten a second, p50 / p99 in ms: {answers}."
 
 
+def _forward_secrecy(together: dict[str, Any], count: int) -> str:
+    """What it adds to a resumption; nothing in results of before it was measured."""
+    if "forward-secrecy" not in together:
+        return ""
+    plain, secret = together["none"]["cpu_ms"], together["forward-secrecy"]["cpu_ms"]
+    return (
+        f"Forward secrecy (`resume.forward_secrecy`) costs the gateway {secret - plain:.2f} ms of CPU more a "
+        f"resumption ({secret:.2f} ms against {plain:.2f}, {count} in parallel): its half of a key exchange.\n\n"
+    )
+
+
 def comparison(result: dict[str, Any]) -> tuple[str, str]:
     """Text and plot of handshake-vs-resume."""
     clients, together, count = result["clients"], result["simulated together"], result["together"]
@@ -132,7 +143,8 @@ def comparison(result: dict[str, Any]) -> tuple[str, str]:
         + f". What these processes use without any session ({idle:.1f} ms a second) is subtracted everywhere. With "
         "CHILD_SAs of kernel-libipsec, charon encrypts in userspace, sets up routes and a policy for each, "
         "which is included here and in the handshakes.\n\n"
-        "Until the tunnel is up, at a real client without other load, p50 / p99 in ms, by the delay of the cable "
+        + _forward_secrecy(together, count)
+        + "Until the tunnel is up, at a real client without other load, p50 / p99 in ms, by the delay of the cable "
         "each way. The delay of the cable counts once for each round trip; packets are those that the client sent "
         "and received.\n\n"
         + table(["", "round trips", "packets", *(f"{delay} ms" for delay in delays)], paces)

@@ -40,8 +40,8 @@ async def _nothing(_: IkeSa, __: Index | None) -> None:
 
 
 class SessionElsewhere:
-    """Ends what went on elsewhere; `run` is a task. `rekeyed` gives the indexes that clients may still resume from after
-    a rekey, each with both SPIs of the new SA."""
+    """Ends what went on elsewhere; `run` is a task. `rekeyed` gives the indexes that clients may resume from after a
+    rekey, each with both SPIs of the new SA."""
 
     def __init__(
         self,
