@@ -1,10 +1,11 @@
 """The guarantees of docs/bank.md and the commands of docs/deployment.md have tests (tests/test_docs.py looks whether
 those that a page names exist)."""
 
+import re
 from pathlib import Path
 
 import deployment_page
-from docs_support import DOCS, TESTS, missing_tests, named_tests
+from docs_support import DOCS, TESTS, missing_tests, named_tests, names_in
 
 
 def test_every_guarantee_of_the_bank_has_its_test() -> None:
@@ -18,6 +19,17 @@ def test_every_block_of_commands_of_the_deployment_guide_is_run_by_a_test() -> N
     runs = "".join((TESTS / file).read_text() for file in ("test_vm_deployment.py", "test_dist.py"))
     blocks = deployment_page.blocks((DOCS / "deployment.md").read_text())
     assert [name for name in blocks if f'"{name}"' not in runs] == []
+
+
+def test_the_tests_that_the_test_machine_chooses_exist() -> None:
+    """One name that does not exist, and pytest runs none."""
+    chosen = re.findall(
+        r"^    (test_\w+\.py)(?:::(\w+))?", (DOCS.parent / "vagrant/vm/inside").read_text(), re.MULTILINE
+    )
+    assert len(chosen) > 15
+    assert [
+        (file, name) for file, name in chosen if not (TESTS / file).exists() or (name and name not in names_in(file))
+    ] == []
 
 
 def test_a_test_that_does_not_exist_is_found_missing(tmp_path: Path) -> None:
