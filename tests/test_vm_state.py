@@ -19,7 +19,9 @@ from failover_support import complete, fresh, resume, stub_key, the_sa
 pytestmark = [pytest.mark.vm, pytest.mark.lab]
 
 CHARON_TABLE = "220"
-POLICY = re.compile(r"^src (\S+) dst (\S+)[^\n]*\n\s+dir (\S+) [^\n]*\n(?:\s[^\n]*\n)*?\s+proto esp (?:spi \S+ )?reqid (\d+) ", re.M)
+POLICY = re.compile(
+    r"^src (\S+) dst (\S+)[^\n]*\n\s+dir (\S+) [^\n]*\n(?:\s[^\n]*\n)*?\s+proto esp (?:spi \S+ )?reqid (\d+) ", re.M
+)
 STATE = re.compile(r"^src (\S+) dst (\S+)\n\s+proto esp spi \S+ reqid (\d+) ", re.M)
 
 
