@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import structlog
 
@@ -19,6 +20,8 @@ from bridge.stub.bank_keys import heartbeat_key
 from failover_support import connect, established, fresh, last_move
 from test_sa_tracker import tracker
 
+OWN, OTHER_UPLINK, SHARED = "192.0.2.1", "192.0.2.65", "192.0.2.100"
+
 
 class Kernel:
     """What it says of the ways to clients, and the uplink of a gateway with so many sessions."""
@@ -31,12 +34,22 @@ class Kernel:
         self.known = known
         self.sends = True
         self.asked = 0
-        self.uplink = Uplink(known, self._reaches)
+        self.cut: set[str] = set()
+        """addresses of this gateway from which nothing can be sent"""
+        self.uplink = Uplink(known, self._reaches, shared=[SHARED])
         self.now = 1000.0
 
     def _reaches(self, local: str, remote: str) -> bool:
         self.asked += 1
-        return self.sends
+        return self.sends and local not in self.cut
+
+    def at(self, address: str, sessions: int) -> None:
+        """The gateway has so many sessions, all at this address of it, and no others."""
+        self.known.sas.clear()
+        for number in range(1, sessions + 1):
+            stub = stub_of(number.to_bytes(8))
+            sa = sa_of(msgspec.structs.replace(stub, local=msgspec.structs.replace(stub.local, address=address)))
+            self.known.sas[sa.id.spis] = sa
 
     def passes(self, seconds: float) -> bool:
         """Whether it is gone after that, looked at as often as a gateway does."""
@@ -94,10 +107,58 @@ def test_a_gateway_with_many_sessions_looks_at_some_of_them() -> None:
     assert kernel.asked <= SAMPLE * (1.0 / LOOK_SECONDS + 1)
 
 
+def test_new_clients_over_another_uplink_bring_the_heartbeat_back() -> None:
+    """Those that the kernel was asked about before never come back: their port is unplugged, or has another address."""
+    kernel = Kernel(0)
+    kernel.at(OWN, 3)
+    kernel.passes(1.0)
+    kernel.cut.add(OWN)
+    assert kernel.passes(2.0)
+    kernel.at(OTHER_UPLINK, 3)
+    assert not kernel.passes(SAMPLE_SECONDS + LOOK_SECONDS)
+    kernel.cut.clear()
+    assert not kernel.passes(2 * SAMPLE_SECONDS)
+
+
+def test_clients_that_came_since_the_last_choice_count_before_the_uplink_is_gone() -> None:
+    kernel = Kernel(0)
+    kernel.at(OWN, 3)
+    kernel.passes(1.0)
+    kernel.at(OTHER_UPLINK, 3)
+    kernel.cut.add(OWN)
+    with structlog.testing.capture_logs() as events:
+        assert not kernel.passes(2 * SAMPLE_SECONDS)
+    assert events == []
+
+
+def test_a_shared_address_that_moves_to_another_gateway_is_no_loss() -> None:
+    kernel = Kernel(0)
+    kernel.at(SHARED, 3)
+    kernel.passes(1.0)
+    kernel.cut.add(SHARED)
+    assert not kernel.passes(2.0)
+
+
+@pytest.mark.parametrize("steps", range(0, int(2 * SAMPLE_SECONDS / LOOK_SECONDS), 4))
+def test_a_loss_is_noticed_whenever_it_happens(steps: int) -> None:
+    """Also between two looks where the clients that are looked at are chosen again."""
+    kernel = Kernel(3)
+    kernel.passes(steps * LOOK_SECONDS)
+    kernel.passes(LOOK_SECONDS)
+    kernel.sends = False
+    assert kernel.passes(2.0)
+
+
 def test_the_kernel_says_what_this_host_reaches() -> None:
     assert reaches("127.0.0.1", "127.0.0.1")
     assert reaches("::1", "::1")
     assert not through_router("127.0.0.1", "127.0.0.1")
+
+
+@pytest.mark.parametrize("missing", ["192.0.2.77", "2001:db8::77"])
+def test_an_address_that_left_this_host_says_nothing_of_the_way(missing: str) -> None:
+    """It moved to another gateway, or its interface got another one. The way is there."""
+    assert reaches(missing, "::1" if ":" in missing else "127.0.0.1")
 
 
 @pytest.fixture(scope="module")

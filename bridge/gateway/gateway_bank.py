@@ -51,7 +51,7 @@ class GatewayBank:
             counts,
             config.failover.detect,
             self._written,
-            cut_off=Uplink(charon.tracker).look,
+            cut_off=Uplink(charon.tracker, shared=config.takeover.addresses).look,
         )
         self.rotation = KeyRotation(
             stubs,

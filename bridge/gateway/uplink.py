@@ -8,7 +8,7 @@ move.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 import structlog
@@ -32,11 +32,19 @@ Way = tuple[str, str]
 
 
 class Uplink:
-    """Of the SAs of `tracker`. `reaches` says whether the kernel could send from one address to another one."""
+    """Of the SAs of `tracker`, except those at a `shared` address, which moves to another gateway by itself. `reaches`
+    says whether the kernel could send from one address to another one."""
 
-    def __init__(self, tracker: SaTracker, reaches: Callable[[str, str], bool] = reaches) -> None:
+    def __init__(
+        self,
+        tracker: SaTracker,
+        reaches: Callable[[str, str], bool] = reaches,
+        *,
+        shared: Collection[str] = (),
+    ) -> None:
         self._tracker = tracker
         self._reaches = reaches
+        self._shared = frozenset(shared)
         self._ways: list[Way] = []
         self._chosen_at = float("-inf")
         self._looked_at = float("-inf")
@@ -48,20 +56,33 @@ class Uplink:
         """Whether it is gone, by a look if one is due."""
         if now - self._looked_at >= LOOK_SECONDS:
             self._looked_at = now
-            if self._since is None and now - self._chosen_at >= SAMPLE_SECONDS:
-                self._chosen_at = now
-                self._ways = [way for way in self._some() if self._reaches(*way)]
+            # those of before come first: a loss between two looks has to be seen also where others are due
             if not self._ways or any(self._reaches(*way) for way in self._ways):
                 self._since = None
             elif self._since is None:
                 self._since = now
-            self._say(self._since is not None and now - self._since >= GONE_SECONDS)
+            gone = self._since is not None and now - self._since >= GONE_SECONDS
+            due = now - self._chosen_at >= SAMPLE_SECONDS and (gone or self._since is None)
+            if (due or (gone and not self.gone)) and self._choose(now):
+                gone = False
+            self._say(gone)
         return self.gone
 
+    def _choose(self, now: float) -> bool:
+        """Choose others to look at, which may have come since; whether any of them can be sent to."""
+        self._chosen_at = now
+        ways = [way for way in self._some() if self._reaches(*way)]
+        if ways or self._since is None:
+            self._ways, self._since = ways, None
+        return bool(ways)
+
     def _some(self) -> list[Way]:
-        sas = [sa for sa in self._tracker.established() if sa.local is not None and sa.remote is not None]
-        some = sas[:: max(len(sas) // SAMPLE, 1)][:SAMPLE]
-        return [(sa.local.address, sa.remote.address) for sa in some if sa.local is not None and sa.remote is not None]
+        ways = [
+            (sa.local.address, sa.remote.address)
+            for sa in self._tracker.established()
+            if sa.local is not None and sa.remote is not None and sa.local.address not in self._shared
+        ]
+        return ways[:: max(len(ways) // SAMPLE, 1)][:SAMPLE]
 
     def _say(self, gone: bool) -> None:
         if gone and not self.gone:

@@ -15,6 +15,9 @@ _RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_VIA = 1, 2, 4, 5, 18
 _HEADER: Final = struct.Struct("=IHHII")
 _ROUTE: Final = struct.Struct("=BBBBBBBBI")
 """struct rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type, flags"""
+_TYPE: Final = 0
+"""where its type is kept, among the attributes: RTA_UNSPEC, which no route has"""
+_RTN_LOCAL: Final = 2
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _NUMBER: Final = struct.Struct("=i")
 _REQUEST: Final = struct.Struct("16sH22x")
@@ -27,11 +30,20 @@ _RECEIVE: Final = 1 << 16
 
 
 def reaches(local: str, remote: str) -> bool:
-    """Whether packets from `local`, an address of this host, to `remote` have a route out of an interface with a
-    carrier, in the network namespace of the caller. True also where the kernel does not say. Never raises."""
+    """Whether packets from `local` to `remote` have a route out of an interface with a carrier, in the network
+    namespace of the caller; packets from any address, if `local` is none of this host any more. True also where the
+    kernel does not say. Never raises."""
     try:
-        interface = _route(local, remote).get(_RTA_OIF)
+        interface = _route(local if _is_here(local) else None, remote).get(_RTA_OIF)
         return interface is None or _has_carrier(_NUMBER.unpack(interface)[0])
+    except OSError as error:
+        return error.errno not in _NO_ROUTE
+
+
+def _is_here(address: str) -> bool:
+    """Whether this host has the address, as far as the kernel says."""
+    try:
+        return _route(None, address)[_TYPE][0] == _RTN_LOCAL
     except OSError as error:
         return error.errno not in _NO_ROUTE
 
@@ -46,19 +58,22 @@ def through_router(local: str, remote: str) -> bool:
     return _RTA_GATEWAY in route or _RTA_VIA in route
 
 
-def _route(local: str, remote: str) -> dict[int, bytes]:
-    """The attributes of the kernel's route. Raises OSError where it has none."""
+def _route(local: str | None, remote: str) -> dict[int, bytes]:
+    """The attributes of the kernel's route, and its _TYPE. Raises OSError where it has none."""
     family = socket.AF_INET6 if ":" in remote else socket.AF_INET
-    source, target = socket.inet_pton(family, local), socket.inet_pton(family, remote)
+    target = socket.inet_pton(family, remote)
     bits = 8 * len(target)
-    body = _ROUTE.pack(family, bits, bits, 0, 0, 0, 0, 0, 0) + _packed(_RTA_DST, target) + _packed(_RTA_SRC, source)
+    body = _ROUTE.pack(family, bits, bits if local else 0, 0, 0, 0, 0, 0, 0) + _packed(_RTA_DST, target)
+    if local:
+        body += _packed(_RTA_SRC, socket.inet_pton(family, local))
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
         sock.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETROUTE, _NLM_F_REQUEST, 1, 0) + body)
         answer = sock.recv(_RECEIVE)
     _, kind, *_ = _HEADER.unpack_from(answer)
     if kind == _NLMSG_ERROR:
         raise OSError(-_NUMBER.unpack_from(answer, _HEADER.size)[0], "the kernel has no route")
-    found: dict[int, bytes] = {}
+    kind_of_route = _ROUTE.unpack_from(answer, _HEADER.size)[7]
+    found: dict[int, bytes] = {_TYPE: bytes([kind_of_route])}
     offset = _HEADER.size + _ROUTE.size
     while offset + _ATTRIBUTE.size <= len(answer):
         length, kind = _ATTRIBUTE.unpack_from(answer, offset)
