@@ -34,7 +34,7 @@ class Elsewhere:
         self.fails = False
         self.ended: list[IkeSa] = []
 
-    def end(self, sa: IkeSa, new: Index | None, ended: Callable[[bool], None]) -> None:
+    def end(self, sa: IkeSa, new: Index, ended: Callable[[bool], None]) -> None:
         def done() -> None:
             self.ended.append(sa)
             ended(not self.fails)
@@ -185,6 +185,69 @@ def test_a_session_that_ends_meanwhile_is_left_alone(loop: FakeTime) -> None:
     scene.charon.tracker.forget(scene.sas[0].id)
     loop.pass_time(0.2)
     assert scene.told()["left"] == 1
+
+
+def moving(loop: FakeTime, clients: int = 1, share: float = 1.0) -> Scene:
+    """Clients that report that they move."""
+    scene = Scene(loop, clients)
+    scene.begin(share)
+    loop.pass_time(0.2)
+    for sa in scene.sas:
+        if scene.moves(sa):
+            scene.report(sa, MoveStatus.MOVING)
+    return scene
+
+
+def has_tombstone(scene: Scene, sa: IkeSa) -> None:
+    """Its session has ended, so the bank says: any process that writes to the bank could have said so."""
+    assert sa.published is not None
+    scene.bank.over.add(sa.published)
+
+
+def test_a_tombstone_alone_ends_nothing_here(loop: FakeTime) -> None:
+    scene = moving(loop)
+    [sa] = scene.sas
+    has_tombstone(scene, sa)
+    loop.pass_time(0.5)
+    told = scene.told()
+    assert scene.elsewhere.ended == []
+    assert (told["state"], told["moved"], told["unconfirmed"], told["left"]) == ("done", 0, 1, 0)
+    [outcome] = told["outcomes"]
+    assert (outcome["result"], "release 0.1" in outcome["reason"]) == ("not confirmed", True)
+
+
+def test_a_mark_that_is_found_after_its_tombstone_counts(loop: FakeTime) -> None:
+    scene = moving(loop)
+    [sa] = scene.sas
+    has_tombstone(scene, sa)
+    asked = scene.bank.asked["ended"]
+    while scene.bank.asked["ended"] == asked:
+        loop.pass_time(0.001)
+    scene.arrives(sa)
+    loop.pass_time(0.5)
+    assert (scene.elsewhere.ended, scene.told()["moved"]) == ([sa], 1)
+
+
+def test_those_not_confirmed_count_for_the_share(loop: FakeTime) -> None:
+    scene = moving(loop, clients=10, share=0.3)
+    for sa in scene.sas:
+        has_tombstone(scene, sa)
+    loop.pass_time(0.5)
+    told = scene.told()
+    assert (told["state"], told["unconfirmed"]) == ("done", 3)
+    assert sum(bool(scene.moves(sa)) for sa in scene.sas) == 3
+
+
+def test_a_session_that_ends_here_while_its_client_moves_has_not_moved(loop: FakeTime) -> None:
+    """By its client, or by a rekey: this gateway then leaves the tombstone itself."""
+    scene = moving(loop)
+    [sa] = scene.sas
+    scene.charon.tracker.forget(sa.id)
+    has_tombstone(scene, sa)
+    loop.pass_time(0.5)
+    told = scene.told()
+    assert scene.elsewhere.ended == []
+    assert (told["state"], told["moved"], told["unconfirmed"], told["left"]) == ("done", 0, 0, 1)
 
 
 def test_no_more_are_asked_than_the_share_needs(loop: FakeTime) -> None:

@@ -52,7 +52,7 @@ BUNDLE: Final = 512
 class Ends(Protocol):
     """Ends what went on elsewhere (bridge.gateway.session_elsewhere)."""
 
-    def end(self, sa: IkeSa, new: Index | None, ended: Callable[[bool], None]) -> None:
+    def end(self, sa: IkeSa, new: Index, ended: Callable[[bool], None]) -> None:
         """Begin to end an SA; `ended` is called with whether charon does not have it any more."""
 
 
@@ -95,6 +95,8 @@ class _Asked:
     state: State = DRAIN.first
     reported: float | None = None
     """when its client reported that it moves"""
+    tombstone: bool = False
+    """the last look found one, and no mark"""
     vanished: bool = False
     """charon does not have the SA any more, and the bank does not say that the session went on elsewhere"""
 
@@ -163,6 +165,7 @@ class DrainRun:
             "wanted": self._wanted,
             "sessions_at": self._sessions_at,
             "moved": self._count(State.MOVED),
+            "unconfirmed": self._count(State.UNCONFIRMED),
             "left": self._count(State.LEFT),
             "failed": self._count(State.FAILED),
             "under_way": len(self._asked),
@@ -191,9 +194,13 @@ class DrainRun:
                 await asyncio.sleep(TICK_SECONDS)
         finally:
             self._ended = self._clock()
-            counts = {str(state): self._count(state) for state in (State.MOVED, State.LEFT, State.FAILED)}
             log.info(
-                "drain-ends", to=self._to, moved=counts["moved"], left=counts["left alone"], failed=counts["failed"]
+                "drain-ends",
+                to=self._to,
+                moved=self._count(State.MOVED),
+                unconfirmed=self._count(State.UNCONFIRMED),
+                left=self._count(State.LEFT),
+                failed=self._count(State.FAILED),
             )
             await end(collector)
 
@@ -204,14 +211,19 @@ class DrainRun:
         """Whether more clients are to be asked, now or once it is known what became of others."""
         return (
             not self.stopping
-            and self._count(State.MOVED) + len(self._ending) < self._wanted
+            and self._went + len(self._ending) < self._wanted
             and any(lane.waiting for lane in self._lanes.values())
         )
+
+    @property
+    def _went(self) -> int:
+        """How many sessions went on elsewhere, as far as is known."""
+        return self._count(State.MOVED) + self._count(State.UNCONFIRMED)
 
     def _ask_more(self, now: float) -> None:
         # a pause pays for no burst
         self._begin = max(self._begin, now - TICK_SECONDS)
-        while self._begin <= now and self._wants_more and self._count(State.MOVED) + self._under_way < self._wanted:
+        while self._begin <= now and self._wants_more and self._went + self._under_way < self._wanted:
             lanes = [lane for lane in self._lanes.values() if lane.waiting and lane.window.has_room]
             if not lanes:
                 return
@@ -316,22 +328,36 @@ class DrainRun:
         """Raises BankUnavailable."""
         gone = [self._tracker.sas.get(asked.sa.id.spis) is not asked.sa for asked in bundle]
         moved = await self._bank.moved([asked.index for asked in bundle])
-        # a target of release 0.1 leaves no mark; the client's report, which is proved, stands for it
-        unmarked = [
+        # a target of release 0.1 leaves no mark, and no process without the bank's key can leave one
+        moving = [
             asked.index for asked, new in zip(bundle, moved, strict=True) if new is None and asked.state is State.MOVING
         ]
-        ended = dict(zip(unmarked, await self._bank.ended(unmarked), strict=True)) if unmarked else {}
+        ended = dict(zip(moving, await self._bank.ended(moving), strict=True)) if moving else {}
         for asked, vanished, new in zip(bundle, gone, moved, strict=True):
             if self._asked.get(asked.sa.id.spis) is not asked:
                 # its client has reported how it ended, while the bank was asked
                 continue
-            if new is not None or ended.get(asked.index):
+            if new is not None:
                 self._went_on(asked, new)
-            else:
-                asked.vanished = vanished
+            elif vanished:
+                asked.vanished = True
+            elif ended.get(asked.index):
+                self._tombstone(asked)
 
-    def _went_on(self, asked: _Asked, new: Index | None) -> None:
+    def _tombstone(self, asked: _Asked) -> None:
+        """There is no mark. At first it may only not have been there yet when the bank was asked, or the SA has just
+        ended here; after that nothing is ended for it."""
+        if not asked.tombstone:
+            asked.tombstone = True
+            return
+        self._resumed(asked)
+        self._on(asked, Event.UNMARKED)
+
+    def _resumed(self, asked: _Asked) -> None:
         asked.lane.window.pace.resumed(self._clock() - asked.reported if asked.reported is not None else None)
+
+    def _went_on(self, asked: _Asked, new: Index) -> None:
+        self._resumed(asked)
         self._on(asked, Event.WENT_ON)
 
         def ended(done: bool) -> None:

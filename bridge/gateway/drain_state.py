@@ -22,6 +22,9 @@ class State(StrEnum):
     ENDING = "being ended here"
     """it went on, and charon is asked to end its IKE_SA here"""
     MOVED = "moved"
+    UNCONFIRMED = "not confirmed"
+    """its client reports that it resumes, and the bank has a tombstone, which any process that writes to it
+    could have left"""
     LEFT = "left alone"
     FAILED = "failed"
 
@@ -34,6 +37,7 @@ class Event(StrEnum):
     REFUSED = "Moving: REFUSED"
     ANOTHER = "Moving: not there, and a target is left"
     WENT_ON = "the bank says that it went on"
+    UNMARKED = "the bank has a tombstone, no mark"
     ENDED = "charon ended its IKE_SA"
     NOT_ENDED = "charon was not reached"
     VANISHED = "charon does not have it any more"
@@ -64,6 +68,7 @@ DRAIN: Final = Transitions(
         for state in _UNDER_WAY
     }
     | {
+        (State.MOVING, Event.UNMARKED): State.UNCONFIRMED,
         (State.ENDING, Event.ENDED): State.MOVED,
         (State.ENDING, Event.NOT_ENDED): State.MOVED,
     },
@@ -86,6 +91,7 @@ REASONS: Final = {
     Event.BUSY: "the client was moving already",
     Event.NO_ANSWER: "the target did not answer the client",
     Event.REFUSED: "the target did not resume the session",
+    Event.UNMARKED: "the bank has no mark that it went on, as from a target of release 0.1: its IKE_SA stays until DPD",
     Event.ENDED: "",
     Event.NOT_ENDED: "its IKE_SA is still here: charon was not reached, and the comparison with the bank tries again",
     Event.VANISHED: "the session ended, or was rekeyed",

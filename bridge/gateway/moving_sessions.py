@@ -40,9 +40,9 @@ class MovingSessions:
         self.return_path.changed(sa)
         self.keeper.taken(sa)
 
-    async def moving_away(self, sa: IkeSa, new: Index | None) -> None:
+    async def moving_away(self, sa: IkeSa, new: Index) -> None:
         """A session of this gateway went on elsewhere, and is about to be ended here."""
-        self.hooks.moving_away(sa, new.gateway if new is not None else None)
+        self.hooks.moving_away(sa, new.gateway)
         await self.keeper.keep(sa, new)
 
     async def before_drop(self, sa: IkeSa) -> None:

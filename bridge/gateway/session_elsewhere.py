@@ -35,7 +35,7 @@ Ended = Callable[[bool], None]
 """called with whether charon does not have an SA any more"""
 
 
-async def _nothing(_: IkeSa, __: Index | None) -> None:
+async def _nothing(_: IkeSa, __: Index) -> None:
     """Nothing is to be done before an SA is ended."""
 
 
@@ -56,7 +56,7 @@ class SessionElsewhere:
         self._bank = bank
         self._metrics = metrics
         self._clock = clock
-        self.before_end: Callable[[IkeSa, Index | None], Awaitable[None]] = _nothing
+        self.before_end: Callable[[IkeSa, Index], Awaitable[None]] = _nothing
         """called with an SA and what its session goes on as, before the SA is ended"""
         self._rekeyed = rekeyed
         self._suspected: set[Index] = set()
@@ -134,8 +134,8 @@ class SessionElsewhere:
             (index, sa) for index, sa in heirs if sa is not None and sa.up and sa.id.spis not in self._ending
         ]
 
-    def end(self, sa: IkeSa, new: Index | None, ended: Ended | None = None) -> None:
-        """Begin to end an SA whose session goes on as `new`, if that is known; `ended` is called once charon was asked,
+    def end(self, sa: IkeSa, new: Index, ended: Ended | None = None) -> None:
+        """Begin to end an SA whose session goes on as `new`, as its mark says; `ended` is called once charon was asked,
         or could not be."""
         spis = sa.id.spis
         waiting = [ended] if ended is not None else []
@@ -149,7 +149,7 @@ class SessionElsewhere:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _end(self, sa: IkeSa, new: Index | None) -> None:
+    async def _end(self, sa: IkeSa, new: Index) -> None:
         done = False
         try:
             done = await self._end_here(sa, new)
@@ -157,7 +157,7 @@ class SessionElsewhere:
             for ended in self._ending.pop(sa.id.spis):
                 ended(done)
 
-    async def _end_here(self, sa: IkeSa, new: Index | None) -> bool:
+    async def _end_here(self, sa: IkeSa, new: Index) -> bool:
         """Whether charon does not have it any more."""
         if self._charon.tracker.sas.get(sa.id.spis) is not sa:
             return True
@@ -174,7 +174,7 @@ class SessionElsewhere:
             "session-moved-away",
             connection=sa.connection,
             identity=sa.remote_id.text if sa.remote_id else "",
-            to=new.gateway if new is not None else "",
+            to=new.gateway,
             **sa.id.logged,
         )
         return True
