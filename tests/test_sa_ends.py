@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from bank_support import stub_of
+from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_ends import ENDING_AT_ONCE, SaEnds
 from bridge.charon.vici_client import ViciClient
@@ -41,6 +42,8 @@ class Scene:
         self.breaks_at: bytes | None = None
         """the connection breaks when this one is to be ended"""
         self.list_error: ViciError | None = None
+        self.answers: asyncio.Event | None = None
+        """when charon has ended what it was asked to, instead of after END_SECONDS"""
 
     def known(self) -> None:
         """The sidecar knows charon's unique ID of each."""
@@ -74,7 +77,7 @@ class Scene:
             self.now += 1
             self.most = max(self.most, self.now)
             try:
-                await asyncio.sleep(END_SECONDS)
+                await (asyncio.sleep(END_SECONDS) if self.answers is None else self.answers.wait())
             finally:
                 self.now -= 1
             spis = self.has.get(unique_id)
@@ -186,6 +189,50 @@ def test_a_sidecar_that_stops_leaves_none_that_asked_waiting(loop: FakeTime, kno
     loop.pass_time(END_SECONDS / 2)
     loop.run(scene.ends.close())
     assert all(isinstance(result, ViciError) for result in loop.run_until_complete(asking))
+
+
+def test_one_that_is_asked_for_while_all_workers_finish_is_ended(loop: FakeTime) -> None:
+    scene = Scene(loop, ENDING_AT_ONCE + 1)
+    scene.known()
+
+    async def ask() -> bool:
+        scene.answers = asyncio.Event()
+        workers = asyncio.ensure_future(scene.end_all(*scene.sas[:-1]))
+        await asyncio.sleep(END_SECONDS)
+        assert scene.now == ENDING_AT_ONCE
+
+        async def ask_after_them() -> bool:
+            assert scene.answers is not None
+            await scene.answers.wait()
+            return await scene.ends.end(scene.sas[-1].id.spis)
+
+        last = asyncio.ensure_future(ask_after_them())
+        await asyncio.sleep(0)
+        # all of them go on in one pass of the event loop
+        scene.answers.set()
+        assert await workers == [True] * ENDING_AT_ONCE
+        return await asyncio.wait_for(last, 1.0)
+
+    assert loop.run(ask())
+    assert not scene.has
+
+
+def test_a_sidecar_that_stops_takes_no_ike_sa_from_charon_without_a_delete(loop: FakeTime) -> None:
+    """VICI is there: that the sidecar asks charon nothing more is no reason to remove it over the HA channel."""
+    scene = Scene(loop, 2)
+    scene.known()
+    under_way, later = scene.sas
+    charon, installer, _ = fake_charon("home")
+    charon.tracker, charon.ends = scene.tracker, scene.ends
+    ending = asyncio.ensure_future(charon.end_surely(under_way), loop=loop)
+    loop.pass_time(END_SECONDS / 2)
+    loop.run(scene.ends.close())
+    for work in (ending, charon.end_surely(later)):
+        with pytest.raises(ChannelError, match="stops"):
+            loop.run_until_complete(work)
+    loop.pass_time(END_SECONDS)
+    assert (installer.deleted, scene.ended) == ([], [])
+    assert set(scene.tracker.sas) == {sa.id.spis for sa in scene.sas}
 
 
 def test_a_task_that_asked_and_was_cancelled_keeps_no_end_from_happening(loop: FakeTime) -> None:

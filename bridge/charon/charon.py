@@ -22,7 +22,7 @@ from bridge.charon.installer import Installer
 from bridge.charon.placeholders import NO_ADDRESS, Placeholders
 from bridge.charon.reconcile import Reconciler, Recover, no_recovery
 from bridge.charon.releases import crashes_on_activation, ends_handshakes_on_activation, version_for
-from bridge.charon.sa_ends import SaEnds
+from bridge.charon.sa_ends import STOPS, SaEnds
 from bridge.charon.sa_listener import Listener, Listeners
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
@@ -203,7 +203,7 @@ class Charon:
     async def end_surely(self, sa: IkeSa) -> None:
         """End an IKE_SA as `end` does; where charon cannot be asked over VICI it is removed over the HA channel, and
         neither its peer nor another process receives an event. The listeners are called. Raises ChannelError
-        where neither way is open.
+        where neither way is open, and where the sidecar stops: charon then keeps it.
         """
         if self.tracker.sas.get(sa.id.spis) is not sa:
             return
@@ -213,6 +213,8 @@ class Charon:
         except ViciError as error:
             if self.tracker.sas.get(sa.id.spis) is not sa:
                 return
+            if self.ends.closed:
+                raise ChannelError(STOPS) from error
             log.warning("sa-removed-without-events", reason=str(error), connection=sa.connection, **sa.id.logged)
             await self.installer.delete([sa.id])
         self.tracker.end(sa.id)

@@ -19,6 +19,7 @@ from bridge.service.tasks import end, spawn
 
 ENDING_AT_ONCE: Final = 4
 """IKE_SAs that charon is asked to end at a time: it has to answer other questions meanwhile"""
+STOPS: Final = "the sidecar stops"
 
 Wanted = tuple[bytes, str]
 """both SPIs, and charon's unique ID"""
@@ -38,10 +39,14 @@ class SaEnds:
         """those whose unique ID a list has given"""
         self._lister: asyncio.Task[None] | None = None
         self._workers: set[asyncio.Task[None]] = set()
+        self.closed = False
+        """the sidecar stops, and charon is asked nothing more"""
 
     async def end(self, spis: bytes) -> bool:
         """Have charon end an IKE_SA, given by both SPIs; whether it had it. charon has sent a DELETE and raised its
         events by then. Raises ViciError."""
+        if self.closed:
+            raise ViciError(STOPS)
         result = self._results.get(spis)
         if result is None:
             result = self._results[spis] = asyncio.get_running_loop().create_future()
@@ -54,13 +59,15 @@ class SaEnds:
 
     async def close(self) -> None:
         """Ask charon nothing more."""
+        self.closed = True
         await end(*self._workers, *([self._lister] if self._lister is not None else []))
         for spis in list(self._results):
-            self._fail(spis, ViciError("the sidecar stops"))
+            self._fail(spis, ViciError(STOPS))
 
     def _begin(self, wanted: Wanted) -> None:
         self._ready.append(wanted)
-        if len(self._workers) < ENDING_AT_ONCE:
+        # one that has finished may still be in the set
+        if sum(not worker.done() for worker in self._workers) < ENDING_AT_ONCE:
             worker = spawn("end-sas", self._work())
             self._workers.add(worker)
             worker.add_done_callback(self._workers.discard)
