@@ -33,9 +33,11 @@ class Client:
             for name, names in NAMES.items()
         }
         self.sas: dict[bytes, IkeSa] = {}
-        self.heirs: dict[bytes, bytes] = {}
-        """SPIs of what an IKE_SA is being rekeyed to, by its own"""
-        tracker = SimpleNamespace(connections=connections, sas=self.sas, heir=lambda old: self.heirs.get(old.id.spis))
+        self.heirs: dict[bytes, list[IkeSa]] = {}
+        """what an IKE_SA is being rekeyed to, by both its SPIs"""
+        tracker = SimpleNamespace(
+            connections=connections, sas=self.sas, heirs=lambda old: self.heirs.get(old.id.spis, [])
+        )
         charon = SimpleNamespace(tracker=tracker)
         self.sessions = Sessions(
             cast(Any, charon), ConfiguredVpns(ClientConfig(vpns=vpns)), clock=lambda: self.now, wall=lambda: self.now
@@ -52,7 +54,7 @@ class Client:
         new = ike_sa(old.connection)
         new.id = IkeId.of(new.id.spi_i, new.id.spi_r, not by_gateway)
         self.sas[new.id.spis] = new
-        self.heirs[old.id.spis] = new.id.spis
+        self.heirs[old.id.spis] = [new]
         self.sessions.gone(old)
         del self.heirs[old.id.spis]
         self.sessions.changed(new)

@@ -41,18 +41,19 @@ class Gateway:
         known = KnownSessions(Endings(), LivingSas(self.charon.tracker), Revocations(bank, keyring()))
         self.writer = WriteQueue(bank)
         self.publisher = Publisher(GatewayConfig(address=GATEWAY), self.writer, bank, known)
-        self.elsewhere = SessionElsewhere(self.charon, bank, GatewayMetrics(), rekeyed=self.publisher.unanswered)
+        self.elsewhere = SessionElsewhere(self.charon, bank, GatewayMetrics(), rekeyed=self.publisher.rekeys.stubs)
         self.old, self.new, self.other = (sa_of(stub_of(gateway=GATEWAY)) for _ in range(3))
         self.index = self.old.index_here(GATEWAY)
         loop.run(self._start())
 
     async def _start(self) -> None:
         spawn("elsewhere", self.elsewhere.run())
-        for sa in (self.old, self.new, self.other):
+        for sa in (self.old, self.other):
             self.publisher.publish(sa)
         for sa in (self.new, self.other):
             self.charon.tracker.adopt(sa)
-        self.publisher.rekeyed(self.old, self.new.id.spis)
+        self.publisher.gone(self.old, [self.new])
+        self.publisher.publish(self.new)
         await self.writer.flush()
 
     async def _end(self, sa: IkeSa) -> None:
@@ -94,7 +95,7 @@ def test_while_it_did_not_go_on_elsewhere_it_stays(gateway: Gateway) -> None:
 
 
 def test_once_the_client_has_the_answer_the_old_stub_says_nothing_of_it(gateway: Gateway) -> None:
-    gateway.publisher.answered(gateway.new.id.spis)
+    gateway.publisher.rekeys.answered(gateway.new.id.spis)
     gateway.goes_on_elsewhere()
     gateway.event()
     gateway.loop.pass_time(1.0)

@@ -656,6 +656,23 @@ def rekeyed(known: SaTracker, old: IkeId, new: IkeId) -> IkeSa:
     return known.sas[new.spis]
 
 
+def test_an_sa_that_both_sides_rekey_has_two_heirs_until_one_is_up() -> None:
+    known, _, _ = tracker()
+    feed(known, VECTORS[0], "gateway", MessageType.CHILD_ADD)
+    [old] = known.established()
+    ids = [IkeId.of(bytes([octet] * 8), b"gateway.", initiator) for octet, initiator in ((1, False), (2, True))]
+    for one in ids:
+        sent = [decode(octets) for octets in messages(VECTORS[0], "gateway")]
+        first = next(message for message in sent if message.first(Attr.IKE_REKEY_ID))
+        changed = {Attr.IKE_ID: one, Attr.IKE_REKEY_ID: old.id}
+        HaReports(known).handle(
+            HaMessage(3, first.type, [(name, changed.get(name, value)) for name, value in first.attributes])
+        )
+    assert [sa.id for sa in known.heirs(old)] == ids
+    known.end(ids[0])
+    assert [sa.id for sa in known.heirs(old)] == ids[1:]
+
+
 def test_an_sa_that_was_rekeyed_before_it_was_recalled_leaves_its_child_sas_to_what_came_of_it() -> None:
     before, _, _ = tracker()
     feed(before, VECTORS[0], "gateway", MessageType.CHILD_ADD)

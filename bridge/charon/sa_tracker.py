@@ -231,9 +231,9 @@ class SaTracker:
         sa.up = True
         sa.seen = sa.children_at = sa.reported_at = self.clock()
 
-    def heir(self, old: IkeSa) -> bytes | None:
-        """Both SPIs of the SA that `old` is being rekeyed to, until that is up."""
-        return next((spis for spis, sa in self.notes.rekeyed_from.items() if sa is old), None)
+    def heirs(self, old: IkeSa) -> list[IkeSa]:
+        """What `old` is being rekeyed to, until one is up: two where both sides rekey it, and not all are completed."""
+        return [self.sas[spis] for spis, sa in self.notes.rekeyed_from.items() if sa is old and spis in self.sas]
 
     def take_back(self, sa: IkeSa, info: SaInfo, *, since: float) -> bool:
         """An SA that the bank remembers and VICI, asked at `since`, lists; False where it has CHILD_SAs

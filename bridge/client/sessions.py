@@ -263,10 +263,10 @@ class Sessions:
         session = self.of(spis)
         if session is None or self.is_own(spis) or session.sas.pop(spis, None) is None:
             return
-        heir = self._charon.tracker.heir(sa)
-        if heir is not None:
+        heirs = self._charon.tracker.heirs(sa)
+        if heirs:
             # the answer to its own rekey this host has; that the gateway has this one, nothing shows yet
-            session.previous = sa if sa.resumable and not self._charon.tracker.sas[heir].id.initiator else None
+            session.previous = sa if sa.resumable and not heirs[0].id.initiator else None
         if session.up:
             session.last = next(reversed(session.sas.values()))
         elif spis in self._ended or not sa.resumable:

@@ -4,7 +4,7 @@ section 3.4), and back at start, so that charon need not be asked for what the b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -14,6 +14,7 @@ from bridge.charon.ike_sa import IkeSa, gateway_address, sa_of
 from bridge.charon.vici_types import SaInfo
 from bridge.config import GatewayConfig
 from bridge.gateway.known_sessions import KnownSessions
+from bridge.gateway.unanswered_rekeys import UnansweredRekeys
 from bridge.stub.stub import Index
 
 log = structlog.get_logger()
@@ -45,10 +46,7 @@ class Publisher:
         self.locked_out: Callable[[], None] = lambda: None
         """called for an SA of an identity that is locked out"""
         self._wall = wall
-        self._unanswered: dict[bytes, IkeSa] = {}
-        """SAs that their clients rekeyed, by both SPIs of the new one, while that may not be known to the client"""
-        self._heirs: dict[bytes, bytes] = {}
-        """both SPIs of those new ones, by those of the old ones"""
+        self.rekeys = UnansweredRekeys(self._take_back)
 
     @property
     def own_addresses(self) -> set[str]:
@@ -59,6 +57,7 @@ class Publisher:
     def publish(self, sa: IkeSa) -> None:
         """Store the stub of an SA that is up, as it is now. That of a session which ended is not stored again; that of
         an SA which is not resumable after all is deleted."""
+        self.rekeys.came_up(sa)
         if self._revocations.revoked(sa):
             self.locked_out()
             return
@@ -90,39 +89,20 @@ class Publisher:
             log.info("sa-being-deleted", connection=sa.connection, **sa.id.logged)
             self.withdraw(sa)
 
+    def gone(self, sa: IkeSa, heirs: Sequence[IkeSa]) -> None:
+        """An SA ended, which was being rekeyed to these. Its client, if it has rekeyed it, may come back with the old
+        one until a request shows that it has the answer: that stub stays."""
+        if all(heir.id.initiator for heir in heirs):
+            self.withdraw(sa)
+            return
+        self._living.take_out(sa)
+        self.rekeys.begin(sa, heirs)
+
     def withdraw(self, sa: IkeSa) -> None:
         """Delete the stub of an SA that ended."""
         self._living.take_out(sa)
-        self.answered(sa.id.spis)
+        self.rekeys.answered(sa.id.spis)
         self._take_back(sa)
-
-    def rekeyed(self, old: IkeSa, heir: bytes) -> None:
-        """A client has rekeyed an SA, to the one with these SPIs. Until a request shows that it has the answer, it may
-        come back with the old one: that stub stays."""
-        self._living.take_out(old)
-        self._unanswered[heir] = old
-        self._heirs[old.id.spis] = heir
-
-    def heir(self, spis: bytes) -> bytes | None:
-        """Both SPIs of what a client has rekeyed this SA to, while its stub stays."""
-        return self._heirs.get(spis)
-
-    def unanswered(self) -> Iterator[tuple[Index, bytes]]:
-        """The stubs that stay after a rekey, by index, each with both SPIs of the new SA."""
-        return ((old.published, heir) for heir, old in self._unanswered.items() if old.published is not None)
-
-    def answered(self, spis: bytes) -> None:
-        """A request of a client verified on an SA (both SPIs), or the SA ended. If it comes of a rekey, or was rekeyed,
-        the old SA has served its time: the client deletes it once it has the answer."""
-        old = self._unanswered.pop(self._heirs.get(spis, spis), None)
-        if old is not None:
-            del self._heirs[old.id.spis]
-            self._take_back(old)
-
-    def lost(self) -> None:
-        """charon is gone with all its SAs; their stubs stay, since clients resume from them."""
-        self._unanswered.clear()
-        self._heirs.clear()
 
     def _take_back(self, sa: IkeSa) -> None:
         if (sa.resumable or sa.published_at) and sa.local is not None:

@@ -110,7 +110,7 @@ class GatewayRole:
         self._uniqueness = Uniqueness(charon, living)
         self._authentication = AuthenticationEnd(charon, self._metrics)
         self._publisher = Publisher(config, writer, bank, known)
-        self._elsewhere = SessionElsewhere(charon, bank, self._metrics, rekeyed=self._publisher.unanswered)
+        self._elsewhere = SessionElsewhere(charon, bank, self._metrics, rekeyed=self._publisher.rekeys.stubs)
         self._publisher.locked_out = lock_out.soon
         charon.tracker.on_deleting = self._publisher.deleting
         self._stubs = ClientStubs(
@@ -146,7 +146,7 @@ class GatewayRole:
         )
         unconfirmed.on_resumed = self._resumed
         admission = Admission(config.sync, Cookies(), unconfirmed.of_source)
-        holders = AddressHolders(charon, bank, config.address, heir=self._publisher.heir)
+        holders = AddressHolders(charon, bank, config.address, heir=self._publisher.rekeys.heir)
         tag = os.urandom(TAG_OCTETS)
         decision = Decision(charon, known, self._stubs, unconfirmed, admission, holders, config.sync, tag)
         self._responder = Responder(
@@ -187,7 +187,7 @@ class GatewayRole:
         self._reconciler = BankReconciler(config, bank, charon, self._publisher, known, self._elsewhere)
         self._reconciler.on_ending = self._keeper.ended
         charon.tracker.on_lost.append(self._stubs.lost.put)
-        charon.tracker.on_lost.append(lambda _: self._publisher.lost())
+        charon.tracker.on_lost.append(lambda _: self._publisher.rekeys.lost())
         self._postings: Postings | None = None
         if config.address is not None:
             self._postings = Postings(config.address, bank, charon, self._publisher, failover, self._metrics)
@@ -260,6 +260,7 @@ class GatewayRole:
             ("keys", self._bank.rotation.run()),
             ("endings", self._endings.keep()),
             ("lock-out", self._lock_out.run()),
+            ("rekeys", self._publisher.rekeys.run()),
             ("elsewhere", self._elsewhere.run()),
             ("duplicates", self._duplicates.run()),
             ("authentication-end", self._authentication.run()),
@@ -304,17 +305,13 @@ class GatewayRole:
         if self._shared is not None:
             self._shared.sessions.gone(sa)
         if sa.up:
-            heir = self._charon.tracker.heir(sa)
-            if heir is not None and not self._charon.tracker.sas[heir].id.initiator:
-                self._publisher.rekeyed(sa, heir)
-            else:
-                self._publisher.withdraw(sa)
+            self._publisher.gone(sa, self._charon.tracker.heirs(sa))
 
     def verified(self, ike_id: IkeId) -> None:
         """A request of a client's verified."""
         self._responder.unconfirmed.verified(ike_id)
         self._responder.activation.verified(ike_id.spis)
-        self._publisher.answered(ike_id.spis)
+        self._publisher.rekeys.answered(ike_id.spis)
         if self._shared is not None:
             self._shared.sessions.verified(ike_id)
 

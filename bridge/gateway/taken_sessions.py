@@ -210,11 +210,11 @@ class TakenSessions:
         """An SA of this gateway ended."""
         session = self._sessions.get(sa.id.spis)
         if session is not None and session.sa is sa and session.state in (State.REKEYING, State.LEFT):
-            heir = self._charon.tracker.heir(sa)
-            if heir is not None:
+            heirs = self._charon.tracker.heirs(sa)
+            if heirs:
                 del self._sessions[sa.id.spis]
                 self._leave(sa.id.spis)
-                self._heirs[heir] = session
+                self._heirs[heirs[0].id.spis] = session
                 return
         self.forget(sa.id.spis)
 
