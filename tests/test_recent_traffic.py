@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import redis
 from bank_support import PASSWORD, PATIENCE, RedisServer, keyring, stub_of
 from bridge.bank import recent_traffic, replica_in
-from bridge.bank.interface import StubBank
+from bridge.bank.interface import DOWNLOAD_BATCH, StubBank
 from bridge.bank.keyspace import Event
 from bridge.bank.prefetch import Prefetch
 from bridge.bank.recent_traffic import OCTETS_MAX, SESSIONS_MAX, TTL, decode, encode
@@ -26,7 +26,7 @@ from bridge.charon.ike_sa import sa_of
 from bridge.charon.vici_types import ChildInfo, SaInfo, parse_ike_sa
 from bridge.config import FailoverConfig
 from bridge.gateway.announced_failure import HEAD_START
-from bridge.gateway.announcer import TRIAL, TRIAL_SECONDS
+from bridge.gateway.announcer import LIVES, TRIAL, TRIAL_SECONDS
 from bridge.gateway.failover import Failover
 from bridge.gateway.other_gateways import order
 from bridge.gateway.traffic_times import LATELY_SECONDS, TrafficTimes
@@ -340,5 +340,47 @@ async def test_a_bank_that_is_slow_to_say_keeps_no_session_waiting(tmp_path: Pat
         survivor.failover.start()
         await survivor.sees_fail(DEAD)
         assert len(await survivor.has_announced(len(stubs))) == len(stubs)
+        await survivor.close()
+        await bank.close()
+
+
+class HeldBack(RedisBank):
+    """A bank whose stubs cannot be downloaded before `go`."""
+
+    go: asyncio.Event
+
+    async def download(self, gateway: str, batch: int = DOWNLOAD_BATCH) -> AsyncGenerator[list[Stub]]:
+        await self.go.wait()
+        async with aclosing(super().download(gateway, batch)) as pages:
+            async for page in pages:
+                yield page
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("lives", [True, False], ids=["a-client-said-that-it-lives", "back"])
+async def test_a_gateway_that_fails_again_while_its_stubs_are_read_is_announced_again(
+    tmp_path: Path, lives: bool
+) -> None:
+    with RedisServer(tmp_path) as server:
+        bank = HeldBack(server.url, keyring(), get_timeout=5.0)
+        bank.go = asyncio.Event()
+        stubs = stubs_of(TRIAL - 1)
+        await bank.store(stubs)
+        await bank.post(bank_keys.TRAFFIC_KIND, DEAD, encode(stub.index for stub in stubs[:3]), TTL)
+        survivor = Survivor(bank)
+        survivor.failover.start()
+        await survivor.sees_fail(DEAD)
+        await survivor.has_announced(3)
+        survivor.failover.heartbeat_event(Event(bank_keys.heartbeat_key(DEAD), "set"))
+        if lives:
+            survivor.failover._announcer.end(DEAD, LIVES, time.monotonic())
+        new = stub_of((99).to_bytes(8))
+        await bank.store([new])
+        await survivor.sees_fail(DEAD)
+        bank.go.set()
+        announced = await survivor.has_announced(TRIAL)
+        assert sorted(announced) == sorted(stub.spi_r for stub in [*stubs, new])
+        # a client that says that it lives only delays the announcements of the second failure
+        assert not survivor.failover._announcer._failures[DEAD].back
         await survivor.close()
         await bank.close()

@@ -115,6 +115,8 @@ class Failover:
         self._wake = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
         self._fetching: dict[str, asyncio.Task[None]] = {}
+        self._again: dict[str, bool] = {}
+        """gateways that failed again while their stubs were read, and whether they have lost their sessions"""
 
     def start(self) -> None:
         """Begin to announce what fails from now on."""
@@ -219,9 +221,18 @@ class Failover:
         lost, announces = reason == SAID_ITSELF, self._config.announce and self._address is not None
         if not (lost and announces):
             self._prefetch.fetch(gateway)
-        if announces and gateway not in self._fetching:
-            task = self._fetching[gateway] = spawn(f"announce {gateway}", self._prepare(gateway, lost))
-            task.add_done_callback(lambda _: self._fetching.pop(gateway, None))
+        if not announces:
+            return
+        running = self._fetching.get(gateway)
+        if running is not None and not running.done():
+            self._again[gateway] = lost or self._again.get(gateway, False)
+            return
+        task = self._fetching[gateway] = spawn(f"announce {gateway}", self._prepare(gateway, lost))
+        task.add_done_callback(partial(self._prepared, gateway))
+
+    def _prepared(self, gateway: str, task: asyncio.Task[None]) -> None:
+        if self._fetching.get(gateway) is task:
+            del self._fetching[gateway]
 
     def _back(self, gateway: str) -> None:
         log.info("gateway-back", gateway=gateway)
@@ -230,8 +241,14 @@ class Failover:
             self._prefetch.drop(address)
 
     async def _prepare(self, gateway: str, lost: bool) -> None:
-        """Begin to announce the failure of `gateway`: the sessions that had traffic last, and once all its stubs are
-        here, the others. `lost`: also if it is back by then."""
+        """Begin to announce the failure of `gateway`, and the next one where it fails again while its stubs are read:
+        what was announced before may have ended, and it may have other sessions."""
+        while not await self._prepare_one(gateway, lost):
+            lost = self._again.pop(gateway) or lost
+
+    async def _prepare_one(self, gateway: str, lost: bool) -> bool:
+        """Begin to announce a failure: the sessions that had traffic last, and once all its stubs are here, the others.
+        `lost`: also if it is back by then. Whether it did not fail again meanwhile."""
         begun = False
         while True:
             try:
@@ -245,18 +262,23 @@ class Failover:
                         # ask a dead gateway in vain come later
                         await self._first_gone_on(gateway)
                     await self._fetch_all(addresses)
+                    if gateway in self._again:
+                        return False
                     stubs = [stub for address in addresses async for page in self._stubs(address) for stub in page]
             except BankUnavailable as error:
                 log.info(error.event, component="announcements", gateway=gateway, reason=str(error))
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
             break
+        if gateway in self._again:
+            return False
         if begun or self._open(gateway, lost):
             self._announcer.add(gateway, [(stub, turns(stub)) for stub in stubs], complete=True)
         if self.watch.state(gateway) is not PeerState.FAILED:
             # what was fetched since it is back
             for address in addresses:
                 self._prefetch.drop(address)
+        return True
 
     async def _first_gone_on(self, gateway: str) -> None:
         while self._announcer.first_under_way(gateway, self._clock()):  # noqa: ASYNC110 - the clock ends it too
