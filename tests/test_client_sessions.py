@@ -51,14 +51,23 @@ class Client:
 
     def rekeyed(self, old: IkeSa, *, by_gateway: bool) -> IkeSa:
         """One of the sides rekeys an IKE_SA; charon reports the end of the old one first."""
+        new = self.begins_rekey(old, by_gateway=by_gateway)
+        self.sessions.gone(old)
+        self.completes(old, new)
+        return new
+
+    def begins_rekey(self, old: IkeSa, *, by_gateway: bool) -> IkeSa:
+        """charon reports a new IKE_SA, which is not up yet."""
         new = ike_sa(old.connection)
         new.id = IkeId.of(new.id.spi_i, new.id.spi_r, not by_gateway)
         self.sas[new.id.spis] = new
-        self.heirs[old.id.spis] = [new]
-        self.sessions.gone(old)
-        del self.heirs[old.id.spis]
-        self.sessions.changed(new)
+        self.heirs.setdefault(old.id.spis, []).append(new)
         return new
+
+    def completes(self, old: IkeSa, new: IkeSa) -> None:
+        """The new one is up."""
+        self.heirs[old.id.spis].remove(new)
+        self.sessions.changed(new)
 
     def of(self, sa: IkeSa) -> Session | None:
         return self.sessions.of(sa.id.spis)
@@ -299,3 +308,67 @@ def test_of_a_session_that_went_on_nothing_from_before_is_kept() -> None:
     [session] = client.sessions
     client.sessions.moved(session, ike_sa("home-gw2"))
     assert session.previous is None
+
+
+@pytest.mark.parametrize("vici_first", [False, True])
+def test_a_session_that_ended_with_its_rekey_half_made_is_forgotten(vici_first: bool) -> None:
+    """charon reports the new IKE_SA before all key exchanges of the rekey are done (RFC 9370)."""
+    client = Client()
+    old = client.comes_up("home")
+    client.begins_rekey(old, by_gateway=True)
+    if vici_first:
+        assert client.sessions.ended(info_of(old)) is not None
+        client.sessions.gone(old)
+    else:
+        client.sessions.gone(old)
+        assert client.sessions.ended(info_of(old)) is not None
+    assert list(client.sessions) == []
+    assert client.sessions.resumable_sas() == []
+
+
+def test_until_the_new_one_is_up_the_old_one_is_the_last_and_nothing_is_before_it() -> None:
+    client = Client()
+    first = client.comes_up("home")
+    old = client.rekeyed(first, by_gateway=True)
+    new = client.begins_rekey(old, by_gateway=True)
+    client.sessions.gone(old)
+    [session] = client.sessions
+    assert (session.last, session.previous) == (old, None)
+    client.completes(old, new)
+    assert (session.last, session.previous) == (new, old)
+
+
+@pytest.mark.parametrize("on_old", [True, False])
+def test_a_request_of_the_gateway_before_the_new_one_is_up_shows_the_same(on_old: bool) -> None:
+    client = Client()
+    old = client.comes_up("home")
+    new = client.begins_rekey(old, by_gateway=True)
+    client.sessions.gone(old)
+    client.sessions.verified((old if on_old else new).id.spis)
+    client.completes(old, new)
+    [session] = client.sessions
+    assert (session.last, session.previous) == (new, None)
+
+
+@pytest.mark.parametrize("gateway_wins", [True, False])
+def test_of_two_rekeys_at_the_same_time_the_one_that_comes_up_counts(gateway_wins: bool) -> None:
+    client = Client()
+    old = client.comes_up("home")
+    loser = client.begins_rekey(old, by_gateway=not gateway_wins)
+    winner = client.begins_rekey(old, by_gateway=gateway_wins)
+    client.sessions.gone(old)
+    client.completes(old, winner)
+    [session] = client.sessions
+    assert session.last is winner
+    assert session.last is not loser
+    assert session.previous is (old if gateway_wins else None)
+
+
+def test_what_is_lost_is_not_what_was_before_it() -> None:
+    """An attempt that began with it failed after its rekey."""
+    client = Client()
+    old = client.comes_up("home")
+    client.rekeyed(old, by_gateway=True)
+    [session] = client.sessions
+    client.sessions.lose(session, old)
+    assert (session.last, session.previous) == (old, None)

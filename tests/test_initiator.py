@@ -21,6 +21,7 @@ from bridge.client.outcome import Outcome, Result
 from bridge.client.sessions import Session
 from bridge.client.sync_request import Answer, NoAnswerError, RefusedError, Target
 from bridge.config import ClientConfig, GatewayEntry, HeldConfig, ResumeConfig, VpnConfig
+from bridge.service.tasks import spawn
 from bridge.stub.types import Endpoint
 from role_support import LOCAL, FakeTime, Wire, fake_charon, ike_sa
 
@@ -119,6 +120,12 @@ class Client:
 
     def rekeyed(self, old: IkeSa) -> IkeSa:
         """The gateway rekeys an IKE_SA; whether it has the answer is not known."""
+        new = self.begins_rekey(old)
+        self.completes(new)
+        return new
+
+    def begins_rekey(self, old: IkeSa) -> IkeSa:
+        """The same, and charon has yet to report that the new one is up."""
         tracker = self.charon.tracker
         new = ike_sa(old.connection, ONE)
         new.id = IkeId.of(new.id.spi_i, new.id.spi_r, False)
@@ -126,9 +133,12 @@ class Client:
         tracker.notes.rekeyed_from[new.id.spis] = old
         tracker.forget(old.id)
         self.initiator.gone(old)
-        del tracker.notes.rekeyed_from[new.id.spis]
-        self.initiator.changed(new)
         return new
+
+    def completes(self, new: IkeSa) -> None:
+        """It is up."""
+        del self.charon.tracker.notes.rekeyed_from[new.id.spis]
+        self.initiator.changed(new)
 
     def lose(self, sa: IkeSa, state: str = "CONNECTING") -> None:
         """Its gateway does not answer any more."""
@@ -210,6 +220,38 @@ def test_the_previous_ike_sa_is_tried_once(client: Client) -> None:
     outcome = client.run(moved(client))
     assert (outcome.result, outcome.reason) == (Result.FALLBACK, "refused")
     assert client.asked_for == [new.id.spis, old.id.spis]
+
+
+@pytest.mark.parametrize("attempt_first", [False, True])
+def test_an_attempt_during_which_a_rekey_is_completed_asks_for_nothing_twice(
+    client: Client, attempt_first: bool
+) -> None:
+    async def attempt() -> tuple[IkeSa, Outcome]:
+        old = client.up()
+        new = None if attempt_first else client.begins_rekey(old)
+        moving = spawn("move", moved(client))
+        await asyncio.sleep(0.005)
+        new = new or client.begins_rekey(old)
+        client.without_stub = {old.id.spis, new.id.spis}
+        client.completes(new)
+        async with asyncio.timeout(60.0):
+            return old, await moving
+
+    old, outcome = client.run(attempt())
+    assert client.asked_for == [old.id.spis]
+    assert (outcome.result, outcome.reason) == (Result.FALLBACK, "refused")
+
+
+def test_a_session_that_ended_with_its_rekey_half_made_does_not_come_back(client: Client) -> None:
+    async def ends() -> None:
+        old = client.up()
+        client.begins_rekey(old)
+        client.initiator.down(info(old, "DELETING"))
+        await asyncio.sleep(60.0)
+
+    client.run(ends())
+    assert client.asked == []
+    assert list(client.initiator._sessions) == []
 
 
 def test_where_the_stub_of_the_rekeyed_ike_sa_is_the_previous_one_is_not_tried(client: Client) -> None:

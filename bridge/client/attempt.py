@@ -144,9 +144,10 @@ class Attempt:
                     **self._asked_for.id.logged,
                 )
                 self._not_resumed_by(refused.gateway, refused.reason)
-                if refused.why is None and self._origin is sa and session.previous is not None:
+                previous = session.previous
+                if refused.why is None and self._origin is sa and previous is not None and previous is not sa:
                     # a gateway without a stub proves nothing, and one that proves a reason has the stub
-                    self._origin = session.previous
+                    self._origin = previous
                     return Event.REKEYED
                 return Event.REFUSED
             return Event.PROVEN

@@ -41,6 +41,11 @@ class Session:
     """whether packets came through any of its CHILD_SAs"""
     previous: IkeSa | None = None
     """what its gateway rekeyed to `last`, while that gateway may lack the answer: then there is a stub of it alone"""
+    rekeyed: IkeSa | None = None
+    """what ended while one of the sides rekeyed it, until one of `heirs` is up or a request shows that the gateway has
+    the answer"""
+    heirs: tuple[bytes, ...] = ()
+    """both SPIs of what `rekeyed` may have been rekeyed to"""
 
     @property
     def resumable_spis(self) -> tuple[bytes, ...]:
@@ -158,13 +163,15 @@ class Sessions:
             if other is not session:
                 other.sas.pop(sa.id.spis, None)
         self._sessions = [one for one in self._sessions if one.up or one is session or one.last is not sa]
-        session.last, session.sas, session.previous = sa, {sa.id.spis: sa}, None
+        session.last, session.sas, session.previous, session.rekeyed = sa, {sa.id.spis: sa}, None, None
         if session not in self._sessions:
             self._sessions.append(session)
 
     def lose(self, session: Session, sa: IkeSa) -> None:
         """The IKE_SA of a session is gone, and can be resumed."""
         session.last, session.sas, session.until = sa, {}, self._clock() + LOST_SECONDS
+        if session.previous is sa:
+            session.previous = None
         if session not in self._sessions:
             self._sessions.append(session)
 
@@ -227,6 +234,10 @@ class Sessions:
             if session.last.id.spis == sa.id.spis:
                 _inherit_authentication(sa, session.last)
             session.sas[sa.id.spis] = sa
+        if session.rekeyed is not None and sa.id.spis in session.heirs:
+            # the answer to its own rekey this host has; that the gateway has this one, nothing shows yet
+            session.previous = None if sa.id.initiator else session.rekeyed
+            session.rekeyed = None
         session.last = next(reversed(session.sas.values()))
         return session
 
@@ -265,8 +276,8 @@ class Sessions:
             return
         heirs = self._charon.tracker.heirs(sa)
         if heirs:
-            # the answer to its own rekey this host has; that the gateway has this one, nothing shows yet
-            session.previous = sa if sa.resumable and not heirs[0].id.initiator else None
+            session.previous, session.rekeyed = None, sa if sa.resumable else None
+            session.heirs = tuple([heir.id.spis for heir in heirs])
         if session.up:
             session.last = next(reversed(session.sas.values()))
         elif spis in self._ended or not sa.resumable:
@@ -280,6 +291,8 @@ class Sessions:
         for session in self._sessions:
             if session.previous is not None and (spis in session.sas or session.previous.id.spis == spis):
                 session.previous = None
+            if session.rekeyed is not None and (spis in session.heirs or session.rekeyed.id.spis == spis):
+                session.rekeyed = None
 
     def ended(self, info: SaInfo) -> Session | None:
         """One of the sides ended an IKE_SA: nothing to resume, unless its session has another one. The session that
