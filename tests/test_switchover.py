@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -144,6 +144,17 @@ class Client:
             )
         )
 
+    def keeps(self, ike_id: IkeId) -> None:
+        """charon cannot be told to drop an IKE_SA just now."""
+        delete = self.installer.delete
+
+        async def fails(ike_ids: Sequence[IkeId]) -> None:
+            if ike_id in ike_ids:
+                raise ChannelError("charon does not read")
+            await delete(ike_ids)
+
+        self.installer.delete = fails  # type: ignore[method-assign]
+
     def loses_old(self) -> None:
         """charon ended the IKE_SA."""
         self.charon.tracker.forget(self.old.id)
@@ -234,6 +245,25 @@ def test_what_is_resumed_from_before_a_rekey_has_keys_of_that_and_takes_the_plac
     assert client.session.previous is None
     # charon keeps what was rekeyed until the DELETE of its gateway
     assert {client.old.id, origin.id} == set(client.installer.deleted)
+
+
+def test_a_session_that_went_on_stays_where_what_was_before_its_rekey_cannot_be_removed(client: Client) -> None:
+    origin = client.session.previous = ike_sa("gw1", OLD)
+    client.keeps(origin.id)
+    new, names, _ = client.resume(client.answer(), origin=origin)
+    assert names == ["net"]
+    assert list(client.session.sas) == [new.id.spis]
+    assert client.installer.deleted == [client.old.id]
+
+
+def test_a_failed_ike_sa_that_cannot_be_removed_leaves_the_old_session_resumable(client: Client) -> None:
+    client.gateway_confirms = False
+    answer = client.answer()
+    client.keeps(answer.ike_id)
+    with pytest.raises(ViciError, match="under the new keys"):
+        client.resume(answer)
+    assert client.session.last is client.old
+    assert not client.session.up
 
 
 def test_a_failure_leaves_what_was_before_a_rekey_resumable(client: Client) -> None:

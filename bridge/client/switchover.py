@@ -100,15 +100,15 @@ class Switchover:
         with self._sessions.owning(answer.ike_id.spis), self._sessions.owning(old.id.spis):
             try:
                 new, names, up = await self._switched(old, origin, gateway, answer, confirmed_by, stay)
-                if origin is not old:
-                    await self._remove(origin.id)
             except (ViciError, ChannelError, HaError):
                 # the new SA never worked: the old stub stays what can be resumed (rule 6)
-                await self._remove(answer.ike_id)
+                await self._remove_if_possible(answer.ike_id)
                 if old.id.spis not in self._charon.tracker.sas:
                     self._sessions.lose(session, old)
                 raise
             self._sessions.moved(session, new)
+            if origin is not old:
+                await self._remove_if_possible(origin.id)
         self._charon.reconcile_soon()
         return new, names, up
 
@@ -300,6 +300,11 @@ class Switchover:
             self._charon.tracker.forget(ike_id)
             await self._charon.installer.delete([ike_id])
             await self._charon.channel.drained()
+
+    async def _remove_if_possible(self, ike_id: IkeId) -> None:
+        """The same. What charon cannot be told now, it is told later (bridge.charon.installer)."""
+        with contextlib.suppress(ChannelError):
+            await self._remove(ike_id)
 
     async def _leave(self, sa: IkeSa) -> None:
         """End an SA in whose place another gateway set up one: its own may live, and no mark in the bank reports it."""
