@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
 import structlog
 
-from bridge.bank.interface import GatewaySign, StubBank
+from bank_support import PATIENCE
+from bridge.bank.interface import BEATS, GatewaySign, StubBank
 from bridge.charon.charon import Charon
 from bridge.gateway.heartbeat import SLOW_SECONDS, Heartbeat
 from bridge.gateway.metrics import GatewayMetrics
+from bridge.service.tasks import end, spawn
 
 HERE, OTHER = "192.0.2.1", "192.0.2.2"
 DETECT = 1.0
@@ -96,3 +99,80 @@ async def test_heartbeats_that_come_less_often_than_they_expire_make_those_of_ot
     await it.heartbeat.beat()
     assert it.heartbeat.bank_writable
     assert it.heartbeat.doubtful
+
+
+class SlowBank(FarBank):
+    """A bank whose answers take longer than a gateway waits between two heartbeats, and what was asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    async def _take(self, what: str) -> float:
+        await asyncio.sleep(1.2 * SOON / BEATS)
+        self.asked.append(what)
+        return 1.2 * SOON / BEATS
+
+    async def heartbeat(self, _: str, __: float) -> float:
+        return await self._take("heartbeat")
+
+    async def leave(self, _: str) -> None:
+        self.asked.append("leave")
+
+
+SOON = 0.3
+"""`detect`, in a test that takes so long"""
+
+
+@pytest.mark.parametrize("what", ["charon", "uplink"])
+async def test_a_gateway_that_cannot_serve_says_so_however_slow_its_bank_is(what: str) -> None:
+    bank = SlowBank()
+    reconciled = asyncio.Event()
+    reconciled.set()
+    lost: list[str] = []
+    charon = SimpleNamespace(alive=lambda: "charon" not in lost, reconciled=reconciled, vici=None)
+
+    async def written(*_: object) -> None:
+        """What other parts conclude from it is tested elsewhere."""
+
+    heartbeat = Heartbeat(
+        cast(StubBank, bank),
+        cast(Charon, charon),
+        HERE,
+        GatewayMetrics(),
+        SOON,
+        written,
+        cut_off=lambda _: "uplink" in lost,
+    )
+    run = spawn("heartbeat", heartbeat._run())
+    await until(lambda: len(bank.asked) >= 3)
+    lost.append(what)
+    bank.asked.clear()
+    await until(lambda: "leave" in bank.asked)
+    # the one that was under way
+    assert bank.asked in (["leave"], ["heartbeat", "leave"])
+    await end(run)
+
+
+async def test_no_heartbeat_is_written_for_a_charon_that_ended_since_the_last_look() -> None:
+    it = Beating()
+    asked: list[str] = []
+
+    async def leave(_: str) -> None:
+        asked.append("leave")
+
+    async def heartbeat(_: str, __: float) -> float:
+        asked.append("heartbeat")
+        return 0.0
+
+    it.bank.leave, it.bank.heartbeat = leave, heartbeat  # type: ignore[attr-defined, method-assign]
+    await it.heartbeat.beat()
+    it.heartbeat._charon.alive = lambda: False  # type: ignore[method-assign]
+    await it.heartbeat.beat()
+    assert asked == ["heartbeat", "leave"]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - there is no event of it
+            await asyncio.sleep(0.01)

@@ -136,7 +136,7 @@ class Heartbeat:
         address = self.own_address
         # neither before a charon is there, nor while the SAs of a new one are not known: others would take this gateway
         # for one that still has its sessions
-        if self._there() and self._charon.reconciled.is_set():
+        if not await self._left() and self._there() and self._charon.reconciled.is_set():
             self._served = True
         writes = address is not None and self._served
         ping, written, signs = await asyncio.gather(
@@ -203,16 +203,23 @@ class Heartbeat:
 
     async def _pause(self, until: float) -> None:
         """Until the next heartbeat is due, or charon or the way to its clients has gone."""
-        while (left := until - time.monotonic()) > 0:
-            await asyncio.sleep(min(left, CHARON_SECONDS))
-            if self._served and not self._there():
-                self._served = False
-                if self.charon_alive is False:
-                    log.warning("charon-ended", effect="the other gateways are notified")
-                with contextlib.suppress(BankUnavailable):
-                    if (address := self.own_address) is not None:
-                        await self._bank.leave(address)
+        # once at least: where the bank is slow, the next heartbeat is due when the last one was written
+        while not await self._left():
+            if (left := until - time.monotonic()) <= 0:
                 return
+            await asyncio.sleep(min(left, CHARON_SECONDS))
+
+    async def _left(self) -> bool:
+        """Whether charon or the way to its clients has gone just now; the heartbeat is taken away then."""
+        if not self._served or self._there():
+            return False
+        self._served = False
+        if self.charon_alive is False:
+            log.warning("charon-ended", effect="the other gateways are notified")
+        with contextlib.suppress(BankUnavailable):
+            if (address := self.own_address) is not None:
+                await self._bank.leave(address)
+        return True
 
     def _there(self) -> bool:
         return self.charon_alive is True and not self._cut_off(self._clock())
