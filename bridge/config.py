@@ -79,6 +79,10 @@ class FailoverConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """announce the failure of another gateway to its clients, so that they resume here; needs `address`"""
     rate: Annotated[int, Meta(ge=1)] = 2000
     """announcements a second at most; two cores resume about as many sessions"""
+    uplink: bool = True
+    """whether a gateway that cannot send to its clients any more says so itself (docs/failures.md). Set it to false
+    where charon's packets take other routes than the kernel's answer to a plain question: by a mark
+    (`fwmark`), or in a VRF"""
 
 
 ChildrenInExchange = Literal["auto", "always", "never"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import msgspec
 import pytest
 import structlog
 
-from bank_support import stub_of
+from bank_support import keyring, stub_of
+from bridge.bank.interface import StubBank
 from bridge.charon.ike_sa import sa_of
+from bridge.config import GatewayConfig
+from bridge.gateway.gateway_bank import GatewayBank
+from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.uplink import GONE_SECONDS, LOOK_SECONDS, SAMPLE, SAMPLE_SECONDS, Uplink
 from bridge.lab import Lab, Topology, space
 from bridge.lab.daemon import SLOWNESS, wait_until
@@ -18,6 +23,7 @@ from bridge.lab.topology import SITE, standard
 from bridge.net.route import reaches, through_router
 from bridge.stub.bank_keys import heartbeat_key
 from failover_support import connect, established, fresh, last_move
+from role_support import fake_charon
 from test_sa_tracker import tracker
 
 OWN, OTHER_UPLINK, SHARED = "192.0.2.1", "192.0.2.65", "192.0.2.100"
@@ -159,6 +165,18 @@ def test_the_kernel_says_what_this_host_reaches() -> None:
 def test_an_address_that_left_this_host_says_nothing_of_the_way(missing: str) -> None:
     """It moved to another gateway, or its interface got another one. The way is there."""
     assert reaches(missing, "::1" if ":" in missing else "127.0.0.1")
+
+
+@pytest.mark.parametrize("looks", [True, False])
+async def test_a_gateway_that_is_not_to_look_at_its_uplink_does_not(
+    monkeypatch: pytest.MonkeyPatch, looks: bool
+) -> None:
+    """Where charon's packets are routed by a mark, and others by a default route over another interface."""
+    monkeypatch.setattr(Uplink, "look", lambda *_: True)
+    config = msgspec.convert({"address": OWN, "failover": {"uplink": looks}}, GatewayConfig)
+    charon, _, _ = fake_charon("home")
+    bank = GatewayBank(config, keyring(), charon, cast(StubBank, None), GatewayMetrics())
+    assert bank.heartbeat._cut_off(0.0) is looks
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ class GatewayBank:
         near = self._replicas.near if self._replicas is not None and config.bank.mode == "distributed" else None
         self.prefetch = Prefetch(stubs, limit=config.bank.cache, near=near, patience=config.bank.get_timeout / 2)
         self.writer = WriteQueue(stubs, limit=config.bank.pending)
+        uplink = Uplink(charon.tracker, shared=config.takeover.addresses)
         self.heartbeat = Heartbeat(
             stubs,
             charon,
@@ -51,7 +52,7 @@ class GatewayBank:
             counts,
             config.failover.detect,
             self._written,
-            cut_off=Uplink(charon.tracker, shared=config.takeover.addresses).look,
+            cut_off=uplink.look if config.failover.uplink else lambda _: False,
         )
         self.rotation = KeyRotation(
             stubs,

@@ -2,8 +2,8 @@
 gone, while the bank is reached by another interface. No I/O but `reaches`; times are monotonic seconds.
 
 Only clients that the kernel could send to before say anything: where charon's packets are routed by a mark or in a VRF,
-the kernel finds no route for others. What is concluded wrongly costs little: clients ask their gateway before they
-move.
+the kernel finds no route for others, or another one (`failover.uplink` is for that). What is concluded wrongly costs
+little: clients ask their gateway before they move.
 """
 
 from __future__ import annotations
