@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from unittest.mock import Mock
 
 from bank_support import stub_of
-from bridge.bank.interface import BankUnavailable, Ending, GatewaySign, StubBank
+from bridge.bank.interface import BankUnavailable, Ending, GatewaySign, Marked, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_commands import Install
@@ -251,6 +251,8 @@ class FakeBank:
         self.stubs: dict[Index, Stub] = {}
         self.over: set[Index] = set()
         self.went_on: dict[Index, Index] = {}
+        self.unread: set[Index] = set()
+        """those whose marks it cannot be asked for"""
         self.alive: set[str] = set()
         self.posts: dict[tuple[str, str], bytes] = {}
         self.away = False
@@ -298,9 +300,9 @@ class FakeBank:
         await self._reach("ended")
         return [index in self.over for index in indexes]
 
-    async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
+    async def moved(self, indexes: Sequence[Index]) -> list[Marked]:
         await self._reach("moved")
-        return [self.went_on.get(index) for index in indexes]
+        return [None if index in self.unread else self.went_on.get(index, False) for index in indexes]
 
     async def gateways(self) -> dict[str, GatewaySign]:
         await self._reach("gateways")

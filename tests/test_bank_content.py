@@ -208,7 +208,7 @@ async def everything_goes_on(place: Place, victim: Stub, other: Stub) -> None:
         assert all(str(value).isprintable() for value in row.as_dict().values())
     assert other.index in {row.index for row in await listed(bank)}
     # marks of moves, of lock-outs, of addresses
-    assert await bank.moved([other.index]) == [None]
+    assert await bank.moved([other.index]) == [False]
     await bank.moved([victim.index])
     await bank.revocation_stamp()
     for marks in await bank.revocations():

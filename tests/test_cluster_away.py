@@ -204,6 +204,8 @@ async def test_without_one_node_what_the_others_have_is_served_and_deleted(
     assert kept
     away(nodes[port])
     assert await bank.get([stub.index for stub in [*kept, *lost]]) == [*kept, *([None] * len(lost))]
+    # no mark there is known, and that is not the same as none
+    assert await bank.moved([kept[0].index, lost[0].index]) == [False, None]
     # the next look-up does not even wait
     began = time.monotonic()
     assert await bank.get([kept[0].index, lost[0].index]) == [kept[0], None]

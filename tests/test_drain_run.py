@@ -228,6 +228,27 @@ def test_a_mark_that_is_found_after_its_tombstone_counts(loop: FakeTime) -> None
     assert (scene.elsewhere.ended, scene.told()["moved"]) == ([sa], 1)
 
 
+@pytest.mark.parametrize("status", [None, MoveStatus.MOVING])
+def test_a_mark_that_cannot_be_read_is_waited_for(loop: FakeTime, status: MoveStatus | None) -> None:
+    """As while a node of a Redis Cluster is away: the event of the mark had its IKE_SA ended here before that."""
+    scene = Scene(loop, 1)
+    [sa] = scene.sas
+    scene.begin()
+    loop.pass_time(0.2)
+    if status is not None:
+        scene.report(sa, status)
+    assert sa.published is not None
+    scene.bank.unread.add(sa.published)
+    scene.arrives(sa)
+    has_tombstone(scene, sa)
+    scene.charon.tracker.forget(sa.id)
+    loop.pass_time(0.5)
+    assert (scene.told()["state"], scene.told()["under_way"]) == ("running", 1)
+    scene.bank.unread.clear()
+    loop.pass_time(0.5)
+    assert (scene.told()["state"], scene.told()["moved"]) == ("done", 1)
+
+
 def test_those_not_confirmed_count_for_the_share(loop: FakeTime) -> None:
     scene = moving(loop, clients=10, share=0.3)
     for sa in scene.sas:

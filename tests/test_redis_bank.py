@@ -237,7 +237,7 @@ def gone_to(old: Index, new: Index) -> Ending:
 async def test_a_mark_names_the_sa_with_which_a_session_went_on(bank: RedisBank) -> None:
     old, new, other = (stub_of(gateway=gateway).index for gateway in (GATEWAY, "2001:db8::2", GATEWAY))
     await bank.delete([gone_to(old, new)])
-    assert await bank.moved([other, old]) == [None, new]
+    assert await bank.moved([other, old]) == [False, new]
 
 
 async def test_a_mark_that_a_full_bank_refuses_is_left_to_be_written_though_its_stub_is_deleted(
@@ -269,7 +269,7 @@ async def test_a_mark_without_the_banks_key_or_about_another_session_does_not_co
     await bank.delete([gone_to(old, new)])
     server.client.set(other.moved, server.client.get(old.moved))
     server.client.set(new.moved, keyring().seal(pack_index(old), new.moved.encode()))
-    assert await bank.moved([old, other, new]) == [new, None, None]
+    assert await bank.moved([old, other, new]) == [new, False, False]
     assert bank.unreadable == 2
 
 

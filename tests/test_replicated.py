@@ -335,7 +335,7 @@ async def test_a_mark_of_a_move_is_in_every_bank_and_counts_from_any(
     old, new = stub_of(gateway=ONE).index, stub_of(gateway=TWO).index
     until = int(time.time()) + 60
     await two.delete([Ending(old, until, move=Move(new, until))])
-    assert await one.moved([old]) == [new]
+    assert await one.moved([old, new]) == [new, False]
     # the old gateway hears of it in its own bank, and if that lost it, from another
     assert servers[ONE].client.delete(old.moved) == 1
     assert await one.moved([old]) == [new]

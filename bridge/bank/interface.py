@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from enum import IntEnum
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -70,6 +70,11 @@ class AddressEntry(NamedTuple):
 
     address: str
     of: Index
+
+
+Marked = Index | Literal[False] | None
+"""what a session went on as; False where there is no mark, or one that does not open; None where that could not be
+asked"""
 
 
 class GatewaySign(NamedTuple):
@@ -181,8 +186,8 @@ class StubBank(Protocol):
         """All sessions, of any gateway, that are known here to have ended."""
         ...
 
-    async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
-        """What the session of each index went on as. None where there is no mark, or one that does not open."""
+    async def moved(self, indexes: Sequence[Index]) -> list[Marked]:
+        """What the session of each index went on as, by its mark."""
         ...
 
     async def addresses(self, ranges: Sequence[tuple[str, str]]) -> list[AddressEntry]:

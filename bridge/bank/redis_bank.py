@@ -19,7 +19,7 @@ import msgspec
 from bridge.bank.address_index import AddressIndex
 from bridge.bank.buckets import BUCKETS_AT_A_TIME, BUNDLE, HASH, STRING, ZSET, Buckets, Work
 from bridge.bank.content_report import ContentReport
-from bridge.bank.interface import DOWNLOAD_BATCH, AddressEntry, BankUnavailable, Ending, Taking
+from bridge.bank.interface import DOWNLOAD_BATCH, AddressEntry, BankUnavailable, Ending, Marked, Taking
 from bridge.bank.redis_client import RedisClient, Script, unavailable
 from bridge.bank.redis_gateways import RedisGateways
 from bridge.bank.sealed_stubs import SealedStubs
@@ -302,13 +302,16 @@ class RedisBank(RedisGateways):
                         if (spi := bank_keys.read_spi(member, octet)) is not None and float(score) > 0
                     ]
 
-    async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
+    async def moved(self, indexes: Sequence[Index]) -> list[Marked]:
         """See StubBank."""
-        found: list[Index | None] = []
+        found: list[Marked] = []
         for first in range(0, len(indexes), BUNDLE):
             bundle = indexes[first : first + BUNDLE]
             replies = await self._buckets.read([("GET", index.moved) for index in bundle], [STRING] * len(bundle))
-            found += [self._sealed.open_mark(index, sealed) for index, sealed in zip(bundle, replies, strict=True)]
+            found += [
+                None if isinstance(reply, Exception) else self._sealed.open_mark(index, reply) or False
+                for index, reply in zip(bundle, replies, strict=True)
+            ]
         return found
 
     # Download

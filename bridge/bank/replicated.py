@@ -32,6 +32,7 @@ from bridge.bank.interface import (
     BankUnavailable,
     Ending,
     GatewaySign,
+    Marked,
 )
 from bridge.bank.replica import Replica
 from bridge.bank.replicas import Replicas, each_of
@@ -238,10 +239,12 @@ class ReplicatedBank:
             async for page in pages:
                 yield page
 
-    async def moved(self, indexes: Sequence[Index]) -> list[Index | None]:
+    async def moved(self, indexes: Sequence[Index]) -> list[Marked]:
         """See StubBank: a mark in any bank counts."""
         answers = await self._banks.ask_soon(lambda bank: bank.moved(indexes))
-        return [next(filter(None, marks), None) for marks in zip(*answers.values(), strict=True)]
+        return [
+            next(filter(None, marks), None if None in marks else False) for marks in zip(*answers.values(), strict=True)
+        ]
 
     # Download
 

@@ -330,14 +330,19 @@ class DrainRun:
         moved = await self._bank.moved([asked.index for asked in bundle])
         # a target of release 0.1 leaves no mark, and no process without the bank's key can leave one
         moving = [
-            asked.index for asked, new in zip(bundle, moved, strict=True) if new is None and asked.state is State.MOVING
+            asked.index
+            for asked, new in zip(bundle, moved, strict=True)
+            if new is False and asked.state is State.MOVING
         ]
         ended = dict(zip(moving, await self._bank.ended(moving), strict=True)) if moving else {}
         for asked, vanished, new in zip(bundle, gone, moved, strict=True):
             if self._asked.get(asked.sa.id.spis) is not asked:
                 # its client has reported how it ended, while the bank was asked
                 continue
-            if new is not None:
+            if new is None:
+                # the next look may say more
+                continue
+            if new:
                 self._went_on(asked, new)
             elif vanished:
                 asked.vanished = True

@@ -112,7 +112,7 @@ class SessionElsewhere:
                 log.info(error.event, component="moves", reason=str(error))
                 moved = []
             for (_, sa), new in zip(found, moved, strict=False):
-                if new is not None:
+                if new:
                     self.end(sa, new)
             await asyncio.sleep(took * PACE)
 
