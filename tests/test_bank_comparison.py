@@ -256,6 +256,18 @@ def test_at_the_start_stubs_of_sas_that_ended_meanwhile_go(gateway: Gateway, cas
     assert (stub.index in gateway.bank.stubs) is stays
 
 
+def test_what_was_deleted_at_the_start_is_deleted_again_in_a_replica_that_was_behind(gateway: Gateway) -> None:
+    stub = stub_of()
+    gateway.bank.stubs[stub.index] = stub
+    gateway.start()
+    # a failover: the bank has the stub, and nothing of its end
+    gateway.bank.over.clear()
+    gateway.bank.stubs[stub.index] = stub
+    gateway.returned()
+    assert stub.index not in gateway.bank.stubs
+    assert stub.index in gateway.bank.over
+
+
 def test_stubs_of_other_gateways_are_not_touched_at_the_start(gateway: Gateway) -> None:
     stub = stub_of(gateway=OTHER)
     gateway.bank.stubs[stub.index] = stub

@@ -234,10 +234,13 @@ class BankReconciler:
             unknown = [stub for stub in stubs if stub.index not in known]
             ending += sum(stub.index.spi in listed for stub in unknown)
             over += [
-                Ending(stub.index, stub.expires)
+                Ending(stub.index, stub.expires, stub.derivation.epoch if stub.derivation is not None else 0)
                 for stub in unknown
                 if stub.index.spi not in listed and stub.established > started + START_SECONDS
             ]
+        for one in over:
+            # a replica that was behind and takes over still has the stub
+            self._endings.add(one.index, one.expires, one.epoch)
         if over:
             deleted = sum(await self._bank.delete(over))
             log.info("stubs-of-ended-sas-deleted", stubs=deleted)
