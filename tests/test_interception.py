@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Literal, cast
 
 import pytest
 import pytest_asyncio
@@ -14,13 +15,17 @@ from bridge.config import InterceptConfig
 from bridge.gateway.interception import Interception
 from bridge.net import queue_rules
 from bridge.net.nfqueue import Packet
-from net_support import FAMILIES, IKE_AUTH, SA, Wire, ike, inside, received, until, wire
+from net_support import FAMILIES, IKE_AUTH, RESPONSE, SA, Wire, ike, inside, received, until, wire
 
 pytestmark = [pytest.mark.lab, pytest.mark.parametrize("family", FAMILIES)]
+both_tools = pytest.mark.parametrize("tool", ["nftables", "iptables"], indirect=True)
 
 QUEUE = 4512
 HANDSHAKE, ANOTHER = ike(size=200, first=SA), ike(size=201, first=SA)
 LATER = ike(IKE_AUTH, size=100)
+DESTINATION_OPTIONS = bytes([0, 0, 1, 4, 0, 0, 0, 0])
+"""padding (RFC 8200 section 4.2)"""
+ROUTER_ALERT = bytes([0x94, 4, 0, 0])
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +47,22 @@ def seen() -> list[Packet]:
     return []
 
 
+@pytest.fixture
+def tool(request: pytest.FixtureRequest) -> Literal["auto", "nftables", "iptables"]:
+    """What sets the rules."""
+    return cast(Literal["auto", "nftables", "iptables"], getattr(request, "param", "auto"))
+
+
 @pytest_asyncio.fixture
-async def interception(cable: Wire, seen: list[Packet]) -> AsyncIterator[Interception]:
+async def interception(
+    cable: Wire, seen: list[Packet], tool: Literal["auto", "nftables", "iptables"]
+) -> AsyncIterator[Interception]:
     def pass_on(batch: list[Packet]) -> None:
         seen.extend(batch)
         for packet in batch:
             packet.accept()
 
-    made = Interception(InterceptConfig(queue=QUEUE), pass_on, lambda: False, lambda: False, tag=b"\x01\x02")
+    made = Interception(InterceptConfig(queue=QUEUE, rules=tool), pass_on, lambda: False, lambda: False, tag=b"\x01\x02")
     with inside(cable.host.namespace):
         await made.start()
         yield made
@@ -74,6 +87,48 @@ async def test_a_request_for_a_full_handshake_waits_as_long_as_it_is_held_back(
         client.sendto(LATER, charon.getsockname())
         assert await received(charon) == LATER
     assert [await received(charon) for _ in range(2)] == [HANDSHAKE, ANOTHER]
+
+
+@both_tools
+@pytest.mark.parametrize("exchange", [2, 4], ids=["Main Mode", "Aggressive Mode"])
+async def test_of_ikev1_every_first_message_is_held_back_whatever_its_flags(
+    interception: Interception, sockets: tuple[socket.socket, socket.socket], exchange: int
+) -> None:
+    """charon does not look at what is IKEv2's response flag."""
+    charon, client = sockets
+    first = ike(exchange, flags=RESPONSE, size=100, first=SA)
+    with interception.holding() as holds:
+        assert holds()
+        for message in (first, LATER):
+            client.sendto(message, charon.getsockname())
+        assert await received(charon) == LATER
+    assert await received(charon) == first
+
+
+@both_tools
+async def test_no_request_behind_options_of_the_ip_header_reaches_charon_meanwhile(
+    interception: Interception,
+    sockets: tuple[socket.socket, socket.socket],
+    cable: Wire,
+    family: str,
+    tool: str,
+) -> None:
+    charon, client = sockets
+    other = cable.peer.udp(family, 0)
+    if family == "ipv6":
+        client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DSTOPTS, DESTINATION_OPTIONS)
+    else:
+        client.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, ROUTER_ALERT)
+    with interception.holding() as holds:
+        assert holds()
+        client.sendto(HANDSHAKE, charon.getsockname())
+        other.sendto(LATER, charon.getsockname())
+        assert await received(charon) == LATER
+    if (family, tool) != ("ipv6", "iptables"):
+        assert await received(charon) == HANDSHAKE
+    # ip6tables cannot look behind extension headers: that one is lost, and its client sends it again
+    other.sendto(ANOTHER, charon.getsockname())
+    assert await received(charon) == ANOTHER
 
 
 async def test_once_the_rules_are_gone_nothing_is_held_back_and_that_is_known(

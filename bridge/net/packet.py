@@ -18,9 +18,10 @@ EXCHANGES = (34, 240)
 """IKE_SA_INIT, and the exchange that hands a client its stub (docs/protocol.md): all that a gateway's sidecar reads"""
 ANSWERED = (*EXCHANGES, 37)
 """what a client's sidecar reads the answers of: INFORMATIONAL, which confirms a rebuilt SA, among them"""
-BEGINNINGS = (34, 2, 4)
-"""what may have charon begin a handshake: IKE_SA_INIT, and Main and Aggressive Mode of IKEv1 (RFC 2408 section 3.1)"""
 FLAG_RESPONSE = 0x20
+BEGINNINGS = ((34, 0), (2, 0), (4, 0), (2, FLAG_RESPONSE), (4, FLAG_RESPONSE))
+"""what may have charon begin a handshake, by exchange type and response flag: IKE_SA_INIT, and Main and Aggressive Mode
+of IKEv1 (RFC 2408 section 3.1), which has no such flag, so that charon does not look at it"""
 IKE_HEADER = 28
 EXCHANGE_OFFSET = 18
 """of the exchange type in an IKE message; the flags follow in the next octet (RFC 7296 section 3.1)"""
@@ -53,7 +54,7 @@ class Datagram(NamedTuple):
 
 def may_begin_handshake(ike: bytes) -> bool:
     """Whether an IKE message may be a request that charon makes an IKE_SA of."""
-    return ike[EXCHANGE_OFFSET] in BEGINNINGS and not ike[EXCHANGE_OFFSET + 1] & FLAG_RESPONSE
+    return (ike[EXCHANGE_OFFSET], ike[EXCHANGE_OFFSET + 1] & FLAG_RESPONSE) in BEGINNINGS
 
 
 def has_marker(client: int, gateway: int) -> bool:

@@ -25,7 +25,8 @@ the last two kinds.
 
 While the sidecar says that segments of charon's ha plugin change hands, all that may begin a handshake is queued: from
 strongSwan 6.0.1 on an activation ends handshakes in progress, or crashes charon. The kernel forgets it HOLD_SECONDS
-after it was last told of it. A kernel that has no xt_recent cannot be told.
+after it was last told of it. A kernel that has no xt_recent cannot be told. ip6tables cannot look behind extension
+headers: what has some is dropped then.
 
 IPv4 puts fragments together before its input rules, IPv6 after them, so that a fragmented request would never be whole
 there. One more rule, which matches nothing, has the kernel do it first, as connection tracking does, but without
@@ -100,15 +101,15 @@ _ID_MASK = 0x100000000 - TAGGED_REQUESTS
 TAG_OCTETS = 2
 
 
-def _word(payload: int, exchange: int) -> str:
-    return f"{payload << 24 | exchange << 8:#010x}"
+def _word(payload: int, exchange: int, flag: int = 0) -> str:
+    return f"{payload << 24 | exchange << 8 | flag:#010x}"
 
 
 _STUB = _word(PayloadType.NONCE, ExchangeType.STUB)
 _SYNC_FIRST = _word(PayloadType.SYNC, ExchangeType.IKE_SA_INIT)
 _COOKIE_FIRST = _word(PayloadType.NOTIFY, ExchangeType.IKE_SA_INIT)
 _ANYWHERE = (_word(0, ExchangeType.IKE_SA_INIT), _word(0, ExchangeType.STUB))
-_BEGINNINGS = tuple(_word(0, exchange) for exchange in BEGINNINGS)
+_BEGINNINGS = tuple(_word(0, exchange, flag) for exchange, flag in BEGINNINGS)
 _TAGGED = (_word(0, ExchangeType.CREATE_CHILD_SA), _word(0, ExchangeType.INFORMATIONAL))
 
 
@@ -264,13 +265,14 @@ def iptables_text(
     """The rules of our chains. Not `full`: for a kernel without xt_recent, which cannot forget a sidecar.
 
     u32 loads 32 bits that begin at the given octet. It cannot walk extension headers: IPv6 packets that have some are
-    not matched.
+    not matched, and dropped while segments change hands, since a request may be behind them.
     """
     if family == "ip":
         before, base = "0>>22&0x3C@", 0  # @ moves the origin past the IPv4 header, whatever its length
     else:
         before, base = "", 40
-    udp_follows = "4&0xFF00=0x1100&&" if family == "ip6" else ""  # the IPv6 header at once
+    plain = "4&0xFF00=0x1100"  # UDP follows the IPv6 header at once
+    udp_follows = f"{plain}&&" if family == "ip6" else ""
 
     def at(octet: int) -> str:
         return f"{before}{base + octet}"
@@ -303,6 +305,9 @@ def iptables_text(
             f'-A {NAME} -p udp --dport {port} -m u32 --u32 "{udp_follows}{marker}{test}" -g {chain}'
             for test, chain in tests
         ]
+        if full and family == "ip6":
+            held = " ".join(_recent(family, HELD, HOLD_SECONDS))
+            lines.append(f'-A {NAME} -p udp --dport {port} -m u32 ! --u32 "{plain}" {held} -j DROP')
     lines += [f"-A {chain} -g {QUEUE_CHAIN}" for chain in (METER_CHAIN, COOKIE_CHAIN, SA_CHAIN, TAGGED_CHAIN)]
     if full:
         lines.append(f"-A {HOLD_CHAIN} {' '.join(_recent(family, HELD, HOLD_SECONDS))} -g {QUEUE_CHAIN}")
