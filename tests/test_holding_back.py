@@ -46,9 +46,7 @@ def test_the_packet_filter_holds_the_same_back() -> None:
 
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOBUFS])
-def test_an_order_that_the_kernel_does_not_take_ends_no_activation(
-    error: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_order_that_the_kernel_does_not_take_ends_no_activation(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(_: bool) -> None:
         raise OSError(error, "refused")
 

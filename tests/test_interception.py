@@ -6,7 +6,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Literal, cast
 
 import pytest
 import pytest_asyncio
@@ -18,7 +17,6 @@ from bridge.net.nfqueue import Packet
 from net_support import FAMILIES, IKE_AUTH, RESPONSE, SA, Wire, ike, inside, received, until, wire
 
 pytestmark = [pytest.mark.lab, pytest.mark.parametrize("family", FAMILIES)]
-both_tools = pytest.mark.parametrize("tool", ["nftables", "iptables"], indirect=True)
 
 QUEUE = 4512
 HANDSHAKE, ANOTHER = ike(size=200, first=SA), ike(size=201, first=SA)
@@ -47,22 +45,14 @@ def seen() -> list[Packet]:
     return []
 
 
-@pytest.fixture
-def tool(request: pytest.FixtureRequest) -> Literal["auto", "nftables", "iptables"]:
-    """What sets the rules."""
-    return cast(Literal["auto", "nftables", "iptables"], getattr(request, "param", "auto"))
-
-
 @pytest_asyncio.fixture
-async def interception(
-    cable: Wire, seen: list[Packet], tool: Literal["auto", "nftables", "iptables"]
-) -> AsyncIterator[Interception]:
+async def interception(cable: Wire, seen: list[Packet]) -> AsyncIterator[Interception]:
     def pass_on(batch: list[Packet]) -> None:
         seen.extend(batch)
         for packet in batch:
             packet.accept()
 
-    made = Interception(InterceptConfig(queue=QUEUE, rules=tool), pass_on, lambda: False, lambda: False, tag=b"\x01\x02")
+    made = Interception(InterceptConfig(queue=QUEUE), pass_on, lambda: False, lambda: False, tag=b"\x01\x02")
     with inside(cable.host.namespace):
         await made.start()
         yield made
@@ -89,7 +79,6 @@ async def test_a_request_for_a_full_handshake_waits_as_long_as_it_is_held_back(
     assert [await received(charon) for _ in range(2)] == [HANDSHAKE, ANOTHER]
 
 
-@both_tools
 @pytest.mark.parametrize("exchange", [2, 4], ids=["Main Mode", "Aggressive Mode"])
 async def test_of_ikev1_every_first_message_is_held_back_whatever_its_flags(
     interception: Interception, sockets: tuple[socket.socket, socket.socket], exchange: int
@@ -105,13 +94,11 @@ async def test_of_ikev1_every_first_message_is_held_back_whatever_its_flags(
     assert await received(charon) == first
 
 
-@both_tools
 async def test_no_request_behind_options_of_the_ip_header_reaches_charon_meanwhile(
     interception: Interception,
     sockets: tuple[socket.socket, socket.socket],
     cable: Wire,
     family: str,
-    tool: str,
 ) -> None:
     charon, client = sockets
     other = cable.peer.udp(family, 0)
@@ -124,7 +111,8 @@ async def test_no_request_behind_options_of_the_ip_header_reaches_charon_meanwhi
         client.sendto(HANDSHAKE, charon.getsockname())
         other.sendto(LATER, charon.getsockname())
         assert await received(charon) == LATER
-    if (family, tool) != ("ipv6", "iptables"):
+    assert interception._watch is not None
+    if (family, interception._watch.placed.backend) != ("ipv6", "iptables"):
         assert await received(charon) == HANDSHAKE
     # ip6tables cannot look behind extension headers: that one is lost, and its client sends it again
     other.sendto(ANOTHER, charon.getsockname())
