@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from bridge.charon.handshakes import Handshakes, Holds
+from bridge.charon.handshakes import UNREAD_SECONDS, Handshakes, Holds
 
 
 class Recorder:
@@ -39,8 +40,8 @@ class Recorder:
         self.done.append("looked surely")
         return self.sure
 
-    def handshakes(self, *, ends: bool = True) -> Handshakes:
-        made = Handshakes(self.look, self.look_surely)
+    def handshakes(self, *, ends: bool = True, clock: Callable[[], float] = time.monotonic) -> Handshakes:
+        made = Handshakes(self.look, self.look_surely, clock=clock)
         made.hold, made.ends = self, ends
         return made
 
@@ -67,6 +68,36 @@ async def test_where_nothing_can_or_need_be_held_back_charon_is_asked_alone(able
 async def test_nothing_is_activated_where_charon_has_not_processed_what_it_received(read: bool, sure: bool) -> None:
     async with Recorder(read=read, sure=sure).handshakes().known() as holds:
         assert not holds()
+
+
+async def test_where_requests_can_be_held_back_only_since_charon_was_asked_nothing_is_activated() -> None:
+    """Those that it received meanwhile would not be looked at."""
+    recorder = Recorder(able=False)
+    async with recorder.handshakes().known() as holds:
+        recorder.able = True
+        assert not holds()
+
+
+@pytest.mark.parametrize("crashes", [True, False])
+async def test_a_charon_that_never_has_read_all_does_not_end_activations_for_ever(crashes: bool) -> None:
+    """In a flood of what it ignores; unless it would crash."""
+    now = 0.0
+    recorder = Recorder(read=False)
+    handshakes = recorder.handshakes(clock=lambda: now)
+    handshakes.crashes = crashes
+
+    async def sure() -> bool:
+        async with handshakes.known() as holds:
+            return holds()
+
+    assert not await sure()
+    now = UNREAD_SECONDS + 1
+    assert await sure() is not crashes
+    # once it has, the time counts from the next one on
+    recorder.was_read = True
+    assert await sure()
+    recorder.was_read = False
+    assert not await sure()
 
 
 async def test_nothing_is_activated_once_requests_may_have_passed() -> None:

@@ -239,6 +239,44 @@ async def test_a_client_that_refuses_new_keys_for_long_has_to_connect_again() ->
     assert rekeys.done == [(State.LEFT, REFUSES_KEYS)]
 
 
+async def test_on_a_new_ike_sa_a_client_has_refused_nothing_yet() -> None:
+    """It answered TEMPORARY_FAILURE because it rekeyed the old one."""
+    rekeys = Rekeys(session())
+    await rekeys.asked()
+    await rekeys.refused()
+    rekeys.session.follow(rekeys.session.sa)
+    rekeys.clock.now += REFUSAL_SECONDS
+    rekeys.charon.open = {"CHILD_REKEY"}
+    await rekeys.asked()
+    await rekeys.wait()
+    assert (REFUSES_KEYS not in [reason for _, reason in rekeys.done], rekeys.session.refuses_since) == (True, None)
+
+
+async def test_a_session_that_is_put_again_has_refused_nothing_yet() -> None:
+    rekeys = Rekeys(session())
+    await rekeys.asked()
+    await rekeys.refused()
+    rekeys.rekeys.put(rekeys.session)
+    assert rekeys.session.refuses_since is None
+
+
+async def test_for_each_child_sa_a_client_may_refuse_new_keys_for_the_same_time() -> None:
+    """One that comes with no new keys for another changes nothing."""
+    one = session()
+    [first] = one.stub.children
+    second = replace(first, spi_in=first.spi_in + 1)
+    one.stub = replace(one.stub, children=(first, second))
+    one.sa.put_child(second)
+    rekeys = Rekeys(one)
+    await rekeys.asked()
+    await rekeys.refused()
+    rekeys.rekeys.changed(one.sa)
+    assert one.refuses_since is not None
+    one.sa.put_child(replace(first, spi_in=99))
+    rekeys.rekeys.changed(one.sa)
+    assert one.refuses_since is None
+
+
 async def test_an_ike_sa_that_was_rekeyed_gets_no_message_id_of_the_one_before() -> None:
     """Also after its client was silent for a while."""
     one = session()

@@ -308,7 +308,7 @@ class Charon:
 
     def _connected(self, release: str) -> None:
         self.release = release
-        self.landing.crashes = crashes_on_activation(release)
+        self.landing.crashes = self.handshakes.crashes = crashes_on_activation(release)
         self.handshakes.ends = ends_handshakes_on_activation(release)
         self.channel.expect(version_for(release))
         # what comes from here on charon alone can have sent

@@ -15,10 +15,14 @@ All of it takes a few milliseconds; a client repeats its request after seconds.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Final, Protocol
 
+UNREAD_SECONDS: Final = 10.0
+"""a charon that has not read all that it received for so long is flooded, perhaps with what it ignores: an activation
+may then end a handshake, but does not wait any longer"""
 Holds = Callable[[], bool]
 """whether no handshake can have begun since, nor begins within a moment"""
 
@@ -58,12 +62,19 @@ class Handshakes:
         self,
         look: Callable[[], Awaitable[None]],
         look_surely: Callable[[], Awaitable[bool]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.hold: Hold = NoHold()
         self.ends = False
         """whether an activation ends handshakes in progress of this release, in whatever way"""
+        self.crashes = False
+        """whether it crashes then"""
         self._look = look
         self._look_surely = look_surely
+        self._clock = clock
+        self._unread_since: float | None = None
+        """since when charon has not once read all that it received"""
 
     def can_hold(self) -> bool:
         """Whether requests are held back during activations."""
@@ -75,11 +86,21 @@ class Handshakes:
         asked immediately before an activation."""
         if not self.can_hold():
             await self._look()
-            yield lambda: True
+            # requests that are held back from now on were not before
+            yield lambda: not self.can_hold()
             return
         with self.hold.holding() as holds:
             if not holds():
                 yield lambda: False
                 return
-            sure = await self.hold.read() and await self._look_surely()
+            sure = await self._read() and await self._look_surely()
             yield lambda: sure and holds()
+
+    async def _read(self) -> bool:
+        if await self.hold.read():
+            self._unread_since = None
+            return True
+        now = self._clock()
+        if self._unread_since is None:
+            self._unread_since = now
+        return not self.crashes and now - self._unread_since > UNREAD_SECONDS

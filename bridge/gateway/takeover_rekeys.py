@@ -82,6 +82,7 @@ class TakeoverRekeys:
         where its client does not answer."""
         self._left.pop(session.sa.id.spis, None)
         session.offsets, session.tried = [] if session.id_known else list(offsets), False
+        session.refuses_since, session.unkeyed = None, len(session.left)
         self._waiting[session.sa.id.spis] = session
         if session.request is not None:
             self._waiting.move_to_end(session.sa.id.spis, last=False)
@@ -274,7 +275,11 @@ class TakeoverRekeys:
         return True
 
     def _look(self, session: Session) -> None:
+        before, session.unkeyed = session.unkeyed, len(session.left)
         if session.left:
+            if session.unkeyed < before:
+                # it refuses the next one no longer than it may
+                session.refuses_since = None
             # one of several: the next one's request has its own second
             session.waits_since = self._clock()
             if len(session.left) < len(session.stub.children):

@@ -79,6 +79,8 @@ class Session:
     """the message ID of its next request is right: the client has answered, or the IKE_SA was rekeyed"""
     refuses_since: float | None = None
     """when its client first answered without new keys"""
+    unkeyed: int = 0
+    """its CHILD_SAs without new keys when it was looked at last"""
     heard: bool = False
     """its client sent something after it was left alone"""
     tried: bool = False
@@ -91,6 +93,7 @@ class Session:
     def follow(self, heir: IkeSa) -> None:
         """Its client has rekeyed the IKE_SA: the CHILD_SAs without new keys are at `heir`."""
         self.sa, self.unique_id, self.waits_since, self.request = heir, heir.unique_id, None, None
+        self.refuses_since = None
         # those of a new IKE_SA begin at 0
         self.id_known = True
         if heir.derivation is not None:
