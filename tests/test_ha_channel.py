@@ -7,6 +7,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -131,6 +132,100 @@ def test_a_charon_that_is_gone_says_nothing(scene: Scene) -> None:
     scene.channel.receive()
     assert scene.messages == []
     assert scene.channel.malformed == 2
+
+
+class Rules:
+    """What the look at the rules says; `asked`: of which moments."""
+
+    def __init__(self, scene: Scene, held: bool) -> None:
+        self.held = held
+        self.asked: list[float] = []
+        self.answer = asyncio.Event()
+        self.answer.set()
+        scene.channel.guarded = self.in_place_since
+        scene.channel.start()
+
+    async def in_place_since(self, moment: float) -> bool:
+        self.asked.append(moment)
+        await self.answer.wait()
+        return self.held
+
+
+async def turns() -> None:
+    """All that is due is done."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["in place", "not in place"])
+async def test_the_last_words_of_a_charon_count_where_only_root_can_have_sent_them(scene: Scene, held: bool) -> None:
+    rules = Rules(scene, held)
+    with charon() as sock:
+        before = time.monotonic()
+        scene.channel.receive()
+        after = time.monotonic()
+        sock.send(DELETE)
+    scene.channel.receive()
+    assert scene.messages == []
+    await turns()
+    assert scene.genuine == ([True] if held else [])
+    assert scene.channel.malformed == (0 if held else 1)
+    # they came after the queue was empty
+    [moment] = rules.asked
+    assert before <= moment <= after
+
+
+async def test_what_waited_since_before_the_first_look_at_the_queue_does_not_count(scene: Scene) -> None:
+    rules = Rules(scene, True)
+    with charon() as sock:
+        sock.send(DELETE)
+    scene.channel.receive()
+    await turns()
+    assert (scene.messages, rules.asked) == ([], [])
+
+
+async def test_last_words_that_come_during_a_look_at_the_rules_need_another_one(scene: Scene) -> None:
+    rules = Rules(scene, True)
+    with charon() as sock:
+        scene.channel.receive()
+        rules.answer.clear()
+        sock.send(DELETE)
+    scene.channel.receive()
+    await turns()
+    with charon() as sock:
+        sock.send(DELETE)
+    scene.channel.receive()
+    await turns()
+    rules.answer.set()
+    await turns()
+    assert scene.genuine == [True, True]
+    # of the same moment: nothing was known to be charon's since
+    assert rules.asked[0] == rules.asked[1]
+
+
+async def test_another_charon_ends_what_the_one_before_said_last(scene: Scene) -> None:
+    rules = Rules(scene, True)
+    rules.answer.clear()
+    with charon() as sock:
+        scene.channel.receive()
+        sock.send(DELETE)
+    scene.channel.receive()
+    await turns()
+    scene.channel.expect(3)
+    rules.answer.set()
+    await turns()
+    assert scene.messages == []
+
+
+async def test_where_another_process_has_charons_end_the_rules_are_not_asked(scene: Scene) -> None:
+    rules = Rules(scene, True)
+    with charon() as sock:
+        scene.channel.receive()
+        sock.send(DELETE)
+    with charon():
+        scene.channel.receive()
+    await turns()
+    assert (scene.genuine, rules.asked) == ([False], [])
 
 
 def test_another_user_who_holds_charons_end_is_named_and_not_believed(scene: Scene) -> None:

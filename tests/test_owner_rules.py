@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from bridge.charon.ha_channel import HaChannel
+from bridge.charon.ha_codec import encode
+from bridge.charon.ha_message import Attr, IkeId, MessageType
 from bridge.net import firewall, owner_rules, rules_watch
 from bridge.net.rules_watch import RulesWatch
 from net_support import End, Wire, inside, run, until, wire
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.lab
 
 CHARON, SIDECAR, PORT = "127.0.0.1", "127.0.0.2", 4510
 NOBODY = 65534
+DELETE = encode(3, MessageType.IKE_DELETE, [(Attr.IKE_ID, IkeId.of(b"I" * 8, b"R" * 8, False))])
 RULES = owner_rules.rules((CHARON, SIDECAR), PORT)
 SEND = """
 import os, socket, sys
@@ -157,6 +160,34 @@ async def test_what_waits_in_the_sidecars_socket_from_before_the_rules_is_forgot
         assert (channel.received, handled) == (0, [])
         sender.sendto(b"\3\1later", (SIDECAR, PORT))
         await until(lambda: channel.received == 1)
+    channel.close()
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+async def test_the_end_that_a_charon_that_is_gone_reported_last_counts_unless_another_user_could_have_sent_it(
+    cable: Wire, backend: firewall.Backend, flushed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncio, "to_thread", in_the_namespace_of(cable.host))
+    monkeypatch.setattr(rules_watch, "IN_FORCE_SECONDS", 0.0)
+    handled: list[bool] = []
+    channel = HaChannel(SIDECAR, CHARON, lambda _, genuine: handled.append(genuine), lambda *_: None)
+    channel.expect(3)
+    watch = RulesWatch("ha", RULES, backend)
+    channel.guarded = watch.in_place_since
+    with inside(cable.host.namespace):
+        watch.place()
+        channel.open()
+        channel.start()
+        charon_end = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        charon_end.bind((CHARON, PORT))
+    channel.receive()
+    if flushed:
+        for command in FLUSH[backend]:
+            cable.host.run(*command)
+    charon_end.sendto(DELETE, (SIDECAR, PORT))
+    charon_end.close()
+    await until(lambda: handled == [True] or channel.malformed == 1)
+    assert handled == ([] if flushed else [True])
     channel.close()
 
 

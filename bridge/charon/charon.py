@@ -59,6 +59,7 @@ class Charon:
         self.spis = SpiChoice(self.tracker.child_spis)
         self.release = ""
         self.ha_rules = HaRules(ha)
+        self.channel.guarded = self.ha_rules.in_place_since
         self.placeholders = Placeholders(self.channel, ha.segments)
         self.reports.ignored = self.placeholders.spis
         self._reconciler = Reconciler(

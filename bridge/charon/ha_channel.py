@@ -11,7 +11,8 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable
 from ipaddress import ip_address
 
 import structlog
@@ -28,6 +29,7 @@ from bridge.charon.ha_message import (
 )
 from bridge.charon.nap import Naps
 from bridge.charon.socket_diag import CharonSocket, Peer
+from bridge.service.tasks import spawn
 
 log = structlog.get_logger()
 
@@ -45,6 +47,8 @@ STUCK_SECONDS = 30.0
 MAX_DATAGRAM = 65_536
 """octets to receive: more than any UDP datagram has. Of a CHILD_SA with many traffic selectors charon sends more than
 it would receive itself"""
+LAST_WORDS, LAST_WORD_OCTETS = 65_536, 1024
+"""datagrams of a charon that is gone which wait for a look at the rules: it ends each of its SAs with one"""
 RECEIVE_BURST = 256
 """datagrams handled in one turn of the event loop, so that others get theirs"""
 _SO_RCVBUFFORCE = 33
@@ -52,6 +56,10 @@ _SO_RCVBUFFORCE = 33
 _TRUNCATED = int(socket.MSG_TRUNC)
 _SO_MEMINFO_DROPS = 8
 _SO_MEMINFO = 55
+
+
+async def _unguarded(_: float) -> bool:
+    return False
 
 
 class ChannelError(Exception):
@@ -74,6 +82,8 @@ class HaChannel:
         """message version of this charon: that of what it sends, until then that of the release VICI names"""
         self.unsupported: int | None = None
         """the message version that charon sends, where it is none of VERSIONS"""
+        self.guarded: Callable[[float], Awaitable[bool]] = _unguarded
+        """whether only root can have sent since this moment (monotonic seconds)"""
         self.received = 0
         self.malformed = 0
         self._listen = listen
@@ -83,6 +93,10 @@ class HaChannel:
         self._buffer = bytearray(MAX_DATAGRAM)
         self._held_by: int | None = None
         """who held charon's end when the queue was empty the last time: an inode"""
+        self._empty_at: float | None = None
+        """when that was (monotonic seconds)"""
+        self._last_words: list[tuple[bytes, bool]] = []
+        self._judging: asyncio.Task[None] | None = None
         self._receive_buffer = receive_buffer
         self._peer = Peer(listen, charon)
         self._socket: socket.socket | None = None
@@ -137,6 +151,7 @@ class HaChannel:
         """Hand on nothing more; the kernel keeps what comes, as before `start`."""
         if self._socket is not None and self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
+        self._forget_last_words()
 
     def close(self) -> None:
         """Give the socket back."""
@@ -151,6 +166,7 @@ class HaChannel:
 
     def expect(self, version: int | None) -> None:
         """Another charon, of a release whose message version is `version`, or not known yet."""
+        self._forget_last_words()
         self.version, self.unsupported = version, None
 
     def receive(self) -> None:
@@ -162,9 +178,11 @@ class HaChannel:
         """Hand on what has arrived.
 
         Who holds charon's address now may be another process than the one that sent a datagram. But between two looks
-        at which one and the same socket holds it, no other can have sent one: those are genuine.
+        at which one and the same socket holds it, no other can have sent one: those are genuine. So are the last ones
+        of a charon that is gone, where rules have let only root send since the queue was empty.
         """
         assert self._socket is not None
+        began = time.monotonic()
         end, trusted = self._holder()
         holder = end.inode if end is not None and trusted else None
         genuine = holder is not None and holder == self._held_by
@@ -173,6 +191,9 @@ class HaChannel:
                 length, _, flags, sender = self._socket.recvmsg_into([self._buffer])
             except BlockingIOError:
                 self._held_by = holder
+                if self._judging is None:
+                    # until it is known what those are, no later moment says anything of them
+                    self._empty_at = began
                 return
             except OSError:
                 # ICMP port unreachable of an earlier send: charon is not there
@@ -182,7 +203,34 @@ class HaChannel:
                 # what came before connect(2) may be from anyone
                 self.malformed += 1
                 continue
-            self._take(bytes(self._buffer[:length]), bool(flags & _TRUNCATED), end is not None, genuine)
+            datagram = bytes(self._buffer[:length]), bool(flags & _TRUNCATED)
+            if end is None and self._empty_at is not None and self._loop is not None:
+                self._late(datagram, self._empty_at)
+            else:
+                self._take(*datagram, end is not None, genuine)
+
+    def _late(self, datagram: tuple[bytes, bool], empty_at: float) -> None:
+        """One that seems to be of a charon that is gone."""
+        if len(self._last_words) == LAST_WORDS or len(datagram[0]) > LAST_WORD_OCTETS:
+            self.malformed += 1
+            return
+        self._last_words.append(datagram)
+        if self._judging is None:
+            self._judging = spawn("ha-last-words", self._judge(empty_at))
+
+    async def _judge(self, empty_at: float) -> None:
+        while self._last_words:
+            words, self._last_words = self._last_words, []
+            genuine = await self.guarded(empty_at)
+            for data, truncated in words:
+                self._take(data, truncated, genuine, genuine)
+        self._judging = None
+
+    def _forget_last_words(self) -> None:
+        self._last_words.clear()
+        if self._judging is not None:
+            self._judging.cancel()
+            self._judging = None
 
     def _take(self, data: bytes, truncated: bool, alive: bool, genuine: bool) -> None:
         """One datagram from charon's address."""

@@ -37,6 +37,11 @@ class HaRules:
         self._task = spawn("ha-rules", self._watch.run())
         return before
 
+    async def in_place_since(self, moment: float) -> bool:
+        """Whether only root has sent since `moment` (monotonic seconds); False where the operator sets such rules, for
+        nothing watches those."""
+        return self._watch is not None and await self._watch.in_place_since(moment)
+
     async def close(self) -> None:
         """Watch them no longer."""
         if self._task is not None:

@@ -7,6 +7,7 @@ error.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import structlog
@@ -17,6 +18,8 @@ from bridge.net.firewall import Choice, Placed, Rules, RulesError, View
 log = structlog.get_logger()
 
 LOOK_SECONDS = 5.0
+IN_FORCE_SECONDS = 1.0
+"""after which nothing is under way any more that passed before they were set"""
 
 
 class RulesWatch:
@@ -32,6 +35,8 @@ class RulesWatch:
         self._backend = backend
         self._counts = counts
         self._placed: Placed | None = None
+        self._since: float | None = None
+        """since when every look found them (monotonic seconds)"""
         self._expected: tuple[str, ...] = ()
         self._counted_before = dict.fromkeys(counts, 0)
         self._counted = dict.fromkeys(counts, 0)
@@ -56,16 +61,34 @@ class RulesWatch:
         self._counted = dict.fromkeys(self._counts, 0)
         if not placed.full:
             log.warning("rules-without-guard", rules=self._about, missing="xt_recent")
-        self._placed, self.in_place = placed, True
+        self._placed, self.in_place, self._since = placed, True, time.monotonic()
 
     def remove(self) -> None:
         """Take them away. Blocks. Raises RulesError."""
         firewall.remove(self._rules)
-        self.in_place = False
+        self._missing()
+
+    def _missing(self) -> None:
+        self.in_place, self._since = False, None
 
     def look_now(self) -> None:
         """Something suggests that they are gone."""
         self._now.set()
+
+    async def in_place_since(self, moment: float) -> bool:
+        """Whether they were in place at `moment` (monotonic seconds), are now, and no look between missed them. Asked
+        of the kernel only where that may be so."""
+        since = self._since
+        if since is None or since + IN_FORCE_SECONDS > moment:
+            return False
+        try:
+            view = await asyncio.to_thread(firewall.look, self._rules, self.placed)
+        except RulesError:
+            return False
+        if not view.lines or view.lines != self._expected:
+            self._since = None
+            self.look_now()
+        return since == self._since
 
     async def run(self, looked: Callable[[], None] = lambda: None) -> None:
         """Look, and put back, until cancelled; `looked` is called after each look."""
@@ -80,7 +103,7 @@ class RulesWatch:
                 await self._look()
                 self._logged = ""
             except RulesError as error:
-                self.in_place = False
+                self._missing()
                 if str(error) != self._logged:
                     log.error("rules-not-restored", rules=self._about, reason=str(error))
                 self._logged = str(error)
@@ -92,10 +115,12 @@ class RulesWatch:
         view = await asyncio.to_thread(firewall.look, self._rules, self.placed)
         if view.lines == self._expected:
             self.in_place = True
+            if self._since is None:
+                self._since = time.monotonic()
             for kind, count in self._counts.items():
                 self._counted[kind] = max(self._counted[kind], count(view))
             return
-        self.in_place = False
+        self._missing()
         log.warning("rules-lost", rules=self._about, how="altered" if view.lines else "removed")
         await asyncio.to_thread(self.place)
         self.restored += 1

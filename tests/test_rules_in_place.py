@@ -1,0 +1,136 @@
+"""Whether rules have been in place since a moment (bridge.net.rules_watch), with a packet filter in memory: where there
+is a doubt, the answer is no."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bridge.charon.ha_rules import HaRules
+from bridge.config import HaConfig
+from bridge.net import firewall, rules_watch
+from bridge.net.firewall import Placed, RulesError, View
+from bridge.net.owner_rules import rules
+from bridge.net.rules_watch import IN_FORCE_SECONDS, RulesWatch
+
+OURS = ("table inet ike-sa-sync-ha",)
+
+
+class Filter:
+    """The packet filter of a host, and its clock."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.lines: tuple[str, ...] = ()
+        self.broken = False
+        self.looks = 0
+        patch.setattr(firewall, "install", self.install)
+        patch.setattr(firewall, "look", self.look)
+        patch.setattr(firewall, "remove", lambda _: None)
+        patch.setattr(rules_watch, "time", SimpleNamespace(monotonic=lambda: self.now))
+        patch.setattr(asyncio, "to_thread", self.inline)
+        self.watch = RulesWatch("ha", rules(("127.0.0.1", "127.0.0.2"), 4510), "auto")
+
+    async def inline(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return work(*arguments)
+
+    def install(self, *_: object, **__: object) -> Placed:
+        self.lines = OURS
+        return Placed("nftables")
+
+    def look(self, *_: object) -> View:
+        self.looks += 1
+        if self.broken:
+            raise RulesError("nft does not run")
+        return View(self.lines, ())
+
+    async def since(self, moment: float) -> bool:
+        """Asked a minute after they were set."""
+        self.now = 1060.0
+        return await self.watch.in_place_since(moment)
+
+
+@pytest.fixture
+def packets(monkeypatch: pytest.MonkeyPatch) -> Filter:
+    return Filter(monkeypatch)
+
+
+async def test_rules_that_were_set_before_and_are_there_now_were_in_place(packets: Filter) -> None:
+    packets.watch.place()
+    assert await packets.since(1000 + IN_FORCE_SECONDS)
+
+
+@pytest.mark.parametrize("moment", [990.0, 1000.0, 1000 + IN_FORCE_SECONDS - 0.1])
+async def test_what_came_before_they_were_in_force_may_be_from_anyone(packets: Filter, moment: float) -> None:
+    packets.watch.place()
+    looks = packets.looks
+    assert not await packets.since(moment)
+    assert packets.looks == looks
+
+
+async def test_rules_that_were_never_set_are_not_in_place(packets: Filter) -> None:
+    assert not await packets.since(1030.0)
+
+
+@pytest.mark.parametrize("lines", [(), (*OURS, "flags dormant")], ids=["flushed", "altered"])
+async def test_rules_that_are_lost_and_not_missed_yet_are_not_in_place(packets: Filter, lines: tuple[str, ...]) -> None:
+    packets.watch.place()
+    packets.lines = lines
+    assert not await packets.since(1030.0)
+    # it is asked once: any user can send now, and each datagram would cost a look
+    looks = packets.looks
+    assert not await packets.since(1030.0)
+    assert packets.looks == looks
+    packets.lines = OURS
+    assert not await packets.since(1030.0)
+
+
+async def test_rules_that_were_lost_and_put_back_count_from_then_on(packets: Filter) -> None:
+    packets.watch.place()
+    packets.lines, packets.now = (), 1020.0
+    await packets.watch._look()
+    assert packets.watch.restored == 1
+    assert not await packets.since(1010.0)
+    assert await packets.since(1030.0)
+
+
+async def test_no_rules_at_all_are_never_those_that_were_set(packets: Filter, monkeypatch: pytest.MonkeyPatch) -> None:
+    # they were flushed between their setting and the first look
+    monkeypatch.setattr(firewall, "install", lambda *_, **__: Placed("nftables"))
+    packets.watch.place()
+    assert not await packets.since(1030.0)
+
+
+async def test_rules_that_cannot_be_looked_at_are_not_in_place(packets: Filter) -> None:
+    packets.watch.place()
+    packets.broken = True
+    assert not await packets.since(1030.0)
+
+
+async def test_rules_that_are_lost_while_they_are_looked_at_are_not_in_place(
+    packets: Filter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packets.watch.place()
+
+    async def meanwhile(work: Callable[..., Any], *arguments: Any) -> Any:
+        # the watch found them lost, and has put them back
+        packets.watch.place()
+        return work(*arguments)
+
+    packets.now = 1030.0
+    monkeypatch.setattr(asyncio, "to_thread", meanwhile)
+    assert not await packets.since(1020.0)
+
+
+async def test_rules_that_were_removed_are_not_in_place(packets: Filter) -> None:
+    packets.watch.place()
+    packets.watch.remove()
+    assert not await packets.since(1030.0)
+
+
+async def test_rules_of_the_administrators_are_not_vouched_for(packets: Filter) -> None:
+    assert not await HaRules(HaConfig(rules="external")).in_place_since(1030.0)
