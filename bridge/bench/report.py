@@ -96,7 +96,7 @@ def _forward_secrecy(together: dict[str, Any], count: int) -> str:
         return ""
     plain, secret = together["none"]["cpu_ms"], together["forward-secrecy"]["cpu_ms"]
     return (
-        f"Forward secrecy (`resume.forward_secrecy`) costs the gateway {secret - plain:.2f} ms of CPU more a "
+        f"Forward secrecy (`resume.forward_secrecy`) costs the gateway {max(secret - plain, 0.0):.2f} ms of CPU more a "
         f"resumption ({secret:.2f} ms against {plain:.2f}, {count} in parallel): its half of a key exchange.\n\n"
     )
 
