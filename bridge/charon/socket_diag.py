@@ -18,16 +18,14 @@ from typing import Final, NamedTuple
 import structlog
 
 from bridge.charon.ha_message import PORT
+from bridge.net.netlink import HEADER, NLMSG_ERROR, attributes, request
 
 log = structlog.get_logger()
 
-# linux/netlink.h, sock_diag.h, inet_diag.h
+# linux/sock_diag.h, inet_diag.h
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
-_NLM_F_REQUEST: Final = 1
-_NLMSG_ERROR: Final = 2
 _SKMEMINFO: Final = 7
-_HEADER: Final = struct.Struct("=IHHII")
 _REQUEST: Final = struct.Struct("=BBBxI")
 """family, protocol, extensions, states; the socket follows"""
 _SOCKET: Final = struct.Struct("!HH16s16s")
@@ -37,7 +35,6 @@ _FOUND: Final = struct.Struct("!4x H2x 16s 16s 12x")
 """of the answer: the port and the address that the socket is bound to"""
 _STATE: Final = struct.Struct("=4xI4xII")
 """octets to read, (to write,) user, inode"""
-_ATTRIBUTE: Final = struct.Struct("=HH")
 _DROPS: Final = struct.Struct("=32xI")
 """the last of the words of SK_MEMINFO"""
 
@@ -159,7 +156,7 @@ class Sockets:
         answer = _answer(self._diag, question)
         if answer is None:
             return 0
-        queued, _, _ = _STATE.unpack_from(answer, _HEADER.size + _FOUND.size)
+        queued, _, _ = _STATE.unpack_from(answer, HEADER.size + _FOUND.size)
         return int(queued)
 
 
@@ -168,7 +165,7 @@ def _question(far: bytes, near: bytes, port: int = PORT) -> bytes:
     family = socket.AF_INET if len(near) == 4 else socket.AF_INET6
     body = _REQUEST.pack(family, socket.IPPROTO_UDP, 1 << (_SKMEMINFO - 1), 0xFFFFFFFF)
     body += _SOCKET.pack(port, port, far.ljust(16, b"\0"), near.ljust(16, b"\0")) + _ANY
-    return _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0) + body
+    return request(_SOCK_DIAG_BY_FAMILY, body)
 
 
 def _answer(diag: socket.socket, question: bytes) -> bytes | None:
@@ -176,9 +173,9 @@ def _answer(diag: socket.socket, question: bytes) -> bytes | None:
     diag.send(question)
     answer = diag.recv(4096)
     kind = int.from_bytes(answer[4:6], sys.byteorder)
-    if kind != _NLMSG_ERROR:
+    if kind != NLMSG_ERROR:
         return answer
-    code = -int.from_bytes(answer[_HEADER.size : _HEADER.size + 4], sys.byteorder, signed=True)
+    code = -int.from_bytes(answer[HEADER.size : HEADER.size + 4], sys.byteorder, signed=True)
     if code == errno.ENOENT:
         return None
     raise OSError(code, os.strerror(code))
@@ -189,17 +186,14 @@ def _ask(diag: socket.socket, question: bytes, bound: bytes) -> CharonSocket | N
     answer = _answer(diag, question)
     if answer is None:
         return None
-    at = _HEADER.size
+    at = HEADER.size
     port, address, _ = _FOUND.unpack_from(answer, at)
     if port != PORT or address != bound:
         # bound to all addresses: not charon's
         return None
     at += _FOUND.size
     queued, uid, inode = _STATE.unpack_from(answer, at)
-    at += _STATE.size
-    while at + _ATTRIBUTE.size <= len(answer):
-        length, name = _ATTRIBUTE.unpack_from(answer, at)
-        if name == _SKMEMINFO and length >= _ATTRIBUTE.size + _DROPS.size:
-            return CharonSocket(queued, _DROPS.unpack_from(answer, at + _ATTRIBUTE.size)[0], uid, inode)
-        at += max(length + 3 & ~3, _ATTRIBUTE.size)
+    for name, value in attributes(answer, at + _STATE.size):
+        if name == _SKMEMINFO and len(value) >= _DROPS.size:
+            return CharonSocket(queued, _DROPS.unpack_from(value)[0], uid, inode)
     raise OSError(errno.EOPNOTSUPP, "no socket memory in the answer")

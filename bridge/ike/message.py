@@ -63,6 +63,8 @@ class Flag(IntFlag):
     RESPONSE = 0x20
 
 
+NO_SPI: Final = bytes(8)
+"""in place of one that is not chosen yet"""
 HEADER: Final = struct.Struct("!8s8sBBBBII")
 """SPIi, SPIr, next payload, version, exchange type, flags, message ID, length (section 3.1)"""
 PAYLOAD_HEADER: Final = struct.Struct("!BBH")

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 from msgspec import Struct
 
 from bridge.ike.message import (
+    NO_SPI,
     ExchangeType,
     Flag,
     MalformedMessage,
@@ -36,7 +37,6 @@ from bridge.ike.resumption_request import SyncRequest, parse_request
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, encode_gateways
 from bridge.ike.transforms import least_nonce
 
-_NO_SPI: Final = bytes(8)
 _FIRST_STATUS: Final = 16384
 AUTH_LIFETIME_OCTETS: Final = 4
 _MAX_COOKIE: Final = 64
@@ -110,7 +110,7 @@ def build_refusal(request: SyncRequest, reason: str = "", *, prf: int | None = N
         )
     message = build(
         spi_i=request.spi_i,
-        spi_r=_NO_SPI,
+        spi_r=NO_SPI,
         exchange=ExchangeType.IKE_SA_INIT,
         flags=Flag.RESPONSE,
         message_id=0,
@@ -201,7 +201,7 @@ def parse_response(data: bytes, request_raw: bytes) -> Response:
         if payload is not None and error == NotifyType.RESUMPTION_REFUSED:
             return SyncRefusal(*_from_gateway(data, payload))
         return OrdinaryResponse(error)
-    if header.spi_r == _NO_SPI:
+    if header.spi_r == NO_SPI:
         raise MalformedMessage("an answer that resumes has an SPIr")
     blanked, sync = (data, None) if payload is None else _from_gateway(data, payload)
     exchange = message.only(PayloadType.KE)

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from bridge.ike.message import (
     HEADER,
+    NO_SPI,
     PAYLOAD_HEADER,
     ExchangeType,
     Flag,
@@ -34,8 +35,6 @@ from bridge.ike.nat_detection import Addresses, nat_notifies
 from bridge.ike.proof import blank, empty_proof, prove, proves
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, encode_old_children
 from bridge.ike.transforms import Suite, proposes
-
-_NO_SPI: Final = bytes(8)
 
 
 def build_request(
@@ -88,12 +87,12 @@ def build_request(
         (PayloadType.NONCE, nonce),
     ]
     if nat is not None:
-        payloads += nat_notifies(spi_i, _NO_SPI, nat)
+        payloads += nat_notifies(spi_i, NO_SPI, nat)
     if sk_d_old is None:
         payloads.append(sync)
     message = build(
         spi_i=spi_i,
-        spi_r=_NO_SPI,
+        spi_r=NO_SPI,
         exchange=ExchangeType.IKE_SA_INIT,
         flags=Flag.INITIATOR,
         message_id=0,
@@ -174,7 +173,7 @@ def parse_request(data: bytes) -> SyncRequest | None:
     header, payloads = parse(data)
     if not any(one.type == _SYNC for one in payloads):
         return None
-    if header.spi_i == _NO_SPI or header.spi_r != _NO_SPI or header.message_id != 0 or not header.flags & _INITIATOR:
+    if header.spi_i == NO_SPI or header.spi_r != NO_SPI or header.message_id != 0 or not header.flags & _INITIATOR:
         raise MalformedMessage("a first request has an SPIi, no SPIr, message ID 0, and the flag I")
     once: dict[int, Payload] = {}
     notified: dict[int, list[bytes]] = {_COOKIE: [], _NAT_SOURCE: [], _NAT_DESTINATION: []}

@@ -32,13 +32,12 @@ from ipaddress import ip_address
 from typing import Final, NamedTuple
 
 from bridge.ike.address import packed
-from bridge.ike.message import ExchangeType, Flag, MalformedMessage, PayloadType, build, check_nonce, parse
+from bridge.ike.message import NO_SPI, ExchangeType, Flag, MalformedMessage, PayloadType, build, check_nonce, parse
 from bridge.ike.proof import blank, empty_proof, prove, proves
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_gateways
 
 GET_MESSAGE_ID: Final = 1 << 31
 """of GET and Download Stub; that of Move and Moving is greater"""
-_NO_SPI: Final = bytes(8)
 _ADDRESS_OCTETS: Final = (4, 16)
 
 
@@ -157,7 +156,7 @@ def parse_stub_message(data: bytes) -> StubMessage:
     that does not fit its content."""
     message = parse(data)
     header = message.header
-    if header.exchange != ExchangeType.STUB or _NO_SPI in (header.spi_i, header.spi_r):
+    if header.exchange != ExchangeType.STUB or NO_SPI in (header.spi_i, header.spi_r):
         raise MalformedMessage("not a message of exchange type 240 about an IKE_SA")
     payload = message.only(PayloadType.SYNC)
     if payload is None:

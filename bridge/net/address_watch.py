@@ -12,19 +12,19 @@ from typing import Final
 
 import structlog
 
+from bridge.net.netlink import HEADER, NLMSG_ERROR, aligned, attributes, request
+
 log = structlog.get_logger()
 
 # linux/netlink.h, linux/rtnetlink.h, linux/if_addr.h
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
-_NLMSG_DONE, _NLMSG_ERROR = 3, 2
-_NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 1, 0x300, 0x10
+_NLMSG_DONE: Final = 3
+_NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x300, 0x10
 _ERROR: Final = struct.Struct("=i")
 _GROUPS: Final = 0x10 | 0x100
 """RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR"""
-_HEADER: Final = struct.Struct("=IHHII")
 _ADDRESS: Final = struct.Struct("=BBBBI")
 """struct ifaddrmsg: family, prefix length, flags, scope, interface"""
-_ATTRIBUTE: Final = struct.Struct("=HH")
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _IFA_F_TENTATIVE: Final = 0x40
 """IPv6: duplicate address detection goes on, and nothing can be sent from it yet"""
@@ -40,7 +40,7 @@ def present() -> dict[str, int]:
     found: dict[str, int] = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
         body = _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
-        sock.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETADDR, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0) + body)
+        sock.send(request(_RTM_GETADDR, body, _NLM_F_DUMP))
         while True:
             data = sock.recv(_RECEIVE)
             _raise_error(data)
@@ -52,10 +52,10 @@ def present() -> dict[str, int]:
 
 def _raise_error(data: bytes) -> None:
     """OSError where an answer is none: an incomplete list would show addresses as gone."""
-    if len(data) >= _HEADER.size:
-        _, kind, flags, *_ = _HEADER.unpack_from(data)
-        if kind == _NLMSG_ERROR:
-            code = _ERROR.unpack_from(data, _HEADER.size)[0] if len(data) >= _HEADER.size + _ERROR.size else 0
+    if len(data) >= HEADER.size:
+        _, kind, flags, *_ = HEADER.unpack_from(data)
+        if kind == NLMSG_ERROR:
+            code = _ERROR.unpack_from(data, HEADER.size)[0] if len(data) >= HEADER.size + _ERROR.size else 0
             raise OSError(-code or errno.EIO, "the kernel does not list its addresses")
         if flags & _NLM_F_DUMP_INTR:
             raise OSError(errno.EINTR, "the list of addresses changed while it was read")
@@ -65,14 +65,14 @@ def parse(data: bytes) -> tuple[list[Change], bool]:
     """What rtnetlink messages say of addresses, and whether they end an answer. Never raises."""
     changes: list[Change] = []
     offset = 0
-    while offset + _HEADER.size <= len(data):
-        length, kind, *_ = _HEADER.unpack_from(data, offset)
-        if kind in (_NLMSG_DONE, _NLMSG_ERROR) or length < _HEADER.size:
+    while offset + HEADER.size <= len(data):
+        length, kind, *_ = HEADER.unpack_from(data, offset)
+        if kind in (_NLMSG_DONE, NLMSG_ERROR) or length < HEADER.size:
             return changes, True
-        message = data[offset + _HEADER.size : offset + length]
+        message = data[offset + HEADER.size : offset + length]
         if kind in (_RTM_NEWADDR, _RTM_DELADDR) and (read := _read(message)) is not None:
             changes.append((*read, kind == _RTM_NEWADDR))
-        offset += (length + 3) & ~3
+        offset += aligned(length)
     return changes, False
 
 
@@ -82,14 +82,7 @@ def _read(message: bytes) -> tuple[str, int] | None:
     family, _, flags, _, interface = _ADDRESS.unpack_from(message)
     if flags & _IFA_F_TENTATIVE:
         return None
-    found: dict[int, bytes] = {}
-    offset = _ADDRESS.size
-    while offset + _ATTRIBUTE.size <= len(message):
-        length, kind = _ATTRIBUTE.unpack_from(message, offset)
-        if length < _ATTRIBUTE.size:
-            break
-        found[kind] = message[offset + _ATTRIBUTE.size : offset + length]
-        offset += (length + 3) & ~3
+    found = dict(attributes(message, _ADDRESS.size))
     octets = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS))
     try:
         return None if octets is None else (socket.inet_ntop(family, octets), interface)

@@ -8,19 +8,18 @@ import socket
 import struct
 from typing import Final
 
-# linux/netlink.h, linux/rtnetlink.h, linux/if.h
-_NLMSG_ERROR, _NLM_F_REQUEST = 2, 1
+from bridge.net.netlink import HEADER, NLMSG_ERROR, attribute, attributes, request
+
+# linux/rtnetlink.h, linux/if.h
 _RTM_GETROUTE: Final = 26
 _RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_VIA = 1, 2, 4, 5, 18
-_HEADER: Final = struct.Struct("=IHHII")
 _ROUTE: Final = struct.Struct("=BBBBBBBBI")
 """struct rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type, flags"""
 _TYPE: Final = 0
 """where its type is kept, among the attributes: RTA_UNSPEC, which no route has"""
 _RTN_LOCAL: Final = 2
-_ATTRIBUTE: Final = struct.Struct("=HH")
 _NUMBER: Final = struct.Struct("=i")
-_REQUEST: Final = struct.Struct("16sH22x")
+_INTERFACE: Final = struct.Struct("16sH22x")
 """struct ifreq with flags"""
 _SIOCGIFFLAGS: Final = 0x8913
 _SENDS: Final = 0x1 | 0x40
@@ -63,31 +62,21 @@ def _route(local: str | None, remote: str) -> dict[int, bytes]:
     family = socket.AF_INET6 if ":" in remote else socket.AF_INET
     target = socket.inet_pton(family, remote)
     bits = 8 * len(target)
-    body = _ROUTE.pack(family, bits, bits if local else 0, 0, 0, 0, 0, 0, 0) + _packed(_RTA_DST, target)
+    body = _ROUTE.pack(family, bits, bits if local else 0, 0, 0, 0, 0, 0, 0) + attribute(_RTA_DST, target)
     if local:
-        body += _packed(_RTA_SRC, socket.inet_pton(family, local))
+        body += attribute(_RTA_SRC, socket.inet_pton(family, local))
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
-        sock.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETROUTE, _NLM_F_REQUEST, 1, 0) + body)
+        sock.send(request(_RTM_GETROUTE, body))
         answer = sock.recv(_RECEIVE)
-    _, kind, *_ = _HEADER.unpack_from(answer)
-    if kind == _NLMSG_ERROR:
-        raise OSError(-_NUMBER.unpack_from(answer, _HEADER.size)[0], "the kernel has no route")
-    kind_of_route = _ROUTE.unpack_from(answer, _HEADER.size)[7]
-    found: dict[int, bytes] = {_TYPE: bytes([kind_of_route])}
-    offset = _HEADER.size + _ROUTE.size
-    while offset + _ATTRIBUTE.size <= len(answer):
-        length, kind = _ATTRIBUTE.unpack_from(answer, offset)
-        found[kind] = answer[offset + _ATTRIBUTE.size : offset + length]
-        offset += max((length + 3) & ~3, _ATTRIBUTE.size)
-    return found
-
-
-def _packed(kind: int, value: bytes) -> bytes:
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value
+    _, kind, *_ = HEADER.unpack_from(answer)
+    if kind == NLMSG_ERROR:
+        raise OSError(-_NUMBER.unpack_from(answer, HEADER.size)[0], "the kernel has no route")
+    kind_of_route = _ROUTE.unpack_from(answer, HEADER.size)[7]
+    return {_TYPE: bytes([kind_of_route]), **dict(attributes(answer, HEADER.size + _ROUTE.size))}
 
 
 def _has_carrier(interface: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        request = _REQUEST.pack(socket.if_indextoname(interface).encode(), 0)
-        flags = int(_REQUEST.unpack(fcntl.ioctl(sock, _SIOCGIFFLAGS, request))[1])
+        asked = _INTERFACE.pack(socket.if_indextoname(interface).encode(), 0)
+        flags = int(_INTERFACE.unpack(fcntl.ioctl(sock, _SIOCGIFFLAGS, asked))[1])
     return flags & _SENDS == _SENDS
