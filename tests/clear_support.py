@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -69,10 +70,10 @@ class Seen(NamedTuple):
         return any(ipaddress.ip_address(self.target) in network for network in INNER)
 
 
-class OuterLink:
-    """Captures what a host sends from its outer link. A context manager."""
+class Sent(ABC):
+    """Captures what a host sends from an interface, the first `octets` of each packet. A context manager."""
 
-    def __init__(self, host: Host, interface: str = "eth0") -> None:
+    def __init__(self, host: Host, interface: str = "eth0", octets: int = 2048) -> None:
         with inside(host.namespace):
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
             self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, ROOM)
@@ -80,9 +81,11 @@ class OuterLink:
         self._socket.settimeout(0.1)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._over = False
-        self.clear: list[Seen] = []
-        self.protected = 0
-        """packets of ESP, or of UDP to port 4500"""
+        self._octets = octets
+
+    @abstractmethod
+    def take(self, protocol: int, octets: bytes) -> None:
+        """A packet left, of this EtherType; called in a thread of its own."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -101,17 +104,29 @@ class OuterLink:
     def _read(self) -> None:
         while not self._over:
             try:
-                octets, address = self._socket.recvfrom(128)
+                octets, address = self._socket.recvfrom(self._octets)
             except TimeoutError:
                 continue
-            if address[2] != socket.PACKET_OUTGOING:
-                continue
-            if address[1] == ETH_P_IP and (
-                octets[9] == socket.IPPROTO_ESP or (octets[9] == socket.IPPROTO_UDP and octets[22:24] == NAT_T)
-            ):
-                self.protected += 1
-            elif (seen := _parsed(address[1], octets)) is not None and seen.is_inner:
-                self.clear.append(seen)
+            if address[2] == socket.PACKET_OUTGOING:
+                self.take(address[1], octets)
+
+
+class OuterLink(Sent):
+    """Captures what a host sends from its outer link."""
+
+    def __init__(self, host: Host, interface: str = "eth0") -> None:
+        super().__init__(host, interface, 128)
+        self.clear: list[Seen] = []
+        self.protected = 0
+        """packets of ESP, or of UDP to port 4500"""
+
+    def take(self, protocol: int, octets: bytes) -> None:
+        if protocol == ETH_P_IP and (
+            octets[9] == socket.IPPROTO_ESP or (octets[9] == socket.IPPROTO_UDP and octets[22:24] == NAT_T)
+        ):
+            self.protected += 1
+        elif (seen := _parsed(protocol, octets)) is not None and seen.is_inner:
+            self.clear.append(seen)
 
 
 def _parsed(protocol: int, octets: bytes) -> Seen | None:

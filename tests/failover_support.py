@@ -10,7 +10,8 @@ from typing import Any
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
-from bridge.lab.topology import SITE
+from bridge.lab.sidecar import Sidecar
+from bridge.lab.topology import CHOICES, SITE, client_config, client_host
 
 Outcome = dict[str, Any]
 
@@ -75,11 +76,38 @@ def fresh(topology: Topology) -> None:
             host.charon.start()
         sidecar.wait_ready()
     for host in (topology.client, topology.gw1, topology.gw2):
-        for sa in host.charon.sas():
-            host.swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", "--timeout", "1", check=False)
+        end_sas(host)
         wait_until(lambda host=host: not host.charon.sas(), "the end of all SAs")  # type: ignore[misc]
     # a killed gateway leaves its stubs behind
     topology.bank.cli("FLUSHDB")
+
+
+def end_sas(host: Host) -> None:
+    """Have a host end all its IKE_SAs, whether their peers answer or not."""
+    for sa in host.charon.sas():
+        host.swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", "--timeout", "1", check=False)
+
+
+def second_client(built: Topology, release: str | None = None) -> Host:
+    """A second client of the lab, `other`, with a sidecar; it moves when it is told to only."""
+    other = client_host(built.lab, "other", "192.168.50.11", built.secret, release=release)
+    other.sidecar("client", client_config(CHOICES) | {"resume_on_down": False})
+    return other
+
+
+def start_both(built: Topology) -> None:
+    """The lab, then its second client."""
+    built.start()
+    other = built.lab.hosts["other"]
+    other.sidecars[0].start(wait=False)
+    other.charon.start()
+    other.sidecars[0].wait_ready()
+
+
+def fresh_both(topology: Topology) -> None:
+    """`fresh`, with the second client."""
+    end_sas(topology.lab.hosts["other"])
+    fresh(topology)
 
 
 def connect(topology: Topology, connection: str = "home") -> dict[str, Any]:
@@ -103,6 +131,11 @@ def resume(topology: Topology, *arguments: str) -> Outcome:
     outcome: Outcome = json.loads(done.stdout)
     assert done.returncode == (1 if outcome["result"] == "failed" else 0)
     return outcome
+
+
+def resumed_to(sidecar: Sidecar, gateway: Host) -> Outcome:
+    """What `ike-sa-sync resume --json --to` prints on a client."""
+    return dict(json.loads(sidecar.command("resume", "--json", "--to", gateway.address, check=False).stdout))
 
 
 def resume_now(topology: Topology, to: Host | None = None) -> Outcome:

@@ -62,6 +62,19 @@ def inside(namespace: str) -> Iterator[None]:
         os.close(there)
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """This thread in a network namespace of its own, with loopback, in which nobody has any port."""
+    name = f"iss-{secrets.token_hex(4)}"
+    run("ip", "netns", "add", name)
+    try:
+        run("ip", "-n", name, "link", "set", "lo", "up")
+        with inside(name):
+            yield
+    finally:
+        run("ip", "netns", "del", name)
+
+
 @dataclass
 class End:
     """One end of the cable."""

@@ -14,9 +14,7 @@ import pytest
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
-from bridge.lab.sidecar import Sidecar
-from bridge.lab.topology import CHOICES, client_config, client_host
-from failover_support import counter, established, fresh, the_sa
+from failover_support import counter, established, fresh_both, resumed_to, second_client, start_both, the_sa
 from families_support import ask_for, connect, give_out, reaches
 
 pytestmark = pytest.mark.lab
@@ -47,30 +45,18 @@ def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
         built.agent.config["resume_on_down"] = False
         for gateway in built.gateways.values():
             gateway.config["sync"] |= {"duplicate_address": "report"}
-        other = client_host(lab, "other", "192.168.50.11", built.secret, release=name)
+        other = second_client(built, name)
         for number, host in ((1, built.gw1), (2, built.gw2)):
             give_out(host, family, number)
         for client in (built.client, other):
             ask_for(client, family)
-        other.sidecar("client", client_config(CHOICES) | {"resume_on_down": False})
-        built.start()
-        other.sidecars[0].start(wait=False)
-        other.charon.start()
-        other.sidecars[0].wait_ready()
+        start_both(built)
         yield built
 
 
 @pytest.fixture(autouse=True)
 def _fresh(topology: Topology) -> None:
-    for sa in topology.lab.hosts["other"].charon.sas():
-        topology.lab.hosts["other"].swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", check=False)
-    fresh(topology)
-
-
-def resumed_to(sidecar: Sidecar, gateway: Host) -> dict[str, Any]:
-    """What `resume --to` gives on a client."""
-    done = sidecar.command("resume", "--json", "--to", gateway.address, check=False)
-    return dict(json.loads(done.stdout))
+    fresh_both(topology)
 
 
 def restart(topology: Topology, host: Host, duplicate_address: str = "report") -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -40,8 +38,7 @@ from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.net.packet import parse_datagram
 from bridge.stub.bank_keys import TRAFFIC_KIND, posted_key
-from clear_support import ETH_P_ALL, ROOM, SO_RCVBUFFORCE
-from net_support import inside
+from clear_support import Sent
 
 HERE, OTHER = "192.0.2.1", "192.0.2.2"
 ID = (1 << 31) + 7
@@ -225,38 +222,17 @@ def test_all_sessions_that_a_restarted_charon_has_lost_go_on_elsewhere() -> None
     assert row["clients"]["moved"] == 1
 
 
-class Announced:
-    """The clients that a gateway announces a failure to, in the order of its first message to each. A context
-    manager."""
+class Announced(Sent):
+    """The clients that a gateway announces a failure to, in the order of its first message to each."""
 
     def __init__(self, gateway: Host) -> None:
-        with inside(gateway.namespace):
-            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
-            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, ROOM)
-            self._socket.bind(("eth0", ETH_P_ALL))
-        self._socket.settimeout(0.1)
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._over = False
+        super().__init__(gateway)
         self.clients: dict[str, None] = {}
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over = True
-        self._thread.join()
-        self._socket.close()
-
-    def _read(self) -> None:
-        while not self._over:
-            try:
-                octets, address = self._socket.recvfrom(2048)
-            except TimeoutError:
-                continue
-            datagram = parse_datagram(octets, answers=True) if address[2] == socket.PACKET_OUTGOING else None
-            if datagram is not None and datagram.ike[18] == ExchangeType.STUB:
-                self.clients.setdefault(datagram.dst)
+    def take(self, protocol: int, octets: bytes) -> None:
+        datagram = parse_datagram(octets, answers=True)
+        if datagram is not None and datagram.ike[18] == ExchangeType.STUB:
+            self.clients.setdefault(datagram.dst)
 
 
 @pytest.mark.lab

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_codec import encode
 from bridge.charon.ha_message import PORT, Attr, HaMessage, IkeId, MessageType
 from bridge.stub.types import Endpoint
-from net_support import inside, run
+from net_support import alone
 
 SIDECAR, CHARON = "127.0.0.2", "127.0.0.1"
 SA = IkeId.of(b"I" * 8, b"R" * 8, False)
@@ -70,18 +69,12 @@ def forge(message: bytes) -> None:
 @pytest.fixture
 def scene() -> Iterator[Scene]:
     """Within a network namespace where no other process has the HA channel's port."""
-    name = f"iss-{secrets.token_hex(4)}"
-    run("ip", "netns", "add", name)
-    try:
-        run("ip", "-n", name, "link", "set", "lo", "up")
-        with inside(name):
-            scene = Scene()
-            scene.channel.open()
-            scene.channel.expect(3)
-            yield scene
-            scene.channel.close()
-    finally:
-        run("ip", "netns", "del", name)
+    with alone():
+        scene = Scene()
+        scene.channel.open()
+        scene.channel.expect(3)
+        yield scene
+        scene.channel.close()
 
 
 def test_what_charon_sends_while_its_socket_is_known_is_genuine(scene: Scene) -> None:

@@ -10,8 +10,8 @@ import pytest
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
-from bridge.lab.topology import CHOICES, SERVER, client_config, client_host
-from failover_support import counter, established, fresh, resume, spis, status, the_sa
+from bridge.lab.topology import SERVER
+from failover_support import counter, established, fresh_both, resume, second_client, spis, start_both, status, the_sa
 from families_support import ask_for, connect, give_out
 from releases_support import OTHERS, on_all
 
@@ -43,23 +43,16 @@ def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
             host.charon.settings[f"{POOL}.clients6"] = f"fd20:0:{number}::/124"
             (host.etc / "swanctl/conf.d/pool.conf").unlink()
             give_out(host, family)
-        other = client_host(lab, "other", "192.168.50.11", built.secret, release=release)
+        other = second_client(built, release)
         for client in (built.client, other):
             ask_for(client, family)
-        other.sidecar("client", client_config(CHOICES) | {"resume_on_down": False})
-        built.start()
-        other.sidecars[0].start(wait=False)
-        other.charon.start()
-        other.sidecars[0].wait_ready()
+        start_both(built)
         yield built
 
 
 @pytest.fixture(autouse=True)
 def _fresh(topology: Topology) -> None:
-    other = topology.lab.hosts["other"]
-    for sa in other.charon.sas():
-        other.swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", check=False)
-    fresh(topology)
+    fresh_both(topology)
     for name in topology.gateways:
         wait_until(lambda name=name: given_out(topology, name), "addresses")  # type: ignore[misc]
         wait_until(lambda name=name: not placeholders(topology, name), "the end of placeholders", 60)  # type: ignore[misc]

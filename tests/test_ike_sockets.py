@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import socket
 from collections.abc import Iterator
 
@@ -11,22 +10,16 @@ import pytest
 
 from bridge.charon import ike_sockets
 from bridge.charon.ike_sockets import SHORT, IkeSockets
-from net_support import inside, run
+from net_support import alone
 
 PORTS = (500, 4500)
 ALL = {socket.AF_INET: ("0.0.0.0", "127.0.0.1"), socket.AF_INET6: ("::", "::1")}
 
 
-@pytest.fixture
-def alone() -> Iterator[None]:
-    name = f"iss-{secrets.token_hex(4)}"
-    run("ip", "netns", "add", name)
-    try:
-        run("ip", "-n", name, "link", "set", "lo", "up")
-        with inside(name):
-            yield
-    finally:
-        run("ip", "netns", "del", name)
+@pytest.fixture(name="alone")
+def _alone() -> Iterator[None]:
+    with alone():
+        yield
 
 
 @pytest.fixture

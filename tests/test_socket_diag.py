@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 from collections.abc import Iterator
 
@@ -11,22 +10,15 @@ import pytest
 
 from bridge.charon.ha_message import PORT
 from bridge.charon.socket_diag import CharonSocket, Peer
-from net_support import inside, run
+from net_support import alone, run
 
 SIDECAR, CHARON = "127.0.0.2", "127.0.0.1"
 
 
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A network namespace in which nobody has the HA channel's port."""
-    name = f"iss-{secrets.token_hex(4)}"
-    run("ip", "netns", "add", name)
-    try:
-        run("ip", "-n", name, "link", "set", "lo", "up")
-        with inside(name):
-            yield
-    finally:
-        run("ip", "netns", "del", name)
+@pytest.fixture(name="alone")
+def _alone() -> Iterator[None]:
+    with alone():
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ and none takes it from the other by a resumption."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,9 +12,18 @@ import pytest
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
-from bridge.lab.sidecar import Sidecar
-from bridge.lab.topology import CHOICES, client_config, client_host
-from failover_support import complete, counter, established, fresh, spis, stub_key, the_sa
+from failover_support import (
+    complete,
+    counter,
+    established,
+    fresh_both,
+    resumed_to,
+    second_client,
+    spis,
+    start_both,
+    stub_key,
+    the_sa,
+)
 from families_support import ask_for, give_out, server_of
 from releases_support import OTHERS
 
@@ -44,7 +52,7 @@ def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
         releases = dict.fromkeys(("gw1", "gw2", "client"), name) if name is not None else None
         built = standard(lab, start=False, releases=releases)
         built.agent.config["resume_on_down"] = False
-        other = client_host(lab, "other", "192.168.50.11", built.secret, release=name)
+        other = second_client(built, name)
         for host in (built.gw1, built.gw2):
             give_out(host, family, 1)
             host.configure("pools { clients { addrs = 10.20.1.0/24 } }\n", "zz-pools.conf")
@@ -52,21 +60,14 @@ def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
         for client in (built.client, other):
             ask_for(client, family)
             client.configure(USER, "zz.conf")
-        other.sidecar("client", client_config(CHOICES) | {"resume_on_down": False})
-        built.start()
-        other.sidecars[0].start(wait=False)
-        other.charon.start()
-        other.sidecars[0].wait_ready()
+        start_both(built)
         yield built
 
 
 @pytest.fixture(autouse=True)
 def _fresh(topology: Topology) -> None:
     """No session, and no lease: of a user whose address is in use a pool gives another one."""
-    other = device(topology)
-    for sa in other.charon.sas():
-        other.swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", "--timeout", "1", check=False)
-    fresh(topology)
+    fresh_both(topology)
     (topology.gw2.etc / "swanctl/conf.d/zzz-pools.conf").unlink(missing_ok=True)
     for gateway in (topology.gw1, topology.gw2):
         restart(topology, gateway)
@@ -91,11 +92,6 @@ def connect(topology: Topology, client: Host, connection: str) -> dict[str, Any]
     sa = the_sa(client)
     wait_until(lambda: complete(topology, stub_key(sa["remote-host"], sa["responder-spi"])), "the stub of the session")
     return sa
-
-
-def resumed_to(sidecar: Sidecar, gateway: Host) -> dict[str, Any]:
-    """What `resume --to` gives on a client."""
-    return dict(json.loads(sidecar.command("resume", "--json", "--to", gateway.address, check=False).stdout))
 
 
 def each_has_its_own(topology: Topology, gateway: Host) -> None:

@@ -13,8 +13,8 @@ from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.esp import Esp
 from bridge.lab.host import Host
-from bridge.lab.topology import CHOICES, SITE, client_config, client_host
-from failover_support import complete, fresh, resume, stub_key, the_sa
+from bridge.lab.topology import SITE
+from failover_support import complete, fresh_both, resume, second_client, start_both, stub_key, the_sa
 
 pytestmark = [pytest.mark.vm, pytest.mark.lab]
 
@@ -35,21 +35,14 @@ def topology() -> Iterator[Topology]:
         for sidecar in built.gateways.values():
             # an emulated processor may take its time
             sidecar.config["bank"]["get_timeout"] = 5.0
-        other = client_host(lab, "other", "192.168.50.11", built.secret)
-        other.sidecar("client", client_config(CHOICES) | {"resume_on_down": False})
-        built.start()
-        other.sidecars[0].start(wait=False)
-        other.charon.start()
-        other.sidecars[0].wait_ready()
+        second_client(built)
+        start_both(built)
         yield built
 
 
 @pytest.fixture(autouse=True)
 def _fresh(topology: Topology) -> None:
-    other = topology.lab.hosts["other"]
-    for sa in other.charon.sas():
-        other.swanctl("--terminate", "--ike-id", sa["uniqueid"], "--force", check=False)
-    fresh(topology)
+    fresh_both(topology)
 
 
 class Kernel(NamedTuple):
