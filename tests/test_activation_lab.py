@@ -25,10 +25,10 @@ from bridge.ike.encrypted_payload import protect
 from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.message import ExchangeType, Flag, PayloadType
 from bridge.lab import Lab, Topology, standard
-from bridge.lab.daemon import wait_until
+from bridge.lab.daemon import SLOWNESS, wait_until
 from bridge.lab.host import Host
 from bridge.lab.releases import RELEASES
-from bridge.lab.topology import DPD_DELAY, SITE
+from bridge.lab.topology import SITE
 from bridge.stub.types import Endpoint
 from failover_support import connect, counter, established, fresh, replaced, resume, spis, status, stub_key, the_sa
 from net_support import inside
@@ -430,8 +430,8 @@ def one_child(topology: Topology) -> None:
 
 @contextlib.contextmanager
 def dpd_at(host: Host) -> Iterator[None]:
-    """charon of a gateway checks clients that send nothing."""
-    host.configure(f"connections {{ gw {{ dpd_delay = {DPD_DELAY} }} }}\n", "dpd.conf")
+    """charon of a gateway checks silent clients, sooner than theirs checks it: a request is a sign of life."""
+    host.configure(f"connections {{ gw {{ dpd_delay = {SLOWNESS:.0f}s }} }}\n", "dpd.conf")
     host.charon.load()
     yield
     (host.etc / "swanctl/conf.d/dpd.conf").unlink()

@@ -48,6 +48,8 @@ def cable() -> Iterator[Wire]:
 
 @pytest.fixture(params=["nftables", "iptables"])
 def backend(request: pytest.FixtureRequest, cable: Wire) -> Iterator[firewall.Backend]:
+    # iptables leaves empty tables, which a flush of the ruleset takes away for good
+    cable.host.run("nft", "flush", "ruleset")
     yield request.param
     with inside(cable.host.namespace):
         firewall.remove(RULES)
