@@ -17,7 +17,7 @@ from bank_support import GATEWAY, stub_of
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_listener import Listeners
 from bridge.charon.sa_tracker import SaTracker
-from bridge.charon.vici_types import ChildInfo, SaInfo
+from bridge.charon.vici_types import ChildInfo, Event, SaInfo
 from bridge.check import host
 from bridge.config import GatewayConfig, HooksConfig
 from bridge.gateway import hook_program, hook_session, previous_gateways, session_hooks, session_journal
@@ -249,16 +249,45 @@ def test_octets_are_those_of_all_child_sas_that_the_session_had() -> None:
     assert octets.both == (200 + hook_session.CHILDREN_MAX, 20 + hook_session.CHILDREN_MAX)
 
 
-def test_the_end_has_the_figures_that_vici_reports_last(notes: Path) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["with-its-ike-sa", "later"])
+@pytest.mark.parametrize("gone_first", [True, False], ids=["ha-first", "vici-first"])
+def test_the_end_has_the_figures_that_vici_reports_last(notes: Path, *, gone_first: bool, late: bool) -> None:
+    """charon reports the end of an IKE_SA without CHILD_SAs, then those of its CHILD_SAs, one by one."""
+
     async def work() -> None:
         gateway = Gateway(notes)
         sa = gateway.handshake()
         await until(lambda: len(gateway.events()) == 1)
-        gateway.end(sa)
-        gateway.hooks._told(info_of(sa, (7, 1234, 99)))
+        [child] = sa.children
+        gateway.hooks._told(info_of(sa, (child.spi_in, 0, 0)))
+        if gone_first:
+            gateway.end(sa)
         gateway.hooks.down(info_of(sa))
+        if not gone_first:
+            gateway.end(sa)
+        if late:
+            # an updown script runs meanwhile
+            await asyncio.sleep(2 * session_hooks.END_SECONDS)
+        assert len(gateway.events()) == 1
+        gateway.tracker.event(Event("child-updown", info_of(sa, (child.spi_in, 1234, 99)), up=False))
         await until(lambda: len(gateway.events()) == 2)
         assert (gateway.events()[1]["octets_in"], gateway.events()[1]["octets_out"]) == (1234, 99)
+
+    run(work)
+
+
+def test_a_child_sa_that_charon_does_not_report_does_not_keep_the_end_back(
+    notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_hooks, "COUNT_SECONDS", 0.1)
+
+    async def work() -> None:
+        gateway = Gateway(notes)
+        sa = gateway.handshake()
+        gateway.end(sa)
+        gateway.hooks.down(info_of(sa))
+        await until(lambda: len(gateway.events()) == 2)
+        assert [event for event, _ in gateway.told()] == ["established", "ended"]
 
     run(work)
 

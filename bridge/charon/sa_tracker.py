@@ -57,6 +57,9 @@ class SaTracker:
         """called for an SA that VICI lists as DELETING: one of the sides ended it, and charon waits for an answer"""
         self.on_info: list[Callable[[SaInfo], None]] = []
         """called for each IKE_SA that VICI reports, with the figures of its CHILD_SAs"""
+        self.on_child_down: list[Callable[[SaInfo], None]] = []
+        """called for each CHILD_SA whose end VICI reports, with its last figures: after that of its IKE_SA, if both
+        end"""
         self.on_lost: list[Callable[[list[IkeSa]], None]] = []
         """called when charon was restarted, with the IKE_SAs that it had"""
         self.lands_at: Callable[[str], bool] = lambda _: False
@@ -162,13 +165,16 @@ class SaTracker:
         spis, now = event.sa.spis, self.clock()
         for told in self.on_info:
             told(event.sa)
+        if event.kind == "child-updown" and event.up is False:
+            for down in self.on_child_down:
+                down(event.sa)
         if event.kind == "ike-updown" and event.up is False:
             self.notes.early.pop(spis, None)
             self.virtual_ips.drop(spis)
             self.listener.down(event.sa)
             return
         if event.kind == "ike-updown" and event.sa.remote_vips:
-            # its end is reported in the same way, and after all other events of it
+            # its end is reported in the same way, and after that only those of its CHILD_SAs
             self.virtual_ips.put(spis, event.sa.remote_vips, now)
         sa = self.sas.get(spis)
         if sa is not None and sa.up:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo
 from bridge.stub.stub import Index
+from bridge.stub.types import ChildSa
 
 CHILDREN_MAX: Final = 64
 """CHILD_SAs whose octets are known one by one"""
@@ -34,6 +36,8 @@ class Octets:
 
     def __init__(self) -> None:
         self._children: dict[int, tuple[int, int]] = {}
+        self._over: set[int] = set()
+        """those of them that ended, whose figures are the last"""
         self._ended = (0, 0)
 
     def put(self, info: SaInfo) -> None:
@@ -42,8 +46,19 @@ class Octets:
             known = self._children.get(child.spi_in, (0, 0))
             self._children[child.spi_in] = max(known[0], child.octets_in), max(known[1], child.octets_out)
         while len(self._children) > CHILDREN_MAX:
-            oldest = self._children.pop(next(iter(self._children)))
+            spi = next(iter(self._children))
+            oldest = self._children.pop(spi)
+            self._over.discard(spi)
             self._ended = self._ended[0] + oldest[0], self._ended[1] + oldest[1]
+
+    def put_last(self, info: SaInfo) -> None:
+        """What VICI says of a CHILD_SA that ended."""
+        self.put(info)
+        self._over.update(child.spi_in for child in info.children)
+
+    def are_last(self, children: Iterable[ChildSa]) -> bool:
+        """Whether the last figures of these are known."""
+        return all(child.spi_in in self._over for child in children)
 
     @property
     def both(self) -> tuple[int, int]:
@@ -66,7 +81,14 @@ class Session:
         self.told = False
         """of its beginning"""
         self.down = asyncio.Event()
-        """VICI has reported its end, and all figures before"""
+        """VICI has reported the end of its IKE_SA"""
+        self.counted = asyncio.Event()
+        """and after that the ends of all CHILD_SAs, with their last figures"""
         self.moved = False
         self.to: str | None = None
         """the gateway that it moved to"""
+
+    def check_counted(self) -> None:
+        """VICI has reported an end."""
+        if self.down.is_set() and self.octets.are_last(self.sa.children):
+            self.counted.set()

@@ -37,7 +37,10 @@ SETTLE_SECONDS: Final = 1.0
 """that an IKE_SA that comes up has until its virtual IP and its first CHILD_SA are known"""
 LOOK_SECONDS: Final = 0.05
 END_SECONDS: Final = 1.0
-"""after the end of an IKE_SA, until which its successor by a rekeying, or VICI's last figures, may still come"""
+"""after the end of an IKE_SA, until which its successor by a rekeying, or VICI's report, may still come"""
+COUNT_SECONDS: Final = 5.0
+"""after VICI's report that an IKE_SA ended, until which those of its CHILD_SAs may still come: charon makes them after
+that, with the last figures, and runs updown scripts in between"""
 
 
 class SessionHooks:
@@ -67,6 +70,7 @@ class SessionHooks:
             self._report = HookReport(self._program, self._journal, tracker, wall=wall)
             previous.on_lost = self._report.lost
             tracker.on_info.append(self._told)
+            tracker.on_child_down.append(self._child_down)
             tracker.on_lost.append(self._lost)
         metrics.expect_hooks(SessionEvent, FAILURES)
 
@@ -74,7 +78,7 @@ class SessionHooks:
         """Hand over what is left, for a while."""
         await self._previous.close()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=SETTLE_SECONDS + END_SECONDS)
+            await asyncio.wait(self._tasks, timeout=SETTLE_SECONDS + END_SECONDS + COUNT_SECONDS)
         await end(*self._tasks)
         if self._program is not None:
             await self._program.close()
@@ -155,6 +159,12 @@ class SessionHooks:
         """VICI has reported the end of an IKE_SA."""
         if (session := self._by_spis.get(info.spis)) is not None:
             session.down.set()
+            session.check_counted()
+
+    def _child_down(self, info: SaInfo) -> None:
+        if (session := self._by_spis.get(info.spis)) is not None:
+            session.octets.put_last(info)
+            session.check_counted()
 
     def _told(self, info: SaInfo) -> None:
         if (session := self._by_spis.get(info.spis)) is not None:
@@ -246,6 +256,7 @@ class SessionHooks:
         # one that was removed over the HA channel, or was rekeyed, does not go down
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(session.down.wait(), END_SECONDS)
+            await asyncio.wait_for(session.counted.wait(), COUNT_SECONDS)
         if session.sa is sa:
             self._over(session)
         elif session.sa.id.spis != sa.id.spis:
