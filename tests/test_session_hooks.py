@@ -21,7 +21,7 @@ from bridge.charon.vici_types import ChildInfo, Event, SaInfo
 from bridge.check import host
 from bridge.config import GatewayConfig, HooksConfig
 from bridge.gateway import hook_program, hook_session, previous_gateways, session_hooks, session_journal
-from bridge.gateway.hook_program import HookProgram
+from bridge.gateway.hook_program import Call, HookProgram
 from bridge.gateway.hook_session import Octets
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.previous_gateways import PreviousGateways
@@ -330,9 +330,9 @@ def test_events_of_one_key_are_handed_over_in_order_and_those_of_others_meanwhil
     async def work() -> None:
         called = HookProgram(program(notes, "read -r line; sleep 0.2; echo $line >>$NOTES"), 10, GatewayMetrics())
         for number in range(3):
-            called.call("one", "established", lambda number=number: {"number": number})  # type: ignore[misc]
+            called.call("one", Call("established", lambda number=number: {"number": number}))  # type: ignore[misc]
         for other in range(4):
-            called.call(f"other {other}", "established", lambda: {"number": 9})
+            called.call(f"other {other}", Call("established", lambda: {"number": 9}))
         began = asyncio.get_running_loop().time()
         await until(lambda: not len(called))
         # seven calls of 0.2 s
@@ -359,7 +359,7 @@ def test_a_program_that_fails_is_counted_and_the_next_event_comes(notes: Path, s
         path = program(notes, script) if script is not None else str(notes / "missing")
         called = HookProgram(path, 0.2, metrics)
         for _ in range(2):
-            called.call("one", "established", lambda: {"session": "this", "time": 1.0})
+            called.call("one", Call("established", lambda: {"session": "this", "time": 1.0}))
         await until(lambda: not len(called))
         assert metrics.values()[f"hook_failures_total[{kind}]"] == 2
         assert called.last_failure is not None
@@ -372,7 +372,7 @@ def test_a_program_that_writes_much_and_reads_nothing_does_not_wait(notes: Path)
     async def work() -> None:
         metrics = GatewayMetrics()
         called = HookProgram(program(notes, "head -c 1000000 /dev/zero; exit 1"), 5, metrics)
-        called.call("one", "established", lambda: {"much": "x" * 200_000})
+        called.call("one", Call("established", lambda: {"much": "x" * 200_000}))
         await until(lambda: not len(called))
         assert metrics.values()["hook_failures_total[status]"] == 1
 
@@ -383,7 +383,7 @@ def test_a_program_leaves_others_running_that_keep_its_output(notes: Path) -> No
     async def work() -> None:
         metrics = GatewayMetrics()
         called = HookProgram(program(notes, "sleep 3 & exit 0"), 1, metrics)
-        called.call("one", "established", dict)
+        called.call("one", Call("established", dict))
         await until(lambda: not len(called))
         assert "hook_failures_total[timeout]" not in metrics.values()
 
@@ -396,7 +396,7 @@ def test_events_beyond_the_limit_are_dropped_and_counted(notes: Path, monkeypatc
         metrics = GatewayMetrics()
         called = HookProgram(program(notes), 5, metrics)
         for _ in range(3):
-            called.call("one", "established", dict)
+            called.call("one", Call("established", dict))
         await until(lambda: not len(called))
         assert metrics.values()["hook_failures_total[dropped]"] == 1
         assert len(notes.read_text().splitlines()) == 2
@@ -408,7 +408,7 @@ def test_the_event_loop_goes_on_while_programs_run(notes: Path) -> None:
     async def work() -> None:
         called = HookProgram(program(notes, "sleep 0.5"), 5, GatewayMetrics())
         for number in range(20):
-            called.call(str(number), "established", dict)
+            called.call(str(number), Call("established", dict))
         longest, last = 0.0, asyncio.get_running_loop().time()
         while len(called):
             await asyncio.sleep(0.005)
@@ -424,7 +424,7 @@ def test_the_environment_of_the_sidecar_is_not_handed_on(notes: Path, monkeypatc
 
     async def work() -> None:
         called = HookProgram(program(notes, "env >$NOTES; ls -l /proc/$$/fd | wc -l >>$NOTES"), 5, GatewayMetrics())
-        called.call("one", "established", dict)
+        called.call("one", Call("established", dict))
         await until(lambda: not len(called))
         assert "NOTIFY_SOCKET" not in notes.read_text()
 
@@ -454,14 +454,22 @@ def test_check_finds_a_program_that_cannot_run_or_that_others_may_change(tmp_pat
 # the journal
 
 
-def restarted(notes: Path, first: Callable[[Gateway], Coroutine[Any, Any, None]], *kept: IkeSa) -> list[dict[str, Any]]:
-    """The events after `first`, of a sidecar that finds these IKE_SAs in charon when it starts again."""
+def restarted(
+    notes: Path,
+    first: Callable[[Gateway], Coroutine[Any, Any, None]],
+    *kept: IkeSa,
+    killed: bool = False,
+    script: str = "cat >>$NOTES",
+) -> list[dict[str, Any]]:
+    """The events after `first`, of a sidecar that finds these IKE_SAs in charon when it starts again. `script` is the
+    program until then."""
     state = str(notes.parent)
 
     async def before() -> None:
-        gateway = Gateway(notes, state=state)
+        gateway = Gateway(notes, script, state=state)
         await first(gateway)
-        await gateway.hooks.close()
+        if not killed:
+            await gateway.hooks.close()
 
     async def after() -> None:
         gateway = Gateway(notes, state=state)
@@ -502,6 +510,65 @@ async def nothing(_: Gateway) -> None:
     """No session."""
 
 
+def test_a_sidecar_that_is_killed_knows_of_all_beginnings_that_the_program_was_told(notes: Path) -> None:
+    sas: list[IkeSa] = []
+
+    async def first(gateway: Gateway) -> None:
+        sas.append(gateway.handshake())
+        await until(lambda: len(gateway.events()) == 1)
+
+    [over] = restarted(notes, first, killed=True)
+    assert (over["event"], over["session"], over["reason"]) == ("ended", name(sas[0]), "sidecar-was-away")
+    assert "told" not in over
+
+
+def test_an_end_that_the_program_was_not_told_is_reported_by_the_next_sidecar(notes: Path) -> None:
+    sas: list[IkeSa] = []
+
+    async def first(gateway: Gateway) -> None:
+        sas.append(gateway.handshake())
+        await until(lambda: len(gateway.events()) == 1)
+        gateway.end(sas[0])
+        await until(lambda: (notes.parent / "ends").exists())
+        await gateway.hooks._journal.write()
+
+    script = f"event=$(cat); case $event in *ended*) >{notes.parent}/ends; exec sleep 100;; esac; echo $event >>$NOTES"
+    [over] = restarted(notes, first, killed=True, script=script)
+    assert (over["event"], over["session"], over["reason"]) == ("ended", name(sas[0]), "sidecar-was-away")
+    # and only once
+    assert restarted(notes, nothing) == []
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_beginning_that_the_program_had_not_taken_is_reported_again_while_the_session_is_there(
+    notes: Path, *, goes_on: bool
+) -> None:
+    sa = sa_of(stub_of(gateway=HERE))
+
+    async def first(gateway: Gateway) -> None:
+        gateway.tracker.sas[sa.id.spis] = sa
+        gateway.hooks.changed(sa)
+        await until(lambda: (notes.parent / "begins").exists())
+
+    script = f">{notes.parent}/begins; exec sleep 100"
+    [event] = restarted(notes, first, *([sa] if goes_on else []), killed=True, script=script)
+    assert (event["event"], event["session"]) == ("established" if goes_on else "ended", name(sa))
+
+
+def test_a_session_that_was_told_and_goes_on_is_not_reported_again_after_the_sidecar_was_killed(notes: Path) -> None:
+    sa = sa_of(stub_of(gateway=HERE))
+
+    async def first(gateway: Gateway) -> None:
+        gateway.tracker.sas[sa.id.spis] = sa
+        gateway.hooks.changed(sa)
+        await until(lambda: not len(gateway.hooks) and bool(gateway.events()))
+        await gateway.hooks._journal.write()
+
+    assert restarted(notes, first, sa, killed=True) == []
+    # and a journal that was written anew says the same
+    assert restarted(notes, nothing, sa) == []
+
+
 def test_a_session_that_goes_on_is_not_reported_again(notes: Path) -> None:
     sa = sa_of(stub_of(gateway=HERE))
 
@@ -533,9 +600,9 @@ def test_the_journal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     async def work() -> None:
         journal = SessionJournal(tmp_path)
         for number in range(50):
-            journal.begin(str(number), {"session": str(number), "virtual_ips": []})
+            await journal.begin(str(number), {"session": str(number), "virtual_ips": []})
             if number >= 2:
-                journal.end(str(number))
+                journal.ended(str(number))
             await journal.write()
         assert len((tmp_path / "sessions").read_text().splitlines()) <= 16
         assert [named for named, _ in SessionJournal(tmp_path).before()] == ["0", "1"]

@@ -13,8 +13,8 @@ import os
 import signal
 from asyncio.subprocess import Process
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import structlog
@@ -41,6 +41,20 @@ Build = Callable[[], dict[str, Any]]
 """makes the event when its turn has come"""
 
 
+async def _at_once() -> None:
+    """Nothing is to be done before the program is called."""
+
+
+class Call(NamedTuple):
+    """One call of the program, when its turn has come: `before` is awaited first, `after` is called once the program
+    was called, with success or not, or the event was dropped; not where the sidecar stops before that."""
+
+    event: str
+    build: Build
+    before: Callable[[], Awaitable[None]] = _at_once
+    after: Callable[[], None] = lambda: None
+
+
 class HookProgram:
     """Calls `program`, each time for `timeout` seconds at most."""
 
@@ -48,7 +62,7 @@ class HookProgram:
         self._program = program
         self._timeout = timeout
         self._metrics = metrics
-        self._queues: dict[str, deque[tuple[str, Build]]] = {}
+        self._queues: dict[str, deque[Call]] = {}
         self._slots = asyncio.Semaphore(PARALLEL)
         self._workers: set[asyncio.Task[None]] = set()
         self._pending = 0
@@ -63,17 +77,18 @@ class HookProgram:
         """The event, its session and the reason of the last call that failed."""
         return self._last_failure
 
-    def call(self, key: str, event: str, build: Build) -> None:
-        """Call the program with what `build` makes, after all earlier calls of `key`."""
+    def call(self, key: str, call: Call) -> None:
+        """Call the program, after all earlier calls of `key`."""
         if self._pending >= PENDING_MAX:
-            self._failed(event, build(), "dropped", f"{PENDING_MAX} events wait already")
+            self._failed(call.event, call.build(), "dropped", f"{PENDING_MAX} events wait already")
+            call.after()
             return
         self._pending += 1
         queue = self._queues.get(key)
         if queue is not None:
-            queue.append((event, build))
+            queue.append(call)
             return
-        self._queues[key] = deque([(event, build)])
+        self._queues[key] = deque([call])
         worker = spawn("session-hook", self._work(key))
         self._workers.add(worker)
         worker.add_done_callback(self._workers.discard)
@@ -90,10 +105,12 @@ class HookProgram:
         queue = self._queues[key]
         try:
             while queue:
-                event, build = queue.popleft()
+                call = queue.popleft()
                 try:
                     async with self._slots:
-                        await self._call(event, build())
+                        await call.before()
+                        await self._call(call.event, call.build())
+                    call.after()
                 finally:
                     self._pending -= 1
         finally:

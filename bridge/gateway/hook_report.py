@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
+from functools import partial
 from typing import Any, Final
 
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.sa_tracker import SaTracker
-from bridge.gateway.hook_program import HookProgram
+from bridge.gateway.hook_program import Call, HookProgram
 from bridge.gateway.hook_session import Name, Session
 from bridge.gateway.session_journal import SessionJournal
 from bridge.stub.stub import Stub
@@ -53,22 +54,27 @@ class HookReport:
             **_facts(session.name, sa.id.spis, sa, session.children if over else sa.children),
             "previous": session.previous.facts if session.previous else None,
         }
-        if over:
-            self._journal.end(session.name.text)
-        else:
-            self._journal.begin(session.name.text, facts)
         to = session.to if event is SessionEvent.MOVED_AWAY else None
-        self._call(event, facts, octets=session.octets.both, to=to, reason=reason, own=sa.id.spis)
+        call = self._call(event, facts, octets=session.octets.both, to=to, reason=reason, own=sa.id.spis)
+        name = session.name.text
+        if over:
+            self._end(name, facts, call)
+        else:
+            begin, told = partial(self._journal.begin, name, facts), partial(self._journal.told, name, facts)
+            self._program.call(_key(facts), call._replace(before=begin, after=told))
 
     def lost(self, previous: Name, old: Stub) -> None:
         """A session of a gateway that failed went on here: that gateway reports no end of it."""
         facts = {**_facts(previous, old.spi_i + old.spi_r, old, old.children), "previous": None}
-        self._call(SessionEvent.ENDED, facts, reason="gateway-failed")
+        self._program.call(_key(facts), self._call(SessionEvent.ENDED, facts, reason="gateway-failed"))
 
     def unseen(self, name: str, facts: Mapping[str, Any]) -> None:
         """A session ended while no sidecar ran."""
-        self._journal.end(name)
-        self._call(SessionEvent.ENDED, facts, reason="sidecar-was-away")
+        self._end(name, facts, self._call(SessionEvent.ENDED, facts, reason="sidecar-was-away"))
+
+    def _end(self, name: str, facts: Mapping[str, Any], call: Call) -> None:
+        self._journal.ending(name)
+        self._program.call(_key(facts), call._replace(after=partial(self._journal.ended, name)))
 
     def _call(
         self,
@@ -79,8 +85,8 @@ class HookReport:
         to: str | None = None,
         reason: str | None = None,
         own: bytes = b"",
-    ) -> None:
-        """Have the program called; `own` is the IKE_SA of the session, by both SPIs, if it is one of this gateway."""
+    ) -> Call:
+        """The call of the program; `own` is the IKE_SA of the session, by both SPIs, if it is one of this gateway."""
         now, addresses = round(self._wall(), 3), facts["virtual_ips"]
 
         def build() -> dict[str, Any]:
@@ -88,8 +94,7 @@ class HookReport:
             ends = {"octets_in": octets[0], "octets_out": octets[1], "to": to, "reason": reason}
             return {"event": str(event), "time": now, **facts, "virtual_ips_in_use": in_use, **ends}
 
-        # the end of the session that had an address comes before the start of the next
-        self._program.call(addresses[0] if addresses else facts["session"], str(event), build)
+        return Call(str(event), build)
 
     def _has(self, address: str, own: bytes) -> bool:
         """Whether another IKE_SA here than `own` has an address; not one whose client has yet to confirm it."""
@@ -98,6 +103,12 @@ class HookReport:
             if sa is None or sa.up:
                 return True
         return False
+
+
+def _key(facts: Mapping[str, Any]) -> str:
+    """The end of the session that had an address comes before the start of the next."""
+    addresses: list[str] = facts["virtual_ips"]
+    return addresses[0] if addresses else str(facts["session"])
 
 
 def _facts(name: Name, spis: bytes, of: IkeSa | Stub, children: Iterable[ChildSa]) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Which sessions the program of `hooks.session` was told of and not of their end, in a file, for the next start.
 
 A session may end while no sidecar runs. The sidecar that starts then reports the end, or the firewall would keep the
-session's addresses, and its account would stay open.
+session's addresses, and its account would stay open. A sidecar may be killed at any moment: the beginning is in the
+file before the program is called, and the end once the program has run. So each of them is reported once, or twice
+where the sidecar was killed in between.
 
-The file has a JSON object a line: what a session's first event said, or `{"ended": NAME}`. No keys are in it.
+The file has a JSON object a line: what a session's first event said, with `"told": false`, then `{"told": NAME}` and
+`{"ended": NAME}`. No keys are in it.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ class _Line(msgspec.Struct):
 
     session: str | None = None
     virtual_ips: list[str] | None = None
+    told: str | bool | None = None
     ended: str | None = None
 
 
@@ -46,7 +50,12 @@ class SessionJournal:
         self._path = None if directory is None else Path(directory) / FILE
         self._open: dict[str, bytes] = {}
         """encoded, which is smaller"""
+        self._untold: set[str] = set()
+        """those that the sidecar before this one recorded, and perhaps did not tell the program of"""
+        self._ending: set[str] = set()
+        """those that have ended; the program is still to be told"""
         self._unwritten: list[bytes] = []
+        self._writing = asyncio.Lock()
         self._lines = 0
         self._failed = False
         self._torn = False
@@ -60,22 +69,41 @@ class SessionJournal:
         return self._path is not None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._open
+        """Whether the program was told of its beginning, and its end is not under way."""
+        return name in self._open and name not in self._untold and name not in self._ending
 
     def before(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The sessions that were open when the sidecar before this one stopped, and are. Gives them once."""
         names, self._before = self._before, []
         for name in names:
-            if name in self._open:
-                yield name, msgspec.json.decode(self._open[name], type=dict[str, Any])
+            if name in self._open and name not in self._ending:
+                facts = msgspec.json.decode(self._open[name], type=dict[str, Any])
+                facts.pop("told", None)
+                yield name, facts
 
-    def begin(self, name: str, facts: Mapping[str, Any]) -> None:
-        """A session began."""
-        self._open[name] = msgspec.json.encode(facts)
+    async def begin(self, name: str, facts: Mapping[str, Any]) -> None:
+        """The program is about to be told of a session: that is in the file, where it can be written, when this
+        returns."""
+        self._untold.discard(name)
+        self._open[name] = msgspec.json.encode({**facts, "told": False})
         self._unwritten.append(self._open[name])
+        if not self._failed:
+            await self.write()
 
-    def end(self, name: str) -> None:
-        """A session ended."""
+    def told(self, name: str, facts: Mapping[str, Any]) -> None:
+        """The program was told of a session."""
+        if name in self._open:
+            self._open[name] = msgspec.json.encode(facts)
+            self._unwritten.append(msgspec.json.encode({"told": name}))
+
+    def ending(self, name: str) -> None:
+        """A session ended, and the program is to be told."""
+        self._ending.add(name)
+
+    def ended(self, name: str) -> None:
+        """The program was told of the end."""
+        self._ending.discard(name)
+        self._untold.discard(name)
         if self._open.pop(name, None) is not None:
             self._unwritten.append(msgspec.json.encode({"ended": name}))
 
@@ -86,7 +114,11 @@ class SessionJournal:
             await self.write()
 
     async def write(self) -> None:
-        """Write what is new to the file."""
+        """Write what is new to the file: all of it at once, while others wait for their part."""
+        async with self._writing:
+            await self._write()
+
+    async def _write(self) -> None:
         lines, self._unwritten = self._unwritten, []
         if self._path is None or not (lines or self._failed):
             return
@@ -124,8 +156,12 @@ class SessionJournal:
                 entry = msgspec.json.decode(line, type=_Line)
                 if entry.ended is not None:
                     self._open.pop(entry.ended, None)
+                    self._untold.discard(entry.ended)
+                elif isinstance(entry.told, str):
+                    self._untold.discard(entry.told)
                 elif entry.session is not None and entry.virtual_ips is not None:
                     self._open[entry.session] = line
+                    (self._untold.discard if entry.told is None else self._untold.add)(entry.session)
             except (msgspec.MsgspecError, ValueError):
                 # the last line of a host that lost its power, perhaps
                 unreadable += 1
