@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from click.testing import CliRunner
 
 from bank_support import stub_of
+from bridge.bench import vrrp
+from bridge.bench.aims import aims
+from bridge.bench.cli import bench
 from bridge.bench.ordinary import Ordinary, with_known_keys
 from bridge.bench.rig import rig
 from bridge.bench.takeover import SHARED, section, takeover
@@ -12,6 +18,15 @@ from bridge.ike.encrypted_payload import protect, unprotect
 from bridge.ike.message import ExchangeType, PayloadType
 
 SESSIONS = 40
+CLIENTS = 2
+WHOLE = {
+    "clients": 20,
+    "continued": 19,
+    "detection_ms": 1080,
+    "silence_ms": {"p50": 1260, "max": 1381},
+    "beyond_ms": {"p50": 180, "max": 301},
+}
+"""a result of the run with keepalived"""
 
 
 def test_an_ordinary_client_answers_a_request_once_and_the_same_again() -> None:
@@ -47,6 +62,36 @@ def test_a_gateway_takes_their_sessions_over_and_resumes_others() -> None:
     # and the session of the model, if its client has not given it up before
     assert result["taken"] in (SESSIONS, SESSIONS + 1)
     assert result["resumptions"]["failures"] == 0
+    result["vrrp"] = WHOLE
     text, plot = section(result)
     assert f"{SESSIONS} sessions" in text
+    assert "| beyond VRRP's detection, 1,080 ms | 180 ms | 301 ms |" in text
+    assert "19 of 20 clients continued" in text
     assert plot.startswith("<svg")
+
+
+@pytest.mark.lab
+def test_real_clients_go_on_when_keepalived_moves_the_address() -> None:
+    with vrrp.vrrp_lab(CLIENTS) as whole:
+        result = vrrp.measure(whole, lambda what, share: None)
+    assert (result["clients"], result["continued"]) == (CLIENTS, CLIENTS)
+    # what VRRP needs is part of each client's time without traffic
+    assert result["silence_ms"]["max"] > result["detection_ms"] > 0
+
+
+def test_the_aims_name_what_was_missed() -> None:
+    result = {"sessions": 10_000, "failures": 0, "keyed_ms": {"first": 101, "last": 5000}, "vrrp": WHOLE}
+    found = {aim.what: (aim.wanted, aim.measured, aim.met) for aim in aims({"takeover": result})}
+    assert found == {
+        "takeover, 10,000 sessions: without new keys": ("0", "0", True),
+        "takeover, 10,000 sessions: first client": ("100 ms", "101 ms", False),
+        "takeover, 10,000 sessions: last client": ("5 s", "5.0 s", True),
+        "keepalived, 20 clients: did not continue": ("0", "1", False),
+        "keepalived, 20 clients: longest silence, beyond VRRP's detection": ("300 ms", "301 ms", False),
+    }
+
+
+def test_a_plot_of_one_part_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(bench, ["takeover", "--only", "vrrp", "--plot", str(tmp_path / "plot.svg")])
+    assert done.exit_code == 2
+    assert "--only" in done.output

@@ -68,6 +68,16 @@ def test_a_vrrp_that_preempts_is_refused(found, old: str, new: str) -> None:  # 
     assert grades(found(vrrp=vrrp.replace(old, new).replace(SHARED, "192.0.2.1"))) == [Grade.OK]
 
 
+def test_intervals_that_vrrp_rounds_are_named(found) -> None:  # type: ignore[no-untyped-def]
+    vrrp = shipped_files.path("strongswan-conf/keepalived/keepalived.conf").read_text()
+    rounded = vrrp.replace("    version 3\n", "")
+    assert rounded != vrrp
+    [finding] = found(vrrp=rounded)
+    assert (finding.grade, "advert_int" in finding.text) == (Grade.WARN, True)
+    assert grades(found(vrrp=rounded.replace("advert_int 0.3", "advert_int 1"))) == [Grade.OK]
+    assert grades(found(vrrp="global_defs { vrrp_version 3 }\n" + rounded)) == [Grade.OK]
+
+
 def test_nothing_is_said_where_no_address_is_shared() -> None:
     assert takeover(GatewayConfig(address="192.168.50.1"), {"gw": GW}) == []
 

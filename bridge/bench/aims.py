@@ -46,6 +46,8 @@ def aims(results: Reports) -> Iterator[Aim]:
         yield Aim("flood: time to an answer, to that without", "2", f"{ratio:.1f}", ratio <= 2 and all_resumed)
     if "outage" in results:
         yield from _outage(results["outage"])
+    if "takeover" in results:
+        yield from _takeover(results["takeover"])
 
 
 def _outage(result: Mapping[str, Any]) -> Iterator[Aim]:
@@ -71,6 +73,18 @@ def _outage(result: Mapping[str, Any]) -> Iterator[Aim]:
     yield Aim("outage: a full handshake meanwhile, to a quiet one, at most", "2", f"{slower:.1f}", slower <= 2)
     moved = sum(row["moved"] for row in result["false alarms"])
     yield Aim("outage: sessions that moved on a false alarm", "0", str(moved), not moved)
+
+
+def _takeover(result: Mapping[str, Any]) -> Iterator[Aim]:
+    name, keyed = f"takeover, {result['sessions']:,} sessions", result["keyed_ms"]
+    yield Aim(f"{name}: without new keys", "0", str(result["failures"]), not result["failures"])
+    yield Aim(f"{name}: first client", "100 ms", f"{keyed['first']} ms", keyed["first"] <= 100)
+    yield Aim(f"{name}: last client", "5 s", f"{keyed['last'] / 1000:.1f} s", keyed["last"] <= 5000)
+    whole = result["vrrp"]
+    name, beyond = f"keepalived, {whole['clients']} clients", whole["beyond_ms"]["max"]
+    left = whole["clients"] - whole["continued"]
+    yield Aim(f"{name}: did not continue", "0", str(left), not left)
+    yield Aim(f"{name}: longest silence, beyond VRRP's detection", "300 ms", f"{beyond} ms", beyond <= 300)
 
 
 def _resumption(result: Mapping[str, Any]) -> Iterator[Aim]:

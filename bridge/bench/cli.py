@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bridge.bench import bank as bank_bench
-from bridge.bench import outage, report, takeover
+from bridge.bench import outage, report, takeover, vrrp
 from bridge.bench.flood import flood_lab
 from bridge.bench.flood import measure as measure_flood
 from bridge.bench.handshake import compare
@@ -267,23 +267,62 @@ def measure_outage(sessions: int, clients: int, only: tuple[str, ...], plot: str
         raise click.ClickException(f"{left} sessions were not resumed, {moved} moved on a false alarm")
 
 
-def _measure_takeover(sessions: int) -> dict[str, Any]:
-    def work(built: Rig, progress: Report) -> dict[str, Any]:
-        return takeover.takeover(built, sessions, progress)
+def _measure_takeover(sessions: int, clients: int, only: Sequence[str] = ()) -> dict[str, Any]:
+    """`only`: of these parts."""
+    result: dict[str, Any] = {}
+    about: dict[str, Any] = {}
+    try:
+        with _progress() as told:
+            if SESSIONS in (only or PARTS):
+                told("the lab starts", 0.0)
+                with rig(shared=takeover.SHARED) as built:
+                    built.take_model()
+                    about = lab_machine(built.target)
+                    result |= takeover.takeover(built, sessions, told)
+            if VRRP in (only or PARTS):
+                told(f"{VRRP}: the lab starts", 0.0)
+                with vrrp.vrrp_lab(clients) as whole:
+                    about = about or lab_machine(whole.topology.gw2)
+                    result[VRRP] = vrrp.measure(whole, told)
+    except LabError as error:
+        raise click.ClickException(str(error)) from None
+    return _published("takeover", about, result)
 
-    return _measure("takeover", work, shared=takeover.SHARED)
+
+SESSIONS: Final = "sessions"
+VRRP: Final = "vrrp"
+PARTS: Final = (SESSIONS, VRRP)
+"""of `bench takeover`"""
 
 
 @bench.command("takeover")
 @click.option("--sessions", default=10_000, show_default=True, help="Sessions of ordinary clients at the address.")
+@click.option(
+    "--clients", default=CLIENTS, show_default=True, help="Real clients of the gateway that keepalived replaces."
+)
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(PARTS),
+    metavar="PART",
+    help=f"Measure this alone, for no report: {', '.join(PARTS)}.",
+)
 @_plot
 @_json
-def measure_takeover(sessions: int, plot: str | None, as_json: bool) -> None:
+def measure_takeover(sessions: int, clients: int, only: tuple[str, ...], plot: str | None, as_json: bool) -> None:
     """A gateway gets the address of one that failed, and takes over the sessions of clients without a sidecar."""
-    measured = _measure_takeover(sessions)
-    _publish(measured, plot, as_json)
-    if failures := measured["result"]["failures"]:
+    if only and plot:
+        raise click.UsageError("'--plot' shows all parts, and '--only' measures some.")
+    measured = _measure_takeover(sessions, clients, only)
+    result = measured["result"]
+    if only:
+        click.echo(json.dumps(result, indent=None if as_json else 1))
+    else:
+        _publish(measured, plot, as_json)
+    if failures := result.get("failures"):
         raise click.ClickException(f"{failures} of {sessions} sessions have no new keys")
+    if VRRP in result and (left := clients - result[VRRP]["continued"]):
+        raise click.ClickException(f"{left} of {clients} clients did not continue")
 
 
 SHORT: dict[str, Callable[[], dict[str, Any]]] = {
@@ -293,7 +332,7 @@ SHORT: dict[str, Callable[[], dict[str, Any]]] = {
     "bank": lambda: _measure_bank([20_000]),
     "flood": lambda: _measure_flood(20_000, 8.0, 8),
     "outage": lambda: _whole_outage(1000, 8),
-    "takeover": lambda: _measure_takeover(1000),
+    "takeover": lambda: _measure_takeover(1000, CLIENTS),
 }
 """what `make bench` does"""
 ORDERS = {"growth-long": "growth"}

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from bridge.bank.failover_progress import RUNNING, FailoverProgress, decode
 from bridge.bench.plot import bars
-from bridge.bench.rig import Rig
+from bridge.bench.rig import Rig, wait_stored
 from bridge.bench.usage import quantile
 from bridge.bench.visitor import handshakes
 from bridge.lab.daemon import wait_until
@@ -124,12 +124,7 @@ def fill(rig: Rig, sessions: int) -> None:
             break
     else:
         raise LabError(f"{missing} of {sessions} sessions did not begin")
-
-    def stored() -> bool:
-        counters = rig.topology.gateways["gw1"].ask("counters")["counters"]
-        return bool(counters["stubs"] >= sessions and not counters["bank_pending"])
-
-    wait_until(stored, "the stubs of the sessions", PATIENCE)
+    wait_stored(rig.topology, sessions, PATIENCE)
 
 
 def failure(rig: Rig, kind: str, sessions: int, told: Progress) -> dict[str, Any]:

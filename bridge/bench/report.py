@@ -22,6 +22,7 @@ else:
     sudo ike-sa-sync bench bank --stubs 20000 --stubs 100000 --stubs 1000000 --json >docs/bench/bank.json
     sudo ike-sa-sync bench flood --json >docs/bench/flood.json
     sudo ike-sa-sync bench outage --json >docs/bench/outage.json
+    sudo ike-sa-sync bench takeover --json >docs/bench/takeover.json
     ike-sa-sync bench report
 
 `--help` of each says how to have more sessions, rounds, sizes or seconds. `growth` goes up to 100,000 SAs, which takes

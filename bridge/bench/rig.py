@@ -122,6 +122,28 @@ class Rig:
             self._process.wait()
 
 
+def share(topology: Topology, address: str, trigger: str) -> None:
+    """Have the gateways share an address, before they start; `trigger`: what has them take over the sessions at it."""
+    for gateway in (topology.gw1, topology.gw2):
+        gateway.configure("connections { gw { mobike = no } }\n", "shared.conf")
+        topology.gateways[gateway.name].config["takeover"] = {"addresses": [address], "trigger": trigger}
+
+
+def connect_to(client: Host, address: str) -> None:
+    """Have a client's gateway be at an address that gateways share."""
+    client.configure(f"connections {{ home {{ remote_addrs = {address}\n mobike = no }} }}\n", "shared.conf")
+
+
+def wait_stored(topology: Topology, sessions: int, patience: float) -> None:
+    """Until the stubs of so many sessions at gw1 are in the bank."""
+
+    def stored() -> bool:
+        counters = topology.gateways["gw1"].ask("counters")["counters"]
+        return bool(counters["stubs"] >= sessions and not counters["bank_pending"])
+
+    wait_until(stored, "the stubs of the sessions", patience)
+
+
 @contextlib.contextmanager
 def rig(clients: int = 0, detect: float | None = None, shared: str | None = None) -> Iterator[Rig]:
     """The standard lab with a host of simulated clients and so many real ones more, all of it up. With `detect` the
@@ -141,12 +163,8 @@ def rig(clients: int = 0, detect: float | None = None, shared: str | None = None
             if detect is not None:
                 sidecar.config["failover"] = {"announce": True, "detect": detect}
         if shared is not None:
-            for gateway in (topology.gw1, topology.gw2):
-                gateway.configure("connections { gw { mobike = no } }\n", "shared.conf")
-                topology.gateways[gateway.name].config["takeover"] = {"addresses": [shared], "trigger": "command"}
-            topology.client.configure(
-                f"connections {{ home {{ remote_addrs = {shared}\n mobike = no }} }}\n", "shared.conf"
-            )
+            share(topology, shared, "command")
+            connect_to(topology.client, shared)
             topology.gw1.run("ip", "address", "add", f"{shared}/24", "dev", "eth0")
         more = Clients(topology, clients, unprepared=detect is not None)
         visitor = client_host(lab, "visitor", VISITOR, topology.secret)

@@ -1,4 +1,5 @@
-"""`bench takeover`: a gateway gets the address of one that failed, with thousands of ordinary clients' sessions."""
+"""`bench takeover`: a gateway gets the address of one that failed, with thousands of ordinary clients' sessions. The
+whole way with keepalived is in bridge.bench.vrrp."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+from bridge.bench import vrrp
 from bridge.bench.plot import bars
 from bridge.bench.rig import Rig
 from bridge.bench.storm import Progress, resumptions
@@ -14,7 +16,7 @@ from bridge.bench.usage import quantile
 from bridge.lab.space import LabError
 from bridge.service import control
 
-SHARED: Final = "192.168.50.100"
+SHARED: Final = vrrp.SHARED
 LIMIT: Final = 600.0
 """seconds in which all sessions have to have new keys"""
 ACTIVE: Final = 100
@@ -103,15 +105,21 @@ def section(result: dict[str, Any]) -> tuple[str, str]:
         f"{result['cpu_us_each']:,} us ({_cpu(result)}); of a resumption at the same gateway afterwards: "
         f"{result['resumptions']['cpu_us_each']:,} us.",
         "",
+        *vrrp.lines(result["vrrp"]),
+        "",
         "![takeover](bench/takeover.svg)",
     ]
     plot = bars(
-        f"From the command to new keys, {result['sessions']:,} sessions",
+        f"Takeover: from the command to new keys, {result['sessions']:,} sessions, and keepalived",
         "s",
         [
             (f"{name}, {what}", [q[key] / 1000])
             for name, q in rows
             for what, key in (("median", "p50"), ("last", "last"))
+        ]
+        + [
+            (f"keepalived: clients without traffic, {what}", [result["vrrp"]["silence_ms"][key] / 1000])
+            for what, key in (("median", "p50"), ("longest", "max"))
         ],
     )
     return "\n".join(lines) + "\n", plot

@@ -101,6 +101,15 @@ def _vrrp(shared: Iterable[str], path: Path) -> list[Finding]:
         words = body.split()
         if not _has(words, shared):
             continue
+        if _is_rounded(text, body):
+            findings.append(
+                warn(
+                    "takeover",
+                    f"vrrp_instance {name} has an advert_int that VRRP version 2 rounds to whole seconds: a dead "
+                    "gateway is noticed seconds later",
+                    f"set `version 3` in vrrp_instance {name} of {path}, on all gateways",
+                )
+            )
         if "nopreempt" not in words or re.search(r"\bstate\s+MASTER\b", body):
             findings.append(
                 fail(
@@ -120,14 +129,27 @@ def _vrrp(shared: Iterable[str], path: Path) -> list[Finding]:
     return findings
 
 
+def _is_rounded(text: str, body: str) -> bool:
+    """Whether an instance advertises at intervals that its version of VRRP does not have (RFC 5798 section 1)."""
+    interval = re.search(r"\badvert_int\s+(\d*\.\d+)", body)
+    version = re.search(r"\bversion\s+(\d)", body) or re.search(r"\bvrrp_version\s+(\d)", text)
+    return (
+        interval is not None
+        and not float(interval[1]).is_integer()
+        and (version is None or version[1] != "3")
+        and any("." in word and _address(word) is not None for word in body.split())
+    )
+
+
 def _has(words: Iterable[str], shared: Iterable[str]) -> bool:
-    found = set()
-    for word in words:
-        try:
-            found.add(str(ip_interface(word).ip))
-        except ValueError:
-            continue
-    return bool(found & set(shared))
+    return bool({_address(word) for word in words} & set(shared))
+
+
+def _address(word: str) -> str | None:
+    try:
+        return str(ip_interface(word).ip)
+    except ValueError:
+        return None
 
 
 def _instances(text: str) -> Iterator[tuple[str, str]]:

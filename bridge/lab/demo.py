@@ -36,6 +36,11 @@ class Traffic:
         return self.sent - len(self.answered)
 
     @property
+    def last(self) -> float:
+        """When the last answer came, in Unix seconds; 0: none came."""
+        return max(self.answered.values(), default=0.0)
+
+    @property
     def silence(self) -> float:
         """The longest time between two answers, in seconds."""
         return self.silence_since(0.0)
