@@ -283,20 +283,25 @@ async def test_many_clients_with_one_identity_are_taken_over() -> None:
 @pytest.mark.parametrize("unique", [Unique.NO, Unique.REPLACE])
 @pytest.mark.parametrize("newer_first", [True, False])
 @pytest.mark.parametrize("apart", [True, False], ids=["two batches", "one batch"])
+@pytest.mark.parametrize("one_second", [True, False], ids=["began in one second", "began at different times"])
 async def test_of_two_sessions_of_one_client_the_newer_one_is_taken(
-    unique: Unique, newer_first: bool, apart: bool
+    unique: Unique, newer_first: bool, apart: bool, one_second: bool
 ) -> None:
     """A gateway that fails leaves the stub of a session that its client has replaced since. The same identity says so
-    where the connection allows one session, the same virtual IP always."""
+    where the connection allows one session, the same virtual IP always. An IKE_SA may be rekeyed in its first second:
+    that of the two stubs counts then that was stored later."""
     bank = Bank()
     gateway = Gateway(bank, unique=unique)
     same: dict[str, Any] = {"identity": b"alice@example"} if unique is Unique.REPLACE else {"vip": "10.20.0.7"}
-    times = (NOW - 10, NOW - 1000) if newer_first else (NOW - 1000, NOW - 10)
+    early = NOW - 10 if one_second else NOW - 1000
+    times = (NOW - 10, early) if newer_first else (early, NOW - 10)
     pair = [stub(bank, began=times[0], **same)]
     for _ in range(20 if apart else 0):
         stub(bank)
     pair.append(stub(bank, began=times[1], **same))
-    newer, older = sorted(pair, key=lambda one: -one.established)
+    newer, older = pair if newer_first else reversed(pair)
+    stored = replace(newer, revision=older.revision + 1)
+    bank.stubs[newer.index] = stored
     await gateway.take()
     assert both_spis(newer) in gateway.spis
     assert both_spis(older) not in gateway.spis

@@ -28,7 +28,7 @@ from bridge.gateway import takeover_session as reasons
 from bridge.gateway.session_owner import SessionOwner
 from bridge.gateway.taken_sessions import TakenSessions
 from bridge.gateway.takeover_barriers import Barriers
-from bridge.gateway.takeover_session import Session, obstacle, session_of
+from bridge.gateway.takeover_session import Session, age, obstacle, session_of
 from bridge.gateway.takeover_state import State
 from bridge.stub.child_sa import wire_spi
 from bridge.stub.stub import Index, Stub
@@ -199,6 +199,7 @@ class SessionTaker:
             elif not again:
                 self._refuse(run, stub, reason)
         able = await self._latest(run, able)
+        ages = {stub.index: age(stub) for stub in able}
         mine, others = await self._owner.become(able, lambda stub: self._obstacle(run, stub, started, again=True))
         for stub, reason in others:
             self._refuse(run, stub, reason)
@@ -212,6 +213,7 @@ class SessionTaker:
                 self._refuse(run, stub, reasons.CONNECTION_MISSING)
                 continue
             session = session_of(stub, connection, began=now, now=wall)
+            session.age = ages[stub.index]
             self._sessions.put(session)
             sessions.append(session)
         await self._install(run, sessions)
@@ -227,7 +229,7 @@ class SessionTaker:
         """Without those whose client has a newer session: a gateway that failed leaves stubs of sessions behind that
         its clients have replaced since."""
         newest: dict[Hashable, Stub] = {}
-        for stub in sorted(stubs, key=lambda stub: stub.established):
+        for stub in sorted(stubs, key=age):
             newest.update(dict.fromkeys(self._barriers.keys(stub), stub))
         left, over = [], []
         for stub in stubs:
@@ -237,7 +239,7 @@ class SessionTaker:
                 rival = self._sessions.get(sa.id.spis)
                 if rival is None or rival.confirmed:
                     reason = reason or reasons.CLASHES
-                elif rival.stub.established >= stub.established:
+                elif rival.age >= age(stub):
                     reason = reason or reasons.OLDER
                 else:
                     older.append(sa)

@@ -85,6 +85,11 @@ class Session:
     """its client sent something after it was left alone"""
     tried: bool = False
     """another message ID than the stub's was tried, and not answered so far"""
+    age: tuple[int, int] = field(init=False)
+    """as `age` gives it for the stub that its owner before stored"""
+
+    def __post_init__(self) -> None:
+        self.age = age(self.stub)
 
     def on(self, event: Event) -> None:
         """Something happened to it (bridge.gateway.takeover_state)."""
@@ -121,6 +126,12 @@ class Session:
             if child.spi_in not in old and child.name in left:
                 left.remove(child.name)
         return left
+
+
+def age(stub: Stub) -> tuple[int, int]:
+    """Greater for the newer one of two sessions of one client: when it began, in seconds, and when its gateway stored
+    it last. An IKE_SA may be rekeyed in the second in which it began, and its own stub is not stored after that."""
+    return stub.established, stub.revision
 
 
 def obstacle(
