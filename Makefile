@@ -76,7 +76,7 @@ test-releases: $(VENV)/.releases ## strongSwan 5.9.8, 6.0.1 and 6.1.0 with each 
 $(VENV)/.releases: $(VENV)/.project
 	@.ci/packages mmdebstrap
 	@$(BIN)/python -m bridge.lab.releases
-	@$(BIN)/python -m bridge.lab.valkey
+	@$(BIN)/python -m bridge.lab.unpacked
 	@touch $@
 
 dist: $(VENV)/.build ## what pip installs: the source and the wheel, into dist/; the same octets each time

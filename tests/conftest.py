@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from bank_support import RedisServer, keyring
 from bridge.bank.redis_bank import RedisBank
-from bridge.lab import Lab, Topology, standard, valkey
+from bridge.lab import Lab, Topology, standard, unpacked
 from bridge.stub.keyring import Keyring
 from releases_support import RELEASED
 from role_support import FakeTime
@@ -63,7 +63,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 @pytest.fixture(params=["redis", pytest.param("valkey", marks=pytest.mark.releases)])
 def program(request: pytest.FixtureRequest) -> list[str]:
     """The command line of a server for the bank: Redis 7, and with `-m releases` Valkey 8."""
-    return ["redis-server"] if request.param == "redis" else valkey.program()
+    return ["redis-server"] if request.param == "redis" else unpacked.VALKEY.program(unpacked.VALKEY_SERVER)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from bridge.net.neighbour import Connected, connected_networks
 TABLE = "220"
 """the routing table that charon puts its routes into"""
 DAEMONS = {
-    "bird": ("/etc/bird/bird.conf", f"kernel table {TABLE}"),
-    "zebra": ("/etc/frr/frr.conf", f"import-table {TABLE}"),
+    "bird": ("/etc/bird/bird.conf", (f"kernel table {TABLE}",)),
+    "zebra": ("/etc/frr/frr.conf", (f"import-table {TABLE}", f"table-direct {TABLE}")),
 }
 """routing daemons: their configuration, and what is in it where they take in that table"""
 CHOOSES = {"bird": "-c", "zebra": "-f"}
@@ -40,7 +40,7 @@ def return_path(config: GatewayConfig, pools: Iterable[Pool]) -> list[Finding]:
     foreign = [pool for pool in every if not _is_connected(pool, networks)]
     if not foreign:
         return [ok("return path", "the pools are of connected networks: the sidecar announces their addresses")]
-    if (daemon := _exporting()) is not None:
+    if (daemon := exporting(_daemons())) is not None:
         return [ok("return path", f"{daemon} takes in table {TABLE}, where charon has its clients' routes")]
     foreign = without_proxy(foreign)
     if not foreign:
@@ -55,14 +55,14 @@ def _is_connected(pool: Pool, networks: Iterable[Connected]) -> bool:
     return any(first in network and first + max(pool.size - 1, 0) in network for _, network in networks)
 
 
-def _exporting() -> str | None:
-    """A running routing daemon that takes in charon's table."""
-    for name, file in _daemons():
+def exporting(daemons: Iterable[tuple[str, Path]]) -> str | None:
+    """Of routing daemons with their configurations, one that takes in charon's table."""
+    for name, file in daemons:
         try:
             text = " ".join(file.read_text(errors="replace").split())
         except OSError:
             continue
-        if DAEMONS[name][1] in text:
+        if any(words in text for words in DAEMONS[name][1]):
             return name
     return None
 

@@ -2,12 +2,14 @@
 
 from bridge.lab.daemon import Daemon
 from bridge.lab.host import Host
+from bridge.lab.unpacked import FRR as FRR_10
 from bridge.service import shipped_files
 
 CONTROL = "/run/bird.ctl"
 GATEWAY = "strongswan-conf/network/bird-gateway.conf"
 ROUTER = "strongswan-conf/network/bird-router.conf"
 GATEWAY_FRR = "strongswan-conf/network/frr-gateway.conf"
+GATEWAY_FRR_10 = "strongswan-conf/network/frr10-gateway.conf"
 ROUTER_FRR = "strongswan-conf/network/frr-router.conf"
 FRR = "/usr/lib/frr"
 FRR_RUN = "/run/frr"
@@ -52,11 +54,13 @@ def router_bird(host: Host) -> Bird:
 
 
 class Frr(Daemon):
-    """FRR on a host, zebra and bgpd, with this configuration. Each names the lines that are the other's in its log."""
+    """FRR on a host, zebra and bgpd, with this configuration. Each names the lines that are the other's in its log.
+    `ten`: FRR 10 of Debian 13."""
 
-    def __init__(self, host: Host, configuration: str) -> None:
+    def __init__(self, host: Host, configuration: str, *, ten: bool = False) -> None:
         super().__init__(host, "bgpd")
         self.configuration = configuration
+        self.ten = ten
         self.zebra = Daemon(host, "zebra")
 
     def start(self) -> None:
@@ -67,20 +71,23 @@ class Frr(Daemon):
         self.host.path(file).write_text(self.configuration)
         self.host.path(file).chmod(0o644)
         common = ("-f", file, "-u", "frr", "-g", "frr", "-P", "0", "--log", "stdout")
-        self.zebra.spawn(f"{FRR}/zebra", *common)
+        self.zebra.spawn(*self._program(f"{FRR}/zebra"), *common)
         self.zebra.await_alive(lambda: self.host.path(f"{FRR_RUN}/zserv.api").exists(), "it served bgpd")
-        self.spawn(f"{FRR}/bgpd", *common)
+        self.spawn(*self._program(f"{FRR}/bgpd"), *common)
         self.await_alive(lambda: "router identifier" in self.show("bgp", "summary"), "it had its configuration")
 
     def show(self, *what: str) -> str:
         """What `show` of vtysh prints."""
-        return self.host.run("vtysh", "-c", " ".join(("show", *what)), check=False).stdout
+        return self.host.run(*self._program("/usr/bin/vtysh"), "-c", " ".join(("show", *what)), check=False).stdout
+
+    def _program(self, path: str) -> list[str]:
+        return FRR_10.program(path) if self.ten else [path]
 
 
-def gateway_frr(host: Host, inside: str) -> Frr:
+def gateway_frr(host: Host, inside: str, *, ten: bool = False) -> Frr:
     """FRR of a gateway whose address in the network behind the gateways is `inside`."""
-    text = shipped_files.path(GATEWAY_FRR).read_text()
-    return Frr(host, text.replace(f"router-id {SHIPPED_INSIDE}", f"router-id {inside}"))
+    text = shipped_files.path(GATEWAY_FRR_10 if ten else GATEWAY_FRR).read_text()
+    return Frr(host, text.replace(f"router-id {SHIPPED_INSIDE}", f"router-id {inside}"), ten=ten)
 
 
 def router_frr(host: Host) -> Frr:

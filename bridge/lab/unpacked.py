@@ -1,0 +1,80 @@
+"""Programs of Debian 13 for machines of an older Debian, Valkey 8 and FRR 10: each package with its libraries in a
+directory of its own.
+
+python -m bridge.lab.unpacked       installs those that are missing
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from bridge.lab.releases import APT, CACHE, machine, mirror
+from bridge.lab.space import LabError
+
+RELEASE = "trixie"
+
+
+class Unpacked(NamedTuple):
+    """A package that is unpacked and not installed."""
+
+    name: str
+    package: str
+
+    @property
+    def directory(self) -> Path:
+        """Where it is unpacked."""
+        return CACHE / self.name
+
+    def program(self, path: str) -> list[str]:
+        """The command line of one of its programs (`/usr/sbin/...`), without arguments. LabError while it is not
+        installed."""
+        if machine() == RELEASE:
+            return [path]
+        # with the C library that it was built for
+        loader = next(self.directory.glob("usr/lib/*/ld-linux*.so.?"), None)
+        if loader is None:
+            raise LabError(f"{self.directory} is missing: run `{sys.executable} -m bridge.lab.unpacked`")
+        libraries = f"{loader.parent}:{loader.parent / self.name}"
+        return [str(loader), "--library-path", libraries, str(self.directory / path.lstrip("/"))]
+
+    def install(self) -> None:
+        """Fetch and unpack it, all of it or nothing. LabError with the end of what mmdebstrap said."""
+        CACHE.mkdir(parents=True, exist_ok=True)
+        new = self.directory.with_suffix(f".{os.getpid()}")
+        options = ["--variant=extract", "--mode=root", f"--include={self.package}"]
+        options += [f"--aptopt={option}" for option in APT]
+        try:
+            done = subprocess.run(
+                ["mmdebstrap", *options, RELEASE, str(new), mirror()], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise LabError(f"mmdebstrap {self.package} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]))
+            new.rename(self.directory)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+VALKEY = Unpacked("valkey", "valkey-server")
+VALKEY_SERVER = "/usr/bin/valkey-server"
+FRR = Unpacked("frr", "frr")
+ZEBRA = "/usr/lib/frr/zebra"
+
+
+def main() -> None:
+    """Install what is missing, and say so."""
+    for each, path in ((VALKEY, VALKEY_SERVER), (FRR, ZEBRA)):
+        try:
+            each.program(path)
+        except LabError:
+            print(f"unpacking {each.package} of Debian {RELEASE} in {each.directory} (about 100 MB)", flush=True)
+            each.install()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LabError as error:
+        sys.exit(str(error))
