@@ -34,12 +34,15 @@ HERE, ELSEWHERE = SOURCES[0], SOURCES[1]
 QUICK = activation.WINDOW_LEAST / 4
 """seconds in which all is done that waits for no window"""
 
+AS_MANY_AS_COME = dict.fromkeys(("cookie_threshold", "source_rate", "max_unconfirmed_per_source"), 1000)
+"""settings of `sync`, so that a crowd is served as it comes"""
+
 
 class Activating(Gateway):
     """A gateway that sees first requests, with charon's news passed on as bridge.gateway.role does."""
 
     def __init__(self, loop: FakeTime, **sync: Any) -> None:
-        super().__init__(loop, able=lambda: self.able, **sync)
+        super().__init__(loop, able=lambda: self.able, **(AS_MANY_AS_COME | sync))
         self.able = True
         self.clients = 0
         self.charon._listeners.each = (self,)
@@ -86,17 +89,25 @@ class Client:
 
     def resume(self, seconds: float = QUICK) -> bool:
         """Whether it was answered within so many seconds."""
-        nonce = os.urandom(32)
-        octets = resume(self.stub, nonce=nonce)
-        self.gateway.receive(Request(self.source, octets))
+        self.gateway.receive(self.request())
         self.gateway.loop.pass_time(seconds)
-        answers = [answer for answer in self.gateway.answers(octets) if isinstance(answer, SyncResponse)]
+        return self.is_answered()
+
+    def request(self) -> Request:
+        """One that asks for the resumption."""
+        self.nonce = os.urandom(32)
+        self.octets = resume(self.stub, nonce=self.nonce)
+        return Request(self.source, self.octets)
+
+    def is_answered(self) -> bool:
+        """Whether it was answered; the answer is taken in."""
+        answers = [answer for answer in self.gateway.answers(self.octets) if isinstance(answer, SyncResponse)]
         if not answers:
             return False
         [answer] = answers
-        self.spi_i, self.spi_r = octets[:8], answer.spi_r
+        self.spi_i, self.spi_r = self.octets[:8], answer.spi_r
         stub = self.stub
-        self.resumption = Resumption(stub.suite, stub.sk_d, nonce, answer.nonce, self.spi_i, self.spi_r)
+        self.resumption = Resumption(stub.suite, stub.sk_d, self.nonce, answer.nonce, self.spi_i, self.spi_r)
         return True
 
     @property
@@ -291,16 +302,31 @@ def test_a_request_that_a_dead_charon_would_have_to_process_confirms_nothing(gat
     assert client.stub.index in gateway.bank.stubs
 
 
+def crowd(gateway: Activating, size: int) -> list[Client]:
+    """So many clients that came at once and were answered."""
+    clients = [gateway.client(SOURCES[number % 2]) for number in range(size)]
+    gateway.receive(*[client.request() for client in clients])
+    gateway.loop.pass_time(QUICK)
+    assert all(client.is_answered() for client in clients)
+    return clients
+
+
 def test_in_a_crowd_the_activation_comes_first(gateway: Activating) -> None:
     gateway.loop.pass_time(1.0)
-    for number in range(activation.CROWD):
-        client = gateway.client(SOURCES[number % 2])
-        assert client.resume(0.005), number
-        assert client.spis in gateway.installer.landed
-    last = gateway.client()
-    assert last.resume()
+    clients = crowd(gateway, activation.CROWD)
     assert not gateway.installer.landed
-    assert gateway.installer.activations[-1] == activation.CROWD + 1
+    assert sum(gateway.installer.activations) == len(clients)
+
+
+def test_many_that_wait_for_their_activation_are_no_crowd(gateway: Activating) -> None:
+    gateway.loop.pass_time(1.0)
+    clients = crowd(gateway, activation.CROWD - 1) + crowd(gateway, activation.CROWD - 1)
+    assert gateway.installer.landed.keys() == {client.spis for client in clients}
+    assert gateway.installer.activations == []
+    for client in clients:
+        client.send(client.confirmation().request)
+    gateway.loop.pass_time(QUICK)
+    assert {stub.index for stub in gateway.resumed} == {client.stub.index for client in clients}
 
 
 def test_the_first_requests_of_a_crowd_do_not_come_here(loop: FakeTime) -> None:
@@ -309,15 +335,11 @@ def test_the_first_requests_of_a_crowd_do_not_come_here(loop: FakeTime) -> None:
     loop.run(gateway.start())
     gateway.knows()
     loop.pass_time(1.0)
-    crowd = [gateway.client(SOURCES[number % 2]) for number in range(activation.CROWD)]
-    assert all(client.resume(0.005) for client in crowd)
-    last = gateway.client()
-    assert last.resume()
-    assert {client.spi_r.endswith(tag) for client in crowd} == {True}
-    assert not last.spi_r.endswith(tag)
-    charon_verifies(gateway, last)
+    clients = crowd(gateway, activation.CROWD)
+    assert not any(client.spi_r.endswith(tag) for client in clients)
+    charon_verifies(gateway, clients[-1])
     loop.pass_time(1.0)
-    assert last.stub in gateway.resumed
+    assert clients[-1].stub in gateway.resumed
     alone = gateway.client()
     assert alone.resume()
     assert alone.spi_r.endswith(tag)

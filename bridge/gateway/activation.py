@@ -49,8 +49,9 @@ WINDOW_SHARE: Final = 100
 """an activation that takes t makes the next window this many t, within these limits"""
 GATHER_SECONDS, POLL_SECONDS = 0.05, 0.001
 """between two looks at the pace of activations, and at what is on its way"""
-CROWD: Final = 32
-"""IKE_SAs that wait for an activation, from which on the next ones are activated before their clients are answered"""
+CROWD: Final = 128
+"""requests between their admission and their answer, from which on IKE_SAs are activated before their clients are
+answered: charon confirms them then, which is less work for the sidecar, and takes the time of an activation"""
 LATE_SECONDS: Final = 1.0
 """an activation that is overdue for so long may not come soon"""
 WORTH: Final = 3.0
@@ -92,8 +93,8 @@ class _Entry:
 
 class Activation:
     """`answer` sends a message to a packet's sender; `able` returns whether first requests of clients come to `packet`,
-    and what they confirm reaches the bank; `coming` whether more IKE_SAs may be installed soon. It follows charon's
-    installer."""
+    and what they confirm reaches the bank; `load` how many requests are between their admission and their answer, `coming`
+    whether some of them are not being installed yet. It follows charon's installer."""
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class Activation:
         answer: Callable[[Packet, bytes], None],
         able: Callable[[], bool],
         coming: Callable[[], bool],
+        load: Callable[[], int],
         *,
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
@@ -113,6 +115,7 @@ class Activation:
         self._answer = answer
         self._able = able
         self._coming = coming
+        self._load = load
         self._random = random
         self._clock = clock
         self._entries: dict[bytes, _Entry] = {}
@@ -134,9 +137,9 @@ class Activation:
         """How many are not active yet."""
         return len(self._entries) - len(self._active)
 
-    def is_crowded(self, others: int) -> bool:
-        """Whether one more will be activated before its client is answered, where `others` are being installed."""
-        return len(self._passive) + others >= CROWD
+    def is_crowded(self) -> bool:
+        """Whether IKE_SAs are activated before their clients are answered."""
+        return self._load() >= CROWD
 
     def can_confirm(self, made: Rebuilt) -> bool:
         """Whether the first request on an IKE_SA that was just installed can be answered here."""
@@ -146,7 +149,7 @@ class Activation:
             self._proven_in = installed_in
         return (
             made.tagged
-            and not self.is_crowded(0)
+            and not self.is_crowded()
             and _kind(made) in self._proven
             and possible(made.install.suite)
             and self._able()

@@ -71,9 +71,9 @@ class InstallQueue:
         self._landing = 0
 
     @property
-    def installing(self) -> int:
-        """How many charon does not have yet."""
-        return len(self._prepared) + self._landing
+    def unanswered(self) -> int:
+        """How many were added and are not answered yet."""
+        return len(self._prepared) + self._landing + len(self._landed)
 
     @property
     def busy(self) -> bool:

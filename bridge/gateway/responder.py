@@ -93,7 +93,14 @@ class Responder:
         self._clock = clock
         self.strays = Strays(metrics, clock=clock)
         self.activation = Activation(
-            charon, metrics, self.strays, self._answer, lambda: self.able(), self._coming, clock=clock
+            charon,
+            metrics,
+            self.strays,
+            self._answer,
+            lambda: self.able(),
+            self._coming,
+            lambda: len(self._undecided) + self._batches.unanswered,
+            clock=clock,
         )
         self._batches = InstallQueue(
             charon,
@@ -313,15 +320,16 @@ class Responder:
         # what the interceptor let go when it ended is charon's to answer
         if not packet.held or self._too_late(packet, request):
             return None
-        tagged = not self.activation.is_crowded(self._batches.installing)
+        tagged = not self.activation.is_crowded()
         return self._decision.of(packet, request, digest, stub, moved_away, tagged=tagged)
 
     def _carry_out(self, waiting: Waiting, stub: Stub | Missing, made: Rebuilt | Refusal | None) -> None:
-        packet, request, _ = waiting
+        packet, request, digest = waiting
         if isinstance(made, Refusal):
             self._refuse(packet, request, made, None if isinstance(stub, Missing) else stub)
         elif made is not None:
             self._batches.add(packet, made)
+            self._undecided.discard(digest)
 
     def _pass_on(self, packet: Packet) -> None:
         """To charon, which begins a handshake."""
