@@ -4,7 +4,8 @@ memory."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from bridge.gateway import address_keeper
 from bridge.gateway.address_book import AddressBook, Holder
 from bridge.gateway.address_keeper import HANDSHAKE_PATIENCE, STUB_SECONDS, AddressKeeper
 from bridge.stub.stub import Index, Stub
+from net_support import until
 from role_support import ike_sa
 
 ADDRESS, ANOTHER = "10.20.0.7", "10.20.0.8"
@@ -229,3 +231,53 @@ async def test_where_it_would_only_end_that_it_waits_for_a_while(monkeypatch: py
 
 async def test_where_it_ends_none_it_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert await opened_after(monkeypatch, Opening(ends=False, crashes=False)) == 1
+
+
+class HoldOnce:
+    """Holds requests back once its rules are in place."""
+
+    def __init__(self) -> None:
+        self.rules = False
+        self.log: list[str] = []
+
+    def can_hold(self) -> bool:
+        return self.rules
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[Callable[[], bool]]:
+        self.log.append("held")
+        try:
+            yield lambda: True
+        finally:
+            self.log.append("released")
+
+
+async def test_requests_wait_from_charons_start_until_it_assigns_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address_keeper, "TICK_SECONDS", 0)
+    gateway, hold = Gateway(), HoldOnce()
+    gateway.charon.handshakes = SimpleNamespace(hold=hold)
+    gateway.placeholders.opened = False
+    gateway.keeper.settled.set()
+    gateway.keeper.charon_connected()
+    assert not gateway.keeper.settled.is_set()
+    hold.rules = True
+    await until(lambda: hold.log == ["held"])
+    gateway.keeper.settled.set()
+    await until(lambda: hold.log == ["held", "released"])
+
+
+async def test_no_request_waits_for_a_charon_that_assigns_addresses_already() -> None:
+    gateway = Gateway()
+    gateway.keeper.settled.set()
+    gateway.keeper.charon_connected()
+    assert gateway.keeper.settled.is_set()
+
+
+async def test_requests_wait_for_no_longer_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address_keeper, "HOLD_SECONDS", 0.01)
+    gateway, hold = Gateway(), HoldOnce()
+    gateway.charon.handshakes = SimpleNamespace(hold=hold)
+    gateway.placeholders.opened, hold.rules = False, True
+    gateway.keeper.charon_connected()
+    await until(lambda: hold.log == ["held"])
+    await until(lambda: len(hold.log) == 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
@@ -76,6 +76,8 @@ class Charon:
         self._not_taken: set[tuple[str, str]] = set()
         """CHILD_SAs that charon did not install over the HA channel: they come up by CREATE_CHILD_SA"""
         self.tracker.granted.not_taken = self._child_not_taken
+        self.on_connected: Callable[[], None] = lambda: None
+        """called when charon is there, perhaps another one than before"""
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -324,6 +326,7 @@ class Charon:
             )
         self._reconciler.connected(end.inode if end is not None else None)
         log.info("charon-connected", release=release, ha_version=self.channel.version)
+        self.on_connected()
 
     def _disconnected(self) -> None:
         log.warning("charon-disconnected", fix="restart strongSwan if it does not come back by itself")

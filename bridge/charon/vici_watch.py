@@ -17,7 +17,7 @@ from bridge.service.tasks import end, spawn
 log = structlog.get_logger()
 
 EVENTS: Final = ("ike-updown", "ike-rekey", "ike-update", "child-updown", "child-rekey")
-RETRY_SECONDS: Final = 0.5
+RETRY_SECONDS: Final = 0.1
 """between attempts to reach a charon that is not there"""
 
 

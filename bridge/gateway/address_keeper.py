@@ -42,6 +42,9 @@ HANDSHAKE_PATIENCE: Final = 5.0
 """seconds that a segment with a handshake in progress is left inactive, where its activation would only end that"""
 HANDSHAKE_LOOK_SECONDS: Final = 0.5
 """between two looks whether such handshakes are over"""
+HOLD_SECONDS: Final = 12.0
+"""that requests which begin a handshake wait for a charon that was started to assign addresses: without one it would
+refuse them, and their clients keep an IKE_SA without a CHILD_SA"""
 STUB_SECONDS: Final = 60.0
 """that the stub of a session that went on elsewhere may come later than the mark of its move: two queues bring them"""
 STUB_LOOK_SECONDS: Final = 1.0
@@ -159,7 +162,26 @@ class AddressKeeper:
     def _ours(self, address: str) -> bool:
         return any(pool.has(address) for pool in self.pools)
 
+    def charon_connected(self) -> None:
+        """charon is there, perhaps another one than before."""
+        if not self._charon.placeholders.opened:
+            self.settled.clear()
+            spawn("handshakes-wait", self._hold_handshakes())
+
     # what is done
+
+    async def _hold_handshakes(self) -> None:
+        """Hold back what begins a handshake until charon assigns addresses; charon then gets it."""
+        if not await asyncio.to_thread(self._read_pools):
+            return
+        hold = self._charon.handshakes.hold
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HOLD_SECONDS):
+                while not hold.can_hold():  # noqa: ASYNC110 - rules have no event
+                    await asyncio.sleep(TICK_SECONDS)
+                with hold.holding() as holds:
+                    holds()
+                    await self.settled.wait()
 
     async def run(self) -> None:
         """Until it is cancelled."""
