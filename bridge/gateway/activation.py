@@ -93,8 +93,8 @@ class _Entry:
 
 class Activation:
     """`answer` sends a message to a packet's sender; `able` returns whether first requests of clients come to `packet`,
-    and what they confirm reaches the bank; `load` how many requests are between their admission and their answer, `coming`
-    whether some of them are not being installed yet. It follows charon's installer."""
+    and what they confirm reaches the bank; `load` how many requests are between their admission and their answer,
+    `coming` whether some of them are not being installed yet. It follows charon's installer."""
 
     def __init__(
         self,
