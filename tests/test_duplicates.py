@@ -99,7 +99,7 @@ def test_a_session_is_left_alone(why: str) -> None:
     if why == "its own stub":
         lab.stubs = [msgspec.structs.replace(lab.stubs[0], index=sa.index_here(HERE))]
     if why == "rebuilt here":
-        lab.duplicates.gone(sa.id.spis)
+        lab.duplicates.gone(sa)
         sa.adopted = True
         lab.duplicates.changed(sa)
     lab.look()
@@ -126,7 +126,7 @@ def test_one_peer_is_ended_a_few_times_and_then_left_alone() -> None:
         sa = lab.handshake()
         lab.look()
         del lab.sas[sa.id.spis]
-        lab.duplicates.gone(sa.id.spis)
+        lab.duplicates.gone(sa)
     assert len(lab.ended) == ENDS_OF_ONE_PEER
     lab.handshake(who=b"third@example")
     lab.look()

@@ -25,10 +25,11 @@ from bridge.config import ResumeConfig, SyncConfig
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.decision import Decision
 from bridge.gateway.endings import Endings
 from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
-from bridge.gateway.rebuild import Decision
+from bridge.gateway.rebuild import Rebuilder
 from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.refusal import Refusal
 from bridge.gateway.revocation import Revocations
@@ -248,14 +249,15 @@ def request_of(stub: Stub, *, asks: bool = True, ke: tuple[int, bytes] | None = 
 
 
 def decide(policy: Policy, stub: Stub, request: bytes) -> Rebuilt | Refusal:
+    charon, sync = cast(Charon, FakeCharon()), SyncConfig(forward_secrecy=policy)
     decision = Decision(
-        cast(Charon, FakeCharon()),
+        charon,
         KnownSessions(Endings(), cast(LivingSas, Nothing()), Revocations(cast(StubBank, None), keyring())),
-        cast(ClientStubs, Nothing()),
         cast(Unconfirmed, Nothing()),
         Admission(SyncConfig(), Cookies(), lambda source: 0),
         cast(AddressHolders, Nothing()),
-        SyncConfig(forward_secrecy=policy),
+        sync,
+        Rebuilder(charon, cast(ClientStubs, Nothing()), sync),
     )
     packet = cast(Packet, Datagram("198.51.100.7", 4500, "192.0.2.2", 4500, request, True))
     return decision.of(packet, read(request), b"digest", stub)

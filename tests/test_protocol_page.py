@@ -11,7 +11,7 @@ import pytest
 from bridge.bank import interface
 from bridge.client import gateway_probe, ike_transport, move_handler, race, stub_keeper, sync_request
 from bridge.config import ClientConfig, GatewayConfig
-from bridge.gateway import admission, announced_failure, announcer, client_stubs, drain_run, rebuild
+from bridge.gateway import admission, announced_failure, announcer, client_stubs, decision, drain_run
 from bridge.ike import cookie, keys
 from bridge.ike.transforms import Suite
 from bridge.stub import bank_keys, child_sa
@@ -109,7 +109,7 @@ def seconds(text: str) -> list[float]:
 
 FIXED: dict[str, float | tuple[float, ...]] = {
     "and how long after either": admission.HOLD_SECONDS,
-    "unconfirmed SAs of one stub": rebuild.ATTEMPTS_PER_STUB,
+    "unconfirmed SAs of one stub": decision.ATTEMPTS_PER_STUB,
     "a secret makes cookies": cookie.SECRET_SECONDS,
     "each further one waits longer by the factor": ike_transport.BACK_OFF,
     "and asks the next one beside it after (RFC 8305)": race.NEXT_SECONDS,

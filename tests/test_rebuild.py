@@ -15,11 +15,11 @@ from bridge.charon.charon import Charon
 from bridge.config import SyncConfig
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
-from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.decision import Decision
 from bridge.gateway.endings import Endings
 from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
-from bridge.gateway.rebuild import Decision
+from bridge.gateway.rebuild import Rebuilder
 from bridge.gateway.refusal import Refusal
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
@@ -57,11 +57,11 @@ def decided(
     decision = Decision(
         cast(Charon, CharonWithoutConnections()),
         KnownSessions(Endings(), cast(LivingSas, None), Revocations(cast(StubBank, None), keyring())),
-        cast(ClientStubs, None),
         cast(Unconfirmed, None),
         cast(Admission, None),
         cast(AddressHolders, None),
         SyncConfig(proof="required" if proven else "optional"),
+        cast(Rebuilder, None),
     )
     return decision.of(cast(Packet, None), request, b"", stub)
 

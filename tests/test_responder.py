@@ -22,11 +22,12 @@ from bridge.config import SyncConfig
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission, source_of
 from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.decision import Decision
 from bridge.gateway.endings import Endings
 from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.gateway.rebuild import Decision
+from bridge.gateway.rebuild import Rebuilder
 from bridge.gateway.rebuilt_state import State
 from bridge.gateway.responder import Responder
 from bridge.gateway.revocation import Revocations
@@ -94,7 +95,9 @@ class Gateway:
             self.charon,
             lookup,
             admission,
-            Decision(self.charon, known, stubs, unconfirmed, admission, holders, config, tag),
+            Decision(
+                self.charon, known, unconfirmed, admission, holders, config, Rebuilder(self.charon, stubs, config, tag)
+            ),
             self.wire,
             config,
             self.metrics,

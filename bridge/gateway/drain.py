@@ -29,7 +29,7 @@ from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa
 from bridge.config import canonical_address
-from bridge.gateway.drain_run import Candidate, DrainRun
+from bridge.gateway.drain_run import Candidate, DrainRun, Plan
 from bridge.gateway.other_gateways import OtherGateways, order
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.ike.stub_exchange import StubMessage
@@ -148,21 +148,9 @@ class Drain:
         # those known to have a sidecar first: fewer others are asked in vain
         random.shuffle(candidates)
         candidates.sort(key=lambda one: not one.sa.companion)
-        self._run = DrainRun(
-            self._charon.tracker,
-            self._bank,
-            self._sender,
-            self._elsewhere,
-            candidates,
-            lacking,
-            to=to,
-            rate=request["rate"],
-            sessions=len(sas),
-            wanted=wanted,
-            sessions_at=sessions_at,
-            clock=self._clock,
-            wall=self._wall,
-        )
+        plan = Plan(candidates, lacking, to, request["rate"], len(sas), wanted, sessions_at)
+        tracker, bank, sender, ends = self._charon.tracker, self._bank, self._sender, self._elsewhere
+        self._run = DrainRun(tracker, bank, sender, ends, plan, clock=self._clock, wall=self._wall)
         self._task = spawn("drain", self._run.run())
         log.info("drain-begins", to=to, sessions=len(sas), wanted=wanted)
         return await self.progress({})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -101,9 +101,27 @@ class _Asked:
     """charon does not have the SA any more, and the bank does not say that the session went on elsewhere"""
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a drain is to do."""
+
+    candidates: Sequence[Candidate]
+    """in the order in which they are asked"""
+    left: Mapping[str, int]
+    """how many sessions are none of these, by reason"""
+    to: str
+    rate: float
+    """moves begun a second at most"""
+    sessions: int
+    """that this gateway has"""
+    wanted: int
+    """of these, that are to move"""
+    sessions_at: Mapping[str, int]
+    """what the gateways had at the beginning, where their sessions are evened out"""
+
+
 class DrainRun:
-    """Moves `wanted` of the sessions of `candidates`, in their order; `left`: how many sessions are none of these, by
-    reason. `rate`: moves begun a second at most. `run` is a task."""
+    """Does what `plan` says. `run` is a task."""
 
     def __init__(
         self,
@@ -111,14 +129,8 @@ class DrainRun:
         bank: StubBank,
         sender: Sender,
         ends: Ends,
-        candidates: Iterable[Candidate],
-        left: Mapping[str, int],
+        plan: Plan,
         *,
-        to: str,
-        rate: float,
-        sessions: int,
-        wanted: int,
-        sessions_at: dict[str, int],
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -126,23 +138,19 @@ class DrainRun:
         self._bank = bank
         self._sender = sender
         self._ends = ends
-        self._to = to
-        self._rate = rate
-        self._sessions = sessions
-        self._wanted = wanted
-        self._sessions_at = sessions_at
-        """what the gateways had at the beginning, where their sessions are evened out"""
+        self._plan = plan
         self._clock = clock
         self._wall = wall
         self._began = self._begin = clock()
         self._ended: float | None = None
         self._lanes: dict[str, _Lane] = {}
-        for candidate in candidates:
+        for candidate in plan.candidates:
             self._lane_of(candidate).waiting.append(candidate)
         self._asked: dict[bytes, _Asked] = {}
         self._ending: dict[bytes, _Asked] = {}
         """what went on, until charon was asked to end it here"""
-        self._outcomes: Counter[tuple[State, str]] = Counter({(State.LEFT, reason): left[reason] for reason in left})
+        left = {(State.LEFT, reason): number for reason, number in plan.left.items()}
+        self._outcomes: Counter[tuple[State, str]] = Counter(left)
         self._failures: list[dict[str, str]] = []
         self._bank_away = False
         self.stopping = False
@@ -160,10 +168,10 @@ class DrainRun:
         ended = self._clock() if self._ended is None else self._ended
         return {
             "state": "running" if self._ended is None else "stopped" if self.stopping else "done",
-            "to": self._to,
-            "sessions": self._sessions,
-            "wanted": self._wanted,
-            "sessions_at": self._sessions_at,
+            "to": self._plan.to,
+            "sessions": self._plan.sessions,
+            "wanted": self._plan.wanted,
+            "sessions_at": self._plan.sessions_at,
             "moved": self._count(State.MOVED),
             "unconfirmed": self._count(State.UNCONFIRMED),
             "left": self._count(State.LEFT),
@@ -196,7 +204,7 @@ class DrainRun:
             self._ended = self._clock()
             log.info(
                 "drain-ends",
-                to=self._to,
+                to=self._plan.to,
                 moved=self._count(State.MOVED),
                 unconfirmed=self._count(State.UNCONFIRMED),
                 left=self._count(State.LEFT),
@@ -211,7 +219,7 @@ class DrainRun:
         """Whether more clients are to be asked, now or once it is known what became of others."""
         return (
             not self.stopping
-            and self._went + len(self._ending) < self._wanted
+            and self._went + len(self._ending) < self._plan.wanted
             and any(lane.waiting for lane in self._lanes.values())
         )
 
@@ -223,13 +231,13 @@ class DrainRun:
     def _ask_more(self, now: float) -> None:
         # a pause pays for no burst
         self._begin = max(self._begin, now - TICK_SECONDS)
-        while self._begin <= now and self._wants_more and self._went + self._under_way < self._wanted:
+        while self._begin <= now and self._wants_more and self._went + self._under_way < self._plan.wanted:
             lanes = [lane for lane in self._lanes.values() if lane.waiting and lane.window.has_room]
             if not lanes:
                 return
             lane = max(lanes, key=lambda lane: len(lane.waiting))
             self._ask(lane, lane.waiting.popleft())
-            self._begin += 1 / self._rate
+            self._begin += 1 / self._plan.rate
 
     @property
     def _under_way(self) -> int:

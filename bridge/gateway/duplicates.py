@@ -101,8 +101,11 @@ class Duplicates:
             if len(self._due) < PENDING_MAX:
                 self._due[spis] = self._clock()
 
-    def gone(self, spis: bytes) -> None:
+    def gone(self, sa: IkeSa) -> None:
         """An SA ended."""
+        self._forget(sa.id.spis)
+
+    def _forget(self, spis: bytes) -> None:
         self._due.pop(spis, None)
         self._seen.pop(spis, None)
         self.found.pop(spis, None)
@@ -124,7 +127,7 @@ class Duplicates:
         for spis in [spis for spis, due in self._due.items() if due <= now]:
             sa = self._charon.tracker.sas.get(spis)
             if sa is None or not sa.up:
-                self.gone(spis)
+                self._forget(spis)
             else:
                 sas.append(sa)
         if not sas:

@@ -1,11 +1,11 @@
-"""What a request with IKE_SA_SYNC gets, once its stub was looked up: a rebuilt SA with its answer, or a refusal."""
+"""How a session goes on here, once that is decided (bridge.gateway.decision): the rebuilt IKE_SA, its keys, and the
+answer to its client."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from bridge.charon.charon import Charon
@@ -13,166 +13,74 @@ from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa, Trait, new_conditions
 from bridge.config import SyncConfig, children_policy
-from bridge.gateway.addresses import AddressHolders
-from bridge.gateway.admission import Admission
 from bridge.gateway.client_stubs import ClientStubs
-from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.rebuilt import Rebuilt
-from bridge.gateway.refusal import Refusal
-from bridge.gateway.unconfirmed import Unconfirmed
-from bridge.gateway.uniqueness import Uniqueness
-from bridge.ike.key_exchange import KeyExchange, can_exchange
 from bridge.ike.keys import NONCE_OCTETS, Resumption
 from bridge.ike.nat_detection import nat_hash
 from bridge.ike.resumption_answer import build_response
-from bridge.ike.resumption_request import SyncRequest, is_for, verify_request
-from bridge.ike.transforms import least_nonce
+from bridge.ike.resumption_request import SyncRequest
 from bridge.net.interface import Packet
 from bridge.stub.child_sa import grant, stays
 from bridge.stub.stub import Stub
 from bridge.stub.types import Endpoint
 
-NONE: AbstractSet[bytes] = frozenset()
 RESUMED = Trait.AUTHENTICATION_INHERITED | Trait.COMPANION
 SPI_OCTETS = 8
-ATTEMPTS_PER_STUB = 4
-"""unconfirmed SAs from one stub at most: a client may start again, and an old request of a client may be replayed"""
 
 
-class _Exchanged(NamedTuple):
+class Exchanged(NamedTuple):
     """What forward secrecy adds: KEr (group and public value), and g^ir."""
 
     answer: tuple[int, bytes] | None
     g_ir: bytes
 
     def __repr__(self) -> str:
-        return "_Exchanged(...)"
+        return "Exchanged(...)"
 
 
-NOT_EXCHANGED = _Exchanged(None, b"")
+NOT_EXCHANGED = Exchanged(None, b"")
 
 
-class Decision:
-    """Judges requests, and rebuilds the SAs of those that pass. `tag`: what their SPIr ends with, so that the packet
-    filter finds requests on them (bridge.net.queue_rules)."""
+class Rebuilder:
+    """Rebuilds the SAs of requests that passed. `tag`: what their SPIr ends with, so that the packet filter finds
+    requests on them (bridge.net.queue_rules)."""
 
-    def __init__(
-        self,
-        charon: Charon,
-        known: KnownSessions,
-        handout: ClientStubs,
-        unconfirmed: Unconfirmed,
-        admission: Admission,
-        holders: AddressHolders,
-        sync: SyncConfig,
-        tag: bytes = b"",
-        *,
-        random: Callable[[int], bytes] = os.urandom,
-        wall: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, charon: Charon, handout: ClientStubs, sync: SyncConfig, tag: bytes = b"") -> None:
         self._charon = charon
-        self._endings = known.endings
-        self._living = known.living
-        self._uniqueness = Uniqueness(charon, known.living)
-        self._revocations = known.revocations
         self._handout = handout
-        self.unconfirmed = unconfirmed
-        self._admission = admission
-        self.holders = holders
-        self._sync = sync
         self._tag = tag
         self._children = children_policy(sync.children_in_exchange, sync.children_at_once)
-        self._random = random
-        self._wall = wall
 
-    def of(
+    def rebuilt(
         self,
         packet: Packet,
         request: SyncRequest,
         digest: bytes,
         stub: Stub,
-        moved_away: AbstractSet[bytes] = NONE,
+        exchanged: Exchanged,
         *,
-        tagged: bool = True,
-    ) -> Rebuilt | Refusal:
-        """Rules 1 and 7: a proven request and the sealed stub alone decide. `digest` is the request's. SAs that
-        `moved_away` (both SPIs) hold no address. `tagged`: its client's first requests are to come here."""
-        if stub.index in self._endings:
-            # while the stubs of this batch were fetched
-            return Refusal.NO_STUB
-        if self._revocations.revoked(stub):
-            return Refusal.REVOKED
-        if stub.expires <= self._wall():
-            return Refusal.STUB_EXPIRED
-        if request.proof is None:
-            if self._sync.proof == "required" or request.sync.attributes:
-                return Refusal.PROOF_MISSING
-        elif not verify_request(request, stub.suite.prf, stub.sk_d):
-            return Refusal.PROOF_WRONG
-        if not is_for(request, stub.suite):
-            return Refusal.PROPOSAL_DIFFERS
-        if 0 < authenticated_until(stub) <= self._wall():
-            return Refusal.AUTHENTICATION_ENDED
-        if len(request.nonce) < least_nonce(stub.suite.prf):
-            return Refusal.NONCE_SHORT
-        if self._charon.connection(stub.connection) is None:
-            return Refusal.CONNECTION_MISSING
-        if self.holders.of_others(stub) - self.unconfirmed.made_from(stub.index) - moved_away:
-            return Refusal.ADDRESS_TAKEN
-        own = self.unconfirmed.made_from(stub.index) | moved_away | self.holders.beside(stub)
-        if self._uniqueness.forbids(stub, Endpoint(packet.src, packet.sport), own):
-            return Refusal.NOT_UNIQUE
-        if (
-            len(self.unconfirmed) >= self._sync.max_unconfirmed
-            or self.unconfirmed.attempts(stub.index) >= ATTEMPTS_PER_STUB
-        ):
-            return Refusal.TOO_MANY_UNCONFIRMED
-        if self._admission.full(packet.src):
-            return Refusal.SOURCE_UNCONFIRMED
-        exchanged = self._exchange(request, stub.suite.group)
-        if isinstance(exchanged, Refusal):
-            return exchanged
-        return self._rebuild(packet, request, digest, stub, exchanged, tagged=tagged)
-
-    def _exchange(self, request: SyncRequest, group: int) -> _Exchanged | Refusal:
-        """With forward secrecy, this gateway's half of the exchange; nothing without."""
-        policy = self._sync.forward_secrecy
-        if policy == "off" or not request.forward_secrecy or not can_exchange(group):
-            return Refusal.FORWARD_SECRECY_MISSING if policy == "required" else NOT_EXCHANGED
-        try:
-            ours = KeyExchange(group)
-            return _Exchanged((group, ours.public), ours.shared(request.public_value))
-        except ValueError:
-            return Refusal.PUBLIC_VALUE_WRONG
-
-    def _rebuild(
-        self, packet: Packet, request: SyncRequest, digest: bytes, stub: Stub, exchanged: _Exchanged, *, tagged: bool
+        alone: bool,
+        leftovers: Collection[bytes],
+        tagged: bool,
     ) -> Rebuilt:
+        """The SA of `stub` for a proven request, with its answer. `alone`: nothing here has traffic of the session, so
+        that its CHILD_SAs may come up before the client has confirmed. `leftovers`: SAs that its client left behind
+        here, by both SPIs. `tagged`: the client's first requests are to come here."""
         tag = self._tag if tagged else b""
-        ike_id = IkeId.of(request.spi_i, self._random(SPI_OCTETS - len(tag)) + tag, False)
-        nonce = self._random(NONCE_OCTETS)
+        ike_id = IkeId.of(request.spi_i, os.urandom(SPI_OCTETS - len(tag)) + tag, False)
+        nonce = os.urandom(NONCE_OCTETS)
         suite = stub.suite
         local, remote = Endpoint(packet.dst, packet.dport), Endpoint(packet.src, packet.sport)
         resumption = Resumption(suite, stub.sk_d, request.nonce, nonce, ike_id.spi_i, ike_id.spi_r, exchanged.g_ir)
-        now = int(self._wall())
+        now = int(time.time())
         until = self._authenticated_until(stub, now)
         lifetime = self._lifetime(stub)
         if until:
             lifetime = min(lifetime, until - now)
         moved = {stub.local.address, stub.remote.address} - {local.address, remote.address}
-        # Until the client has confirmed, this may be a replay, and its CHILD_SAs would take the traffic of the session
-        # that is here from it, or that went on here since; and those of two attempts would share policies, which go
-        # with the first that ends. Then they come up by CREATE_CHILD_SA, under keys that a replay has not.
-        leftovers = self.holders.beside(stub) - self.unconfirmed.made_from(stub.index)
-        alone = (
-            self._children != "never"
-            and not self._living.clashes(stub)
-            and not leftovers
-            and not self.unconfirmed.attempts(stub.index)
-        )
         granted = grant(
             stub.children,
-            request.sync.children if alone else (),
+            request.sync.children if alone and self._children != "never" else (),
             request.sync.old_children,
             lambda child: (
                 self._charon.takes_at_once(stub.connection, child.name, self._children) and stays(child, moved)
@@ -254,7 +162,7 @@ class Decision:
     def _lifetime(self, stub: Stub) -> int:
         """What charon will give the rebuilt SA: that of a fresh one of its connection."""
         connection = self._charon.connection(stub.connection)
-        return connection.lifetime if connection and connection.lifetime else int(stub.expires - self._wall())
+        return connection.lifetime if connection and connection.lifetime else int(stub.expires - time.time())
 
 
 def authenticated_until(stub: Stub) -> int:

@@ -23,10 +23,10 @@ from bridge.charon.charon import Charon
 from bridge.config import SyncConfig
 from bridge.gateway.activation import Activation
 from bridge.gateway.admission import Admission, Demand, Verdict
+from bridge.gateway.decision import NONE, Decision
 from bridge.gateway.install_queue import InstallQueue
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rate_limit import Rate
-from bridge.gateway.rebuild import NONE, Decision
 from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.rebuilt_state import State
 from bridge.gateway.recent import Recent

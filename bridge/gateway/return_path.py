@@ -96,9 +96,9 @@ class ReturnPath:
             ]
         return self._connected
 
-    def gone(self, spis: bytes) -> None:
+    def gone(self, sa: IkeSa) -> None:
         """An SA ended."""
-        self._withdraw(spis, self._of.pop(spis, ()))
+        self._withdraw(sa.id.spis, self._of.pop(sa.id.spis, ()))
 
     def _withdraw(self, spis: bytes, addresses: Sequence[str]) -> None:
         for address in addresses:

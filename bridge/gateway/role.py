@@ -29,6 +29,7 @@ from bridge.gateway.authentication_end import AuthenticationEnd
 from bridge.gateway.bank_followers import BankFollowers
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.client_stubs import ClientStubs
+from bridge.gateway.decision import Decision
 from bridge.gateway.downloads import Downloads
 from bridge.gateway.drain import Drain
 from bridge.gateway.duplicates import Duplicates
@@ -43,7 +44,7 @@ from bridge.gateway.moving_sessions import MovingSessions
 from bridge.gateway.postings import Postings
 from bridge.gateway.previous_gateways import PreviousGateways
 from bridge.gateway.publisher import Publisher
-from bridge.gateway.rebuild import Decision
+from bridge.gateway.rebuild import Rebuilder
 from bridge.gateway.responder import Responder
 from bridge.gateway.return_path import ReturnPath
 from bridge.gateway.revocation import LockOut, Revocations
@@ -148,7 +149,8 @@ class GatewayRole:
         admission = Admission(config.sync, Cookies(), unconfirmed.of_source)
         holders = AddressHolders(charon, bank, config.address, heir=self._publisher.rekeys.heir)
         tag = os.urandom(TAG_OCTETS)
-        decision = Decision(charon, known, self._stubs, unconfirmed, admission, holders, config.sync, tag)
+        rebuilder = Rebuilder(charon, self._stubs, config.sync, tag)
+        decision = Decision(charon, known, unconfirmed, admission, holders, config.sync, rebuilder)
         self._responder = Responder(
             charon,
             lookup,
@@ -167,15 +169,10 @@ class GatewayRole:
         self._hooks = SessionHooks(config.hooks, charon.tracker, self._metrics, config.address, previous, config.state)
         charon.on_connected = self._keeper.charon_connected
         self._duplicates.before_end = self._keeper.keep
-        self._moving = MovingSessions(
-            self._hooks,
-            living,
-            self._uniqueness,
-            self._authentication,
-            self._duplicates,
-            self._keeper,
-            self._return_path,
-        )
+        self._moving = MovingSessions(self._hooks, living, self._keeper)
+        self._moving.on_came += [self._uniqueness.resumed, self._authentication.watch, self._return_path.changed]
+        self._moving.on_came.append(self._keeper.taken)
+        self._moving.on_gone += [self._duplicates.gone, self._authentication.forget, self._return_path.gone]
         self._elsewhere.before_end = self._moving.moving_away
         self._interception = Interception(
             config.intercept,

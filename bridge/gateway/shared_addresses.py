@@ -75,7 +75,7 @@ class SharedAddresses:
         charon.tracker.owner = self.owner.address
         charon.tracker.on_message_id = self._own_request
         self.owner.dropped = self._dropped
-        self.owner.before_drop = moving.before_drop
+        self.owner.before_drop = moving.moving_away
         self.owner.lost_at = self._lost_at
         self._requests = SharedRequests(config.takeover.addresses, ports, self.sessions.heard)
         self._watch = AddressWatch(self._changed, self._look_now)
