@@ -16,6 +16,7 @@ import deployment_page
 
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+NEWER = f"{VERSION}.1"
 RELEASES = ["bookworm", "trixie"]
 BLOCKS = deployment_page.blocks((ROOT / deployment_page.PAGE).read_text())
 
@@ -92,31 +93,52 @@ def test_the_deployment_guides_way_without_a_package(tmp_path: Path) -> None:
         echo 'APT::Get::Assume-Yes "yes";' >/etc/apt/apt.conf.d/90yes
         apt-get -q update
         apt-get -q install charon-systemd strongswan-swanctl redis-server bird2
-        apt-get -q install iputils-ping iproute2 iptables procps mount
+        apt-get -q install iputils-ping iproute2 iptables procps mount systemd
         mount -t sysfs sysfs /sys
         {BLOCKS["Without the package 1"]}
-    """
-    start = f"""
-        ip link set lo up
         mkdir /etc/ike-sa-sync
         echo 'address: 127.0.0.1' >/etc/ike-sa-sync/gateway.yaml
         echo 'gateways: [{{address: 127.0.0.1, connection: home}}]' >/etc/ike-sa-sync/client.yaml
         ike-sa-sync keygen /etc/ike-sa-sync/bank.key
+        # for systemctl: no systemd runs here
+        export SYSTEMD_OFFLINE=1
+        {BLOCKS["Without the package 2"]}
+        # what it runs is what was installed
+        drain=$(grep ^ExecStop= /etc/systemd/system/strongswan.service.d/ike-sa-sync.conf | cut -d ' ' -f 1)
+        cmp "${{drain#ExecStop=-}}" /opt/ike-sa-sync/bin/ike-sa-sync
+    """
+    start = f"""
+        ip link set lo up
         for role in gateway client; do
             $(grep "ike-sa-sync $role" <<'END'
-{BLOCKS["Without the package 2"]}END
+{BLOCKS["Without the package 3"]}END
             ) &
             until ike-sa-sync status -c /etc/ike-sa-sync/$role.yaml; do kill -0 $!; sleep 0.5; done
             kill $!
             wait $! || true
         done
-        {BLOCKS["Without the package 3"]}
+    """
+    update = f"""
+        # the clone of a newer release, elsewhere: this tree is seen from outside
+        mkdir /srv/clone
+        tar --exclude=./.venv --exclude=./.vm --exclude=./build --exclude=./dist --exclude=./.git -cf - . |
+            tar -xf - -C /srv/clone
+        cd /srv/clone
+        sed -i 's/^version = .*/version = "{NEWER}"/' pyproject.toml
+        {BLOCKS["Without the package 4"]}
+        ike-sa-sync --version
+    """
+    remove = f"""
+        cd /
+        {BLOCKS["Without the package 5"]}
         find /etc /opt /usr /var/lib /run -xdev -name '*ike-sa-sync*' | if grep .; then exit 1; fi
     """
     release = next(it for it in RELEASES if it != here)
     # the sidecars set rules: in a network of their own
-    script = f'{install}\nunshare --net sh -euc "$1"'
+    serve = 'unshare --net sh -euc "$1"'
+    script = "\n".join((install, serve, update, serve, remove))
     told = run("debian/in-release", release, tmp_path, "sh", "-euc", script, "sh", start)
+    assert told.splitlines().count(f"ike-sa-sync, version {NEWER}") == 1
     assert "resumed" in told
 
 

@@ -99,7 +99,7 @@ def test_every_block_of_the_deployment_guide_is_run_by_a_test() -> None:
     assert len(blocks) > 12
     run = {
         block
-        for file in ("test_vm_deployment.py", "test_dist.py")
+        for file in ("test_vm_deployment.py", "test_deployment_guide.py", "test_dist.py")
         for block in re.findall(r'(?:follow\(\w+, |BLOCKS\[)"([^"]+)"', (ROOT / "tests" / file).read_text())
     }
     assert set(blocks) - run == set()

@@ -1,10 +1,8 @@
-"""The guarantees of docs/bank.md and the commands of docs/deployment.md have tests (tests/test_docs.py looks whether
-those that a page names exist)."""
+"""The guarantees of docs/bank.md have tests (tests/test_docs.py looks whether those that a page names exist)."""
 
 import re
 from pathlib import Path
 
-import deployment_page
 from docs_support import DOCS, TESTS, missing_tests, named_tests, names_in
 
 
@@ -13,12 +11,6 @@ def test_every_guarantee_of_the_bank_has_its_test() -> None:
     rows = [line for line in text.splitlines() if line.startswith("|") and line.endswith("` |")]
     assert len(rows) > 20
     assert len(named_tests(DOCS / "bank.md")) > len(rows)
-
-
-def test_every_block_of_commands_of_the_deployment_guide_is_run_by_a_test() -> None:
-    runs = "".join((TESTS / file).read_text() for file in ("test_vm_deployment.py", "test_dist.py"))
-    blocks = deployment_page.blocks((DOCS / "deployment.md").read_text())
-    assert [name for name in blocks if f'"{name}"' not in runs] == []
 
 
 def test_the_tests_that_the_test_machine_chooses_exist() -> None:

@@ -7,20 +7,20 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from bridge.charon.ike_sa import sa_of, stub_sa
 from bridge.ike.stub_exchange import build_move, move_message_id
-from bridge.lab import Lab, Topology, standard
+from bridge.lab import Lab, Topology
 from bridge.lab.bank import PORT as BANK_PORT
 from bridge.lab.daemon import wait_until
 from bridge.lab.demo import Ping
 from bridge.lab.host import Host
-from bridge.lab.sidecar import Sidecar, program
-from bridge.lab.topology import BANK_KEY, CHOICES, SITE, bank_key, client_config, client_host
+from bridge.lab.sidecar import program
+from bridge.lab.topology import BANK_KEY, SITE, bank_key
+from drain_support import Clients, four
 from failover_support import complete, established, fresh, resume, spis, stub_key, the_sa
 from probe_support import the_stub
 
@@ -30,50 +30,10 @@ LOST_AT_MOST = 60
 """echo requests, 50 ms apart, that a move may cost on a busy machine; waiting for a dead gateway costs more"""
 
 
-@dataclass
-class Clients:
-    """`client`, `second` and `third` have a sidecar, `plain` has none."""
-
-    topology: Topology
-    hosts: list[Host]
-    plain: Host
-    sidecars: list[Sidecar] = field(default_factory=list)
-
-    @property
-    def all(self) -> list[Host]:
-        return [*self.hosts, self.plain]
-
-    def connect(self) -> None:
-        """A session of each at gw1, their stubs in the bank."""
-        for host in self.all:
-            host.charon.initiate("net", "home")
-        for host in self.all:
-            key = stub_key(self.topology.gw1.address, the_sa(host)["responder-spi"])
-            wait_until(lambda key=key: complete(self.topology, key), "the stub of the session")  # type: ignore[misc]
-
-    def at(self, gateway: Host) -> set[str]:
-        """Names of the hosts whose one session is at a gateway."""
-        return {host.name for host in self.all if [sa["remote-host"] for sa in established(host)] == [gateway.address]}
-
-
 @pytest.fixture(scope="module")
 def clients() -> Iterator[Clients]:
     with Lab() as lab:
-        topology = standard(lab, start=False)
-        second = client_host(lab, "second", "192.168.50.11", topology.secret)
-        third = client_host(lab, "third", "192.168.50.12", topology.secret)
-        plain = client_host(lab, "plain", "192.168.50.13", topology.secret)
-        topology.start()
-        made = Clients(topology, [topology.client, second, third], plain)
-        for host in (second, third):
-            sidecar = host.sidecar("client", client_config(CHOICES))
-            sidecar.start(wait=False)
-            made.sidecars.append(sidecar)
-        for host in (second, third, plain):
-            host.charon.start()
-        for sidecar in made.sidecars:
-            sidecar.wait_ready()
-        yield made
+        yield four(lab)
 
 
 @pytest.fixture

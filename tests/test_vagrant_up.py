@@ -7,17 +7,19 @@ The machines stay up from test to test. While `vagrant/emulated/run .vm/vagrant 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vagrant_support import HOUR, MACHINES, VagrantLab, inside, virsh, wait_until
+from vagrant_support import HOUR, MACHINES, PATIENCE, VagrantLab, inside, virsh, wait_until
 
 pytestmark = [
     pytest.mark.vagrant,
@@ -127,6 +129,19 @@ def gap(told: str) -> float:
     return float(found[1])
 
 
+def until_seen(monitor: subprocess.Popen[str], wanted: set[tuple[str, str, str]]) -> None:
+    """Read `monitor --json`, a line a second at least, until it has told of these: kind, event, gateway."""
+    assert monitor.stdout is not None
+    end = time.monotonic() + PATIENCE
+    for line in monitor.stdout:
+        told = json.loads(line)
+        wanted = wanted - {(told["kind"], told.get("event", ""), told.get("gateway", ""))}
+        if not wanted:
+            return
+        assert time.monotonic() < end, f"the monitor did not tell of {wanted}"
+    raise AssertionError("the monitor ended")
+
+
 def test_each_machines_own_check_passes(lab: VagrantLab, outside: Path) -> None:
     for machine, role in ROLES.items():
         told = lab.run(machine, f"ike-sa-sync check -c /etc/ike-sa-sync/{role}.yaml")
@@ -166,9 +181,14 @@ def test_a_hard_power_off_is_survived_with_no_command_and_the_machine_comes_back
     lab: VagrantLab, outside: Path
 ) -> None:
     session_at(lab, GW1)
+    monitor = lab.start("gw2", "exec ike-sa-sync monitor --json -c /etc/ike-sa-sync/gateway.yaml")
+    assert monitor.stdout is not None
+    assert any('"reachable"' in line for line in monitor.stdout)
     shown = demo(lab, "virsh destroy", GW1)
     virsh("destroy", "vagrant_gw1")
     told = ended(shown)
+    until_seen(monitor, {("gateway", "failed", GW1), ("stub", "stored", GW2)})
+    lab.run("gw2", "pkill -f 'ike-sa-sync [m]onitor'")
     assert f"session   at {GW2}" in told
     assert "resumed" in told
     # emulated processors: on real ones about 2 s

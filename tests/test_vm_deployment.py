@@ -163,7 +163,7 @@ def test_a_gateway_is_drained_and_gets_its_part_back(hosts: Machines) -> None:
     assert "done: 1 of 1 session " in follow(gw1, "Draining a gateway 1")
     wait_until(lambda: at(client, gw2) and client.ping(SITE), "the session, at gw2", PATIENCE)
     # one session cannot be halved
-    follow(gw2, "Draining a gateway 2")
+    follow(gw2, "Draining a gateway 4")
     assert client.ping(SITE)
 
 
