@@ -93,7 +93,7 @@ class Wire:
 
 
 class Request:
-    """An intercepted request. Deciding twice on it is a mistake here; the real Packet forgives it."""
+    """An intercepted request. It keeps every decision: two on one are a mistake here; the real Packet forgives it."""
 
     def __init__(self, src: str, ike: bytes, dst: str = "192.0.2.2") -> None:
         self.src, self.sport = src, 4500
@@ -107,12 +107,10 @@ class Request:
         return not self.fate
 
     def accept(self) -> None:
-        if self.held:
-            self.fate.append("accepted")
+        self.fate.append("accepted")
 
     def drop(self) -> None:
-        if self.held:
-            self.fate.append("dropped")
+        self.fate.append("dropped")
 
 
 class FakeChannel:

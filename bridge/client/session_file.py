@@ -44,7 +44,7 @@ _decoder = msgspec.msgpack.Decoder(list[_Row])
 def load(path: Path) -> list[Session]:
     """The sessions in the file, none if there is no file.
 
-    Raises HeldFileError if it is another user's, open to others, or holds anything else.
+    Raises SessionFileError if it is another user's, open to others, or holds anything else.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -78,7 +78,7 @@ def pack(sessions: Sequence[Session]) -> bytes:
 def write(path: Path, octets: bytes) -> None:
     """Replace the file in one step, not readable by other users at any time; on disk when this returns.
 
-    Raises HeldFileError.
+    Raises SessionFileError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -138,7 +138,8 @@ class Responder:
         """Stop serving; undecided packets go to charon, unconfirmed SAs are removed."""
         await end(*self._tasks)
         for packet, _, _ in self._waiting:
-            packet.accept()
+            if packet.held:
+                self._pass_on(packet)
         self._waiting.clear()
         self._batches.close()
         await self.unconfirmed.close()
@@ -281,11 +282,11 @@ class Responder:
                 log.exception("batch-failed", requests=len(batch))
             finally:
                 self._serving = False
-                # fail open; for packets that were decided on this does nothing
+                # fail open
                 for packet, _, digest in batch:
                     self._undecided.discard(digest)
-                    if self.unconfirmed.of_request(digest) is None:
-                        packet.accept()
+                    if packet.held and self.unconfirmed.of_request(digest) is None:
+                        self._pass_on(packet)
 
     async def _serve_batch(self, batch: list[Waiting]) -> None:
         # while the bank is asked
