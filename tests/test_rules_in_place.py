@@ -4,6 +4,7 @@ is a doubt, the answer is no."""
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,9 @@ from bridge.net import firewall, rules_watch
 from bridge.net.firewall import Placed, RulesError, View
 from bridge.net.owner_rules import rules
 from bridge.net.rules_watch import IN_FORCE_SECONDS, RulesWatch
+from bridge.service import process
+from bridge.service.process import retry
+from bridge.service.tasks import end, spawn
 
 OURS = ("table inet ike-sa-sync-ha",)
 
@@ -134,3 +138,62 @@ async def test_rules_that_were_removed_are_not_in_place(packets: Filter) -> None
 
 async def test_rules_of_the_administrators_are_not_vouched_for(packets: Filter) -> None:
     assert not await HaRules(HaConfig(rules="external")).in_place_since(1030.0)
+
+
+async def test_rules_that_are_put_back_while_the_watch_ends_are_set_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would be set after their removal, or over others that came in their place."""
+    begun, go_on = threading.Event(), threading.Event()
+    happened: list[str] = []
+
+    def install(*_: object, **__: object) -> Placed:
+        begun.set()
+        go_on.wait()
+        happened.append("set")
+        return Placed("nftables")
+
+    monkeypatch.setattr(firewall, "look", lambda *_: View((), ()))
+    monkeypatch.setattr(firewall, "remove", lambda _: happened.append("removed"))
+    monkeypatch.setattr(firewall, "install", lambda *_, **__: Placed("nftables"))
+    watch = RulesWatch("ha", rules(("127.0.0.1", "127.0.0.2"), 4510), "auto")
+    watch.place()
+    watch._expected = OURS
+    monkeypatch.setattr(firewall, "install", install)
+    watch.look_now()
+    watching = spawn("rules", watch.run())
+    await asyncio.to_thread(begun.wait)
+    ending = spawn("end", end(watching))
+    async with asyncio.timeout(10):
+        while watching.cancelling() < 2:  # noqa: ASYNC110 - how often it was cancelled
+            await asyncio.sleep(0.01)
+    assert not ending.done()
+    go_on.set()
+    await ending
+    watch.remove()
+    assert happened == ["set", "removed"]
+
+
+async def test_the_event_loop_goes_on_while_rules_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(firewall, "install", lambda *_, **__: go_on.wait() and Placed("nftables"))
+    monkeypatch.setattr(firewall, "look", lambda *_: View(OURS, ()))
+    watch = RulesWatch("ha", rules(("127.0.0.1", "127.0.0.2"), 4510), "auto")
+    asyncio.get_running_loop().call_soon(go_on.set)
+    await retry("rules", watch.place_aside, RulesError)
+    assert watch.in_place
+
+
+async def test_rules_that_cannot_be_set_are_tried_again_until_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "RETRY_SECONDS", 0.01)
+    locked = [True, True]
+
+    def install(*_: object, **__: object) -> Placed:
+        if locked:
+            locked.pop()
+            raise RulesError("it is locked")
+        return Placed("nftables")
+
+    monkeypatch.setattr(firewall, "install", install)
+    monkeypatch.setattr(firewall, "look", lambda *_: View(OURS, ()))
+    watch = RulesWatch("ha", rules(("127.0.0.1", "127.0.0.2"), 4510), "auto")
+    await retry("rules", watch.place_aside, RulesError)
+    assert (locked, watch.in_place) == ([], True)

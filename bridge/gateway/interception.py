@@ -97,7 +97,7 @@ class Interception:
         loop = asyncio.get_running_loop()
         await retry("nfqueue", lambda: self._interceptor.start(loop), InterceptUnavailable)
         if self._watch is not None:
-            await retry("rules", self._watch.place, RulesError)
+            await retry("rules", self._watch.place_aside, RulesError)
             self._liveness.start(loop, self._watch.placed)
             self._watching = spawn("queue-rules", self._watch.run(self._looked))
 

@@ -7,6 +7,7 @@ error.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -54,7 +55,7 @@ class RulesWatch:
         return self._placed
 
     def place(self) -> None:
-        """Set them, in the network namespace of the caller. Blocks. Raises RulesError."""
+        """Set them, in the network namespace of the process. Blocks. Raises RulesError."""
         placed = firewall.install(self._rules, backend=self._backend)
         self._expected = firewall.look(self._rules, placed).lines
         self._counted_before = {kind: self.counted(kind) for kind in self._counts}
@@ -62,6 +63,17 @@ class RulesWatch:
         if not placed.full:
             log.warning("rules-without-guard", rules=self._about, missing="xt_recent")
         self._placed, self.in_place, self._since = placed, True, time.monotonic()
+
+    async def place_aside(self) -> None:
+        """The same in a thread, while the event loop goes on. No thread can be cancelled: the caller, if it is, waits,
+        or the rules would be set after what it does next. Raises RulesError."""
+        work = asyncio.ensure_future(asyncio.to_thread(self.place))
+        try:
+            await asyncio.shield(work)
+        finally:
+            while not work.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([work])
 
     def remove(self) -> None:
         """Take them away. Blocks. Raises RulesError."""
@@ -122,6 +134,6 @@ class RulesWatch:
             return
         self._missing()
         log.warning("rules-lost", rules=self._about, how="altered" if view.lines else "removed")
-        await asyncio.to_thread(self.place)
+        await self.place_aside()
         self.restored += 1
         log.info("rules-restored", rules=self._about)

@@ -9,7 +9,7 @@ import gc
 import os
 import resource
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -131,12 +131,13 @@ async def serve(log_as: LogConfig, start: Callable[[AsyncExitStack], Coroutine[A
         raise TaskFailed
 
 
-async def retry(name: str, attempt: Callable[[], object], *errors: type[Exception]) -> None:
+async def retry(name: str, attempt: Callable[[], Awaitable[None] | None], *errors: type[Exception]) -> None:
     """Try until it works; say why not whenever the reason changes."""
     reported = ""
     while True:
         try:
-            attempt()
+            if (under_way := attempt()) is not None:
+                await under_way
         except errors as error:
             # systemd starts strongSwan after the sidecar, also while something is missing here
             notify("READY=1")
