@@ -56,7 +56,7 @@ async def host(ring: Keyring, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     config = GatewayConfig(address="192.0.2.1", takeover=TakeoverConfig((SHARED, OTHER)))
     bank = RedisBank("redis://127.0.0.1:1", ring)
     parts: list[Any] = [SimpleNamespace(tracker=SimpleNamespace()), bank, None, None, SimpleNamespace(endings=None)]
-    parts.append(SimpleNamespace(taken_over=None, before_drop=None, dropped=None))
+    parts.append(SimpleNamespace(taken_over=None, moving_away=None, dropped=None))
     shared = SharedAddresses(config, *parts)
     made = Host(shared)
     tasks = [asyncio.ensure_future(shared._follow(address)) for address in (SHARED, OTHER)]
@@ -113,6 +113,30 @@ async def test_an_address_that_was_taken_by_a_command_and_is_not_here_is_given_u
     present(monkeypatch)
     host.shared._look_now()
     assert await host.news() == [("yield", SHARED)]
+
+
+async def test_whether_others_took_sessions_is_asked_once_after_a_takeover_of_its_own(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own batches are announced to it as those of others are."""
+    over, looks = asyncio.Event(), []
+
+    async def look() -> None:
+        looks.append(over.is_set())
+
+    async def at_rest(_: float) -> None:
+        await over.wait()
+
+    monkeypatch.setattr(host.shared.owner, "look", look)
+    monkeypatch.setattr(host.shared.takeover, "at_rest", at_rest, raising=False)
+    task = asyncio.ensure_future(host.shared._look_at_sessions())
+    for _ in range(3):
+        host.shared.look_soon()
+        await host.news()
+    over.set()
+    await host.news()
+    task.cancel()
+    assert looks == [True]
 
 
 def message(kind: int, flags: int = 0, body: bytes = b"") -> bytes:

@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from bridge.charon.ha_message import IkeId
+from bridge.charon.ha_segments import segment_of
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo
 from bridge.gateway.takeover_rekeys import ANSWER_SECONDS, REFUSAL_SECONDS, TakeoverRekeys
 from bridge.gateway.takeover_requests import TakeoverRequests
@@ -42,6 +43,7 @@ class Charon:
         self.channel = SimpleNamespace(receive=lambda: None, drained=self._nothing)
         self.vici = SimpleNamespace(rekey_children=self._rekey, tasks=self._tasks)
         self.installer = SimpleNamespace(set_next_id=self._set)
+        self.landing = SimpleNamespace(segment_of=segment_of)
 
     async def _nothing(self) -> None:
         pass

@@ -17,7 +17,7 @@ from bridge.bank.interface import BankUnavailable, Ending, GatewaySign, Taking
 from bridge.bank.write_queue import WriteQueue
 from bridge.charon.ha_commands import Install
 from bridge.charon.ha_segments import segment_of
-from bridge.charon.ike_sa import sa_of
+from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo, SaInfo, Unique, ViciError
 from bridge.config import GatewayConfig, TakeoverConfig
@@ -30,9 +30,9 @@ from bridge.gateway.session_owner import SessionOwner
 from bridge.gateway.taken_sessions import TakenSessions
 from bridge.gateway.takeover import Takeover
 from bridge.gateway.takeover_barriers import Barriers
-from bridge.gateway.takeover_rekeys import OUTSTANDING
+from bridge.gateway.takeover_rekeys import MANY, OUTSTANDING
 from bridge.gateway.takeover_run import SessionTaker
-from bridge.gateway.takeover_session import owned
+from bridge.gateway.takeover_session import Session, owned
 from bridge.gateway.takeover_state import State
 from bridge.stub.child_sa import wire_spi
 from bridge.stub.derivation import Derivation
@@ -529,6 +529,20 @@ async def test_a_bank_that_fails_in_the_middle_counts_each_session_once() -> Non
     assert row["not_taken"] == [{"reason": reasons.EXPIRED, "sessions": 1}]
 
 
+async def test_a_takeover_that_is_under_way_is_waited_for() -> None:
+    bank = Bank()
+    gateway = Gateway(bank)
+    stub(bank)
+    gateway.charon.installs.clear()
+    await gateway.takeover.take({"address": SHARED})
+    rest = asyncio.ensure_future(gateway.takeover.at_rest(60))
+    await asyncio.wait([rest], timeout=0.05)
+    assert not rest.done()
+    gateway.charon.installs.set()
+    await rest
+    assert gateway.takeover._tasks[SHARED].done()
+
+
 async def test_a_second_trigger_of_one_takeover_changes_nothing() -> None:
     """The kernel's news and VRRP's script."""
     bank = Bank()
@@ -642,6 +656,54 @@ async def test_where_many_wait_charon_is_asked_for_whole_segments(others: int) -
     else:
         assert 1 <= len(gateway.charon.resyncs) <= 16
         assert len(gateway.charon.rekeyed) <= OUTSTANDING
+
+
+async def test_many_sessions_are_installed_and_rekeyed_segment_by_segment() -> None:
+    """So that none of a segment is there already, to be rekeyed once more, nor is left to be asked for alone."""
+    bank = Bank()
+    gateway = Gateway(bank)
+    for number in range(4000):
+        one = stub(bank)
+        bank.stubs[one.index] = replace(one, remote=Endpoint(f"198.51.{number // 250}.{number % 250}", 4500))
+    segments = {both_spis(one): segment_of(one.remote.address) for one in bank.stubs.values()}
+    keyed: list[bytes] = []
+
+    def rekey(chosen: Callable[[IkeSa], bool]) -> None:
+        for sa in [sa for sa in gateway.charon.tracker.established() if chosen(sa)]:
+            keyed.append(sa.id.spis)
+            [child] = sa.children
+            sa.put_child(replace(child, spi_in=child.spi_in + 2**16))
+            gateway.sessions.changed(sa)
+
+    async def resync(wanted: set[int]) -> None:
+        rekey(lambda sa: segments[sa.id.spis] in wanted)
+
+    async def rekey_children(wanted: Sequence[tuple[str, str]]) -> list[str]:
+        gateway.charon.rekeyed += [unique_id for unique_id, _ in wanted]
+        rekey(lambda sa: (sa.unique_id, "net") in wanted)
+        return [""] * len(wanted)
+
+    gateway.charon.installer.resync = resync
+    gateway.charon.vici.rekey_children = rekey_children
+    count, all_keyed = gateway.sessions.done, asyncio.Event()
+
+    def done(session: Session) -> None:
+        count(session)
+        if len(gateway.takeover._runs[SHARED].keyed) == len(segments):
+            all_keyed.set()
+
+    gateway.sessions.done = done
+    task = asyncio.ensure_future(gateway.sessions._rekeys.run())
+    await gateway.take()
+    await all_keyed.wait()
+    task.cancel()
+    # each of a few batches has the whole of its segments, but for what was the first
+    _, *batches = gateway.charon.batches
+    assert len(batches) <= 16
+    found = [segment for batch in batches for segment in {segments[spis] for spis in batch}]
+    assert sorted(found) == sorted(set(segments.values()))
+    assert len(keyed) < 1.1 * len(segments)
+    assert len(gateway.charon.rekeyed) < MANY
 
 
 @pytest.mark.parametrize(("ended_at", "taken"), [(0, False), (1, True), (2, False)])

@@ -198,6 +198,8 @@ class SharedAddresses:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS if self._contested else None):
                     await self._looking.wait()
+            # this gateway also learns of each batch that it takes over itself
+            await self.takeover.at_rest(LOOK_SECONDS)
             self._looking.clear()
             try:
                 await self.owner.look()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Final
@@ -51,6 +51,8 @@ MANY: Final = 256
 """waiting sessions from which on charon is asked for whole segments"""
 GROUP: Final = 16
 """waiting sessions of a segment at least"""
+COUNT_SECONDS: Final = 0.5
+"""between two counts of the IKE_SAs in each segment"""
 TICK_SECONDS: Final = 0.05
 
 
@@ -65,6 +67,11 @@ class TakeoverRekeys:
         self._done = done
         self._clock = clock
         self._waiting: OrderedDict[bytes, Session] = OrderedDict()
+        self._in_segment: defaultdict[int, dict[bytes, Session]] = defaultdict(dict)
+        """those that wait, by segment"""
+        self._present: Counter[int] = Counter()
+        """the established IKE_SAs of each segment, when they were last counted"""
+        self._counted = float("-inf")
         self._by_spi: dict[int, bytes] = {}
         """of those that wait, by the SPIs that their clients send ESP on"""
         self._asked: dict[bytes, Session] = {}
@@ -84,6 +91,7 @@ class TakeoverRekeys:
         session.offsets, session.tried = [] if session.id_known else list(offsets), False
         session.refuses_since, session.unkeyed = None, len(session.left)
         self._waiting[session.sa.id.spis] = session
+        self._in_segment[self._segment(session)][session.sa.id.spis] = session
         if session.request is not None:
             self._waiting.move_to_end(session.sa.id.spis, last=False)
         for child in session.stub.children:
@@ -122,6 +130,7 @@ class TakeoverRekeys:
     def _no_longer_waits(self, spis: bytes) -> None:
         session = self._waiting.pop(spis, None)
         if session is not None:
+            self._in_segment[self._segment(session)].pop(spis, None)
             for child in session.stub.children:
                 self._by_spi.pop(wire_spi(child.spi_in), None)
         if not self._waiting:
@@ -149,15 +158,18 @@ class TakeoverRekeys:
 
     def _group(self) -> list[Session]:
         """The waiting sessions of the segment that is next, if charon is to be asked for all of it."""
-        segment_of = self._charon.landing.segment_of
-        first = next(iter(self._waiting.values()))
-        segment = segment_of(first.stub.remote.address)
-        group = [session for session in self._waiting.values() if segment_of(session.stub.remote.address) == segment]
-        present = sum(
-            sa.remote is not None and segment_of(sa.remote.address) == segment
-            for sa in self._charon.tracker.established()
-        )
-        return group if len(group) >= GROUP and 2 * len(group) >= present else []
+        segment = self._segment(next(iter(self._waiting.values())))
+        group = self._in_segment[segment]
+        if len(group) < GROUP:
+            return []
+        if (now := self._clock()) >= self._counted + COUNT_SECONDS:
+            self._counted = now
+            addresses = (sa.remote.address for sa in self._charon.tracker.established() if sa.remote is not None)
+            self._present = Counter(map(self._charon.landing.segment_of, addresses))
+        return list(group.values()) if 2 * len(group) >= self._present[segment] else []
+
+    def _segment(self, session: Session) -> int:
+        return self._charon.landing.segment_of(session.stub.remote.address)
 
     async def _ask_segment(self, group: Sequence[Session]) -> None:
         now = self._clock()
@@ -165,7 +177,7 @@ class TakeoverRekeys:
             self._no_longer_waits(session.sa.id.spis)
             self._asked[session.sa.id.spis] = session
             session.waits_since, session.sent = now, False
-        segment = self._charon.landing.segment_of(group[0].stub.remote.address)
+        segment = self._segment(group[0])
         log.info("takeover-rekeys-segment", segment=segment, sessions=len(group))
         try:
             await self._charon.installer.resync({segment})

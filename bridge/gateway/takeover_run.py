@@ -35,8 +35,9 @@ from bridge.stub.stub import Index, Stub
 
 log = structlog.get_logger()
 
-FIRST_BATCH, BATCH = 8, 256
-"""sessions that charon gets with one activation: few at first, for a client waits; each activation looks at all SAs"""
+FIRST_BATCH, BATCH, WHOLE_BATCH = 8, 256, 1024
+"""sessions that charon gets with one activation: few at first, for a client waits; each activation looks at all SAs; up
+to WHOLE_BATCH where they are of one HA segment, whose CHILD_SAs are rekeyed together"""
 AGAIN_SECONDS: Final = 0.1
 """between two attempts where the bank or charon is not there"""
 LIVING: Final = frozenset(("ESTABLISHED", "REKEYING", "REKEYED"))
@@ -168,17 +169,24 @@ class SessionTaker:
                 await self._take_some(run, page[:FIRST_BATCH], started)
                 page = page[FIRST_BATCH:]
             waiting += page
+        waiting.sort(key=self._segment)
         while waiting and not run.stopping:
             batch, waiting = self._next(waiting)
             await self._take_some(run, batch, started)
         await self._confirm(run)
 
+    def _segment(self, stub: Stub) -> int:
+        return self._charon.landing.segment_of(stub.remote.address)
+
     def _next(self, waiting: list[Stub]) -> tuple[list[Stub], list[Stub]]:
-        """The sessions of the next batch, and the others."""
+        """The sessions of the next batch, and the others, which are in the order of their segments."""
         active = self._sessions.active
         if active:
             waiting = sorted(waiting, key=lambda stub: not any(wire_spi(one.spi_in) in active for one in stub.children))
-        return waiting[:BATCH], waiting[BATCH:]
+        end = BATCH
+        while end < min(len(waiting), WHOLE_BATCH) and self._segment(waiting[end]) == self._segment(waiting[end - 1]):
+            end += 1
+        return waiting[:end], waiting[end:]
 
     async def _take_some(self, run: Run, stubs: Sequence[Stub], started: float) -> None:
         await self._know_connections(run, stubs)
