@@ -111,7 +111,7 @@ class ReplicatedBank:
     # Initiate, Update, Delete
 
     def holders(self, index: Index) -> list[Replica]:
-        """The banks that a stub of this gateway's is stored in."""
+        """The banks that a stub of this gateway is stored in."""
         chosen = self._targets or sorted(self._banks.peers, key=lambda peer: _weight(peer.name, index))[: self._copies]
         return [self.near, *([self._banks.central] if self._banks.central else []), *chosen]
 

@@ -111,7 +111,7 @@ def _end_of(process: subprocess.Popen[str], result: dict[str, Any]) -> dict[str,
 
 @contextlib.contextmanager
 def flood_lab() -> Iterator[Flood]:
-    """The lab, up, with a session of the client's at gw1."""
+    """The lab, up, with a session of the client at gw1."""
     with Lab() as lab:
         topology = standard(lab, start=False)
         source = lab.add_host("source", f"{ADDRESS}/24")

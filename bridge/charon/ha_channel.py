@@ -282,7 +282,7 @@ class HaChannel:
         )
 
     def drops(self) -> int:
-        """Datagrams of charon's that the kernel dropped because the sidecar's buffer was full."""
+        """Datagrams from charon that the kernel dropped because the sidecar's buffer was full."""
         if self._socket is None:
             return 0
         try:

@@ -231,7 +231,7 @@ _WRITERS: dict[int, dict[Attr, tuple[bytes, Writer]]] = {
 
 
 def decode(data: bytes) -> HaMessage:
-    """A datagram of charon's, as a message.
+    """A datagram from charon, as a message.
 
     Raises HaError for anything else: another version, an unknown type or attribute, cut or trailing octets.
     """

@@ -20,6 +20,6 @@ def of_charon(metrics: Metrics, charon: Charon) -> None:
     total("ike_sas_unresumable", "IKE_SAs that cannot be resumed by their kind", lambda: charon.tracker.unresumable)
     total("ha_datagrams", "datagrams that charon's ha plugin sent", lambda: charon.channel.received)
     total("ha_malformed", "such datagrams that were not understood", lambda: charon.channel.malformed)
-    total("ha_drops", "HA datagrams of charon's that the kernel dropped", charon.channel.drops)
+    total("ha_drops", "HA datagrams from charon that the kernel dropped", charon.channel.drops)
     total("ha_drops_charon", "HA datagrams to charon that the kernel dropped", charon_drops)
     charon.ha_rules.gauges(metrics)

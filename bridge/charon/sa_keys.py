@@ -1,4 +1,4 @@
-"""The keys of an IKE_SA, from the secrets in an IKE_ADD of charon's."""
+"""The keys of an IKE_SA, from the secrets in charon's IKE_ADD."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class CharonAnswer:
         return "swanctl.conf", "swanctl --load-conns"
 
     def setting(self, name: str) -> str | None:
-        """An option of charon's; charon-systemd reads both sections."""
+        """An option of charon; charon-systemd reads both sections."""
         found = self.settings.get(f"charon-systemd.{name}")
         return self.settings.get(f"charon.{name}") if found is None else found
 

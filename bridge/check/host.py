@@ -194,7 +194,7 @@ def _key_fix(path: Path) -> str:
 
 
 def hooks(config: GatewayConfig) -> list[Finding]:
-    """Whether the program of `hooks.session` can be called, and is root's alone to change; none without one."""
+    """Whether the program of `hooks.session` can be called, and only root can change it; none without one."""
     if config.hooks.session is None:
         return []
     path = Path(config.hooks.session)

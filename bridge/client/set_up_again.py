@@ -4,8 +4,8 @@ authentication had ended, because it has just been resumed and the gateway's cha
 
 VICI reports an end in state DELETING whichever side sent the DELETE. The HA channel says which: charon reports each
 verified request of the peer, and each request of its own, before it acts on it. An SA that ends right after a request
-of the peer, and not around one of charon's own, was ended by the peer; shortly after one of charon's own, which may
-have been a liveness check, only if it ends together with the peer's. In doubt it was this host.
+of the peer, and not around one from charon itself, was ended by the peer; shortly after one from charon itself, which
+may have been a liveness check, only if it ends together with the peer's. In doubt it was this host.
 """
 
 from __future__ import annotations

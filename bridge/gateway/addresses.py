@@ -1,6 +1,6 @@
 """One virtual IP, one session: who has the addresses of a session that is to be rebuilt here.
 
-An address may belong to another session by the time a session comes (back) to a gateway: a pool of charon's that was
+An address may belong to another session by the time a session comes (back) to a gateway: a pool of charon that was
 emptied by a restart gives it to the next client. Two CHILD_SAs with the same selectors share a reqid, and what the
 servers answer to one client goes, decrypted, to the other.
 """

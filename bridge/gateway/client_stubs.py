@@ -90,7 +90,7 @@ class ClientStubs:
         return sa.published or sa.index_here(self._address)
 
     def seal(self, sa: IkeSa) -> bytes | None:
-        """The stub of an SA of this gateway's, for its client: without the shared secret, and without what takes the SA
+        """The stub of an SA of this gateway, for its client: without the shared secret, and without what takes the SA
         over as it is. None where clients get none, or where it is too large."""
         if self.policy == "off":
             return None

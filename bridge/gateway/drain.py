@@ -6,7 +6,7 @@ resume some of them, and as the target has less. So several gateways can give so
 at the same time, and none of them ends below the mean.
 
 A target that could resume none of the sessions is refused before any client is asked: one without a heartbeat, without
-a bank key of this gateway's, or without the sessions' connections. Sessions that it could not resume are left alone.
+a bank key of this gateway, or without the sessions' connections. Sessions that it could not resume are left alone.
 
 Each chosen client gets a Move (bridge.ike.stub_exchange). One whose sidecar answers resumes at the target; when the
 bank says that the session went on there, its IKE_SA here is ended. One without a sidecar notices nothing. The states

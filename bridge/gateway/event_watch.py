@@ -48,7 +48,7 @@ class EventWatch:
             log.info("keyspace-events-arrive")
 
     def written(self) -> None:
-        """A heartbeat of this gateway's was written."""
+        """A heartbeat of this gateway was written."""
         if not self._listening:
             return
         now = self._clock()

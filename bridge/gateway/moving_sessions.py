@@ -40,7 +40,7 @@ class MovingSessions:
         await self._keeper.keep(sa, new)
 
     def dropped(self, sa: IkeSa) -> None:
-        """An SA that goes on as it is elsewhere is gone, without an event of charon's."""
+        """An SA that goes on as it is elsewhere is gone, without an event from charon."""
         self._hooks.moving_away(sa, None)
         self._living.take_out(sa)
         self.gone(sa)

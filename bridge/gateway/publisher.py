@@ -50,7 +50,7 @@ class Publisher:
 
     @property
     def own_addresses(self) -> set[str]:
-        """Those of `addresses` that are this gateway's alone: sessions at a shared one are at whichever gateway has
+        """Those of `addresses` that only this gateway has: sessions at a shared one are at the gateway that has
         it."""
         return self.addresses.difference(self._shared)
 

@@ -318,7 +318,7 @@ class Responder:
     def _decide(self, waiting: Waiting, stub: Stub, moved_away: AbstractSet[bytes] = NONE) -> Rebuilt | Refusal | None:
         """None for a packet that needs no decision any more."""
         packet, request, digest = waiting
-        # what the interceptor let go when it ended is charon's to answer
+        # charon answers what the interceptor let go when it ended
         if not packet.held or self._too_late(packet, request):
             return None
         tagged = not self.activation.is_crowded()

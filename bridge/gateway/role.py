@@ -306,7 +306,7 @@ class GatewayRole:
             self._publisher.gone(sa, self._charon.tracker.heirs(sa))
 
     def verified(self, ike_id: IkeId) -> None:
-        """A request of a client's verified."""
+        """A request of a client was verified."""
         self._responder.unconfirmed.verified(ike_id)
         self._responder.activation.verified(ike_id.spis)
         self._publisher.rekeys.answered(ike_id.spis)

@@ -67,8 +67,8 @@ def parse_datagram(packet: bytes, *, answers: bool = False) -> Datagram | None:
     """The IKE message in a whole IPv4 or IPv6 packet, between any ports, sent to a gateway (`answers`: by one).
 
     None when there is none: another protocol, a fragment, a packet or datagram that is cut, no non-ESP marker where
-    neither port is 500, as ESP and keepalives have none, less than an IKE header. Checksums are the kernel's to check,
-    not ours. Never raises.
+    neither port is 500, as ESP and keepalives have none, less than an IKE header. The kernel checks checksums.
+    Never raises.
     """
     size = len(packet)
     if size < 28:

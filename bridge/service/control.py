@@ -113,7 +113,7 @@ async def call(path: str, request: dict[str, Any]) -> Answer:
     try:
         reader, writer = await asyncio.open_unix_connection(path)
     except PermissionError as error:
-        raise ControlError(f"{path}: is root's: run this as root") from error
+        raise ControlError(f"{path}: permission denied: run this as root") from error
     except OSError as error:
         raise ControlError(f"{path}: the sidecar does not answer ({error.strerror}): is it running?") from error
     try:
