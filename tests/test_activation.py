@@ -17,7 +17,7 @@ from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo
-from bridge.gateway import activation, strays
+from bridge.gateway import activated, activation, strays
 from bridge.ike.client_requests import ClientRequests
 from bridge.ike.encrypted_payload import Protection, protect
 from bridge.ike.key_confirmation import Confirmation
@@ -244,7 +244,7 @@ def test_the_same_request_gets_the_same_octets_before_and_after_the_activation(g
     assert len(client.received()) == 3
     # all else is charon's from the activation on
     assert client.send(client.message(ExchangeType.INFORMATIONAL, 2)).fate == ["accepted"]
-    gateway.loop.pass_time(activation.REPEAT_SECONDS + 2)
+    gateway.loop.pass_time(activated.REPEAT_SECONDS + 2)
     assert client.send(octets).fate == ["accepted"]
 
 

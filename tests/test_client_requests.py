@@ -65,7 +65,8 @@ def test_the_last_request_gets_the_same_octets_again_and_no_other_one(suite: Sui
     ours, first = requests(suite), request(suite)
     answer = ours.answer(first)
     assert ours.kind(first) is Kind.REPEATED
-    assert ours.last_answer == answer
+    assert ours.last is not None
+    assert ours.last.answer == answer
     # under the same Message ID, but not the same octets
     assert ours.kind(request(suite)) is Kind.NOTHING
     second = request(suite, message_id=2)

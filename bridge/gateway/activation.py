@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -31,6 +31,7 @@ import structlog
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_segments import LONGEST_PAUSE
+from bridge.gateway.activated import REPEAT_SECONDS, Activated, Way
 from bridge.gateway.activation_state import ACTIVATION, Event, State
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt
@@ -58,8 +59,6 @@ WORTH: Final = 3.0
 """an activation that takes t and that a client waits for waits so many t, at most, for others on their way"""
 OVERDUE_SECONDS: Final = 5.0
 """after which charon may hang: unless it has read all that it was sent, nothing is answered in its name"""
-REPEAT_SECONDS: Final = 30.0
-"""for so long after the activation the last answer of the sidecar is sent again to the same request"""
 RETRY_SECONDS: Final = 1.0
 """after an activation that failed"""
 CLOSE_SECONDS: Final = 5.0
@@ -72,23 +71,21 @@ _Kind = tuple[Suite, str, bool]
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """One IKE_SA. Times in the clock's seconds."""
+    """One IKE_SA until it is active. Times in the clock's seconds."""
 
     made: Rebuilt
     since: float
-    """installation, or activation"""
+    """its installation"""
     state: State = ACTIVATION.first
     requests: ClientRequests | None = None
     held: list[Packet] = field(default_factory=list)
 
+    @property
+    def way(self) -> Way:
+        return Way(self.made.install.local, self.made.install.remote)
+
     def on(self, event: Event) -> None:
         self.state = ACTIVATION.after(self.state, event)
-
-    def is_from_client(self, packet: Packet) -> bool:
-        """Whether a packet takes the way of the SA; from elsewhere charon decides what it means."""
-        remote, local = self.made.install.remote, self.made.install.local
-        way = (packet.src, packet.sport, packet.dst, packet.dport)
-        return way == (remote.address, remote.port, local.address, local.port)
 
 
 class Activation:
@@ -119,13 +116,12 @@ class Activation:
         self._random = random
         self._clock = clock
         self._entries: dict[bytes, _Entry] = {}
-        """by both SPIs"""
+        """those that are not active yet, by both SPIs"""
         self._passive: dict[bytes, float] = {}
         """of these, those that are to be activated, with the time when they were installed; the oldest first"""
-        self._active: dict[bytes, float] = {}
-        """of these, the active ones, with the time when they became that; the oldest first"""
+        self._active = Activated()
         self._held = 0
-        self._proven: set[_Kind] = set()
+        self._proven: set[Hashable] = set()
         """kinds of which charon has confirmed an IKE_SA"""
         self._proven_in: int | None = None
         """by which charon"""
@@ -135,7 +131,7 @@ class Activation:
 
     def __len__(self) -> int:
         """How many are not active yet."""
-        return len(self._entries) - len(self._active)
+        return len(self._entries)
 
     def is_crowded(self) -> bool:
         """Whether IKE_SAs are activated before their clients are answered."""
@@ -163,7 +159,8 @@ class Activation:
 
     def has(self, made: Rebuilt) -> bool:
         """Whether charon has it, PASSIVE or active."""
-        return made.sa.id.spis in self._entries
+        spis = made.sa.id.spis
+        return spis in self._entries or spis in self._active
 
     def landed(self, made: Rebuilt) -> None:
         """charon has it PASSIVE, and its client is about to be answered."""
@@ -177,9 +174,9 @@ class Activation:
 
     def verified(self, spis: bytes) -> None:
         """A request on an IKE_SA verified. If charon did that alone, others of its kind can be confirmed here."""
-        entry = self._entries.get(spis)
-        if entry is not None and entry.state is State.ACTIVE and entry.requests is None:
-            self._proven.add(_kind(entry.made))
+        kind = self._active.proven(spis)
+        if kind is not None:
+            self._proven.add(kind)
 
     def gone(self, spis: bytes) -> None:
         """charon ended an IKE_SA."""
@@ -201,14 +198,23 @@ class Activation:
         self._metrics.activation_seconds.observe(self._charon.installer.toggle_seconds)
         now = self._clock()
         for one in spis:
-            if (entry := self._entries.get(one)) is not None:
+            if (entry := self._entries.pop(one, None)) is not None:
                 entry.on(Event.DONE)
-                self._active[one] = entry.since = now
+                self._keep(one, entry, now)
                 for packet in self._let_go(entry):
                     packet.accept()
-        if any(one in self._entries for one in spis):
+        if any(one in self._active for one in spis):
             self._charon.sas_soon()
         asyncio.get_running_loop().call_later(REPEAT_SECONDS + 1, self._forget_old)
+
+    def _keep(self, spis: bytes, entry: _Entry, now: float) -> None:
+        """Keep of one that is active what may be needed."""
+        self._active.add(spis, now)
+        if entry.requests is None:
+            if (kind := _kind(entry.made)) not in self._proven:
+                self._active.prove(spis, kind)
+        elif entry.requests.last is not None:
+            self._active.answered(spis, entry.way, entry.requests.last)
 
     def failed(self, spis: Sequence[bytes]) -> None:
         """They stay PASSIVE."""
@@ -226,24 +232,19 @@ class Activation:
     def _end(self, spis: bytes) -> None:
         entry = self._entries.pop(spis, None)
         self._passive.pop(spis, None)
-        self._active.pop(spis, None)
+        self._active.end(spis)
         if entry is not None:
             entry.on(Event.ENDED)
             for packet in self._let_go(entry):
                 packet.drop()
 
+    def _forget_old(self) -> None:
+        self._active.forget_old(self._clock())
+
     def _let_go(self, entry: _Entry) -> list[Packet]:
         held, entry.held = entry.held, []
         self._held -= len(held)
         return held
-
-    def _forget_old(self) -> None:
-        now = self._clock()
-        for spis, since in list(self._active.items()):
-            if since + REPEAT_SECONDS > now:
-                break
-            del self._active[spis]
-            del self._entries[spis]
 
     # packets
 
@@ -252,13 +253,10 @@ class Activation:
         spis = packet.ike[:16]
         entry = self._entries.get(spis)
         if entry is None:
-            self._not_here(packet, spis)
-            return
-        if entry.state is State.ACTIVE:
-            if entry.requests is not None and entry.requests.repeats(packet.ike):
-                self._repeat(entry, entry.requests, packet)
+            if spis in self._active:
+                self._on_active(packet, spis)
             else:
-                packet.accept()
+                self._not_here(packet, spis)
             return
         if entry.made.state is RebuiltState.REMOVED or not possible(entry.made.install.suite):
             # in the second case its client has no answer yet, so this is from another
@@ -268,8 +266,8 @@ class Activation:
         if requests is None:
             requests = entry.requests = ClientRequests(entry.made.resumption, random=self._random)
         kind = requests.kind(packet.ike)
-        if kind is Kind.REPEATED:
-            self._repeat(entry, requests, packet)
+        if kind is Kind.REPEATED and requests.last is not None:
+            self._repeat(spis, entry.way, requests.last.answer, packet)
         elif kind is Kind.NOTHING:
             self._strays.take(packet)
         elif kind is Kind.LIVENESS and self._may_answer(entry, packet, requests):
@@ -288,10 +286,17 @@ class Activation:
         else:
             self._strays.pass_on(packet)
 
-    def _repeat(self, entry: _Entry, requests: ClientRequests, packet: Packet) -> None:
+    def _on_active(self, packet: Packet, spis: bytes) -> None:
+        repeated = self._active.repeated(spis, packet.ike)
+        if repeated is not None:
+            self._repeat(spis, *repeated, packet)
+        else:
+            packet.accept()
+
+    def _repeat(self, spis: bytes, way: Way, answer: bytes, packet: Packet) -> None:
         packet.drop()
-        if entry.is_from_client(packet) and entry.made.sa.id.spis in self._charon.tracker.sas:
-            self._answer(packet, requests.last_answer)
+        if way.is_of(packet) and spis in self._charon.tracker.sas:
+            self._answer(packet, answer)
 
     def _is_overdue(self, entry: _Entry) -> bool:
         return self._clock() - entry.since > OVERDUE_SECONDS
@@ -300,7 +305,7 @@ class Activation:
         """Whether a liveness check is answered here: charon is there, and expects the next request now."""
         return (
             entry.state is State.PASSIVE
-            and entry.is_from_client(packet)
+            and entry.way.is_of(packet)
             and self._charon.installer.set_next_id_now(
                 entry.made.sa.id, requests.expected + 1, idle=self._is_overdue(entry)
             )
@@ -380,7 +385,7 @@ class Activation:
             except (ChannelError, TimeoutError) as error:
                 # the next sidecar finds them
                 log.warning("activation-failed", sas=len(self._passive), reason=str(error) or "charon hangs")
-        for spis in list(self._entries):
+        for spis in [*self._entries, *self._active]:
             self._end(spis)
 
 

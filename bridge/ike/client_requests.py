@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from bridge.ike.encrypted_payload import Protection, is_authentic, protect, unprotect
 from bridge.ike.key_confirmation import MESSAGE_ID
@@ -36,6 +36,13 @@ class Kind(StrEnum):
     """not authentic, not the next request, or malformed"""
 
 
+class Answered(NamedTuple):
+    """A liveness check, and its answer."""
+
+    request: bytes
+    answer: bytes
+
+
 class ClientRequests:
     """The client's side of one rebuilt IKE_SA; the client is the original initiator. Raises UnsupportedSuite (check
     bridge.ike.key_confirmation.possible first)."""
@@ -48,8 +55,8 @@ class ClientRequests:
         self._ours = Protection.of(resumption.suite, keys, initiator=False)
         self._spis = (resumption.spi_i, resumption.spi_r)
         self._random = random
-        self._last = b""
-        self._answer = b""
+        self.last: Answered | None = None
+        """the request that was answered last: with the same octets it gets the same answer again"""
 
     def __repr__(self) -> str:
         return f"ClientRequests(expected={self.expected})"
@@ -76,11 +83,11 @@ class ClientRequests:
 
     def repeats(self, data: bytes) -> bool:
         """Whether it is the request that was answered last, octet for octet."""
-        return bool(self._last) and data == self._last
+        return self.last is not None and data == self.last.request
 
     def answer(self, check: bytes) -> bytes:
         """The answer to a liveness check; the next request has the next Message ID then."""
-        self._answer = protect(
+        answer = protect(
             self._ours,
             spi_i=self._spis[0],
             spi_r=self._spis[1],
@@ -90,14 +97,9 @@ class ClientRequests:
             payloads=(),
             iv=self._random(self._ours.iv_length),
         )
-        self._last = check
+        self.last = Answered(check, answer)
         self.expected += 1
-        return self._answer
-
-    @property
-    def last_answer(self) -> bytes:
-        """What the last liveness check got, and gets again."""
-        return self._answer
+        return answer
 
 
 def _is_fragment(data: bytes) -> bool:
