@@ -53,7 +53,7 @@ of the time of each SA on average, with two in a row after a pause. The interval
 activations take more than 320 ms it can be more than 1 %. SAs that are rebuilt within a window share an activation: 100
 times what the last one took, 0.2 s at least and 2 s at most. Their clients are answered before it, so it is part of the
 CPU of a resumption, and not of its latency, but for clients that begin with CREATE_CHILD_SA, for the first one of a
-connection, and while 128 clients wait for an answer: then charon confirms, which is less work for the sidecar. charon
+connection, and while 256 clients wait for an answer: then charon confirms, which is less work for the sidecar. charon
 walks its whole IKE_SA table at each activation: with `ikesa_table_size = 65536` an empty one took 4 ms of CPU for one
 resumption, with 4096 a third of that.
 """

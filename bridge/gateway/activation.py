@@ -50,7 +50,7 @@ WINDOW_SHARE: Final = 100
 """an activation that takes t makes the next window this many t, within these limits"""
 GATHER_SECONDS, POLL_SECONDS = 0.05, 0.001
 """between two looks at the pace of activations, and at what is on its way"""
-CROWD: Final = 128
+CROWD: Final = 256
 """requests between their admission and their answer, from which on IKE_SAs are activated before their clients are
 answered: charon confirms them then, which is less work for the sidecar, and takes the time of an activation"""
 LATE_SECONDS: Final = 1.0
