@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import structlog
@@ -73,6 +74,26 @@ async def test_the_outcomes_of_a_client_are_counted_with_their_reasons(unused_tc
 
 async def test_the_values_for_status_are_those_of_the_sidecar_alone() -> None:
     assert not any(name.startswith("process") for name in GatewayMetrics().values())
+
+
+async def test_what_nobody_asked_for_is_not_read() -> None:
+    metrics = GatewayMetrics()
+    read: list[str] = []
+
+    def value(name: str) -> float:
+        read.append(name)
+        return 1.0
+
+    for name in ("wanted", "other"):
+        metrics.gauge(name, "a gauge", partial(value, name))
+        metrics.total(f"{name}_sum", "a total", partial(value, name))
+    assert metrics.values("wanted").keys() == {"wanted", "wanted_sum_total"}
+    assert read == ["wanted", "wanted"]
+    everything = metrics.values()
+    assert {"wanted", "wanted_sum_total", "other", "other_sum_total", "requests_total"} <= everything.keys()
+    assert metrics.values("refusals", "requests").keys() == {
+        name for name in everything if name.startswith(("refusals", "requests"))
+    }
 
 
 @pytest.fixture

@@ -194,13 +194,15 @@ class AddressKeeper:
 
     async def step(self) -> None:
         """Do what is due. Raises BankUnavailable, ChannelError, HaError."""
-        charon = self._charon
-        if not charon.ready() or not charon.tracker.connections or not charon.reconciled.is_set():
+        charon, now = self._charon, self._clock()
+        # whether charon is there is asked of the kernel
+        if not self._is_due(now) or not charon.ready():
+            return
+        if not charon.tracker.connections or not charon.reconciled.is_set():
             return
         if not charon.placeholders.opened:
             await self._open()
             return
-        now = self._clock()
         if charon.placeholders.inactive and self.pools and now >= self._activate_at:
             await self._activate()
         if self._ended_tags:
@@ -212,6 +214,18 @@ class AddressKeeper:
         if now >= self._compare_at and self.pools:
             self._compare_at = now + COMPARE_SECONDS
             await self._compare(await self._elsewhere(self.pools))
+
+    def _is_due(self, now: float) -> bool:
+        placeholders = self._charon.placeholders
+        return (
+            not placeholders.opened
+            or bool(self._ended_tags)
+            or any(when <= now for when in self._released.values())
+            or (
+                bool(self.pools)
+                and (now >= self._compare_at or (bool(placeholders.inactive) and now >= self._activate_at))
+            )
+        )
 
     async def _open(self) -> None:
         """Have a charon that was started give out addresses."""

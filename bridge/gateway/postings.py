@@ -31,6 +31,8 @@ TRAFFIC_SECONDS: Final = 2.0
 """between two looks whether charon was asked for its IKE_SAs"""
 SOME: Final = 1_000
 """sessions that show by which addresses this gateway is known"""
+POSTED: Final = ("resumptions", "refusals", "ike_sas", "unconfirmed", "duplicate", "sessions")
+"""how the names of the counters and gauges begin that the others read"""
 
 
 class Postings:
@@ -59,11 +61,7 @@ class Postings:
     async def keep_stats(self) -> None:
         """Post the counters, and how far announcements are, again and again."""
         while True:
-            counters = {
-                name: value
-                for name, value in self._metrics.values().items()
-                if name.startswith(("resumptions", "refusals", "ike_sas", "unconfirmed", "duplicate", "sessions"))
-            }
+            counters = self._metrics.values(*POSTED)
             with contextlib.suppress(BankUnavailable):
                 await self._bank.post(bank_keys.STATS_KIND, self._address, json.dumps(counters), STATS_TTL)
                 if failures := self._failover.progress():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from prometheus_client import (
@@ -31,22 +32,30 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._totals = _Totals()
+        self._others: list[tuple[str, Collector]] = []
+        """counters, histograms and gauges, by name without the prefix"""
         self.registry.register(self._totals)
         ProcessCollector(registry=self.registry)
 
     def counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-        return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
+        made = Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
+        self._others.append((name, made))
+        return made
 
     def histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(name, text, namespace=PREFIX, registry=self.registry, buckets=_SECONDS)
+        made = Histogram(name, text, namespace=PREFIX, registry=self.registry, buckets=_SECONDS)
+        self._others.append((name, made))
+        return made
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A value that is read when it is asked for."""
-        Gauge(name, text, namespace=PREFIX, registry=self.registry).set_function(read)
+        made = Gauge(name, text, namespace=PREFIX, registry=self.registry)
+        made.set_function(read)
+        self._others.append((name, made))
 
     def total(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A value that only grows, counted elsewhere and read when it is asked for; `_total` is added to its name."""
-        self._totals.add(f"{PREFIX}_{name}", text, read)
+        self._totals.add(name, text, read)
 
     def serve(self, address: str) -> MetricsServer:
         """Serve at `address` (host:port) from now on. Raises OSError when the port is taken."""
@@ -54,12 +63,18 @@ class Metrics:
         server.start()
         return server
 
-    def values(self) -> dict[str, Any]:
-        """All counters and gauges, by name without the prefix, labels in brackets."""
+    def values(self, *starts: str) -> dict[str, Any]:
+        """All counters and gauges, by name without the prefix, labels in brackets; or those whose name begins with one
+        of `starts`: no other is read, which for some means to ask the kernel."""
+        wanted = starts or ("",)
         found: dict[str, Any] = {}
-        for family in self.registry.collect():
+        families = chain(
+            self._totals.those(wanted),
+            *(collector.collect() for name, collector in self._others if name.startswith(wanted)),
+        )
+        for family in families:
             for sample in family.samples:
-                if sample.name.endswith("_bucket") or not sample.name.startswith(PREFIX):
+                if sample.name.endswith("_bucket"):
                     continue
                 labels = ",".join(filter(None, sample.labels.values()))
                 name = sample.name.removeprefix(f"{PREFIX}_")
@@ -77,5 +92,9 @@ class _Totals(Collector):
         self._reads.append((name, text, read))
 
     def collect(self) -> Iterator[Metric]:
+        return self.those(("",))
+
+    def those(self, starts: tuple[str, ...]) -> Iterator[Metric]:
         for name, text, read in self._reads:
-            yield CounterMetricFamily(name, text, value=read())
+            if name.startswith(starts):
+                yield CounterMetricFamily(f"{PREFIX}_{name}", text, value=read())
