@@ -3,7 +3,7 @@
 # What they need is installed the first time and then left alone: Debian packages, and Python ones in .venv.
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo record dashboard bench test test-releases test-vm test-vagrant test-dist test-ansible chaos dist deb debs lint typecheck man reference lock clean
+.PHONY: help setup demo record dashboard bench test test-releases test-vm test-vagrant test-compiled test-dist test-ansible chaos dist deb debs lint typecheck man reference lock clean
 
 # Debian's Python: the headers that NetfilterQueue is built with belong to it.
 PYTHON ?= /usr/bin/python3
@@ -32,6 +32,10 @@ PACKAGES += vagrant
 endif
 
 DEVELOPMENT := mypy pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis ruff import-linter jsonschema types-PyYAML types-jsonschema
+
+BUILD = $(VENV)/build/bin/python -m build --no-isolation
+# where test-compiled has its tree
+COMPILED := $(VENV)/compiled
 
 COMPILE = $(VENV)/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links
@@ -70,8 +74,18 @@ test: lint typecheck ## everything: lint, types, all tests; names the slowest
 	@echo "All tests take about $(TEST_MINUTES) minutes on two cores; the last line has the time that they took here."
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test-releases: $(VENV)/.releases ## strongSwan 5.9.8, 6.0.1 and 6.1.0 with each other, the bank on Valkey 8, all from Debian
+test-releases: $(VENV)/.releases test-compiled ## strongSwan 5.9.8, 6.0.1 and 6.1.0 with each other, the bank on Valkey 8, all from Debian
 	@$(BIN)/python -m pytest -m 'releases and not dist' $(PYTEST_ARGS)
+
+# In a tree of its own, with the extensions of the wheel: a module whose extension lies beside it is not read.
+test-compiled: $(VENV)/.project $(VENV)/.build ## all tests again, with the modules compiled that a packet passes
+	@rm -rf $(COMPILED) && mkdir -p $(COMPILED)/tree $(COMPILED)/wheel
+	@IKE_SA_SYNC_COMPILE=1 $(BUILD) --wheel --outdir $(COMPILED) >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@$(BIN)/python -m zipfile -e $(COMPILED)/*.whl $(COMPILED)/wheel
+	@git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- -cf - | tar -xf - -C $(COMPILED)/tree
+	@cd $(COMPILED)/wheel && find . -name '*.so' -exec cp --parents -t ../tree {} +
+	@cd $(COMPILED)/tree && IKE_SA_SYNC_CODE=compiled PYTHONPATH=$(CURDIR)/$(COMPILED)/tree $(CURDIR)/$(BIN)/python -m pytest \
+		-n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 $(VENV)/.releases: $(VENV)/.project
 	@.ci/packages mmdebstrap
@@ -79,10 +93,11 @@ $(VENV)/.releases: $(VENV)/.project
 	@$(BIN)/python -m bridge.lab.unpacked
 	@touch $@
 
-dist: $(VENV)/.build ## what pip installs: the source and the wheel, into dist/; the same octets each time
+dist: $(VENV)/.build ## what pip installs: the source and two wheels, one of them compiled, into dist/; the same octets each time
 	@mkdir -p $(DIST)
-	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} $(VENV)/build/bin/python -m build --no-isolation \
-		--outdir $(DIST) >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@export SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)}; \
+		{ $(BUILD) --outdir $(DIST) && IKE_SA_SYNC_COMPILE=1 $(BUILD) --wheel --outdir $(DIST); } \
+		>$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@ls $(DIST)/*.whl $(DIST)/*.tar.gz
 
 # The build backends are pinned, as all that is installed here.
@@ -149,7 +164,7 @@ lock: $(VENV)/.packages ## bring requirements.lock and requirements-dev.lock up 
 		--output-file requirements-dev.lock pyproject.toml $(VENV)/development.in
 	@CUSTOM_COMPILE_COMMAND='make lock' $(COMPILE) --constraint requirements-dev.lock \
 		--output-file requirements.lock pyproject.toml
-	@printf '%s\n' build cython hatchling setuptools wheel >$(VENV)/build.in
+	@printf '%s\n' build cython hatchling mypy setuptools wheel >$(VENV)/build.in
 	@CUSTOM_COMPILE_COMMAND='make lock' $(COMPILE) --upgrade --output-file requirements-build.lock $(VENV)/build.in
 	@rm -rf $(VENV)/lock $(VENV)/development.in $(VENV)/build.in
 

@@ -31,10 +31,6 @@ from bridge.ike.key_exchange import KeyExchange, can_exchange
 from bridge.ike.keys import derive_keys
 from bridge.ike.message import PAYLOAD_HEADER, VERSION, MalformedMessage, NotifyType, PayloadType, build, parse
 from bridge.ike.resumption_answer import (
-    MAX_REASON,
-    CookieChallenge,
-    SyncRefusal,
-    SyncResponse,
     build_refusal,
     build_response,
     parse_response,
@@ -56,6 +52,7 @@ from bridge.ike.stub_exchange import (
     parse_stub_message,
     verify,
 )
+from bridge.ike.sync_messages import MAX_REASON, CookieChallenge, SyncRefusal, SyncResponse
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child
 from bridge.ike.transforms import Encr, Group, Integ, Prf, Suite
 from bridge.ike.version_probe import answers_version_probe, build_version_probe

@@ -10,8 +10,9 @@ from typing import Any
 from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.keys import prf
 from bridge.ike.message import ExchangeType, Flag, build, parse
-from bridge.ike.resumption_answer import OrdinaryResponse, parse_response
+from bridge.ike.resumption_answer import parse_response
 from bridge.ike.resumption_request import build_request
+from bridge.ike.sync_messages import OrdinaryResponse
 from bridge.lab import Topology
 from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar

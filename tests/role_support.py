@@ -16,9 +16,9 @@ from bank_support import stub_of
 from bridge.bank.interface import BankUnavailable, Ending, GatewaySign, Marked, StubBank
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
-from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import HaError, IkeId
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.install import Install
 from bridge.charon.installer import Watcher
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo
 from bridge.config import HaConfig

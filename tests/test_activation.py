@@ -18,12 +18,11 @@ from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo
 from bridge.gateway import activated, activation, strays
-from bridge.ike.client_requests import ClientRequests
 from bridge.ike.encrypted_payload import Protection, protect
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import IkeKeys, Resumption
 from bridge.ike.message import ExchangeType, Flag, PayloadType
-from bridge.ike.resumption_answer import SyncResponse
+from bridge.ike.sync_messages import SyncResponse
 from bridge.ike.transforms import Encr
 from bridge.stub.stub import Stub
 from bridge.stub.types import Identity
@@ -578,19 +577,17 @@ def test_no_more_than_a_bound_is_held_of_all(gateway: Activating, monkeypatch: p
     assert fates == [[], [], ["dropped"]]
 
 
-def test_keys_are_derived_when_the_first_request_comes(gateway: Activating, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Resumption] = []
-
-    def requests(resumption: Resumption, **more: Any) -> ClientRequests:
-        made.append(resumption)
-        return ClientRequests(resumption, **more)
-
-    monkeypatch.setattr(activation, "ClientRequests", requests)
+def test_keys_are_derived_when_the_first_request_comes(gateway: Activating) -> None:
     client = gateway.client()
     assert client.resume()
-    assert made == []
-    client.send(client.confirmation().request)
-    assert len(made) == 1
+    entry = gateway.responder.activation._entries[client.spis]
+    assert entry.requests is None
+    first = client.confirmation().request
+    client.send(first)
+    derived = entry.requests
+    assert derived is not None
+    client.send(first)
+    assert entry.requests is derived
 
 
 @pytest.mark.parametrize("turns", [0, 5])

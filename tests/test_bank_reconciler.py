@@ -189,7 +189,8 @@ import asyncio
 from bridge.charon.ha_channel import HaChannel
 from bridge.charon.ha_message import IkeId
 from bridge.charon.releases import version_for
-from bridge.charon.ha_commands import Install, address_message
+from bridge.charon.ha_commands import address_message
+from bridge.charon.install import Install
 from bridge.charon.installer import Installer
 from bridge.charon.ha_segments import SegmentChooser
 from bridge.ike.transforms import Encr, Group, Prf, Suite

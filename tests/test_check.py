@@ -22,6 +22,7 @@ from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar, program
+from bridge.service.process import code
 
 Finding = dict[str, Any]
 
@@ -130,7 +131,8 @@ def test_a_missing_charon(topology: Topology) -> None:
     try:
         assert "start strongSwan" in the(check(topology.gw1), "charon")["fix"]
         told = topology.gateways["gw1"].command("status").stdout
-        assert told.startswith("charon      NOT REACHABLE\n")
+        assert told.startswith("charon      NOT REACHABLE\ncode        " + code() + "\n")
+        assert topology.gateways["gw1"].ask("status")["code"] == topology.agent.ask("status")["code"] == code()
     finally:
         topology.gw1.charon.start()
 

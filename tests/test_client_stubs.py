@@ -25,8 +25,9 @@ from bridge.gateway.recent import Recent
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.strays import Strays
 from bridge.gateway.stub_lookup import Missing, StubLookup
-from bridge.ike.resumption_request import SyncRequest, build_request, parse_request
+from bridge.ike.resumption_request import build_request, parse_request
 from bridge.ike.stub_exchange import StubSa, build_get, parse_stub_message, verify
+from bridge.ike.sync_messages import SyncRequest
 from bridge.stub.codec import encode
 from bridge.stub.derivation import Derivation
 from bridge.stub.keyring import Keyring, SealError

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from bridge.ike.cookie import COOKIE_OCTETS, SECRET_SECONDS, Cookies, Glance, glance
 from bridge.ike.message import HEADER, Flag, MalformedMessage, NotifyType, PayloadType, build, encode_notify, parse
-from bridge.ike.resumption_answer import CookieChallenge, parse_response
+from bridge.ike.resumption_answer import parse_response
 from bridge.ike.resumption_request import build_request, parse_request
+from bridge.ike.sync_messages import CookieChallenge
 from bridge.ike.transforms import Suite
 
 SUITE = Suite(12, 128, 12, 5, 31)

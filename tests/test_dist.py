@@ -8,16 +8,22 @@ import platform
 import subprocess
 import sys
 import tomllib
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 
 import deployment_page
+from bridge.service import process
+from test_compiled import MODULES
 
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 NEWER = f"{VERSION}.1"
 RELEASES = ["bookworm", "trixie"]
+HERE = platform.freedesktop_os_release()["VERSION_CODENAME"]
+WHICH_CODE = "from bridge.service.process import code; print(code())"
 BLOCKS = deployment_page.blocks((ROOT / deployment_page.PAGE).read_text())
 
 pytestmark = [
@@ -48,24 +54,51 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_two_builds_of_source_and_wheel_are_the_same_octets(dist: Path, tmp_path: Path) -> None:
+def test_two_builds_of_source_and_wheels_are_the_same_octets(dist: Path, tmp_path: Path) -> None:
     run("make", "--silent", "dist", f"DIST={tmp_path}")
-    assert set(digests(dist)) == {f"ike_sa_sync-{VERSION}.tar.gz", f"ike_sa_sync-{VERSION}-py3-none-any.whl"}
+    python = "cp{}{}".format(*sys.version_info)
+    assert set(digests(dist)) == {
+        f"ike_sa_sync-{VERSION}.tar.gz",
+        f"ike_sa_sync-{VERSION}-py3-none-any.whl",
+        f"ike_sa_sync-{VERSION}-{python}-{python}-linux_{platform.machine()}.whl",
+    }
     assert digests(tmp_path) == digests(dist)
 
 
-@pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
-def test_pip_installs_it(dist: Path, tmp_path: Path, release: str, kind: str) -> None:
+def test_the_compiled_wheel_has_an_extension_for_each_module(dist: Path) -> None:
+    [file] = dist.glob("*-linux_*.whl")
+    with zipfile.ZipFile(file) as wheel:
+        inside = wheel.namelist()
+    suffix = EXTENSION_SUFFIXES[0]
+    assert {name for name in inside if name.endswith(".so")} == {
+        process.COMPILED + suffix,
+        *(path.removesuffix(".py") + suffix for path in MODULES),
+    }
+    # for those who read it, and for tracebacks
+    assert set(MODULES) <= set(inside)
+
+
+@pytest.mark.parametrize(
+    ("release", "kind", "code"),
+    [
+        *((release, kind, "pure Python") for release in RELEASES for kind in ("*-none-any.whl", "*.tar.gz")),
+        # made with the Python of this release, and for it
+        (HERE, "*-linux_*.whl", "compiled"),
+    ],
+)
+def test_pip_installs_it(dist: Path, tmp_path: Path, release: str, kind: str, code: str) -> None:
     [file] = dist.glob(kind)
     (tmp_path / file.name).write_bytes(file.read_bytes())
-    script = """
+    script = f"""
         python3 -m venv "$1/venv"
         "$1/venv/bin/pip" install --quiet --disable-pip-version-check "$1/$2"
         cd / && "$1/venv/bin/ike-sa-sync" --version
+        "$1/venv/bin/python" -c "{WHICH_CODE}"
     """
     told = run("debian/in-release", release, tmp_path, "sh", "-euc", script, "sh", tmp_path, file.name)
-    assert told.split()[-1] == VERSION
+    version, form = told.splitlines()[-2:]
+    assert version.split()[-1] == VERSION
+    assert form == code
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -77,17 +110,20 @@ def test_two_builds_of_a_debian_package_are_the_same_octets_and_it_runs(tmp_path
     [package] = (tmp_path / "one").iterdir()
     number = {"bookworm": "12", "trixie": "13"}[release]
     assert package.name.startswith(f"ike-sa-sync_{VERSION}+deb{number}_")
-    script = """
-        mkdir "$1/root" && dpkg-deb -x "$1/"*.deb "$1/root"
-        cd / && PYTHONPATH=$(echo "$1"/root/usr/lib/ike-sa-sync/lib/python3*/site-packages) python3 -m bridge --version
+    script = f"""
+        mkdir "$1/made" && dpkg-deb -x "$1/"*.deb "$1/made"
+        cd / && export PYTHONPATH=$(echo "$1"/made/usr/lib/ike-sa-sync/lib/python3*/site-packages)
+        python3 -m bridge --version
+        python3 -c "{WHICH_CODE}"
     """
     told = run("debian/in-release", release, tmp_path / "one", "sh", "-euc", script, "sh", tmp_path / "one")
-    assert told.split()[-1] == VERSION
+    version, form = told.splitlines()[-2:]
+    assert version.split()[-1] == VERSION
+    assert form == "compiled"
 
 
 def test_the_deployment_guides_way_without_a_package(tmp_path: Path) -> None:
     """On a release that this machine does not run: what is changed there is lost."""
-    here = platform.freedesktop_os_release()["VERSION_CODENAME"]
     install = f"""
         # a host that runs strongSwan, whose operator answers apt's question
         echo 'APT::Get::Assume-Yes "yes";' >/etc/apt/apt.conf.d/90yes
@@ -133,7 +169,7 @@ def test_the_deployment_guides_way_without_a_package(tmp_path: Path) -> None:
         {BLOCKS["Without the package 5"]}
         find /etc /opt /usr /var/lib /run -xdev -name '*ike-sa-sync*' | if grep .; then exit 1; fi
     """
-    release = next(it for it in RELEASES if it != here)
+    release = next(it for it in RELEASES if it != HERE)
     # the sidecars set rules: in a network of their own
     serve = 'unshare --net sh -euc "$1"'
     script = "\n".join((install, serve, update, serve, remove))

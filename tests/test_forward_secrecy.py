@@ -18,6 +18,7 @@ from bridge.charon.ha_codec import decode
 from bridge.charon.ha_commands import add_message
 from bridge.charon.ha_message import Attr, IkeId
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ConnectionInfo
 from bridge.client.ike_transport import IkeTransport
 from bridge.client.sync_request import Answer, RefusedError, SyncRequester, Target
@@ -38,8 +39,9 @@ from bridge.ike.cookie import Cookies
 from bridge.ike.key_exchange import KeyExchange, UnsupportedGroup, can_exchange
 from bridge.ike.keys import derive_sk_d, prf, skeyseed_rekey, skeyseed_resume
 from bridge.ike.message import MalformedMessage, PayloadType, encode_ke, parse
-from bridge.ike.resumption_answer import SyncResponse, build_response, parse_response, verify_response
-from bridge.ike.resumption_request import SyncRequest, build_request, parse_request
+from bridge.ike.resumption_answer import build_response, parse_response, verify_response
+from bridge.ike.resumption_request import build_request, parse_request
+from bridge.ike.sync_messages import SyncRequest, SyncResponse
 from bridge.ike.sync_payload import Attribute, SyncPayload
 from bridge.ike.transforms import PRF_OUTPUT, Group, Prf, Suite
 from bridge.net.interface import Packet
@@ -186,11 +188,6 @@ def test_charon_gets_the_secret_with_the_new_sa() -> None:
 # the gateway
 
 
-class FakeTracker:
-    def __init__(self) -> None:
-        self.sas: dict[bytes, IkeSa] = {}
-
-
 class FakeSpis:
     def next(self) -> int:
         return 0x40000001
@@ -200,7 +197,7 @@ class FakeCharon:
     """A charon with the stub's connection."""
 
     def __init__(self) -> None:
-        self.tracker = FakeTracker()
+        self.tracker = SaTracker(cast(Any, None), wall=lambda: 0.0, clock=lambda: 0.0)
         self.spis = FakeSpis()
 
     def connection(self, name: str) -> ConnectionInfo:
@@ -219,6 +216,7 @@ class Nothing:
             "of_others": set(),
             "made_from": set(),
             "attempts": 0,
+            "clashes": False,
             "gateways": (),
         }
         return lambda *_: results.get(name)

@@ -47,12 +47,13 @@ def test_the_packet_filter_holds_the_same_back() -> None:
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOBUFS])
 def test_an_order_that_the_kernel_does_not_take_ends_no_activation(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(_: bool) -> None:
-        raise OSError(error, "refused")
+    class Queue:
+        def get_fd(self) -> int:
+            raise OSError(error, "refused")
 
     interception = Interception(
         InterceptConfig(rules="external"), lambda _: None, lambda: False, lambda: False, tag=b"\1\2"
     )
-    monkeypatch.setattr(interception._interceptor, "fail_open", refused)
+    monkeypatch.setattr(interception._interceptor, "_queue", Queue())
     with interception.holding() as holds:
         assert not holds()

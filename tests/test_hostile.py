@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from bridge.ike.message import ExchangeType, Flag, PayloadType, parse
-from bridge.ike.resumption_answer import OrdinaryResponse, SyncResponse, parse_response
+from bridge.ike.resumption_answer import parse_response
+from bridge.ike.sync_messages import OrdinaryResponse, SyncResponse
 from bridge.ike.sync_payload import Attribute, SyncPayload
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until

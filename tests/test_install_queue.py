@@ -14,12 +14,12 @@ from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import HaError
 from bridge.charon.ha_segments import LONGEST_PAUSE
 from bridge.gateway import install_queue
-from bridge.gateway.activation import Activation
 from bridge.gateway.install_queue import InstallQueue, Prepared
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.rebuilt_state import Event, State
 from bridge.gateway.unconfirmed import Unconfirmed
+from bridge.stub.stub import Index
 
 
 class Request:
@@ -94,9 +94,9 @@ class Made:
     def __init__(self) -> None:
         self.sa = self.install = self.old = self
         self.id = self
-        self.index = self
-        self.spi = self.spi_i = self.spi_r = b""
-        self.gateway = self.connection = ""
+        self.index = Index("", b"")
+        self.spi_i = self.spi_r = b""
+        self.connection = ""
         self.untold = False
         """charon cannot be told of it"""
         self.state = State.INSTALLING
@@ -118,7 +118,7 @@ class OneCharon:
 
 
 class Confirming:
-    """Stands for an `Activation`."""
+    """Stands for an activation."""
 
     def __init__(self) -> None:
         self.early = False
@@ -147,7 +147,7 @@ class Scene:
         self.batches = InstallQueue(
             cast(Charon, self.charon),
             cast(Unconfirmed, self.table),
-            cast(Activation, self.activation),
+            self.activation,
             GatewayMetrics(),
             self.answer,
             lambda packet, _: packet.accept(),

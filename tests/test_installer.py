@@ -14,12 +14,13 @@ from bank_support import stub_of
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_codec import decode
-from bridge.charon.ha_commands import Install, add_message, update_message
+from bridge.charon.ha_commands import add_message, update_message
 from bridge.charon.ha_message import VERSIONS, Attr, HaMessage, IkeId, MessageType
 from bridge.charon.ha_segments import SegmentChooser, landing_addresses, segment_of
 from bridge.charon.half_open import HalfOpenSas
 from bridge.charon.handshakes import Holds
 from bridge.charon.ike_sa import Condition
+from bridge.charon.install import Install
 from bridge.charon.installer import Installer
 from bridge.charon.socket_diag import CharonSocket
 from bridge.config import HaConfig

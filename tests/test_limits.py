@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bridge.ike.resumption_answer import CookieChallenge, OrdinaryResponse, SyncResponse, parse_response
+from bridge.ike.resumption_answer import parse_response
+from bridge.ike.sync_messages import CookieChallenge, OrdinaryResponse, SyncResponse
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE

@@ -15,7 +15,8 @@ import pytest
 from bridge.charon.vici_types import parse_event
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import derive_keys, skeyseed_resume
-from bridge.ike.resumption_answer import SyncResponse, parse_response
+from bridge.ike.resumption_answer import parse_response
+from bridge.ike.sync_messages import SyncResponse
 from bridge.lab import Host, Lab, Topology, standard
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until

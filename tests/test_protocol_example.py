@@ -14,9 +14,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from bridge.config import canonical_address
 from bridge.ike.keys import derive_keys, skeyseed_resume
-from bridge.ike.resumption_answer import SyncResponse, build_refusal, build_response, parse_response, verify_response
+from bridge.ike.resumption_answer import build_refusal, build_response, parse_response, verify_response
 from bridge.ike.resumption_request import build_request, parse_request, verify_request
 from bridge.ike.stub_exchange import MoveStatus, StubSa, build_move, build_moving, move_message_id, parse_stub_message
+from bridge.ike.sync_messages import SyncResponse
 from bridge.ike.transforms import Suite
 from bridge.stub.codec import decode, encode
 from bridge.stub.stub import Index

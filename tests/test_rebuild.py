@@ -15,6 +15,7 @@ from bridge.charon.charon import Charon
 from bridge.config import SyncConfig
 from bridge.gateway.addresses import AddressHolders
 from bridge.gateway.admission import Admission
+from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.decision import Decision
 from bridge.gateway.endings import Endings
 from bridge.gateway.known_sessions import KnownSessions
@@ -23,6 +24,7 @@ from bridge.gateway.rebuild import Rebuilder
 from bridge.gateway.refusal import Refusal
 from bridge.gateway.revocation import Revocations
 from bridge.gateway.unconfirmed import Unconfirmed
+from bridge.ike.cookie import Cookies
 from bridge.ike.resumption_request import build_request, parse_request
 from bridge.ike.transforms import PRF_OUTPUT, Encr, Group, Prf, Suite
 from bridge.net.interface import Packet
@@ -54,14 +56,15 @@ def decided(
     )
     request = parse_request(octets)
     assert request is not None
+    charon, sync = cast(Charon, CharonWithoutConnections()), SyncConfig(proof="required" if proven else "optional")
     decision = Decision(
-        cast(Charon, CharonWithoutConnections()),
+        charon,
         KnownSessions(Endings(), cast(LivingSas, None), Revocations(cast(StubBank, None), keyring())),
         cast(Unconfirmed, None),
-        cast(Admission, None),
+        Admission(SyncConfig(), Cookies(), lambda source: 0),
         cast(AddressHolders, None),
-        SyncConfig(proof="required" if proven else "optional"),
-        cast(Rebuilder, None),
+        sync,
+        Rebuilder(charon, cast(ClientStubs, None), sync),
     )
     return decision.of(cast(Packet, None), request, b"", stub)
 

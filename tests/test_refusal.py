@@ -7,8 +7,9 @@ import pytest
 from bank_support import stub_of
 from bridge.gateway.refusal import FINAL, Refusal, notification
 from bridge.ike.message import NotifyType
-from bridge.ike.resumption_answer import OrdinaryResponse, SyncRefusal, parse_response, verify_refusal
+from bridge.ike.resumption_answer import parse_response, verify_refusal
 from bridge.ike.resumption_request import build_request, parse_request
+from bridge.ike.sync_messages import OrdinaryResponse, SyncRefusal
 
 STUB = stub_of()
 

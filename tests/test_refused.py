@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bridge.ike.message import NotifyType
-from bridge.ike.resumption_answer import OrdinaryResponse, SyncRefusal, parse_response, verify_refusal
+from bridge.ike.resumption_answer import parse_response, verify_refusal
+from bridge.ike.sync_messages import OrdinaryResponse, SyncRefusal
 from bridge.lab import Topology
 from bridge.lab.topology import SITE
 from bridge.stub.stub import Stub

@@ -34,15 +34,9 @@ from bridge.gateway.revocation import Revocations
 from bridge.gateway.stub_lookup import StubLookup
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.ike.cookie import Cookies
-from bridge.ike.resumption_answer import (
-    CookieChallenge,
-    SyncRefusal,
-    SyncResponse,
-    parse_response,
-    verify_refusal,
-    verify_response,
-)
+from bridge.ike.resumption_answer import parse_response, verify_refusal, verify_response
 from bridge.ike.resumption_request import build_request
+from bridge.ike.sync_messages import CookieChallenge, SyncRefusal, SyncResponse
 from bridge.stub.stub import Index, Stub
 from role_support import FAILURES, FakeBank, FakeTime, Request, Wire, as_packets, fake_charon
 

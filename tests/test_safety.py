@@ -14,7 +14,8 @@ import time
 import msgspec
 import pytest
 
-from bridge.ike.resumption_answer import OrdinaryResponse, SyncResponse, parse_response, verify_response
+from bridge.ike.resumption_answer import parse_response, verify_response
+from bridge.ike.sync_messages import OrdinaryResponse, SyncResponse
 from bridge.ike.transforms import Group, Suite
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge.ike.resumption_answer import OrdinaryResponse, SyncResponse, parse_response
+from bridge.ike.resumption_answer import parse_response
+from bridge.ike.sync_messages import OrdinaryResponse, SyncResponse
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.topology import SITE

@@ -16,18 +16,9 @@ from hypothesis import strategies as st
 from bridge.ike.keys import prf
 from bridge.ike.message import Flag, MalformedMessage, NotifyType, PayloadType, build, encode_notify, parse
 from bridge.ike.nat_detection import nat_hash
-from bridge.ike.resumption_answer import (
-    CookieChallenge,
-    OrdinaryResponse,
-    SyncRefusal,
-    SyncResponse,
-    build_refusal,
-    build_response,
-    parse_response,
-    verify_refusal,
-    verify_response,
-)
-from bridge.ike.resumption_request import SyncRequest, build_request, parse_request, sync_comes_first, verify_request
+from bridge.ike.resumption_answer import build_refusal, build_response, parse_response, verify_refusal, verify_response
+from bridge.ike.resumption_request import build_request, parse_request, sync_comes_first, verify_request
+from bridge.ike.sync_messages import CookieChallenge, OrdinaryResponse, SyncRefusal, SyncRequest, SyncResponse
 from bridge.ike.sync_payload import SyncPayload
 from bridge.ike.transforms import PRF_OUTPUT, Prf, Suite
 from wire_support import proof_range

@@ -15,9 +15,9 @@ from msgspec.structs import replace
 from bank_support import stub_of
 from bridge.bank.interface import BankUnavailable, Ending, GatewaySign, Taking
 from bridge.bank.write_queue import WriteQueue
-from bridge.charon.ha_commands import Install
 from bridge.charon.ha_segments import segment_of
 from bridge.charon.ike_sa import IkeSa, sa_of
+from bridge.charon.install import Install
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo, SaInfo, Unique, ViciError
 from bridge.config import GatewayConfig, TakeoverConfig

@@ -9,9 +9,10 @@ from msgspec.structs import replace
 
 from bank_support import stub_of
 from bridge.charon.ha_codec import decode
-from bridge.charon.ha_commands import Install, add_message, message_id_messages
+from bridge.charon.ha_commands import add_message, message_id_messages
 from bridge.charon.ha_message import Attr, MessageType
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.install import Install
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo
 from bridge.gateway import takeover_session as reasons

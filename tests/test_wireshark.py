@@ -14,7 +14,7 @@ from bridge.ike.cookie import Cookies, glance
 from bridge.ike.key_exchange import fresh_public_value
 from bridge.ike.nat_detection import nat_hash
 from bridge.ike.resumption_answer import build_refusal, build_response
-from bridge.ike.resumption_request import SyncRequest, build_request, parse_request
+from bridge.ike.resumption_request import build_request, parse_request
 from bridge.ike.stub_exchange import (
     MoveStatus,
     StubSa,
@@ -24,6 +24,7 @@ from bridge.ike.stub_exchange import (
     build_moving,
     parse_stub_message,
 )
+from bridge.ike.sync_messages import SyncRequest
 from bridge.ike.transforms import Suite
 from bridge.net.packet import MARKER, udp_datagram
 from wire_support import as_codec_reads, as_tshark_reads, dissect, from_hex, proof_range, values

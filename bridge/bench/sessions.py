@@ -20,9 +20,10 @@ from bridge.ike.encrypted_payload import Protection, protect, unprotect
 from bridge.ike.key_exchange import KeyExchange
 from bridge.ike.keys import NONCE_OCTETS, Resumption
 from bridge.ike.message import ExchangeType, Flag, NotifyType, PayloadType, parse_header
-from bridge.ike.resumption_answer import CookieChallenge, SyncRefusal, SyncResponse, parse_response, verify_response
+from bridge.ike.resumption_answer import parse_response, verify_response
 from bridge.ike.resumption_request import build_request
 from bridge.ike.stub_exchange import StubSa
+from bridge.ike.sync_messages import CookieChallenge, SyncRefusal, SyncResponse
 from bridge.ike.transforms import Suite
 from bridge.stub.stub import Index, Stub
 from bridge.stub.types import ChildSa, Endpoint, Identity, IdType

@@ -11,13 +11,14 @@ from pathlib import Path
 import structlog
 
 from bridge.charon.ha_channel import ChannelError, HaChannel
-from bridge.charon.ha_commands import Install, vips_message
+from bridge.charon.ha_commands import vips_message
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ha_reports import HaReports
 from bridge.charon.ha_rules import HaRules
 from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.handshakes import Handshakes
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.install import Install
 from bridge.charon.installer import Installer
 from bridge.charon.placeholders import NO_ADDRESS, Placeholders
 from bridge.charon.reconcile import Reconciler, Recover, no_recovery

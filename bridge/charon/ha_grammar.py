@@ -151,7 +151,7 @@ def _check(message: HaMessage) -> None:
             raise HaError(f"{name.name} is {count} times in {message.type.name}")
     if message.type in _ABOUT_AN_SA and Attr.IKE_ID not in counts:
         raise HaError(f"{message.type.name} names no IKE_SA")
-    if message.type is MessageType.IKE_UPDATE and _IDENTIFYING & counts.keys():
+    if message.type is MessageType.IKE_UPDATE and not _IDENTIFYING.isdisjoint(counts):
         missing = [name.name for name in _IDENTIFIED if name not in counts]
         if missing:
             raise HaError(f"an IKE_UPDATE with identities lacks {', '.join(missing)}")

@@ -8,8 +8,8 @@ The CHILD_SAs of an SA that is PASSIVE carry traffic: it has its peer's address 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -18,7 +18,6 @@ import structlog
 
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import (
-    Install,
     add_message,
     address_message,
     child_message,
@@ -34,6 +33,7 @@ from bridge.charon.ha_message import (
 )
 from bridge.charon.ha_segments import BLOCKED_SECONDS, LONGEST_PAUSE, SegmentChooser, landing_addresses
 from bridge.charon.handshakes import Holds
+from bridge.charon.install import Install
 from bridge.stub.types import Endpoint
 
 log = structlog.get_logger()
@@ -48,10 +48,9 @@ Known = Callable[[], AbstractAsyncContextManager[Holds]]
 """meanwhile the handshakes in progress are known (bridge.charon.handshakes)"""
 
 
-@asynccontextmanager
-async def not_known() -> AsyncIterator[Holds]:
+def not_known() -> AbstractAsyncContextManager[Holds]:
     """Known where nothing can be asked."""
-    yield lambda: True
+    return nullcontext(lambda: True)
 
 
 @dataclass(slots=True)

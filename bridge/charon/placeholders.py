@@ -23,7 +23,6 @@ from typing import Final, NamedTuple
 from bridge.charon.conf_parser import Settings
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_commands import (
-    Install,
     add_message,
     address_message,
     delete_message,
@@ -33,6 +32,7 @@ from bridge.charon.ha_commands import (
 )
 from bridge.charon.ha_message import IkeId, MessageType
 from bridge.charon.ha_segments import keeping_address, keeping_segment, waiting_address
+from bridge.charon.install import Install
 from bridge.charon.vici_types import SaInfo
 from bridge.ike.address import Pool
 from bridge.ike.transforms import Suite

@@ -159,7 +159,7 @@ def _print_shared(row: dict[str, Any]) -> None:
 def status(path: str | None, as_json: bool) -> None:
     """Show the state of the running sidecar.
 
-    IKE_SAs, unconfirmed SAs, counters, and whether bank and charon answer.
+    IKE_SAs, unconfirmed SAs, counters, whether bank and charon answer, and whether compiled code runs.
     """
     config = read_any(path)
     answer = _call(config.control, {"command": "status"})
@@ -171,6 +171,7 @@ def status(path: str | None, as_json: bool) -> None:
     if charon["reachable"]:
         reach += f", ha version {charon['ha_version']}" if charon["ha_plugin"] else ", ha plugin MISSING"
     click.echo(f"charon      {reach}")
+    click.echo(f"code        {answer['code']}")
     if "bank" in answer:
         bank = answer["bank"]
         click.echo(

@@ -22,7 +22,7 @@ from bridge.config import ClientConfig, canonical_address
 from bridge.net.interface import Sender
 from bridge.net.raw_socket import ResponseListener
 from bridge.service.control import Answer, Command, ControlServer
-from bridge.service.process import StartError, log_level, raw_udp, serve_metrics
+from bridge.service.process import StartError, code, log_level, raw_udp, serve_metrics
 from bridge.service.tasks import end, spawn
 
 
@@ -102,6 +102,7 @@ class ClientRole:
         last = self._initiator.last
         return {
             "role": "client",
+            "code": code(),
             "time": int(time.time()),
             "charon": charon_status(self._charon),
             "sas": [row | {"vpn": self._initiator.vpn_of(_spis(row))} for row in await sa_rows(self._charon)],

@@ -12,9 +12,9 @@ import structlog
 
 from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
-from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import HaError, IkeId
 from bridge.charon.ike_sa import IkeSa, Trait, new_conditions
+from bridge.charon.install import Install
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.charon.vpns import Vpn
 from bridge.client.sessions import Session, Sessions

@@ -27,17 +27,9 @@ from bridge.ike.key_exchange import KeyExchange, can_exchange, fresh_public_valu
 from bridge.ike.keys import NONCE_OCTETS
 from bridge.ike.message import MalformedMessage
 from bridge.ike.nat_detection import nat_hash
-from bridge.ike.resumption_answer import (
-    CookieChallenge,
-    OrdinaryResponse,
-    Response,
-    SyncRefusal,
-    SyncResponse,
-    parse_response,
-    verify_refusal,
-    verify_response,
-)
+from bridge.ike.resumption_answer import Response, parse_response, verify_refusal, verify_response
 from bridge.ike.resumption_request import build_request
+from bridge.ike.sync_messages import CookieChallenge, OrdinaryResponse, SyncRefusal, SyncResponse
 from bridge.ike.sync_payload import Attribute
 from bridge.net.packet import PORT_IKE, PORT_NAT_T, Datagram
 from bridge.stub.child_sa import NewChild, Offer, granted

@@ -16,7 +16,8 @@ from bridge.gateway.refusal import Refusal
 from bridge.gateway.unconfirmed import Unconfirmed
 from bridge.gateway.uniqueness import Uniqueness
 from bridge.ike.key_exchange import KeyExchange, can_exchange
-from bridge.ike.resumption_request import SyncRequest, is_for, verify_request
+from bridge.ike.resumption_request import is_for, verify_request
+from bridge.ike.sync_messages import SyncRequest
 from bridge.ike.transforms import least_nonce
 from bridge.net.interface import Packet
 from bridge.stub.stub import Stub

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 
@@ -14,7 +15,6 @@ from bridge.charon.charon import Charon
 from bridge.charon.ha_channel import ChannelError
 from bridge.charon.ha_message import HaError
 from bridge.charon.ha_segments import LONGEST_PAUSE
-from bridge.gateway.activation import Activation
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.rebuilt import Rebuilt
 from bridge.gateway.rebuilt_state import Event
@@ -35,6 +35,14 @@ POLL_SECONDS = 0.001
 Prepared = tuple[Packet, Rebuilt]
 
 
+class Activations(Protocol):
+    """What activates them (bridge.gateway.activation)."""
+
+    def can_confirm(self, made: Rebuilt) -> bool: ...
+    def landed(self, made: Rebuilt) -> None: ...
+    def has(self, made: Rebuilt) -> bool: ...
+
+
 class InstallQueue:
     """Installs what is added; `answer` sends the response to a packet's sender, `give_up` refuses one whose SA is not
     installed, `coming` returns whether more may follow soon."""
@@ -43,7 +51,7 @@ class InstallQueue:
         self,
         charon: Charon,
         unconfirmed: Unconfirmed,
-        activation: Activation,
+        activation: Activations,
         metrics: GatewayMetrics,
         answer: Callable[[Packet, bytes], None],
         give_up: Callable[[Packet, Rebuilt], None],

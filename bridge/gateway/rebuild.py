@@ -9,16 +9,16 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from bridge.charon.charon import Charon
-from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa, Trait, new_conditions
+from bridge.charon.install import Install
 from bridge.config import SyncConfig, children_policy
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.rebuilt import Rebuilt
 from bridge.ike.keys import NONCE_OCTETS, Resumption
 from bridge.ike.nat_detection import nat_hash
 from bridge.ike.resumption_answer import build_response
-from bridge.ike.resumption_request import SyncRequest
+from bridge.ike.sync_messages import SyncRequest
 from bridge.net.interface import Packet
 from bridge.stub.child_sa import grant, stays
 from bridge.stub.stub import Stub

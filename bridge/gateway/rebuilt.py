@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
+from bridge.charon.install import Install
 from bridge.gateway.rebuilt_state import REBUILT, Event, State
 from bridge.ike.keys import Resumption
 from bridge.stub.stub import Stub

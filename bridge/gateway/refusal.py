@@ -5,7 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 
 from bridge.ike.resumption_answer import build_refusal
-from bridge.ike.resumption_request import SyncRequest, verify_request
+from bridge.ike.resumption_request import verify_request
+from bridge.ike.sync_messages import SyncRequest
 from bridge.stub.stub import Stub
 
 

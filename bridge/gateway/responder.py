@@ -36,7 +36,8 @@ from bridge.gateway.stub_lookup import Missing, StubLookup
 from bridge.ike.client_requests import ESTABLISHED
 from bridge.ike.cookie import glance
 from bridge.ike.message import ExchangeType, MalformedMessage
-from bridge.ike.resumption_request import SyncRequest, parse_request, sync_comes_first
+from bridge.ike.resumption_request import parse_request, sync_comes_first
+from bridge.ike.sync_messages import SyncRequest
 from bridge.net.interface import Packet, Sender
 from bridge.net.packet import EXCHANGE_OFFSET
 from bridge.service.tasks import end, spawn

@@ -59,7 +59,7 @@ from bridge.ike.cookie import Cookies
 from bridge.net.interface import Packet, Sender
 from bridge.net.queue_rules import TAG_OCTETS
 from bridge.service.control import Answer, Command, ControlServer
-from bridge.service.process import log_level, raw_udp, serve_metrics
+from bridge.service.process import code, log_level, raw_udp, serve_metrics
 from bridge.service.tasks import end, spawn
 from bridge.stub import bank_keys
 from bridge.stub.keyring import Keyring, SealError
@@ -381,6 +381,7 @@ class GatewayRole:
     async def _status(self, _: dict[str, Any]) -> Answer:
         return {
             "role": "gateway",
+            "code": code(),
             "address": self._config.address,
             "time": int(time.time()),
             "charon": charon_status(self._charon),

@@ -21,7 +21,8 @@ from bridge.bank.prefetch import Prefetch
 from bridge.gateway.client_stubs import ClientStubs
 from bridge.gateway.known_sessions import KnownSessions
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.ike.resumption_request import SyncRequest, verify_request
+from bridge.ike.resumption_request import verify_request
+from bridge.ike.sync_messages import SyncRequest
 from bridge.service.tasks import end
 from bridge.stub.stub import Index, Stub
 

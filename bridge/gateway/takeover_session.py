@@ -14,9 +14,9 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from bridge.charon.ha_commands import Install
 from bridge.charon.ha_message import ADDITIONAL_KEY_EXCHANGES_SINCE, IkeId
 from bridge.charon.ike_sa import IkeSa, Trait, new_conditions, sa_of
+from bridge.charon.install import Install
 from bridge.charon.vici_types import ConnectionInfo
 from bridge.gateway.rebuild import authenticated_until
 from bridge.gateway.takeover_state import SESSION, Event, State

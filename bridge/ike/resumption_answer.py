@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
-
-from msgspec import Struct
+from typing import Final
 
 from bridge.ike.message import (
     NO_SPI,
@@ -33,7 +31,15 @@ from bridge.ike.message import (
 )
 from bridge.ike.nat_detection import Addresses, nat_notifies
 from bridge.ike.proof import blank, empty_proof, prove, proves
-from bridge.ike.resumption_request import SyncRequest, parse_request
+from bridge.ike.resumption_request import parse_request
+from bridge.ike.sync_messages import (
+    MAX_REASON,
+    CookieChallenge,
+    OrdinaryResponse,
+    SyncRefusal,
+    SyncRequest,
+    SyncResponse,
+)
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, encode_gateways
 from bridge.ike.transforms import least_nonce
 
@@ -41,8 +47,6 @@ _FIRST_STATUS: Final = 16384
 AUTH_LIFETIME_OCTETS: Final = 4
 _MAX_COOKIE: Final = 64
 """octets (RFC 7296 section 2.6)"""
-MAX_REASON: Final = 64
-"""octets of a refusal's reason"""
 
 
 def build_response(
@@ -119,57 +123,6 @@ def build_refusal(request: SyncRequest, reason: str = "", *, prf: int | None = N
     if prf is None:
         return message
     return prove(message, prf, sk_d_old, from_gateway=True, before=request.blank)
-
-
-class SyncResponse(Struct, frozen=True, gc=False):
-    """An answer that claims to resume. Nothing in it is proved before `verify_response`."""
-
-    blank: bytes
-    spi_r: bytes
-    key_exchange: tuple[int, bytes] | None
-    """group and public value of KEr; None without forward secrecy"""
-    nonce: bytes
-    sync: SyncPayload | None
-    """None in the plain draft form"""
-    nat_source: tuple[bytes, ...]
-    nat_destination: tuple[bytes, ...]
-    auth_lifetime: int | None
-    """seconds until the client has to authenticate again"""
-
-    def __repr__(self) -> str:
-        return f"SyncResponse({self.spi_r.hex()})"
-
-    @property
-    def lifetime(self) -> int | None:
-        """Seconds that the gateway grants."""
-        value = self.sync.first(Attribute.LIFETIME) if self.sync else None
-        return int.from_bytes(value) if value is not None else None
-
-
-class CookieChallenge(NamedTuple):
-    """The gateway wants the request again, with this cookie in front (RFC 7296 section 2.6)."""
-
-    cookie: bytes
-
-
-class SyncRefusal(Struct, frozen=True, gc=False):
-    """A gateway's refusal that claims to prove itself. Nothing in it is proved before `verify_refusal`."""
-
-    blank: bytes
-    sync: SyncPayload
-
-    @property
-    def reason(self) -> str:
-        """What of it is printable ASCII."""
-        value = (self.sync.first(Attribute.REFUSAL) or b"")[:MAX_REASON]
-        return "".join(chr(octet) for octet in value if 0x20 < octet < 0x7F)
-
-
-class OrdinaryResponse(NamedTuple):
-    """What a gateway answers that does not resume: an IKE_SA_INIT response, or an error notification."""
-
-    error: int | None
-    """the notification's type, None for a normal response"""
 
 
 Response = SyncResponse | SyncRefusal | OrdinaryResponse | CookieChallenge

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from msgspec import Struct
-
 from bridge.ike.message import (
     HEADER,
     NO_SPI,
@@ -33,6 +31,7 @@ from bridge.ike.message import (
 )
 from bridge.ike.nat_detection import Addresses, nat_notifies
 from bridge.ike.proof import blank, empty_proof, prove, proves
+from bridge.ike.sync_messages import SyncRequest
 from bridge.ike.sync_payload import Attribute, SyncPayload, encode_child, encode_old_children
 from bridge.ike.transforms import Suite, proposes
 
@@ -101,48 +100,6 @@ def build_request(
     if sk_d_old is None:
         return message
     return prove(message, prf, sk_d_old, from_gateway=False, end=proof_ends)
-
-
-class SyncRequest(Struct, frozen=True, gc=False):
-    """An IKE_SA_INIT request with IKE_SA_SYNC. Nothing in it is proved before `verify_request`."""
-
-    blank: bytes
-    """the message with the octets of PROOF zero"""
-    spi_i: bytes
-    group: int
-    """of KEi"""
-    public_value: bytes
-    """in KEi"""
-    nonce: bytes
-    sync: SyncPayload
-    cookie: bytes | None
-    nat_source: tuple[bytes, ...]
-    nat_destination: tuple[bytes, ...]
-    proposal: bytes
-    """the body of SAi1"""
-
-    def __repr__(self) -> str:
-        return f"SyncRequest({self.spi_i.hex()})"
-
-    @property
-    def proof(self) -> bytes | None:
-        """The value of PROOF."""
-        return self.sync.first(Attribute.PROOF)
-
-    @property
-    def sealed_stub(self) -> bytes | None:
-        """The value of SEALED_STUB."""
-        return self.sync.first(Attribute.SEALED_STUB)
-
-    @property
-    def refusable(self) -> bool:
-        """Whether its sender accepts a notification of a refusal, and does not go on with IKE_AUTH."""
-        return self.sync.first(Attribute.REFUSAL) is not None
-
-    @property
-    def forward_secrecy(self) -> bool:
-        """Whether its sender asks for KEr."""
-        return self.sync.first(Attribute.FORWARD_SECRECY) is not None
 
 
 _UNDERSTOOD: Final = frozenset(map(int, PayloadType))

@@ -9,6 +9,7 @@ import gc
 import os
 import resource
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
@@ -34,6 +35,8 @@ PR_SET_DUMPABLE = 4
 """linux/prctl.h"""
 GC_THRESHOLDS = (50_000, 50, 100)
 """objects made, and collections of the younger generation, before each generation is looked through"""
+COMPILED = "ike_sa_sync__mypyc"
+"""the library that compiled modules load (hatch_build.py)"""
 
 
 class StartError(Exception):
@@ -51,6 +54,11 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     _undumpable()
     spare_collections()
     uvloop.run(main())
+
+
+def code() -> str:
+    """Which form of the modules between packet and answer this process runs."""
+    return "compiled" if COMPILED in sys.modules else "pure Python"
 
 
 def _undumpable() -> None:
