@@ -29,6 +29,7 @@ from bridge.charon.ha_message import (
 )
 from bridge.charon.nap import Naps
 from bridge.charon.socket_diag import CharonSocket, Peer
+from bridge.service.systemd import inherited
 from bridge.service.tasks import spawn
 
 log = structlog.get_logger()
@@ -103,10 +104,12 @@ class HaChannel:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._logged_uid = False
         self._naps = Naps()
+        self._unseen = 0
+        """datagrams sent since the last look before sending"""
 
     def open(self) -> None:
         """Bind the sidecar's end, or take the socket that systemd holds for it. Raises ChannelError."""
-        sock = _inherited(self._listen)
+        sock = inherited(socket.SOCK_DGRAM, (self._listen, PORT))
         if sock is None:
             family = socket.AF_INET if ip_address(self._listen).version == 4 else socket.AF_INET6
             sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -336,6 +339,8 @@ class HaChannel:
         for count, message in enumerate(messages):
             if count % BURST == 0:
                 await self._below(QUEUE_HIGH)
+                self._unseen = 0
+            self._unseen += 1
             while not self._sent(message):
                 await self._below(QUEUE_HIGH)
                 await self._naps.nap(NAP_SECONDS)
@@ -368,7 +373,13 @@ class HaChannel:
         charon handles one message after the other, so once a last one, which does nothing, has left the queue, the
         work of all before it is done.
         """
-        await self.send([self.encode(MessageType.IKE_MID_INITIATOR)])
+        last = self.encode(MessageType.IKE_MID_INITIATOR)
+        if 0 < self._unseen < BURST and self._sent(last):
+            # charon cannot have handled what was sent just now: a look costs more than this wait
+            self._unseen = 0
+            await self._naps.nap(NAP_SECONDS)
+        else:
+            await self.send([last])
         await self._below(1)
 
     async def _below(self, octets: int) -> None:
@@ -385,16 +396,3 @@ class HaChannel:
                 raise ChannelError(f"charon did not read its HA channel for {STUCK_SECONDS:.0f} s")
             await self._naps.nap(nap)
             nap = min(nap * NAP_GROWTH, NAP_MAX)
-
-
-def _inherited(listen: str) -> socket.socket | None:
-    """The socket systemd passed (sd_listen_fds(3)) that is bound to our address, if any."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return None
-    for descriptor in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))):
-        sock = socket.socket(fileno=os.dup(descriptor))
-        if sock.type == socket.SOCK_DGRAM and sock.getsockname()[:2] == (listen, PORT):
-            os.set_inheritable(sock.fileno(), False)
-            return sock
-        sock.close()
-    return None
