@@ -18,6 +18,7 @@ from bridge.bank.write_queue import WriteQueue
 from bridge.charon.ha_segments import segment_of
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.charon.install import Install
+from bridge.charon.sa_recovery import inherit
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ChildConfig, ConnectionInfo, SaInfo, Unique, ViciError
 from bridge.config import GatewayConfig, TakeoverConfig
@@ -439,6 +440,67 @@ async def test_a_client_that_rekeys_immediately_is_kept() -> None:
     stub(bank)
     gateway.charon.state = "REKEYING"
     assert (await gateway.take())["under_way"] == 1
+
+
+@pytest.mark.parametrize("gone_first", [True, False], ids=["the old one is gone first", "the new one is up first"])
+@pytest.mark.parametrize("which", [0, 1], ids=["the first", "the second"])
+async def test_child_sas_without_new_keys_are_rekeyed_at_the_ike_sa_that_their_clients_rekey_gave(
+    which: int, gone_first: bool
+) -> None:
+    """Both sides may rekey it at the same time: there are two new ones until they agree on one."""
+    bank = Bank()
+    gateway, one = Gateway(bank), stub(bank)
+    await gateway.take()
+    tracker, session = gateway.charon.tracker, gateway.sessions.get(both_spis(one))
+    assert session is not None
+    old, heirs = session.sa, []
+    for number in (1, 2):
+        new = sa_of(replace(one, spi_i=bytes([number] * 8), spi_r=bytes([number + 2] * 8)))
+        new.children, new.unique_id = (), f"heir {number}"
+        tracker.sas[new.id.spis] = new
+        tracker.notes.rekeyed_from[new.id.spis] = old
+        heirs.append(new)
+    heir = heirs[which]
+    if gone_first:
+        tracker.end(old.id)
+    tracker.notes.rekeyed_from.pop(heir.id.spis)
+    inherit(heir, old)
+    heir.up = True
+    gateway.sessions.changed(heir)
+    if not gone_first:
+        # the old one may be of use until its DELETE is answered
+        gateway.sessions.changed(old)
+        tracker.end(old.id)
+    assert gateway.sessions.get(heir.id.spis) is session
+    assert (session.sa, session.state, session.left) == (heir, State.REKEYING, ["net"])
+    task = asyncio.ensure_future(gateway.sessions._rekeys.run())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    task.cancel()
+    assert gateway.charon.rekeyed == [heir.unique_id]
+
+
+async def test_of_two_new_ike_sas_the_one_that_stays_has_the_session() -> None:
+    """charon may have both up for a moment."""
+    bank = Bank()
+    gateway, one = Gateway(bank), stub(bank)
+    await gateway.take()
+    tracker, session = gateway.charon.tracker, gateway.sessions.get(both_spis(one))
+    assert session is not None
+    old, heirs = session.sa, []
+    for number in (1, 2):
+        new = sa_of(replace(one, spi_i=bytes([number] * 8), spi_r=bytes([number + 2] * 8)))
+        new.up = True
+        tracker.sas[new.id.spis] = new
+        heirs.append(new)
+        gateway.sessions.changed(new)
+    tracker.end(old.id)
+    winner, loser = heirs
+    tracker.end(loser.id)
+    assert gateway.sessions.get(winner.id.spis) is session
+    assert (session.sa, session.state) == (winner, State.REKEYING)
+    tracker.end(winner.id)
+    assert (gateway.sessions.get(winner.id.spis), session.state) == (None, State.GONE)
 
 
 async def test_what_charon_did_not_activate_is_removed_from_it() -> None:

@@ -16,7 +16,7 @@ from bridge.charon.ha_message import IkeId
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_types import SaInfo
 from bridge.gateway import takeover_session as reasons
-from bridge.gateway.takeover_rekeys import TakeoverRekeys
+from bridge.gateway.takeover_rekeys import OFFSETS, TakeoverRekeys
 from bridge.gateway.takeover_requests import TakeoverRequests
 from bridge.gateway.takeover_session import Session
 from bridge.gateway.takeover_state import Event, State
@@ -54,8 +54,10 @@ class TakenSessions:
         self._esp = esp
         self._clock = clock
         self._sessions: dict[bytes, Session] = {}
-        self._heirs: dict[bytes, Session] = {}
-        """sessions whose client rekeys the IKE_SA before its CHILD_SAs have new keys, by the new IKE_SA's SPIs"""
+        self._between: dict[bytes, Session] = {}
+        """sessions whose IKE_SA was rekeyed before its CHILD_SAs had new keys, and is gone before the new one is up"""
+        self._by_child: dict[int, Session] = {}
+        """sessions whose CHILD_SAs have yet to get new keys, by the SPIs of these: charon moves them to a new IKE_SA"""
         self._rekeys = TakeoverRekeys(charon, self._rekeyed, clock=clock)
         self._requests = TakeoverRequests(charon, again, clock=clock)
 
@@ -117,7 +119,7 @@ class TakenSessions:
         self._sessions[sa.id.spis] = session
         self._requests.watch(session)
         # a request of charon may be on its way, which charon itself repeats: its message ID is left alone
-        self._rekeys.put(session, offsets=())
+        self._await_keys(session, offsets=())
 
     def installed(self, session: Session, info: SaInfo) -> None:
         """charon has it."""
@@ -127,12 +129,22 @@ class TakenSessions:
 
     def begin(self, session: Session) -> None:
         """Rekey its CHILD_SAs, and answer what its client sent meanwhile."""
-        self._rekeys.put(session)
+        self._await_keys(session)
         self._listening.set()
         self._requests.judge(session)
 
+    def _await_keys(self, session: Session, offsets: Sequence[int] = OFFSETS) -> None:
+        self._by_child |= dict.fromkeys((child.spi_in for child in session.stub.children), session)
+        self._rekeys.put(session, offsets)
+
+    def _have_keys(self, session: Session) -> None:
+        for child in session.stub.children:
+            if self._by_child.get(child.spi_in) is session:
+                del self._by_child[child.spi_in]
+
     def _rekeyed(self, session: Session, reason: str) -> None:
         if session.state is State.TAKEN_OVER:
+            self._have_keys(session)
             log.info("takeover-rekeyed", ms=round((self._clock() - session.began) * 1000, 1), **session.sa.id.logged)
         if reason == reasons.SILENT and session.heard:
             reason = reasons.NOT_ANSWERED
@@ -188,13 +200,27 @@ class TakenSessions:
 
     def changed(self, sa: IkeSa) -> None:
         """An SA of this gateway changed."""
-        if sa.up and (session := self._heirs.pop(sa.id.spis, None)) is not None:
-            session.follow(sa)
-            self._sessions[sa.id.spis] = session
-            self._rekeys.put(session)
-            self._listening.set()
-            return
-        self._rekeys.changed(sa)
+        session = self._at(sa) if sa.up else None
+        if session is None or sa.id.spis in {session.sa.id.spis, *session.earlier}:
+            self._rekeys.changed(sa)
+        else:
+            self._follow(session, sa)
+
+    def _at(self, sa: IkeSa) -> Session | None:
+        """The session whose CHILD_SAs without new keys are at an IKE_SA."""
+        found = (self._by_child.get(child.spi_in) for child in sa.children)
+        return next((one for one in found if one is not None and one.sa.remote_id == sa.remote_id), None)
+
+    def _follow(self, session: Session, sa: IkeSa) -> None:
+        """Its IKE_SA was rekeyed, to this one."""
+        old = session.sa.id.spis
+        self._sessions.pop(old, None)
+        self._between.pop(old, None)
+        self._leave(old)
+        session.follow(sa)
+        self._sessions[sa.id.spis] = session
+        self._rekeys.put(session)
+        self._listening.set()
 
     def verified(self, ike_id: IkeId) -> None:
         """A request of a client verified."""
@@ -210,30 +236,42 @@ class TakenSessions:
         """An SA of this gateway ended."""
         session = self._sessions.get(sa.id.spis)
         if session is not None and session.sa is sa and session.state in (State.REKEYING, State.LEFT):
-            heirs = self._charon.tracker.heirs(sa)
-            if heirs:
-                del self._sessions[sa.id.spis]
+            if self._charon.tracker.heirs(sa):
+                # where both sides rekeyed it, one of several will be up
+                self._between[sa.id.spis] = self._sessions.pop(sa.id.spis)
                 self._leave(sa.id.spis)
-                self._heirs[heirs[0].id.spis] = session
+                return
+            if self._by_child and (heir := self._heir(session)) is not None:
+                self._follow(session, heir)
                 return
         self.forget(sa.id.spis)
 
+    def _heir(self, session: Session) -> IkeSa | None:
+        """Where its CHILD_SAs are, if its IKE_SA was one of two new ones, and the other one stays."""
+        others = (sa for sa in self._charon.tracker.established() if sa.id != session.sa.id)
+        return next((sa for sa in others if self._at(sa) is session), None)
+
     def lost(self) -> None:
         """charon was restarted: it has none of them."""
-        for spis in [*self._sessions, *self._heirs]:
+        for spis in [*self._sessions, *self._between]:
             self.forget(spis)
 
     def forget(self, spis: bytes) -> None:
         """It is not here any more."""
-        session = self._sessions.pop(spis, None) or self._heirs.pop(spis, None)
-        if session is not None and session.state is not State.GONE:
-            session.on(Event.ENDED)
+        session = self._sessions.pop(spis, None) or self._between.pop(spis, None)
+        if session is not None:
+            self._have_keys(session)
+            if session.state is not State.GONE:
+                session.on(Event.ENDED)
         self._leave(spis)
 
     async def _forget_old(self) -> None:
         while True:
             await asyncio.sleep(FORGET_SECONDS)
             self._requests.forget_old()
+            for spis in [spis for spis, one in self._between.items() if not self._charon.tracker.heirs(one.sa)]:
+                # none of them came up
+                self.forget(spis)
 
     def sent(self, sa: IkeSa) -> None:
         """charon sent a request on an SA."""

@@ -81,6 +81,8 @@ class Session:
     """when its client first answered without new keys"""
     unkeyed: int = 0
     """its CHILD_SAs without new keys when it was looked at last"""
+    earlier: set[bytes] = field(default_factory=set)
+    """both SPIs of the IKE_SAs that it had before the IKE_SA was rekeyed"""
     heard: bool = False
     """its client sent something after it was left alone"""
     tried: bool = False
@@ -97,6 +99,7 @@ class Session:
 
     def follow(self, heir: IkeSa) -> None:
         """Its client has rekeyed the IKE_SA: the CHILD_SAs without new keys are at `heir`."""
+        self.earlier.add(self.sa.id.spis)
         self.sa, self.unique_id, self.waits_since, self.request = heir, heir.unique_id, None, None
         self.refuses_since = None
         # those of a new IKE_SA begin at 0
