@@ -22,7 +22,7 @@ from bridge.charon.placeholders import HaPool, Placeholders
 from bridge.charon.virtual_ips import VirtualIps
 from bridge.gateway import address_keeper
 from bridge.gateway.address_book import AddressBook, Holder
-from bridge.gateway.address_keeper import HANDSHAKE_PATIENCE, STUB_SECONDS, AddressKeeper
+from bridge.gateway.address_keeper import HANDSHAKE_PATIENCE, OWN_HANDSHAKES_SECONDS, STUB_SECONDS, AddressKeeper
 from bridge.stub.stub import Index, Stub
 from net_support import until
 from role_support import ike_sa
@@ -227,6 +227,35 @@ async def test_the_first_activation_waits_for_the_end_of_a_handshake_that_would_
 
 async def test_where_it_would_only_end_that_it_waits_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     assert await opened_after(monkeypatch, Opening(ends=True, crashes=False)) == HANDSHAKE_PATIENCE
+
+
+@pytest.mark.parametrize("crashes", [True, False])
+async def test_it_waits_for_handshakes_that_charon_itself_may_just_begin_with_peers_of_that_segment(
+    monkeypatch: pytest.MonkeyPatch, crashes: bool
+) -> None:
+    opening = Opening(ends=True, crashes=crashes)
+    opening.half_open.clear()
+    opening.landing.peers = lambda: [landing_addresses()[keeping_segment()]]
+    assert await opened_after(monkeypatch, opening) == OWN_HANDSHAKES_SECONDS
+    opening = Opening(ends=True, crashes=crashes)
+    opening.half_open.clear()
+    opening.landing.peers = lambda: [landing_addresses()[keeping_segment() - 1]]
+    assert await opened_after(monkeypatch, opening) == 1
+
+
+async def test_connections_that_are_still_being_loaded_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address_keeper, "TICK_SECONDS", 0.0)
+    loaded: list[dict[str, None]] = [{"one": None, "two": None}, {"one": None, "two": None, "three": None}]
+    tracker = SimpleNamespace(connections={"one": None})
+
+    async def read() -> None:
+        if loaded:
+            tracker.connections = loaded.pop(0)
+
+    charon = cast(Charon, SimpleNamespace(tracker=tracker, read_connections=read, landing=SegmentChooser(1)))
+    keeper = AddressKeeper(charon, cast(AddressBook, None), limit=1, pools=list[HaPool])
+    await keeper._all_loaded()
+    assert list(tracker.connections) == ["one", "two", "three"]
 
 
 async def test_where_it_ends_none_it_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,18 @@ def test_a_batch_is_installed_where_the_fewest_clients_are() -> None:
     assert use(choice, 1.0) == 2
 
 
+def test_a_segment_in_which_charon_itself_may_begin_a_handshake_is_activated_only_beside_handshakes() -> None:
+    half_open = HalfOpenSas()
+    choice = SegmentChooser(3, half_open)
+    three = landing_addresses(3)
+    choice.peers = lambda: [three[1], three[3], "2001:db8::1"]
+    choice.established = Counter({2: 10})
+    assert choice.with_peers() == {1, 3, choice.segment_of("::")}
+    assert [use(choice, float(now)) for now in range(1, 100, 33)] == [2, 2, 2]
+    half_open.began(b"one", three[2], 100.0)
+    assert use(choice, 101.0) in (1, 3)
+
+
 def test_among_equals_the_segment_disturbed_longest_ago_is_next() -> None:
     choice = SegmentChooser(4)
     assert [use(choice, float(i)) for i in range(8)] == [1, 2, 3, 4, 1, 2, 3, 4]

@@ -28,6 +28,7 @@ from bridge.charon.sa_listener import Listener, Listeners
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import ConnectionInfo, Event, SaInfo, ViciError
 from bridge.charon.vici_watch import ViciWatch
+from bridge.charon.vpns import is_address
 from bridge.config import ChildrenInExchange, HaConfig
 from bridge.service.tasks import end, spawn
 from bridge.stub.child_sa import SpiChoice
@@ -55,6 +56,8 @@ class Charon:
         self.vici = ViciWatch(vici, on_event=self._event, on_connect=self._connected, on_disconnect=self._disconnected)
         self.handshakes = Handshakes(self._look, self._look_surely)
         self.landing.held_back = self.handshakes.can_hold
+        self.landing.peers = self._own_peers
+        self._peers: tuple[dict[str, ConnectionInfo], tuple[str, ...]] = {}, ()
         self.installer = Installer(self.channel, self.landing, self.handshakes.known, self._blocked)
         self.tracker.lands_at = self.installer.lands_at
         self.spis = SpiChoice(self.tracker.child_spis)
@@ -123,6 +126,21 @@ class Charon:
         if found is None:
             self._reconciler.connections_soon()
         return found
+
+    async def read_connections(self) -> None:
+        """Have charon's own word on all of its connections, as far as it answers."""
+        with contextlib.suppress(ViciError):
+            await self._reconciler.connections.read()
+
+    def _own_peers(self) -> tuple[str, ...]:
+        """Addresses that charon itself may begin a handshake with, by its connections; of names it is not known."""
+        connections, peers = self._peers
+        if connections is not self.tracker.connections:
+            connections = self.tracker.connections
+            every = (address for one in connections.values() for address in one.remote_addresses)
+            peers = tuple({address for address in every if is_address(address)})
+            self._peers = connections, peers
+        return peers
 
     async def know_connections(self, needed: Iterable[tuple[str, Iterable[str]]]) -> None:
         """Have charon's own word on these (connection, children) before something is refused, or fails, for lack of

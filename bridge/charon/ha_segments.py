@@ -8,7 +8,7 @@ benchmarking, so no peer has one) that hashes to the chosen segment, and get the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address, ip_address
 
@@ -102,8 +102,8 @@ class SegmentChooser:
 
     While a segment changes hands, charon processes no IKE messages of its established SAs, and of those in state
     CONNECTING strongSwan 6.0.1 crashes, and later releases destroy them. So: never one that has an SA in that state;
-    then one to which no request is on its way, then the one with the fewest established SAs, then the one that was
-    disturbed longest ago.
+    then one to which no request is on its way, then one without a peer that charon itself may begin a handshake with,
+    which nothing holds back, then the one with the fewest established SAs, then the one that was disturbed longest ago.
     """
 
     def __init__(self, count: int = MAX_SEGMENTS, half_open: HalfOpenSas | None = None) -> None:
@@ -114,6 +114,8 @@ class SegmentChooser:
         self.held_back: Callable[[], bool] = lambda: False
         """whether requests are held back during activations, and those that charon has are known (bridge.charon.
         handshakes): then none is on its way"""
+        self.peers: Callable[[], Iterable[str]] = tuple
+        """addresses that charon itself may begin a handshake with"""
         self._half_open = HalfOpenSas() if half_open is None else half_open
         self._used = [float("-inf")] * (count + 1)
         self._rests_until = [float("-inf")] * (count + 1)
@@ -182,6 +184,10 @@ class SegmentChooser:
             found |= {self.segment_of(address) for address in self._half_open.requested(now)}
         return found
 
+    def with_peers(self) -> set[int]:
+        """The segments in which charon itself may begin a handshake at any moment, as far as is known."""
+        return {self.segment_of(address) for address in self.peers()}
+
     def _rest(self, segment: int, now: float) -> float:
         until = max(self._rests_until[segment], self._due) if self.established[segment] else now
         return max(until - now, 0.0)
@@ -189,11 +195,13 @@ class SegmentChooser:
     def _best(self, now: float, blocked: Container[int]) -> int:
         handshakes = {self.segment_of(address) for address in self._half_open.addresses()}
         handshakes |= {self.segment_of(address) for address in self._half_open.requested(now)}
+        with_peers = self.with_peers()
         return min(
             (number for number in range(1, self.count + 1) if number not in blocked),
             key=lambda number: (
                 self._rest(number, now),
                 number in handshakes,
+                number in with_peers,
                 self.established[number],
                 self._used[number],
                 number,

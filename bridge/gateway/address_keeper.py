@@ -40,6 +40,9 @@ BANK_PATIENCE: Final = 10.0
 """seconds that a charon without addresses waits for the bank: without an address no handshake of a client succeeds"""
 HANDSHAKE_PATIENCE: Final = 5.0
 """seconds that a segment with a handshake in progress is left inactive, where its activation would only end that"""
+OWN_HANDSHAKES_SECONDS: Final = 2.0
+"""that charon begins handshakes itself for (start_action), once connections are loaded: `swanctl --load-all` goes on
+after the first one"""
 HANDSHAKE_LOOK_SECONDS: Final = 0.5
 """between two looks whether such handshakes are over"""
 HOLD_SECONDS: Final = 12.0
@@ -239,6 +242,8 @@ class AddressKeeper:
             await self._compare(await self._elsewhere_or_nothing())
         else:
             log.error("address-assignment-unprotected", reason="charon has one segment", fix="ha.segments: 16")
+        if self._charon.handshakes.ends:
+            await self._all_loaded()
         await self._open_keeping(self._clock())
         self._opened_at = self._clock()
         self._compare_at = self._opened_at + COMPARE_SECONDS
@@ -247,6 +252,15 @@ class AddressKeeper:
         log.info(
             "address-assignment-started", pools=[pool.text for pool in self.pools], kept=len(self._charon.placeholders)
         )
+
+    async def _all_loaded(self) -> None:
+        """Wait until charon has no more connections than a moment before: they are loaded one after the other."""
+        tracker = self._charon.tracker
+        before = None
+        while tracker.connections != before:
+            before = tracker.connections
+            await asyncio.sleep(TICK_SECONDS)
+            await self._charon.read_connections()
 
     async def _open_keeping(self, began: float) -> None:
         """Have the keeping segment activated, once it has no handshake in progress that this would end."""
@@ -269,10 +283,13 @@ class AddressKeeper:
 
     def _to_spare(self, since: float) -> set[int]:
         """The segments with a handshake in progress: strongSwan 6 ends those, for which they are not spared for long,
-        and 6.0.1 crashes at them."""
+        and 6.0.1 crashes at them. And those in which charon may just be about to begin one itself."""
         now, landing = self._clock(), self._charon.landing
         wait = landing.crashes or now - since < HANDSHAKE_PATIENCE
-        return landing.with_handshakes(now) if wait else set()
+        spared = landing.with_handshakes(now) if wait else set()
+        if self._charon.handshakes.ends and now - since < OWN_HANDSHAKES_SECONDS:
+            spared |= landing.with_peers()
+        return spared
 
     async def _elsewhere_or_nothing(self) -> dict[str, Stub]:
         """Raises BankUnavailable until charon has waited for long enough."""
