@@ -10,6 +10,7 @@ from bridge.lab.host import Host
 from bridge.lab.sidecar import Sidecar
 from bridge.lab.topology import CHOICES, client_config, client_host
 from failover_support import complete, established, stub_key, the_sa
+from releases_support import on_all
 
 
 @dataclass
@@ -38,12 +39,12 @@ class Clients:
         return {host.name for host in self.all if [sa["remote-host"] for sa in established(host)] == [gateway.address]}
 
 
-def four(lab: Lab) -> Clients:
-    """The standard lab with four clients, all of them started."""
-    topology = standard(lab, start=False)
-    second = client_host(lab, "second", "192.168.50.11", topology.secret)
-    third = client_host(lab, "third", "192.168.50.12", topology.secret)
-    plain = client_host(lab, "plain", "192.168.50.13", topology.secret)
+def four(lab: Lab, release: str | None = None) -> Clients:
+    """The standard lab with four clients, all of them started, all hosts with this release's strongSwan."""
+    topology = standard(lab, start=False, releases=on_all(release))
+    second = client_host(lab, "second", "192.168.50.11", topology.secret, release=release)
+    third = client_host(lab, "third", "192.168.50.12", topology.secret, release=release)
+    plain = client_host(lab, "plain", "192.168.50.13", topology.secret, release=release)
     topology.start()
     made = Clients(topology, [topology.client, second, third], plain)
     for host in (second, third):

@@ -5,14 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from bridge.lab import Topology
+from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
-from bridge.lab.topology import SERVER, SERVER6
+from bridge.lab.topology import SERVER, SERVER6, client_config
 from failover_support import complete, stub_key, the_sa
 
 POOLS = {"IPv4": "clients", "IPv6": "clients6", "dual stack": "clients,clients6"}
 NETWORKS = "10.10.0.0/16,fd10:10:1::/64"
 VIPS = {"IPv4": "0.0.0.0", "IPv6": "::", "dual stack": "0.0.0.0,::"}
+
+
+SIX = {"fd00:50::1": "home", "fd00:50::2": "home-gw2"}
+"""the gateways' IPv6 addresses, and the client's connections"""
+
+
+def reach_over_ipv6(built: Topology, *clients: Host) -> None:
+    """Before the start: have clients reach their gateways over IPv6."""
+    addresses = {f"connections.{name}.remote_addrs": address for address, name in SIX.items()}
+    for client in clients:
+        client.configure(render(addresses) + "\n", "six.conf")
+    built.agent.config["gateways"] = client_config(SIX)["gateways"]
+
+
+def address_of(topology: Topology, gateway: Host) -> str:
+    """The address by which the client knows a gateway."""
+    known: list[dict[str, str]] = topology.agent.config["gateways"]
+    return known[int(gateway.name.removeprefix("gw")) - 1]["address"]
 
 
 def give_out(gateway: Host, family: str, number: int | None = None) -> None:

@@ -17,6 +17,7 @@ from bridge.lab.pki import certify
 from bridge.lab.topology import SITE
 from bridge.stub.stub import Stub
 from failover_support import connect, counter, established, fresh, last_move, resume, spis, the_sa
+from families_support import address_of, reach_over_ipv6
 from probe_support import stub_of_key
 from releases_support import OTHERS, on_all
 
@@ -50,13 +51,14 @@ SECRETS = 'secrets { eap-someone { id = someone\n secret = "of this lab only" } 
 @pytest.fixture(
     scope="module",
     params=[
-        *(pytest.param((method, None), id=method) for method in METHODS),
-        *(pytest.param(("eap", name), marks=pytest.mark.releases, id=f"eap, {name}") for name in OTHERS),
+        pytest.param(("eap", "IPv4", None), id="eap"),
+        pytest.param(("certificates", "IPv6", None), id="certificates, IPv6"),
+        *(pytest.param(("eap", "IPv4", name), marks=pytest.mark.releases, id=f"eap, {name}") for name in OTHERS),
     ],
 )
 def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
     """The standard lab with a policy of reauthentication on the gateways, and none on the client."""
-    method, release = request.param
+    method, family, release = request.param
     with Lab() as lab:
         built = standard(lab, start=False, releases=on_all(release))
         built.agent.config["resume_on_down"] = False
@@ -72,6 +74,8 @@ def topology(request: pytest.FixtureRequest) -> Iterator[Topology]:
             host.configure(
                 render({f"connections.{name}.{key}": value for key, value in settings.items()}) + "\n", "zz.conf"
             )
+        if family == "IPv6":
+            reach_over_ipv6(built, built.client)
         built.start()
         yield built
 
@@ -103,7 +107,7 @@ def test_a_session_that_moves_is_reauthenticated_in_time_period_after_period(top
         first = until(topology)
         assert PERIOD - JITTER - 2 <= first - stub(topology).established <= PERIOD + 2
         for gateway in (topology.gw2, topology.gw1):
-            assert resume(topology, "--to", gateway.address)["result"] == "resumed"
+            assert resume(topology, "--to", address_of(topology, gateway))["result"] == "resumed"
             wait_until(lambda: len(topology.bank.stubs()) == 1, "the one stub")
             # inherited, whatever the new gateway's own policy would give to a fresh session
             assert abs(until(topology) - first) <= JITTER
@@ -127,7 +131,7 @@ def test_a_session_that_moves_is_reauthenticated_in_time_period_after_period(top
 
 def test_a_gateway_ends_what_outlives_its_authentication(topology: Topology) -> None:
     connect(topology)
-    assert resume(topology, "--to", topology.gw2.address)["result"] == "resumed"
+    assert resume(topology, "--to", address_of(topology, topology.gw2))["result"] == "resumed"
     wait_until(lambda: len(topology.bank.stubs()) == 1, "the one stub")
     end, ended = until(topology), counter(topology, "gw2", "authentication_ended_total")
     # nobody is there who would have charon authenticate again
@@ -141,7 +145,7 @@ def test_a_gateway_ends_what_outlives_its_authentication(topology: Topology) -> 
 
 def test_a_client_whose_session_was_ended_for_that_begins_a_handshake(topology: Topology) -> None:
     connect(topology)
-    assert resume(topology, "--to", topology.gw2.address)["result"] == "resumed"
+    assert resume(topology, "--to", address_of(topology, topology.gw2))["result"] == "resumed"
     # its sidecar has no time until it is too late
     os.kill(topology.agent.pid, signal.SIGSTOP)
     try:
@@ -156,7 +160,7 @@ def test_a_client_whose_session_was_ended_for_that_begins_a_handshake(topology: 
 
 def test_the_end_of_authentication_survives_a_rekeying(topology: Topology) -> None:
     connect(topology)
-    assert resume(topology, "--to", topology.gw2.address)["result"] == "resumed"
+    assert resume(topology, "--to", address_of(topology, topology.gw2))["result"] == "resumed"
     wait_until(lambda: len(topology.bank.stubs()) == 1, "the one stub")
     first, before = until(topology), spis(the_sa(topology.gw2))
     topology.gw2.swanctl("--rekey", "--ike-id", the_sa(topology.gw2)["uniqueid"])
@@ -175,12 +179,12 @@ def test_the_address_after_the_first_reauthentication_is_the_same_where_the_pool
     topology.gw2.configure(f"pools {{ clients {{ addrs = {pool} }} }}\n", "pool.conf")
     topology.gw2.swanctl("--load-pools")
     connect(topology)
-    assert resume(topology, "--to", topology.gw2.address)["result"] == "resumed"
+    assert resume(topology, "--to", address_of(topology, topology.gw2))["result"] == "resumed"
     before = the_sa(topology.client)
     topology.client.swanctl("--rekey", "--reauth", "--ike-id", before["uniqueid"])
     wait_until(
         lambda: [spis(sa) for sa in established(topology.client)] not in ([], [spis(before)]), "the reauthentication"
     )
     after = the_sa(topology.client)
-    assert after["remote-host"] == topology.gw2.address
+    assert after["remote-host"] == address_of(topology, topology.gw2)
     assert (after["local-vips"] == before["local-vips"]) is keeps

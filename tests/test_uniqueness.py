@@ -12,18 +12,22 @@ from bridge.lab.host import Host
 from bridge.lab.space import LabError
 from bridge.lab.topology import SITE, client_host
 from failover_support import connect, counter, established, fresh, resume, spis, the_sa
+from families_support import SIX, address_of, reach_over_ipv6
 from releases_support import RELEASED, on_all
 
 pytestmark = pytest.mark.lab
 
 
-@pytest.fixture(scope="module", params=RELEASED)
+@pytest.fixture(scope="module", params=[*RELEASED, pytest.param(SIX, id="IPv6")])
 def lab_hosts(request: pytest.FixtureRequest) -> Iterator[tuple[Topology, Host]]:
     """The standard lab, and a second host of the same user, without a sidecar."""
+    release = None if request.param is SIX else request.param
     with Lab() as lab:
-        built = standard(lab, start=False, releases=on_all(request.param))
+        built = standard(lab, start=False, releases=on_all(release))
         built.agent.config["resume_on_down"] = False
-        second = client_host(lab, "second", "192.168.50.11", built.secret)
+        second = client_host(lab, "second", "192.168.50.11", built.secret, "fd00:50::11/64")
+        if request.param is SIX:
+            reach_over_ipv6(built, built.client, second)
         # they do not say INITIAL_CONTACT, which would replace the other IKE_SA whatever the policy
         built.client.configure("connections { home { unique = never } }\n", "zz.conf")
         second.configure("connections { home { unique = never\n local { id = client@example.org } } }\n", "zz.conf")
@@ -73,7 +77,7 @@ def test_replace_ends_the_other_session_of_the_peer(topology: Topology, lab_host
     begin(topology, second)
     connect(topology)
     elsewhere(second)
-    assert resume(topology, "--to", topology.gw2.address)["result"] == "resumed"
+    assert resume(topology, "--to", address_of(topology, topology.gw2))["result"] == "resumed"
     now = spis(the_sa(topology.client))
     wait_until(lambda: [spis(sa) for sa in established(topology.gw2)] == [now], "one of both")
     wait_until(lambda: not established(second), "the DELETE")
@@ -90,7 +94,7 @@ def test_keep_refuses_the_new_session_of_the_peer(topology: Topology, lab_hosts:
     connect(topology)
     refused = "refusals_total[not-unique]"
     before = counter(topology, "gw2", refused)
-    assert resume(topology, "--to", topology.gw2.address)["result"] == "failed"
+    assert resume(topology, "--to", address_of(topology, topology.gw2))["result"] == "failed"
     assert counter(topology, "gw2", refused) > before
     assert [spis(sa) for sa in established(topology.gw2)] == [kept]
 
@@ -99,9 +103,9 @@ def test_keep_takes_the_peers_own_session(topology: Topology) -> None:
     unique(topology, "keep")
     connect(topology)
     for gateway in (topology.gw2, topology.gw1, topology.gw2):
-        assert resume(topology, "--to", gateway.address)["result"] == "resumed"
+        assert resume(topology, "--to", address_of(topology, gateway))["result"] == "resumed"
         # on the same gateway too
-        assert resume(topology, "--to", gateway.address)["result"] == "resumed"
+        assert resume(topology, "--to", address_of(topology, gateway))["result"] == "resumed"
     assert topology.client.ping(SITE) == 3
 
 
@@ -110,5 +114,5 @@ def test_without_a_policy_both_sessions_live(topology: Topology, lab_hosts: tupl
     unique(topology, "no")
     connect(topology)
     other = elsewhere(second)
-    assert resume(topology, "--to", topology.gw2.address)["result"] == "resumed"
+    assert resume(topology, "--to", address_of(topology, topology.gw2))["result"] == "resumed"
     assert {spis(sa) for sa in established(topology.gw2)} == {other, spis(the_sa(topology.client))}
