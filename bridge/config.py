@@ -117,8 +117,8 @@ class SyncConfig(Struct, forbid_unknown_fields=True, frozen=True):
     """the longest lifetime of a stub, in seconds; none: that of its IKE_SA"""
     children_in_exchange: ChildrenInExchange = "auto"
     """whether CHILD_SAs without PFS come up in the round trip of their IKE_SA, where charon raises no events for
-    them; auto: all but those with an updown script, those with marks if charon has loaded connmark or forecast, and all
-    while a program is connected to charon's lookip plugin"""
+    them; auto: all but those with an updown script or `inactivity`, those with marks if charon has loaded connmark or
+    forecast, and all while a program is connected to charon's lookip plugin"""
     children_at_once: bool | None = None
     """the old name: true is always, false is never"""
     duplicate_address: Literal["end-newer", "report"] = "end-newer"

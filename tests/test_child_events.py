@@ -8,6 +8,7 @@ import pytest
 
 from bridge.charon.child_events import ChildEvents
 from bridge.charon.conf_parser import ChildProposals
+from bridge.charon.connection_reader import WANTING
 
 HEAD = "Num       RefCount Protocol Flags    Type St Inode Path\n"
 LISTENING = "0000000000000000: 00000002 00000000 00010000 0001 01 21222 /var/run/charon.lkp\n"
@@ -47,10 +48,11 @@ def test_clients_of_lookip(tmp_path: Path, plugins: tuple[str, ...], sockets: st
 def test_options_of_children_are_found_in_both_kinds_of_configuration(tmp_path: Path) -> None:
     swanctl, ipsec = tmp_path / "swanctl.conf", tmp_path / "ipsec.conf"
     swanctl.write_text(
-        "connections { a { children { one { mark_out = %unique } two { updown = /bin/x } three { } } } }"
+        "connections { a { children { one { mark_out = %unique } two { updown = /bin/x } three { } "
+        "four { inactivity = 60s } } } }"
     )
-    ipsec.write_text("conn b\n mark=%unique\nconn c\n leftupdown=/bin/x\nconn d\n auto=add\n")
+    ipsec.write_text("conn b\n mark=%unique\nconn c\n leftupdown=/bin/x\nconn d\n auto=add\nconn e\n inactivity=60s\n")
     files = ChildProposals(swanctl, ipsec)
-    names = ["a", "b", "c", "d"]
-    assert files.with_option(names, ("updown",), ("leftupdown",)) == {("a", "two"), ("c", "c")}
+    names = ["a", "b", "c", "d", "e"]
+    assert files.with_option(names, *WANTING) == {("a", "two"), ("a", "four"), ("c", "c"), ("e", "e")}
     assert files.with_option(names, ("mark_in", "mark_out"), ("mark",)) == {("a", "one"), ("b", "b")}

@@ -2,6 +2,7 @@
 and not where they come over the HA channel (docs/hooks.md).
 
 updown scripts      in the child's configuration
+inactivity          likewise: charon starts that timer with the event
 connmark, forecast  plugins that act on a CHILD_SA with marks
 lookip              a plugin that tells its clients; whether it has any, its socket shows
 
@@ -24,18 +25,18 @@ _CONNECTED = "03"
 
 
 class ChildEvents:
-    """What is known of it. `plugins`: those that charon has loaded; `scripted` and `marked`: children, by (connection,
-    child), with an updown script and with marks."""
+    """What is known of it. `plugins`: those that charon has loaded; `wanting` and `marked`: children, by (connection,
+    child), with an updown script or a time of inactivity, and with marks."""
 
     def __init__(
         self,
         plugins: Collection[str] = (),
-        scripted: Collection[tuple[str, str]] = (),
+        wanting: Collection[tuple[str, str]] = (),
         marked: Collection[tuple[str, str]] = (),
         *,
         sockets: Path = UNIX_SOCKETS,
     ) -> None:
-        self._children = {*scripted, *(marked if MARKING & set(plugins) else ())}
+        self._children = {*wanting, *(marked if MARKING & set(plugins) else ())}
         self._all = LOOKIP in plugins and _has_clients(sockets)
 
     def needed(self, connection: str, child: str) -> bool:

@@ -22,6 +22,8 @@ CONNECTIONS_SECONDS: Final = 1.0
 """a list of connections is good for so long, as far as what is needed is in it"""
 LEAST_CONNECTIONS_SECONDS: Final = 0.05
 """between two lists of connections"""
+WANTING: Final = (("updown", "inactivity"), ("leftupdown", "inactivity"))
+"""options of children, in swanctl.conf and in ipsec.conf, that charon acts on in an exchange only"""
 MARKS: Final = ("mark_in", "mark_out")
 
 
@@ -38,8 +40,8 @@ class ConnectionReader:
         self._proposals: ChildProposals | None = None
         self._pfs: dict[tuple[str, str], str] = {}
         """children with a key exchange of their own, by (connection, child)"""
-        self._scripted: set[tuple[str, str]] = set()
-        """children with an updown script"""
+        self._wanting: set[tuple[str, str]] = set()
+        """children with an updown script, or a time of inactivity"""
         self._marked: set[tuple[str, str]] = set()
         """children with marks"""
         self._plugins: list[str] = []
@@ -78,10 +80,10 @@ class ConnectionReader:
         if found != self._tracker.connections or self._proposals is None or self._proposals.changed():
             self._proposals = await asyncio.to_thread(ChildProposals, self._swanctl)
             self._pfs = self._proposals.with_pfs(found)
-            self._scripted = self._proposals.with_option(found, ("updown",), ("leftupdown",))
+            self._wanting = self._proposals.with_option(found, *WANTING)
             self._marked = self._proposals.with_option(found, MARKS, ("mark", *MARKS))
         # whether lookip has clients is looked at each time
-        self._events = ChildEvents(self._plugins, self._scripted, self._marked)
+        self._events = ChildEvents(self._plugins, self._wanting, self._marked)
         self._tracker.connections = found
         now = time.monotonic()
         self._read_from = began
