@@ -133,7 +133,10 @@ class Charon:
             await self._reconciler.connections.read()
 
     def _own_peers(self) -> tuple[str, ...]:
-        """Addresses that charon itself may begin a handshake with, by its connections; of names it is not known."""
+        """Addresses that charon itself may begin a handshake with, by its connections, where an activation would end
+        that; of names they are not known."""
+        if not self.handshakes.ends:
+            return ()
         connections, peers = self._peers
         if connections is not self.tracker.connections:
             connections = self.tracker.connections

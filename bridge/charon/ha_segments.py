@@ -102,8 +102,9 @@ class SegmentChooser:
 
     While a segment changes hands, charon processes no IKE messages of its established SAs, and of those in state
     CONNECTING strongSwan 6.0.1 crashes, and later releases destroy them. So: never one that has an SA in that state;
-    then one to which no request is on its way, then one without a peer that charon itself may begin a handshake with,
-    which nothing holds back, then the one with the fewest established SAs, then the one that was disturbed longest ago.
+    none with a peer that charon itself may begin a handshake with, which nothing holds back, while there is another;
+    then one to which no request is on its way, then the one with the fewest established SAs, then the one that was
+    disturbed longest ago.
     """
 
     def __init__(self, count: int = MAX_SEGMENTS, half_open: HalfOpenSas | None = None) -> None:
@@ -115,7 +116,9 @@ class SegmentChooser:
         """whether requests are held back during activations, and those that charon has are known (bridge.charon.
         handshakes): then none is on its way"""
         self.peers: Callable[[], Iterable[str]] = tuple
-        """addresses that charon itself may begin a handshake with"""
+        """addresses that charon itself may begin a handshake with; the same object as long as they are the same"""
+        self._peers: Iterable[str] = ()
+        self._with_peers: frozenset[int] = frozenset()
         self._half_open = HalfOpenSas() if half_open is None else half_open
         self._used = [float("-inf")] * (count + 1)
         self._rests_until = [float("-inf")] * (count + 1)
@@ -149,8 +152,7 @@ class SegmentChooser:
 
     def wait(self, now: float) -> float:
         """Seconds until the next activation; a segment without established SAs waits for none."""
-        blocked = self.occupied(now)
-        free = [number for number in range(1, self.count + 1) if number not in blocked]
+        free = self._choice(self.occupied(now))
         if not free:
             return BLOCKED_SECONDS
         if self._in_use in free:
@@ -184,9 +186,17 @@ class SegmentChooser:
             found |= {self.segment_of(address) for address in self._half_open.requested(now)}
         return found
 
-    def with_peers(self) -> set[int]:
+    def with_peers(self) -> frozenset[int]:
         """The segments in which charon itself may begin a handshake at any moment, as far as is known."""
-        return {self.segment_of(address) for address in self.peers()}
+        if (peers := self.peers()) is not self._peers:
+            self._peers, self._with_peers = peers, frozenset(map(self.segment_of, peers))
+        return self._with_peers
+
+    def _choice(self, blocked: Container[int]) -> list[int]:
+        """The segments that are not `blocked`; those without peers alone, if there are any."""
+        free = [number for number in range(1, self.count + 1) if number not in blocked]
+        with_peers = self.with_peers()
+        return [number for number in free if number not in with_peers] or free
 
     def _rest(self, segment: int, now: float) -> float:
         until = max(self._rests_until[segment], self._due) if self.established[segment] else now
@@ -195,13 +205,11 @@ class SegmentChooser:
     def _best(self, now: float, blocked: Container[int]) -> int:
         handshakes = {self.segment_of(address) for address in self._half_open.addresses()}
         handshakes |= {self.segment_of(address) for address in self._half_open.requested(now)}
-        with_peers = self.with_peers()
         return min(
-            (number for number in range(1, self.count + 1) if number not in blocked),
+            self._choice(blocked),
             key=lambda number: (
                 self._rest(number, now),
                 number in handshakes,
-                number in with_peers,
                 self.established[number],
                 self._used[number],
                 number,
