@@ -37,6 +37,11 @@ class Kind(NamedTuple):
     arguments: tuple[str, ...]
 
 
+VALUE_MOST: Final = 1_000_001
+"""octets of a value that a gateway reads: one more than it posts. A stub has some thousands"""
+MEMBER_MOST: Final = 4_096
+"""of a member of a sorted set: the largest is a mark of a locked-out identity"""
+VALUES: Final = ("GET", "HGET", "HMGET")
 HASH: Final = Kind("hash", "HGET", ("sealed",))
 ZSET: Final = Kind("sorted set", "ZSCORE", ("",))
 STRING: Final = Kind("string", "GET", ())
@@ -74,11 +79,12 @@ class _Call(NamedTuple):
 class Buckets:
     """Reads, scripts and walks by way of `redis`; what no gateway wrote goes to `report`."""
 
-    def __init__(self, redis: RedisClient, report: ContentReport, fetch: Script, repair: Script) -> None:
+    def __init__(self, redis: RedisClient, report: ContentReport, fetch: Script, repair: Script, read: Script) -> None:
         self._redis = redis
         self._report = report
         self._fetch = fetch
         self._repair = repair
+        self._read = read
 
     async def read(
         self,
@@ -89,11 +95,16 @@ class Buckets:
         node_timeout: float | None = None,
     ) -> list[Any]:
         """The replies to commands that read one key each, the key being their first argument and of a type in `kinds`.
-        None for a key that is not of its type, an exception for one that could not be asked.
+        None for a key that is not of its type or that was larger than a gateway writes it, which is deleted; an
+        exception for one that could not be asked.
 
         Raises BankUnavailable where none could be asked.
         """
-        replies = await self._redis.replies(commands, within=within, node_timeout=node_timeout)
+        bounded = [self._bounded(command) for command in commands]
+        replies = await self._redis.replies(bounded, within=within, node_timeout=node_timeout)
+        for position, (command, sent) in enumerate(zip(commands, bounded, strict=True)):
+            if sent is not command and not isinstance(replies[position], Exception):
+                replies[position] = self._unpacked(command, *replies[position])
         wrong = [position for position, reply in enumerate(replies) if is_wrong_type(reply)]
         for position in wrong:
             replies[position] = None
@@ -104,6 +115,21 @@ class Buckets:
             with contextlib.suppress(BankUnavailable):
                 await self.repair([(commands[position][1], kinds[position]) for position in wrong])
         return replies
+
+    def _bounded(self, command: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The same by redis/read.lua, for commands that could bring any number of octets."""
+        name, key, *more = command
+        if name in VALUES:
+            return self._read.call((key,), (VALUE_MOST, name, *more))
+        return self._read.call((key,), (MEMBER_MOST, name, *more)) if name == "ZRANGE" else command
+
+    def _unpacked(self, command: tuple[Any, ...], values: list[Any], large: int) -> Any:
+        name, key, *more = command
+        if large:
+            self._report.key(key, "it held more octets than a gateway writes, which were deleted")
+        if name == "HMGET":
+            return values or [None] * len(more)
+        return values if name == "ZRANGE" else next(iter(values), None)
 
     async def repair(self, keys: Sequence[tuple[str | bytes, Kind]]) -> None:
         """Delete those keys that are not of their type. Raises BankUnavailable."""

@@ -39,6 +39,7 @@ CLUSTER_PROBES: Final = 16
 SCORE_MAX: Final = 2.0**53
 """scores of a sorted set are numbers of seconds; anyone can make them infinite"""
 
+SCRIPTS: Final = ("store", "delete", "fetch", "reseal", "repair", "take", "heartbeat", "read")
 STORED: Final = 1
 HELD_IS_NEWER: Final = 0
 """what redis/store.lua says of a stub; by the readable revision, which the sealed part has to confirm"""
@@ -72,11 +73,11 @@ class RedisBank(RedisGateways):
         """see SharedBank"""
         report = ContentReport()
         self._sealed = SealedStubs(keyring, report, wall)
-        scripts = {name: Script(name) for name in ("store", "delete", "fetch", "reseal", "repair", "take", "heartbeat")}
+        scripts = {name: Script(name) for name in SCRIPTS}
         self._store, self._delete, self._reseal = (scripts[name] for name in ("store", "delete", "reseal"))
         self._take = scripts["take"]
         redis = RedisClient(url, timeout, list(scripts.values()))
-        buckets = Buckets(redis, report, scripts["fetch"], scripts["repair"])
+        buckets = Buckets(redis, report, scripts["fetch"], scripts["repair"], scripts["read"])
         super().__init__(redis, buckets, report, scripts["heartbeat"], keyring, get_timeout=get_timeout, wall=wall)
         self._addresses = AddressIndex(redis, buckets)
 
