@@ -27,6 +27,7 @@ from bridge.stub.stub import Index, Stub
 from net_support import until
 from role_support import ike_sa
 
+WALL = 1_800_000_000.0
 ADDRESS, ANOTHER = "10.20.0.7", "10.20.0.8"
 ELSEWHERE = Index("192.0.2.2", b"spi there")
 POOL = HaPool("rw", "10.20.0.0/24", "10.20.0.1", "10.20.0.254")
@@ -73,6 +74,7 @@ class Gateway:
             limit=limit,
             pools=lambda: [POOL],
             clock=lambda: self.now,
+            wall=lambda: WALL,
         )
         self.keeper.pools = [POOL]
 
@@ -281,11 +283,22 @@ class HoldOnce:
             self.log.append("released")
 
 
+def started(seconds: float) -> Gateway:
+    """One whose charon was started so long ago, and assigns no addresses yet as far as is known."""
+
+    async def since() -> int:
+        return int(WALL - seconds)
+
+    gateway = Gateway()
+    gateway.charon.vici = SimpleNamespace(started=since)
+    gateway.placeholders.opened = False
+    return gateway
+
+
 async def test_requests_wait_from_charons_start_until_it_assigns_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address_keeper, "TICK_SECONDS", 0)
-    gateway, hold = Gateway(), HoldOnce()
+    gateway, hold = started(5.0), HoldOnce()
     gateway.charon.handshakes = SimpleNamespace(hold=hold)
-    gateway.placeholders.opened = False
     gateway.keeper.settled.set()
     gateway.keeper.charon_connected()
     assert not gateway.keeper.settled.is_set()
@@ -302,11 +315,37 @@ async def test_no_request_waits_for_a_charon_that_assigns_addresses_already() ->
     assert gateway.keeper.settled.is_set()
 
 
+async def test_no_request_waits_for_a_charon_that_ran_before_its_sidecar_was_started() -> None:
+    gateway, hold = started(6.0), HoldOnce()
+    gateway.charon.handshakes = SimpleNamespace(hold=hold)
+    hold.rules = True
+    gateway.keeper.charon_connected()
+    waits = gateway.keeper._holding
+    assert waits is not None
+    await waits
+    assert hold.log == []
+
+
+async def test_one_wait_is_enough_for_a_charon_that_comes_and_goes_and_it_ends_with_the_keeper() -> None:
+    gateway, hold = started(0.0), HoldOnce()
+    gateway.charon.handshakes = SimpleNamespace(hold=hold)
+    hold.rules = True
+    # not ready to assign addresses
+    gateway.charon.ready = lambda: False
+    running = asyncio.create_task(gateway.keeper.run())
+    for _ in range(3):
+        gateway.keeper.charon_connected()
+        await until(lambda: hold.log == ["held"])
+    running.cancel()
+    await until(running.done)
+    assert hold.log == ["held", "released"]
+
+
 async def test_requests_wait_for_no_longer_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address_keeper, "HOLD_SECONDS", 0.01)
-    gateway, hold = Gateway(), HoldOnce()
+    gateway, hold = started(5.0), HoldOnce()
     gateway.charon.handshakes = SimpleNamespace(hold=hold)
-    gateway.placeholders.opened, hold.rules = False, True
+    hold.rules = True
     gateway.keeper.charon_connected()
     await until(lambda: hold.log == ["held"])
     await until(lambda: len(hold.log) == 2)

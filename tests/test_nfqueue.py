@@ -499,6 +499,22 @@ class TestGate:
         assert await received(charon) == long
         assert seen.packets == []
 
+    async def test_what_is_too_much_to_wait_is_dropped_and_leaves_room_for_others(
+        self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(interceptor._gate, "_most", 2)
+        charon, client = cable.host.udp(family, 500), cable.peer.udp(family, 500)
+        interceptor.close_gate()
+        requests = [ike(size=200 + number) for number in range(4)]
+        for request in requests:
+            client.sendto(request, charon.getsockname())
+        await until(lambda: len(seen.packets) == len(requests))
+        assert interceptor.stats().waiting == 2
+        interceptor.open_gate()
+        assert [await received(charon) for _ in range(2)] == requests[:2]
+        client.sendto(OTHER, charon.getsockname())
+        assert await received(charon) == OTHER
+
     @pytest.mark.parametrize("how", ["let_go", "stop"])
     async def test_what_waits_goes_on_when_the_event_loop_stood_still_or_the_queue_ends(
         self, cable: Wire, interceptor: Interceptor, seen: Seen, family: str, how: str

@@ -9,7 +9,8 @@ activation would begin one in it. Therefore:
     VICI names the handshakes in progress; charon counts requests that it has yet to process, which are waited for
     a segment without any is activated, and what was held back goes on to charon
 
-All of it takes a few milliseconds; a client repeats its request after seconds.
+All of it takes a few milliseconds; a client repeats its request after seconds. Requests also wait, for longer,
+for a charon that was just started (bridge.gateway.address_keeper).
 """
 
 from __future__ import annotations

@@ -25,9 +25,10 @@ from bridge.charon.ha_message import HaError
 from bridge.charon.ha_segments import SEGMENTS_MIN, keeping_segment
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.placeholders import HaPool, ha_pools
+from bridge.charon.vici_types import ViciError
 from bridge.gateway.address_book import AddressBook
 from bridge.service.metrics import Metrics
-from bridge.service.tasks import spawn
+from bridge.service.tasks import end, spawn
 from bridge.stub.stub import Index, Stub
 
 log = structlog.get_logger()
@@ -48,6 +49,8 @@ HANDSHAKE_LOOK_SECONDS: Final = 0.5
 HOLD_SECONDS: Final = 12.0
 """that requests which begin a handshake wait for a charon that was started to assign addresses: without one it would
 refuse them, and their clients keep an IKE_SA without a CHILD_SA"""
+STARTED_SECONDS: Final = 5.0
+"""after its start, in which charon counts as just started"""
 STUB_SECONDS: Final = 60.0
 """that the stub of a session that went on elsewhere may come later than the mark of its move: two queues bring them"""
 STUB_LOOK_SECONDS: Final = 1.0
@@ -67,6 +70,7 @@ class AddressKeeper:
         limit: int,
         pools: Callable[[], list[HaPool]] = ha_pools,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.pools: list[HaPool] = []
         self.missing = 0
@@ -78,6 +82,8 @@ class AddressKeeper:
         self._limit = limit
         self._read_pools = pools
         self._clock = clock
+        self._wall = wall
+        self._holding: asyncio.Task[None] | None = None
         self._sessions: dict[str, Index] = {}
         """whose session each placeholder stands for"""
         self._moved: dict[str, float] = {}
@@ -167,19 +173,25 @@ class AddressKeeper:
 
     def charon_connected(self) -> None:
         """charon is there, perhaps another one than before."""
-        if not self._charon.placeholders.opened:
-            self.settled.clear()
-            spawn("handshakes-wait", self._hold_handshakes())
+        if self._charon.placeholders.opened:
+            return
+        self.settled.clear()
+        if self._holding is None or self._holding.done():
+            self._holding = spawn("handshakes-wait", self._hold_handshakes())
 
     # what is done
 
     async def _hold_handshakes(self) -> None:
-        """Hold back what begins a handshake until charon assigns addresses; charon then gets it."""
+        """Hold back what begins a handshake until a charon that was just started assigns addresses, and gets it then.
+        One that has run for longer assigns some already."""
+        charon = self._charon
         if not await asyncio.to_thread(self._read_pools):
             return
-        hold = self._charon.handshakes.hold
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, ViciError):
             async with asyncio.timeout(HOLD_SECONDS):
+                if self._wall() - await charon.vici.started() > STARTED_SECONDS:
+                    return
+                hold = charon.handshakes.hold
                 while not hold.can_hold():  # noqa: ASYNC110 - rules have no event
                     await asyncio.sleep(TICK_SECONDS)
                 with hold.holding() as holds:
@@ -188,12 +200,16 @@ class AddressKeeper:
 
     async def run(self) -> None:
         """Until it is cancelled."""
-        while True:
-            try:
-                await self.step()
-            except (BankUnavailable, ChannelError, HaError) as error:
-                log.debug("address-check-delayed", reason=str(error))
-            await asyncio.sleep(TICK_SECONDS)
+        try:
+            while True:
+                try:
+                    await self.step()
+                except (BankUnavailable, ChannelError, HaError) as error:
+                    log.debug("address-check-delayed", reason=str(error))
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            if self._holding is not None:
+                await end(self._holding)
 
     async def step(self) -> None:
         """Do what is due. Raises BankUnavailable, ChannelError, HaError."""

@@ -53,7 +53,7 @@ class Interception:
             )
         self._bypassed = 0
         self._holds = 0
-        """activations that hold requests back"""
+        """activations, or the start of a charon, that hold requests back"""
         self._kernel_holds = False
         self._watching: asyncio.Task[None] | None = None
 

@@ -51,13 +51,22 @@ class InterceptUnavailable(Exception):
 class _Gate:
     """What is undecided, in order of arrival; and, while it is `closed`, what goes on to charon only afterwards."""
 
-    __slots__ = ("closed", "held", "waiting")
+    __slots__ = ("_most", "closed", "held", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self.held: dict[Packet, None] = {}
         self.closed = 0
         """by so many"""
         self.waiting: list[Queued] = []
+        self._most = most
+
+    def wait(self, queued: Queued) -> None:
+        """Until it opens; what is too much is dropped, so that the queue has room for others: who began a handshake
+        begins it again."""
+        if len(self.waiting) < self._most:
+            self.waiting.append(queued)
+        else:
+            queued.drop()
 
     def let_go(self) -> None:
         waiting, self.waiting = self.waiting, []
@@ -106,7 +115,7 @@ class Packet:
             self._queued = None
             self._gate.held.pop(self, None)
             if self._gate.closed and may_begin_handshake(self.ike):
-                self._gate.waiting.append(queued)
+                self._gate.wait(queued)
             else:
                 queued.accept()
 
@@ -158,7 +167,7 @@ class Interceptor:
         self._fails_open = True
         self._loop: asyncio.AbstractEventLoop | None = None
         self._proc = -1
-        self._gate = _Gate()
+        self._gate = _Gate(max_length // 2)
         self._batch: list[Packet] = []
         self._strangers: list[Queued] = []
         self._seen = 0
@@ -263,11 +272,11 @@ class Interceptor:
         except OSError as error:
             log.error("queue-unreadable", queue=self._number, reason=error.strerror)
         strangers, self._strangers = self._strangers, []
-        if self._gate.closed:
-            # charon may understand what was too long for this program
-            self._gate.waiting += strangers
-        else:
-            for queued in strangers:
+        for queued in strangers:
+            if self._gate.closed:
+                # charon may understand what was too long for this program
+                self._gate.wait(queued)
+            else:
                 queued.accept()
         self._seen += len(self._batch) + len(strangers)
 
