@@ -7,7 +7,6 @@ than the others cannot open any of their stubs. Neither may fill a disk with log
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -29,12 +28,11 @@ KEY_SHOWN: Final = 80
 class ContentReport:
     """Counts, and logs each stub or key once, `LINES` in `LINES_SECONDS` at most."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self) -> None:
         self.unreadable = 0
         """stubs that did not open"""
         self.spoilt = 0
         """keys and members that no gateway writes"""
-        self._clock = clock
         self._logged: set[str] = set()
         self._window = -LINES_SECONDS
         self._lines = 0
@@ -56,7 +54,7 @@ class ContentReport:
     def _may_log(self, subject: str) -> bool:
         if subject in self._logged:
             return False
-        now = self._clock()
+        now = time.monotonic()
         if now - self._window >= LINES_SECONDS:
             if self._left_out:
                 log.warning("bank-content-not-logged", lines=self._left_out, seconds=round(now - self._window))

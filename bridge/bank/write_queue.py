@@ -64,18 +64,15 @@ class WriteQueue:
     """Writes stub changes behind the caller's back; one change an index waits at most, the latest.
 
     Past `limit` waiting changes the one whose stub expires first is dropped, deletions last. Used within one running
-    event loop. `delay` in seconds. `name` is the bank's in the log.
+    event loop. `name` is the bank's in the log.
     """
 
-    def __init__(
-        self, bank: Writable, *, limit: int = LIMIT, delay: float = DELAY, bundle: int = BUNDLE, name: str = "bank"
-    ) -> None:
+    def __init__(self, bank: Writable, *, limit: int = LIMIT, bundle: int = BUNDLE, name: str = "bank") -> None:
         self.counters = Counters()
         self._name = name
         self._log = log.bind(bank=name)
         self._bank = bank
         self._limit = limit
-        self._delay = delay
         self._bundle = bundle
         self._waiting: dict[Index, Change] = {}
         self._under_way: dict[Index, Change] = {}
@@ -160,7 +157,7 @@ class WriteQueue:
         away = stuck = many = False
         while True:
             await self._news.wait()
-            await asyncio.sleep(self._delay * LONGER if many else self._delay)
+            await asyncio.sleep(DELAY * LONGER if many else DELAY)
             many = len(self._waiting) >= MANY
             while self._waiting:
                 # while nothing gets through, a few changes show as well as many whether the bank takes them again

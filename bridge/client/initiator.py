@@ -8,7 +8,6 @@ Which sessions there are is known to `sessions`, where they may go to `candidate
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -62,7 +61,6 @@ class Initiator:
         config: ClientConfig,
         metrics: ClientMetrics,
         *,
-        random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -75,13 +73,13 @@ class Initiator:
         self._sessions = Sessions(charon, self._vpns, clock=clock, wall=wall)
         self._candidates = Candidates(charon, self._sessions)
         self.keeper = StubKeeper(
-            config.held, charon.tracker, sender, self._sessions.resumable_sas, self._named, random=random, wall=wall
+            config.held, charon.tracker, sender, self._sessions.resumable_sas, self._named, wall=wall
         )
         self.keeper.kept = self._sessions.previous
-        self._switchover = Switchover(charon, self._sessions, config.resume, random=random, clock=clock, wall=wall)
+        self._switchover = Switchover(charon, self._sessions, config.resume, clock=clock, wall=wall)
         self._transport = IkeTransport(sender)
         self._requester = SyncRequester(
-            self._transport, config.resume, self.keeper.stub_of, self._switchover.offer, random=random, clock=clock
+            self._transport, config.resume, self.keeper.stub_of, self._switchover.offer, clock=clock
         )
         self._means = Means(
             charon,
@@ -95,14 +93,13 @@ class Initiator:
         self._reauthentication = Reauthentication(charon, wall=wall)
         self._auto_resume = AutoResume(charon, self._sessions, lambda session: self._begin(session, None))
         self._moving: dict[Session, asyncio.Task[Outcome]] = {}
-        self._move_handler = MoveHandler(charon.tracker, sender, self._targets, self._sent_away, random=random)
+        self._move_handler = MoveHandler(charon.tracker, sender, self._targets, self._sent_away)
         self._gateway_probe = GatewayProbe(
             sender,
             self._transport,
             self._sessions.sa,
             self._targets,
             self._sent_away,
-            random=random,
             probe_seconds=config.announce.probe_interval,
         )
         self._keepalive = NatKeepalive(sender, config.announce.keepalive, self._sessions.resumable_sas, self._targets)

@@ -42,21 +42,19 @@ class NatKeepalive:
         targets: Callable[[IkeSa], Collection[str] | None],
         *,
         through_router: Callable[[str, str], bool] = through_router,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sender = sender
         self._policy = policy
         self._sas = sas
         self._targets = targets
         self._through_router = through_router
-        self._clock = clock
         self._logged = ""
 
     async def run(self) -> None:
         """Until it is cancelled."""
         due: dict[bytes, float] = {}
         while self._policy != "off":
-            now, before, due = self._clock(), due, {}
+            now, before, due = time.monotonic(), due, {}
             for sa in self._sas():
                 if sa.up:
                     due[sa.id.spis] = before.get(sa.id.spis, now)

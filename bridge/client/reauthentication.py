@@ -34,17 +34,15 @@ LAPSE_SECONDS: Final = 2.0
 
 
 class Reauthentication:
-    """Watches the client's resumed IKE_SAs. `uniform` gives a random number between two, `wall` Unix seconds."""
+    """Watches the client's resumed IKE_SAs. `wall` gives Unix seconds."""
 
     def __init__(
         self,
         charon: Charon,
         *,
-        uniform: Callable[[float, float], float] = random.uniform,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._charon = charon
-        self._uniform = uniform
         self._wall = wall
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
 
@@ -66,7 +64,7 @@ class Reauthentication:
 
     async def _keep(self, sa: IkeSa) -> None:
         left = sa.authenticated_until - self._wall()
-        await asyncio.sleep(left * self._uniform(EARLIEST_SHARE, LATEST_SHARE))
+        await asyncio.sleep(left * random.uniform(EARLIEST_SHARE, LATEST_SHARE))
         # charon may have a time of its own for it by now, which is earlier
         while self._charon.tracker.sas.get(sa.id.spis) is sa and sa.outlives_authentication:
             left = sa.authenticated_until - self._wall()

@@ -76,7 +76,6 @@ class SetUpAgain:
         later: Callable[[str, Coroutine[Any, Any, None]], None],
         *,
         clock: Callable[[], float] = time.monotonic,
-        uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self._charon = charon
         self._sessions = sessions
@@ -86,7 +85,6 @@ class SetUpAgain:
         self._finish = finish
         self._later = later
         self._clock = clock
-        self._uniform = uniform
         self._deleted: dict[str, tuple[float, float]] = {}
         """by VPN: when a session of it was deleted last, and the pause after that"""
         self._resumed: dict[bytes, float] = {}
@@ -122,7 +120,7 @@ class SetUpAgain:
             # a gateway that stops deletes all that this host has there
             pass
         elif at - before > FORGET_SECONDS + pause:
-            pause = self._uniform(AGAIN_SECONDS, (1 + SPREAD) * AGAIN_SECONDS)
+            pause = random.uniform(AGAIN_SECONDS, (1 + SPREAD) * AGAIN_SECONDS)
         else:
             pause = min(2 * pause, PAUSE_MAX)
         self._deleted[session.vpn] = at, pause

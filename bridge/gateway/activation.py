@@ -103,7 +103,6 @@ class Activation:
         coming: Callable[[], bool],
         load: Callable[[], int],
         *,
-        random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._charon = charon
@@ -113,7 +112,6 @@ class Activation:
         self._able = able
         self._coming = coming
         self._load = load
-        self._random = random
         self._clock = clock
         self._entries: dict[bytes, _Entry] = {}
         """those that are not active yet, by both SPIs"""
@@ -264,7 +262,7 @@ class Activation:
             return
         requests = entry.requests
         if requests is None:
-            requests = entry.requests = ClientRequests(entry.made.resumption, random=self._random)
+            requests = entry.requests = ClientRequests(entry.made.resumption, random=os.urandom)
         kind = requests.kind(packet.ike)
         if kind is Kind.REPEATED and requests.last is not None:
             self._repeat(spis, entry.way, requests.last.answer, packet)

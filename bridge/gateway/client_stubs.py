@@ -61,7 +61,6 @@ class ClientStubs:
         metrics: GatewayMetrics,
         *,
         clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
     ) -> None:
         self.policy: Policy = policy
         self._keyring = keyring
@@ -76,7 +75,6 @@ class ClientStubs:
         self.alive: Callable[[], bool | None] = lambda: True
         """whether charon runs; None while it does not answer"""
         self._clock = clock
-        self._wall = wall
         self._rate = Rate(ANSWERS_A_SECOND)
         self._answered: Recent[bytes] = Recent(ANSWER_SECONDS, clock=clock)
         """the SAs, by both SPIs, whose clients got an answer to GET Stub"""
@@ -109,7 +107,7 @@ class ClientStubs:
     def expiry(self, sa: IkeSa) -> int:
         """Until when a client's stub of an SA is good (Unix seconds): no longer than the one in the bank, by which the
         bank remembers that the session ended."""
-        return min(sa.stub_expires or sa.expires, int(self._wall()) + HELD_SECONDS)
+        return min(sa.stub_expires or sa.expires, int(time.time()) + HELD_SECONDS)
 
     def open(self, sealed: bytes, index: Index) -> Stub | None:
         """What a client presents; None where that is allowed to count for nothing: another index's, expired, altered,
@@ -121,7 +119,7 @@ class ClientStubs:
         except (SealError, StubError) as error:
             log.debug("client-stub-unreadable", index=str(index), reason=str(error))
             return None
-        return stub if stub.index == index and stub.expires > self._wall() else None
+        return stub if stub.index == index and stub.expires > time.time() else None
 
     # GET Stub
 
@@ -190,7 +188,7 @@ class ClientStubs:
         sealed, gateways = self.seal(sa), self.gateways()
         if sealed is None and not gateways:
             return
-        lifetime = max(self.expiry(sa) - int(self._wall()), 0)
+        lifetime = max(self.expiry(sa) - int(time.time()), 0)
         index = (request.sync.gateway, request.sync.spi)
         answer = build_download(stub_sa(sa, index), request, sealed, lifetime, gateways)
         if self._send(packet, answer) and sealed is not None:

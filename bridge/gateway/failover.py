@@ -87,7 +87,6 @@ class Failover:
         spent: Callable[[Index], bool],
         *,
         clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._address = address
@@ -98,7 +97,7 @@ class Failover:
         self._spent = spent
         self._clock = clock
         self._announcer = Announcer(
-            address or "", self._source, self._send, lambda: move_message_id(wall()), rate=float(config.rate)
+            address or "", self._source, self._send, lambda: move_message_id(time.time()), rate=float(config.rate)
         )
         self.watch = PeerWatch(config.detect, self._failed, self._back, clock())
         self.beats: dict[str, float] = {}

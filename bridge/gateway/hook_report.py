@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import partial
 from typing import Any, Final
@@ -31,20 +31,17 @@ ENDS: Final = (SessionEvent.MOVED_AWAY, SessionEvent.ENDED)
 
 
 class HookReport:
-    """Tells `program`, and keeps in `journal` which sessions it was told of. `wall` gives Unix seconds."""
+    """Tells `program`, and keeps in `journal` which sessions it was told of."""
 
     def __init__(
         self,
         program: HookProgram,
         journal: SessionJournal,
         tracker: SaTracker,
-        *,
-        wall: Callable[[], float] = time.time,
     ) -> None:
         self._program = program
         self._journal = journal
         self._tracker = tracker
-        self._wall = wall
 
     def raised(self, event: SessionEvent, session: Session, *, reason: str | None = None) -> None:
         """Something happened to a session."""
@@ -87,7 +84,7 @@ class HookReport:
         own: bytes = b"",
     ) -> Call:
         """The call of the program; `own` is the IKE_SA of the session, by both SPIs, if it is one of this gateway."""
-        now, addresses = round(self._wall(), 3), facts["virtual_ips"]
+        now, addresses = round(time.time(), 3), facts["virtual_ips"]
 
         def build() -> dict[str, Any]:
             in_use = [address for address in addresses if self._has(address, own)]

@@ -37,14 +37,12 @@ class PreviousGateways:
         beats: Mapping[str, float],
         *,
         detect: float = 1.0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.on_lost: Callable[[Name, Stub], None] = lambda previous, stub: None
         """called with a session of a gateway that failed, and its stub there"""
         self._failed = failed
         self._beats = beats
         self._detect = detect
-        self._clock = clock
         self._watched: dict[Name, tuple[Stub, float, float]] = {}
         """sessions of other gateways that went on here, since when, and until when those gateways are watched"""
         self._task: asyncio.Task[None] | None = None
@@ -53,7 +51,7 @@ class PreviousGateways:
         """A session went on here from its `old` stub."""
         if len(self._watched) >= WATCHED_MAX:
             return
-        now = self._clock()
+        now = time.monotonic()
         self._watched[previous] = old, now, now + DETECTIONS * self._detect + WATCH_SECONDS
         if self._task is None or self._task.done():
             self._task = spawn("previous-gateways", self._keep_watching())
@@ -61,7 +59,7 @@ class PreviousGateways:
     async def _keep_watching(self) -> None:
         while self._watched:
             await asyncio.sleep(WATCH_EACH)
-            now = self._clock()
+            now = time.monotonic()
             for name, (old, since, until) in list(self._watched.items()):
                 if self._beats.get(name.gateway, 0.0) > since + BEAT_SECONDS or until < now:
                     del self._watched[name]

@@ -40,12 +40,10 @@ class ReturnPath:
         *,
         enabled: bool,
         networks: Callable[[], list[Connected]] = connected_networks,
-        neighbour: Callable[[str], Neighbour] = Neighbour,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._enabled = enabled
         self._networks = networks
-        self._neighbour = neighbour
         self._clock = clock
         self._connected: list[_Range] = []
         self._read_at: float | None = None
@@ -112,7 +110,7 @@ class ReturnPath:
         neighbour = self._neighbours.get(interface)
         if neighbour is None:
             try:
-                neighbour = self._neighbour(interface)
+                neighbour = Neighbour(interface)
             except (OSError, ValueError) as error:
                 log.error("address-not-announced", address=address, interface=interface, reason=str(error))
                 return

@@ -50,12 +50,10 @@ class SessionElsewhere:
         metrics: GatewayMetrics,
         *,
         rekeyed: Callable[[], Iterable[tuple[Index, bytes]]] = tuple,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._charon = charon
         self._bank = bank
         self._metrics = metrics
-        self._clock = clock
         self.before_end: Callable[[IkeSa, Index], Awaitable[None]] = _nothing
         """called with an SA and what its session goes on as, before the SA is ended"""
         self._rekeyed = rekeyed
@@ -103,9 +101,9 @@ class SessionElsewhere:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            began = self._clock()
+            began = time.monotonic()
             found = self._found()
-            took = self._clock() - began
+            took = time.monotonic() - began
             try:
                 moved = await self._bank.moved([index for index, _ in found]) if found else []
             except BankUnavailable as error:

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final
 
 from bridge.charon.ike_sa import IkeSa
@@ -55,8 +54,6 @@ class SessionHooks:
         address: str | None,
         previous: PreviousGateways,
         state: str | None,
-        *,
-        wall: Callable[[], float] = time.time,
     ) -> None:
         self._program = HookProgram(config.session, config.timeout, metrics) if config.session else None
         self._tracker = tracker
@@ -67,7 +64,7 @@ class SessionHooks:
         self._journal = SessionJournal(state if config.session else None)
         self._tasks: set[asyncio.Task[None]] = set()
         if self._program is not None:
-            self._report = HookReport(self._program, self._journal, tracker, wall=wall)
+            self._report = HookReport(self._program, self._journal, tracker)
             previous.on_lost = self._report.lost
             tracker.on_info.append(self._told)
             tracker.on_child_down.append(self._child_down)

@@ -54,7 +54,6 @@ class Takeover:
         *,
         present: Callable[[], Collection[str]] = address_watch.present,
         here_seconds: float = HERE_SECONDS,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.addresses = addresses
         self._present = present
@@ -64,7 +63,6 @@ class Takeover:
         self._taker = taker
         self._sessions = sessions
         self._fence = fence
-        self._clock = clock
         self._states = dict.fromkeys(addresses, ADDRESS.first)
         self._runs: dict[str, Run] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -125,14 +123,14 @@ class Takeover:
             return await self._begin(address, owners)
 
     async def _is_here(self, address: str) -> bool:
-        deadline = self._clock() + self._here_seconds
+        deadline = time.monotonic() + self._here_seconds
         while True:
             try:
                 if address in self._present():
                     return True
             except OSError as error:
                 log.warning("addresses-unreadable", reason=error.strerror)
-            if self._clock() >= deadline:
+            if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(HERE_LOOK_SECONDS)
 
@@ -146,7 +144,7 @@ class Takeover:
         self._resting.discard(address)
         self._on(address, AddressEvent.TAKEN)
         await self._fence.around(self._away())
-        run = self._runs[address] = Run(address, owners, self._clock())
+        run = self._runs[address] = Run(address, owners, time.monotonic())
         run.at_start = address in self._since_start
         self._since_start.discard(address)
         run.loads_until = self._restarted + LOAD_SECONDS
@@ -164,7 +162,7 @@ class Takeover:
 
     def lost(self, _: list[IkeSa]) -> None:
         """charon was restarted: what the bank has at the addresses of this gateway is taken over into the new one."""
-        self._restarted = self._clock()
+        self._restarted = time.monotonic()
         self._sessions.lost()
         for address in [one for one in self._states if one in self._resting or not self.is_away(one)]:
             self._again[address] = spawn(f"take over {address} again", self._take_again(address))
@@ -182,7 +180,7 @@ class Takeover:
         try:
             await self._taker.take(run)
         finally:
-            run.ended = self._clock()
+            run.ended = time.monotonic()
         self._on(run.address, AddressEvent.DONE)
         log.info(
             "takeover-ends",
@@ -277,14 +275,14 @@ class Takeover:
         ]
 
     def _row(self, run: Run) -> dict[str, Any]:
-        return run.row(self._sessions.under_way(run.address), self._clock())
+        return run.row(self._sessions.under_way(run.address), time.monotonic())
 
     def _rekeyed(self, session: Session) -> None:
         if session.state is State.TAKEN_OVER:
             self._owner.keyed(session.sa)
         run = self._runs.get(session.stub.index.gateway)
         if run is not None:
-            run.done(session.stub.index, session.state, self._clock())
+            run.done(session.stub.index, session.state, time.monotonic())
 
     # at the start
 

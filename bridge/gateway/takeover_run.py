@@ -123,7 +123,6 @@ class SessionTaker:
         barriers: Barriers,
         came: Callable[[IkeSa, Stub], None],
         *,
-        clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.taken = 0
@@ -134,7 +133,6 @@ class SessionTaker:
         self._sessions = sessions
         self._barriers = barriers
         self._came = came
-        self._clock = clock
         self._wall = wall
 
     async def take(self, run: Run) -> None:
@@ -212,7 +210,7 @@ class SessionTaker:
         for stub, reason in others:
             self._refuse(run, stub, reason)
         await self._owner.announce(run.address)
-        now, wall = self._clock(), self._wall()
+        now, wall = time.monotonic(), self._wall()
         sessions = []
         for stub in mine:
             connection = self._charon.connection(stub.connection)
@@ -229,7 +227,7 @@ class SessionTaker:
     async def _know_connections(self, run: Run, stubs: Sequence[Stub]) -> None:
         needed = {(stub.connection, tuple(child.name for child in stub.children)) for stub in stubs}
         await self._charon.know_connections(needed)
-        while self._clock() < run.loads_until and any(self._charon.connection(name) is None for name, _ in needed):
+        while time.monotonic() < run.loads_until and any(self._charon.connection(name) is None for name, _ in needed):
             await asyncio.sleep(AGAIN_SECONDS)
             await self._charon.know_connections(needed)
 

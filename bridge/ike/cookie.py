@@ -17,7 +17,6 @@ import hashlib
 import hmac
 import os
 import struct
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from bridge.ike.message import (
@@ -110,10 +109,9 @@ def glance(data: bytes) -> Glance | None:
 class Cookies:
     """Makes cookies, and knows its own again. `now` is monotonic seconds throughout."""
 
-    def __init__(self, *, random: Callable[[int], bytes] = os.urandom) -> None:
-        self._random = random
+    def __init__(self) -> None:
         self._number = 0
-        self._secret = self._before = random(_SECRET_OCTETS)
+        self._secret = self._before = os.urandom(_SECRET_OCTETS)
         self._until = float("-inf")
 
     def challenge(self, seen: Glance, address: str, port: int, now: float) -> bytes:
@@ -141,8 +139,8 @@ class Cookies:
         if now < self._until:
             return
         stale = now >= self._until + SECRET_SECONDS
-        self._before = self._random(_SECRET_OCTETS) if stale else self._secret
-        self._secret = self._random(_SECRET_OCTETS)
+        self._before = os.urandom(_SECRET_OCTETS) if stale else self._secret
+        self._secret = os.urandom(_SECRET_OCTETS)
         self._number = (self._number + 1) & 0xFF
         self._until = now + SECRET_SECONDS
 

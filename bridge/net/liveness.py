@@ -37,15 +37,12 @@ class Liveness:
         stalled: Callable[[], None],
         unnoticed: Callable[[], None],
         beat: Callable[[], None] = lambda: None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stalls = 0
         """how often the event loop stood still for STALL_SECONDS"""
         self._stalled = stalled
         self._unnoticed = unnoticed
         self._each = beat
-        self._clock = clock
         self._tell: Callable[[], bool] = lambda: True
         self._signed_at = float("inf")
         self._socket: socket.socket | None = None
@@ -76,20 +73,20 @@ class Liveness:
 
     def check(self) -> bool:
         """Whether the event loop stood still for so long that packets passed it. What it missed is then settled."""
-        stood = self._clock() - self._signed_at
+        stood = time.monotonic() - self._signed_at
         if stood < STALL_SECONDS:
             return False
         self.stalls += 1
         log.warning("event-loop-stood-still", seconds=round(stood, 2))
         self._stalled()
-        self._signed_at = self._clock()
+        self._signed_at = time.monotonic()
         return True
 
     def beat(self) -> None:
         """Give the kernel a sign of life now; also when the rules were just set again."""
         self.check()
         noticed = self._tell()
-        self._signed_at = self._clock()
+        self._signed_at = time.monotonic()
         # a kernel that takes no order now gets it with the next one
         with contextlib.suppress(OSError):
             self._each()
