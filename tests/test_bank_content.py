@@ -21,7 +21,7 @@ from bridge.bank.redis_bank import RedisBank
 from bridge.bank.write_queue import WriteQueue
 from bridge.config import BankConfig
 from bridge.stub import bank_keys
-from bridge.stub.keyring import Keyring
+from bridge.stub.keyring import OVERHEAD, Keyring
 from bridge.stub.stub import Stub
 from test_bank_servers import admin, cluster, cluster_url, sentinel
 
@@ -175,6 +175,8 @@ def kinds() -> Iterator[tuple[str, Spoil]]:
                 f"{what}-score-{score}",
                 lambda place, stub, key=score_key, score=score: place.spoil("ZADD", key(stub), score, "00" * 8),  # type: ignore[misc]
             )
+    flood = [word for number in range(12_000) for word in (number - 6_000, f"junk {number}")]
+    yield "revoked-flood", lambda place, _: place.spoil("ZADD", bank_keys.REVOKED, *flood)
     heartbeat = keys["heartbeat"][0]
     for name, value in {"junk": b"\xff " * 999, "keyless": b"1 ", "many-keys": b"1 " + b"00000000," * 99999}.items():
         yield (
@@ -213,8 +215,9 @@ async def everything_goes_on(place: Place, victim: Stub, other: Stub) -> None:
     await bank.revocation_stamp()
     for marks in await bank.revocations():
         assert all(isinstance(mark, bytes) for mark in marks)
-    await bank.put_revocations({b"sealed": 2**33}, [])
-    assert any(b"sealed" in marks for marks in await bank.revocations())
+    mark = b"of another gateway's key".ljust(OVERHEAD)
+    await bank.put_revocations({mark: 2**33}, [])
+    assert any(mark in marks for marks in await bank.revocations())
     vip = other.remote_vips[0]
     await bank.addresses([(vip, vip)])
     # what gateways do for each other

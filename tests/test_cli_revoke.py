@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 
 import pytest
 
-from bank_support import GATEWAY
+from bank_support import GATEWAY, RedisServer
+from bridge.gateway.revocation import Revocations
 from bridge.stub import bank_keys
 from bridge.stub.revocation import Mark, open_mark, seal
 from test_cli_stubs import Operator, operator, server
@@ -41,6 +43,23 @@ async def test_letting_in_may_be_repeated_until_all_gateways_know_it(operator: O
     await enforced(operator, let_in.made)
     assert operator.run("unrevoke", IDENTITY).returncode == 0
     assert await operator.bank.revocations() == [[sealed]]
+    await operator.bank.close()
+
+
+async def test_who_fills_the_set_of_marks_does_not_keep_an_identity_from_being_locked_out(
+    operator: Operator, server: RedisServer
+) -> None:
+    server.client.zadd(bank_keys.REVOKED, {f"junk {number}": time.time() + 60 for number in range(12_000)})
+    revocations = Revocations(operator.bank, operator.keyring)
+    await operator.bank.heartbeat(GATEWAY, 30)
+    task = asyncio.create_task(asyncio.to_thread(operator.run, "revoke", IDENTITY))
+    while not task.done():
+        # as the gateway does it when the stamp has changed
+        await revocations.look()
+        await operator.bank.post(bank_keys.LOCKOUT_KIND, GATEWAY, json.dumps({"latest": revocations.latest}), 60)
+        await asyncio.wait([task], timeout=0.1)
+    assert task.result().returncode == 0
+    assert [mark.identity for mark in revocations.active()] == [IDENTITY]
     await operator.bank.close()
 
 

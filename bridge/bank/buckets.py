@@ -39,9 +39,10 @@ class Kind(NamedTuple):
 
 VALUE_MOST: Final = 1_000_001
 """octets of a value that a gateway reads: one more than it posts. A stub has some thousands"""
-MEMBER_MOST: Final = 4_096
+MEMBER_MOST: Final = 4_224
 """of a member of a sorted set: the largest is a mark of a locked-out identity"""
 VALUES: Final = ("GET", "HGET", "HMGET")
+MEMBERS: Final = ("ZRANGE", "ZSCAN")
 HASH: Final = Kind("hash", "HGET", ("sealed",))
 ZSET: Final = Kind("sorted set", "ZSCORE", ("",))
 STRING: Final = Kind("string", "GET", ())
@@ -121,7 +122,7 @@ class Buckets:
         name, key, *more = command
         if name in VALUES:
             return self._read.call((key,), (VALUE_MOST, name, *more))
-        return self._read.call((key,), (MEMBER_MOST, name, *more)) if name == "ZRANGE" else command
+        return self._read.call((key,), (MEMBER_MOST, name, *more)) if name in MEMBERS else command
 
     def _unpacked(self, command: tuple[Any, ...], values: list[Any], large: int) -> Any:
         name, key, *more = command
@@ -129,7 +130,7 @@ class Buckets:
             self._report.key(key, "it held more octets than a gateway writes, which were deleted")
         if name == "HMGET":
             return values or [None] * len(more)
-        return values if name == "ZRANGE" else next(iter(values), None)
+        return values if name in MEMBERS else next(iter(values), None)
 
     async def repair(self, keys: Sequence[tuple[str | bytes, Kind]]) -> None:
         """Delete those keys that are not of their type. Raises BankUnavailable."""

@@ -222,7 +222,8 @@ class StubBank(Protocol):
         ...
 
     async def revocations(self) -> Sequence[Sequence[bytes]]:
-        """The sealed marks of locked-out identities (bridge.stub.revocation), of each bank that answers."""
+        """The sealed marks of locked-out identities (bridge.stub.revocation), of each bank that answers; also some that
+        only another key opens."""
         ...
 
     async def put_revocations(self, marks: Mapping[bytes, int], stale: Collection[bytes]) -> None:

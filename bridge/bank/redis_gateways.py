@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
 from bridge.bank.buckets import STRING, ZSET, Buckets
 from bridge.bank.content_report import ContentReport
-from bridge.bank.interface import GatewaySign
+from bridge.bank.interface import BankUnavailable, GatewaySign
 from bridge.bank.redis_client import RedisClient, Script, is_wrong_type, unavailable
 from bridge.stub import bank_keys
-from bridge.stub.keyring import Keyring
+from bridge.stub.keyring import Keyring, SealError
+from bridge.stub.revocation import is_forged, open_mark
 
 HEX_KEY: Final = re.compile("[0-9a-f]{8}")
 UNIX_SECONDS: Final = re.compile("[0-9]{1,12}")
-MARKS_MAX: Final = 10_000
-"""marks of locked-out identities that are read"""
+MARKS_PAGE: Final = 1_000
+"""marks of locked-out identities, about, that are read at a time"""
+MARKS_SECONDS: Final = 30.0
+"""that one look at all of them takes at most; what was removed by then, the next one does not meet"""
+FOREIGN_MAX: Final = 1_000
+"""marks by keys that this gateway lacks: with more of them in the bank, all are removed"""
 FORGET_GATEWAY: Final = 7 * 86_400
 """seconds after which a gateway without a heartbeat is no longer named"""
 GATEWAYS_MAX: Final = 1_000
@@ -112,17 +119,73 @@ class RedisGateways:
         return bytes(stamp or b"")
 
     async def revocations(self) -> Sequence[Sequence[bytes]]:
-        """See StubBank."""
-        [marks] = await self._buckets.read([("ZRANGE", bank_keys.REVOKED, 0, MARKS_MAX - 1)], [ZSET])
-        return [marks or []]
+        """See StubBank. All members are looked at, however many someone without the key added: what no gateway wrote
+        is removed as it is met, and so is what has expired by its sealed part, or, of another key, by its score. Those
+        of other keys are kept for the gateways that have them, up to FOREIGN_MAX: beyond that number they are no
+        gateway's, and a gateway that has the key of one gives it back."""
+        now, deadline = self._wall(), time.monotonic() + MARKS_SECONDS
+        marks: set[bytes] = set()
+        foreign: set[bytes] = set()
+        flooded = False
+        async with aclosing(self._mark_pages()) as pages:
+            async for page in pages:
+                junk: list[bytes] = []
+                over: list[bytes] = []
+                for sealed, score in page:
+                    try:
+                        (marks.add if open_mark(sealed, self._keyring).expires > now else over.append)(sealed)
+                    except SealError:
+                        if is_forged(sealed, self._keyring):
+                            junk.append(sealed)
+                        else:
+                            (foreign.add if score > now else over.append)(sealed)
+                if flooded or len(foreign) > FOREIGN_MAX:
+                    flooded = True
+                    junk += foreign
+                    foreign.clear()
+                await self._remove_marks(junk, over)
+                if time.monotonic() > deadline:
+                    self._report.key(bank_keys.REVOKED, "it has more members than could be looked at in time")
+                    break
+        if flooded:
+            with contextlib.suppress(BankUnavailable):
+                # for the gateways that know of one of them
+                await self._redis.pipeline([self._new_stamp()], writing=True)
+        return [[*marks, *foreign]]
+
+    async def _mark_pages(self) -> AsyncGenerator[list[tuple[bytes, float]]]:
+        """The members of that set, each with its score; one that is there all the time comes at least once, while
+        others are added and removed. Raises BankUnavailable."""
+        cursor: Any = 0
+        while True:
+            command = ("ZSCAN", bank_keys.REVOKED, cursor, "COUNT", MARKS_PAGE)
+            [reply] = await self._buckets.read([command], [ZSET])
+            if not reply:
+                return
+            cursor, *flat = reply
+            yield list(zip(flat[::2], map(float, flat[1::2]), strict=True))
+            if int(cursor) == 0:
+                return
+
+    async def _remove_marks(self, junk: Sequence[bytes], over: Sequence[bytes]) -> None:
+        """Where this user may: those that no gateway wrote, which are reported, and those that have expired."""
+        for _ in junk:
+            self._report.key(bank_keys.REVOKED, "a member of it is no mark that a gateway made; such are removed")
+        if junk or over:
+            with contextlib.suppress(BankUnavailable):
+                await self._redis.replies([("ZREM", bank_keys.REVOKED, *junk, *over)], writing=True)
 
     async def put_revocations(self, marks: Mapping[bytes, int], stale: Collection[bytes]) -> None:
         """See StubBank."""
-        commands: list[tuple[Any, ...]] = [("ZREMRANGEBYSCORE", bank_keys.REVOKED, "-inf", int(self._wall()))]
-        commands += [("ZADD", bank_keys.REVOKED, expires, sealed) for sealed, expires in marks.items()]
+        commands: list[tuple[Any, ...]] = [
+            ("ZADD", bank_keys.REVOKED, expires, sealed) for sealed, expires in marks.items()
+        ]
         commands += [("ZREM", bank_keys.REVOKED, sealed) for sealed in stale]
         # last: who sees the new stamp sees the new marks
-        await self._redis.pipeline([*commands, ("SET", bank_keys.REVOKED_STAMP, os.urandom(8).hex())], writing=True)
+        await self._redis.pipeline([*commands, self._new_stamp()], writing=True)
+
+    def _new_stamp(self) -> tuple[Any, ...]:
+        return ("SET", bank_keys.REVOKED_STAMP, os.urandom(8).hex())
 
 
 def _sign(beat: object) -> GatewaySign:

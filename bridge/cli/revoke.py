@@ -139,16 +139,19 @@ def revoked(path: str | None, as_json: bool) -> None:
 
 
 async def _marks(bank: StubBank, keyring: Keyring) -> list[Mark]:
-    """The newest mark of each identity, by identity; those that do not open are named on stderr."""
+    """The newest mark of each identity, by identity; those that do not open are counted on stderr."""
     newest: dict[str, Mark] = {}
+    left_out, reason = 0, ""
     for sealed in {sealed for marks in await bank.revocations() for sealed in marks}:
         try:
             mark = open_mark(sealed, keyring)
         except SealError as error:
-            click.echo(f"ike-sa-sync: a mark in the bank is left out: {error}", err=True)
+            left_out, reason = left_out + 1, str(error)
             continue
         if mark.name not in newest or newest[mark.name].made < mark.made:
             newest[mark.name] = mark
+    if left_out:
+        click.echo(f"ike-sa-sync: {output.count(left_out, 'mark')} in the bank left out: {reason}", err=True)
     return [newest[name] for name in sorted(newest)]
 
 

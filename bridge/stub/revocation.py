@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from bridge.stub import bank_keys
-from bridge.stub.keyring import Keyring, SealError
+from bridge.stub.keyring import KEY_ID_OCTETS, OVERHEAD, Keyring, SealError
 from bridge.stub.types import Identity
 
 PLACE: Final = bank_keys.REVOKED.encode()
@@ -57,6 +57,20 @@ def open_mark(sealed: bytes, keyring: Keyring) -> Mark:
         return _decoder.decode(keyring.open(sealed, PLACE))
     except msgspec.MsgspecError as error:
         raise SealError(f"not a mark: {error}") from None
+
+
+def is_forged(sealed: bytes, keyring: Keyring) -> bool:
+    """Whether no gateway made what is in the place of a mark: it is too short, or does not open with the key that it
+    names. What another key sealed, or another release, may be a mark."""
+    if len(sealed) < OVERHEAD:
+        return True
+    if sealed[:KEY_ID_OCTETS] not in keyring.ids:
+        return False
+    try:
+        keyring.open(sealed, PLACE)
+    except SealError:
+        return True
+    return False
 
 
 _COMMA: Final = re.compile(r"(?<!\\),(?=\s*[A-Za-z0-9.]+\s*=)")
