@@ -201,6 +201,7 @@ class Gateway:
         self.endings, self.writer = Endings(wall=lambda: NOW), WriteQueue(bank)
         self.living = LivingSas(self.charon.tracker)
         revocations: Any = SimpleNamespace(revoked=lambda _: False)
+        self.revocations = revocations
         charon: Any = self.charon
         any_bank: Any = bank
         config = GatewayConfig(address=OWN, takeover=TakeoverConfig(addresses=(SHARED,)))
@@ -306,6 +307,31 @@ async def test_of_two_sessions_of_one_client_the_newer_one_is_taken(
     await gateway.take()
     assert both_spis(newer) in gateway.spis
     assert both_spis(older) not in gateway.spis
+
+
+async def test_a_session_of_an_identity_that_is_locked_out_is_not_taken_over() -> None:
+    bank = Bank()
+    gateway, locked_out, other = Gateway(bank), stub(bank), stub(bank)
+    gateway.revocations.revoked = lambda of: of.index == locked_out.index
+    row = await gateway.take()
+    assert row["not_taken"] == [{"reason": reasons.REVOKED, "sessions": 1}]
+    assert gateway.spis == {both_spis(other)}
+    # nor is its owner another one
+    assert bank.stubs[locked_out.index] == locked_out
+
+
+async def test_a_client_that_has_another_session_here_keeps_that_one() -> None:
+    """It connected to the gateway's own address meanwhile, and was given the same virtual IP."""
+    bank = Bank()
+    gateway, before = Gateway(bank), stub(bank, vip="10.0.0.9")
+    here = sa_of(replace(stub_of(gateway=OWN), remote_vips=("10.0.0.9",)))
+    here.up = True
+    gateway.charon.tracker.adopt(here)
+    gateway.charon.tracker.virtual_ips.put(here.id.spis, here.remote_vips, 0.0)
+    row = await gateway.take()
+    assert row["not_taken"] == [{"reason": reasons.CLASHES, "sessions": 1}]
+    assert gateway.charon.has == {}
+    assert bank.stubs[before.index] == before
 
 
 async def test_a_session_that_ended_while_no_sidecar_ran_is_not_taken_over() -> None:
