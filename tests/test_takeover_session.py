@@ -141,3 +141,11 @@ def test_additional_key_exchanges_need_a_charon_that_knows_them() -> None:
     stub = takeable(derivation=replace(derivation, additional=b"k" * 32))
     assert obstacle(stub, NET, ["net"], version=3, now=NOW) == reasons.OLD_CHARON
     assert obstacle(stub, NET, ["net"], version=4, now=NOW) == ""
+
+
+def test_the_authentication_of_a_session_ends_when_it_would_have_at_its_gateway_before() -> None:
+    until = int(NOW) + 600
+    made = session_of(takeable(authenticated_until=until), NET, began=0.0, now=NOW)
+    assert made.sa.authenticated_until == until
+    # charon's own timers begin again
+    assert (made.sa.established, made.sa.expires) == (int(NOW), int(NOW) + NET.lifetime)
