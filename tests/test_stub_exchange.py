@@ -25,6 +25,7 @@ from bridge.ike.stub_exchange import (
     move_message_id,
     parse_stub_message,
     verify,
+    verify_report,
 )
 from bridge.ike.sync_payload import Attribute, SyncPayload
 from bridge.ike.transforms import PRF_OUTPUT, Prf
@@ -64,6 +65,18 @@ def octets_of(payloads: list[tuple[int, bytes]], **changes: Any) -> bytes:
         "message_id": GET_MESSAGE_ID,
     }
     return build(**(values | changes), payloads=payloads)
+
+
+@pytest.mark.parametrize("prf", list(PRF_OUTPUT))
+def test_a_report_is_verified_by_the_octets_of_the_announcement(prf: Prf) -> None:
+    client, gateway = (StubSa(SPI_I, SPI_R, one, INDEX, prf, SK_D) for one in (True, False))
+    announcement = build_announcement(gateway, TARGET, MOVE_ID)
+    octets = build_moving(client, parse_stub_message(announcement), MoveStatus.MOVING, NONCE)
+    report = parse_stub_message(octets)
+    assert proved(octets, announcement, prf=prf)
+    assert verify_report(report, prf, SK_D, announcement)
+    assert not verify_report(report, prf, SK_D, build_announcement(gateway, TARGET, MOVE_ID + 1))
+    assert not verify_report(report, prf, b"x" * 32, announcement)
 
 
 def test_get_stub_names_the_sa_and_carries_a_nonce_and_last_the_index() -> None:

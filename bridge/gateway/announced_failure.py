@@ -12,7 +12,6 @@ from typing import Final
 
 from bridge.bank.failover_progress import RUNNING, FailoverProgress
 from bridge.gateway.pace import Window
-from bridge.ike.stub_exchange import StubMessage
 from bridge.stub.stub import Index, Stub
 
 HEAD_START: Final = 0.6
@@ -41,7 +40,6 @@ class Announced:
     coming: float | None = None
     """when its client reported that it comes"""
     octets: bytes = field(default=b"", repr=False)
-    message: StubMessage | None = field(default=None, repr=False)
 
     @property
     def spis(self) -> bytes:

@@ -35,8 +35,7 @@ from bridge.ike.stub_exchange import (
     StubMessage,
     StubSa,
     build_announcement,
-    parse_stub_message,
-    verify,
+    verify_report,
 )
 from bridge.stub.stub import Index, Stub
 
@@ -129,7 +128,7 @@ class Announcer:
             return
         failure.back, failure.paused_until = True, min(failure.paused_until, now)
         for announced in failure.waiting:
-            if announced.message is not None:
+            if announced.octets:
                 # it was asked before, and waits to be asked again
                 announced.turn = now
         failure.queue(())
@@ -207,7 +206,6 @@ class Announcer:
             stub = announced.stub
             sa = StubSa(stub.spi_i, stub.spi_r, stub.initiator, stub.index, stub.suite.prf, stub.sk_d)
             announced.octets = build_announcement(sa, self._source(stub), self._message_id())
-            announced.message = parse_stub_message(announced.octets)
             announced.state = AnnouncementState.ANNOUNCED
             failure.under_way[stub.index] = announced
             failure.window.enter(announced)
@@ -245,7 +243,7 @@ class Announcer:
             return False
         failure, announced = found
         stub = announced.stub
-        if not verify(message, stub.suite.prf, stub.sk_d, before=announced.message):
+        if not verify_report(message, stub.suite.prf, stub.sk_d, announced.octets):
             return True
         status = message.move.status
         if status is MoveStatus.MOVING:

@@ -187,6 +187,13 @@ def verify(message: StubMessage, prf: int, sk_d: bytes, *, before: StubMessage |
     return proves(message.sync, message.blank, prf, sk_d, before=before.blank if before else b"")
 
 
+def verify_report(report: StubMessage, prf: int, sk_d: bytes, announcement: bytes) -> bool:
+    """Whether the client of the SA sent it, as the answer to an announcement of this gateway's, by the octets of that.
+    Constant time. They end with PROOF, so they need not be parsed."""
+    _, empty = empty_proof(prf)
+    return proves(report.sync, report.blank, prf, sk_d, before=announcement[: -len(empty)] + empty)
+
+
 def build_get(sa: StubSa, nonce: bytes) -> bytes:
     """GET Stub, the client's request. `nonce`: fresh, so that the answer is to this very request."""
     return _build(sa, False, GET_MESSAGE_ID, (), nonce=nonce)
