@@ -211,6 +211,29 @@ async def test_a_request_whose_session_was_confirmed_otherwise_meanwhile_goes_to
     assert scene.table.dropped == [scene.made]
 
 
+async def test_what_is_being_activated_is_not_answered_yet() -> None:
+    """Those decide whether there is a crowd (bridge.gateway.activation)."""
+    scene = Scene()
+    seen: list[int] = []
+    scene.installer.meanwhile = lambda: seen.append(scene.batches.unanswered)
+    scene.added()
+    assert scene.batches.unanswered == 2
+    await scene.played()
+    assert (seen, scene.batches.unanswered) == ([2], 0)
+    assert len(scene.answers) == 2
+
+
+async def test_an_activation_that_fails_leaves_nothing_unanswered() -> None:
+    scene = Scene()
+
+    def fail() -> None:
+        raise ChannelError("charon hangs")
+
+    scene.installer.meanwhile = fail
+    await scene.played()
+    assert (scene.answers, scene.batches.unanswered) == ([], 0)
+
+
 async def test_an_activation_that_takes_long_waits_for_those_that_are_on_their_way() -> None:
     scene = Scene()
     scene.installer.toggle_seconds = 3600.0

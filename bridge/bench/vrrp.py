@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ from bridge.bench.rig import connect_to, share, wait_stored
 from bridge.bench.storm import Progress
 from bridge.bench.usage import quantile
 from bridge.lab.daemon import wait_until
-from bridge.lab.demo import Ping
+from bridge.lab.demo import Ping, Traffic
 from bridge.lab.host import Host
 from bridge.lab.keepalived import Keepalived
 from bridge.lab.lab import Lab
@@ -95,8 +95,8 @@ class Vrrp:
         """The SPIs of each client's IKE_SAs."""
         return [" ".join(sa["initiator-spi"] + sa["responder-spi"] for sa in one.charon.sas()) for one in self.clients]
 
-    def silences(self, wall: float, came: float) -> list[float]:
-        """Of each client whose traffic came back, its longest time without an answer since `wall`, in seconds."""
+    def traffic(self, came: float) -> list[Traffic]:
+        """Of each client, once it has had traffic for a while after `came` (Unix seconds), or has none for long."""
         until = time.monotonic() + RETURN_PATIENCE
         for ping in self._pings:
             with contextlib.suppress(LabError):
@@ -105,8 +105,7 @@ class Vrrp:
                     "traffic again",
                     max(0.0, until - time.monotonic()),
                 )
-        ended = [ping.stop() for ping in self._pings]
-        return [traffic.silence_since(wall) for traffic in ended if traffic.last > came]
+        return [ping.stop() for ping in self._pings]
 
 
 @contextlib.contextmanager
@@ -126,25 +125,33 @@ def vrrp_lab(clients: int) -> Iterator[Vrrp]:
         yield built
 
 
+def returned(traffic: Sequence[Traffic], began: float, killed: float, came: float) -> list[tuple[float, float]]:
+    """Of each client whose traffic came back, in seconds: its longest time without an answer since the gateway's end
+    `began`, and until its first answer once the address had come. The gateway may answer until it is `killed`: that
+    takes a while."""
+    firsts = [(one, one.first_after(max(came, killed))) for one in traffic]
+    return [(one.silence_since(began), first - came) for one, first in firsts if first is not None]
+
+
 def measure(built: Vrrp, told: Progress) -> dict[str, Any]:
     """The first gateway is killed: how long each client has no traffic, and how much of that VRRP needs."""
     before, news = built.sessions(), AddressNews(built.topology.gw2)
     told("VRRP's master is killed", 0.5)
-    wall = time.time()
+    began = time.time()
     built.kill_master()
-    wait_until(lambda: news.came(wall) is not None, "the other gateway to be VRRP's master")
-    came = news.came(wall)
+    killed = time.time()
+    wait_until(lambda: news.came(began) is not None, "the other gateway to be VRRP's master")
+    came = news.came(began)
     assert came is not None
-    silences = built.silences(wall, came)
+    times = returned(built.traffic(came), began, killed, came)
     news.stop()
     continued = sum(one == other for one, other in zip(before, built.sessions(), strict=True))
-    detection = came - wall
     return {
         "clients": len(built.clients),
-        "continued": min(continued, len(silences)),
-        "detection_ms": round(detection * 1000),
-        "silence_ms": _quantiles(silences),
-        "beyond_ms": _quantiles([silence - detection for silence in silences]),
+        "continued": min(continued, len(times)),
+        "detection_ms": round((came - began) * 1000),
+        "silence_ms": _quantiles([silence for silence, _ in times]),
+        "beyond_ms": _quantiles([beyond for _, beyond in times]),
     }
 
 

@@ -77,11 +77,12 @@ class InstallQueue:
         """seconds that their installation took"""
         self._working = False
         self._landing = 0
+        self._activating = 0
 
     @property
     def unanswered(self) -> int:
         """How many were added and are not answered yet."""
-        return len(self._prepared) + self._landing + len(self._landed)
+        return len(self._prepared) + self._landing + len(self._landed) + self._activating
 
     @property
     def busy(self) -> bool:
@@ -201,10 +202,13 @@ class InstallQueue:
 
     async def _activate(self) -> None:
         landed, self._landed = self._landed, []
+        self._activating = len(landed)
         try:
             await self._activate_and_answer(landed)
         except Exception as error:
             await self._failed([pair for pair in landed if pair[0].held], error)
+        finally:
+            self._activating = 0
 
     async def _activate_and_answer(self, landed: list[Prepared]) -> None:
         took, self._took = self._took, 0.0

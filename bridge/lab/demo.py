@@ -51,6 +51,10 @@ class Traffic:
         silences = [later - earlier for earlier, later in itertools.pairwise(arrivals) if later > began]
         return max(silences, default=0.0)
 
+    def first_after(self, moment: float) -> float | None:
+        """When the first answer after a time came, both in Unix seconds; None: none came."""
+        return min((arrival for arrival in self.answered.values() if arrival > moment), default=None)
+
 
 class Ping:
     """Echo requests through the tunnel, all the time."""
