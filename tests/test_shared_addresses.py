@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from bridge.bank.interface import BankUnavailable
 from bridge.bank.redis_bank import RedisBank
 from bridge.config import GatewayConfig, TakeoverConfig
 from bridge.gateway import shared_addresses as module
@@ -115,28 +116,86 @@ async def test_an_address_that_was_taken_by_a_command_and_is_not_here_is_given_u
     assert await host.news() == [("yield", SHARED)]
 
 
-async def test_whether_others_took_sessions_is_asked_once_after_a_takeover_of_its_own(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its own batches are announced to it as those of others are."""
-    over, looks = asyncio.Event(), []
+class Looks:
+    """What the sidecar hears of takeovers, and when it looks whether it lost sessions."""
 
-    async def look() -> None:
-        looks.append(over.is_set())
+    def __init__(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = host
+        self.number = 0
+        self.said: dict[str, str] = {}
+        self.away = False
+        self.delays: list[tuple[float, Callable[[], None]]] = []
+        """looks that are put off"""
+        monkeypatch.setattr(host.shared.owner, "look", self._look)
+        monkeypatch.setattr(host.shared.owner._bank, "posted", self._posted)
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_later", self._call_later)
 
-    async def at_rest(_: float) -> None:
-        await over.wait()
+    async def _look(self) -> None:
+        self.number += 1
 
-    monkeypatch.setattr(host.shared.owner, "look", look)
-    monkeypatch.setattr(host.shared.takeover, "at_rest", at_rest, raising=False)
-    task = asyncio.ensure_future(host.shared._look_at_sessions())
-    for _ in range(3):
-        host.shared.look_soon()
-        await host.news()
-    over.set()
+    async def _posted(self, kind: str, address: str) -> bytes | None:
+        assert kind == "takeover"
+        if self.away:
+            raise BankUnavailable("down")
+        return self.said[address].encode() if address in self.said else None
+
+    def _call_later(self, delay: float, call: Callable[[], None]) -> SimpleNamespace:
+        self.delays.append((delay, call))
+        return SimpleNamespace()
+
+    async def news(self, address: str, gateway: str) -> None:
+        """A gateway takes sessions at an address."""
+        self.said[address] = gateway
+        self.host.shared.announced(address)
+        await self.host.news()
+
+
+OWN = "192.0.2.1"
+ELSEWHERE = "192.0.2.2"
+
+
+@pytest.fixture
+async def looks(host: Host, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Looks]:
+    made = Looks(host, monkeypatch)
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    tasks = [asyncio.ensure_future(one) for one in (host.shared._look_at_sessions(), host.shared._hear())]
     await host.news()
-    task.cancel()
-    assert looks == [True]
+    yield made
+    for task in tasks:
+        task.cancel()
+
+
+async def test_after_its_own_batches_a_gateway_looks_once_whether_others_took_sessions(looks: Looks) -> None:
+    for address in (SHARED, SHARED, OTHER, SHARED):
+        await looks.news(address, OWN)
+    assert looks.number == 0
+    [(delay, look)] = looks.delays
+    assert delay == module.LOOK_SECONDS
+    look()
+    await looks.host.news()
+    assert looks.number == 1
+    await looks.news(SHARED, OWN)
+    assert len(looks.delays) == 2
+
+
+async def test_a_gateway_that_takes_sessions_over_looks_at_once_when_another_one_does(looks: Looks) -> None:
+    """Two have the address, and each takes what the other one has."""
+    await looks.news(SHARED, OWN)
+    await looks.news(SHARED, ELSEWHERE)
+    assert looks.number == 1
+    # at another address
+    await looks.news(SHARED, OWN)
+    await looks.news(OTHER, ELSEWHERE)
+    assert looks.number == 2
+    # this gateway's own word is no news of that address
+    await looks.news(SHARED, OWN)
+    assert looks.number == 2
+
+
+async def test_news_of_an_unknown_gateway_are_anothers(looks: Looks) -> None:
+    looks.away = True
+    await looks.news(SHARED, OWN)
+    assert looks.number == 1
 
 
 def message(kind: int, flags: int = 0, body: bytes = b"") -> bytes:

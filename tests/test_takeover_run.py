@@ -53,6 +53,7 @@ class Bank:
         self.alive = {OTHER, THIRD}
         self.on_taken: Callable[[Index], None] = lambda _: None
         self.takes = 0
+        self.posts: dict[tuple[str, str], str] = {}
         self.before_take: Callable[[], None] = lambda: None
 
     def _reach(self) -> None:
@@ -94,8 +95,13 @@ class Bank:
             said.append(not older)
         return said, [self.stubs.pop(one.index, None) is not None for one in endings]
 
-    async def post(self, *_: Any) -> None:
-        pass
+    async def posted(self, kind: str, gateway: str) -> bytes | None:
+        self._reach()
+        said = self.posts.get((kind, gateway))
+        return None if said is None else said.encode()
+
+    async def post(self, kind: str, gateway: str, value: str, ttl: float) -> None:
+        self.posts[kind, gateway] = value
 
     async def gateways(self) -> dict[str, GatewaySign]:
         return {address: GatewaySign(alive=True, keys=frozenset()) for address in self.alive}
@@ -617,18 +623,20 @@ async def test_a_bank_that_fails_in_the_middle_counts_each_session_once() -> Non
     assert row["not_taken"] == [{"reason": reasons.EXPIRED, "sessions": 1}]
 
 
-async def test_a_takeover_that_is_under_way_is_waited_for() -> None:
+async def test_whose_word_the_bank_has_of_an_address() -> None:
     bank = Bank()
     gateway = Gateway(bank)
+    assert not await gateway.owner.another_takes(SHARED)
     stub(bank)
-    gateway.charon.installs.clear()
-    await gateway.takeover.take({"address": SHARED})
-    rest = asyncio.ensure_future(gateway.takeover.at_rest(60))
-    await asyncio.wait([rest], timeout=0.05)
-    assert not rest.done()
-    gateway.charon.installs.set()
-    await rest
-    assert gateway.takeover._tasks[SHARED].done()
+    await gateway.take()
+    assert bank.posts == {("takeover", SHARED): OWN}
+    assert not await gateway.owner.another_takes(SHARED)
+    await bank.post("takeover", SHARED, OTHER, 60.0)
+    assert await gateway.owner.another_takes(SHARED)
+    assert not await gateway.owner.another_takes("192.0.2.101")
+    bank.away = True
+    with pytest.raises(BankUnavailable):
+        await gateway.owner.another_takes(SHARED)
 
 
 async def test_a_second_trigger_of_one_takeover_changes_nothing() -> None:

@@ -202,8 +202,8 @@ class GatewayRole:
                 self._moving,
             )
             taking = [bank_keys.posted_key(bank_keys.TAKEOVER_KIND, one) for one in sorted(config.takeover.addresses)]
-            looks = self._shared.look_soon
-            events.follow(bank_keys.TAKEOVER, lambda _: looks(), *taking)
+            announced = self._shared.announced
+            events.follow(bank_keys.TAKEOVER, lambda it: announced(it.key.removeprefix(bank_keys.TAKEOVER)), *taking)
         followers = BankFollowers(
             prefetch, failover, self._reconciler, self._elsewhere, lock_out, around.rotation, self._shared
         )

@@ -135,6 +135,12 @@ class SessionOwner:
         with contextlib.suppress(BankUnavailable):
             await self._bank.post(bank_keys.TAKEOVER_KIND, address, self.address, ANNOUNCED_SECONDS)
 
+    async def another_takes(self, address: str) -> bool:
+        """Whether the gateway that said last that it takes sessions at an address is another one. Raises
+        BankUnavailable."""
+        said = await self._bank.posted(bank_keys.TAKEOVER_KIND, address)
+        return said is not None and said != self.address.encode()
+
     # being the owner
 
     def own_request(self, sa: IkeSa) -> None:

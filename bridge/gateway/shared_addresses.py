@@ -41,6 +41,8 @@ log = structlog.get_logger()
 
 LOOK_SECONDS: Final = 5.0
 """between two looks at the addresses of this host: news of the kernel may be lost"""
+PAUSE_SECONDS: Final = 1.0
+"""between two looks at its sessions, at least"""
 
 
 class SharedAddresses:
@@ -84,6 +86,11 @@ class SharedAddresses:
             address: asyncio.Queue() for address in config.takeover.addresses
         }
         self._looking = asyncio.Event()
+        self._announced: set[str] = set()
+        """addresses at which a gateway, possibly this one, said that it takes sessions"""
+        self._news = asyncio.Event()
+        self._later: asyncio.TimerHandle | None = None
+        """the look because of what this gateway said itself"""
         self._contested: set[str] = set()
         """addresses that are here, and that another gateway took sessions at"""
         self._tasks: list[asyncio.Task[None]] = []
@@ -111,12 +118,20 @@ class SharedAddresses:
                 self._changed(address, True)
             self._tasks += [spawn(f"follow {address}", self._follow(address)) for address in self._turns]
             self._tasks.append(spawn("shared-addresses-look", self._look()))
-        self._tasks.append(spawn("shared-sessions", self._look_at_sessions()))
+        self._tasks += [
+            spawn("shared-sessions", self._look_at_sessions()),
+            spawn("shared-sessions-news", self._hear()),
+        ]
         stack.push_async_callback(end, *self._tasks)
 
     def look_soon(self) -> None:
         """Another gateway may have taken sessions that are here."""
         self._looking.set()
+
+    def announced(self, address: str) -> None:
+        """A gateway said that it takes sessions at an address: this one also gets the news of each batch of its own."""
+        self._announced.add(address)
+        self._news.set()
 
     async def foreign(self, infos: list[SaInfo]) -> list[SaInfo] | None:
         """See Takeover.foreign; None where the bank does not answer."""
@@ -193,13 +208,32 @@ class SharedAddresses:
             self._contested.add(address)
             self.look_soon()
 
+    async def _hear(self) -> None:
+        """Look at once because of another gateway, and seldom because of this one: it looks at all its sessions, and
+        takes each batch of many over."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            addresses, self._announced = self._announced, set()
+            try:
+                others = [one for one in sorted(addresses) if await self.owner.another_takes(one)]
+            except BankUnavailable:
+                others = sorted(addresses)
+            if others:
+                self.look_soon()
+            elif self._later is None:
+                # what another gateway said just before may have been replaced
+                self._later = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_later)
+
+    def _look_later(self) -> None:
+        self._later = None
+        self.look_soon()
+
     async def _look_at_sessions(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS if self._contested else None):
                     await self._looking.wait()
-            # this gateway also learns of each batch that it takes over itself
-            await self.takeover.at_rest(LOOK_SECONDS)
             self._looking.clear()
             try:
                 await self.owner.look()
@@ -207,7 +241,7 @@ class SharedAddresses:
                     await self._take_back(address)
             except BankUnavailable as error:
                 log.info("owners-not-read", reason=str(error))
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def _take_back(self, address: str) -> None:
         """Sessions at an address that this gateway has were taken by another one. It may not have them any more."""

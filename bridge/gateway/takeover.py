@@ -190,11 +190,6 @@ class Takeover:
             seconds=round(run.ended - run.began, 3),
         )
 
-    async def at_rest(self, seconds: float) -> None:
-        """Until no session is being installed, for so many seconds at most."""
-        if tasks := [task for task in self._tasks.values() if not task.done()]:
-            await asyncio.wait(tasks, timeout=seconds)
-
     async def progress(self, request: dict[str, Any]) -> dict[str, Any]:
         """Control command: how far the last takeover of `address` is."""
         address = canonical_address(str(request["address"]))
