@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from bridge.cli.main import cli
 from bridge.lab.sidecar import program
+from bridge.service import control
 from test_man import builder
 
 COMMANDS = builder().all_commands()
@@ -101,6 +102,29 @@ def test_a_sidecar_that_does_not_run_is_one_line_with_exit_status_1(tmp_path: Pa
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"ike-sa-sync: {tmp_path}/none.sock: the sidecar does not answer")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", [None, "compiled"])
+def test_status_of_a_sidecar_that_an_update_has_not_restarted_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str | None
+) -> None:
+    """One of release 0.1 sends no `code`."""
+
+    async def answer(*_: object) -> control.Answer:
+        charon = {"reachable": True, "release": "5.9.8", "ha_version": 5, "ha_plugin": True}
+        bank = {"reachable": True, "stubs": 0, "pending": 0, "banks": []}
+        told = {"role": "gateway", "time": 0, "charon": charon, "bank": bank, "unconfirmed": 0, "sas": []}
+        return told | {"counters": {}} | ({"code": form} if form else {})
+
+    monkeypatch.setattr(control, "call", answer)
+    file = tmp_path / "gateway.yaml"
+    file.write_text("")
+    done = CliRunner().invoke(cli, ["status", "-c", str(file)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert [line.split() for line in done.output.splitlines() if line.startswith("code")] == (
+        [["code", form]] if form else []
+    )
+    assert "bank        reachable, 0 stubs, 0 changes waiting" in done.output
 
 
 def test_errors_of_the_lab_look_like_all_others() -> None:

@@ -68,8 +68,8 @@ def test_a_prometheus_has_the_example_the_alerts_and_a_gateway(clients: Clients,
     (shared / "monitoring").symlink_to(ROOT / "monitoring")
     # its own, as the files of another host have the machine's
     gw1.run("mount", "--bind", str(files), "/etc/prometheus")
-    command = BLOCKS["Order of the roll-out 5"].replace(SHARED, f"{shared}/")
-    assert "SUCCESS" in gw1.run("sh", "-euc", command).stdout
+    default = "global: {}"
+    (files / "prometheus.yml").write_text(default)
     with (tmp_path / "log").open("w") as log:
         prometheus = gw1.popen(
             "prometheus",
@@ -79,7 +79,19 @@ def test_a_prometheus_has_the_example_the_alerts_and_a_gateway(clients: Clients,
             stdout=log,
             stderr=log,
         )
+    # the package has its configuration, and its unit does this to reload
+    standing_in(
+        tmp_path / "bin",
+        {
+            "apt-get install prometheus": f"echo '{default}' >/etc/prometheus/prometheus.yml",
+            "systemctl reload prometheus": f"kill -HUP {prometheus.pid}",
+        },
+    )
     try:
+        ready = ("promtool", "query", "instant", "http://127.0.0.1:9090", "vector(1)")
+        wait_until(lambda: gw1.run(*ready, check=False).returncode == 0, "a Prometheus, as apt starts it", 120)
+        command = BLOCKS["Order of the roll-out 5"].replace(SHARED, f"{shared}/")
+        assert "SUCCESS" in gw1.run("sh", "-euc", f"PATH={tmp_path / 'bin'}:$PATH\n{command}").stdout
         query = ("promtool", "query", "instant", "http://127.0.0.1:9090", 'up{role="gateway"} == 1')
         wait_until(lambda: "127.0.0.1:9470" in gw1.run(*query, check=False).stdout, "the gateway, scraped", 120)
         answer = gw1.run(sys.executable, "-c", GET, "http://127.0.0.1:9090/api/v1/rules").stdout
@@ -91,6 +103,15 @@ def test_a_prometheus_has_the_example_the_alerts_and_a_gateway(clients: Clients,
     alerts = {rule["alert"] for group in written["groups"] for rule in group["rules"] if "alert" in rule}
     assert alerts <= loaded
     assert len(alerts) > 10
+
+
+def standing_in(folder: Path, commands: dict[str, str]) -> None:
+    """Programs for a PATH that take one command line each, and do something else in its place."""
+    folder.mkdir()
+    for command, does in commands.items():
+        name, _, arguments = command.partition(" ")
+        (folder / name).write_text(f'#!/bin/sh -eu\n[ "$*" = "{arguments}" ]\n{does}\n')
+        (folder / name).chmod(0o755)
 
 
 @pytest.fixture(scope="module")

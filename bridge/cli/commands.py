@@ -171,7 +171,9 @@ def status(path: str | None, as_json: bool) -> None:
     if charon["reachable"]:
         reach += f", ha version {charon['ha_version']}" if charon["ha_plugin"] else ", ha plugin MISSING"
     click.echo(f"charon      {reach}")
-    click.echo(f"code        {answer['code']}")
+    if "code" in answer:
+        # a sidecar of an earlier version, which an update has not restarted yet, does not say it
+        click.echo(f"code        {answer['code']}")
     if "bank" in answer:
         bank = answer["bank"]
         click.echo(

@@ -29,9 +29,9 @@ class Unpacked(NamedTuple):
         return CACHE / self.name
 
     def program(self, path: str) -> list[str]:
-        """The command line of one of its programs (`/usr/sbin/...`), without arguments. LabError while it is not
-        installed."""
-        if machine() == RELEASE:
+        """The command line of one of its programs (`/usr/sbin/...`), without arguments: of the machine's package where
+        that is the same one and is installed. LabError while neither is."""
+        if machine() == RELEASE and Path(path).exists():
             return [path]
         # with the C library that it was built for
         loader = next(self.directory.glob("usr/lib/*/ld-linux*.so.?"), None)
