@@ -96,7 +96,7 @@ $(VENV)/.releases: $(VENV)/.project
 dist: $(VENV)/.build ## what pip installs: the source and two wheels, one of them compiled, into dist/; the same octets each time
 	@mkdir -p $(DIST)
 	@export SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)}; \
-		{ $(BUILD) --outdir $(DIST) && IKE_SA_SYNC_COMPILE=1 $(BUILD) --wheel --outdir $(DIST); } \
+		{ IKE_SA_SYNC_COMPILE= $(BUILD) --outdir $(DIST) && IKE_SA_SYNC_COMPILE=1 $(BUILD) --wheel --outdir $(DIST); } \
 		>$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@ls $(DIST)/*.whl $(DIST)/*.tar.gz
 

@@ -12,9 +12,12 @@ from click.testing import CliRunner
 from bridge.bench.aims import BANK_RATES, aims
 from bridge.bench.cli import bench
 from bridge.bench.report import SECTIONS
+from bridge.bench.usage import machine
+from bridge.service.process import code
 
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED = sorted(DOCS.glob("bench/*.json"))
+NAMES = [file.stem for file in MEASURED]
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def test_the_projects_performance_page_and_plots_are_those_of_its_results(copy: 
         assert (copy / "bench" / plot).read_text() == (DOCS / "bench" / plot).read_text()
 
 
-@pytest.mark.parametrize("name", [file.stem for file in MEASURED])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_result_of_an_older_version_is_named_with_the_command_that_measures_it(copy: Path, name: str) -> None:
     file = copy / "bench" / f"{name}.json"
     measured = json.loads(file.read_text())
@@ -62,6 +65,49 @@ def test_the_cost_of_forward_secrecy_is_that_of_the_same_resumption_with_it(copy
     assert CliRunner().invoke(bench, ["report", "--docs", str(copy)]).exit_code == 0
     page = (copy / "performance.md").read_text()
     assert "costs the gateway 0.11 ms of CPU more a resumption (0.75 ms against 0.64, 90 in parallel)" in page
+
+
+PURE, COMPILED = "pure Python", "compiled"
+
+
+@pytest.mark.parametrize(
+    ("forms", "said"),
+    [
+        ({}, "All other figures on this page are of pure Python."),
+        (dict.fromkeys(NAMES, PURE), "All other figures on this page are of pure Python."),
+        (dict.fromkeys(NAMES, COMPILED), "All other figures on this page are of compiled code."),
+        (
+            {"storm": COMPILED, "bank": COMPILED, "growth": PURE},
+            "All other figures on this page are of pure Python, but for those of storm, bank, which are of compiled "
+            "code.",
+        ),
+        (
+            dict.fromkeys(NAMES, COMPILED) | {"growth": PURE},
+            "All other figures on this page are of compiled code, but for those of growth, which are of pure Python.",
+        ),
+    ],
+    ids=["not recorded", "pure", "compiled", "two compiled", "one pure"],
+)
+def test_the_page_says_which_form_of_the_code_each_result_is_of(copy: Path, forms: dict[str, str], said: str) -> None:
+    places = where_taken(DOCS / "performance.md")
+    for name, form in forms.items():
+        file = copy / "bench" / f"{name}.json"
+        measured = json.loads(file.read_text())
+        measured["machine"]["code"] = form
+        file.write_text(json.dumps(measured))
+    assert CliRunner().invoke(bench, ["report", "--docs", str(copy)]).exit_code == 0
+    page = copy / "performance.md"
+    assert said in page.read_text()
+    # the same machine, whatever runs on it
+    assert where_taken(page) == places
+
+
+def where_taken(page: Path) -> list[str]:
+    return [line for line in page.read_text().splitlines() if line.startswith(("Taken ", "Measured "))]
+
+
+def test_a_result_records_the_form_of_the_code_as_status_says_it() -> None:
+    assert machine()["code"] == code()
 
 
 def test_without_results_it_says_how_to_get_some(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bridge.bench import bank, flood, outage, sizing, takeover
+from bridge.bench import bank, compiled, flood, outage, sizing, takeover
 from bridge.bench.aims import aims
 from bridge.bench.plot import bars
 
@@ -56,21 +56,6 @@ CPU of a resumption, and not of its latency, but for clients that begin with CRE
 connection, and while 256 clients wait for an answer: then charon confirms, which is less work for the sidecar. charon
 walks its whole IKE_SA table at each activation: with `ikesa_table_size = 65536` an empty one took 4 ms of CPU for one
 resumption, with 4096 a third of that.
-"""
-
-COMPILED = """\
-## Compiled
-
-`make dist` makes two wheels, one of pure Python and one for this machine's Python, in which mypyc has compiled what a
-packet passes on its way to the answer (the list: pyproject.toml). The Debian package has the second; `pip install .`
-compiles nothing unless `IKE_SA_SYNC_COMPILE=1` is set. `ike-sa-sync status` says which one runs (`code`). Storms of
-3,000, both forms in turn, three times each on a machine with other work (load 14): the sidecar's CPU each was 344, 358
-and 361 µs compiled, and 391, 390 and 407 µs in pure Python: 11 % less; resumptions a second 1,515 to 1,735, and 1,258
-to 1,437. One alone gains nothing, since cold caches rule there. All other figures on this page are of pure Python.
-
-With all 34 modules of the path compiled, `HaChannel`, `Installer`, `Unconfirmed`, `StubLookup` and `IkeSa` too, it was
-11 % as well: these stay as they are, so that tests can put others in their place, and an IKE_SA small. The classes of
-msgspec stay too: mypyc ignores what a class statement says to it, so that a compiled one has no hash.
 """
 
 
@@ -362,14 +347,15 @@ def render(reports: dict[str, dict[str, Any]]) -> tuple[str, dict[str, str]]:
         # under the heading
         title, _, rest = text.partition("\n")
         # the bank's has no lab, and does not name strongSwan
-        here = report["machine"].items() <= head["machine"].items()
+        here = compiled.machine_alone(report).items() <= head["machine"].items()
         texts.append(f"{title}\n\nTaken {report['date']}{'' if here else elsewhere}.\n{rest}")
     goals = "## What was aimed at\n\n" + aimed_at(reports)
     found = sizing.lines({name: report["result"] for name, report in reports.items()})
     size = f"## For sizing\n\nFor {sizing.SESSIONS:,} sessions of a gateway:\n\n" + table(
         ["", "", "from `bench`"], list(found)
     )
-    return "\n".join([INTRODUCTION.format(machine=about), goals, *texts, PRICE, COMPILED, size]), plots
+    sections = [INTRODUCTION.format(machine=about), goals, *texts, PRICE, compiled.section(reports), size]
+    return "\n".join(sections), plots
 
 
 def aimed_at(reports: dict[str, dict[str, Any]]) -> str:

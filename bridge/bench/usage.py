@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.lab.host import Host
+from bridge.service.process import code
 
 NANOSECONDS = 1e9
 
@@ -83,6 +84,7 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "redis": version.split("v=")[1].split()[0],
+        "code": code(),
     }
 
 
