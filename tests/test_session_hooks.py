@@ -539,6 +539,78 @@ def test_an_end_that_the_program_was_not_told_is_reported_by_the_next_sidecar(no
     assert restarted(notes, nothing) == []
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_end_at_a_failed_gateway_is_reported_by_the_next_sidecar_if_the_program_had_not_run(
+    notes: Path, *, waits: bool
+) -> None:
+    old = stub_of(gateway=GATEWAY)
+
+    async def first(gateway: Gateway) -> None:
+        sa = sa_of(stub_of(gateway=HERE))
+        sa.adopted = True
+        gateway.tracker.sas[sa.id.spis] = sa
+        gateway.failed.add(GATEWAY)
+        gateway.hooks.resumed(sa, old)
+        await until(lambda: len(gateway.hooks) == (2 if waits else 1) and (notes.parent / "runs").exists())
+        await gateway.hooks._journal.write()
+
+    # of the same virtual IP: the end at the gateway before waits for the beginning here, or runs
+    blocked = "*resumed-here*" if waits else "*gateway-failed*"
+    script = (
+        f"event=$(cat); case $event in {blocked}) >{notes.parent}/runs; exec sleep 100;; esac; echo $event >>$NOTES"
+    )
+    events = restarted(notes, first, killed=True, script=script)
+    [over] = [event for event in events if event["gateway"] == GATEWAY]
+    assert (over["event"], over["session"], over["reason"]) == ("ended", str(old.index), "gateway-failed")
+    assert (over["virtual_ips"], over["octets_in"], over["to"]) == (list(old.remote_vips), None, None)
+    assert [event["event"] for event in events if event["gateway"] == HERE] == ["ended"]
+    # and only once
+    assert restarted(notes, nothing) == []
+
+
+def test_the_end_at_a_failed_gateway_that_the_program_took_is_not_reported_again(notes: Path) -> None:
+    async def first(gateway: Gateway) -> None:
+        sa = sa_of(stub_of(gateway=HERE))
+        sa.adopted = True
+        gateway.tracker.sas[sa.id.spis] = sa
+        gateway.failed.add(GATEWAY)
+        gateway.hooks.resumed(sa, stub_of(gateway=GATEWAY))
+        await until(lambda: not len(gateway.hooks) and len(gateway.events()) == 2)
+        await gateway.hooks._journal.write()
+
+    assert {event["gateway"] for event in restarted(notes, first, killed=True)} == {HERE}
+
+
+@pytest.mark.parametrize("rekeyed", [False, True])
+def test_a_session_whose_virtual_ip_becomes_known_later_ends_after_it_began_and_leaves_nothing_open(
+    notes: Path, *, rekeyed: bool
+) -> None:
+    async def first(gateway: Gateway) -> None:
+        sa = gateway.handshake(msgspec.structs.replace(stub_of(gateway=HERE), remote_vips=()))
+        # what came before it under its name
+        held = asyncio.Event()
+
+        async def before() -> None:
+            await held.wait()
+
+        assert gateway.hooks._program is not None
+        gateway.hooks._program.call(name(sa), Call("earlier", lambda: {"event": "earlier", "session": ""}, before))
+        await until(lambda: len(gateway.hooks) == 2)
+        if rekeyed:
+            old, sa = sa, gateway.rekey(sa)
+            gateway.end(old)
+        sa.remote_vips = ("10.20.0.9",)
+        gateway.end(sa)
+        await until(lambda: len(gateway.hooks) == 3 or bool(gateway.events()))
+        held.set()
+        await until(lambda: not len(gateway.hooks) and len(gateway.events()) == 3)
+        assert [event for event, _ in gateway.told()] == ["earlier", "established", "ended"]
+        assert gateway.events()[-1]["virtual_ips"] == ["10.20.0.9"]
+        await gateway.hooks._journal.write()
+
+    assert restarted(notes, first, killed=True) == []
+
+
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_beginning_that_the_program_had_not_taken_is_reported_again_while_the_session_is_there(
     notes: Path, *, goes_on: bool

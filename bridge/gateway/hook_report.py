@@ -54,24 +54,30 @@ class HookReport:
         to = session.to if event is SessionEvent.MOVED_AWAY else None
         call = self._call(event, facts, octets=session.octets.both, to=to, reason=reason, own=sa.id.spis)
         name = session.name.text
+        session.key = session.key or _key(facts)
         if over:
-            self._end(name, facts, call)
+            self._end(session.key, name, call)
         else:
             begin, told = partial(self._journal.begin, name, facts), partial(self._journal.told, name, facts)
-            self._program.call(_key(facts), call._replace(before=begin, after=told))
+            self._program.call(session.key, call._replace(before=begin, after=told))
 
     def lost(self, previous: Name, old: Stub) -> None:
         """A session of a gateway that failed went on here: that gateway reports no end of it."""
         facts = {**_facts(previous, old.spi_i + old.spi_r, old, old.children), "previous": None}
-        self._program.call(_key(facts), self._call(SessionEvent.ENDED, facts, reason="gateway-failed"))
+        reason = "gateway-failed"
+        # no other sidecar will tell of it, should this one be killed before the program has run
+        self._journal.add(previous.text, {**facts, "reason": reason})
+        call = self._call(SessionEvent.ENDED, facts, reason=reason)
+        self._end(_key(facts), previous.text, call._replace(before=self._journal.write))
 
     def unseen(self, name: str, facts: Mapping[str, Any]) -> None:
-        """A session ended while no sidecar ran."""
-        self._end(name, facts, self._call(SessionEvent.ENDED, facts, reason="sidecar-was-away"))
+        """A session ended while no sidecar ran, or the sidecar before this one was about to tell of its end."""
+        reason = facts.get("reason") or "sidecar-was-away"
+        self._end(_key(facts), name, self._call(SessionEvent.ENDED, facts, reason=reason))
 
-    def _end(self, name: str, facts: Mapping[str, Any], call: Call) -> None:
+    def _end(self, key: str, name: str, call: Call) -> None:
         self._journal.ending(name)
-        self._program.call(_key(facts), call._replace(after=partial(self._journal.ended, name)))
+        self._program.call(key, call._replace(after=partial(self._journal.ended, name)))
 
     def _call(
         self,

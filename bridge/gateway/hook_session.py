@@ -80,6 +80,8 @@ class Session:
         """tells of its beginning, a moment later"""
         self.told = False
         """of its beginning"""
+        self.key = ""
+        """of its first event, by which its events are in order: its virtual IP may become known later"""
         self.down = asyncio.Event()
         """VICI has reported the end of its IKE_SA"""
         self.counted = asyncio.Event()

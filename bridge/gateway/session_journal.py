@@ -3,7 +3,8 @@
 A session may end while no sidecar runs. The sidecar that starts then reports the end, or the firewall would keep the
 session's addresses, and its account would stay open. A sidecar may be killed at any moment: the beginning is in the
 file before the program is called, and the end once the program has run. So each of them is reported once, or twice
-where the sidecar was killed in between.
+where the sidecar was killed in between. Of a session of a failed gateway, which has its end reported here alone, the
+file has the facts with a "reason" from when the failure is known.
 
 The file has a JSON object a line: what a session's first event said, with `"told": false`, then `{"told": NAME}` and
 `{"ended": NAME}`. No keys are in it.
@@ -84,11 +85,16 @@ class SessionJournal:
     async def begin(self, name: str, facts: Mapping[str, Any]) -> None:
         """The program is about to be told of a session: that is in the file, where it can be written, when this
         returns."""
+        self.add(name, facts)
+        if not self._failed:
+            await self.write()
+
+    def add(self, name: str, facts: Mapping[str, Any]) -> None:
+        """The same, in the file with the next write. With a `reason` among the facts it is a session of which the
+        program is to be told its end alone, with that reason."""
         self._untold.discard(name)
         self._open[name] = msgspec.json.encode({**facts, "told": False})
         self._unwritten.append(self._open[name])
-        if not self._failed:
-            await self.write()
 
     def told(self, name: str, facts: Mapping[str, Any]) -> None:
         """The program was told of a session."""
