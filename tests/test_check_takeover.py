@@ -23,13 +23,19 @@ GW = ConnectionInfo("gw", 14400, 0, ())
 def found(tmp_path: Path):  # type: ignore[no-untyped-def]
     """Runs the check with these files and addresses."""
 
-    def run(mobike: str = "no", local: tuple[str, ...] = (), interface: int = 2, vrrp: str = "") -> list[Finding]:
+    def run(
+        mobike: str = "no",
+        local: tuple[str, ...] = (),
+        interface: int = 2,
+        vrrp: str = "",
+        config: GatewayConfig = CONFIG,
+    ) -> list[Finding]:
         conf, keepalived = tmp_path / "swanctl.conf", tmp_path / "keepalived.conf"
         conf.write_text(f"connections {{ gw {{\n mobike = {mobike}\n }} }}\n" if mobike else "connections { gw { } }\n")
         keepalived.write_text(vrrp)
         connection = GW._replace(local_addresses=local)
         return takeover(
-            CONFIG,
+            config,
             {"gw": connection},
             proposals=ChildProposals(conf, tmp_path / "ipsec.conf"),
             present={SHARED: interface},
@@ -76,6 +82,27 @@ def test_intervals_that_vrrp_rounds_are_named(found) -> None:  # type: ignore[no
     assert (finding.grade, "advert_int" in finding.text) == (Grade.WARN, True)
     assert grades(found(vrrp=rounded.replace("advert_int 0.3", "advert_int 1"))) == [Grade.OK]
     assert grades(found(vrrp="global_defs { vrrp_version 3 }\n" + rounded)) == [Grade.OK]
+
+
+def test_an_instance_of_ipv6_is_rounded_by_no_version(found) -> None:  # type: ignore[no-untyped-def]
+    vrrp = shipped_files.path("strongswan-conf/keepalived/keepalived.conf").read_text().replace("    version 3\n", "")
+    more = (
+        "    unicast_src_ip 192.168.50.1\n    unicast_peer {\n        192.168.50.2\n    }\n"
+        "    virtual_ipaddress_excluded {\n        192.168.50.101/24\n    }\n"
+        "    virtual_routes {\n        10.20.0.0/16 via 192.168.50.9\n    }\n    garp_master_delay"
+    )
+    ipv6 = vrrp.replace("        192.168.50.100/24", "        fe80::1/64\n        fd50::100/64")
+    assert ipv6 != vrrp
+    ipv6 = ipv6.replace("    garp_master_delay", more)
+    of_both = replace(CONFIG, takeover=TakeoverConfig(addresses=(SHARED, "fd50::100")))
+    assert grades(found(vrrp=ipv6, config=of_both)) == [Grade.OK]
+    # one that preempts as well is found
+    assert grades(found(vrrp=ipv6.replace("    nopreempt\n", ""), config=of_both)) == [Grade.FAIL]
+    [finding] = found(vrrp=vrrp.replace("    garp_master_delay", more))
+    assert "advert_int" in finding.text
+    # the address is on one line with others, or the first of several
+    [finding] = found(vrrp=vrrp.replace("192.168.50.100/24", "192.168.50.100/24 dev eth0 label eth0:1"))
+    assert "advert_int" in finding.text
 
 
 def test_nothing_is_said_where_no_address_is_shared() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Final
 
+from bridge.check.braces import blocks
 from bridge.check.finding import Finding, ok, warn
 from bridge.check.proxy_arp import without_proxy
 from bridge.check.udp import process_name
@@ -16,13 +19,11 @@ from bridge.net.neighbour import Connected, connected_networks
 
 TABLE = "220"
 """the routing table that charon puts its routes into"""
-DAEMONS = {
-    "bird": ("/etc/bird/bird.conf", (f"kernel table {TABLE}",)),
-    "zebra": ("/etc/frr/frr.conf", (f"import-table {TABLE}", f"table-direct {TABLE}")),
-}
-"""routing daemons: their configuration, and what is in it where they take in that table"""
+DAEMONS = {"bird": "/etc/bird/bird.conf", "zebra": "/etc/frr/frr.conf"}
+"""routing daemons, and their configuration"""
 CHOOSES = {"bird": "-c", "zebra": "-f"}
 """the option that names another configuration"""
+_KERNEL: Final = re.compile(r"\b(?:protocol|template)\s+kernel\b(?P<name>[^{};]*)\{")
 FIX = (
     "have BIRD or FRR announce table 220 (strongswan-conf/network/), or say how it is done: "
     "network.return_path: routed, announced or external (docs/network.md)"
@@ -40,8 +41,11 @@ def return_path(config: GatewayConfig, pools: Iterable[Pool]) -> list[Finding]:
     foreign = [pool for pool in every if not _is_connected(pool, networks)]
     if not foreign:
         return [ok("return path", "the pools are of connected networks: the sidecar announces their addresses")]
-    if (daemon := exporting(_daemons())) is not None:
-        return [ok("return path", f"{daemon} takes in table {TABLE}, where charon has its clients' routes")]
+    takers = exporting(_daemons())
+    if all(_family(pool) in takers for pool in foreign):
+        names = " and ".join(sorted({takers[_family(pool)] for pool in foreign}))
+        return [ok("return path", f"{names} takes in table {TABLE}, where charon has its clients' routes")]
+    foreign = [pool for pool in foreign if _family(pool) not in takers]
     foreign = without_proxy(foreign)
     if not foreign:
         return [ok("return path", "this host answers for the pools by proxy ARP or proxy neighbour discovery")]
@@ -55,16 +59,51 @@ def _is_connected(pool: Pool, networks: Iterable[Connected]) -> bool:
     return any(first in network and first + max(pool.size - 1, 0) in network for _, network in networks)
 
 
-def exporting(daemons: Iterable[tuple[str, Path]]) -> str | None:
-    """Of routing daemons with their configurations, one that takes in charon's table."""
+def _family(pool: Pool) -> int:
+    return ip_address(pool.base).version
+
+
+def exporting(daemons: Iterable[tuple[str, Path]]) -> dict[int, str]:
+    """The address families (4, 6) whose routes in charon's table a routing daemon takes in, with its name; `daemons`
+    are those that run, with their configurations."""
+    takers: dict[int, str] = {}
     for name, file in daemons:
         try:
-            text = " ".join(file.read_text(errors="replace").split())
+            text = file.read_text(errors="replace")
         except OSError:
             continue
-        if any(words in text for words in DAEMONS[name][1]):
-            return name
-    return None
+        for family in READERS[name](text):
+            takers.setdefault(family, name)
+    return takers
+
+
+def _taken_by_bird(text: str) -> Iterator[int]:
+    """Each protocol of kernel routes has a table, and a channel for its address family."""
+    text = re.sub(r"/\*.*?\*/|#[^\n]*", " ", text, flags=re.DOTALL)
+    for protocol in blocks(_KERNEL, text):
+        if re.search(rf"\bkernel\s+table\s+{TABLE}\s*;", protocol.body):
+            # one without a channel is of BIRD 1, which is of IPv4 under this name
+            yield from {int(family) for family in re.findall(r"\bipv([46])\b", protocol.body)} or {4}
+
+
+def _taken_by_frr(text: str) -> Iterator[int]:
+    """A line each; what redistributes a table does so for the address family that it stands in."""
+    family: int | None = None
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] == ["router"]:
+            family = 6 if words[1:2] == ["ospf6"] else 4
+        elif words[:1] == ["address-family"]:
+            family = {"ipv4": 4, "ipv6": 6}.get(words[1]) if words[2:] in ([], ["unicast"]) else None
+        elif words[:1] == ["exit-address-family"]:
+            family = 4
+        elif words[:3] == ["ip", "import-table", TABLE]:
+            yield 4
+        elif words[:3] == ["redistribute", "table-direct", TABLE] and family is not None:
+            yield family
+
+
+READERS: Final[Mapping[str, Callable[[str], Iterator[int]]]] = {"bird": _taken_by_bird, "zebra": _taken_by_frr}
 
 
 def _daemons() -> Iterator[tuple[str, Path]]:
@@ -80,4 +119,4 @@ def _daemons() -> Iterator[tuple[str, Path]]:
         except OSError:
             continue
         option = CHOOSES[name]
-        yield name, Path(words[words.index(option) + 1] if option in words[:-1] else DAEMONS[name][0])
+        yield name, Path(words[words.index(option) + 1] if option in words[:-1] else DAEMONS[name])

@@ -12,6 +12,7 @@ from typing import Final
 
 from bridge.charon.conf_parser import ChildProposals
 from bridge.charon.vici_types import ConnectionInfo
+from bridge.check.braces import blocks
 from bridge.check.finding import Finding, fail, ok, warn
 from bridge.config import GatewayConfig
 from bridge.net import address_watch
@@ -20,7 +21,8 @@ KEEPALIVED: Final = Path("/etc/keepalived/keepalived.conf")
 LOOPBACK: Final = 1
 """index of lo"""
 _NO: Final = ("no", "0", "false", "disabled")
-_INSTANCE: Final = re.compile(r"vrrp_instance\s+(?P<name>\S+)\s*\{")
+_INSTANCE: Final = re.compile(r"\bvrrp_instance\s+(?P<name>\S+)\s*\{")
+_ADDRESSES: Final = re.compile(r"\b(?P<name>virtual_ipaddress)\s*\{")
 
 
 def takeover(
@@ -97,7 +99,7 @@ def _vrrp(shared: Iterable[str], path: Path) -> list[Finding]:
     except OSError:
         return []
     findings = []
-    for name, body in _instances(text):
+    for name, body in blocks(_INSTANCE, text):
         words = body.split()
         if not _has(words, shared):
             continue
@@ -137,8 +139,15 @@ def _is_rounded(text: str, body: str) -> bool:
         interval is not None
         and not float(interval[1]).is_integer()
         and (version is None or version[1] != "3")
-        and any("." in word and _address(word) is not None for word in body.split())
+        and any("." in word and _address(word) is not None for word in _virtual(body))
     )
+
+
+def _virtual(body: str) -> Iterator[str]:
+    """The words of an instance's virtual_ipaddress. An instance with IPv4 addresses there is one of IPv4; other
+    addresses (unicast_src_ip, virtual_ipaddress_excluded, routes) say nothing of its version."""
+    for block in blocks(_ADDRESSES, body):
+        yield from block.body.split()
 
 
 def _has(words: Iterable[str], shared: Iterable[str]) -> bool:
@@ -150,13 +159,3 @@ def _address(word: str) -> str | None:
         return str(ip_interface(word).ip)
     except ValueError:
         return None
-
-
-def _instances(text: str) -> Iterator[tuple[str, str]]:
-    """The name and the text of each vrrp_instance."""
-    for match in _INSTANCE.finditer(text):
-        depth, at = 1, match.end()
-        while at < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            at += 1
-        yield match["name"], text[match.end() : at - 1]
