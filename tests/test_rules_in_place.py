@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import structlog
 
 from bridge.charon.ha_rules import HaRules
 from bridge.config import HaConfig
@@ -170,6 +171,50 @@ async def test_rules_that_are_put_back_while_the_watch_ends_are_set_by_then(monk
     await ending
     watch.remove()
     assert happened == ["set", "removed"]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["cancelled", "cancelled-twice"])
+@pytest.mark.parametrize("known", [True, False], ids=["no-rules", "defect"])
+async def test_an_error_that_comes_after_the_cancellation_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, *, again: bool, known: bool
+) -> None:
+    """Nobody would know that the rules are not there, nor of a defect."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def install(*_: object, **__: object) -> Placed:
+        begun.set()
+        go_on.wait()
+        raise RulesError("it is locked") if known else ZeroDivisionError
+
+    monkeypatch.setattr(firewall, "install", install)
+    watch = RulesWatch("ha", rules(("127.0.0.1", "127.0.0.2"), 4510), "auto")
+    watch.in_place = True
+    placing = asyncio.ensure_future(watch.place_aside())
+    await asyncio.to_thread(begun.wait)
+    with structlog.testing.capture_logs() as events:
+        placing.cancel()
+        await asyncio.wait([placing], timeout=0)
+        if again:
+            placing.cancel()
+            await asyncio.wait([placing], timeout=0)
+        assert not placing.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError if known else ZeroDivisionError):
+            await placing
+    told = [(event["event"], event["rules"], event["reason"]) for event in events]
+    assert told == ([("rules-not-restored", "ha", "it is locked")] if known else [])
+    assert watch.in_place is not known
+
+
+async def test_an_error_without_a_cancellation_is_its_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def install(*_: object, **__: object) -> Placed:
+        raise RulesError("it is locked")
+
+    monkeypatch.setattr(firewall, "install", install)
+    watch = RulesWatch("ha", rules(("127.0.0.1", "127.0.0.2"), 4510), "auto")
+    with structlog.testing.capture_logs() as events, pytest.raises(RulesError):
+        await watch.place_aside()
+    assert events == []
 
 
 async def test_the_event_loop_goes_on_while_rules_are_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,14 +66,21 @@ class RulesWatch:
 
     async def place_aside(self) -> None:
         """The same in a thread, while the event loop goes on. No thread can be cancelled: the caller, if it is, waits,
-        or the rules would be set after what it does next. Raises RulesError."""
+        or the rules would be set after what it does next; that they could not be set is in the log then. Raises
+        RulesError."""
         work = asyncio.ensure_future(asyncio.to_thread(self.place))
         try:
             await asyncio.shield(work)
-        finally:
+        except asyncio.CancelledError:
             while not work.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([work])
+            if not work.cancelled() and (error := work.exception()) is not None:
+                if not isinstance(error, RulesError):
+                    raise error from None
+                self._missing()
+                log.error("rules-not-restored", rules=self._about, reason=str(error))
+            raise
 
     def remove(self) -> None:
         """Take them away. Blocks. Raises RulesError."""
