@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from bank_support import GATEWAY, PASSWORD, RedisServer, keyring, shipped_users, stub_of
+from bridge.bank import redis_gateways
 from bridge.bank.interface import BankUnavailable, StubBank
 from bridge.bank.redis_bank import RedisBank
 from bridge.bank.replica import Replica
@@ -170,6 +171,27 @@ async def test_no_number_of_other_members_hides_a_mark_and_they_are_removed(serv
     assert open_mark(sealed, RING) == mark()
     assert server.client.zrange(REVOKED, 0, -1) == [sealed]
     assert bank.spoilt == (0 if kind == "expired" else 12_000)
+    await bank.close()
+
+
+@pytest.mark.redis
+async def test_a_look_that_takes_too_long_is_followed_by_the_next_which_goes_on(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_gateways, "MARKS_SECONDS", 0.0)
+    bank = RedisBank(server.url, RING)
+    server.client.zadd(REVOKED, junk("short", 3_000))
+    await put(bank, mark())
+    revocations = Revocations(bank, RING)
+    left, looks = 3_001, 0
+    while left > 1:
+        # the stamp says that there is more
+        await revocations.look()
+        left, before, looks = server.client.zcard(REVOKED), left, looks + 1
+        assert left < before
+    assert looks > 1
+    await revocations.look()
+    assert revocations.revoked(stub_of())
     await bank.close()
 
 

@@ -20,10 +20,10 @@ from bridge.stub.revocation import is_forged, open_mark
 
 HEX_KEY: Final = re.compile("[0-9a-f]{8}")
 UNIX_SECONDS: Final = re.compile("[0-9]{1,12}")
-MARKS_PAGE: Final = 1_000
+MARKS_PAGE: Final = 256
 """marks of locked-out identities, about, that are read at a time"""
 MARKS_SECONDS: Final = 30.0
-"""that one look at all of them takes at most; what was removed by then, the next one does not meet"""
+"""that one look at all of them takes at most; the next one follows, and does not meet what was removed by then"""
 FOREIGN_MAX: Final = 1_000
 """marks by keys that this gateway lacks: with more of them in the bank, all are removed"""
 FORGET_GATEWAY: Final = 7 * 86_400
@@ -126,7 +126,7 @@ class RedisGateways:
         now, deadline = self._wall(), time.monotonic() + MARKS_SECONDS
         marks: set[bytes] = set()
         foreign: set[bytes] = set()
-        flooded = False
+        flooded = cut = False
         async with aclosing(self._mark_pages()) as pages:
             async for page in pages:
                 junk: list[bytes] = []
@@ -144,12 +144,11 @@ class RedisGateways:
                     junk += foreign
                     foreign.clear()
                 await self._remove_marks(junk, over)
-                if time.monotonic() > deadline:
-                    self._report.key(bank_keys.REVOKED, "it has more members than could be looked at in time")
+                if cut := time.monotonic() > deadline:
                     break
-        if flooded:
+        if flooded or cut:
             with contextlib.suppress(BankUnavailable):
-                # for the gateways that know of one of them
+                # for the gateways that know one of those that were removed; and for the next look
                 await self._redis.pipeline([self._new_stamp()], writing=True)
         return [[*marks, *foreign]]
 
