@@ -23,8 +23,8 @@ from net_support import inside
 INNER = tuple(ipaddress.ip_network(text) for text in ("10.10.0.0/16", "10.20.0.0/16", "fd10:10::/32", "fd20::/32"))
 """the networks behind the gateways, and the clients' virtual IPs"""
 GUARD_UNIT = Path(__file__).parents[1] / "systemd/ike-sa-sync-guard.service"
-INTERVAL = 0.003 * min(SLOWNESS, 3)
-"""seconds between two packets of a socket"""
+INTERVAL = 0.003 * SLOWNESS
+"""seconds between two packets of a socket: as a slow machine takes longer for a move, it has no more to send in one"""
 PORT = 9
 """discard (RFC 863)"""
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD

@@ -125,7 +125,8 @@ def moves(topology: Topology, count: int) -> None:
 
 @pytest.mark.parametrize("children", ["auto", "never"])
 def test_a_planned_move(topology: Topology, children: str) -> None:
-    with agent_with(topology, resume={"children_in_exchange": children}), watched(topology) as link:
+    options = topology.agent.config["resume"] | {"children_in_exchange": children}
+    with agent_with(topology, resume=options), watched(topology) as link:
         moves(topology, 3)
     assert link.clear == []
 

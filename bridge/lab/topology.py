@@ -85,10 +85,10 @@ def gateway_config(address: str, bank: str) -> dict[str, Any]:
         "address": address,
         "vici": "/run/charon.vici",
         "ha": {"listen": "127.0.0.2", "charon": "127.0.0.1", "segments": 16},
-        "bank": {"url": bank, "key_file": BANK_KEY},
+        "bank": {"url": bank, "key_file": BANK_KEY, "get_timeout": 1.0 * SLOWNESS},
         "sync": {"proof": "required", "confirm_timeout": 10, "cookie_threshold": 100},
         # tests decide themselves when a client moves; those of announcements turn it on
-        "failover": {"announce": False},
+        "failover": {"announce": False, "detect": 1.0 * SLOWNESS},
         "state": "/run/ike-sa-sync/state",
         "control": "/run/ike-sa-sync/gateway.sock",
         "metrics": "127.0.0.1:9470",
@@ -103,6 +103,7 @@ def client_config(gateways: Mapping[str, str]) -> dict[str, Any]:
         "control": "/run/ike-sa-sync/client.sock",
         "gateways": [{"address": key, "connection": value} for key, value in gateways.items()],
         "resume_on_down": True,
+        "resume": {"answer_timeout": 4.0 * SLOWNESS},
     }
 
 
