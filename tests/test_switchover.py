@@ -57,7 +57,12 @@ class Client:
             self.charon, vpns_of(CONFIG, lambda: tracker.connections), clock=loop.time, wall=lambda: WALL
         )
         self.switchover = Switchover(
-            self.charon, self.sessions, ResumeConfig(), clock=loop.time, wall=lambda: float(WALL)
+            self.charon,
+            self.sessions,
+            ResumeConfig(),
+            clock=loop.time,
+            wall=lambda: float(WALL),
+            remove_address=self.remove_address,
         )
         self.old = ike_sa("gw1", OLD)
         tracker.adopt(self.old)
@@ -71,6 +76,8 @@ class Client:
         """for each confirmation that was sent, whether charon had the new IKE_SA by then"""
         self.listed: list[SaInfo] = []
         self.ended: list[str] = []
+        self.removed: list[tuple[str, bool]] = []
+        """each address that was taken from the host, and whether charon had the old IKE_SA then"""
         self.seconds = 0.05
         """that the gateway takes to answer a confirmation"""
 
@@ -91,8 +98,8 @@ class Client:
         if not self.initiates:
             raise ViciError("the gateway does not answer")
 
-    async def list_sas(self, connection: str) -> list[SaInfo]:
-        return [info for info in self.listed if info.connection == connection]
+    async def list_sas(self, connection: str | None = None) -> list[SaInfo]:
+        return [info for info in self.listed if connection in (None, info.connection)]
 
     async def end_sa(self, unique_id: str, seconds: float | None = None) -> None:
         self.ended.append(unique_id)
@@ -104,6 +111,9 @@ class Client:
             return ""
 
         yield end_sa
+
+    def remove_address(self, address: str) -> None:
+        self.removed.append((address, self.old.id.spis in self.charon.tracker.sas))
 
     # what the gateway answers
 
@@ -381,6 +391,43 @@ def test_a_full_handshake_takes_the_place_of_the_session(client: Client) -> None
     assert client.session.last is new
     # the gateway that it was at may live: it gets a DELETE
     assert ended == [client.old]
+
+
+def fall_back(client: Client, *vips: str) -> None:
+    """A full handshake at another gateway, which gives these virtual IPs. The old IKE_SA has 10.20.1.1 and fd20::1."""
+    client.old.local_vips, client.old.unique_id = ("10.20.1.1", "fd20::1"), "3"
+    new = ike_sa("gw2", NEW)
+
+    async def initiate(connection: str, child: str, timeout: float, used: set[str]) -> None:
+        client.charon.tracker.adopt(new)
+        client.sessions.changed(new)
+        old = info("gw1", client.old.id, "ESTABLISHED", unique_id="3")
+        client.listed = [
+            old._replace(local_vips=client.old.local_vips),
+            info("gw2", new.id, "ESTABLISHED")._replace(local_vips=vips),
+        ]
+
+    client.initiate = initiate  # type: ignore[method-assign]
+    client.loop.run(client.switchover.handshake(client.session, THERE))
+    assert client.ended == ["3"]
+
+
+def test_the_addresses_of_the_old_sa_go_before_charon_removes_its_policies(client: Client) -> None:
+    fall_back(client, "10.20.2.1", "fd20::2")
+    assert client.removed == [("10.20.1.1", True), ("fd20::1", True)]
+
+
+def test_an_address_that_the_new_sa_has_too_stays(client: Client) -> None:
+    fall_back(client, "10.20.1.1", "fd20::2")
+    assert client.removed == [("fd20::1", True)]
+
+
+def test_an_address_that_the_kernel_keeps_does_not_keep_the_old_sa(client: Client) -> None:
+    def fails(address: str) -> None:
+        raise OSError(99, "Cannot assign requested address")
+
+    client.switchover._remove_address = fails
+    fall_back(client, "10.20.2.1")
 
 
 def test_with_one_connection_for_both_gateways_the_old_one_gets_a_delete_before_the_handshake(client: Client) -> None:

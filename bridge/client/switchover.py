@@ -23,6 +23,7 @@ from bridge.config import ResumeConfig, children_policy
 from bridge.ike import key_confirmation
 from bridge.ike.key_confirmation import Confirmation
 from bridge.ike.keys import Resumption
+from bridge.net import address_removal
 from bridge.service.tasks import end
 from bridge.stub.child_sa import NOTHING, Offer, offer, stays
 from bridge.stub.types import Endpoint
@@ -52,6 +53,7 @@ class Switchover:
         random: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        remove_address: Callable[[str], None] = address_removal.remove,
     ) -> None:
         self._charon = charon
         self._sessions = sessions
@@ -60,6 +62,7 @@ class Switchover:
         self._random = random
         self._clock = clock
         self._wall = wall
+        self._remove_address = remove_address
 
     def offer(self, sa: IkeSa, gateway: Target, local: Endpoint) -> Offer:
         """The CHILD_SAs of an SA to ask a gateway for in the exchange, from `local`: none where the exchange that then
@@ -229,8 +232,29 @@ class Switchover:
         # without a new IKE_SA, that of another session has the CHILD_SAs
         self._sessions.moved(session, new)
         if old is not None and old.connection != gateway.connection:
+            await self._take_addresses(old)
             await self._leave(old)
         return up
+
+    async def _take_addresses(self, old: IkeSa) -> None:
+        """Take the virtual IPs that go with an IKE_SA from this host before charon ends it. charon removes the policies
+        first, and the route to the networks behind the gateways is the new IKE_SA's by then: a packet from the old
+        address would follow it in the clear, past routes that lead nowhere."""
+        if not old.local_vips or old.id.spis not in self._charon.tracker.sas:
+            return
+        try:
+            listed = await self._charon.vici.list_sas()
+            kept = {vip for info in listed if info.spis != old.id.spis for vip in info.local_vips}
+        except ViciError as error:
+            log.warning("address-not-removed", reason=str(error), connection=old.connection, **old.id.logged)
+            return
+        for vip in old.local_vips:
+            try:
+                if vip not in kept:
+                    self._remove_address(vip)
+            except OSError as error:
+                # charon does it, a moment after the policies
+                log.warning("address-not-removed", address=vip, reason=error.strerror, **old.id.logged)
 
     async def _noticed(self, session: Session, connection: str, old: IkeSa | None) -> IkeSa | None:
         """The IKE_SA that a session has now: what the HA channel has to say of it may come after VICI's answer."""
