@@ -95,12 +95,18 @@ def announcing(modes: Modes) -> Iterator[Modes]:
     """gw2 announces failures, which the other tests do not want."""
     sidecar = modes.topology.gateways["gw2"]
     before = sidecar.config["failover"]
+    client = modes.topology.client
+    # its own dead peer detection comes later, on a busy machine too
+    client.configure("connections { home { dpd_delay = 60s } }\n", "patient.conf")
+    client.charon.load()
     for config in ({"detect": 1.0 * SLOWNESS}, before):
         sidecar.stop()
         sidecar.config["failover"] = config
         sidecar.start()
         if config is not before:
             yield modes
+    (client.etc / "swanctl/conf.d/patient.conf").unlink()
+    client.charon.load()
 
 
 def test_the_failure_of_a_gateway_whose_bank_hangs_is_noticed_and_announced(announcing: Modes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -31,6 +32,12 @@ from bridge.stub.types import Endpoint, Identity
 
 RING = keyring()
 NOW = int(time.time())
+"""at the beginning of each test"""
+
+
+@pytest.fixture(autouse=True)
+def _now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "NOW", int(time.time()))
 
 
 def mark(identity: str = "client@example", *, revoked: bool = True, made: int = 1, seconds: int = 3600) -> Mark:
