@@ -71,10 +71,12 @@ class Seen(NamedTuple):
 
 
 class Sent(ABC):
-    """Captures what a host sends from an interface, the first `octets` of each packet. A context manager."""
+    """Captures what a host sends from an interface, the first `octets` of each packet: without a host, what passes a
+    bridge of this machine, which is promiscuous. A context manager."""
 
-    def __init__(self, host: Host, interface: str = "eth0", octets: int = 2048) -> None:
-        with inside(host.namespace):
+    def __init__(self, host: Host | None, interface: str = "eth0", octets: int = 2048) -> None:
+        self._kind = socket.PACKET_OUTGOING if host is not None else socket.PACKET_OTHERHOST
+        with inside(host.namespace) if host is not None else contextlib.nullcontext():
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
             self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, ROOM)
             self._socket.bind((interface, ETH_P_ALL))
@@ -107,14 +109,14 @@ class Sent(ABC):
                 octets, address = self._socket.recvfrom(self._octets)
             except TimeoutError:
                 continue
-            if address[2] == socket.PACKET_OUTGOING:
+            if address[2] == self._kind:
                 self.take(address[1], octets)
 
 
 class OuterLink(Sent):
     """Captures what a host sends from its outer link."""
 
-    def __init__(self, host: Host, interface: str = "eth0") -> None:
+    def __init__(self, host: Host | None, interface: str = "eth0") -> None:
         super().__init__(host, interface, 128)
         self.clear: list[Seen] = []
         self.protected = 0

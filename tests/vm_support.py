@@ -38,7 +38,7 @@ NOT_NEEDED = ("dbus.service", "dbus.socket", "systemd-logind.service", "console-
 ADDRESSES = """\
 [Unit]
 DefaultDependencies=no
-After=systemd-remount-fs.service
+After=systemd-remount-fs.service network-pre.target
 Before=network.target
 [Service]
 Type=oneshot
@@ -46,6 +46,8 @@ RemainAfterExit=yes
 ExecStart=ip link set host0 up
 """
 """what Vagrant or an installer configures: addresses that are there from the start"""
+SLOW = f"[Service]\nTimeoutStartSec={60 * SLOWNESS:.0f}\n"
+"""for all services: the sidecar's start takes an emulated processor with other work more than its unit's minute"""
 PATIENCE = 60.0
 """seconds, ten times as many on an emulated processor: a boot takes that"""
 
@@ -89,6 +91,8 @@ class Machine:
         (etc / "machine-id").write_text(f"{uuid.uuid4().hex}\n")
         for part in ("graphical.target.wants/", ""):
             (etc / f"systemd/system/{part}ike-sa-sync-test.service").unlink()
+        (etc / "systemd/system/service.d").mkdir()
+        (etc / "systemd/system/service.d/slow.conf").write_text(SLOW)
         for unit in NOT_NEEDED:
             (etc / "systemd/system" / unit).symlink_to("/dev/null")
         commands = "".join(f"ExecStart=ip address add {it} dev {link}\n" for link, it in self.addresses.items())
