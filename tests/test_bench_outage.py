@@ -18,6 +18,7 @@ from bridge.bank.recent_traffic import decode
 from bridge.bench import cli, outage
 from bridge.bench.aims import aims
 from bridge.bench.cli import bench
+from bridge.bench.clients import Clients
 from bridge.bench.outage import DETECT, FAILURES, PATIENCE, STOPPED, failure, fill, in_failures, section
 from bridge.bench.rig import rig
 from bridge.bench.sessions import Session
@@ -252,3 +253,7 @@ def test_clients_with_traffic_are_announced_to_before_idle_ones() -> None:
             wait_until(lambda: len(announced.clients) > 100, "announcements to idle clients too")
         real = {host.address for host, _ in built.clients.hosts}
         assert set(list(announced.clients)[:3]) == real
+
+
+def test_a_storm_without_real_clients_has_no_silence() -> None:
+    assert Clients(Mock(), 0).traffic() == {"sent": 0, "lost": 0, "silence_ms": 0}

@@ -116,5 +116,5 @@ class Clients:
         return {
             "sent": sum(each.sent for each in ended),
             "lost": sum(each.lost for each in ended),
-            "silence_ms": round(max(each.silence for each in ended) * 1000),
+            "silence_ms": round(max((each.silence for each in ended), default=0.0) * 1000),
         }
