@@ -31,13 +31,16 @@ def topology(each_release: str | None) -> Iterator[Topology]:
 
 
 def test_the_first_handshake_after_a_start_of_charon_gets_an_address(topology: Topology) -> None:
-    said = topology.gw1.charon.text
+    said, told = topology.gw1.charon.text, topology.gateways["gw1"].text
+    known = len(told())
     topology.gw1.charon.kill()
     # a charon that was started waits for the bank, which knows the addresses that sessions elsewhere have
     os.kill(topology.bank.pid, signal.SIGSTOP)
     try:
         topology.gw1.charon.start()
         begun = len(said())
+        # until the sidecar has reached it, nothing is held
+        wait_until(lambda: "event=handshakes-wait" in told()[known:], "the gateway's queue, closed")
         initiating = topology.client.popen(*INITIATE)
         wait_until(lambda: "initiating IKE_SA" in topology.client.charon.text(), "the client's request")
         wait_until(lambda: requests_wait(topology), "the request in the gateway's queue")

@@ -196,6 +196,7 @@ class AddressKeeper:
                     await asyncio.sleep(TICK_SECONDS)
                 with hold.holding() as holds:
                     holds()
+                    log.info("handshakes-wait", reason="charon was started, and assigns no addresses yet")
                     await self.settled.wait()
 
     async def run(self) -> None:
