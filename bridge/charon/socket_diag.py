@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import structlog
 
 from bridge.charon.ha_message import PORT
-from bridge.net.netlink import HEADER, NLMSG_ERROR, attributes, request
+from bridge.net.netlink import HEADER, attributes, error, request
 
 log = structlog.get_logger()
 
@@ -172,10 +172,9 @@ def _answer(diag: socket.socket, question: bytes) -> bytes | None:
     """What the kernel says of the socket that is found. Raises OSError where it does not answer."""
     diag.send(question)
     answer = diag.recv(4096)
-    kind = int.from_bytes(answer[4:6], sys.byteorder)
-    if kind != NLMSG_ERROR:
+    code = error(answer)
+    if code is None:
         return answer
-    code = -int.from_bytes(answer[HEADER.size : HEADER.size + 4], sys.byteorder, signed=True)
     if code == errno.ENOENT:
         return None
     raise OSError(code, os.strerror(code))

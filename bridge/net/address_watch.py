@@ -12,23 +12,22 @@ from typing import Final
 
 import structlog
 
-from bridge.net.netlink import HEADER, NLMSG_ERROR, aligned, attributes, request
+from bridge.net.netlink import HEADER, NLMSG_ERROR, aligned, attributes, error, request
 
 log = structlog.get_logger()
 
 # linux/netlink.h, linux/rtnetlink.h, linux/if_addr.h
-_RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
+_RTM_NEWADDR, RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
 _NLMSG_DONE: Final = 3
 _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x300, 0x10
-_ERROR: Final = struct.Struct("=i")
 _GROUPS: Final = 0x10 | 0x100
 """RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR"""
-_ADDRESS: Final = struct.Struct("=BBBBI")
+ADDRESS: Final = struct.Struct("=BBBBI")
 """struct ifaddrmsg: family, prefix length, flags, scope, interface"""
-_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+IFA_ADDRESS, IFA_LOCAL = 1, 2
 _IFA_F_TENTATIVE: Final = 0x40
 """IPv6: duplicate address detection goes on, and nothing can be sent from it yet"""
-_RECEIVE: Final = 1 << 16
+RECEIVE: Final = 1 << 16
 
 
 Change = tuple[str, int, bool]
@@ -39,10 +38,10 @@ def present() -> dict[str, int]:
     """All addresses with the index of their interface, in the network namespace of the caller. Raises OSError."""
     found: dict[str, int] = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
-        body = _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+        body = ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
         sock.send(request(_RTM_GETADDR, body, _NLM_F_DUMP))
         while True:
-            data = sock.recv(_RECEIVE)
+            data = sock.recv(RECEIVE)
             _raise_error(data)
             changes, done = parse(data)
             found |= {address: interface for address, interface, there in changes if there}
@@ -52,13 +51,10 @@ def present() -> dict[str, int]:
 
 def _raise_error(data: bytes) -> None:
     """OSError where an answer is none: an incomplete list would show addresses as gone."""
-    if len(data) >= HEADER.size:
-        _, kind, flags, *_ = HEADER.unpack_from(data)
-        if kind == NLMSG_ERROR:
-            code = _ERROR.unpack_from(data, HEADER.size)[0] if len(data) >= HEADER.size + _ERROR.size else 0
-            raise OSError(-code or errno.EIO, "the kernel does not list its addresses")
-        if flags & _NLM_F_DUMP_INTR:
-            raise OSError(errno.EINTR, "the list of addresses changed while it was read")
+    if (code := error(data)) is not None:
+        raise OSError(code or errno.EIO, "the kernel does not list its addresses")
+    if len(data) >= HEADER.size and HEADER.unpack_from(data)[2] & _NLM_F_DUMP_INTR:
+        raise OSError(errno.EINTR, "the list of addresses changed while it was read")
 
 
 def parse(data: bytes) -> tuple[list[Change], bool]:
@@ -70,20 +66,20 @@ def parse(data: bytes) -> tuple[list[Change], bool]:
         if kind in (_NLMSG_DONE, NLMSG_ERROR) or length < HEADER.size:
             return changes, True
         message = data[offset + HEADER.size : offset + length]
-        if kind in (_RTM_NEWADDR, _RTM_DELADDR) and (read := _read(message)) is not None:
+        if kind in (_RTM_NEWADDR, RTM_DELADDR) and (read := _read(message)) is not None:
             changes.append((*read, kind == _RTM_NEWADDR))
         offset += aligned(length)
     return changes, False
 
 
 def _read(message: bytes) -> tuple[str, int] | None:
-    if len(message) < _ADDRESS.size:
+    if len(message) < ADDRESS.size:
         return None
-    family, _, flags, _, interface = _ADDRESS.unpack_from(message)
+    family, _, flags, _, interface = ADDRESS.unpack_from(message)
     if flags & _IFA_F_TENTATIVE:
         return None
-    found = dict(attributes(message, _ADDRESS.size))
-    octets = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS))
+    found = dict(attributes(message, ADDRESS.size))
+    octets = found.get(IFA_LOCAL, found.get(IFA_ADDRESS))
     try:
         return None if octets is None else (socket.inet_ntop(family, octets), interface)
     except (ValueError, OSError):
@@ -117,7 +113,7 @@ class AddressWatch:
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
-                    changes, _ = parse(sock.recv(_RECEIVE))
+                    changes, _ = parse(sock.recv(RECEIVE))
                 except BlockingIOError:
                     raise
                 except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Iterator
 from typing import Final
@@ -11,6 +12,7 @@ NLMSG_ERROR: Final = 2
 NLM_F_REQUEST: Final = 1
 HEADER: Final = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence number, port"""
+_ERROR: Final = struct.Struct("=i")
 _ATTRIBUTE: Final = struct.Struct("=HH")
 """struct nlattr: length, type; padded to four octets"""
 
@@ -18,6 +20,13 @@ _ATTRIBUTE: Final = struct.Struct("=HH")
 def request(kind: int, body: bytes, flags: int = 0) -> bytes:
     """A request to the kernel of this type."""
     return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | flags, 1, 0) + body
+
+
+def error(answer: bytes) -> int | None:
+    """The error number of an answer that is one, 0 for an acknowledgement; None for any other answer."""
+    if len(answer) < HEADER.size or HEADER.unpack_from(answer)[1] != NLMSG_ERROR:
+        return None
+    return -_ERROR.unpack_from(answer, HEADER.size)[0] if len(answer) >= HEADER.size + _ERROR.size else errno.EIO
 
 
 def attribute(kind: int, value: bytes) -> bytes:

@@ -8,7 +8,7 @@ import socket
 import struct
 from typing import Final
 
-from bridge.net.netlink import HEADER, NLMSG_ERROR, attribute, attributes, request
+from bridge.net.netlink import HEADER, attribute, attributes, error, request
 
 # linux/rtnetlink.h, linux/if.h
 _RTM_GETROUTE: Final = 26
@@ -68,9 +68,8 @@ def _route(local: str | None, remote: str) -> dict[int, bytes]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
         sock.send(request(_RTM_GETROUTE, body))
         answer = sock.recv(_RECEIVE)
-    _, kind, *_ = HEADER.unpack_from(answer)
-    if kind == NLMSG_ERROR:
-        raise OSError(-_NUMBER.unpack_from(answer, HEADER.size)[0], "the kernel has no route")
+    if (code := error(answer)) is not None:
+        raise OSError(code, "the kernel has no route")
     kind_of_route = _ROUTE.unpack_from(answer, HEADER.size)[7]
     return {_TYPE: bytes([kind_of_route]), **dict(attributes(answer, HEADER.size + _ROUTE.size))}
 
