@@ -214,38 +214,28 @@ class AddressKeeper:
 
     async def step(self) -> None:
         """Do what is due. Raises BankUnavailable, ChannelError, HaError."""
-        charon, now = self._charon, self._clock()
-        # whether charon is there is asked of the kernel
-        if not self._is_due(now) or not charon.ready():
-            return
-        if not charon.tracker.connections or not charon.reconciled.is_set():
-            return
-        if not charon.placeholders.opened:
-            await self._open()
-            return
-        if charon.placeholders.inactive and self.pools and now >= self._activate_at:
-            await self._activate()
+        charon, placeholders, now = self._charon, self._charon.placeholders, self._clock()
         if self._ended_tags:
             tags, self._ended_tags = self._ended_tags, set()
             self._released.update({address: now for address, index in self._sessions.items() if index.tag in tags})
         due = [address for address, when in self._released.items() if when <= now]
+        activate = bool(placeholders.inactive and self.pools) and now >= self._activate_at
+        compare = bool(self.pools) and now >= self._compare_at
+        # whether charon is there is asked of the kernel, so that comes last
+        if not (due or activate or compare or not placeholders.opened) or not charon.ready():
+            return
+        if not charon.tracker.connections or not charon.reconciled.is_set():
+            return
+        if not placeholders.opened:
+            await self._open()
+            return
+        if activate:
+            await self._activate()
         if due:
             await self._look_again(due, now)
-        if now >= self._compare_at and self.pools:
+        if compare:
             self._compare_at = now + COMPARE_SECONDS
             await self._compare(await self._elsewhere(self.pools))
-
-    def _is_due(self, now: float) -> bool:
-        placeholders = self._charon.placeholders
-        return (
-            not placeholders.opened
-            or bool(self._ended_tags)
-            or any(when <= now for when in self._released.values())
-            or (
-                bool(self.pools)
-                and (now >= self._compare_at or (bool(placeholders.inactive) and now >= self._activate_at))
-            )
-        )
 
     async def _open(self) -> None:
         """Have a charon that was started give out addresses."""
