@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import sys
 import threading
 import time
@@ -58,16 +59,18 @@ def gateway(release: str, program: list[str] | None = None) -> Iterator[tuple[To
         yield topology, visitors
 
 
-def connect_again_and_again(host: Host, stop: threading.Event, connected: list[int]) -> None:
-    """Full handshakes with gw2, one right after the other."""
+def initiate_again_and_again(
+    host: Host, connection: str, stop: threading.Event, begun: list[int], *, pause: float = 0.0, timeout_ms: int = 5000
+) -> None:
+    """Full handshakes of a host, one right after the other, or `pause` seconds at most later."""
     vici = host.charon.vici()
-    while not stop.is_set():
+    while not stop.wait(random.uniform(0, pause)):
         with contextlib.suppress(Exception):
-            for _ in vici.initiate({"ike": "home-gw2", "child": "net", "timeout": "5000", "loglevel": "-1"}):
+            for _ in vici.initiate({"ike": connection, "child": "net", "timeout": str(timeout_ms), "loglevel": "-1"}):
                 pass
-            connected.append(1)
+            begun.append(1)
         with contextlib.suppress(Exception):
-            for _ in vici.terminate({"ike": "home-gw2", "force": "yes", "timeout": "-1", "loglevel": "-1"}):
+            for _ in vici.terminate({"ike": connection, "force": "yes", "timeout": "-1", "loglevel": "-1"}):
                 pass
 
 
@@ -88,7 +91,8 @@ def bombard(topology: Topology, visitors: list[Host]) -> int:
     """Moves among handshakes, until there were ACTIVATIONS or charon ended; how many handshakes there were."""
     stop, connected = threading.Event(), list[int]()
     threads = [
-        threading.Thread(target=connect_again_and_again, args=(host, stop, connected), daemon=True) for host in visitors
+        threading.Thread(target=initiate_again_and_again, args=(host, "home-gw2", stop, connected), daemon=True)
+        for host in visitors
     ]
     for thread in threads:
         thread.start()

@@ -7,7 +7,6 @@ The sidecar activates segments in which its charon has no peer that it may begin
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 import threading
 import time
@@ -18,11 +17,10 @@ import pytest
 from bridge.charon.ha_segments import segment_of
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
-from bridge.lab.host import Host
 from bridge.lab.space import LabError
 from bridge.lab.topology import client_host
 from failover_support import established
-from test_releases_handshakes import move
+from test_releases_handshakes import initiate_again_and_again, move
 
 pytestmark = [pytest.mark.lab, pytest.mark.releases, pytest.mark.timeout(600)]
 
@@ -92,19 +90,6 @@ def gateway(
         yield topology
 
 
-def initiate_again_and_again(host: Host, stop: threading.Event, begun: list[int]) -> None:
-    """Handshakes of a gateway with its peer, at random moments."""
-    vici = host.charon.vici()
-    while not stop.wait(random.uniform(0, PAUSE)):
-        with contextlib.suppress(Exception):
-            for _ in vici.initiate({"ike": "out0", "child": "net", "timeout": "2000", "loglevel": "-1"}):
-                pass
-            begun.append(1)
-        with contextlib.suppress(Exception):
-            for _ in vici.terminate({"ike": "out0", "force": "yes", "timeout": "-1", "loglevel": "-1"}):
-                pass
-
-
 def activations(topology: Topology) -> int:
     text = topology.gw2.charon.text()
     return sum(text.count(f"HA segment {number} activated") for number in range(1, SEGMENTS + 1))
@@ -114,7 +99,12 @@ def bombard(topology: Topology) -> int:
     """Moves among handshakes that gw2 begins, until there were ACTIVATIONS or charon ended one, or ended itself; how
     many handshakes there were."""
     stop, begun = threading.Event(), list[int]()
-    thread = threading.Thread(target=initiate_again_and_again, args=(topology.gw2, stop, begun), daemon=True)
+    thread = threading.Thread(
+        target=initiate_again_and_again,
+        args=(topology.gw2, "out0", stop, begun),
+        kwargs={"pause": PAUSE, "timeout_ms": 2000},
+        daemon=True,
+    )
     topology.connect()
     thread.start()
     deadline = time.monotonic() + SECONDS

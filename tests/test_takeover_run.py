@@ -474,24 +474,29 @@ async def test_a_client_that_rekeys_immediately_is_kept() -> None:
     assert (await gateway.take())["under_way"] == 1
 
 
+async def taken_and_rekeyed_twice() -> tuple[Gateway, Session, list[IkeSa]]:
+    """A gateway with one session that it took over, and two IKE_SAs that may follow, which charon has yet to report."""
+    bank = Bank()
+    gateway, one = Gateway(bank), stub(bank)
+    await gateway.take()
+    session = gateway.sessions.get(both_spis(one))
+    assert session is not None
+    ids = [(bytes([number] * 8), bytes([number + 2] * 8)) for number in (1, 2)]
+    return gateway, session, [sa_of(replace(one, spi_i=spi_i, spi_r=spi_r)) for spi_i, spi_r in ids]
+
+
 @pytest.mark.parametrize("gone_first", [True, False], ids=["the old one is gone first", "the new one is up first"])
 @pytest.mark.parametrize("which", [0, 1], ids=["the first", "the second"])
 async def test_child_sas_without_new_keys_are_rekeyed_at_the_ike_sa_that_their_clients_rekey_gave(
     which: int, gone_first: bool
 ) -> None:
     """Both sides may rekey it at the same time: there are two new ones until they agree on one."""
-    bank = Bank()
-    gateway, one = Gateway(bank), stub(bank)
-    await gateway.take()
-    tracker, session = gateway.charon.tracker, gateway.sessions.get(both_spis(one))
-    assert session is not None
-    old, heirs = session.sa, []
-    for number in (1, 2):
-        new = sa_of(replace(one, spi_i=bytes([number] * 8), spi_r=bytes([number + 2] * 8)))
+    gateway, session, heirs = await taken_and_rekeyed_twice()
+    tracker, old = gateway.charon.tracker, session.sa
+    for number, new in enumerate(heirs, 1):
         new.children, new.unique_id = (), f"heir {number}"
         tracker.sas[new.id.spis] = new
         tracker.notes.rekeyed_from[new.id.spis] = old
-        heirs.append(new)
     heir = heirs[which]
     if gone_first:
         tracker.end(old.id)
@@ -514,17 +519,11 @@ async def test_child_sas_without_new_keys_are_rekeyed_at_the_ike_sa_that_their_c
 
 async def test_of_two_new_ike_sas_the_one_that_stays_has_the_session() -> None:
     """charon may have both up for a moment."""
-    bank = Bank()
-    gateway, one = Gateway(bank), stub(bank)
-    await gateway.take()
-    tracker, session = gateway.charon.tracker, gateway.sessions.get(both_spis(one))
-    assert session is not None
-    old, heirs = session.sa, []
-    for number in (1, 2):
-        new = sa_of(replace(one, spi_i=bytes([number] * 8), spi_r=bytes([number + 2] * 8)))
+    gateway, session, heirs = await taken_and_rekeyed_twice()
+    tracker, old = gateway.charon.tracker, session.sa
+    for new in heirs:
         new.up = True
         tracker.sas[new.id.spis] = new
-        heirs.append(new)
         gateway.sessions.changed(new)
     tracker.end(old.id)
     winner, loser = heirs
