@@ -416,6 +416,22 @@ def test_before_strongswan_stops_its_sessions_move(clients: Clients) -> None:
     topology.gw1.charon.start()
 
 
+def test_a_session_that_could_not_move_before_strongswan_stops_is_set_up_again_at_the_other_gateway(
+    clients: Clients,
+) -> None:
+    """charon's DELETE after a move that was asked for and failed is no wanted end, which a DELETE alone is."""
+    topology = clients.topology
+    clients.connect()
+    with spoilt(topology, *topology.bank.stubs()):
+        topology.gateways["gw1"].command("drain", "--on-stop", check=False)
+        assert clients.at(topology.gw1) == {"client", "second", "third", "plain"}
+        topology.gw1.charon.stop()
+        wait_until(lambda: clients.at(topology.gw2) == {"client", "second", "third"}, "handshakes at the other gateway")
+    assert not established(clients.plain)
+    assert topology.client.ping(SITE) == 3
+    topology.gw1.charon.start()
+
+
 def test_strongswan_stops_immediately_where_no_other_gateway_lives(clients: Clients) -> None:
     topology = clients.topology
     clients.connect()

@@ -21,6 +21,8 @@ from bridge.client.outcome import Outcome, Result
 from bridge.client.sessions import Session
 from bridge.client.sync_request import Answer, NoAnswerError, RefusedError, Target
 from bridge.config import ClientConfig, GatewayEntry, HeldConfig, ResumeConfig, VpnConfig
+from bridge.ike.stub_exchange import StubSa, build_move, move_message_id
+from bridge.net.packet import Datagram
 from bridge.service.tasks import spawn
 from bridge.stub.types import Endpoint
 from role_support import LOCAL, FakeTime, Wire, fake_charon, ike_sa
@@ -546,6 +548,31 @@ def test_by_default_a_session_that_its_gateway_deleted_is_charons(client: Client
     client.run(deleted(client, ("peer", 1.0)))
     client.loop.pass_time(100.0)
     assert client.tried == []
+
+
+@pytest.mark.parametrize(("seconds", "comes_back"), [(100.0, True), (130.0, False)])
+def test_a_session_that_its_gateway_asked_to_move_in_vain_is_set_up_again_after_its_delete(
+    client: Client, seconds: float, comes_back: bool
+) -> None:
+    client.charon.tracker.clock = client.loop.time
+    client.charon.vici.list_sas = no_sas  # type: ignore[method-assign,assignment]
+    client.answers = {TWO: RefusedError(None)}
+
+    async def asked_and_deleted() -> None:
+        sa = client.up()
+        await asyncio.sleep(0.1)  # addresses of its gateways
+        at_gateway = StubSa(sa.id.spi_i, sa.id.spi_r, False, sa.index_there(), sa.suite.prf, sa.sk_d)
+        move = build_move(at_gateway, TWO, move_message_id(1_800_000_000.0))
+        client.initiator.datagrams([Datagram(ONE, 4500, LOCAL.address, LOCAL.port, move, True)])
+        await asyncio.sleep(seconds)
+        assert client.asked == [TWO]
+        news = HaMessage(5, MessageType.IKE_MID_RESPONDER, [(Attr.IKE_ID, sa.id), (Attr.MID, 7)])
+        client.charon.reports.handle(news)
+        client.lose(sa, "DELETING")
+
+    client.run(asked_and_deleted())
+    client.loop.pass_time(10.0)
+    assert client.tried == (["gw2"] if comes_back else [])
 
 
 def test_while_no_gateway_can_be_reached_it_is_tried_again_ever_more_seldom(client: Client) -> None:

@@ -54,6 +54,7 @@ class Client:
         )
         tracker.adopt(self.sa)
         self.moves: list[tuple[str, str]] = []
+        self.asked_away: list[IkeSa] = []
         self.told: list[tuple[MoveStatus, int]] = []
         self.busy = False
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -61,6 +62,7 @@ class Client:
             tracker,
             self,
             lambda sa: {GATEWAY, TARGET} if sa is self.sa else None,
+            self.asked_away.append,
             self._begin,
             clock=lambda: self.now,
         )

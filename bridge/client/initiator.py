@@ -93,7 +93,6 @@ class Initiator:
         self._reauthentication = Reauthentication(charon, wall=wall)
         self._auto_resume = AutoResume(charon, self._sessions, lambda session: self._begin(session, None))
         self._moving: dict[Session, asyncio.Task[Outcome]] = {}
-        self._move_handler = MoveHandler(charon.tracker, sender, self._targets, self._sent_away)
         self._gateway_probe = GatewayProbe(
             sender,
             self._transport,
@@ -106,6 +105,9 @@ class Initiator:
         self._traffic = TrafficWatch(charon, self._sessions, self._set_up, clock=clock)
         self._set_up_again = SetUpAgain(
             charon, self._sessions, self._candidates, self._means, self._vpn, self._finish, self._later, clock=clock
+        )
+        self._move_handler = MoveHandler(
+            charon.tracker, sender, self._targets, self._set_up_again.asked_away, self._sent_away
         )
         self._restored: set[bytes] = set()
         self._under_way: set[asyncio.Task[None]] = set()
@@ -198,7 +200,7 @@ class Initiator:
         if session is not known:
             # a Move may name a gateway by its address before the first attempt
             self._later("resolve", self._candidates.resolve(self._vpn(session)))
-        if sa.requests is None and self._config.resume.after_delete == "handshake":
+        if sa.requests is None and self._comes_back(session):
             sa.requests = Requests()
         if sa.resumable:
             self.keeper.changed(sa)
@@ -226,9 +228,7 @@ class Initiator:
                 self._auto_resume.stop(session)
                 if sa is not None and self._reauthentication.lapsed(sa):
                     self._set_up_again.lapsed(session, sa)
-                elif sa is not None and (
-                    self._config.resume.after_delete == "handshake" or self._set_up_again.is_new(sa)
-                ):
+                elif sa is not None and self._comes_back(session):
                     self._set_up_again.deleted(session, sa)
             return
         session = self._sessions.of(info.spis)
@@ -242,6 +242,10 @@ class Initiator:
                 spi_r=info.spi_r.hex(),
             )
             self._auto_resume.start(session)
+
+    def _comes_back(self, session: Session) -> bool:
+        """Whether a session is set up again that its gateway ends."""
+        return self._config.resume.after_delete == "handshake" or self._set_up_again.goes_on(session)
 
     def _later(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         task = spawn(name, work)
@@ -357,7 +361,7 @@ class Initiator:
 
     def _resumed(self, session: Session, new: IkeSa, answer: Answer) -> None:
         self._traffic.resumed(session)
-        self._set_up_again.resumed(new)
+        self._set_up_again.resumed(session, new)
         self._named(new, answer.gateways)
         self._reauthentication.watch(new)
         self.keeper.given(new, answer.sealed_stub, answer.lifetime)

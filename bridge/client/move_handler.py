@@ -1,7 +1,7 @@
 """What a client does when its gateway asks it to go on at another one (Move, bridge.ike.stub_exchange).
 
 Only a Move that is proved under the SA's keys counts, each one once, and only to a gateway of the session's VPN. The
-session moves by resumption or stays where it is: there is no reason for a new handshake.
+session moves by resumption or stays where it is: there is no reason for a new handshake until the gateway ends it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ class _Accepted:
 
 class MoveHandler:
     """Follows what gateways ask. `targets` gives the addresses that the session of an IKE_SA may go to, None where that
-    is no session of ours; `begin` starts to move it to one of them, and gives None where it moves already."""
+    is no session of ours; `asked_away` hears of each IKE_SA whose gateway wants it to go; `begin` starts to move it to
+    one of them, and gives None where it moves already."""
 
     def __init__(
         self,
         tracker: SaTracker,
         sender: Sender,
         targets: Callable[[IkeSa], Collection[str] | None],
+        asked_away: Callable[[IkeSa], None],
         begin: Callable[[IkeSa, str], asyncio.Task[Outcome] | None],
         *,
         random: Callable[[int], bytes] = os.urandom,
@@ -57,6 +59,7 @@ class MoveHandler:
         self._tracker = tracker
         self._sender = sender
         self._targets = targets
+        self._asked_away = asked_away
         self._begin = begin
         self._random = random
         self._clock = clock
@@ -78,6 +81,7 @@ class MoveHandler:
                 spis: one for spis, one in self._accepted.items() if spis in self._tracker.sas or now < one.until
             }
             last = self._accepted[message.spis] = _Accepted(sa, message, MoveStatus.MOVING, now + ANSWER_SECONDS)
+            self._asked_away(sa)
             self._accept(sa, last)
         self._answer(message, last)
 

@@ -1,6 +1,6 @@
 """A gateway ends an IKE_SA by a DELETE, and its session is set up again by a full handshake: because the session's
-authentication had ended, because it has just been resumed and the gateway's charon did not take all of it, or, with
-`resume.after_delete: handshake`, whatever the reason was.
+authentication had ended, because it has just been resumed and the gateway's charon did not take all of it, because the
+gateway had asked it to move and it could not, or, with `resume.after_delete: handshake`, whatever the reason was.
 
 VICI reports an end in state DELETING whichever side sent the DELETE. The HA channel says which: charon reports each
 verified request of the peer, and each request of its own, before it acts on it. An SA that ends right after a request
@@ -46,6 +46,8 @@ ANSWER_SECONDS: Final = 0.5
 """from a request of charon's own to the next of the peer, at least: an answer to a DELETE of its own ends the SA too"""
 NOT_TAKEN_SECONDS: Final = 30.0
 """after a resumption its gateway has compared what it installed with what its charon has"""
+ASKED_SECONDS: Final = 120.0
+"""after a gateway asked a session to move, it may stop: a drain waits `drain.timeout`, and charon ends its SAs then"""
 PROMPT_SECONDS: Final = 0.05
 """between the peer's DELETE and the end of the SA, as they are reported"""
 UNDER_WAY: Final = ("CONNECTING", "ESTABLISHED")
@@ -87,19 +89,30 @@ class SetUpAgain:
         self._clock = clock
         self._deleted: dict[str, tuple[float, float]] = {}
         """by VPN: when a session of it was deleted last, and the pause after that"""
-        self._resumed: dict[bytes, float] = {}
-        """SAs by both SPIs: when they were resumed"""
+        self._unended: dict[Session, float] = {}
+        """until when an end by its gateway is no end of a session"""
 
-    def resumed(self, sa: IkeSa) -> None:
+    def resumed(self, session: Session, sa: IkeSa) -> None:
         """A session goes on with this SA: its gateway ends it soon if its charon does not take one of the CHILD_SAs."""
-        now = self._clock()
-        self._resumed = {spis: at for spis, at in self._resumed.items() if now - at < NOT_TAKEN_SECONDS}
-        self._resumed[sa.id.spis] = now
-        sa.requests = Requests()
+        self._goes_on(session, sa, NOT_TAKEN_SECONDS)
 
-    def is_new(self, sa: IkeSa) -> bool:
-        """Whether an SA has just been resumed: an end by its gateway is no end of its session."""
-        return self._clock() - self._resumed.get(sa.id.spis, float("-inf")) < NOT_TAKEN_SECONDS
+    def asked_away(self, sa: IkeSa) -> None:
+        """The gateway of this SA wants its session to move: where it cannot, the gateway's stop ends the SA."""
+        session = self._sessions.of(sa.id.spis)
+        if session is not None:
+            self._goes_on(session, sa, ASKED_SECONDS)
+
+    def _goes_on(self, session: Session, sa: IkeSa, seconds: float) -> None:
+        now = self._clock()
+        self._unended = {one: until for one, until in self._unended.items() if now < until}
+        self._unended[session] = now + seconds
+        if sa.requests is None:
+            sa.requests = Requests()
+
+    def goes_on(self, session: Session) -> bool:
+        """Whether an end by its gateway is no end of a session: it has just been resumed, or its gateway asked it to
+        move, and it did not."""
+        return self._clock() < self._unended.get(session, float("-inf"))
 
     def lapsed(self, session: Session, sa: IkeSa) -> None:
         """The gateway ended an SA because its authentication ended."""
