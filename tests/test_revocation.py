@@ -112,6 +112,25 @@ async def test_a_mark_counts_for_the_ike_identity_and_for_that_of_eap(server: Re
 
 
 @pytest.mark.redis
+async def test_a_look_is_fresh_for_a_moment_from_its_beginning_and_only_if_the_bank_answered(
+    server: RedisServer,
+) -> None:
+    now = 100.0
+    bank = RedisBank(server.url, RING)
+    revocations = Revocations(bank, RING, clock=lambda: now)
+    assert not revocations.fresh
+    await revocations.look()
+    assert revocations.fresh
+    now += 0.021
+    assert not revocations.fresh
+    server.stop()
+    with pytest.raises(BankUnavailable):
+        await revocations.look()
+    assert not revocations.fresh
+    await bank.close()
+
+
+@pytest.mark.redis
 async def test_a_newer_mark_lets_in_again_and_an_older_one_changes_nothing(server: RedisServer) -> None:
     bank = RedisBank(server.url, RING)
     revocations = Revocations(bank, RING)

@@ -71,16 +71,19 @@ async def test_a_bank_that_does_not_answer_knows_of_no_end_of_any_of_them() -> N
 class Marks:
     """Of locked-out identities, which cannot be read because of a mistake, or of the bank."""
 
-    def __init__(self, failure: Exception) -> None:
+    def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
+        self.fresh = False
+        self.looks = 0
 
     async def look(self) -> None:
-        raise self.failure
+        self.looks += 1
+        if self.failure is not None:
+            raise self.failure
 
 
-async def looked_up_with(failure: Exception) -> None:
+async def looked_up_with(marks: Any) -> None:
     unused: Any = None
-    marks: Any = Marks(failure)
     known = KnownSessions(Endings(), unused, marks)
     lookup = StubLookup(unused, unused, unused, known, GatewayMetrics(), reachable=lambda: True, timeout=1.0)
 
@@ -93,8 +96,18 @@ async def looked_up_with(failure: Exception) -> None:
 
 async def test_a_mistake_in_the_look_at_lock_outs_does_not_end_unseen() -> None:
     with pytest.raises(ZeroDivisionError):
-        await looked_up_with(ZeroDivisionError())
+        await looked_up_with(Marks(ZeroDivisionError()))
 
 
 async def test_a_bank_that_does_not_give_the_lock_outs_ends_no_look_up() -> None:
-    await looked_up_with(BankUnavailable("away"))
+    await looked_up_with(Marks(BankUnavailable("away")))
+
+
+async def test_the_bank_is_asked_about_lock_outs_for_each_look_up_unless_it_has_just_been() -> None:
+    marks = Marks()
+    await looked_up_with(marks)
+    await looked_up_with(marks)
+    assert marks.looks == 2
+    marks.fresh = True
+    await looked_up_with(marks)
+    assert marks.looks == 2

@@ -1,9 +1,10 @@
 """Identities that an operator locked out (`ike-sa-sync revoke`), as this gateway enforces it.
 
 The marks are in the bank (bridge.stub.revocation). A gateway asks the bank before it rebuilds anything whether they
-changed, remembers what it knows across a restart, and gives marks back to a bank that lost them: a mark ends by its
-time or by a newer one, not by its absence. SAs of a locked-out identity are ended here whatever their clients say, also
-those that come up by a full handshake later; their stubs are deleted and never published again.
+changed, once for all requests that come within FRESH_SECONDS, remembers what it knows across a restart, and gives marks
+back to a bank that lost them: a mark ends by its time or by a newer one, not by its absence. SAs of a locked-out
+identity are ended here whatever their clients say, also those that come up by a full handshake later; their stubs are
+deleted and never published again.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ LOOK_SECONDS: Final = 30.0
 """between two looks at the bank's marks that nothing gave cause for"""
 SLICE: Final = 512
 """SAs that are looked at before the event loop has its turn"""
+FRESH_SECONDS: Final = 0.02
+"""for which a look counts for the other requests of a crowd too: what a mark that came meanwhile is about is ended when
+the keyspace reports it"""
 REPEAT_SECONDS: Final = 1.0
 """until what could not be ended, or could not be asked, is tried again"""
 
@@ -56,9 +60,13 @@ class Revocations:
         directory: str | Path | None = None,
         *,
         wall: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bank = bank
         self._keyring = keyring
+        self._clock = clock
+        self._looked = float("-inf")
+        """when a look began to which the bank answered (clock)"""
         self._path = None if directory is None else Path(directory) / FILE
         self._wall = wall
         self._stamp: bytes | None = None
@@ -98,11 +106,18 @@ class Revocations:
         now = self._wall()
         return [mark for mark, _ in self._marks.values() if mark.revoked and mark.expires > now]
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the bank was asked so lately that it need not be asked again."""
+        return self._clock() - self._looked < FRESH_SECONDS
+
     async def look(self) -> None:
         """Take up what changed in the bank. Raises BankUnavailable."""
+        began = self._clock()
         stamp = await self._bank.revocation_stamp()
         if stamp != self._stamp:
             await self.read()
+        self._looked = began
 
     async def read(self) -> None:
         """Take up all marks of the bank, and give back to it those that it lacks. Raises BankUnavailable."""

@@ -113,6 +113,9 @@ class StubLookup:
         ended: dict[Index, bool | None],
     ) -> None:
         """Stubs, and in the same time whether other identities are locked out than before."""
+        if self._revocations.fresh:
+            await self._ask(indexes, held, stubs, ended)
+            return
         marks = asyncio.ensure_future(self._revocations.look())
         try:
             await self._ask(indexes, held, stubs, ended)
