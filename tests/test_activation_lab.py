@@ -299,7 +299,7 @@ def test_when_charon_dies_before_the_activation_nothing_is_answered_in_its_name_
 ) -> None:
     client.confirm()
     wait_until(lambda: stub_is_new(topology, client), "the stub of the new SA")
-    topology.gw2.charon.kill()
+    topology.gw2.charon.crash()
     assert client.ask(client.message(2), SILENCE_SECONDS) is None
     topology.gw2.charon.start()
     topology.gateways["gw2"].wait_ready()

@@ -144,7 +144,7 @@ def test_a_session_whose_ike_sa_the_gateway_rekeyed_is_announced(announced: Topo
 
 def test_a_charon_that_dies_alone_is_known_immediately(announced: Topology) -> None:
     connect(announced)
-    announced.gw1.charon.kill()
+    announced.gw1.charon.crash()
     wait_until(lambda: moved_to(announced, announced.gw2.address), "the session at the other gateway")
     assert last_move(announced)["result"] == "resumed"
     assert "charon-ended" in announced.gateways["gw1"].text()
@@ -289,7 +289,7 @@ def test_the_session_at_a_charon_that_hangs_moves(announced: Topology, sidecar: 
 
 def test_a_charon_that_is_restarted_at_once_has_lost_its_sessions_and_says_so(announced: Topology) -> None:
     connect(announced)
-    announced.gw1.charon.kill()
+    announced.gw1.charon.crash()
     announced.gw1.charon.start()
     wait_until(lambda: moved_to(announced, announced.gw2.address), "the session at the other gateway")
     wait_until(lambda: last_move(announced).get("result") == "resumed", "the outcome")

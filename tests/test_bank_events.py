@@ -19,6 +19,7 @@ from bridge.gateway.bank_events import BankEvents
 from bridge.gateway.bank_followers import BankFollowers
 from bridge.gateway.downloads import Downloads
 from bridge.gateway.failover import Failover
+from bridge.gateway.left_in_kernel import LeftInKernel
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.peer_watch import PeerState
 from bridge.gateway.revocation import LockOut
@@ -50,6 +51,7 @@ class Followers:
             SessionElsewhere(charon, bank, GatewayMetrics()),
             LockOut(gateway.known.revocations, bank, charon, gateway.endings, gateway.writer, GATEWAY),
             KeyRotation(bank, KeyFile(keyring(), "/nonexistent"), GATEWAY),
+            LeftInKernel(charon, bank, GATEWAY),
             cast(SharedAddresses, SimpleNamespace(look_soon=self._look)),
         )
         self.followers.follow(self.events)

@@ -12,6 +12,7 @@ import pytest
 from bridge.lab import Lab, Topology, standard
 from bridge.lab.charon import render
 from bridge.lab.daemon import wait_until
+from bridge.lab.esp import Esp
 from bridge.lab.topology import SITE
 from failover_support import Outcome, complete, connect, established, fresh, resume, spis, stub_key, the_sa
 from probe_support import stored_children
@@ -72,6 +73,35 @@ def configured(topology: Topology, gateway: Settings, client: Settings) -> Itera
             host.charon.load()
 
 
+@contextlib.contextmanager
+def session(topology: Topology) -> Iterator[None]:
+    connect(topology)
+    yield
+
+
+@contextlib.contextmanager
+def session_with_interfaces(topology: Topology) -> Iterator[None]:
+    """Where the kernel does ESP, policies with an if_id are those of an interface with it: one on each host."""
+    hosts = (topology.gw1, topology.gw2, topology.client) if topology.lab.esp is Esp.KERNEL else ()
+    try:
+        for host in hosts:
+            host.run("ip", "link", "add", "ipsec0", "type", "xfrm", "dev", "eth0", "if_id", "5")
+            host.run("ip", "link", "set", "ipsec0", "up")
+        for gateway in hosts[:2]:
+            gateway.run("ip", "route", "add", "10.20.0.0/16", "dev", "ipsec0")
+        topology.connect()
+        sa = the_sa(topology.client)
+        for client in hosts[2:]:
+            client.run("ip", "route", "add", "10.10.0.0/16", "dev", "ipsec0", "src", sa["local-vips"][0])
+        key = stub_key(topology.gw1.address, sa["responder-spi"])
+        wait_until(lambda: complete(topology, key), "the stub of the session")
+        assert topology.client.ping(SITE) == 3
+        yield
+    finally:
+        for host in hosts:
+            host.run("ip", "link", "delete", "ipsec0", check=False)
+
+
 def failed_over(topology: Topology) -> Outcome:
     """gw1 dies, and the session is resumed at gw2, with traffic; charon rekeys it there."""
     topology.kill_gateway(topology.gw1)
@@ -90,8 +120,8 @@ def failed_over(topology: Topology) -> Outcome:
 @pytest.mark.parametrize("name", sorted({*BOTH, *GATEWAY, *CLIENT}))
 def test_a_session_with_this_option_is_resumed(topology: Topology, name: str) -> None:
     both = BOTH.get(name, {})
-    with configured(topology, {**both, **GATEWAY.get(name, {})}, {**both, **CLIENT.get(name, {})}):
-        connect(topology)
+    options = configured(topology, {**both, **GATEWAY.get(name, {})}, {**both, **CLIENT.get(name, {})})
+    with options, session_with_interfaces(topology) if name == "if_id" else session(topology):
         assert the_sa(topology.gw1)["name"] == "gw"
         failed_over(topology)
         assert the_sa(topology.gw2)["name"] == "gw"

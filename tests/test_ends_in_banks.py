@@ -28,6 +28,7 @@ from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.endings import Endings
 from bridge.gateway.failover import Failover
 from bridge.gateway.known_sessions import KnownSessions
+from bridge.gateway.left_in_kernel import LeftInKernel
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.publisher import Publisher
@@ -93,7 +94,10 @@ class Gateway:
         elsewhere = SessionElsewhere(charon, self.bank, GatewayMetrics())
         self.reconciler = BankReconciler(config, self.bank, charon, self.publisher, known, elsewhere)
         self.events = BankEvents(server.url)
-        self.followers = BankFollowers(self.prefetch, self.failover, self.reconciler, elsewhere, lock_out, rotation)
+        left = LeftInKernel(charon, self.bank, GATEWAY)
+        self.followers = BankFollowers(
+            self.prefetch, self.failover, self.reconciler, elsewhere, lock_out, rotation, left
+        )
         self.followers.follow(self.events)
         self.lock_out = lock_out
 

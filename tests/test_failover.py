@@ -310,7 +310,7 @@ def test_a_sidecar_restarted_while_the_bank_is_away_waits_for_it(topology: Topol
 def test_a_charon_that_died_alone_leaves_its_stubs_and_is_served_again_when_it_is_back(topology: Topology) -> None:
     connect(topology)
     [key] = topology.bank.stubs()
-    topology.gw1.charon.kill()
+    topology.gw1.charon.crash()
     wait_until(lambda: not status(topology, "gw1")["charon"]["reachable"], "word that charon is gone")
     assert topology.bank.stubs() == [key]
     assert resume(topology)["gateway"] == topology.gw2.address

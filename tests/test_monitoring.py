@@ -178,5 +178,5 @@ def test_every_alert_asks_for_what_is_exported(watched: Topology) -> None:
 def test_a_charon_that_is_gone_is_seen_in_the_metrics(watched: Topology) -> None:
     [expr] = [alert["expr"] for alert in alerts() if alert["alert"] == "IkeSaSyncCharonUnreachable"]
     assert ask(watched.gw2, expr) == []
-    watched.gw2.charon.kill()
+    watched.gw2.charon.crash()
     wait_until(lambda: len(ask(watched.gw2, expr)) == 1, "the alert's condition", 60)

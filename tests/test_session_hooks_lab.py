@@ -158,7 +158,7 @@ def test_a_session_that_ended_while_the_sidecar_was_away_is_reported_when_it_is_
 def test_a_charon_that_was_restarted_has_ended_its_sessions(topology: Topology) -> None:
     connect(topology)
     [begun] = await_events(topology.gw1, "established")
-    topology.gw1.charon.kill()
+    topology.gw1.charon.crash()
     topology.gw1.charon.start()
     _, over = await_events(topology.gw1, "established", "ended")
     assert (over["session"], over["reason"]) == (begun["session"], "charon-restarted")

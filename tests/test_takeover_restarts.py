@@ -20,10 +20,16 @@ def topology(each_release: str | None) -> Iterator[Topology]:
         yield topology
 
 
-def test_a_charon_that_is_restarted_after_a_crash_has_its_sessions_again(topology: Topology) -> None:
+@pytest.mark.parametrize("kernel_goes_on", [False, True], ids=["kernel-is-empty", "kernel-has-its-esp-sas"])
+def test_a_charon_that_is_restarted_after_a_crash_has_its_sessions_again(
+    topology: Topology, kernel_goes_on: bool
+) -> None:
     before = connect(topology)
     requests = topology.client.charon.text().count("IKE_SA_INIT request")
-    topology.gw1.charon.kill()
+    if kernel_goes_on:
+        topology.gw1.charon.crash()
+    else:
+        topology.gw1.charon.kill()
     topology.gw1.charon.start()
     wait_until(lambda: bool(established(topology.gw1)), "the session")
     wait_until(lambda: answered(topology, topology.client, 1), "traffic")

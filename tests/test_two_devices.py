@@ -147,7 +147,7 @@ def test_a_session_that_its_own_device_left_behind_holds_no_address(topology: To
     client, gw2 = topology.client, topology.gw2
     left = connect(topology, client, "home-gw2")
     topology.agent.stop()
-    client.charon.kill()
+    client.charon.crash()
     client.charon.start()
     topology.agent.start()
     mine = connect(topology, client, "home")

@@ -276,7 +276,7 @@ def test_without_configuration_a_client_that_crashed_resumes_what_it_had(both: C
         # each session is about 200 octets
         wait_until(lambda: file.exists() and file.stat().st_size > 400, "both sessions in the file")
         both.agent.kill()
-        both.client.charon.kill()
+        both.client.charon.crash()
         said = len(both.agent.text())
         both.agent.start(wait=False)
         both.client.charon.start()

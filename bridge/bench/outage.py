@@ -57,12 +57,12 @@ def _killed(topology: Topology) -> None:
 
 
 def _charon_killed(topology: Topology) -> None:
-    topology.gw1.charon.kill()
+    topology.gw1.charon.crash()
 
 
 def _charon_restarted(topology: Topology) -> None:
     """As systemd does with a charon that crashed."""
-    topology.gw1.charon.kill()
+    topology.gw1.charon.crash()
     time.sleep(RESTART_SECONDS)
     topology.gw1.charon.start()
 

@@ -37,6 +37,8 @@ class ChildInfo(NamedTuple):
     octets_out: int = 0
     idle_in: int | None = None
     """seconds since the last packet came in; None: none has"""
+    spi_out: int = 0
+    """as `spi_in`"""
 
     @property
     def works(self) -> bool:
@@ -214,6 +216,7 @@ def parse_ike_sa(connection: str, section: Section) -> SaInfo:
                     as_number(child.get("bytes-in")) or 0,
                     as_number(child.get("bytes-out")) or 0,
                     as_number(child.get("use-in")),
+                    _spi(child.get("spi-out")),
                 )
                 for child in _child_sections(section.get("child-sas", {}))
             ),

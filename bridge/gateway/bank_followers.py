@@ -10,6 +10,7 @@ from bridge.bank.prefetch import Prefetch
 from bridge.gateway.bank_events import BankEvents
 from bridge.gateway.bank_reconciler import BankReconciler
 from bridge.gateway.failover import Failover
+from bridge.gateway.left_in_kernel import LeftInKernel
 from bridge.gateway.revocation import LockOut
 from bridge.gateway.session_elsewhere import SessionElsewhere
 from bridge.gateway.shared_addresses import SharedAddresses
@@ -26,6 +27,7 @@ class BankFollowers:
     elsewhere: SessionElsewhere
     lock_out: LockOut
     rotation: KeyRotation
+    left: LeftInKernel
     shared: SharedAddresses | None = None
     """where gateways share addresses"""
 
@@ -38,6 +40,7 @@ class BankFollowers:
         events.follow(bank_keys.GONE, self.reconciler.gone_event, bank_keys.gone_pattern(None))
         moved = map(bank_keys.moved_pattern, sorted(self.reconciler.addresses))
         events.follow(bank_keys.MOVED, self.elsewhere.on_event, *moved)
+        events.follow(bank_keys.MOVED, self.left.on_event)
         events.follow(bank_keys.REVOKED_KIND, self._revoked, bank_keys.REVOKED_STAMP)
         events.on_state(self._listening)
         self.reconciler.on_address = lambda address: events.add(bank_keys.moved_pattern(address))

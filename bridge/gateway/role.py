@@ -38,6 +38,7 @@ from bridge.gateway.failover import Failover
 from bridge.gateway.gateway_bank import GatewayBank
 from bridge.gateway.interception import Interception
 from bridge.gateway.known_sessions import KnownSessions
+from bridge.gateway.left_in_kernel import LeftInKernel
 from bridge.gateway.living import LivingSas
 from bridge.gateway.metrics import GatewayMetrics
 from bridge.gateway.moving_sessions import MovingSessions
@@ -186,6 +187,10 @@ class GatewayRole:
         self._reconciler.on_ending = self._keeper.ended
         charon.tracker.on_lost.append(self._stubs.lost.put)
         charon.tracker.on_lost.append(lambda _: self._publisher.rekeys.lost())
+        self._left = LeftInKernel(charon, bank, config.address)
+        self._left.removed = self._return_path.gone
+        charon.tracker.on_lost.append(self._left.lost)
+        self._elsewhere.charon_gone = self._left.over
         self._postings: Postings | None = None
         if config.address is not None:
             self._postings = Postings(config.address, bank, charon, self._publisher, failover, self._metrics)
@@ -205,7 +210,7 @@ class GatewayRole:
             announced = self._shared.announced
             events.follow(bank_keys.TAKEOVER, lambda it: announced(it.key.removeprefix(bank_keys.TAKEOVER)), *taking)
         followers = BankFollowers(
-            prefetch, failover, self._reconciler, self._elsewhere, lock_out, around.rotation, self._shared
+            prefetch, failover, self._reconciler, self._elsewhere, lock_out, around.rotation, self._left, self._shared
         )
         followers.follow(events)
         bank.on_return = followers.returned
@@ -260,6 +265,7 @@ class GatewayRole:
             ("lock-out", self._lock_out.run()),
             ("rekeys", self._publisher.rekeys.run()),
             ("elsewhere", self._elsewhere.run()),
+            ("left-in-kernel", self._left.run()),
             ("duplicates", self._duplicates.run()),
             ("authentication-end", self._authentication.run()),
             ("addresses", self._keeper.run()),

@@ -30,6 +30,8 @@ from bridge.gateway.taken_sessions import TakenSessions
 from bridge.gateway.takeover_barriers import Barriers
 from bridge.gateway.takeover_session import Session, age, obstacle, session_of
 from bridge.gateway.takeover_state import State
+from bridge.net import xfrm
+from bridge.net.xfrm import EspSa
 from bridge.stub.child_sa import wire_spi
 from bridge.stub.stub import Index, Stub
 
@@ -124,7 +126,9 @@ class SessionTaker:
         came: Callable[[IkeSa, Stub], None],
         *,
         wall: Callable[[], float] = time.time,
+        remove_sas: Callable[[Sequence[EspSa]], None] = xfrm.remove_sas,
     ) -> None:
+        self._remove_sas = remove_sas
         self.taken = 0
         self.not_taken: Counter[str] = Counter()
         self._charon = charon
@@ -289,6 +293,7 @@ class SessionTaker:
         log.warning("session-not-taken-over", identity=identity, peer=peer, reason=reason, index=str(stub.index))
 
     async def _install(self, run: Run, sessions: Sequence[Session]) -> None:
+        self._clear_kernel(sessions)
         waits = False
         while not run.stopping and (sessions := [session for session in sessions if self._sessions.has(session)]):
             try:
@@ -311,6 +316,17 @@ class SessionTaker:
         # each list is of all IKE_SAs: as many as there are digits in their number, not one for each batch
         if len(run.installed) >= max(FIRST_BATCH, run.listed):
             await self._confirm(run)
+
+    def _clear_kernel(self, sessions: Sequence[Session]) -> None:
+        """Of a charon of this host that died and had them, the kernel still has the ESP SAs, and accepts no others with
+        the same SPIs."""
+        stubs = [session.stub for session in sessions]
+        sas = [EspSa(stub.local.address, wire_spi(child.spi_in)) for stub in stubs for child in stub.children]
+        sas += [EspSa(stub.remote.address, wire_spi(child.spi_out)) for stub in stubs for child in stub.children]
+        try:
+            self._remove_sas(sas)
+        except OSError as error:
+            log.warning("left-in-kernel-not-removed", reason=str(error), sas=len(sessions))
 
     async def _confirm(self, run: Run) -> None:
         """Ask VICI whether charon has what it was given."""

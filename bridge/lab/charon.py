@@ -142,15 +142,24 @@ class Charon(Daemon):
         """Bring a CHILD_SA up. LabError with charon's words if it does not come up."""
         self.host.swanctl("--initiate", "--child", child, "--ike", connection, timeout=timeout)
 
+    def crash(self) -> None:
+        """SIGKILL, on a machine that lives: the kernel goes on with its SAs, policies and routes."""
+        if self.process is not None:
+            self.process.kill()
+            super().forget()
+        self._end_starter()
+
     def kill(self) -> None:
-        """SIGKILL. A kernel would go on with the SAs of a dead charon; a dead machine does not."""
-        super().kill()
+        """SIGKILL, as on a machine that is dead: its SAs, policies and routes are gone too."""
+        self.crash()
+        space.forget_sas(self.host.namespace)
+
+    def _end_starter(self) -> None:
         if self.ipsec_conf:
             # starter, which would have started it again, is gone; the next one takes a zombie for a charon
             started = self.host.path(STARTED)
             os.kill(int(started.read_text()), signal.SIGKILL)
             started.unlink()
-        self.forget()
 
     def forget(self) -> None:
         """Reap it after someone killed it, and take its SAs out of the kernel."""

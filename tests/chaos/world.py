@@ -336,7 +336,7 @@ class World:
     def kill_charon(self, host: Host) -> None:
         """SIGKILL to a charon, whose stubs stay."""
         self.killed |= {sa["responder-spi"] for sa in self.sas_or_none(host)}
-        host.charon.kill()
+        host.charon.crash()
         # what its sidecar had yet to write included
         self.leaves_stubs(host)
 
