@@ -54,8 +54,10 @@ class LeftInKernel:
         *,
         outbound: Callable[[int], dict[EspSa, str]] = xfrm.outbound,
         remove: Remove = xfrm.remove,
+        look: float = LOOK_SECONDS,
         wall: Callable[[], float] = time.time,
     ) -> None:
+        self._every = look
         self._charon = charon
         self._bank = bank
         self._address = address
@@ -101,13 +103,13 @@ class LeftInKernel:
             if ready and not known:
                 known = await self._found()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS if ready else START_SECONDS):
+                async with asyncio.timeout(self._every if ready else START_SECONDS):
                     await self._wake.wait()
             self._wake.clear()
             began = time.monotonic()
             try:
                 await self._moved()
-                if self._lost and began - looked >= LOOK_SECONDS:
+                if self._lost and began - looked >= self._every:
                     looked = began
                     await self._look()
             except BankUnavailable as error:
