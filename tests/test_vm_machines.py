@@ -101,8 +101,20 @@ def test_a_gateway_restarted_in_the_midst_of_stub_changes_loses_none(machines: M
     wait_until(lambda: stubs(machines) == [], "the end of the stub", PATIENCE)
 
 
-def test_strongswan_is_restarted_alone(machines: Machines) -> None:
-    gw1, client = machines["gw1"], machines["client"]
+def test_strongswan_is_restarted_alone_and_its_sessions_move_first(machines: Machines) -> None:
+    gw1, gw2, client = machines["gw1"], machines["gw2"], machines["client"]
+    before = gw1.main_pid("ike-sa-sync-gateway")
+    gw1.run("systemctl", "restart", "strongswan")
+    assert gw1.main_pid("ike-sa-sync-gateway") == before
+    wait_until(lambda: reachable(gw1, "gateway"), "charon, reached again", PATIENCE)
+    wait_until(lambda: stubs(machines) == expected(gw2) != [], "the stub of the session at the other gateway", PATIENCE)
+    assert [sa["remote-host"].decode() for sa in client.sas()] == [gw2.address]
+    assert client.ping(SITE)
+
+
+def test_strongswan_is_restarted_alone_where_no_session_can_move(machines: Machines) -> None:
+    gw1, gw2, client = machines["gw1"], machines["gw2"], machines["client"]
+    gw2.run("systemctl", "stop", "ike-sa-sync-gateway")
     before = gw1.main_pid("ike-sa-sync-gateway")
     gw1.run("systemctl", "restart", "strongswan")
     assert gw1.main_pid("ike-sa-sync-gateway") == before
