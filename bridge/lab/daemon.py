@@ -86,6 +86,7 @@ class Daemon:
         if self.process is None:
             return
         process, self.process = self.process, None
+        lived = process.poll() is None
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(STOP_PATIENCE * SLOWNESS)
@@ -93,6 +94,11 @@ class Daemon:
             process.kill()
             process.wait()
             raise LabError(f"{self.name} on {self.host.name} ignored SIGTERM for {STOP_PATIENCE:g} s") from None
+        if lived:
+            self.check_end(process.returncode)
+
+    def check_end(self, status: int) -> None:
+        """See that it ended in order after SIGTERM. LabError with the end of its log."""
 
     def kill(self) -> None:
         """SIGKILL: it ends without a word to anyone."""

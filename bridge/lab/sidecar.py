@@ -2,6 +2,7 @@
 
 import asyncio
 import shlex
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from bridge.lab.daemon import Daemon
+from bridge.lab.space import LabError
 from bridge.service import control
 
 if TYPE_CHECKING:
@@ -68,6 +70,11 @@ class Sidecar(Daemon):
     def wait_ready(self) -> None:
         """Wait until it has printed `ready`: it serves."""
         self.await_alive(lambda: "ready" in self.text()[self._seen :].splitlines(), "it was ready")
+
+    def check_end(self, status: int) -> None:
+        # while it starts, SIGTERM ends it as it does any command
+        if status not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
+            raise LabError(f"{self.name} on {self.host.name} ended with status {status}\n{self.tail()}")
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """What it answers on its control socket, without a process for the question. Raises ControlError."""

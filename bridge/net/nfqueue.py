@@ -206,7 +206,9 @@ class Interceptor:
         between the last look at the queue and its end, the kernel drops."""
         if self._queue is None or self._loop is None:
             return
-        self._loop.remove_reader(self._queue.get_fd())
+        # of no type: uvloop's gives None where others give a bool, which the compiled form of this module would refuse
+        remove_reader: Callable[[int], object] = self._loop.remove_reader
+        remove_reader(self._queue.get_fd())
         self.let_go()
         self._queue.unbind()
         self._queue = None

@@ -118,8 +118,10 @@ class ResponseListener:
 
     def stop(self) -> None:
         """Stop listening."""
+        # of no type: uvloop's gives None where others give a bool, which the compiled form of this module would refuse
+        remove_reader: Callable[[socket.socket], object] = self._loop.remove_reader
         for sock in self._sockets:
-            self._loop.remove_reader(sock)
+            remove_reader(sock)
             sock.close()
         self._sockets.clear()
 
