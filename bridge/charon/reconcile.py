@@ -18,7 +18,7 @@ from bridge.charon.ha_segments import SegmentChooser
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.installer import LOOK_SHARE, Installer
 from bridge.charon.placeholders import Placeholders
-from bridge.charon.sa_comparison import Comparison
+from bridge.charon.sa_comparison import Comparison, Unreported
 from bridge.charon.sa_tracker import WORD_SECONDS, SaTracker
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.charon.vici_watch import ViciWatch
@@ -50,6 +50,9 @@ SETTLE_PAUSE_SECONDS, SETTLE_GROWTH = 0.001, 1.5
 """between two looks whether it has"""
 UNSETTLED_SECONDS = 10.0
 """a charon that counts more handshakes than it lists for so long counts wrongly"""
+
+REKEYS_AT_ONCE = 64
+"""CHILD_SAs that charon is asked to rekey after one comparison, for it looks through all IKE_SAs for each"""
 
 UNNAMED = "(unnamed)"
 """the connection that VICI names for an SA whose peer has not said who it is"""
@@ -97,6 +100,10 @@ class Reconciler:
         self._inode: int | None = None
         self._asked: set[bytes] = set()
         self._strays: set[bytes] = set()
+        self._unreported: set[Unreported] = set()
+        """the CHILD_SAs that were not known at the last comparison"""
+        self._rekeyed: set[tuple[bytes, str]] = set()
+        """both SPIs of IKE_SAs, and names of CHILD_SAs of theirs, that charon was asked to rekey"""
         self._due = asyncio.Event()
         self._look_due = asyncio.Event()
         self._own_request_at: float | None = None
@@ -157,6 +164,7 @@ class Reconciler:
             self._tracker.connections = {}
             self._placeholders.reset()
             self._asked.clear()
+            self._unreported, self._rekeyed = set(), set()
         self._inode = inode if inode is not None else self._inode
         self.connections.restarted()
         self.soon()
@@ -293,9 +301,32 @@ class Reconciler:
         self._placeholders.listed(since)
         self._tracker.half_open.listed(connecting, since)
         missing = comparison.end()
+        await self._have_reported(comparison.unreported)
         await self._installer.delete_left()
         await self._remove_strays(strays)
         return missing, since
+
+    async def _have_reported(self, unreported: set[Unreported]) -> None:
+        """Have charon rekey CHILD_SAs that were not known at the last comparison either, so that it reports their
+        successors: a stub without them would bring back an IKE_SA alone. Once for each name and IKE_SA."""
+        self._rekeyed = {one for one in self._rekeyed if one[0] in self._tracker.sas}
+        unreported = {one for one in unreported if (one.ike_spis, one.name) not in self._rekeyed}
+        lost, self._unreported = unreported & self._unreported, unreported
+        if unreported:
+            # their report may still be on its way
+            self._due.set()
+        wanted = {(one.ike_spis, one.name): one.unique_id for one in lost}
+        new = [*wanted][:REKEYS_AT_ONCE]
+        if not new or self._channel.version is None:
+            return
+        self._rekeyed.update(new)
+        refused = [said for said in await self._vici.rekey_children([(wanted[one], one[1]) for one in new]) if said]
+        log.warning(
+            "unreported-child-sas-rekeyed",
+            child_sas=len(new) - len(refused),
+            reason="charon lists them, and their report was lost",
+            **({"refused": len(refused), "charon_says": refused[0]} if refused else {}),
+        )
 
     async def look(self) -> None:
         """Ask VICI which SAs are in state CONNECTING, once charon has processed the commands. Raises ViciError.

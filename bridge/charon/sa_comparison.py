@@ -1,11 +1,23 @@
-"""The IKE_SAs that are known, compared with all that VICI lists: what is missing, what has ended."""
+"""What is known of IKE_SAs, compared with all that VICI lists: what is missing, what has ended."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from bridge.charon.sa_recovery import unreported
 from bridge.charon.sa_tracker import SaTracker
 from bridge.charon.vici_types import SaInfo
+
+
+class Unreported(NamedTuple):
+    """A CHILD_SA that charon lists, and that is not known of its IKE_SA."""
+
+    ike_spis: bytes
+    spi_in: int
+    name: str
+    unique_id: str
+    """of the IKE_SA"""
 
 
 class Comparison:
@@ -18,6 +30,8 @@ class Comparison:
         self._early = tracker.early()
         self._present: set[bytes] = set()
         self._missing: dict[bytes, SaInfo] = {}
+        self.unreported: set[Unreported] = set()
+        """those of known IKE_SAs: their report is on its way, or was lost"""
 
     def take(self, infos: Sequence[SaInfo]) -> None:
         """Some of the list."""
@@ -25,8 +39,12 @@ class Comparison:
             self._present.add(info.spis)
             if info.remote_vips:
                 self._tracker.virtual_ips.put(info.spis, info.remote_vips, self._since)
-            if info.version == 2 and info.state == "ESTABLISHED" and not self._tracker.listed(info, since=self._since):
-                self._missing[info.spis] = info
+            if info.version == 2 and info.state == "ESTABLISHED":
+                if not self._tracker.listed(info, since=self._since):
+                    self._missing[info.spis] = info
+                elif (known := self._tracker.sas.get(info.spis)) is not None and known.up:
+                    for child in unreported(known, info):
+                        self.unreported.add(Unreported(info.spis, child.spi_in, child.name, info.unique_id))
             elif info.state == "DELETING" and (sa := self._tracker.sas.get(info.spis)) is not None and sa.up:
                 if sa.requests is not None:
                     sa.requests.deleting = True

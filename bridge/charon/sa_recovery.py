@@ -12,7 +12,7 @@ from typing import Final
 
 from bridge.charon.ha_message import Attr, HaMessage, IkeId, MessageType
 from bridge.charon.ike_sa import IkeSa
-from bridge.charon.vici_types import SaInfo
+from bridge.charon.vici_types import ChildInfo, SaInfo
 from bridge.stub.types import ChildSa
 
 EARLY_MAX: Final = 20_000
@@ -58,7 +58,7 @@ class SaRecovery:
         listed = {info.spis: info for info in infos}
         for old, heir in self._heirs.values():
             info = listed.get(heir.id.spis)
-            if info is not None and heir.up and not all_reported(heir, info):
+            if info is not None and heir.up and unreported(heir, info):
                 yield info._replace(spi_i=old.spi_i, spi_r=old.spi_r, initiator=old.initiator)
 
     def was_rekeyed(self, spis: bytes) -> bool:
@@ -117,9 +117,10 @@ def drop_unlisted(sa: IkeSa, info: SaInfo) -> bool:
     return dropped
 
 
-def all_reported(sa: IkeSa, info: SaInfo) -> bool:
-    """Whether all CHILD_SAs are known that charon lists; what it is replacing may be missing."""
-    return _works(info) <= {child.spi_in for child in sa.children}
+def unreported(sa: IkeSa, info: SaInfo) -> list[ChildInfo]:
+    """The CHILD_SAs that charon lists and that are not known, without those that it is replacing."""
+    known = {child.spi_in for child in sa.children}
+    return [child for child in info.children if child.spi_in not in known and child.works]
 
 
 def _works(info: SaInfo) -> set[int]:
