@@ -98,7 +98,7 @@ class Charon(Daemon):
         libipsec = "yes" if self.host.esp is Esp.USERSPACE else "no"
         stroke = "yes" if self.ipsec_conf else "no"
         (drop_ins / "lab.conf").write_text(LAB % {"log": self.log, "libipsec": libipsec, "stroke": stroke})
-        (drop_ins / "lab-settings.conf").write_text(render(self.settings) + "\n")
+        (drop_ins / "lab_settings.conf").write_text(render(self.settings) + "\n")
 
     def start(self, load: bool = True) -> None:
         """Start charon, wait until it answers on VICI, and load `/etc/swanctl`.
