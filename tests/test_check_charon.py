@@ -58,6 +58,7 @@ charon {
     ikesa_table_size = 4096
     journal { default = 1; enc = 0; ike = 0 }
     plugins { hmac { load = 10 } kdf { load = 10 } }
+    plugins { kernel-netlink { fwmark = !0x220 } socket-default { fwmark = 0x220 } }
 }
 """
 
@@ -71,7 +72,7 @@ def answer(tmp_path: Path, text: str, *plugins: str) -> charon.CharonAnswer:
 def test_a_gateway_is_told_which_choices_would_save_cpu(tmp_path: Path) -> None:
     findings = charon.cost(GatewayConfig(), answer(tmp_path, "charon { ikesa_table_size = 65536 }", "openssl", "hmac"))
     assert [finding.grade for finding in findings] == [Grade.OK]
-    for words in ("ikesa_table_size 4096", "log levels", "hmac and kdf before openssl"):
+    for words in ("ikesa_table_size 4096", "log levels", "hmac and kdf before openssl", "a mark for charon's packets"):
         assert words in findings[0].text
 
 

@@ -22,6 +22,13 @@ from bridge.stub.stub import Index
 
 ADDRESS = "192.168.50.30"
 VISITOR = "192.168.50.40"
+MARK = "0x220"
+BUSY = {
+    "charon.filelog.lab.default": 0,
+    "charon.plugins.kernel-netlink.fwmark": f"!{MARK}",
+    "charon.plugins.socket-default.fwmark": MARK,
+}
+"""strongswan.conf of a busy gateway (strongswan-conf/ike-sa-sync.conf)"""
 QUIET = "connections { gw { dpd_delay = 0s } }\n"
 """liveness checks of tens of thousands of clients would be part of every figure"""
 
@@ -157,7 +164,7 @@ def rig(clients: int = 0, detect: float | None = None, shared: str | None = None
         for gateway in (topology.gw1, topology.gw2):
             gateway.run("ip", "route", "add", CLIENTS, "via", ADDRESS)
             gateway.configure(QUIET, "quiet.conf")
-            gateway.charon.settings["charon.filelog.lab.default"] = 0
+            gateway.charon.settings |= BUSY
         for sidecar in topology.gateways.values():
             sidecar.config["sync"]["max_unconfirmed"] = 100_000
             if detect is not None:
@@ -165,6 +172,8 @@ def rig(clients: int = 0, detect: float | None = None, shared: str | None = None
         if shared is not None:
             share(topology, shared, "command")
             connect_to(topology.client, shared)
+            # simulated clients are behind a NAT: their IKE is on port 4500, their ESP in UDP
+            topology.client.configure("connections { home { encap = yes } }\n", "encap.conf")
             topology.gw1.run("ip", "address", "add", f"{shared}/24", "dev", "eth0")
         more = Clients(topology, clients, unprepared=detect is not None)
         visitor = client_host(lab, "visitor", VISITOR, topology.secret)

@@ -246,6 +246,10 @@ def cost(config: GatewayConfig | ClientConfig, charon: CharonAnswer) -> list[Fin
         _number(charon.setting(f"plugins.{name}.load"), 1) > 1 for name in HASHES
     ):
         left.append("hmac and kdf before openssl (15 to 28 µs)")
+    if not (charon.setting("plugins.kernel-netlink.fwmark") or "").startswith("!") and not _same(
+        "no", charon.setting("install_routes") or "yes"
+    ):
+        left.append("a mark for charon's packets (or it reads all routes for each CHILD_SA)")
     if not left:
         return []
     return [ok("cost", f"possible savings, commented in {DROP_IN}: {', '.join(left)}")]
