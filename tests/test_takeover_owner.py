@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ import pytest
 
 from bridge.lab import Lab, Topology
 from bridge.lab.daemon import wait_until
-from bridge.lab.topology import client_host
+from bridge.lab.esp import Esp
+from bridge.lab.host import Host
+from bridge.lab.topology import SITE, client_host
 from failover_support import counter, established, spis
 from takeover_support import (
     SHARED,
@@ -89,6 +92,49 @@ def test_nothing_of_the_address_leaves_a_gateway_whose_charon_hangs(topology: To
     assert answered(topology, topology.client)
     [after] = established(topology.client)
     assert spis(after) == spis(before)
+
+
+def test_no_esp_of_the_address_leaves_a_gateway_whose_charon_hangs(topology: Topology) -> None:
+    """Where the kernel does ESP, it encrypts under the old keys for as long as charon does not remove them."""
+    old, new, client = topology.gw1, topology.gw2, topology.client
+    connect(topology)
+    [sa] = established(client)
+    [child] = sa["child-sas"].values()
+    [address] = sa["local-vips"]
+    count_esp(client, child["spi-in"])
+    assert old.run("ping", "-n", "-c", "3", "-i", "0.1", "-I", SITE, address).returncode == 0
+    before = esp_counted(client)
+    assert before >= 3
+    os.kill(old.charon.pid, signal.SIGSTOP)
+    try:
+        give_up(topology, old)
+        old.run("ping", "-n", "-c", "3", "-i", "0.1", "-W", "1", "-I", SITE, address, check=False)
+        assert esp_counted(client) == before
+        take_away(old)
+        assert take(topology, new)["taken"] == 1
+        assert answered(topology, client)
+        # its old keys are still in the kernel, and its server sends to the client
+        old.run("ping", "-n", "-c", "3", "-i", "0.1", "-W", "1", "-I", SITE, address, check=False)
+        assert esp_counted(client) == before
+        if topology.lab.esp is Esp.KERNEL:
+            wait_until(lambda: counter(topology, "gw1", "fence_dropped_total") >= 3, "what the fence dropped, counted")
+    finally:
+        os.kill(old.charon.pid, signal.SIGCONT)
+    wait_until(lambda: not old.charon.sas(), "charon to drop the session")
+    assert answered(topology, client)
+
+
+def count_esp(host: Host, spi: str) -> None:
+    """Count what comes to a host under an SPI, in UDP or not."""
+    matches = (f"esp spi 0x{spi}", f"udp sport 4500 @th,64,32 0x{spi}")
+    rules = "; ".join(f"{match} counter" for match in matches)
+    chain = f"type filter hook prerouting priority raw; {rules};"
+    host.run("nft", f"table inet arrived {{ chain counted {{ {chain} }}; }}")
+
+
+def esp_counted(host: Host) -> int:
+    shown = host.run("nft", "list", "table", "inet", "arrived").stdout
+    return sum(map(int, re.findall(r"counter packets (\d+)", shown)))
 
 
 def test_a_takeover_at_the_wrong_gateway_is_refused(topology: Topology) -> None:

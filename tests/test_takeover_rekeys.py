@@ -49,10 +49,14 @@ def topology(request: pytest.FixtureRequest, each_release: str | None) -> Iterat
 
 
 def lose(host: Host, exchange: int, *, requests_only: bool = False) -> None:
-    """Lose what a host sends of an exchange, by the exchange type behind the UDP header and the non-ESP marker. The
-    flags follow; the third of them is that of a response."""
-    rule = f"udp sport 4500 @th,64,32 0 @th,240,8 {exchange} {'@th,250,1 0' if requests_only else ''} drop"
-    host.run("nft", f"table inet lost {{ chain output {{ type filter hook output priority raw; {rule}; }}; }}")
+    """Lose what a host sends of an exchange, by the exchange type in the IKE header. It follows the UDP header, and on
+    port 4500 a non-ESP marker. The third of the flags is that of a response."""
+    rules = []
+    for match, header in (("udp sport 500", 64), ("udp sport 4500 @th,64,32 0", 96)):
+        requests = f"@th,{header + 154},1 0" if requests_only else ""
+        rules.append(f"{match} @th,{header + 144},8 {exchange} {requests} drop")
+    chain = f"type filter hook output priority raw; {'; '.join(rules)};"
+    host.run("nft", f"table inet lost {{ chain output {{ {chain} }}; }}")
 
 
 def lose_nothing(host: Host) -> None:
@@ -170,7 +174,10 @@ def test_the_ike_sa_was_rekeyed_and_the_old_one_is_not_deleted_yet(topology: Top
     assert spis(new) in [spis(sa) for sa in established(client)]
 
 
-OWN_DPD: tuple[dict[str, Any], dict[str, str]] = ({}, {"dpd_delay": "2s", "children.net.dpd_action": "restart"})
+OWN_DPD: tuple[dict[str, Any], dict[str, str]] = (
+    {},
+    {"dpd_delay": "2s", "children.net.dpd_action": "restart", "keyingtries": "0"},
+)
 
 
 @pytest.mark.parametrize("topology", [OWN_DPD], indirect=True)
