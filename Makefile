@@ -90,7 +90,7 @@ test-compiled: $(VENV)/.project $(VENV)/.build ## all tests again, with the modu
 $(VENV)/.releases: $(VENV)/.project
 	@.ci/packages mmdebstrap
 	@$(BIN)/python -m bridge.lab.releases
-	@$(BIN)/python -m bridge.lab.unpacked
+	@$(BIN)/python -m bridge.lab.unpacked valkey frr
 	@touch $@
 
 dist: $(VENV)/.build ## what pip installs: the source and two wheels, one of them compiled, into dist/; the same octets each time

@@ -63,8 +63,9 @@ def client_settings(more: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"remote_addrs": SHARED, "mobike": "no", "dpd_delay": "0s", **(more or {})}
 
 
-def start(topology: Topology, holder: Host | None = None) -> None:
-    """All but the client's sidecar; `holder` has the shared addresses from the beginning."""
+def start(topology: Topology, holder: Host | None = None, *, client: bool = True) -> None:
+    """All but the client's sidecar, and charon at the client unless it has another daemon; `holder` has the shared
+    addresses from the beginning."""
     topology.bank.start()
     for router in topology.routers:
         router.start()
@@ -74,7 +75,7 @@ def start(topology: Topology, holder: Host | None = None) -> None:
         sidecar.launch()
     for sidecar in topology.gateways.values():
         sidecar.wait_held()
-    for host in (topology.gw1, topology.gw2, topology.client):
+    for host in (topology.gw1, topology.gw2, *((topology.client,) if client else ())):
         host.charon.start()
     for sidecar in topology.gateways.values():
         sidecar.wait_ready()

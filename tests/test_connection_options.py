@@ -87,15 +87,12 @@ def session_with_interfaces(topology: Topology) -> Iterator[None]:
         for host in hosts:
             host.run("ip", "link", "add", "ipsec0", "type", "xfrm", "dev", "eth0", "if_id", "5")
             host.run("ip", "link", "set", "ipsec0", "up")
-            # before charon's table, whose routes are by the interface below
-            host.run("ip", "rule", "add", "priority", "100", "lookup", "100")
         for gateway in hosts[:2]:
-            gateway.run("ip", "route", "add", "10.20.0.0/16", "dev", "ipsec0", "table", "100")
+            gateway.run("ip", "route", "add", "10.20.0.0/16", "dev", "ipsec0")
         topology.connect()
         sa = the_sa(topology.client)
-        source = ("src", sa["local-vips"][0])
         for client in hosts[2:]:
-            client.run("ip", "route", "add", "10.10.0.0/16", "dev", "ipsec0", "table", "100", *source)
+            client.run("ip", "route", "add", "10.10.0.0/16", "dev", "ipsec0", "src", sa["local-vips"][0])
         key = stub_key(topology.gw1.address, sa["responder-spi"])
         wait_until(lambda: complete(topology, key), "the stub of the session")
         assert topology.client.ping(SITE) == 3
@@ -103,7 +100,6 @@ def session_with_interfaces(topology: Topology) -> Iterator[None]:
     finally:
         for host in hosts:
             host.run("ip", "link", "delete", "ipsec0", check=False)
-            host.run("ip", "rule", "delete", "priority", "100", check=False)
 
 
 def failed_over(topology: Topology) -> Outcome:

@@ -57,5 +57,5 @@ def test_what_is_neither_installed_nor_unpacked_is_named_with_its_fix(
 ) -> None:
     monkeypatch.setattr(unpacked, "CACHE", tmp_path)
     monkeypatch.setattr(unpacked, "machine", lambda: release)
-    with pytest.raises(LabError, match=r"valkey is missing: run `.*python.* -m bridge\.lab\.unpacked`"):
+    with pytest.raises(LabError, match=r"valkey is missing: run `.*python.* -m bridge\.lab\.unpacked valkey`"):
         VALKEY.program("/not-installed/valkey-server")

@@ -1,9 +1,10 @@
-"""Programs of Debian 13 for machines of an older Debian, Valkey 8 and FRR 10: each package with its libraries in a
-directory of its own.
+"""Programs of Debian 13 for machines of an older Debian, Valkey 8, FRR 10, libreswan 5.2 and OpenIKED 7.4: each
+package with its libraries in a directory of its own.
 
-python -m bridge.lab.unpacked       installs those that are missing
+    python -m bridge.lab.unpacked NAME...       unpacks those that are missing of valkey, frr, libreswan, openiked
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ class Unpacked(NamedTuple):
         # with the C library that it was built for
         loader = next(self.directory.glob("usr/lib/*/ld-linux*.so.?"), None)
         if loader is None:
-            raise LabError(f"{self.directory} is missing: run `{sys.executable} -m bridge.lab.unpacked`")
+            raise LabError(f"{self.directory} is missing: run `{sys.executable} -m bridge.lab.unpacked {self.name}`")
         libraries = f"{loader.parent}:{loader.parent / self.name}"
         return [str(loader), "--library-path", libraries, str(self.directory / path.lstrip("/"))]
 
@@ -60,15 +61,21 @@ class Unpacked(NamedTuple):
 VALKEY = Unpacked("valkey", "valkey-server")
 VALKEY_SERVER = "/usr/bin/valkey-server"
 FRR = Unpacked("frr", "frr")
-ZEBRA = "/usr/lib/frr/zebra"
+LIBRESWAN = Unpacked("libreswan", "libreswan")
+PLUTO = "/usr/libexec/ipsec/pluto"
+OPENIKED = Unpacked("openiked", "openiked")
+IKED = "/usr/sbin/iked"
+
+ALL = {each.name: each for each in (VALKEY, FRR, LIBRESWAN, OPENIKED)}
 
 
 def main() -> None:
-    """Install what is missing, and say so."""
-    for each, path in ((VALKEY, VALKEY_SERVER), (FRR, ZEBRA)):
-        try:
-            each.program(path)
-        except LabError:
+    """Unpack what is missing of the named ones, and say so."""
+    parser = argparse.ArgumentParser(prog="python -m bridge.lab.unpacked")
+    parser.add_argument("names", nargs="+", choices=ALL, metavar="NAME", help=", ".join(ALL))
+    for name in parser.parse_args().names:
+        each = ALL[name]
+        if not each.directory.is_dir():
             print(f"unpacking {each.package} of Debian {RELEASE} in {each.directory} (about 100 MB)", flush=True)
             each.install()
 
