@@ -81,9 +81,16 @@ def session(topology: Topology) -> Iterator[None]:
 
 @contextlib.contextmanager
 def session_with_interfaces(topology: Topology) -> Iterator[None]:
-    """Where the kernel does ESP, policies with an if_id are those of an interface with it: one on each host."""
+    """Where the kernel does ESP, policies with an if_id are those of an interface with it: one on each host. Those of
+    the client's guard are without: they would drop what is sent to the interface."""
     hosts = (topology.gw1, topology.gw2, topology.client) if topology.lab.esp is Esp.KERNEL else ()
+    guard = topology.client.etc / "swanctl/conf.d/guard.conf"
     try:
+        if hosts:
+            topology.client.configure(
+                "connections { guard { children { inner { start_action = none } } } }\n", guard.name
+            )
+        topology.client.charon.load()
         for host in hosts:
             host.run("ip", "link", "add", "ipsec0", "type", "xfrm", "dev", "eth0", "if_id", "5")
             host.run("ip", "link", "set", "ipsec0", "up")
@@ -100,6 +107,7 @@ def session_with_interfaces(topology: Topology) -> Iterator[None]:
     finally:
         for host in hosts:
             host.run("ip", "link", "delete", "ipsec0", check=False)
+        guard.unlink(missing_ok=True)
 
 
 def failed_over(topology: Topology) -> Outcome:
