@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from bridge.charon import reconcile
+from bridge.charon import handshake_list
 from bridge.charon.charon import Charon
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.config import HaConfig
@@ -95,11 +95,10 @@ UNNAMED, NAMED = connecting("(unnamed)", "192.0.2.7"), connecting("gw", "192.0.2
 async def looked(vici: BusyVici, *, crashes: bool = False, took: float = 0.0) -> list[str]:
     """Where handshakes are in progress, as charon says."""
     charon = Charon("/nowhere", HaConfig())
-    reconciler = charon._reconciler
-    reconciler._vici = cast(Any, vici)
-    reconciler._listing_took = took
+    charon._handshake_list._vici = cast(Any, vici)
+    charon._reconciler.listing_took = took
     charon.landing.crashes = crashes
-    await reconciler.look()
+    await charon._handshake_list.look()
     return sorted(charon.tracker.half_open.addresses())
 
 
@@ -140,8 +139,8 @@ class Processing(BusyVici):
 
 async def looked_surely(vici: BusyVici) -> tuple[bool, list[str]]:
     charon = Charon("/nowhere", HaConfig())
-    charon._reconciler._vici = cast(Any, vici)
-    return await charon._reconciler.look_surely(), sorted(charon.tracker.half_open.addresses())
+    charon._handshake_list._vici = cast(Any, vici)
+    return await charon._handshake_list.look_surely(), sorted(charon.tracker.half_open.addresses())
 
 
 async def test_a_request_that_charon_has_yet_to_process_is_waited_for() -> None:
@@ -158,9 +157,9 @@ async def test_handshakes_of_peers_that_have_a_name_take_a_list_of_all() -> None
 
 
 async def test_where_charon_does_not_process_what_it_has_nothing_is_sure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconcile, "SETTLE_SECONDS", 0.02)
+    monkeypatch.setattr(handshake_list, "SETTLE_SECONDS", 0.02)
     vici = Processing([(0, UNNAMED)], [], count=2)
     assert await looked_surely(vici) == (False, ["192.0.2.7"])
     # unless it has counted wrongly all the time
-    monkeypatch.setattr(reconcile, "UNSETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(handshake_list, "UNSETTLED_SECONDS", -1.0)
     assert await looked_surely(vici) == (True, ["192.0.2.7"])

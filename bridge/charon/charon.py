@@ -16,6 +16,7 @@ from bridge.charon.ha_message import IkeId
 from bridge.charon.ha_reports import HaReports
 from bridge.charon.ha_rules import HaRules
 from bridge.charon.ha_segments import SegmentChooser
+from bridge.charon.handshake_list import HandshakeList
 from bridge.charon.handshakes import Handshakes
 from bridge.charon.ike_sa import IkeSa
 from bridge.charon.install import Install
@@ -75,6 +76,9 @@ class Charon:
             self.placeholders,
             Path(swanctl) if swanctl is not None else None,
         )
+        self._handshake_list = HandshakeList(
+            self.tracker, self.landing, self.vici, lambda: self._reconciler.listing_took
+        )
         self.reports.on_own_request = self._reconciler.own_request
         self.ends = SaEnds(self.tracker, self.vici, lambda: self.alive() is True)
         self._not_taken: set[tuple[str, str]] = set()
@@ -98,7 +102,7 @@ class Charon:
         self.channel.start()
         self.vici.start()
         self._tasks.append(spawn("reconcile", self._reconciler.run()))
-        self._tasks.append(spawn("handshakes", self._reconciler.watch_handshakes()))
+        self._tasks.append(spawn("handshakes", self._handshake_list.watch()))
 
     async def pause(self) -> None:
         """Pass on nothing more. What the HA channel brings from here on the kernel keeps for the next process."""
@@ -317,14 +321,14 @@ class Charon:
 
     async def _look(self) -> None:
         with _unknown_handshakes():
-            await self._reconciler.look()
+            await self._handshake_list.look()
 
     async def _look_surely(self) -> bool:
         with _unknown_handshakes():
-            return await self._reconciler.look_surely()
+            return await self._handshake_list.look_surely()
 
     def _blocked(self) -> None:
-        self._reconciler.look_soon()
+        self._handshake_list.soon()
 
     def _event(self, event: Event) -> None:
         if event.kind == "ike-updown" and event.up and event.sa.connection not in self.tracker.connections:

@@ -1,4 +1,4 @@
-"""The sidecar's picture of charon, kept in step with what VICI lists: connections, IKE_SAs, handshakes in progress."""
+"""The sidecar's picture of charon, kept in step with what VICI lists: connections and IKE_SAs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from bridge.charon.connection_reader import ConnectionReader
 from bridge.charon.ha_channel import ChannelError, HaChannel
 from bridge.charon.ha_message import IkeId
 from bridge.charon.ha_segments import SegmentChooser
+from bridge.charon.handshake_list import HALF_OPEN_STATES
 from bridge.charon.ike_sa import IkeSa
-from bridge.charon.installer import LOOK_SHARE, Installer
+from bridge.charon.installer import Installer
 from bridge.charon.placeholders import Placeholders
 from bridge.charon.sa_comparison import Comparison, Unreported
 from bridge.charon.sa_tracker import WORD_SECONDS, SaTracker
@@ -41,25 +42,11 @@ UNLOADED_SECONDS = 0.5
 """between two looks for connections that charon did not have yet"""
 IN_FLIGHT_SECONDS = 0.5
 """what VICI lists may still be on its way over the HA channel for so long"""
-LEAST_LOOK_SECONDS = 0.25
-QUICK_SECONDS = 0.05
-"""a list of all SAs that took less is asked for before an activation, too"""
-SETTLE_SECONDS = 0.25
-"""that charon gets to process what it has received, while requests that may begin a handshake are held back"""
-SETTLE_PAUSE_SECONDS, SETTLE_GROWTH = 0.001, 1.5
-"""between two looks whether it has"""
-UNSETTLED_SECONDS = 10.0
-"""a charon that counts more handshakes than it lists for so long counts wrongly"""
-
 REKEYS_AT_ONCE = 64
 """CHILD_SAs that charon is asked to rekey after one comparison, for it looks through all IKE_SAs for each"""
 
-UNNAMED = "(unnamed)"
-"""the connection that VICI names for an SA whose peer has not said who it is"""
 PASSIVE = "PASSIVE"
 """the state of an IKE_SA that was installed and not activated"""
-HALF_OPEN_STATES = ("CREATED", "CONNECTING")
-"""of an IKE_SA, as VICI names them; charon makes the second of the first while it works on a request"""
 
 Recover = Callable[[list[SaInfo]], Awaitable[list[IkeSa] | None]]
 """the SAs of a list whose keys are known elsewhere; None where that cannot be found out now"""
@@ -88,6 +75,8 @@ class Reconciler:
         self.reconciled = asyncio.Event()
         """set once the SAs that charon had when the sidecar came are known"""
         self.recover: Recover = no_recovery
+        self.listing_took = 0.0
+        """seconds that the last list of all SAs took"""
         self._tracker = tracker
         self._channel = channel
         self._segments = segments
@@ -105,14 +94,10 @@ class Reconciler:
         self._rekeyed: set[tuple[bytes, str]] = set()
         """both SPIs of IKE_SAs, and names of CHILD_SAs of theirs, that charon was asked to rekey"""
         self._due = asyncio.Event()
-        self._look_due = asyncio.Event()
         self._own_request_at: float | None = None
         """when the list is looked at for charon's own requests, if any"""
         self._own_request_looked = float("-inf")
         self._waited = 0.0
-        self._listing_took = 0.0
-        """seconds that the last list of all SAs took"""
-        self._unsettled_since: float | None = None
 
     def soon(self) -> None:
         """Compare as soon as the pace allows."""
@@ -142,10 +127,6 @@ class Reconciler:
         """Read the connections as soon as the pace allows: one was named that is not among them."""
         self.connections.wanted = True
         self._due.set()
-
-    def look_soon(self) -> None:
-        """Ask VICI which handshakes are still in progress, as soon as the pace allows."""
-        self._look_due.set()
 
     def alive(self) -> bool | None:
         """Whether the charon runs whose IKE_SAs are known here. False: it is gone, or another process than then has its
@@ -193,17 +174,6 @@ class Reconciler:
                 self._due.set()
             await self._pause(min(max(LEAST_PAUSE_SECONDS, took * RECONCILE_SHARE), most))
 
-    async def watch_handshakes(self) -> None:
-        """Ask for handshakes in progress whenever `look_soon` was called, for as long as the sidecar runs."""
-        while True:
-            await self._look_due.wait()
-            self._look_due.clear()
-            began = time.monotonic()
-            # what is wrong with VICI the comparison says
-            with contextlib.suppress(ViciError):
-                await self.look()
-            await asyncio.sleep(max(LEAST_LOOK_SECONDS, LOOK_SHARE * (time.monotonic() - began)))
-
     async def _pause(self, at_least: float) -> None:
         until = time.monotonic() + at_least
         while (left := until - time.monotonic()) > 0:
@@ -249,7 +219,7 @@ class Reconciler:
                 return
             for sa in recovered:
                 spis = sa.id.spis
-                if self._known(spis) or self._tracker.take_back(sa, missing[spis], since=since):
+                if self._tracker.is_up(spis) or self._tracker.take_back(sa, missing[spis], since=since):
                     del missing[spis]
             # charon has nothing more about one that was rekeyed
             missing = {spis: info for spis, info in missing.items() if not self._tracker.recall.was_rekeyed(spis)}
@@ -264,10 +234,6 @@ class Reconciler:
             await self._installer.resync(segments)
             await self._channel.drained()
             self._asked |= unasked.keys()
-
-    def _known(self, spis: bytes) -> bool:
-        sa = self._tracker.sas.get(spis)
-        return sa is not None and sa.up
 
     async def _compare(self) -> tuple[dict[bytes, SaInfo], float]:
         """What is missing here of what VICI lists, and when it was asked (monotonic seconds)."""
@@ -292,7 +258,7 @@ class Reconciler:
             connecting.update(self._connecting(info for info in infos if not self._is_installed(info)))
 
         self._waited += await self._vici.each_sas(take)
-        self._listing_took = time.monotonic() - since
+        self.listing_took = time.monotonic() - since
         end = self._channel.charon_socket()
         if not self._vici.connected or end is None or end.inode != self._inode:
             # another charon's list: nothing of it says that the SAs of the first one ended in order
@@ -328,62 +294,11 @@ class Reconciler:
             **({"refused": len(refused), "charon_says": refused[0]} if refused else {}),
         )
 
-    async def look(self) -> None:
-        """Ask VICI which SAs are in state CONNECTING, once charon has processed the commands. Raises ViciError.
-
-        How many there are costs next to nothing to ask; those of peers that are not authenticated yet are listed alone.
-        Where others are in that state, this host initiates them, or they are between two messages of IKE_AUTH, which HA
-        messages report too: all SAs are listed where that is quick, for clients wait for it, and in any case where
-        charon would crash.
-        """
-        await self._look(all_sas=self._segments.crashes or self._listing_took < QUICK_SECONDS)
-
-    async def look_surely(self) -> bool:
-        """`look`, while charon receives no request that may begin a handshake, until it lists as many as it counts: it
-        counts a request before it processes it. Whether that came to be in SETTLE_SECONDS. Raises ViciError."""
-        began, pause, all_sas = time.monotonic(), SETTLE_PAUSE_SECONDS, False
-        while not await self._look(all_sas=all_sas):
-            now = time.monotonic()
-            if now - began > SETTLE_SECONDS:
-                return self._counts_wrongly(now)
-            await asyncio.sleep(pause)
-            # a request is processed in less; what is still missing has a name, and takes a list of all
-            pause, all_sas = pause * SETTLE_GROWTH, True
-        self._unsettled_since = None
-        return True
-
-    def _counts_wrongly(self, now: float) -> bool:
-        if self._unsettled_since is None:
-            self._unsettled_since = now
-        return now - self._unsettled_since > UNSETTLED_SECONDS
-
-    async def _look(self, *, all_sas: bool) -> bool:
-        """Whether all that charon counts were found. `all_sas`: among all SAs, if need be."""
-        since, half_open = time.monotonic(), self._tracker.half_open
-        count = await self._vici.half_open()
-        found: dict[bytes, SaInfo] = {}
-
-        def take(infos: list[SaInfo]) -> None:
-            found.update((info.spis, info) for info in infos if info.state in HALF_OPEN_STATES)
-
-        if count:
-            take(await self._vici.list_sas(UNNAMED))
-        listed_all = len(found) >= count
-        if not listed_all and all_sas:
-            await self._vici.each_sas(take)
-            listed_all = True
-        connecting = {spis: info.remote.address for spis, info in found.items() if not self._known(spis)}
-        if listed_all:
-            half_open.listed(connecting, since)
-        else:
-            half_open.also(connecting, since)
-        return len(found) >= count
-
     def _connecting(self, infos: Iterable[SaInfo]) -> dict[bytes, str]:
         return {
             info.spis: info.remote.address
             for info in infos
-            if info.state in HALF_OPEN_STATES and not self._known(info.spis)
+            if info.state in HALF_OPEN_STATES and not self._tracker.is_up(info.spis)
         }
 
     def _is_installed(self, info: SaInfo) -> bool:

@@ -214,6 +214,11 @@ class SaTracker:
             return True
         return moved
 
+    def is_up(self, spis: bytes) -> bool:
+        """Whether the IKE_SA with these SPIs is known, and up."""
+        sa = self.sas.get(spis)
+        return sa is not None and sa.up
+
     # changes that no message reports
 
     def put_child(self, sa: IkeSa, child: ChildSa) -> None:
