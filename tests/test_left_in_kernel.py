@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -73,6 +75,20 @@ def test_a_server_reaches_a_client_that_left_a_gateway_whose_charon_died_alone(
     assert the_sa(topology.client)["local-vips"] == vips
     reached(topology, vips)
     wait_until(lambda: not left(topology.gw1), "gw1's kernel has nothing of it")
+
+
+def test_a_server_reaches_a_client_that_left_a_gateway_whose_charon_hangs(topology: Topology) -> None:
+    vips = connect(topology)["local-vips"]
+    os.kill(topology.gw1.charon.pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: "charon-not-answering" in topology.gateways["gw1"].text(), "the sidecar knows")
+        assert resume(topology)["result"] == "resumed"
+        reached(topology, vips)
+    finally:
+        os.kill(topology.gw1.charon.pid, signal.SIGCONT)
+    wait_until(lambda: not topology.gw1.charon.sas(), "the end of the old IKE_SA")
+    assert not left(topology.gw1)
+    reached(topology, vips)
 
 
 def test_a_session_that_comes_back_to_a_charon_that_was_restarted_leaves_nothing_behind(topology: Topology) -> None:

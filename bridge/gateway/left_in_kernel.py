@@ -85,7 +85,7 @@ class LeftInKernel:
         self._wake.set()
 
     def over(self, sa: IkeSa) -> None:
-        """An SA of a charon that is gone; its session went on elsewhere."""
+        """An SA of a charon that is gone, or hangs; its session went on elsewhere."""
         self._over[sa.id.spis] = sa
         self._wake.set()
 
@@ -182,7 +182,7 @@ class LeftInKernel:
         outbound, inbound = [], []
         for sa in over:
             # one that was taken over as it is has the same SPIs again
-            if self._charon.alive() is False or sa.id.spis not in self._charon.tracker.sas:
+            if sa.id.spis not in self._lost or sa.id.spis not in self._charon.tracker.sas:
                 to_client, here = _esp(sa)
                 outbound += to_client
                 inbound += here

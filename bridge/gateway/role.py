@@ -126,7 +126,7 @@ class GatewayRole:
         if config.sync.tell_gateways:
             self._stubs.gateways = self._others
         self._stubs.expected = failover.expects
-        self._stubs.alive = lambda: heartbeat.charon_alive
+        self._stubs.alive = lambda: heartbeat.charon_alive is True
         lookup = StubLookup(
             prefetch,
             bank,
@@ -190,7 +190,8 @@ class GatewayRole:
         self._left = LeftInKernel(charon, bank, config.address)
         self._left.removed = self._return_path.gone
         charon.tracker.on_lost.append(self._left.lost)
-        self._elsewhere.charon_gone = self._left.over
+        self._elsewhere.charon_answers = lambda: heartbeat.charon_alive is True
+        self._elsewhere.not_asked = self._left.over
         self._postings: Postings | None = None
         if config.address is not None:
             self._postings = Postings(config.address, bank, charon, self._publisher, failover, self._metrics)

@@ -56,8 +56,9 @@ class SessionElsewhere:
         self._metrics = metrics
         self.before_end: Callable[[IkeSa, Index], Awaitable[None]] = _nothing
         """called with an SA and what its session goes on as, before the SA is ended"""
-        self.charon_gone: Callable[[IkeSa], None] = lambda _: None
-        """called with an SA that is to be ended, of a charon that is not there"""
+        self.charon_answers: Callable[[], bool] = lambda: True
+        self.not_asked: Callable[[IkeSa], None] = lambda _: None
+        """called with an SA that is to be ended, of a charon that is gone or does not answer"""
         self._rekeyed = rekeyed
         self._suspected: set[Index] = set()
         self._ending: dict[bytes, list[Ended]] = {}
@@ -163,8 +164,8 @@ class SessionElsewhere:
             return True
         try:
             await self.before_end(sa, new)
-            if self._charon.alive() is False:
-                self.charon_gone(sa)
+            if not self.charon_answers():
+                self.not_asked(sa)
             await self._charon.end_surely(sa)
         except ChannelError as error:
             # the next comparison finds it again
