@@ -195,6 +195,53 @@ async def test_what_is_left_from_before_the_start_goes_but_for_living_sas_and_se
         assert await gateway.settled() == [unknown, outbound(kept)]
 
 
+async def test_an_sa_of_a_client_that_is_just_moving_is_not_taken_for_one_that_is_left() -> None:
+    """VICI has the client's new address, the kernel the one before."""
+    left = EspSa("198.51.100.9", 2)
+    gateway = Gateway(left)
+    gateway.listed.append(
+        SimpleNamespace(
+            remote=SimpleNamespace(address="198.51.100.77"), children=[SimpleNamespace(spi_out=wire_spi(left.spi))]
+        )
+    )
+    async with gateway.running():
+        assert await gateway.settled() == []
+
+
+async def test_an_esp_sa_that_a_living_session_has_stays() -> None:
+    """Behind the same NAT: its client chose the SPI that the session which is over has, too."""
+    gateway = Gateway()
+    stub = stub_of()
+    gateway.lost(stub)
+    living = sa_of(stub_of(gateway=OTHER))
+    living.remote, living.children = stub.remote, stub.children
+    assert living.id != sa_of(stub).id
+    gateway.charon.tracker.sas[living.id.spis] = living
+    gateway.bank.went_on[stub.index] = Index(OTHER, b"12345678")
+    async with gateway.running():
+        assert await gateway.settled() == []
+    assert len(gateway.part) == 0
+
+
+async def test_a_session_of_a_charon_that_hangs_is_removed_though_charon_has_it() -> None:
+    gateway = Gateway()
+    sa = sa_of(stub_of())
+    gateway.charon.tracker.sas[sa.id.spis] = sa
+    gateway.part.over(sa)
+    async with gateway.running():
+        assert await gateway.settled() == [outbound(stub_of())]
+
+
+async def test_reports_about_other_sessions_are_not_kept() -> None:
+    """Who may write to the bank can have any number of them sent."""
+    gateway = Gateway()
+    gateway.lost(stub_of())
+    gateway.part._suspected.clear()
+    for number in range(1000):
+        gateway.part.on_event(Event(bank_keys.moved_key(GATEWAY, number.to_bytes(8)), "set"))
+    assert not gateway.part._suspected
+
+
 async def test_the_time_of_a_look_is_not_spent_on_nothing() -> None:
     gateway = Gateway()
     async with gateway.running():

@@ -69,6 +69,8 @@ class LeftInKernel:
         """called with each SA that the kernel has nothing of any more"""
         self._lost: dict[bytes, IkeSa] = {}
         """by both SPIs"""
+        self._published: set[Index] = set()
+        """the indexes of their stubs: events of others are not about them"""
         self._suspected: set[Index] = set()
         self._over: dict[bytes, IkeSa] = {}
         """those that are to be removed"""
@@ -80,9 +82,15 @@ class LeftInKernel:
 
     def lost(self, sas: Iterable[IkeSa]) -> None:
         """charon was restarted, and has none of these."""
-        self._lost |= {sa.id.spis: sa for sa in sas}
-        self._suspected |= {sa.published for sa in self._lost.values() if sa.published is not None}
+        self._lose(sas)
+        self._suspected |= self._published
         self._wake.set()
+
+    def _lose(self, sas: Iterable[IkeSa]) -> None:
+        for sa in sas:
+            self._lost[sa.id.spis] = sa
+            if sa.published is not None:
+                self._published.add(sa.published)
 
     def over(self, sa: IkeSa) -> None:
         """An SA of a charon that is gone, or hangs; its session went on elsewhere."""
@@ -92,8 +100,10 @@ class LeftInKernel:
     def on_event(self, event: Event) -> None:
         """Something happened to a key of the bank."""
         if self._lost and event.event == "set" and (named := bank_keys.read_moved_key(event.key)) is not None:
-            self._suspected.add(Index(*named))
-            self._wake.set()
+            index = Index(*named)
+            if index in self._published:
+                self._suspected.add(index)
+                self._wake.set()
 
     async def run(self) -> None:
         """Remove what is over, until it is cancelled."""
@@ -125,15 +135,16 @@ class LeftInKernel:
             if not left:
                 return True
             # asked afterwards: it has what was set up or rekeyed meanwhile
-            for info in await self._charon.vici.list_sas():
-                for child in info.children:
-                    left.pop(EspSa(info.remote.address, wire_spi(child.spi_out)), None)
+            # by their SPIs alone: the kernel has the address of a client that is moving, or of an SA that is not active
+            # yet, earlier or later than VICI
+            living = {wire_spi(child.spi_out) for info in await self._charon.vici.list_sas() for child in info.children}
+            left = {sa: of for sa, of in left.items() if sa.spi not in living}
             for address in {*left.values(), *([self._address] if self._address else [])}:
                 async for page in self._bank.download(address):
                     for sa in map(sa_of, page):
-                        outbound, _ = _esp(sa)
+                        outbound, _ = esp_sas(sa)
                         if not left.keys().isdisjoint(outbound):
-                            self._lost[sa.id.spis] = sa
+                            self._lose([sa])
                             for each in outbound:
                                 left.pop(each, None)
             if left:
@@ -157,7 +168,7 @@ class LeftInKernel:
 
     async def _look(self) -> None:
         """Find those of which no event came: that moved, ended or expired, or whose virtual IP another session has."""
-        self._suspected = {sa.published for sa in self._lost.values() if sa.published is not None}
+        self._suspected = set(self._published)
         await self._moved()
         now = self._wall()
         kept = {}
@@ -179,13 +190,12 @@ class LeftInKernel:
         over = list(self._over.values())
         if not over:
             return
-        outbound, inbound = [], []
-        for sa in over:
-            # one that was taken over as it is has the same SPIs again
-            if sa.id.spis not in self._lost or sa.id.spis not in self._charon.tracker.sas:
-                to_client, here = _esp(sa)
-                outbound += to_client
-                inbound += here
+        here = self._charon.tracker.sas
+        # one that was taken over as it is has the same SPIs again
+        doomed = {sa.id.spis: sa for sa in over if sa.id.spis not in self._lost or sa.id.spis not in here}
+        living = outbound_of(sa for spis, sa in here.items() if spis not in doomed)
+        outbound = [each for each in outbound_of(doomed.values()) if each not in living]
+        inbound = [each for sa in doomed.values() for each in esp_sas(sa)[1]]
         try:
             policies = await asyncio.to_thread(self._remove, outbound, inbound, TABLE)
         except OSError as error:
@@ -194,12 +204,20 @@ class LeftInKernel:
         for sa in over:
             self._over.pop(sa.id.spis, None)
             self._lost.pop(sa.id.spis, None)
+            if sa.published is not None:
+                self._published.discard(sa.published)
             self.removed(sa)
         if policies:
             log.info("left-in-kernel-removed", sas=len(over), policies=policies)
 
 
-def _esp(sa: IkeSa) -> tuple[list[EspSa], list[EspSa]]:
+def outbound_of(sas: Iterable[IkeSa]) -> set[EspSa]:
+    """The outbound ESP SAs of these. Their SPIs were chosen by the clients: one that knows another's, behind the same
+    NAT, can have the same in its own session."""
+    return {each for sa in sas for each in esp_sas(sa)[0]}
+
+
+def esp_sas(sa: IkeSa) -> tuple[list[EspSa], list[EspSa]]:
     """The ESP SAs of its CHILD_SAs, outbound and inbound."""
     if sa.local is None or sa.remote is None:
         return [], []

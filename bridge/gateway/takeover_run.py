@@ -25,6 +25,7 @@ from bridge.charon.ike_sa import IkeSa
 from bridge.charon.vici_client import START_SECONDS
 from bridge.charon.vici_types import SaInfo, ViciError
 from bridge.gateway import takeover_session as reasons
+from bridge.gateway.left_in_kernel import outbound_of
 from bridge.gateway.session_owner import SessionOwner
 from bridge.gateway.taken_sessions import TakenSessions
 from bridge.gateway.takeover_barriers import Barriers
@@ -319,10 +320,12 @@ class SessionTaker:
 
     def _clear_kernel(self, sessions: Sequence[Session]) -> None:
         """Of a charon of this host that died and had them, the kernel still has the ESP SAs, and accepts no others with
-        the same SPIs."""
+        the same SPIs. Those of SAs that this charon has stay."""
         stubs = [session.stub for session in sessions]
         sas = [EspSa(stub.local.address, wire_spi(child.spi_in)) for stub in stubs for child in stub.children]
-        sas += [EspSa(stub.remote.address, wire_spi(child.spi_out)) for stub in stubs for child in stub.children]
+        living = outbound_of(self._charon.tracker.sas.values())
+        theirs = [EspSa(stub.remote.address, wire_spi(child.spi_out)) for stub in stubs for child in stub.children]
+        sas += [each for each in theirs if each not in living]
         try:
             self._remove_sas(sas)
         except OSError as error:
