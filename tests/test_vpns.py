@@ -235,8 +235,9 @@ def test_a_client_that_knows_one_gateway_resumes_at_another_that_this_one_named(
 def test_a_resumed_session_that_gets_no_packets_any_more_is_set_up_again(both: Clusters) -> None:
     both.connect("x1")
     # from x2 nothing but IKE comes through, at first
-    esp = ("-s", ADDRESSES["x2"], "-p", "udp", "--dport", "4500", "-m", "u32", "--u32", "0>>22&0x3C@8=1:0xffffffff")
-    both.client.run("iptables", "-A", "INPUT", *esp, "-j", "DROP")
+    esp = (("-p", "esp"), ("-p", "udp", "--dport", "4500", "-m", "u32", "--u32", "0>>22&0x3C@8=1:0xffffffff"))
+    for packets in esp:
+        both.client.run("iptables", "-A", "INPUT", "-s", ADDRESSES["x2"], *packets, "-j", "DROP")
     ping = Ping(both.client, SITES["x"])
     said = len(both.agent.text())
     try:
@@ -248,7 +249,8 @@ def test_a_resumed_session_that_gets_no_packets_any_more_is_set_up_again(both: C
         assert outcome["result"] == "resumed", both.agent.tail(20)
         wait_until(lambda: "no-traffic-after-resumption" in both.agent.text()[said:], "the alarm", 60)
     finally:
-        both.client.run("iptables", "-D", "INPUT", *esp, "-j", "DROP")
+        for packets in esp:
+            both.client.run("iptables", "-D", "INPUT", "-s", ADDRESSES["x2"], *packets, "-j", "DROP")
         ping.stop()
     wait_until(lambda: "reason=no-traffic" in both.agent.text()[said:], "the new session", PATIENCE)
     assert both.at() == {"home-gw2": "x2"}
