@@ -19,6 +19,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import IkeSa, sa_of
 from bridge.gateway.left_in_kernel import LeftInKernel
 from bridge.net.xfrm import EspSa
+from bridge.service.metrics import Metrics
 from bridge.service.tasks import end, spawn
 from bridge.stub import bank_keys
 from bridge.stub.child_sa import wire_spi
@@ -48,6 +49,7 @@ class Gateway:
         self.bank = Bank()
         self.gone: list[EspSa] = []
         self.removed: list[IkeSa] = []
+        self.failure: OSError | None = None
         self.listed: list[Any] = []
         reconciled = asyncio.Event()
         reconciled.set()
@@ -72,6 +74,8 @@ class Gateway:
         self.part.removed = self.removed.append
 
     def _remove(self, outbound: Sequence[EspSa], inbound: Sequence[EspSa], table: int) -> int:
+        if self.failure is not None:
+            raise self.failure
         self.gone += outbound
         return 3 * len(outbound)
 
@@ -249,3 +253,21 @@ async def test_the_time_of_a_look_is_not_spent_on_nothing() -> None:
         await gateway.settled(5)
         assert time.process_time() - began < LOOK
     assert not gateway.bank.asked
+
+
+async def test_what_cannot_be_removed_is_counted_and_tried_again() -> None:
+    gateway = Gateway()
+    metrics = Metrics()
+    gateway.part.gauges(metrics)
+    stub = stub_of()
+    gateway.lost(stub)
+    gateway.failure = OSError(1, "Operation not permitted")
+    async with gateway.running():
+        gateway.bank.went_on[stub.index] = Index(OTHER, b"12345678")
+        gateway.part.on_event(Event(bank_keys.moved_key(*stub.index), "set"))
+        assert await gateway.settled(2) == []
+        assert metrics.values()["left_in_kernel_failures_total"] > 0
+        assert metrics.values()["sessions_left_in_kernel"] == 1
+        gateway.failure = None
+        assert await gateway.settled(2) == [outbound(stub)]
+        assert metrics.values()["sessions_left_in_kernel"] == 0

@@ -24,6 +24,7 @@ from bridge.charon.vici_types import ViciError
 from bridge.gateway.address_book import AddressBook
 from bridge.net import xfrm
 from bridge.net.xfrm import EspSa
+from bridge.service.metrics import Metrics
 from bridge.stub import bank_keys
 from bridge.stub.child_sa import wire_spi
 from bridge.stub.stub import Index
@@ -67,6 +68,7 @@ class LeftInKernel:
         self._wall = wall
         self.removed: Callable[[IkeSa], None] = lambda _: None
         """called with each SA that the kernel has nothing of any more"""
+        self._failures = 0
         self._lost: dict[bytes, IkeSa] = {}
         """by both SPIs"""
         self._published: set[Index] = set()
@@ -75,6 +77,15 @@ class LeftInKernel:
         self._over: dict[bytes, IkeSa] = {}
         """those that are to be removed"""
         self._wake = asyncio.Event()
+
+    def gauges(self, metrics: Metrics) -> None:
+        """How many there are, and what went wrong, for `status`."""
+        metrics.gauge("sessions_left_in_kernel", "sessions that charon lost and whose ESP may go on", lambda: len(self))
+        metrics.total(
+            "left_in_kernel_failures",
+            "attempts to look for, or to remove, what a charon that died left in the kernel, that failed",
+            lambda: self._failures,
+        )
 
     def __len__(self) -> int:
         """How many there are."""
@@ -151,7 +162,8 @@ class LeftInKernel:
                 policies = await asyncio.to_thread(self._remove, list(left), [], TABLE)
                 log.info("left-in-kernel-removed", policies=policies)
         except (BankUnavailable, ViciError, OSError) as error:
-            log.info("left-in-kernel-not-read", reason=str(error))
+            self._failures += 1
+            log.warning("left-in-kernel-not-read", reason=str(error), again_s=self._every)
             return False
         return True
 
@@ -199,6 +211,7 @@ class LeftInKernel:
         try:
             policies = await asyncio.to_thread(self._remove, outbound, inbound, TABLE)
         except OSError as error:
+            self._failures += 1
             log.warning("left-in-kernel-not-removed", reason=str(error), sas=len(over))
             return
         for sa in over:

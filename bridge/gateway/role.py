@@ -360,6 +360,7 @@ class GatewayRole:
             self._duplicates,
             self._hooks,
             self._lock_out,
+            self._left,
         ):
             part.gauges(self._metrics)
         shared_addresses.gauges(self._metrics, self._shared)
