@@ -35,6 +35,11 @@ def the_sa(host: Host) -> dict[str, Any]:
     return sa
 
 
+def gateways_of(host: Host) -> list[str]:
+    """Where the sessions of a client are; while one moves there may be none, or two."""
+    return [sa["remote-host"] for sa in established(host)]
+
+
 def spis(sa: dict[str, Any]) -> tuple[str, str]:
     return sa["initiator-spi"], sa["responder-spi"]
 

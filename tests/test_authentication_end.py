@@ -16,7 +16,7 @@ from bridge.lab.demo import Ping
 from bridge.lab.pki import certify
 from bridge.lab.topology import SITE
 from bridge.stub.stub import Stub
-from failover_support import connect, counter, established, fresh, last_move, resume, spis, the_sa
+from failover_support import connect, counter, established, fresh, last_move, rekeyed, resume, spis, the_sa
 from families_support import address_of, reach_over_ipv6
 from probe_support import stub_of_key
 from releases_support import OTHERS, on_all
@@ -162,9 +162,9 @@ def test_the_end_of_authentication_survives_a_rekeying(topology: Topology) -> No
     connect(topology)
     assert resume(topology, "--to", address_of(topology, topology.gw2))["result"] == "resumed"
     wait_until(lambda: len(topology.bank.stubs()) == 1, "the one stub")
-    first, before = until(topology), spis(the_sa(topology.gw2))
-    topology.gw2.swanctl("--rekey", "--ike-id", the_sa(topology.gw2)["uniqueid"])
-    wait_until(lambda: spis(the_sa(topology.gw2)) != before, "the rekeying")
+    first, before = until(topology), the_sa(topology.gw2)
+    topology.gw2.swanctl("--rekey", "--ike-id", before["uniqueid"])
+    wait_until(lambda: rekeyed(topology.gw2, before), "the rekeying")
     wait_until(
         lambda: len(topology.bank.stubs()) == 1 and spis(the_sa(topology.gw2))[0] in topology.bank.stubs()[0],
         "its stub",

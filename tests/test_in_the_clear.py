@@ -18,7 +18,7 @@ from bridge.lab.esp import Esp
 from bridge.lab.host import Host
 from bridge.lab.topology import SERVER
 from clear_support import OuterLink, traffic
-from failover_support import agent_with, fresh, last_move, resume, resume_now, stub_key, the_sa
+from failover_support import agent_with, fresh, gateways_of, last_move, resume, resume_now, stub_key, the_sa
 from families_support import NETWORKS, ask_for, connect, give_out, reaches, server_of
 from releases_support import OTHERS, on_all
 
@@ -134,7 +134,7 @@ def test_a_planned_move(topology: Topology, children: str) -> None:
 def test_a_drain(topology: Topology) -> None:
     with watched(topology) as link:
         topology.gateways["gw1"].command("drain", "--to", topology.gw2.address)
-        wait_until(lambda: the_sa(topology.client)["remote-host"] == topology.gw2.address, "the session at gw2")
+        wait_until(lambda: gateways_of(topology.client) == [topology.gw2.address], "the session at gw2")
     assert link.clear == []
 
 

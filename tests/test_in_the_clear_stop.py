@@ -15,7 +15,7 @@ from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from clear_support import OuterLink, guard_unit, traffic
-from failover_support import fresh, the_sa
+from failover_support import fresh, gateways_of, the_sa
 from families_support import NETWORKS, ask_for, connect, give_out, server_of
 
 pytestmark = pytest.mark.lab
@@ -77,7 +77,7 @@ def leaves(topology: Topology, vips: dict[str, str]) -> OuterLink:
     with OuterLink(topology.gw1) as link, traffic(topology.server, vips):
         wait_until(lambda: link.protected >= 20, "protected traffic")
         topology.gateways["gw1"].command("drain", "--to", topology.gw2.address)
-        wait_until(lambda: the_sa(topology.client)["remote-host"] == topology.gw2.address, "the session at gw2")
+        wait_until(lambda: gateways_of(topology.client) == [topology.gw2.address], "the session at gw2")
         topology.gw1.charon.stop()
         # for a client that is nowhere
         topology.client.swanctl("--terminate", "--ike-id", the_sa(topology.client)["uniqueid"])

@@ -14,7 +14,7 @@ from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.space import LabError
 from bridge.lab.topology import SITE
-from failover_support import connect, counter, fresh, resume, status, the_sa
+from failover_support import connect, counter, fresh, rekeyed, resume, status, the_sa
 from releases_support import RELEASED, on_all
 
 pytestmark = pytest.mark.lab
@@ -95,7 +95,7 @@ def test_a_rekeyed_session_keeps_its_name_and_its_figures(topology: Topology) ->
     [begun] = await_events(topology.gw1, "established")
     before = the_sa(topology.gw1)
     topology.gw1.swanctl("--rekey", "--ike-id", before["uniqueid"])
-    wait_until(lambda: the_sa(topology.gw1)["responder-spi"] != before["responder-spi"], "the rekeying")
+    wait_until(lambda: rekeyed(topology.gw1, before), "the rekeying")
     topology.gw1.swanctl("--rekey", "--child", "net")
     assert topology.client.ping(SITE) == 3
     outcome = resume(topology, "--to", topology.gw2.address)
