@@ -126,7 +126,7 @@ class GatewayRole:
         if config.sync.tell_gateways:
             self._stubs.gateways = self._others
         self._stubs.expected = failover.expects
-        self._stubs.alive = lambda: heartbeat.charon_alive is True
+        self._stubs.alive = lambda: heartbeat.charon_alive
         lookup = StubLookup(
             prefetch,
             bank,
