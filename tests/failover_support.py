@@ -157,15 +157,20 @@ def rekeyed(host: Host, first: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def rekeys_unanswered(host: Host) -> Iterator[None]:
-    """What a host sends of CREATE_CHILD_SA exchanges is lost."""
-    # behind IP and UDP header and non-ESP marker, the exchange type is in octet 18
-    sent = ("OUTPUT", "-p", "udp", "--sport", "4500", "-m", "u32", "--u32", "0>>22&0x3C@28>>8&0xFF=36", "-j", "DROP")
-    host.run("iptables", "-I", *sent)
+def lost(host: Host, chain: str, *packets: str) -> Iterator[None]:
+    """A host drops these packets, told as to iptables."""
+    rule = (chain, *packets, "-j", "DROP")
+    host.run("iptables", "-I", *rule)
     try:
         yield
     finally:
-        host.run("iptables", "-D", *sent)
+        host.run("iptables", "-D", *rule)
+
+
+def rekeys_unanswered(host: Host) -> contextlib.AbstractContextManager[None]:
+    """What a host sends of CREATE_CHILD_SA exchanges is lost."""
+    # behind IP and UDP header and non-ESP marker, the exchange type is in octet 18
+    return lost(host, "OUTPUT", "-p", "udp", "--sport", "4500", "-m", "u32", "--u32", "0>>22&0x3C@28>>8&0xFF=36")
 
 
 @contextlib.contextmanager

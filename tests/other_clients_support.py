@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import shlex
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,8 +45,6 @@ class OtherClient(Daemon):
     liveness_checks = 3
     liveness_seconds = 30.0
     """in which it makes so many of them"""
-    can_rekey_ike: ClassVar[bool]
-    """whether it has a command for that"""
 
     def __init__(self, topology: Topology, name: str) -> None:
         super().__init__(topology.client, name)
@@ -64,9 +63,9 @@ class OtherClient(Daemon):
     def rekey_child(self) -> None:
         """Have it rekey its CHILD_SA."""
 
-    @abstractmethod
-    def rekey_ike(self) -> None:
-        """Have it rekey its IKE_SA."""
+    def ike_rekeys(self) -> list[Callable[[], None]]:
+        """What has it rekey its IKE_SA; nothing where it has no command for that."""
+        return []
 
     @abstractmethod
     def end(self) -> None:
@@ -93,7 +92,6 @@ class Libreswan(OtherClient):
     """pluto."""
 
     gateway = {"proposals": "aes256-sha256-ecp256"}  # noqa: RUF012
-    can_rekey_ike = True
 
     def __init__(self, topology: Topology) -> None:
         super().__init__(topology, "pluto")
@@ -138,8 +136,8 @@ conn home
     def rekey_child(self) -> None:
         self._whack("--rekey-child")
 
-    def rekey_ike(self) -> None:
-        self._whack("--rekey-ike")
+    def ike_rekeys(self) -> list[Callable[[], None]]:
+        return [lambda: self._whack("--rekey-ike")]
 
     def end(self) -> None:
         self._whack("--terminate")
@@ -155,7 +153,6 @@ class OpenIked(OtherClient):
     liveness_checks = 1
     liveness_seconds = 360.0
     """on Linux it looks at IKE alone, and waits for 300 s"""
-    can_rekey_ike = False
     LIFETIME = 64
     """kilobytes that a CHILD_SA carries: there is no command that rekeys it"""
     USER = "_iked:x:64999:65534::/run/iked:/usr/sbin/nologin\n"
@@ -198,9 +195,6 @@ ikev2 "home" active esp from 0.0.0.0/0 to {NETWORK} local {host.address} peer {S
     def rekey_child(self) -> None:
         ping = ("ping", "-n", "-q", "-i", "0.01", "-c", str(self.LIFETIME), "-s", "1200", "10.10.0.1")
         self.host.run(*ping, check=False)
-
-    def rekey_ike(self) -> None:
-        raise NotImplementedError
 
     def end(self) -> None:
         self.host.run(*OPENIKED.program("/usr/sbin/ikectl"), "reset", "sa")

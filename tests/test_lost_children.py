@@ -5,16 +5,13 @@ A datagram of the HA channel is lost where the sidecar is restarted in the midst
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 
 from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import SITE
-from failover_support import connect, fresh, resume, the_sa
+from failover_support import connect, fresh, lost, resume, the_sa
 
 pytestmark = pytest.mark.lab
 
@@ -23,17 +20,6 @@ pytestmark = pytest.mark.lab
 def _fresh(topology: Topology) -> None:
     fresh(topology)
     connect(topology)
-
-
-@contextmanager
-def deaf(host: Host) -> Iterator[None]:
-    """What charon says on the HA channel is lost."""
-    rule = ("INPUT", "-i", "lo", "-d", "127.0.0.2", "-p", "udp", "--dport", "4510", "-j", "DROP")
-    host.run("iptables", "-I", *rule)
-    try:
-        yield
-    finally:
-        host.run("iptables", "-D", *rule)
 
 
 def known(topology: Topology) -> list[list[str]]:
@@ -47,7 +33,8 @@ def numbers(host: Host) -> list[str]:
 
 
 def test_a_child_sa_whose_rekeying_was_not_reported_is_rekeyed_once_and_comes_along(topology: Topology) -> None:
-    with deaf(topology.gw1):
+    # what charon says on the HA channel
+    with lost(topology.gw1, "INPUT", "-i", "lo", "-d", "127.0.0.2", "-p", "udp", "--dport", "4510"):
         topology.client.swanctl("--rekey", "--child", "net")
         wait_until(lambda: numbers(topology.gw1) == ["2"], "the rekeying")
     wait_until(lambda: known(topology) == [["net"]], "the CHILD_SA", 70)

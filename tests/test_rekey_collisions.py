@@ -12,7 +12,18 @@ from bridge.lab import Lab, Topology, standard
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import SITE
-from failover_support import connect, established, fresh, rekeyed, rekeys_unanswered, resume, spis, stub_key, the_sa
+from failover_support import (
+    connect,
+    established,
+    fresh,
+    lost,
+    rekeyed,
+    rekeys_unanswered,
+    resume,
+    spis,
+    stub_key,
+    the_sa,
+)
 from releases_support import RELEASED, on_all
 
 pytestmark = pytest.mark.lab
@@ -40,17 +51,11 @@ def _fresh(topology: Topology) -> None:
     fresh(topology)
 
 
-@contextlib.contextmanager
-def answers_lost(host: Host) -> Iterator[None]:
+def answers_lost(host: Host) -> contextlib.AbstractContextManager[None]:
     """The answers of a host in CREATE_CHILD_SA exchanges are lost, not its requests."""
     # behind IP and UDP header and non-ESP marker: exchange type and flags
     header = "0>>22&0x3C@28>>8&0xFF=36&&0>>22&0x3C@28&0x20=0x20"
-    rule = ("OUTPUT", "-p", "udp", "--sport", "4500", "-m", "u32", "--u32", header, "-j", "DROP")
-    host.run("iptables", "-I", *rule)
-    try:
-        yield
-    finally:
-        host.run("iptables", "-D", *rule)
+    return lost(host, "OUTPUT", "-p", "udp", "--sport", "4500", "-m", "u32", "--u32", header)
 
 
 def count(host: Host, what: str) -> int:

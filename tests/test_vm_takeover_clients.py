@@ -125,7 +125,7 @@ def test_its_child_sa_is_rekeyed_from_either_side(client: OtherClient, before: S
 def test_its_ike_sa_is_rekeyed_and_taken_over_once_more(client: OtherClient, before: Seen) -> None:
     topology = client.topology
     gateway = holder(topology)
-    for act in (lambda: rekey(gateway, ike="gw"), *([client.rekey_ike] if client.can_rekey_ike else [])):
+    for act in (lambda: rekey(gateway, ike="gw"), *client.ike_rekeys()):
         [sa] = established(gateway)
         act()
         wait_until(lambda sa=sa: replaced(gateway, spis(sa)), "another IKE_SA")  # type: ignore[misc]
