@@ -96,9 +96,9 @@ def own_heartbeat(followers: Followers, *alive: str) -> None:
 def test_a_heartbeat_and_its_end_come_to_the_watch_of_other_gateways(followers: Followers) -> None:
     own_heartbeat(followers, OTHER)
     followers.event(f"{bank_keys.HEARTBEAT}{OTHER}", "set")
-    assert OTHER in followers.failover.beats
+    assert OTHER in followers.failover.beats.written
     followers.event(f"{bank_keys.HEARTBEAT}{GATEWAY}", "set")
-    assert GATEWAY not in followers.failover.beats
+    assert GATEWAY not in followers.failover.beats.written
     followers.event(f"{bank_keys.HEARTBEAT}{OTHER}", "del")
     assert followers.failover.watch.state(OTHER) is PeerState.FAILED
 
@@ -146,7 +146,7 @@ def test_forged_heartbeats_of_gateways_that_never_lived_cost_nothing(followers: 
             followers.event(f"{bank_keys.HEARTBEAT}198.18.0.{number}", what)
     assert not any(followers.failover.has_failed(f"198.18.0.{number}") for number in range(100))
     assert followers.prefetch.progress == {}
-    assert followers.failover.beats == {}
+    assert followers.failover.beats.written == {}
 
 
 def test_of_more_gateways_than_there_can_be_the_latest_are_known(followers: Followers) -> None:
@@ -157,7 +157,7 @@ def test_of_more_gateways_than_there_can_be_the_latest_are_known(followers: Foll
         own_heartbeat(followers, OTHER, *forged, *(f"198.19.{block}.{number}" for number in range(1, 255)))
         for gateway in forged:
             followers.event(f"{bank_keys.HEARTBEAT}{gateway}", "set")
-    assert len(followers.failover.beats) <= GATEWAYS_MAX
+    assert len(followers.failover.beats.written) <= GATEWAYS_MAX
     followers.event(f"{bank_keys.HEARTBEAT}198.18.0.1", "del")
     assert not followers.failover.has_failed("198.18.0.1")
     followers.event(f"{bank_keys.HEARTBEAT}{OTHER}", "del")

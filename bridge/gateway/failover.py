@@ -28,6 +28,7 @@ from bridge.charon.charon import Charon
 from bridge.charon.ike_sa import Condition, is_set
 from bridge.config import FailoverConfig
 from bridge.gateway.announcer import Announcer
+from bridge.gateway.due_heartbeats import DueHeartbeats
 from bridge.gateway.other_family import family
 from bridge.gateway.other_gateways import OtherGateways
 from bridge.gateway.peer_watch import SAID_ITSELF, PeerState, PeerWatch
@@ -100,8 +101,8 @@ class Failover:
             address or "", self._source, self._send, lambda: move_message_id(time.time()), rate=float(config.rate)
         )
         self.watch = PeerWatch(config.detect, self._failed, self._back, clock())
-        self.beats: dict[str, float] = {}
-        """when (monotonic seconds) a heartbeat of another gateway was last written, by the events of the keyspace"""
+        self.beats = DueHeartbeats(config.detect, bank.gateways, clock=clock)
+        """of the other gateways, by the events of the keyspace"""
         self._sources: dict[int, str] = {}
         """this gateway's address by family (4, 6), as its sessions have it"""
         self._aliases: dict[str, list[str]] = {}
@@ -112,19 +113,18 @@ class Failover:
         self._downloading = asyncio.Semaphore(DOWNLOADS)
         self._missing: dict[str, float] = {}
         self._wake = asyncio.Event()
-        self._run: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._again: dict[str, bool] = {}
         """gateways that failed again while their stubs were read, and whether they have lost their sessions"""
 
     def start(self) -> None:
         """Begin to announce what fails from now on."""
-        self._run = spawn("announce", self._announce())
+        self._tasks = [spawn("announce", self._announce()), spawn("heartbeats", self.beats.run())]
 
     async def close(self) -> None:
         """End."""
-        tasks = [*self._fetching.values(), *([self._run] if self._run is not None else [])]
-        await end(*tasks)
+        await end(*self._fetching.values(), *self._tasks)
 
     # what is known of the other gateways
 
@@ -134,11 +134,13 @@ class Failover:
         if gateway is None or gateway == self._address or gateway not in self._seen:
             return
         if event == "set":
-            self.beats[gateway] = self._clock()
+            self.beats.beat(gateway)
             self.watch.heartbeat(gateway)
         elif event == "expired":
+            self.beats.gone(gateway)
             self.watch.expired(gateway, self._clock())
         elif event == "del":
+            self.beats.gone(gateway)
             self.watch.deleted(gateway)
 
     def stub_event(self, event: Event) -> None:
@@ -178,7 +180,7 @@ class Failover:
         self._missing = {gateway: self._missing.get(gateway, now) for gateway in self._seen.keys() - set(alive)}
         for gateway, missing in self._missing.items():
             # what was read may be older than the last event
-            since = max(missing, self.beats.get(gateway, missing))
+            since = max(missing, self.beats.written.get(gateway, missing))
             if now - since >= MISSING * self._config.detect and self.watch.state(gateway) is PeerState.ALIVE:
                 self.watch.expired(gateway, now)
         if self.watch.suspects and self.watch.calm(now):
@@ -188,7 +190,7 @@ class Failover:
         """Of more gateways than there can be, forget those that were not seen for the longest time."""
         for gateway in sorted(self._seen, key=self._seen.__getitem__)[: max(len(self._seen) - GATEWAYS_MAX, 0)]:
             del self._seen[gateway]
-            self.beats.pop(gateway, None)
+            self.beats.forget(gateway)
             self._aliases.pop(gateway, None)
             self.watch.forget(gateway)
 

@@ -166,7 +166,7 @@ class GatewayRole:
         self._duplicates = Duplicates(charon, AddressBook(bank), config.sync, self._metrics, config.address)
         self._keeper = AddressKeeper(charon, AddressBook(bank), limit=config.ha.placeholders)
         self._return_path = ReturnPath(enabled=config.network.return_path in (None, "announced"))
-        previous = PreviousGateways(failover.has_failed, failover.beats, detect=config.failover.detect)
+        previous = PreviousGateways(failover.has_failed, failover.beats.written, detect=config.failover.detect)
         self._hooks = SessionHooks(config.hooks, charon.tracker, self._metrics, config.address, previous, config.state)
         charon.on_connected = self._keeper.charon_connected
         self._duplicates.before_end = self._keeper.keep
