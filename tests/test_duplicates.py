@@ -17,7 +17,7 @@ from bridge.config import SyncConfig
 from bridge.gateway.address_book import AddressBook, Holder
 from bridge.gateway.duplicates import CONFIRM_SECONDS, ENDS_OF_ONE_PEER, Duplicates
 from bridge.gateway.metrics import GatewayMetrics
-from bridge.stub.stub import Stub
+from bridge.stub.stub import Index, Stub
 from bridge.stub.types import Identity
 
 HERE = "192.0.2.2"
@@ -105,6 +105,29 @@ def test_a_session_is_left_alone(why: str) -> None:
     lab.look()
     assert lab.ended == []
     assert len(lab.duplicates) == (1 if why == "report" else 0)
+
+
+@pytest.mark.parametrize("spi", [bytes(8), b"\xff" * 8])
+@pytest.mark.parametrize("established", [200, 201])
+def test_what_an_earlier_charon_of_this_gateway_had_is_older_whatever_the_second(spi: bytes, established: int) -> None:
+    lab = Lab()
+    sa = lab.handshake(established=200)
+    stub = msgspec.structs.replace(lab.other(established), index=Index(HERE, spi), spi_r=spi)
+    lab.stubs = [stub]
+    lab.look()
+    assert lab.ended == [sa.id.spis.hex()]
+
+
+@pytest.mark.parametrize(("established", "ended"), [(199, 1), (201, 0)])
+def test_of_two_sessions_that_are_here_the_newer_one_is_ended(established: int, ended: int) -> None:
+    lab = Lab()
+    stub = msgspec.structs.replace(lab.other(established), index=Index(HERE, b"\x07" * 8), spi_r=b"\x07" * 8)
+    lab.stubs = [stub]
+    other = sa_of(stub)
+    lab.sas[other.id.spis] = other
+    lab.handshake(established=200)
+    lab.look()
+    assert len(lab.ended) == ended
 
 
 def test_while_the_bank_is_away_what_is_due_waits() -> None:

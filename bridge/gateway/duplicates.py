@@ -150,13 +150,16 @@ class Duplicates:
 
     def _is_another(self, sa: IkeSa, holder: Holder) -> bool:
         """Whether a stub is of another peer's session, which is not newer than `sa`: the newer one's gateway acts."""
-        stub = holder.stub
-        if stub.index == (sa.published or sa.index_here(self._address)):
+        stub, here = holder.stub, sa.index_here(self._address)
+        if stub.index == (sa.published or here):
             return False
         if (stub.remote_id, stub.eap_id) == (sa.remote_id, sa.eap_id):
             # its own session from before, which it did not end: of a pool that gives a user one address (RADIUS)
             return False
-        return (stub.established, stub.index) <= (sa.established, sa.index_here(self._address))
+        if stub.index.gateway == here.gateway and stub.spi_i + stub.spi_r not in self._charon.tracker.sas:
+            # of a charon that was here before this one: older, also where both are of one second
+            return True
+        return (stub.established, stub.index) <= (sa.established, here)
 
     async def _settle(self, sa: IkeSa, holder: Holder) -> None:
         self._metrics.duplicates.inc()
