@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import structlog
 from msgspec.structs import replace
 
 from bridge.charon.ha_channel import ChannelError
@@ -501,6 +502,26 @@ def test_an_end_that_this_host_waits_for_is_its_own(returning: Client) -> None:
     returning.run(both())
     returning.loop.pass_time(100.0)
     assert returning.tried == []
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["its gateway's doing", "charon's own reauthentication"])
+def test_what_ends_with_its_authentication_has_lapsed_unless_charon_authenticates_again(
+    client: Client, own: bool
+) -> None:
+    async def ends() -> None:
+        sa = client.up()
+        sa.authenticated_until = 1_800_000_001
+        client.lose(sa, "DELETING")
+
+    async def under_way(*_: Any) -> list[SaInfo]:
+        return [info(ike_sa("gw1", ONE), "CONNECTING")] if own else []
+
+    client.charon.vici.list_sas = under_way  # type: ignore[method-assign,assignment]
+    with structlog.testing.capture_logs() as events:
+        client.run(ends())
+        client.loop.pass_time(5.0)
+    lapsed = [event for event in events if event["event"] == "authentication-lapsed"]
+    assert (len(lapsed), len(client.tried)) == ((0, 0) if own else (1, 1))
 
 
 def test_a_client_that_is_deleted_again_and_again_comes_ever_more_seldom(returning: Client) -> None:

@@ -115,9 +115,8 @@ class SetUpAgain:
         return self._clock() < self._unended.get(session, float("-inf"))
 
     def lapsed(self, session: Session, sa: IkeSa) -> None:
-        """The gateway ended an SA because its authentication ended."""
-        log.info("authentication-lapsed", vpn=session.vpn, connection=sa.connection, **sa.id.logged)
-        self._later(f"again {session.connection}", self._again(session, "authentication-ended", AGAIN_SECONDS))
+        """An SA ended when its authentication did: its gateway ended it, or charon, which authenticates again."""
+        self._later(f"again {session.connection}", self._lapsed(session, sa))
 
     def deleted(self, session: Session, sa: IkeSa) -> None:
         """One of the sides ended an SA by a DELETE."""
@@ -146,17 +145,20 @@ class SetUpAgain:
         )
         await self._again(session, "deleted-by-gateway", pause)
 
+    async def _lapsed(self, session: Session, sa: IkeSa) -> None:
+        await asyncio.sleep(AGAIN_SECONDS)
+        if await self._is_under_way(session):
+            return
+        log.info("authentication-lapsed", vpn=session.vpn, connection=sa.connection, **sa.id.logged)
+        await self._again(session, "authentication-ended", 0.0)
+
     async def _again(self, session: Session, reason: str, pause: float) -> None:
         """A full handshake, unless charon does that by itself; again and again while no gateway takes it. The gateway
         that ended the SA comes last: it may be shutting down."""
         vpn, old = self._vpn_of(session), session.last
         while True:
             await asyncio.sleep(pause)
-            try:
-                under_way = {info.connection for info in await self._charon.vici.list_sas() if info.state in UNDER_WAY}
-            except ViciError:
-                under_way = set()
-            if any(self._sessions.may_stand_for(connection, session) for connection in under_way):
+            if await self._is_under_way(session):
                 return
             await self._candidates.resolve(vpn)
             gateways = list(self._candidates.of(vpn, session, None, restored=False))
@@ -167,3 +169,11 @@ class SetUpAgain:
                 if (await self._finish(vpn, session, attempt)).result is not Result.FAILED:
                     return
             pause = min(max(2 * pause, RETURN_MIN), max(RETURN_MAX, pause))
+
+    async def _is_under_way(self, session: Session) -> bool:
+        """Whether charon has an IKE_SA that may be the session's next."""
+        try:
+            connections = {info.connection for info in await self._charon.vici.list_sas() if info.state in UNDER_WAY}
+        except ViciError:
+            return False
+        return any(self._sessions.may_stand_for(connection, session) for connection in connections)
