@@ -14,9 +14,9 @@ from bridge.bank.failover_progress import RUNNING, FailoverProgress
 from bridge.gateway.pace import Window
 from bridge.stub.stub import Index, Stub
 
-HEAD_START: Final = 0.6
-"""seconds that sessions with traffic have at most before the others are announced: their clients ask their gateway for
-0.3 s, and then shall not wait for others at this one"""
+HEAD_START: Final = 0.35
+"""seconds that sessions with traffic have at most before the others are announced. Their clients come after 0.3 s, when
+their gateway has not answered; those of the others ask it for as long, and then come behind them"""
 
 
 class AnnouncementState(StrEnum):
