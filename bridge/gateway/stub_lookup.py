@@ -118,6 +118,8 @@ class StubLookup:
             return
         marks = asyncio.ensure_future(self._revocations.look())
         try:
+            # its question goes out first: both answers come together
+            await asyncio.sleep(0)
             await self._ask(indexes, held, stubs, ended)
             # where the bank does not answer, a stub that was fetched before does not wait for it longer
             await asyncio.wait({marks}, timeout=MARKS_SECONDS)
