@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from bank_support import GATEWAY, keyring
+from bank_support import GATEWAY, keyring, stub_of
 from bridge.bank.key_file import KeyFile
 from bridge.bank.key_rotation import KeyRotation
 from bridge.bank.keyspace import Event
@@ -124,6 +124,23 @@ def test_events_that_arrive_again_have_all_compared(followers: Followers, state:
     followers.loop.run(changes())
     followers.loop.pass_time(SOON)
     assert ("revisions" in followers.gateway.bank.done) is state
+
+
+def test_moves_from_an_address_of_the_other_family_are_followed_from_its_first_session_on(
+    followers: Followers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: list[str] = []
+
+    async def add(pattern: str) -> None:
+        added.append(pattern)
+
+    monkeypatch.setattr(followers.events, "add", add)
+    followers.gateway.start()
+    for _ in range(2):
+        followers.gateway.sa(stub_of(gateway="fd00::1"))
+        # before the next comparison
+        followers.loop.pass_time(0.1)
+        assert added == [bank_keys.moved_pattern("fd00::1")]
 
 
 @pytest.mark.parametrize(("of", "fetched"), [(OTHER, True), (GATEWAY, False)])

@@ -68,6 +68,8 @@ class BankReconciler:
         self.on_ending: Callable[[str], None] = lambda _: None
         """called with the tag of a bucket of any gateway in which a session ended"""
         self._assert_all = False
+        self._new_addresses: asyncio.Queue[str] = asyncio.Queue()
+        publisher.on_address = self.at_address
         self._gone_changed: set[bytes] = set()
         self._gone_news = asyncio.Event()
         self._compare_now = asyncio.Event()
@@ -75,11 +77,25 @@ class BankReconciler:
 
     def start(self) -> None:
         """Begin."""
-        self._tasks = [spawn("compare", self._keep_compared()), spawn("ends", self._learn_endings())]
+        self._tasks = [
+            spawn("compare", self._keep_compared()),
+            spawn("ends", self._learn_endings()),
+            spawn("addresses", self._name_addresses()),
+        ]
 
     async def close(self) -> None:
         """End."""
         await end(*self._tasks)
+
+    def at_address(self, address: str) -> None:
+        """This gateway has a session at this address of its own."""
+        if address not in self.addresses:
+            self.addresses.add(address)
+            self._new_addresses.put_nowait(address)
+
+    async def _name_addresses(self) -> None:
+        while True:
+            await self.on_address(await self._new_addresses.get())
 
     def returned(self) -> None:
         """A bank was away, or is another one than before: it may lack what it had."""
@@ -126,9 +142,9 @@ class BankReconciler:
     async def _refill(self) -> None:
         """Store again what the bank lacks: a Redis without its data, or a replica that was behind when it took over."""
         every = [sa for sa in self._charon.tracker.established() if sa.resumable and sa.revision]
-        for address in {sa.published_at for sa in every if sa.published_at} - self.addresses:
-            await self.on_address(address)
-            self.addresses.add(address)
+        # those that were recovered were not published since the start
+        for address in {sa.published_at for sa in every if sa.published_at}:
+            self.at_address(address)
         sas = [sa for sa in every if self._index(sa) not in self._endings]
         self._elsewhere.suspect(sa for sa in every if self._index(sa) in self._endings)
         refilled = 0

@@ -45,6 +45,8 @@ class Publisher:
         self._revocations = known.revocations
         self.locked_out: Callable[[], None] = lambda: None
         """called for an SA of an identity that is locked out"""
+        self.on_address: Callable[[str], None] = lambda _: None
+        """called with the gateway's own address in the index of each stub that is stored"""
         self._wall = wall
         self.rekeys = UnansweredRekeys(self._take_back)
 
@@ -81,6 +83,7 @@ class Publisher:
         if index.gateway not in self._shared:
             # another gateway may have that one by now
             self.addresses.add(index.gateway)
+            self.on_address(index.gateway)
         self._writer.submit(sa.stub(index, with_secret=self._sync.shared_secret, expires=expires))
 
     def deleting(self, sa: IkeSa) -> None:
