@@ -42,10 +42,10 @@ def download(topology: Topology) -> dict[str, Any]:
 def test_a_failed_gateways_stubs_are_fetched_and_serve_a_client_without_the_bank(topology: Topology) -> None:
     connect(topology)
     before = said(topology, "gw2", "download-completed")
-    topology.kill_gateway(topology.gw1)
-    wait_until(lambda: said(topology, "gw2", "download-completed") > before, "the download")
     key = topology.bank.stubs()[0]
     hits = counter(topology, "gw2", "bank_cache_hits_total")
+    topology.kill_gateway(topology.gw1)
+    wait_until(lambda: said(topology, "gw2", "download-completed") > before, "the download")
     os.kill(topology.bank.pid, signal.SIGSTOP)
     try:
         assert resume(topology)["result"] == "resumed"

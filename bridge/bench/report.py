@@ -51,7 +51,7 @@ of them once more. The sidecar measures each activation, and uses a segment with
 Otherwise an activation that took t seconds is followed by the next one 6.25 t later, in another of the 16 segments: 1 %
 of the time of each SA on average, with two in a row after a pause. The interval is never longer than 2 s, so if
 activations take more than 320 ms it can be more than 1 %. SAs that are rebuilt within a window share an activation: 100
-times what the last one took, 0.2 s at least and 2 s at most. Their clients are answered before it, so it is part of the
+times what the last one took, 0.5 s at least and 2 s at most. Their clients are answered before it, so it is part of the
 CPU of a resumption, and not of its latency, but for clients that begin with CREATE_CHILD_SA, for the first one of a
 connection, and while 256 clients wait for an answer: then charon confirms, which is less work for the sidecar. charon
 walks its whole IKE_SA table at each activation: with `ikesa_table_size = 65536` an empty one took 4 ms of CPU for one
@@ -136,7 +136,7 @@ def comparison(result: dict[str, Any]) -> tuple[str, str]:
         "IKE_AUTH with one CHILD_SA, PSK with X25519.\n\n"
         + table(["resumption", *(f"handshake, {kind}" for kind in shakes), "gateway CPU, ms"], ratios)
         + "\nOne alone pays a round through all event loops for itself, and shares an activation only with those that "
-        "come within 0.2 to 2 s; of many each pays a part. Of "
+        "come within 0.5 to 2 s; of many each pays a part. Of "
         f"{count} in parallel, in ms: "
         + "; ".join(
             f"{SIMULATED[form]}: " + ", ".join(f"{name} {cost}" for name, cost in row["by_process_ms"].items())

@@ -30,8 +30,8 @@ DELETING_SECONDS = 1.0
 """from a request of charon's own to the look whether it is a DELETE: most are answered by then"""
 OWN_REQUESTS_SECONDS = 5.0
 """between two such looks, at least: DPD sends requests all the time"""
-RESUMED_SECONDS = 1.0
-"""from the first of some resumptions to the comparison that they share"""
+RESUMED_SECONDS = 3.0
+"""from the first of some resumptions to the comparison that they share: a list of all SAs, for little that is new"""
 RECONCILE_SECONDS = 30.0
 """between two comparisons with VICI's list, at least"""
 RECONCILE_SHARE = 100

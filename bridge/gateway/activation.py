@@ -44,7 +44,7 @@ from bridge.net.interface import Packet
 
 log = structlog.get_logger()
 
-WINDOW_LEAST, WINDOW_MOST = 0.2, 2.0
+WINDOW_LEAST, WINDOW_MOST = 0.5, 2.0
 """seconds from an installation to the activation that it shares"""
 WINDOW_SHARE: Final = 100
 """an activation that takes t makes the next window this many t, within these limits"""

@@ -116,15 +116,15 @@ class StubLookup:
         if self._revocations.fresh:
             await self._ask(indexes, held, stubs, ended)
             return
+        # tasks both of them: their questions go out together, the stubs' over the connection that was used last
+        asked = asyncio.ensure_future(self._ask(indexes, held, stubs, ended))
         marks = asyncio.ensure_future(self._revocations.look())
         try:
-            # its question goes out first: both answers come together
-            await asyncio.sleep(0)
-            await self._ask(indexes, held, stubs, ended)
+            await asked
             # where the bank does not answer, a stub that was fetched before does not wait for it longer
             await asyncio.wait({marks}, timeout=MARKS_SECONDS)
         finally:
-            await end(marks)
+            await end(asked, marks)
         if not marks.cancelled() and (error := marks.exception()) and not isinstance(error, BankUnavailable):
             raise error
 
