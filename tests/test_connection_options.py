@@ -148,6 +148,8 @@ def test_a_session_with_this_option_is_resumed(topology: Topology, name: str) ->
         assert the_sa(topology.gw1)["name"] == "gw"
         failed_over(topology)
         assert the_sa(topology.gw2)["name"] == "gw"
+    # an XFRM interface has no neighbours
+    assert "address-not-announced" not in topology.gateways["gw2"].text()
 
 
 @pytest.mark.parametrize("make_before_break", ["no", "yes"])

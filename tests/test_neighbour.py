@@ -64,19 +64,26 @@ def test_what_others_send_is_read_or_ignored(frame: bytes) -> None:
         read(frame)
 
 
-def test_the_networks_of_the_interfaces_are_those_without_a_gateway(tmp_path: Path) -> None:
+def test_the_networks_of_the_interfaces_are_those_without_a_gateway_where_neighbours_ask(tmp_path: Path) -> None:
     (tmp_path / "route").write_text(
         "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n"
         "eth0\t00000000\t0132A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
         "eth0\t0032A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n"
         "eth1\t0101140A\t00000000\t0005\t0\t0\t0\tFFFFFFFF\t0\t0\t0\n"
+        # a route to an XFRM interface
+        "ipsec0\t0000140A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
     )
     (tmp_path / "if_inet6").write_text(
         "00000000000000000000000000000001 01 80 10 80       lo\n"
         "fd100010000100000000000000000001 03 40 00 80     eth1\n"
         "fe800000000000000000000000000001 03 40 20 80     eth1\n"
+        "fd200000000000000000000000000001 04 40 00 80   ipsec0\n"
     )
-    assert connected_networks(tmp_path) == [
+    for name, kind in (("eth0", "1"), ("ipsec0", "65534")):
+        (tmp_path / "net" / name).mkdir(parents=True)
+        (tmp_path / "net" / name / "type").write_text(f"{kind}\n")
+    # of eth1 nothing is known: whoever announces there finds out
+    assert connected_networks(tmp_path, tmp_path / "net") == [
         Connected("eth0", IPv4Network("192.168.50.0/24")),
         Connected("eth1", IPv6Network("fd10:10:1::/64")),
     ]

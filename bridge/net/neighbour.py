@@ -40,6 +40,9 @@ PACKET_OUTGOING: Final = 4
 """packet type of what this host sends itself"""
 _ARP: Final = struct.Struct("!HHBBH6s4s6s4s")
 _ROUTE_UP: Final = 1
+_ETHERNET: Final = 1
+"""the type of an interface that neighbours ask on; a tunnel and an XFRM interface have others"""
+_INTERFACES: Final = Path("/sys/class/net")
 
 
 class Connected(NamedTuple):
@@ -49,8 +52,9 @@ class Connected(NamedTuple):
     network: Network
 
 
-def connected_networks(proc: Path = Path("/proc/net")) -> list[Connected]:
-    """The networks of this host's interfaces, but for the loopback and for those of one address."""
+def connected_networks(proc: Path = Path("/proc/net"), interfaces: Path = _INTERFACES) -> list[Connected]:
+    """The networks of this host's interfaces, but for the loopback, for those of one address, and for what is routed to
+    a tunnel."""
     found = []
     for line in _lines(proc / "route")[1:]:
         name, destination, gateway, flags, *_, mask = line.split()[:8]
@@ -63,7 +67,15 @@ def connected_networks(proc: Path = Path("/proc/net")) -> list[Connected]:
         network = IPv6Network((bytes.fromhex(octets), int(prefix6, 16)), strict=False)
         if name != "lo" and network.prefixlen < 128 and not network.is_link_local:
             found.append(Connected(name, network))
-    return found
+    tunnels = {name for name in {name for name, _ in found} if _is_tunnel(interfaces / name)}
+    return [one for one in found if one.interface not in tunnels]
+
+
+def _is_tunnel(interface: Path) -> bool:
+    try:
+        return int((interface / "type").read_text()) != _ETHERNET
+    except (OSError, ValueError):
+        return False
 
 
 def _lines(path: Path) -> list[str]:
@@ -76,7 +88,7 @@ def _lines(path: Path) -> list[str]:
 def link_address(interface: str) -> bytes | None:
     """The interface's 6 octets; None where it has none, as a tunnel."""
     try:
-        octets = bytes.fromhex(Path(f"/sys/class/net/{interface}/address").read_text().strip().replace(":", ""))
+        octets = bytes.fromhex((_INTERFACES / interface / "address").read_text().strip().replace(":", ""))
     except (OSError, ValueError):
         return None
     return octets if len(octets) == 6 and any(octets) else None
