@@ -255,7 +255,7 @@ def test_the_playbook_sets_up_bank_gateways_and_client(installation: Installatio
         assert systemd.asked.index("start ike-sa-sync") < systemd.asked.index("restart strongswan")
         guard = systemd.units[GUARD]
         assert isinstance(guard.daemon, Guard)
-        assert guard.daemon.routes() == ["10.10.0.0/16" if name == "client" else "10.20.0.0/16"]
+        assert guard.daemon.routes() == ["10.10.0.0/16", "10.20.0.0/16"][name != "client" :]
         assert guard.enabled
     gw1, gw2, client = (installation.hosts[name] for name in ("gw1", "gw2", "client"))
     assert (gw1.etc / "ike-sa-sync/bank.key").read_text() == (gw2.etc / "ike-sa-sync/bank.key").read_text()

@@ -28,6 +28,8 @@ ELSEWHERE = ("192.168.50.20", "fd00:50::20")
 """the client's default gateway, which forwards nothing"""
 FAMILIES = ("-4", "-6")
 UNGUARDED = "connections { guard { children { inner { start_action = none } } } }\n"
+POOLS = ("10.20.0.0/16", "fd20::/32")
+"""of all gateways"""
 CHILD = f"connections {{ guard {{ children {{ inner {{ remote_ts = {NETWORKS} }} }} }} }}\n"
 
 
@@ -36,19 +38,19 @@ class Guarded:
 
     def __init__(self, topology: Topology, guard: str) -> None:
         self.topology = topology
-        self._child = guard == "child"
-        topology.client.configure(CHILD if self._child else UNGUARDED, "guard.conf")
+        self.has_child = guard == "child"
+        topology.client.configure(CHILD if self.has_child else UNGUARDED, "guard.conf")
 
     def on(self) -> None:
         """Put the guard up where it does not come with charon."""
-        if not self._child:
+        if not self.has_child:
             self._routes("add")
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Without a guard."""
         client = self.topology.client
-        if not self._child:
+        if not self.has_child:
             self._routes("del")
             yield
             self._routes("add")
@@ -58,9 +60,10 @@ class Guarded:
             client.swanctl("--install", "--child", "inner")
 
     def _routes(self, change: str) -> None:
-        for family, network in zip(FAMILIES, NETWORKS.split(","), strict=True):
-            route = ("blackhole", network, "metric", "4294967295")
-            self.topology.client.run("ip", family, "route", change, *route)
+        for family, *networks in zip(FAMILIES, NETWORKS.split(","), POOLS, strict=True):
+            for network in networks:
+                route = ("blackhole", network, "metric", "4294967295")
+                self.topology.client.run("ip", family, "route", change, *route)
 
 
 @pytest.fixture(
@@ -166,6 +169,24 @@ def test_a_fallback_from_a_living_gateway(topology: Topology) -> None:
         topology.bank.cli("HSET", key, "sealed", "spoilt")
         assert resume_now(topology, topology.gw2)["result"] == "fallback"
     assert link.clear == []
+
+
+def test_packets_from_an_address_that_no_child_sa_is_for_need_a_child_that_drops(
+    guarded: Guarded, topology: Topology
+) -> None:
+    """Where ESP is in the kernel, charon's route leads them past routes that lead nowhere."""
+    if topology.lab.esp is Esp.USERSPACE:
+        pytest.skip("charon's route leads to its own ESP")
+    connect(topology)
+    client = topology.client
+    with OuterLink(client) as link, traffic(client, {SERVER: client.address}):
+        if guarded.has_child:
+            dropped = blocked(client)
+            wait_until(lambda: blocked(client) >= dropped + 100, "packets that are dropped")
+            assert link.clear == []
+        else:
+            wait_until(lambda: link.clear != [], "packets in the clear")
+            assert {seen.source for seen in link.clear} == {client.address}
 
 
 def test_an_end_without_a_way_back(topology: Topology) -> None:

@@ -6,6 +6,7 @@ link.
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from bridge.lab.host import Host
 from clear_support import OuterLink, guard_unit, traffic
 from failover_support import fresh, gateways_of, the_sa
 from families_support import NETWORKS, ask_for, connect, give_out, server_of
+from net_support import inside
 
 pytestmark = pytest.mark.lab
 
@@ -114,6 +116,49 @@ def test_a_client_that_stops_sends_nothing_in_the_clear_with_the_guard(topology:
             # and that the capture sees it
             guarded.close()
             wait_until(lambda: {seen.target for seen in link.clear} == set(servers), "packets in the clear")
+
+
+NOBODY = {
+    "-4": ("10.20.9.1/32", "10.30.9.0/24", "10.30.9.1"),
+    "-6": ("fd20:0:9::1/128", "fd30:9::/64", "fd30:9::1"),
+}
+"""by family: a virtual IP, a network on the outer link, and an address there that nobody has"""
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["with the guard", "without"])
+def test_no_error_about_a_packet_from_a_virtual_ip_that_is_gone_leaves_with_the_guard(
+    topology: Topology, guarded: bool
+) -> None:
+    """A packet waits for its neighbour's address. 3 s later the kernel reports it as undeliverable to its source, and
+    quotes it."""
+    client = topology.client
+    with contextlib.ExitStack() as stack:
+        if guarded:
+            stack.enter_context(guard(client, *NETWORKS.split(","), *POOLS))
+        link = stack.enter_context(OuterLink(client))
+        for family, (vip, network, target) in NOBODY.items():
+            stack.callback(client.run, "ip", family, "route", "del", network, "dev", "eth0")
+            client.run("ip", family, "route", "add", network, "dev", "eth0")
+            client.run("ip", family, "address", "add", vip, "dev", "eth0", *(["nodad"] if family == "-6" else []))
+            sends_once(client, vip.partition("/")[0], target)
+            client.run("ip", family, "address", "del", vip, "dev", "eth0")
+        for family, (_, _, target) in NOBODY.items():
+            asked = ("ip", family, "neighbour", "show", target)
+            wait_until(lambda asked=asked: "FAILED" in client.run(*asked).stdout, "nobody")  # type: ignore[misc]
+            # behind the errors, if there are any
+            assert client.ping(ELSEWHERE[family], count=1) == 1
+        vips = set() if guarded else {vip.partition("/")[0] for vip, _, _ in NOBODY.values()}
+        wait_until(lambda: {seen.target for seen in link.clear} >= vips, "errors to the virtual IPs")
+    assert {seen.target for seen in link.clear} == vips
+    assert {seen.protocol for seen in link.clear} <= {socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6}
+
+
+def sends_once(host: Host, source: str, target: str) -> None:
+    """A packet from one of the host's addresses."""
+    family = socket.AF_INET6 if ":" in source else socket.AF_INET
+    with inside(host.namespace), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind((source, 0))
+        sock.sendto(b"in the clear?", (target, 9))
 
 
 def refused(host: Host, target: str) -> bool:
