@@ -19,6 +19,7 @@ from bridge.ike.address import Pool
 
 VPN = Vpn("default", (GatewayEntry(address="192.0.2.1", connection="home"),), True)
 DEFAULT = {"dst": "default", "gateway": "198.51.100.1"}
+BLACKHOLE = {"type": "blackhole", "dst": "10.10.0.0/16", "metric": 4294967295}
 DEFAULT6 = {"dst": "default", "gateway": "fe80::1", "metric": 1024}
 
 
@@ -55,7 +56,7 @@ def dropping(*networks: str, local: tuple[str, ...] = ("dynamic",)) -> GuardInfo
         ([], "ok"),
         ([{"dst": "192.0.2.0/24", "dev": "eth0"}], "ok"),
         ([DEFAULT], "warn"),
-        ([DEFAULT, {"type": "blackhole", "dst": "10.10.0.0/16", "metric": 4294967295}], "ok"),
+        ([DEFAULT, BLACKHOLE], "ok"),
         ([DEFAULT, {"type": "unreachable", "dst": "10.0.0.0/8"}], "ok"),
         ([DEFAULT, {"type": "blackhole", "dst": "10.10.1.0/24"}], "warn"),
         ([DEFAULT, {"type": "blackhole", "dst": "10.10.0.0/16"}, {"dst": "10.10.7.0/24", "dev": "eth1"}], "warn"),
@@ -64,7 +65,18 @@ def dropping(*networks: str, local: tuple[str, ...] = ("dynamic",)) -> GuardInfo
     ],
 )
 def test_a_route_to_the_network_behind_the_gateways_needs_a_guard(routes: list[dict[str, Any]], grade: str) -> None:
-    assert said([child("10.10.0.0/16")], routes) == grade
+    assert said([child("10.10.0.0/16")], routes, plugins=("kernel-libipsec",)) == grade
+
+
+@pytest.mark.parametrize("guard", [BLACKHOLE, {"type": "unreachable", "dst": "10.0.0.0/8"}])
+def test_with_esp_in_the_kernel_routes_alone_are_half_a_guard(guard: dict[str, Any]) -> None:
+    net = child("10.10.0.0/16")
+    [finding] = found([net], [DEFAULT, guard])
+    assert str(finding.grade) == "warn"
+    assert "routes alone stop packets to 10.10.0.0/16" in finding.text
+    assert finding.fix is not None
+    assert "a child with `mode = drop`" in finding.fix
+    assert said([net], [DEFAULT, guard], guards=[dropping("10.10.0.0/16")]) == "ok"
 
 
 def test_a_child_that_drops_or_a_trap_is_a_guard_once_charon_has_installed_it() -> None:
@@ -97,8 +109,7 @@ def test_esp_in_userspace_has_no_policies_that_drop() -> None:
     assert str(finding.grade) == "warn"
     assert finding.fix is not None
     assert "mode = drop` has no effect" in finding.fix
-    blackhole = {"type": "blackhole", "dst": "10.10.0.0/16", "metric": 4294967295}
-    assert said([net], [DEFAULT, blackhole], plugins=("kernel-libipsec",)) == "ok"
+    assert said([net], [DEFAULT, BLACKHOLE], plugins=("kernel-libipsec",)) == "ok"
 
 
 def test_a_vpn_for_everything_and_one_without_networks_are_not_looked_at() -> None:

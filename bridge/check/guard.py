@@ -27,6 +27,7 @@ _ANY: Final = "dynamic"
 _EVERYTHING: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 REJECTING: Final = ("blackhole", "unreachable", "prohibit")
 """types of routes that lead nowhere"""
+CHILD: Final = "a child with `mode = drop` and `start_action = trap`"
 UNIT: Final = "in /etc/ike-sa-sync/guard, and systemctl enable --now ike-sa-sync-guard (docs/security.md)"
 
 
@@ -63,13 +64,18 @@ def guard(vpn: Vpn, charon: CharonAnswer, table: Callable[[str], list[Route]] = 
         if not _stopped(network, child, guards) and _routed(network, ways[network.version])
     )
     if not open_ones:
+        half = [] if userspace else sorted(str(one) for one in wanted if _by_routes(one, wanted[one], guards, ways))
+        if half:
+            text = f"VPN {vpn.name}: routes alone stop packets to {', '.join(half)}: with ESP in the kernel, those from"
+            text += " other addresses than the virtual IP leave in the clear by charon's route while a session is up"
+            return [warn("guard", text, f"{CHILD}, beside the routes (docs/security.md)")]
         return [ok("guard", f"VPN {vpn.name}: no packet leaves in the clear while there is no CHILD_SA")]
     text = f"VPN {vpn.name}: packets to {', '.join(open_ones)} leave in the clear while there is no CHILD_SA"
     fix = f"{', '.join(open_ones)} {UNIT}"
     if userspace:
         fix += f"; {USERSPACE} is loaded: a child with `mode = drop` has no effect"
     else:
-        fix += "; or, while charon runs, a child with `mode = drop` and `start_action = trap`"
+        fix += f", and {CHILD}"
     return [warn("guard", text, fix)]
 
 
@@ -145,6 +151,12 @@ def _ways(routes: Iterable[Route], version: int) -> list[_Way]:
 def _best(network: Network, ways: Iterable[_Way]) -> _Way | None:
     """The route that packets to all of a network take, but for more specific ones."""
     return max((way for way in ways if _within(network, [way.to])), key=lambda way: way[:3], default=None)
+
+
+def _by_routes(network: Network, child: ChildConfig, guards: Iterable[GuardInfo], ways: dict[int, list[_Way]]) -> bool:
+    """Whether a route that leads nowhere is what stops packets to a network, and no policy."""
+    best = _best(network, ways[network.version])
+    return best is not None and not best.open and not _stopped(network, child, guards)
 
 
 def _routed(network: Network, ways: list[_Way]) -> bool:
