@@ -34,6 +34,14 @@ def said(topology: Topology, gateway: str, event: str) -> int:
     return topology.gateways[gateway].text().count(event)
 
 
+def is_seen(topology: Topology) -> None:
+    """Wait until gw2 has seen gw1's heartbeat, as it looks for with each of its own: none misses a gateway that it has
+    never seen."""
+    wait_until(lambda: topology.bank.cli("EXISTS", f"ike:gateway:{GW1}") == "1", "gw1's heartbeat")
+    looked = counter(topology, "gw2", "bank_ping_seconds_count")
+    wait_until(lambda: counter(topology, "gw2", "bank_ping_seconds_count") >= looked + 2, "gw2's look for it")
+
+
 def download(topology: Topology) -> dict[str, Any]:
     done = topology.gateways["gw2"].command("stubs", "download", "--from", GW1, "--json", check=False)
     return dict(json.loads(done.stdout))
@@ -41,6 +49,7 @@ def download(topology: Topology) -> dict[str, Any]:
 
 def test_a_failed_gateways_stubs_are_fetched_and_serve_a_client_without_the_bank(topology: Topology) -> None:
     connect(topology)
+    is_seen(topology)
     before = said(topology, "gw2", "download-completed")
     key = topology.bank.stubs()[0]
     hits = counter(topology, "gw2", "bank_cache_hits_total")

@@ -133,6 +133,8 @@ class Lab:
         host.boot()
         self.hosts[name] = host
         settings = ["net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.default.rp_filter=0"]
+        # an address that becomes good a second later is news that charon sends its peers
+        settings += ["net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0"]
         if forward:
             settings += ["net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"]
         host.run("sysctl", "-q", "-w", *settings)
