@@ -112,7 +112,10 @@ def test_a_resumed_sa_is_deleted_from_either_side_and_its_stub_with_it(topology:
     wait_until(lambda: not topology.bank.stubs(), "the end of the stub")
     # wanted by a side, so nothing is resumed
     time.sleep(1)
-    assert not topology.client.charon.sas()
+    assert not established(topology.client)
+    if side == "gw2":
+        # so soon after the resumption its client takes that for a gateway that could not keep it, and shakes hands
+        wait_until(lambda: bool(established(topology.client)), "its handshake")
 
 
 def test_a_resumed_session_is_resumable(topology: Topology) -> None:
