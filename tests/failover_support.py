@@ -130,6 +130,12 @@ def complete(topology: Topology, key: str) -> bool:
     return bool(topology.bank.cli("HGET", key, "vips"))
 
 
+def beats(topology: Topology, gateway: Host) -> None:
+    """Wait until a gateway's heartbeat is in the bank."""
+    key = f"ike:gateway:{gateway.address}"
+    wait_until(lambda: topology.bank.cli("EXISTS", key) == "1", f"the heartbeat of {gateway.name}")
+
+
 def resume(topology: Topology, *arguments: str) -> Outcome:
     """`ike-sa-sync resume --json` on the client."""
     done = topology.agent.command("resume", "--json", *arguments, check=False)

@@ -16,7 +16,7 @@ from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.topology import BANK_KEY, SITE, bank_key
-from failover_support import connect, counter, established, fresh, resume, spis, status, stub_key, the_sa
+from failover_support import beats, connect, counter, established, fresh, resume, spis, status, stub_key, the_sa
 from probe_support import configured
 
 pytestmark = pytest.mark.lab
@@ -37,7 +37,7 @@ def said(topology: Topology, gateway: str, event: str) -> int:
 def is_seen(topology: Topology) -> None:
     """Wait until gw2 has seen gw1's heartbeat, as it looks for with each of its own: none misses a gateway that it has
     never seen."""
-    wait_until(lambda: topology.bank.cli("EXISTS", f"ike:gateway:{GW1}") == "1", "gw1's heartbeat")
+    beats(topology, topology.gw1)
     looked = counter(topology, "gw2", "bank_ping_seconds_count")
     wait_until(lambda: counter(topology, "gw2", "bank_ping_seconds_count") >= looked + 2, "gw2's look for it")
 

@@ -16,7 +16,7 @@ from bridge.lab import Topology
 from bridge.lab.daemon import wait_until
 from bridge.lab.host import Host
 from bridge.lab.sidecar import program
-from failover_support import connect, fresh, resume, stub_key
+from failover_support import beats, connect, fresh, resume, stub_key
 
 pytestmark = pytest.mark.lab
 
@@ -33,11 +33,6 @@ def running(host: Host, file: Path, *command: str) -> Iterator[None]:
             process.wait()
 
 
-def beats(topology: Topology) -> None:
-    """Wait for gw1's next heartbeat: the bank was emptied."""
-    wait_until(lambda: topology.bank.cli("EXISTS", f"ike:gateway:{topology.gw1.address}") == "1", "gw1's heartbeat")
-
-
 def test_redis_cli_shows_a_failover_as_it_happens(topology: Topology, tmp_path: Path) -> None:
     fresh(topology)
     output = tmp_path / "events"
@@ -52,7 +47,7 @@ def test_redis_cli_shows_a_failover_as_it_happens(topology: Topology, tmp_path: 
         before = connect(topology)
         old = stub_key(topology.gw1.address, before["responder-spi"])
         wait_until(lambda: (old, "hset") in events(), "the stub")
-        beats(topology)
+        beats(topology, topology.gw1)
         topology.kill_gateway(topology.gw1)
         outcome = resume(topology)
         new = stub_key(topology.gw2.address, outcome["spi_r"])
@@ -73,7 +68,7 @@ def test_the_monitor_shows_a_failover_as_it_happens_with_its_resumption(topology
 
         wait_until(lambda: told(kind="bank", event="reachable"), "the monitor")
         before = connect(topology)
-        beats(topology)
+        beats(topology, topology.gw1)
         topology.kill_gateway(topology.gw1)
         outcome = resume(topology)
         wait_until(lambda: told(kind="stub", event="deleted", spi=before["responder-spi"]), "the old stub's end")

@@ -58,13 +58,11 @@ def guard(vpn: Vpn, charon: CharonAnswer, table: Callable[[str], list[Route]] = 
     userspace = USERSPACE in charon.plugins
     guards = [] if userspace else charon.guards
     ways = {4: _ways(table("-4"), 4), 6: _ways(table("-6"), 6)}
-    open_ones = sorted(
-        str(network)
-        for network, child in wanted.items()
-        if not _stopped(network, child, guards) and _routed(network, ways[network.version])
-    )
+    unstopped = [network for network, child in wanted.items() if not _stopped(network, child, guards)]
+    open_ones = sorted(str(one) for one in unstopped if _routed(one, ways[one.version]))
     if not open_ones:
-        half = [] if userspace else sorted(str(one) for one in wanted if _by_routes(one, wanted[one], guards, ways))
+        # a route to one of these leads nowhere
+        half = [] if userspace else sorted(str(one) for one in unstopped if _best(one, ways[one.version]))
         if half:
             text = f"VPN {vpn.name}: routes alone stop packets to {', '.join(half)}: with ESP in the kernel, those from"
             text += " other addresses than the virtual IP leave in the clear by charon's route while a session is up"
@@ -151,12 +149,6 @@ def _ways(routes: Iterable[Route], version: int) -> list[_Way]:
 def _best(network: Network, ways: Iterable[_Way]) -> _Way | None:
     """The route that packets to all of a network take, but for more specific ones."""
     return max((way for way in ways if _within(network, [way.to])), key=lambda way: way[:3], default=None)
-
-
-def _by_routes(network: Network, child: ChildConfig, guards: Iterable[GuardInfo], ways: dict[int, list[_Way]]) -> bool:
-    """Whether a route that leads nowhere is what stops packets to a network, and no policy."""
-    best = _best(network, ways[network.version])
-    return best is not None and not best.open and not _stopped(network, child, guards)
 
 
 def _routed(network: Network, ways: list[_Way]) -> bool:
